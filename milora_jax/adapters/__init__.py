@@ -1,0 +1,1 @@
+"""Trainable adapters of a frozen Transformer: the protocol, and one file per method."""

@@ -1,0 +1,1 @@
+"""The frozen base Transformer: its maths, its modules, its cache and its files."""

@@ -1,0 +1,222 @@
+"""A LLaMA-family base from a Hugging Face directory, leaf by leaf.
+
+Tensors are read one at a time from ``model.safetensors`` or from the shards its index names,
+transposed to ``[in, out]``, cast, and copied into their place in the stacked leaf, so that the process
+never holds more than the model and one extra tensor. Nothing is ever left at an initial value: every
+expected tensor must be there, with the expected shape, and no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from milora_jax.base.transformer import Base, Layer, Linear
+from milora_jax.config import ModelConfig
+from milora_jax.errors import UserError
+from milora_jax.types import EXPERTS
+
+MODULE_PATHS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+"""Where Hugging Face keeps each of the seven modules inside a layer."""
+
+INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_NAME = "model.safetensors"
+IGNORED_SUFFIX = "rotary_emb.inv_freq"
+"""Old checkpoints store the rotary frequencies; they follow from the config."""
+
+
+@dataclass(frozen=True)
+class LeafSpec:
+    """One leaf of the base and the tensors that fill it.
+
+    Attributes:
+      shape: of the leaf, with the layer axis first where it is stacked.
+      names: tensors in the files, one per layer for a stacked leaf.
+      stacked: whether the leaf has a layer axis.
+      transposed: whether the files hold it ``[out, in]``.
+    """
+
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    stacked: bool
+    transposed: bool
+
+
+def base_specs(config: ModelConfig) -> Base:
+    """A Base whose leaves are LeafSpecs: the one table of names and shapes."""
+
+    def plain(name: str, *shape: int, transposed: bool = False) -> LeafSpec:
+        return LeafSpec(shape, (name,), stacked=False, transposed=transposed)
+
+    def stacked(suffix: str, *shape: int, transposed: bool = False) -> LeafSpec:
+        names = tuple(f"model.layers.{i}.{suffix}" for i in range(config.num_layers))
+        return LeafSpec((config.num_layers, *shape), names, stacked=True, transposed=transposed)
+
+    modules = {}
+    for name in EXPERTS:
+        path, (d_in, d_out) = MODULE_PATHS[name], config.module_dims[name]
+        biased = config.attention_bias if path.startswith("self_attn") else config.mlp_bias
+        bias = stacked(f"{path}.bias", d_out) if biased else None
+        modules[name] = Linear(stacked(f"{path}.weight", d_in, d_out, transposed=True), bias)
+    layers = Layer(
+        stacked("input_layernorm.weight", config.hidden_size),
+        stacked("post_attention_layernorm.weight", config.hidden_size),
+        modules,
+    )
+    vocab, width = config.vocab_size, config.hidden_size
+    head = None if config.tie_embeddings else plain("lm_head.weight", width, vocab, transposed=True)
+    return Base(
+        plain("model.embed_tokens.weight", vocab, width), layers, plain("model.norm.weight", width), head
+    )
+
+
+def load_leaves(
+    directory: Path, config: ModelConfig, dtype: str, place: Callable[[np.ndarray, tuple], jax.Array]
+) -> Base:
+    """Read every leaf of the base.
+
+    Args:
+      place: ``place(host_array, key_path)`` puts a finished leaf on the devices.
+
+    Raises:
+      UserError: for a missing, extra or misshapen tensor, a pickle, or a damaged file.
+    """
+    target = jnp.dtype(dtype)
+    with contextlib.ExitStack() as files:
+        tensors = _open_tensors(directory, files)
+        specs = base_specs(config)
+        expected = {name for spec in jax.tree.leaves(specs) for name in spec.names}
+        found = {name for name in tensors if not name.endswith(IGNORED_SUFFIX)}
+        if config.tie_embeddings:
+            found.discard("lm_head.weight")  # some tied checkpoints store the shared matrix twice
+        _require_same_names(directory, expected, found)
+
+        def read(path: tuple, spec: LeafSpec) -> jax.Array:
+            leaf = np.empty(spec.shape, target)
+            for i, name in enumerate(spec.names):
+                part = leaf[i] if spec.stacked else leaf
+                _read_into(part, tensors[name], name, spec.transposed, directory)
+            return place(leaf, path)
+
+        return jax.tree_util.tree_map_with_path(read, specs)
+
+
+def place_on_default_device(leaf: np.ndarray, path: tuple) -> jax.Array:
+    """The simplest ``place`` of :func:`load_leaves`: the whole leaf on one device."""
+    del path
+    return jnp.asarray(leaf)
+
+
+def save_base(directory: Path, base: Base, config: ModelConfig, dtype: str) -> None:
+    """Write ``model.safetensors`` in Hugging Face's names and layout; :func:`load_leaves` reads it."""
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, np.ndarray] = {}
+
+    def write(spec: LeafSpec, leaf: jax.Array) -> None:
+        host = np.asarray(leaf).astype(jnp.dtype(dtype))
+        for i, name in enumerate(spec.names):
+            part = host[i] if spec.stacked else host
+            tensors[name] = np.ascontiguousarray(part.T if spec.transposed else part)
+
+    jax.tree.map(write, base_specs(config), base)
+    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def _open_tensors(directory: Path, files: contextlib.ExitStack) -> dict[str, Any]:
+    """Handles by tensor name: ``handles[name] -> open safetensors file``; files close with ``files``."""
+    if not directory.is_dir():
+        raise UserError(f"model.path {str(directory)!r}: no such directory, expected a Hugging Face model")
+    handles: dict[str, Any] = {}
+    for path, only in _weight_files(directory):
+        try:
+            from safetensors import SafetensorError, safe_open
+
+            handle = files.enter_context(safe_open(path, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+        names = set(handle.keys())
+        if only is not None and names != only:
+            wrong = sorted(names ^ only)[0]
+            raise UserError(f"{path}: tensor {wrong!r} is in the file or in the index, not in both")
+        for name in names:
+            handles[name] = handle
+    return handles
+
+
+def _weight_files(directory: Path) -> Iterator[tuple[Path, set[str] | None]]:
+    """Every weight file with the tensors the index gives it; None where there is no index."""
+    index_path, single = directory / INDEX_NAME, directory / WEIGHTS_NAME
+    if single.is_file():
+        yield single, None
+        return
+    if not index_path.is_file():
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        found = f"; found {pickles[0]}, but pickles are never loaded" if pickles else ""
+        raise UserError(f"{directory}: expected {WEIGHTS_NAME} or {INDEX_NAME}{found}")
+    weight_map = read_json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index_path}: expected a non-empty object 'weight_map'")
+    by_file: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        plain = isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+        if not plain:
+            raise UserError(
+                f"{index_path}: tensor {tensor!r} is in {name!r}: expected a safetensors file of this directory"
+            )
+        by_file.setdefault(name, set()).add(tensor)
+    for name in sorted(by_file):
+        if not (directory / name).is_file():
+            raise UserError(f"{index_path}: names {name!r}, which is missing")
+        yield directory / name, by_file[name]
+
+
+def _require_same_names(directory: Path, expected: set[str], found: set[str]) -> None:
+    missing, extra = sorted(expected - found), sorted(found - expected)
+    if missing:
+        raise UserError(f"{directory}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
+    if extra:
+        raise UserError(
+            f"{directory}: unexpected tensor {extra[0]!r} ({len(extra)} in all); "
+            "config.json does not ask for it"
+        )
+
+
+def _read_into(part: np.ndarray, handle: Any, name: str, transposed: bool, directory: Path) -> None:
+    """Copy one tensor into its place, checking its shape and that every value is a number."""
+    tensor = handle.get_tensor(name)
+    shape = part.shape[::-1] if transposed else part.shape
+    if tensor.shape != shape:
+        raise UserError(f"{directory}: tensor {name!r} has shape {tensor.shape}, expected {shape}")
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise UserError(f"{directory}: tensor {name!r} has dtype {tensor.dtype}, expected a floating type")
+    np.copyto(part, tensor.T if transposed else tensor, casting="unsafe")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not readable JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value

@@ -1,0 +1,53 @@
+"""The two verbs of the plain base: load it, and ask it for logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from milora_jax.base.hf import load_leaves, place_on_default_device
+from milora_jax.base.hf_config import read_model_config
+from milora_jax.base.transformer import Base, forward, unembed
+from milora_jax.config import DTYPES, ModelConfig, require
+
+
+def load_base(path: str | Path, dtype: str = "float32") -> tuple[Base, ModelConfig]:
+    """Load a frozen base from a Hugging Face directory of the LLaMA family.
+
+    Args:
+      path: directory with ``config.json`` and safetensors files.
+      dtype: dtype the leaves are kept and computed in, whatever the files hold.
+
+    Raises:
+      UserError: naming the file, tensor or setting that is wrong.
+    """
+    require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+    config = read_model_config(Path(path))
+    return load_leaves(Path(path), config, dtype, place_on_default_device), config
+
+
+def logits(base: Base, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Next-token logits of the plain base, in float32.
+
+    Args:
+      tokens: full rows without padding, T at most ``config.max_positions``.
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    require(tokens.ndim == 2, "tokens", tokens.shape, "two axes, [B, T]")
+    require(
+        tokens.shape[1] <= config.max_positions,
+        "row length",
+        tokens.shape[1],
+        f"at most max_positions {config.max_positions}",
+    )
+    return _logits(base, tokens, config)
+
+
+@jax.jit(static_argnames="config")
+def _logits(base: Base, tokens: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T V"]:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+    output = forward(base, config, tokens, positions, jnp.ones_like(tokens))
+    return unembed(base, output.hidden)

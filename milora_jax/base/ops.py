@@ -1,0 +1,108 @@
+"""The maths of a LLaMA layer as free functions; nothing here knows that adapters exist."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from milora_jax.config import Llama3Scaling
+
+
+def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+    """Root-mean-square norm; the mean of squares in float32, the product with weight in x's dtype.
+
+    The order of cast and product is the one of Hugging Face's LlamaRMSNorm, on which published
+    bfloat16 checkpoints depend.
+    """
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None) -> np.ndarray:
+    """Inverse wavelengths of the rotary embedding in radians per position, float32 ``[H / 2]``.
+
+    With ``scaling`` the low frequencies are divided by ``factor`` and a band between is blended, as
+    LLaMA 3.1 does to stretch its context.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1.0 / np.power(np.float32(theta), exponent)).astype(np.float32)
+    if scaling is None:
+        return frequencies
+    wavelength = 2 * np.pi / frequencies
+    original = scaling.original_max_positions
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
+    blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    return blended.astype(np.float32)
+
+
+def rope_tables(
+    positions: Int[Array, "B T"], frequencies: np.ndarray
+) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
+    """Cosine and sine of every position's angles, in float32.
+
+    Never in bfloat16: it cannot tell position 256 from 257.
+    """
+    angles = jnp.einsum("BT,H->BTH", positions.astype(jnp.float32), jnp.asarray(frequencies))
+    return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+
+
+def apply_rope(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 half"], sin: Float[Array, "B T 1 half"]
+) -> Float[Array, "B T N H"]:
+    """Rotate each head's first and second half against each other (the Hugging Face layout)."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = (jnp.broadcast_to(table.astype(x.dtype), first.shape) for table in (cos, sin))
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention, scores divided by sqrt(H), softmax in float32.
+
+    Args:
+      mask: true where a query may see a key. A query that may see none (padding) averages all
+        values: finite, and read by nobody.
+    """
+    rows, length, heads, width = q.shape
+    grouped = q.reshape(rows, length, k.shape[2], heads // k.shape[2], width)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores * (width**-0.5)
+    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
+    shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", shares, v).reshape(q.shape)
+
+
+def linear(
+    x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], bias: Float[Array, "d_out"] | None
+) -> Float[Array, "*B d_out"]:
+    """``x W + b`` with W stored [in, out]."""
+    y = x @ kernel
+    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+
+
+def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """``silu(gate) * up``, the gated unit of LLaMA."""
+    return jax.nn.silu(gate) * up
+
+
+def attention_mask(
+    query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"], first_query: Int[Array, ""]
+) -> Bool[Array, "B T S"]:
+    """Causal within a segment: a query sees the keys of its own record that are not after it.
+
+    Args:
+      query_segments, key_segments: 0 for padding, which nothing sees.
+      first_query: slot of the first query among the keys.
+    """
+    query_slots = first_query + jnp.arange(query_segments.shape[1])
+    causal = query_slots[:, None] >= jnp.arange(key_segments.shape[1])[None, :]
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    return same & causal[None, :, :] & (key_segments > 0)[:, None, :]

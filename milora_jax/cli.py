@@ -1,0 +1,110 @@
+"""What the command lines share: flags into a Config, progress bars, plain log lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from milora_jax.config import Config
+from milora_jax.errors import UserError
+
+LINE_EVERY = 10.0
+"""Seconds between two progress lines where the output is not a terminal."""
+
+
+def parse_train_flags(argv: list[str]) -> tuple[Config, Path]:
+    """Read ``--config FILE``, ``--config.group.field=value`` and ``--workdir DIR``.
+
+    Raises:
+      UserError: for a missing config file, an unknown flag or setting, or a value of another type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    if any(argument in ("-h", "--help") for argument in argv[1:]):
+        print(sys.modules["__main__"].__doc__)
+        raise SystemExit(0)
+    path = _config_path(argv)
+    if not path.is_file():
+        raise UserError(f"--config {str(path)!r}: no such file, expected for example configs/tiny.py")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values)
+    flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=values)
+    try:
+        rest = values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"command line: {error}") from None
+    if len(rest) > 1:
+        raise UserError(
+            f"command line: unexpected argument {rest[1]!r}, settings are --config.group.field=value"
+        )
+    config = Config.from_dict(values["config"].value.to_dict())
+    return config, Path(values["workdir"].value or Path("runs") / path.stem)
+
+
+def _config_path(argv: list[str]) -> Path:
+    for i, argument in enumerate(argv):
+        if argument in ("--config", "-config") and i + 1 < len(argv):
+            return Path(argv[i + 1])
+        if argument.startswith(("--config=", "-config=")):
+            return Path(argument.split("=", 1)[1])
+    raise UserError("--config is missing, expected for example --config configs/tiny.py")
+
+
+class Bar:
+    """Progress of one long job: a tqdm bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, name: str, total: int, unit: str, stream: TextIO) -> None:
+        self._name, self._total, self._unit, self._stream = name, total, unit, stream
+        self._reached, self._printed, self._status = 0, time.monotonic(), ""
+        self._bar: Any = None
+        if stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=name, unit=unit, file=stream)
+
+    def advance(self, count: int) -> None:
+        """Note that ``count`` more units are done."""
+        self.reach(self._reached + count, "")
+
+    def reach(self, done: int, status: str) -> None:
+        """Note that ``done`` units are done, with a status worth showing (or none)."""
+        step, self._reached = done - self._reached, done
+        self._status = status or self._status
+        if self._bar is not None:
+            self._bar.update(step)
+            if status:
+                self._bar.set_postfix_str(status)
+        elif done == self._total or time.monotonic() - self._printed >= LINE_EVERY:
+            self._printed = time.monotonic()
+            tail = f": {self._status}" if self._status else ""
+            print(f"{self._name} {done}/{self._total} {self._unit}{tail}", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Console:
+    """Where a command talks to its user: standard error, so that standard output stays data."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        print(line, file=self._stream, flush=True)
+
+    @contextmanager
+    def progress(self, name: str, total: int, unit: str) -> Iterator[Bar]:
+        """A bar for the duration of a ``with`` block."""
+        bar = Bar(name, total, unit, self._stream)
+        try:
+            yield bar
+        finally:
+            bar.close()

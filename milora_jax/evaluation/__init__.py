@@ -1,0 +1,1 @@
+"""Scoring generated answers and reporting a run."""

@@ -1,0 +1,70 @@
+"""``python -m milora_jax.evaluation --workdir DIR --data FILE``: accuracy as JSON, predictions as JSONL."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from milora_jax.base.load import load_base
+from milora_jax.base.transformer import adapter_decode_layout, decode_layout
+from milora_jax.config import EvalSection
+from milora_jax.data.records import parse_sources, read_records
+from milora_jax.data.tokens import load_tokenizer
+from milora_jax.errors import UserError, run_command
+from milora_jax.evaluation.score import accuracies, score_task, write_predictions
+from milora_jax.storage.adapters import load_adapter
+from milora_jax.training.workdir import read_workdir_config
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m milora_jax.evaluation", description=__doc__)
+    parser.add_argument("--workdir", required=True, type=Path, help="workdir of train.py")
+    parser.add_argument(
+        "--data", default="", help="files to score, comma-separated (default: the run's test files)"
+    )
+    parser.add_argument("--task", default="", help="name of the extraction rule's task, for a single file")
+    parser.add_argument("--limit", type=int, default=0, help="rows scored per task (default: all)")
+    parser.add_argument(
+        "--batch-size", type=int, default=0, help="prompts decoded together (default: the run's)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (default: the run's)")
+    parser.add_argument("--base", action="store_true", help="score the frozen base without the adapter")
+    parser.add_argument("--predictions", type=Path, help="JSONL file (default: WORKDIR/predictions.jsonl)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Score the best adapter of a workdir on records."""
+    arguments = parse_arguments()
+    config = read_workdir_config(arguments.workdir)
+    sources = parse_sources(arguments.data or config.data.test)
+    if not sources:
+        raise UserError("nothing to score: give --data FILE, the run has no data.test")
+    if arguments.task and len(sources) != 1:
+        raise UserError(f"--task {arguments.task!r} names one task, --data has {len(sources)} files")
+    if arguments.task:
+        sources = [dataclasses.replace(sources[0], name=arguments.task)]
+    settings = EvalSection(
+        limit=arguments.limit,
+        batch_size=arguments.batch_size or config.eval.batch_size,
+        max_new_tokens=arguments.max_new_tokens or config.eval.max_new_tokens,
+    )
+    tasks = {source.name: read_records(source) for source in sources}
+    adapter = None if arguments.base else adapter_decode_layout(load_adapter(arguments.workdir))
+    base, model = load_base(config.model.path, config.model.dtype)
+    tokenizer, base = load_tokenizer(config.model.path), decode_layout(base)
+    scores = []
+    for task, records in tasks.items():
+        print(f"scoring {task} ({len(records)} rows)", file=sys.stderr, flush=True)
+        scores.append(score_task(base, model, tokenizer, adapter, task, records, settings))
+    write_predictions(arguments.predictions or arguments.workdir / "predictions.jsonl", scores)
+    rows = {score.task: len(score.predictions) for score in scores}
+    print(json.dumps({"accuracy": accuracies(scores), "rows": rows}))
+
+
+if __name__ == "__main__":
+    run_command(main)

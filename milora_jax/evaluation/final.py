@@ -1,0 +1,106 @@
+"""The evaluations around a training run, and its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from milora_jax.adapters.protocol import Adapter, active_parameters, tunable_parameters
+from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.base.transformer import adapter_decode_layout, decode_layout
+from milora_jax.cli import Console
+from milora_jax.data.prompts import prompt_text
+from milora_jax.evaluation.report import accuracy_table, mean_expert_share, plot_routing
+from milora_jax.evaluation.score import TaskScore, accuracies, limited, score_task, write_predictions
+from milora_jax.storage.adapters import load_adapter
+from milora_jax.storage.files import read_json, write_json_atomic
+from milora_jax.training.loop import Fit
+from milora_jax.training.prepare import Run
+from milora_jax.types import EXPERTS
+
+BASE_SCORES_NAME = "base_accuracy.json"
+
+
+def evaluate_base(run: Run, workdir: Path, console: Console) -> dict[str, float]:
+    """Accuracy of the frozen base on the test records; remembered in the workdir across resumes."""
+    if not run.tests:
+        return {}
+    path = workdir / BASE_SCORES_NAME
+    key = {"data": run.config.data.test, "eval": run.config.to_dict()["eval"]}
+    if path.is_file() and (saved := read_json(path)).get("key") == key:
+        return saved["accuracy"]
+    found = accuracies(_score_all(run, None, "scoring the base", console))
+    write_json_atomic(path, {"key": key, "accuracy": found})
+    return found
+
+
+def evaluate_adapter(run: Run, workdir: Path, console: Console) -> list[TaskScore]:
+    """Scores of the best adapter, read back from the disk as a user would read it."""
+    return _score_all(run, load_adapter(workdir), "scoring the adapter", console) if run.tests else []
+
+
+def _score_all(run: Run, adapter: Adapter | None, title: str, console: Console) -> list[TaskScore]:
+    settings = run.config.eval
+    base = decode_layout(run.base)
+    adapter = None if adapter is None else adapter_decode_layout(adapter)
+    total = sum(len(limited(records, settings.limit)) for records in run.tests.values())
+    scores = []
+    with console.progress(title, total, "rows") as bar:
+        for task, records in run.tests.items():
+            scores.append(
+                score_task(
+                    base,
+                    run.model,
+                    run.tokenizer,
+                    adapter,
+                    task,
+                    records,
+                    settings,
+                    place=run.place,
+                    progress=bar.advance,
+                )
+            )
+    return scores
+
+
+def write_report(
+    run: Run,
+    workdir: Path,
+    fit: Fit,
+    before: dict[str, float],
+    scores: list[TaskScore],
+    wall_seconds: float,
+    console: Console,
+) -> None:
+    """Print the table and an example answer; write ``summary.json``, ``predictions.jsonl`` and the plot."""
+    settings = run.config.adapter
+    method, shape = build_method(settings), adapter_shape(run.model)
+    share = mean_expert_share(scores)
+    by_expert = (
+        dict.fromkeys(EXPERTS, 1.0) if share is None else dict(zip(EXPERTS, share.mean(axis=0), strict=True))
+    )
+    summary = {
+        "steps": fit.steps,
+        "best_step": fit.progress.best_step,
+        "dev_perplexity": fit.progress.best_perplexity,
+        "skipped_updates": fit.progress.skipped,
+        "tunable_parameters": tunable_parameters(method, shape),
+        "mean_active_parameters": active_parameters(method.expert_sizes(shape), by_expert),
+        "tokens_per_second": fit.tokens_per_second,
+        "wall_seconds": wall_seconds,
+    }
+    if scores:
+        after = accuracies(scores)
+        summary["accuracy"] = {"base": before, "adapter": after}
+        write_predictions(workdir / "predictions.jsonl", scores)
+        plot_routing(workdir / "routing.png", scores)
+        record = next(iter(run.tests.values()))[0]
+        first = scores[0].predictions[0]
+        print(f"\nprompt:\n{prompt_text(record)}\nanswer:\n{first.generated}\n")
+        print(accuracy_table(before, after))
+    write_json_atomic(workdir / "summary.json", summary)
+    print(
+        f"\n{fit.steps} steps, best at {fit.progress.best_step} (dev perplexity "
+        f"{fit.progress.best_perplexity:.3f}), {summary['tunable_parameters']:,} tunable parameters, "
+        f"{summary['mean_active_parameters']:,.0f} active per token, {wall_seconds:.0f} s"
+    )
+    print(f"written to {workdir}")

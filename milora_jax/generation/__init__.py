@@ -1,0 +1,1 @@
+"""Generation: prefill computes the route, decode steps read it."""

@@ -1,0 +1,1 @@
+"""The device mesh and the declared sharding of every leaf."""

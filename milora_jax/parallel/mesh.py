@@ -1,0 +1,46 @@
+"""The device mesh: axes ``data``, ``fsdp`` and ``tensor``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from milora_jax.config import MeshSection, ModelConfig, require
+from milora_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(settings: MeshSection, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange the devices as the settings ask; an axis of -1 takes all that remain.
+
+    Raises:
+      UserError: where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [settings.data, settings.fsdp, settings.tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh data={settings.data} fsdp={settings.fsdp} tensor={settings.tensor} "
+            f"does not fit {len(devices)} device(s)"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_divides(mesh: Mesh, model: ModelConfig, batch_size: int) -> None:
+    """Refuse a mesh that cannot split the batch, the heads or the widths evenly, with the numbers."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    require(batch_size % rows == 0, "batch_size", batch_size, f"a multiple of mesh data x fsdp = {rows}")
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
+        size = getattr(model, name)
+        require(size % tensor == 0, name, size, f"a multiple of mesh.tensor = {tensor}")
+    require(
+        model.hidden_size % fsdp == 0, "hidden_size", model.hidden_size, f"a multiple of mesh.fsdp = {fsdp}"
+    )

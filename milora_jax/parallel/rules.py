@@ -1,0 +1,87 @@
+"""Where every leaf lives: logical axes by leaf name, and the mesh axes they map to.
+
+A leaf whose name is not declared here is an error: a catch-all rule would replicate a misnamed
+7B matrix on every chip and nobody would notice before memory ran out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from milora_jax.adapters.protocol import path_names
+from milora_jax.types import PyTree
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """One field per logical axis: the mesh axes it is split over, or None for replicated.
+
+    Attributes:
+      rows: rows of a batch, over all data-parallel devices.
+      embed: D of the base's matrices; gathered when used (fully sharded data parallelism).
+      heads: query, key and value widths, so that a head never spans two chips.
+      ffn: F.
+      vocab: V.
+      layers: the stacking axis; splitting it would move whole layers between chips.
+      adapter: every axis of adapters, optimiser state and counters, which are small.
+    """
+
+    rows: MeshAxes = ("data", "fsdp")
+    embed: MeshAxes = "fsdp"
+    heads: MeshAxes = "tensor"
+    ffn: MeshAxes = "tensor"
+    vocab: MeshAxes = "tensor"
+    layers: MeshAxes = None
+    adapter: MeshAxes = None
+
+
+BASE_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
+    ("embedding",): ("vocab", "embed"),
+    ("final_norm",): (None,),
+    ("head",): ("embed", "vocab"),
+    ("layers", "attention_norm"): ("layers", None),
+    ("layers", "feedforward_norm"): ("layers", None),
+    **{("layers", name, "kernel"): ("layers", "embed", "heads") for name in ("q", "k", "v")},
+    **{("layers", name, "kernel"): ("layers", "embed", "ffn") for name in ("gate", "up")},
+    ("layers", "o", "kernel"): ("layers", "heads", "embed"),
+    ("layers", "down", "kernel"): ("layers", "ffn", "embed"),
+    **{("layers", name, "bias"): ("layers", "heads") for name in ("q", "k", "v")},
+    **{("layers", name, "bias"): ("layers", "ffn") for name in ("gate", "up")},
+    ("layers", "o", "bias"): ("layers", None),
+    ("layers", "down", "bias"): ("layers", None),
+}
+"""Logical axes of every leaf of the stacked base, by the names on its path."""
+
+
+def base_sharding(mesh: Mesh, rules: Rules, path: tuple) -> NamedSharding:
+    """The sharding of one leaf of the base, by its key path.
+
+    Raises:
+      KeyError: for a leaf that :data:`BASE_AXES` does not declare.
+    """
+    names = tuple(name for name in path_names(path) if name != "value")
+    if names not in BASE_AXES:
+        raise KeyError(f"no sharding is declared for base leaf {'.'.join(names)}")
+    allowed = {field.name for field in fields(rules)}
+    axes = [getattr(rules, axis) if axis in allowed else None for axis in BASE_AXES[names]]
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def base_shardings(mesh: Mesh, rules: Rules, base: PyTree) -> PyTree:
+    """A tree like ``base`` with every leaf's sharding."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, rules, path), base)
+
+
+def adapter_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
+    """The sharding of every leaf of an adapter and of a training state."""
+    return NamedSharding(mesh, PartitionSpec(rules.adapter))
+
+
+def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
+    """The sharding of every leaf of a batch: split by rows."""
+    return NamedSharding(mesh, PartitionSpec(rules.rows))

@@ -1,0 +1,68 @@
+"""A trained adapter on disk: its parameters and what is needed to use them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from milora_jax.adapters.protocol import Adapter, Shape, init_adapter
+from milora_jax.adapters.registry import build_method
+from milora_jax.config import AdapterSection, Config
+from milora_jax.errors import UserError
+from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata
+
+
+def adapter_metadata(settings: AdapterSection, shape: Shape) -> dict[str, Any]:
+    """What is stored beside an adapter's parameters so that they can be read back alone."""
+    return {
+        "adapter": dataclasses.asdict(settings),
+        "shape": {
+            "modules": {name: list(dims) for name, dims in shape.modules},
+            "num_layers": shape.num_layers,
+            "hidden_size": shape.hidden_size,
+        },
+    }
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Load a trained adapter.
+
+    Args:
+      path: a workdir of ``train.py`` (its best adapter is taken), or a copy of its ``best`` folder.
+
+    Raises:
+      UserError: where there is none, or it is damaged, or holds a value that is not finite.
+    """
+    path = Path(path)
+    root = path / "best" if (path / "best").is_dir() else path
+    if not root.is_dir():
+        raise UserError(f"{str(path)!r}: no such directory, expected a workdir or an exported adapter")
+    problems: list[str] = []
+    directory = CheckpointDirectory(root, keep=1, warn=problems.append)
+    step = directory.newest()
+    if step is None:
+        reason = f": {problems[0]}" if problems else ""
+        raise UserError(f"{str(root)!r} holds no complete adapter{reason}")
+    metadata = read_metadata(root, step)
+    shape_values = metadata["shape"]
+    shape = Shape.of(
+        {name: tuple(dims) for name, dims in shape_values["modules"].items()},
+        shape_values["num_layers"],
+        shape_values["hidden_size"],
+    )
+    method = build_method(Config.from_dict({"adapter": metadata["adapter"]}).adapter)
+    abstract = jax.eval_shape(lambda: init_adapter(method, jax.random.key(0), shape))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract.params
+    )
+    params, _ = directory.restore(step, placed)
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not bool(jnp.isfinite(leaf).all()):
+            name = jax.tree_util.keystr(key_path)
+            raise UserError(f"{str(root)!r}: adapter leaf {name} holds values that are not finite")
+    return Adapter(params=params, method=method, shape=shape)

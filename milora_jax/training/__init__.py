@@ -1,0 +1,1 @@
+"""Training: the loss, the optimisers, the step and the loop."""

@@ -1,0 +1,60 @@
+"""The optimisers of Omega (experts and routers) and Theta (rational coefficients, Appendix A)."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from milora_jax.adapters.protocol import Adapter, coefficient_mask
+from milora_jax.config import TrainSection
+from milora_jax.types import PyTree
+
+
+def learning_rate_schedule(peak: float, warmup_share: float, total_steps: int) -> optax.Schedule:
+    """Linear rise over the first ``warmup_share`` of the steps, then linear fall to 0.
+
+    The first update already moves: it uses ``peak / warm-up steps``.
+    """
+    warmup = max(1, round(warmup_share * total_steps))
+    rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    fall = optax.linear_schedule(peak, 0.0, max(1, total_steps - warmup))
+    return optax.join_schedules([rise, fall], [warmup])
+
+
+def make_optimizer(settings: TrainSection, peak: float, total_steps: int) -> optax.GradientTransformation:
+    """AdamW with gradient clipping and the linear schedule."""
+    schedule = learning_rate_schedule(peak, settings.warmup_share, total_steps)
+    adamw = optax.adamw(schedule, weight_decay=settings.weight_decay)
+    if settings.clip_norm == 0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+
+
+def split_params(adapter: Adapter, coefficients: str) -> tuple[PyTree, PyTree, PyTree]:
+    """Split an adapter's parameters into Omega, Theta and what is not trained.
+
+    Each part is a tree like the whole with None, which is no leaf, where the others have theirs;
+    :func:`join_params` puts them together.
+
+    Args:
+      coefficients: ``bilevel`` makes the rational coefficients Theta, ``joint`` leaves them in
+        Omega, ``frozen`` trains them not at all.
+    """
+    is_theta = coefficient_mask(adapter)
+    params = adapter.params
+    if coefficients == "joint":
+        nothing = jax.tree.map(lambda _: None, params)
+        return params, nothing, nothing
+    omega = jax.tree.map(lambda leaf, theta: None if theta else leaf, params, is_theta)
+    theta = jax.tree.map(lambda leaf, theta: leaf if theta else None, params, is_theta)
+    nothing = jax.tree.map(lambda _: None, params)
+    return (omega, theta, nothing) if coefficients == "bilevel" else (omega, nothing, theta)
+
+
+def join_params(adapter: Adapter, *parts: PyTree) -> Adapter:
+    """The adapter whose parameters are the disjoint ``parts`` of :func:`split_params`."""
+
+    def first(*leaves: PyTree) -> PyTree:
+        return next((leaf for leaf in leaves if leaf is not None), None)
+
+    return adapter.replace(params=jax.tree.map(first, *parts, is_leaf=lambda leaf: leaf is None))

@@ -1,0 +1,117 @@
+"""Everything a run needs before its first step: devices, base, tokenizer, rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from milora_jax.base.hf import load_leaves
+from milora_jax.base.hf_config import read_model_config
+from milora_jax.base.transformer import Base
+from milora_jax.config import Config, ModelConfig, require
+from milora_jax.data.records import Record, fingerprint, holdout, parse_sources, read_records
+from milora_jax.data.tokens import Example, encode_records, load_tokenizer
+from milora_jax.errors import UserError
+from milora_jax.parallel.mesh import check_divides, make_mesh
+from milora_jax.parallel.rules import Rules, base_sharding, batch_sharding
+from milora_jax.types import Batch
+
+ROW_MULTIPLE = 32
+"""Training rows are padded to one common length, a multiple of this, so that one step is compiled."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train.
+
+    Attributes:
+      model, base: the frozen model, its leaves laid out over ``mesh``.
+      train, dev: encoded rows.
+      tests: records to score, by task name.
+      data_fingerprint: SHA-256 over the training and dev records.
+    """
+
+    config: Config
+    model: ModelConfig
+    base: Base
+    tokenizer: Any
+    mesh: Mesh
+    rules: Rules
+    train: list[Example]
+    dev: list[Example]
+    tests: dict[str, list[Record]]
+    data_fingerprint: str
+
+    def place(self, batch: Batch) -> Batch:
+        """A host batch on the devices, split by rows."""
+        return jax.device_put(batch, batch_sharding(self.mesh, self.rules))
+
+
+def prepare_run(config: Config, say: Callable[[str], None]) -> Run:
+    """Read the rows, the tokenizer and the base that a config names.
+
+    The rows come first: a typo in a file name should not cost the minutes a 7B base takes to load.
+
+    Args:
+      say: receives one line per thing worth knowing (rows dropped, held out, loaded).
+    """
+    require(bool(config.model.path), "model.path", config.model.path, "a Hugging Face directory")
+    require(bool(config.data.train), "data.train", config.data.train, "at least one file")
+    model = read_model_config(Path(config.model.path))
+    require(
+        config.data.max_length <= model.max_positions,
+        "data.max_length",
+        config.data.max_length,
+        f"at most the model's {model.max_positions} positions",
+    )
+    require(bool(model.eos_ids), "eos_token_id of the model", None, "a token that ends an answer")
+    mesh = make_mesh(config.mesh)
+    check_divides(mesh, model, config.train.batch_size)
+    train_records = _read_all(config.data.train)
+    if config.data.dev:
+        dev_records = _read_all(config.data.dev)
+    else:
+        train_records, dev_records = holdout(train_records, config.data.dev_share, config.train.seed)
+        say(f"no dev file: {len(dev_records)} of the training rows are held out")
+    tests = {source.name: read_records(source) for source in parse_sources(config.data.test)}
+    tokenizer = load_tokenizer(config.model.path)
+    if len(tokenizer) > model.vocab_size:
+        raise UserError(
+            f"tokenizer of {config.model.path!r} has {len(tokenizer)} tokens: "
+            f"expected at most the model's {model.vocab_size}"
+        )
+    eos_id, limit = model.eos_ids[0], config.data.max_length
+    train, dropped = encode_records(tokenizer, train_records, eos_id, limit)
+    dev, dev_dropped = encode_records(tokenizer, dev_records, eos_id, limit)
+    say(
+        f"rows: {len(train)} train ({dropped} longer than {limit} tokens dropped), "
+        f"{len(dev)} dev ({dev_dropped} dropped), {sum(map(len, tests.values()))} test"
+    )
+    rules = Rules()
+    base = load_leaves(
+        Path(config.model.path),
+        model,
+        config.model.dtype,
+        lambda leaf, path: jax.device_put(leaf, base_sharding(mesh, rules, path)),
+    )
+    return Run(
+        config=config,
+        model=model,
+        base=base,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        rules=rules,
+        train=train,
+        dev=dev,
+        tests=tests,
+        data_fingerprint=fingerprint([*train_records, *dev_records]),
+    )
+
+
+def _read_all(sources: str) -> list[Record]:
+    return [record for source in parse_sources(sources) for record in read_records(source)]

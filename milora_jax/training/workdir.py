@@ -1,0 +1,86 @@
+"""The folder of a run: its config, its log of metrics, and who may write into it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from milora_jax.config import Config
+from milora_jax.errors import UserError
+from milora_jax.storage.files import read_json, write_json_atomic
+
+CONFIG_NAME = "config.json"
+METRICS_NAME = "metrics.jsonl"
+CHANGEABLE = {("eval",), ("mesh",), ("train", "log_every"), ("train", "save_every")}
+"""What may differ when a run is continued: settings that do not enter the trained parameters."""
+
+
+def claim_workdir(workdir: Path, config: Config) -> None:
+    """Write ``config.json`` into a new workdir, or check that an old one belongs to this config.
+
+    Raises:
+      UserError: naming the first setting that differs from the run that made the workdir.
+    """
+    path = workdir / CONFIG_NAME
+    if path.is_file():
+        old = _leaves(Config.from_dict(read_json(path)).to_dict())
+        new = _leaves(config.to_dict())
+        for name, value in new.items():
+            if name[:1] in CHANGEABLE or name in CHANGEABLE:
+                continue
+            if old[name] != value:
+                raise UserError(
+                    f"workdir {str(workdir)!r} holds another run: {'.'.join(name)} is {old[name]!r} there "
+                    f"and {value!r} now; use another --workdir"
+                )
+    write_json_atomic(path, config.to_dict())
+
+
+def read_workdir_config(workdir: Path) -> Config:
+    """The config of the run in a workdir."""
+    if not (workdir / CONFIG_NAME).is_file():
+        raise UserError(f"{str(workdir)!r} is no workdir: it holds no {CONFIG_NAME}")
+    return Config.from_dict(read_json(workdir / CONFIG_NAME))
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object a line, in step order even after a resume."""
+
+    def __init__(self, workdir: Path, resume_step: int) -> None:
+        """Open the log and drop the lines of steps that will be taken again."""
+        self._path = workdir / METRICS_NAME
+        kept = [line for line in self._old_lines() if json.loads(line)["step"] <= resume_step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+    def _old_lines(self) -> list[str]:
+        """Complete lines of an earlier life; a kill may have torn the last one."""
+        if not self._path.is_file():
+            return []
+        text = self._path.read_text(encoding="utf-8")
+        return text[: text.rfind("\n") + 1].splitlines()
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append one line; values that are not finite are written as null, which JSON can carry."""
+        clean = {name: _json_value(value) for name, value in values.items()}
+        line = json.dumps({"step": step, **clean}, allow_nan=False)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def _leaves(values: dict[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Nested dictionaries as one, keyed by the path of each value."""
+    leaves: dict[tuple[str, ...], Any] = {}
+    for name, value in values.items():
+        inner = _leaves(value, (*path, name)) if isinstance(value, dict) else {(*path, name): value}
+        leaves.update(inner)
+    return leaves

@@ -1,0 +1,121 @@
+"""The dimension legend and the values that flow between rooms.
+
+Dimension letters, used in every shape comment, jaxtyping string and einsum of the project:
+
+=====  =========================================================
+L      layers
+B      rows of a batch
+T      tokens of a row (query positions)
+S      cache length (key positions)
+Z      prompts packed into one row; 1 unless rows are packed
+D      embedding width of the residual stream
+F      width of the feed-forward layer
+N      query heads
+K      key and value heads
+G      query heads per key head, N / K
+H      width of a head
+R      rank of a low-rank pair
+E      experts of a layer, always 7
+V      vocabulary
+=====  =========================================================
+
+Routing weights are never called gates here: ``gate`` is the SwiGLU projection.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+EXPERTS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The seven linear modules of a layer, each one expert: the paper's Q K V O G U D (section 3)."""
+
+GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+"""Projection groups: modules that share an input, in the order a layer evaluates them."""
+
+PyTree: TypeAlias = Any
+"""A tree of arrays whose structure the annotation cannot say."""
+
+
+@struct.dataclass
+class Batch:
+    """Rows of tokens with everything the model must know about them.
+
+    Attributes:
+      tokens: token ids; padding holds any valid id.
+      segment_ids: 0 for padding, 1..Z for the records packed into the row.
+      positions: position of each token within its own record, from 0.
+      prompt_mask: true on prompt tokens, false on response and padding.
+      loss_mask: true on the tokens that are *predicted* and count: response and end-of-sequence.
+    """
+
+    tokens: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    prompt_mask: Bool[Array, "B T"]
+    loss_mask: Bool[Array, "B T"]
+
+
+@struct.dataclass
+class Route:
+    """Which experts act on which prompt, chosen once per prompt (paper, Eq. 2 and 3).
+
+    In the stacked layout ``weights`` and ``probs`` carry a leading layer axis; inside a layer
+    they do not.
+
+    Attributes:
+      weights: what each expert's output is multiplied by; 0 where the expert is not chosen.
+      probs: softmax of the router, for the load-balance term and for looking at.
+      pooled_max: largest absolute value that entered the router's activation.
+    """
+
+    weights: Float[Array, "*L B Z E"]
+    probs: Float[Array, "*L B Z E"]
+    pooled_max: Float[Array, "*L"]
+
+
+@struct.dataclass
+class Metrics:
+    """What one training step reports; every leaf is a scalar unless a shape is given.
+
+    Attributes:
+      loss: cross entropy plus the weighted auxiliary term.
+      cross_entropy: mean negative log-likelihood of the counted tokens, in nats.
+      load_balance: Eq. 4 averaged over layers; 0 for methods without a router.
+      grad_norm: global L2 norm before clipping.
+      expert_share: share of the batch's prompts that chose each expert, ``[L, E]``.
+      pooled_max: largest absolute value that entered a router's activation.
+      tokens: number of counted tokens.
+      bad_steps: updates skipped in a row, up to and including this one.
+    """
+
+    loss: Float[Array, ""]
+    cross_entropy: Float[Array, ""]
+    load_balance: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    expert_share: Float[Array, "L E"]
+    pooled_max: Float[Array, ""]
+    tokens: Int[Array, ""]
+    bad_steps: Int[Array, ""]
+
+
+def layer_count(stacked: PyTree) -> int:
+    """Number of layers of a stacked tree: the length of the leading axis of its first leaf."""
+    return jax.tree.leaves(stacked)[0].shape[0]
+
+
+def unstack_layers(stacked: PyTree) -> tuple[PyTree, ...]:
+    """Turn a tree stacked on a leading layer axis into a tuple with one tree per layer.
+
+    The training layout becomes the decoding layout; :func:`stack_layers` is the exact inverse.
+    """
+    leaves, structure = jax.tree.flatten(stacked)
+    return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))
+
+
+def stack_layers(layers: tuple[PyTree, ...]) -> PyTree:
+    """Stack a tuple of per-layer trees on a leading layer axis; inverse of :func:`unstack_layers`."""
+    return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *layers)

@@ -1,0 +1,209 @@
+"""The paper's claims as equalities, on a small random model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from milora_jax.adapters.protocol import init_adapter
+from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.base.transformer import adapter_decode_layout, decode_layout, forward, unembed
+from milora_jax.config import GATES, POOLERS, AdapterSection
+from milora_jax.training.loss import adapted_loss
+from milora_jax.types import Batch
+from tests.models import TINY, random_base
+
+BASE = random_base(TINY)
+PROMPT, ANSWER = 7, 5
+
+
+def make_adapter(seed=0, change=True, **settings):
+    """A fresh adapter; with ``change`` its B matrices and its pooler are random, as after training."""
+    method = build_method(AdapterSection(**{"rank": 4, **settings}))
+    adapter = init_adapter(method, jax.random.key(seed), adapter_shape(TINY))
+    if not change:
+        return adapter
+    leaves, structure = jax.tree.flatten(adapter.params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    return adapter.replace(params=jax.tree.unflatten(structure, noisy))
+
+
+def row_batch(prompt, answer, length=None, left=False):
+    """One record as a batch of one row, padded to ``length`` on either side."""
+    tokens = np.concatenate([prompt, answer]).astype(np.int32)
+    length = length or len(tokens)
+    pad = length - len(tokens)
+    widths = (pad, 0) if left else (0, pad)
+    here = np.pad(np.ones(len(tokens), np.int32), widths)
+    places = np.pad(np.arange(len(tokens), dtype=np.int32), widths)
+    is_prompt = np.pad(np.arange(len(tokens)) < len(prompt), widths)
+    return Batch(
+        tokens=jnp.asarray(np.pad(tokens, widths, constant_values=1))[None],
+        segment_ids=jnp.asarray(here)[None],
+        positions=jnp.asarray(places)[None],
+        prompt_mask=jnp.asarray(is_prompt)[None],
+        loss_mask=jnp.asarray((here > 0) & ~is_prompt)[None],
+    )
+
+
+def run(adapter, batch, base=BASE, prompts=1, **more):
+    more = more or {"prompt_mask": batch.prompt_mask}
+    return forward(
+        base,
+        TINY,
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        adapter=adapter,
+        prompts=prompts,
+        **more,
+    )
+
+
+def stack(*batches):
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
+
+
+def text(seed, length):
+    return np.random.default_rng(seed).integers(3, TINY.vocab_size, length)
+
+
+@pytest.mark.parametrize("settings", [{"method": "lora"}, *({"gate": gate} for gate in GATES)])
+def test_a_fresh_adapter_changes_no_logit(settings):
+    batch = row_batch(text(0, PROMPT), text(1, ANSWER))
+    adapted = unembed(BASE, run(make_adapter(change=False, **settings), batch).hidden)
+    np.testing.assert_array_equal(adapted, unembed(BASE, run(None, batch).hidden))
+
+
+@pytest.mark.parametrize("pooler", POOLERS)
+@pytest.mark.parametrize("change", ["answer", "no answer", "right padding", "left padding", "other rows"])
+def test_the_route_depends_on_the_prompt_alone(pooler, change):
+    adapter = make_adapter(pooler=pooler)
+    prompt = text(0, PROMPT)
+    reference = run(adapter, row_batch(prompt, text(1, ANSWER))).route
+    batch = {
+        "answer": row_batch(prompt, text(2, ANSWER)),
+        "no answer": row_batch(prompt, text(2, 0)),
+        "right padding": row_batch(prompt, text(1, ANSWER), length=20),
+        "left padding": row_batch(prompt, text(1, ANSWER), length=20, left=True),
+        "other rows": stack(
+            row_batch(prompt, text(1, ANSWER)),
+            row_batch(text(5, PROMPT - 2), text(6, ANSWER + 2)),
+            row_batch(text(7, 2), text(8, PROMPT + ANSWER - 2)),
+        ),
+    }[change]
+    found = run(adapter, batch).route
+    np.testing.assert_array_equal(found.weights[:, 0] != 0, reference.weights[:, 0] != 0)
+    np.testing.assert_allclose(found.probs[:, 0], reference.probs[:, 0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_route_moves_with_the_prompt():
+    adapter = make_adapter()
+    routes = [np.asarray(run(adapter, row_batch(text(s, 9), text(1, 2))).route.weights) for s in range(8)]
+    assert len({(route != 0).tobytes() for route in routes}) > 1
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("top_k", [1, 3, 6])
+def test_unchosen_experts_get_no_gradient(gate, top_k):
+    adapter = make_adapter(gate=gate, top_k=top_k)
+    batch = row_batch(text(0, PROMPT), text(1, ANSWER))
+    chosen = np.asarray(run(adapter, batch).route.weights)[:, 0, 0] != 0
+    assert (chosen.sum(-1) == top_k).all()
+
+    def loss(params):
+        new = adapter.replace(params=params)
+        return adapted_loss(new, BASE, TINY, batch, prompts=1, balance_weight=0.0, key=None)[0]
+
+    gradient = jax.grad(loss)(adapter.params)
+    for i, name in enumerate(gradient.experts):
+        for leaf in (gradient.experts[name].a, gradient.experts[name].b):
+            reached = np.abs(np.asarray(leaf)).max(axis=(1, 2)) > 0
+            column = ("q", "k", "v", "o", "gate", "up", "down").index(name)
+            np.testing.assert_array_equal(reached, chosen[:, column], err_msg=f"{name} {i}")
+
+
+def test_seven_experts_with_weight_one_are_plain_lora_to_the_bit():
+    milora = make_adapter(gate="straight_through", top_k=7)
+    lora = make_adapter(method="lora").replace(params=milora.params.experts)
+    batch = row_batch(text(0, PROMPT), text(1, ANSWER))
+    np.testing.assert_array_equal(run(milora, batch).hidden, run(lora, batch).hidden)
+
+
+def test_scan_equals_loop():
+    adapter = make_adapter()
+    batch = stack(row_batch(text(0, PROMPT), text(1, ANSWER)), row_batch(text(2, 3), text(3, 9)))
+    scanned = run(adapter, batch)
+    looped = run(adapter_decode_layout(adapter), batch, base=decode_layout(BASE))
+    np.testing.assert_allclose(scanned.hidden, looped.hidden, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(scanned.route.weights, looped.route.weights)
+
+
+def test_a_given_route_equals_the_computed_one():
+    adapter = make_adapter(gate="softmax")
+    batch = row_batch(text(0, PROMPT), text(1, ANSWER))
+    routed = run(adapter, batch)
+    given = run(adapter, batch, route_weights=routed.route.weights)
+    assert given.route is None
+    np.testing.assert_allclose(given.hidden, routed.hidden, rtol=1e-6, atol=1e-6)
+
+
+def test_a_router_needs_a_prompt_or_a_route():
+    adapter, batch = make_adapter(), row_batch(text(0, PROMPT), text(1, ANSWER))
+    with pytest.raises(ValueError, match="either prompt_mask or route_weights"):
+        run(adapter, batch, key=None)
+
+
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_packed_equals_unpacked(pooler):
+    adapter = make_adapter(pooler=pooler, gate="softmax")
+    lengths = [(4, 3), (6, 2), (2, 5)]
+    records = [(text(i, p), text(10 + i, a)) for i, (p, a) in enumerate(lengths)]
+    apart = stack(*(row_batch(prompt, answer, length=12) for prompt, answer in records))
+    rows = [row_batch(prompt, answer) for prompt, answer in records]
+    packed = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *rows)
+    ids = jnp.concatenate([jnp.full_like(row.segment_ids, i + 1) for i, row in enumerate(rows)], axis=1)
+    packed = packed.replace(segment_ids=ids)
+
+    def loss(params, batch, prompts):
+        new = adapter.replace(params=params)
+        return adapted_loss(new, BASE, TINY, batch, prompts=prompts, balance_weight=0.1, key=None)
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    (one, one_parts), one_grads = value_and_grad(adapter.params, packed, 3)
+    (many, many_parts), many_grads = value_and_grad(adapter.params, apart, 1)
+    np.testing.assert_allclose(one, many, rtol=1e-5)
+    np.testing.assert_allclose(one_parts.load_balance, many_parts.load_balance, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one_grads, many_grads)
+    one_route, many_route = run(adapter, packed, prompts=3).route, run(adapter, apart).route
+    np.testing.assert_allclose(one_route.weights[:, 0], many_route.weights[:, :, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_acts_only_with_a_key():
+    batch = row_batch(text(0, PROMPT), text(1, ANSWER))
+    plain, dropping = make_adapter(dropout=0.0), make_adapter(dropout=0.5)
+    keyed = {"prompt_mask": batch.prompt_mask, "key": jax.random.key(0)}
+    np.testing.assert_array_equal(run(plain, batch).hidden, run(dropping, batch).hidden)
+    np.testing.assert_array_equal(run(plain, batch, **keyed).hidden, run(plain, batch).hidden)
+    assert float(jnp.abs(run(dropping, batch, **keyed).hidden - run(plain, batch).hidden).max()) > 1e-3
+
+
+ADAPTER_CHANGES = {
+    "method": "lora",
+    "rank": 5,
+    "alpha": 8.0,
+    "top_k": 2,
+    "pooler": "last",
+    "activation": "relu",
+    "normalize": False,
+    "gate": "softmax",
+}
+
+
+@pytest.mark.parametrize("name", ADAPTER_CHANGES)
+def test_every_forward_setting_of_the_adapter_changes_the_output(name):
+    batch = row_batch(text(0, PROMPT), text(1, ANSWER))
+    before = run(make_adapter(), batch).hidden
+    after = run(make_adapter(**{name: ADAPTER_CHANGES[name]}), batch).hidden
+    assert float(jnp.abs(before - after).max()) > 1e-6

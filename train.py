@@ -1,0 +1,50 @@
+"""Fine-tune a frozen LLaMA-architecture model with MiLoRA.
+
+    python train.py --config configs/tiny.py
+    python train.py --config configs/llama7b_math.py --config.model.path=DIR --workdir runs/math
+
+Any setting of the config can be given as ``--config.group.field=value``; ``milora_jax/config.py`` says
+what each means. Everything is written under the workdir, and the same command run again resumes:
+
+    config.json      the settings of the run
+    metrics.jsonl    one line per logged step or dev evaluation
+    checkpoints/     the newest states of training
+    best/            the adapter with the lowest dev perplexity
+    routing.png      which experts each layer chose, per task
+    summary.json     accuracy before and after, parameters, speed
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from milora_jax.cli import Console, parse_train_flags
+from milora_jax.errors import run_command
+from milora_jax.evaluation.final import evaluate_adapter, evaluate_base, write_report
+from milora_jax.storage.lock import WorkdirLock
+from milora_jax.training.loop import Trainer
+from milora_jax.training.prepare import prepare_run
+from milora_jax.training.workdir import claim_workdir
+
+
+def main() -> None:
+    """Prepare, score the base, train, score the best adapter, report."""
+    started = time.monotonic()
+    config, workdir = parse_train_flags(sys.argv)
+    console = Console()
+    run = prepare_run(config, console.say)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with WorkdirLock(workdir):
+        claim_workdir(workdir, config)
+        console.say(f"workdir {workdir}: {run.model.num_layers} layers, {config.adapter.method}")
+        before = evaluate_base(run, workdir, console)
+        trainer = Trainer(run, workdir, console.say)
+        with console.progress("training", trainer.total_steps, "step") as bar:
+            fit = trainer.fit(bar.reach)
+        after = evaluate_adapter(run, workdir, console)
+        write_report(run, workdir, fit, before, after, time.monotonic() - started, console)
+
+
+if __name__ == "__main__":
+    run_command(main)
