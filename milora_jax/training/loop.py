@@ -169,7 +169,7 @@ class Trainer:
         return Fit(state, int(state.step), progress, tokens / seconds if tokens else 0.0)
 
     def _batch(self, examples: list[Example]) -> Batch:
-        batch = collate(examples, self._length, pad_id=0, rows=self._settings.batch_size)
+        batch = collate(examples, self._length, 0, self._settings.batch_size)
         return self._run.place(batch)
 
     def _restore_or_init(self) -> tuple[TrainState, Progress]:

@@ -1,0 +1,1 @@
+"""Records, the prompt template, tokens and batches."""

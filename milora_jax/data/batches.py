@@ -1,0 +1,85 @@
+"""Which rows a step takes, and how rows become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from milora_jax.data.tokens import Example
+from milora_jax.types import Batch
+
+ORDER_STREAM = 2
+"""Keeps the order of rows apart from every other use of the run's seed."""
+
+
+def row_order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    """The permutation of an epoch: a pure function of its arguments."""
+    return np.random.default_rng([seed, ORDER_STREAM, epoch]).permutation(rows)
+
+
+def batch_rows(seed: int, step: int, rows: int, batch_size: int) -> np.ndarray:
+    """The row numbers of a step, counted from 0: a pure function of its arguments.
+
+    Batches run on across the edge of an epoch, so each epoch takes every row exactly once.
+    """
+    first = step * batch_size
+    epochs = range(first // rows, (first + batch_size - 1) // rows + 1)
+    order = np.concatenate([row_order(seed, epoch, rows) for epoch in epochs])
+    start = first - epochs[0] * rows
+    return order[start : start + batch_size]
+
+
+def padded_length(longest: int, multiple: int, limit: int) -> int:
+    """``longest`` rounded up to a multiple, but at most ``limit``.
+
+    >>> padded_length(70, 32, 768), padded_length(70, 32, 80)
+    (96, 80)
+    """
+    return min(-(-longest // multiple) * multiple, limit)
+
+
+def collate(examples: Sequence[Example], length: int, pad_id: int, rows: int) -> Batch:
+    """Training rows, padded on the right; missing rows are all padding and count nowhere.
+
+    Args:
+      length: T, at least the longest example.
+      rows: B, at least the number of examples.
+    """
+    lengths = [len(example.tokens) for example in examples]
+    batch = _empty(rows, length, pad_id)
+    for row, (example, used) in enumerate(zip(examples, lengths, strict=True)):
+        batch.tokens[row, :used] = example.tokens
+        batch.segment_ids[row, :used] = 1
+        batch.positions[row, :used] = np.arange(used)
+        batch.prompt_mask[row, : example.prompt_length] = True
+        batch.loss_mask[row, example.prompt_length : used] = True
+    return batch
+
+
+def collate_prompts(prompts: Sequence[Sequence[int]], length: int, pad_id: int, side: str, rows: int) -> Batch:
+    """Prompts for generation, padded on the ``left`` or ``right``.
+
+    Missing rows hold a prompt of one token, so that no row is empty.
+    """
+    batch = _empty(rows, length, pad_id)
+    filled = [*prompts, *([[pad_id]] * (rows - len(prompts)))]
+    for row, ids in enumerate(filled):
+        start = length - len(ids) if side == "left" else 0
+        here = slice(start, start + len(ids))
+        batch.tokens[row, here] = ids
+        batch.segment_ids[row, here] = 1
+        batch.positions[row, here] = np.arange(len(ids))
+        batch.prompt_mask[row, here] = True
+    return batch
+
+
+def _empty(rows: int, length: int, pad_id: int) -> Batch:
+    shape = (rows, length)
+    return Batch(
+        tokens=np.full(shape, pad_id, np.int32),
+        segment_ids=np.zeros(shape, np.int32),
+        positions=np.zeros(shape, np.int32),
+        prompt_mask=np.zeros(shape, bool),
+        loss_mask=np.zeros(shape, bool),
+    )

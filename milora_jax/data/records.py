@@ -1,0 +1,221 @@
+"""Records from files and from the Hub, in two schemas, and the errors they can have.
+
+Alpaca and LLM-Adapters: ``instruction``, ``input``, ``output``, ``answer``; ``answer`` may be missing and
+is then the output. GSM8K: ``question`` and ``answer``, a rationale that ends in ``#### N``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milora_jax.errors import UserError
+
+SPLIT_STEMS = ("train", "dev", "test", "validation", "valid")
+HOLDOUT_STREAM = 1
+"""Keeps the held-out choice apart from every other use of the run's seed."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row: what is asked, what should be written, and the short answer that is scored."""
+
+    instruction: str
+    input: str
+    output: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where records come from: a file, or ``hf:NAME[:CONFIG[:SPLIT]]``; and the task's name."""
+
+    name: str
+    location: str
+
+
+def parse_sources(text: str) -> list[Source]:
+    """Split comma-separated ``[NAME=]SOURCE``.
+
+    The default name is the file's stem, or its folder's name where the stem only says which split it
+    is; for the Hub it is the last part of the data set's name.
+
+    >>> [source.name for source in parse_sources("data/gsm8k/test.jsonl,mine=rows.json")]
+    ['gsm8k', 'mine']
+    """
+    sources = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, separator, location = entry.partition("=")
+        if not separator:
+            name, location = _default_name(entry), entry
+        if not name or not location:
+            raise UserError(f"data source {entry!r}: expected [NAME=]SOURCE")
+        if name in {source.name for source in sources}:
+            raise UserError(f"data source {entry!r}: the name {name!r} is used twice, write NAME=SOURCE")
+        sources.append(Source(name, location))
+    return sources
+
+
+def _default_name(location: str) -> str:
+    if location.startswith("hf:"):
+        return location.split(":")[1].split("/")[-1]
+    path = Path(location)
+    return path.parent.name or path.stem if path.stem in SPLIT_STEMS else path.stem
+
+
+def read_records(source: Source) -> list[Record]:
+    """All records of a source.
+
+    Raises:
+      UserError: naming the file and line of the first row that is malformed or incomplete.
+    """
+    if source.location.startswith("hf:"):
+        rows = _hub_rows(source.location)
+    else:
+        path = Path(source.location)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        if path.suffix == ".jsonl":
+            rows = _jsonl_rows(path)
+        elif path.suffix == ".json":
+            rows = _json_rows(path)
+        else:
+            raise UserError(f"{path}: suffix {path.suffix!r}: expected .json or .jsonl")
+    records = [_record(row, where) for row, where in rows]
+    if not records:
+        raise UserError(f"{source.location}: the data set is empty")
+    return records
+
+
+def holdout(records: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Split off dev records: a pure function of the records and the seed.
+
+    Returns:
+      Training records in their order, and at least one dev record.
+    """
+    if len(records) < 2:
+        raise UserError("one training row is too few to hold out dev rows: give data.dev")
+    count = min(max(1, round(share * len(records))), len(records) - 1)
+    order = np.random.default_rng([seed, HOLDOUT_STREAM]).permutation(len(records))
+    held = set(order[:count].tolist())
+    train = [record for i, record in enumerate(records) if i not in held]
+    return train, [records[i] for i in sorted(held)]
+
+
+def fingerprint(records: list[Record]) -> str:
+    """SHA-256 over the records in their order."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(asdict(record), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror})") from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if line.strip():
+            yield _parse(line, f"{path}:{number}"), f"{path}:{number}"
+
+
+def _json_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    text = _read_text(path)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a JSON list of records")
+    lines = _row_lines(text)
+    for number, row in enumerate(rows, 1):
+        line = f":{lines[number - 1]}" if number <= len(lines) else ""
+        yield row, f"{path}{line} (row {number})"
+
+
+def _row_lines(text: str) -> list[int]:
+    """The line on which each element of a JSON list begins."""
+    decoder, lines, at = json.JSONDecoder(), [], text.index("[") + 1
+    line, counted = 1, 0
+    skip = re.compile(r"[\s,]*")
+    while True:
+        at = skip.match(text, at).end()
+        if at >= len(text) or text[at] == "]":
+            return lines
+        line, counted = line + text.count("\n", counted, at), at
+        lines.append(line)
+        _, at = decoder.raw_decode(text, at)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg})") from None
+
+
+def _hub_rows(location: str) -> Iterator[tuple[Any, str]]:
+    parts = location.split(":")[1:]
+    if not parts[0] or len(parts) > 3:
+        raise UserError(f"data source {location!r}: expected hf:NAME[:CONFIG[:SPLIT]]")
+    name, config, split = (*parts, *("", "")[: 3 - len(parts)])[:3]
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"data source {location!r} needs the package datasets") from None
+    try:
+        rows = load_dataset(name, config or None, split=split or "train")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"data source {location!r} cannot be loaded: {reason}") from None
+    for number, row in enumerate(rows, 1):
+        yield row, f"{location} (row {number})"
+
+
+def _record(row: Any, where: str) -> Record:
+    """One row of either schema as a Record."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object, found {type(row).__name__}")
+    if "question" in row and "instruction" not in row:
+        return _gsm8k(row, where)
+    output = _text(row, "output", where)
+    answer = _text(row, "answer", where) if "answer" in row else output.strip()
+    given = _text(row, "input", where, required=False)
+    return Record(_text(row, "instruction", where), given, output, answer)
+
+
+def _gsm8k(row: dict[str, Any], where: str) -> Record:
+    """The rationale without its calculator marks, and the number after ``####``."""
+    rationale, separator, number = _text(row, "answer", where).rpartition("####")
+    number = number.strip().replace(",", "")
+    if not separator or not number:
+        raise UserError(f"{where}: answer does not end in '#### NUMBER'")
+    rationale = re.sub(r"<<[^>]*>>", "", rationale).strip()
+    output = f"{rationale}\nThe answer is {number}." if rationale else f"The answer is {number}."
+    return Record(_text(row, "question", where), "", output, number)
+
+
+def _text(row: dict[str, Any], name: str, where: str, required: bool = True) -> str:
+    value = row.get(name, None if required else "")
+    if not isinstance(value, str):
+        found = "nothing" if name not in row else type(value).__name__
+        raise UserError(f"{where}: field {name!r} holds {found}, expected text")
+    if required and not value.strip():
+        raise UserError(f"{where}: field {name!r} is empty")
+    if any("\ud800" <= character <= "\udfff" or character == "\0" for character in value):
+        raise UserError(f"{where}: field {name!r} holds a lone surrogate or a NUL character")
+    return value

@@ -1,0 +1,81 @@
+"""From records to token ids. Nothing is ever cut: a row that does not fit is dropped and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milora_jax.data.prompts import prompt_text
+from milora_jax.data.records import Record
+from milora_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """An encoded record.
+
+    Attributes:
+      tokens: int32 ids of prompt, response and end-of-sequence token.
+      prompt_length: how many of them are the prompt.
+    """
+
+    tokens: np.ndarray
+    prompt_length: int
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a Hugging Face directory; no code from the directory is run.
+
+    Raises:
+      UserError: where the files are missing or broken.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(path).is_dir():
+        raise UserError(f"model.path {path!r}: no such directory, expected a Hugging Face model")
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: no usable tokenizer ({reason})") from None
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a prompt, with one beginning-of-sequence token where the tokenizer has one."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    bos = tokenizer.bos_token_id
+    return ids if bos is None else [bos, *ids]
+
+
+def encode_example(tokenizer: Any, record: Record, eos_id: int, max_length: int) -> Example | None:
+    """An encoded record, or None where it is longer than ``max_length`` tokens.
+
+    Prompt and response are tokenised apart: the prompt's tokens, and so its route, are the same in
+    training and in inference.
+    """
+    prompt = encode_prompt(tokenizer, prompt_text(record))
+    response = tokenizer.encode(record.output, add_special_tokens=False)
+    tokens = np.array([*prompt, *response, eos_id], np.int32)
+    return Example(tokens, len(prompt)) if len(tokens) <= max_length else None
+
+
+def encode_records(
+    tokenizer: Any, records: Sequence[Record], eos_id: int, max_length: int
+) -> tuple[list[Example], int]:
+    """Encode records.
+
+    Returns:
+      The examples that fit, in order, and how many did not.
+
+    Raises:
+      UserError: where none fits.
+    """
+    encoded = [encode_example(tokenizer, record, eos_id, max_length) for record in records]
+    kept = [example for example in encoded if example is not None]
+    if not kept:
+        raise UserError(f"all {len(records)} rows are longer than data.max_length {max_length} tokens")
+    return kept, len(encoded) - len(kept)

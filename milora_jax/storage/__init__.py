@@ -1,0 +1,1 @@
+"""Everything that lasts longer than a process: checkpoints, manifests, locks and adapter files."""

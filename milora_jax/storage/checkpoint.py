@@ -1,0 +1,327 @@
+"""The one module that knows Orbax: numbered checkpoints of a pytree, each sealed by a manifest.
+
+Orbax writes the arrays; it neither checks their bytes on the way back nor brings all its files to the
+disk, and it tells of a failed asynchronous save late. So a step is written under a hidden name,
+fsynced, sealed with checksums and renamed into place last, and what is on disk is judged by the
+manifests alone.
+
+Layout of a step ``ROOT/STEP/``: ``tree/`` (Orbax, one named array per leaf), ``metadata.json`` (the
+caller's values and what each leaf is) and ``manifest.json``. One process writes; arrays may be
+sharded over all its devices.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from milora_jax.errors import UserError
+from milora_jax.storage.failpoints import reach
+from milora_jax.storage.files import fsync_directory, json_bytes, read_json, write_atomic
+from milora_jax.storage.manifest import DamagedError, verify_manifest, write_manifest
+from milora_jax.storage.orbax_log import orbax
+from milora_jax.types import PyTree
+
+TREE = "tree"
+METADATA = "metadata.json"
+FORMAT = 1
+"""Version of the layout of a step; a reader refuses any other."""
+
+_HIDDEN = re.compile(r"\.(tmp|old|trash)-(0|[1-9][0-9]*)")
+_STEP = re.compile(r"0|[1-9][0-9]*")
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """What a leaf is, apart from its values; ``impl`` is the generator of a typed PRNG key."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    impl: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+class CheckpointDirectory:
+    """The numbered checkpoints below ``root``.
+
+    Reading needs nothing else. Whoever saves must be alone in doing so (``WorkdirLock``), must call
+    :meth:`poll` now and then and :meth:`wait` before it ends: a save is there only after that.
+
+    Args:
+      root: where the steps lie; made by the first save.
+      keep: how many steps to keep, the newest ones; at least 1.
+      warn: receives one line for every damaged step that is passed over.
+    """
+
+    def __init__(self, root: Path, keep: int, warn: Callable[[str], None]) -> None:
+        if keep < 1:
+            raise ValueError(f"keep is {keep}: expected at least 1")
+        self.root = Path(root).absolute()
+        self._keep = keep
+        self._warn = warn
+        self._ready_to_write = False
+        self._pending: Future[None] | None = None
+
+    def steps(self) -> list[int]:
+        """Step numbers found on disk, ascending, damaged ones included."""
+        if not self.root.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir())
+
+    def newest(self) -> int | None:
+        """The newest step whose every byte verifies; newer ones that do not are warned of by name."""
+        for step in reversed(self.steps()):
+            try:
+                verify_step(self.root / str(step))
+            except DamagedError as error:
+                self._warn(f"step {step} of {self.root} is damaged and ignored: {error.file}: {error.reason}")
+            else:
+                return step
+        return None
+
+    def save(self, step: int, tree: PyTree, metadata: dict[str, Any]) -> None:
+        """Start saving ``tree`` as ``step``; a step that exists is replaced.
+
+        Returns once the values are copied: the arrays may be donated or changed afterwards. Waits
+        for an earlier save first.
+
+        Args:
+          step: 0 or more.
+          tree: arrays of any dtype and sharding, typed PRNG keys among them.
+          metadata: JSON values kept beside the arrays.
+
+        Raises:
+          UserError: this save cannot start, or an earlier one failed.
+        """
+        self.wait()
+        reach("before-save")
+        if jax.process_count() > 1:
+            raise UserError(f"{jax.process_count()} processes: expected 1, checkpoints have a single writer")
+        described, arrays = _to_storage(tree)
+        leaves = {name: {"shape": d.shape, "dtype": d.dtype, "impl": d.impl} for name, d in described.items()}
+        sealed = json_bytes({"format": FORMAT, "step": step, "leaves": leaves, "metadata": metadata})
+        partial = self.root / f".tmp-{step}"
+        try:
+            self._prepare_to_write()
+            partial.mkdir()
+            # Directories made here, not in Orbax's threads: those wait for minutes if that fails.
+            context = orbax().Context()
+            context.async_options.create_directories_asynchronously = False
+            with context:
+                response = orbax().save_async(partial / TREE, arrays)
+        except OSError as error:
+            raise self._save_error(step, error) from error
+        executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending = executor.submit(self._commit, step, partial, sealed, response)
+        executor.shutdown(wait=False)
+
+    def poll(self) -> None:
+        """Raise the ``UserError`` of a save that has failed by now; every later call raises it too."""
+        if self._pending is not None and self._pending.done():
+            self._pending.result()
+
+    def wait(self) -> None:
+        """Block until nothing is being saved; raise like :meth:`poll`."""
+        if self._pending is not None:
+            self._pending.result()
+
+    def restore(self, step: int, abstract_tree: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """Read a step back, bit for bit, onto the shardings asked for.
+
+        Args:
+          step: one of :meth:`steps`.
+          abstract_tree: ``jax.ShapeDtypeStruct`` leaves with a sharding each.
+
+        Returns:
+          The tree, and the metadata it was saved with.
+
+        Raises:
+          DamagedError: the step does not verify.
+          UserError: it holds other leaves, shapes or dtypes; names the first difference.
+        """
+        directory = self.root / str(step)
+        content = verify_step(directory)
+        saved = {
+            name: _Leaf(tuple(leaf["shape"]), leaf["dtype"], leaf["impl"])
+            for name, leaf in content["leaves"].items()
+        }
+        wanted = _named_leaves(abstract_tree)
+        _require_same(directory, saved, wanted)
+        stored = {
+            name: jax.eval_shape(jax.random.key_data, leaf) if saved[name].impl else leaf
+            for name, leaf in wanted.items()
+        }
+        asked = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=wanted[name].sharding)
+            for name, leaf in stored.items()
+            if leaf.size
+        }
+        loaded = orbax().load(directory / TREE, asked) if asked else {}
+        values = []
+        for name, leaf in wanted.items():
+            if name in loaded:
+                value, impl = loaded[name], saved[name].impl
+            else:
+                data = jax.numpy.zeros(stored[name].shape, stored[name].dtype)
+                value, impl = jax.device_put(data, leaf.sharding), saved[name].impl
+            values.append(jax.random.wrap_key_data(value, impl=impl) if impl else value)
+        return jax.tree.unflatten(jax.tree.structure(abstract_tree), values), content["metadata"]
+
+    def _prepare_to_write(self) -> None:
+        """Make the root and clear away what a killed run left under hidden names."""
+        if self._ready_to_write:
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        for path in list(self.root.iterdir()):
+            match = _HIDDEN.fullmatch(path.name)
+            if not match:
+                continue
+            final = self.root / match[2]
+            if match[1] == "old" and not final.exists():
+                # Killed while the step was being replaced: the former one is the one there is.
+                path.rename(final)
+            else:
+                shutil.rmtree(path)
+        fsync_directory(self.root)
+        fsync_directory(self.root.parent)
+        self._ready_to_write = True
+
+    def _commit(self, step: int, partial: Path, sealed: bytes, response: Any) -> None:
+        """Turn a running Orbax save into a step that exists. Runs in a thread of its own."""
+        try:
+            response.result()
+            reach("tree-written")
+            write_atomic(partial / METADATA, sealed)
+            reach("metadata-written")
+            reach("before-manifest")
+            write_manifest(partial)
+            reach("before-rename")
+            self._put_in_place(partial, step)
+            reach("after-rename")
+            self._delete_old(step)
+        except (OSError, ValueError, RuntimeError, DamagedError) as error:
+            # TensorStore reports a full disk as a ValueError. What was written so far is of no use
+            # and may be what fills the disk.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise self._save_error(step, error) from error
+
+    def _put_in_place(self, partial: Path, step: int) -> None:
+        final, former = self.root / str(step), self.root / f".old-{step}"
+        replaced = final.exists()
+        if replaced:
+            final.rename(former)
+        partial.rename(final)
+        fsync_directory(self.root)
+        if replaced:
+            shutil.rmtree(former)
+
+    def _delete_old(self, saved: int) -> None:
+        """Give up the steps before ``saved`` that are too many.
+
+        Steps after it are left: the run that wrote them went back, and will come to them again.
+        """
+        if not (self.root / str(saved)).is_dir():
+            raise FileNotFoundError(f"step {saved} vanished after it was saved")
+        former = [step for step in self.steps() if step <= saved]
+        for step in former[: -self._keep]:
+            # Renamed first: half a step under its own name would look damaged.
+            trash = self.root / f".trash-{step}"
+            (self.root / str(step)).rename(trash)
+            reach("during-delete")
+            shutil.rmtree(trash)
+        fsync_directory(self.root)
+
+    def _save_error(self, step: int, error: Exception) -> UserError:
+        lines = str(error).splitlines() or [type(error).__name__]
+        return UserError(f"cannot save step {step} to {self.root}: {lines[0]}")
+
+
+def verify_step(directory: Path) -> dict[str, Any]:
+    """Check a step folder, byte by byte and that it is the step its name says.
+
+    Returns:
+      The content of its ``metadata.json``.
+
+    Raises:
+      DamagedError: something in it is not as it was written.
+    """
+    verify_manifest(directory)
+    try:
+        content = read_json(directory / METADATA)
+    except UserError as error:
+        raise DamagedError(directory, METADATA, str(error)) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DamagedError(directory, METADATA, f"not a checkpoint of format {FORMAT}")
+    if str(content["step"]) != directory.name:
+        raise DamagedError(directory, METADATA, f"holds step {content['step']}, not {directory.name}")
+    return content
+
+
+def read_metadata(root: Path, step: int) -> dict[str, Any]:
+    """The metadata a verified step was saved with, without reading its arrays.
+
+    Raises:
+      UserError: there is no such step, or its metadata cannot be read.
+    """
+    return read_json(root / str(step) / METADATA)["metadata"]
+
+
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Leaves by path, such as ``adapter/layers/q/a``, in the order of ``jax.tree.leaves``."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/") or "leaf": leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the tree have the same path: a key contains '/'")
+    return named
+
+
+def _to_storage(tree: PyTree) -> tuple[dict[str, _Leaf], dict[str, jax.Array]]:
+    """What each leaf is, and the plain arrays Orbax shall write.
+
+    Keys become their data; leaves without elements, which Orbax refuses, are described only; NumPy
+    arrays are copied, as their owner may change them while the save runs.
+    """
+    described, arrays = {}, {}
+    for name, leaf in _named_leaves(tree).items():
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            raise TypeError(f"leaf {name} is a {type(leaf).__name__}: expected an array")
+        impl = None
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            impl = str(jax.random.key_impl(leaf))
+        described[name] = _Leaf(tuple(leaf.shape), str(leaf.dtype), impl)
+        array = jax.random.key_data(leaf) if impl else leaf
+        if isinstance(array, np.ndarray):
+            array = jax.numpy.array(array)
+            if array.dtype != leaf.dtype:
+                raise TypeError(f"leaf {name} is {leaf.dtype}, which JAX holds as {array.dtype}")
+        if array.size:
+            arrays[name] = array
+    return described, arrays
+
+
+def _require_same(directory: Path, saved: dict[str, _Leaf], wanted: dict[str, Any]) -> None:
+    """Raise one line unless the checkpoint holds exactly the leaves wanted."""
+    for name in wanted.keys() | saved.keys():
+        if name in saved and name in wanted and wanted[name].sharding is None:
+            raise ValueError(f"leaf {name} of the abstract tree has no sharding")
+    asked = {name: _Leaf(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in wanted.items()}
+    problems = [f"{name} is not in it" for name in sorted(asked.keys() - saved.keys())]
+    problems += [f"{name} is not expected" for name in sorted(saved.keys() - asked.keys())]
+    problems += [
+        f"{name} is {saved[name]}, expected {asked[name]}"
+        for name in sorted(asked.keys() & saved.keys())
+        if (saved[name].shape, saved[name].dtype) != (asked[name].shape, asked[name].dtype)
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise UserError(f"checkpoint {directory} does not fit this run: leaf {problems[0]}{more}")

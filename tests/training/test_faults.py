@@ -1,0 +1,191 @@
+"""Kill, preempt, poison and double-start real runs of ``train.py``; resume must be exact."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from milora_jax.errors import EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_PREEMPTED
+from milora_jax.storage.failpoints import FAILPOINTS
+from tests.models import write_hf_directory
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A small model directory and a training file."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_hf_directory(folder / "model")
+    rows = [{"instruction": f"say {i} twice", "input": "", "output": f"{i} {i}", "answer": f"{i}"} for i in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def command(inputs, workdir, **settings):
+    values = {
+        "model.path": inputs / "model",
+        "data.train": inputs / "rows.jsonl",
+        "data.dev": "",
+        "data.test": "",
+        "data.max_length": 512,
+        "adapter.rank": 2,
+        "adapter.dropout": 0.1,
+        "train.batch_size": 4,
+        "train.max_steps": 30,
+        "train.save_every": 1,
+        "train.eval_every": 7,
+        "train.log_every": 1,
+        "train.coefficient_every": 3,
+        "train.coefficient_learning_rate": 1e-3,
+        "train.learning_rate": 1e-2,
+        "mesh.data": 1,
+        **settings,
+    }
+    flags = [f"--config.{name}={value}" for name, value in values.items()]
+    return [sys.executable, "train.py", "--config", "configs/tiny.py", f"--workdir={workdir}", *flags]
+
+
+def environment(failpoint=""):
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "MILORA_FAILPOINT")}
+    return {**kept, "JAX_PLATFORMS": "cpu", **({"MILORA_FAILPOINT": failpoint} if failpoint else {})}
+
+
+def life(inputs, workdir, failpoint="", **settings):
+    return subprocess.run(
+        command(inputs, workdir, **settings),
+        cwd=ROOT,
+        env=environment(failpoint),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def steps_of(workdir):
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def final_leaves(workdir):
+    """Every array of the newest checkpoint, read straight from the disk."""
+    from orbax.checkpoint import v1 as ocp
+
+    step = workdir / "checkpoints" / str(steps_of(workdir)[-1])
+    tree = ocp.load(step / "tree")
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_same_end(workdir, reference):
+    found, expected = final_leaves(workdir), final_leaves(reference)
+    assert found.keys() == expected.keys()
+    assert len(found) > 20
+    for name, leaf in expected.items():
+        np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+    progress = [json.loads((w / "summary.json").read_text()) for w in (workdir, reference)]
+    assert progress[0]["best_step"] == progress[1]["best_step"]
+    assert progress[0]["dev_perplexity"] == progress[1]["dev_perplexity"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    result = life(inputs, workdir)
+    assert result.returncode == 0, result.stderr
+    assert steps_of(workdir)[-1] == 30
+    return workdir
+
+
+def test_kill_nine_anywhere_in_a_save_and_resume_bit_for_bit(inputs, undisturbed, tmp_path):
+    workdir = tmp_path / "killed"
+    kills = [f"{name}:{count}" for count in (2, 3) for name in FAILPOINTS]
+    assert len(kills) >= 12
+    for failpoint in kills:
+        before = steps_of(workdir)[-1:] or [0]
+        result = life(inputs, workdir, failpoint)
+        assert result.returncode == -signal.SIGKILL, (failpoint, result.stderr)
+        # Two checkpoints are kept, so the newest verified step is at most one save behind.
+        assert steps_of(workdir)[-1] > before[0], f"the life killed at {failpoint} made no progress"
+    result = life(inputs, workdir)
+    assert result.returncode == 0, result.stderr
+    assert_same_end(workdir, undisturbed)
+    logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    trained = [line["step"] for line in logged if "loss" in line]
+    assert trained == list(range(1, 31)), "every step is logged once, in order"
+
+
+def wait_for_step(workdir, step):
+    deadline = time.monotonic() + 120
+    path = workdir / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if path.is_file() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} never came")
+
+
+def test_sigterm_saves_and_a_second_run_is_refused(inputs, undisturbed, tmp_path):
+    workdir = tmp_path / "preempted"
+    slow = {"train.save_every": 1000}
+    first = subprocess.Popen(
+        command(inputs, workdir, **slow), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(workdir, 2)
+    first.send_signal(signal.SIGSTOP)
+    second = life(inputs, workdir, **slow)
+    first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGCONT)
+    _, errors = first.communicate(timeout=120)
+    assert second.returncode == EXIT_BAD_INPUT
+    assert str(first.pid) in second.stderr.splitlines()[-1]
+    assert first.returncode == EXIT_PREEMPTED, errors
+    assert 0 < steps_of(workdir)[-1] < 30
+    assert life(inputs, workdir, **slow).returncode == 0
+    assert_same_end(workdir, undisturbed)
+
+
+def test_non_finite_updates_stop_the_run_and_spoil_nothing(inputs, tmp_path):
+    workdir = tmp_path / "poisoned"
+    result = life(inputs, workdir, **{"train.learning_rate": 1e38, "train.clip_norm": 0.0})
+    assert result.returncode == EXIT_NON_FINITE, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: 5 updates in a row")
+    if steps_of(workdir):
+        assert all(np.isfinite(leaf).all() for leaf in final_leaves(workdir).values())
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert max(line.get("bad_steps", 0) for line in lines) >= 4
+
+
+def test_another_config_is_refused_and_the_same_one_is_not_trained_again(inputs, undisturbed):
+    before = (undisturbed / "metrics.jsonl").read_text()
+    other = life(inputs, undisturbed, **{"adapter.top_k": 2})
+    assert other.returncode == EXIT_BAD_INPUT
+    assert "adapter.top_k is 3 there and 2 now" in other.stderr.splitlines()[-1]
+    assert life(inputs, undisturbed).returncode == 0
+    assert (undisturbed / "metrics.jsonl").read_text() == before
+
+
+def test_changed_rows_are_refused(inputs, undisturbed):
+    path = inputs / "rows.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace("say 3 twice", "say 3 thrice"))
+    try:
+        result = life(inputs, undisturbed)
+    finally:
+        path.write_text(text)
+    assert result.returncode == EXIT_BAD_INPUT
+    assert "rows changed since step 30" in result.stderr.splitlines()[-1]
+
+
+def test_the_saved_state_holds_no_base(undisturbed):
+    names = final_leaves(undisturbed)
+    assert not any("embedding" in name or "kernel" in name for name in names)
+    assert jnp.isfinite(json.loads((undisturbed / "summary.json").read_text())["dev_perplexity"])
