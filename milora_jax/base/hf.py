@@ -199,7 +199,7 @@ def _require_same_names(directory: Path, expected: set[str], found: set[str]) ->
 
 
 def _read_into(part: np.ndarray, handle: Any, name: str, transposed: bool, directory: Path) -> None:
-    """Copy one tensor into its place, checking its shape and that every value is a number."""
+    """Copy one tensor into its place, checking its shape and that it holds floating point numbers."""
     tensor = handle.get_tensor(name)
     shape = part.shape[::-1] if transposed else part.shape
     if tensor.shape != shape:

@@ -27,7 +27,6 @@ from milora_jax.errors import UserError
 from milora_jax.storage.failpoints import reach
 from milora_jax.storage.files import fsync_directory, json_bytes, read_json, write_atomic
 from milora_jax.storage.manifest import DamagedError, verify_manifest, write_manifest
-from milora_jax.storage.orbax_log import orbax
 from milora_jax.types import PyTree
 
 TREE = "tree"
@@ -115,10 +114,10 @@ class CheckpointDirectory:
             self._prepare_to_write()
             partial.mkdir()
             # Directories made here, not in Orbax's threads: those wait for minutes if that fails.
-            context = orbax().Context()
+            context = _orbax().Context()
             context.async_options.create_directories_asynchronously = False
             with context:
-                response = orbax().save_async(partial / TREE, arrays)
+                response = _orbax().save_async(partial / TREE, arrays)
         except OSError as error:
             raise self._save_error(step, error) from error
         executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -166,7 +165,7 @@ class CheckpointDirectory:
             for name, leaf in stored.items()
             if leaf.size
         }
-        loaded = orbax().load(directory / TREE, asked) if asked else {}
+        loaded = _orbax().load(directory / TREE, asked) if asked else {}
         values = []
         for name, leaf in wanted.items():
             if name in loaded:
@@ -274,6 +273,13 @@ def read_metadata(root: Path, step: int) -> dict[str, Any]:
       UserError: there is no such step, or its metadata cannot be read.
     """
     return read_json(root / str(step) / METADATA)["metadata"]
+
+
+def _orbax() -> Any:
+    """Orbax's v1 interface, imported by the first save or restore: it takes a second."""
+    from orbax.checkpoint import v1
+
+    return v1
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""The five instruction tasks: disjoint train, dev and test rows in the LLM-Adapters schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from milora_jax.tiny import TASKS, corpus
+from milora_jax.tiny.world import is_reserved, statement
+
+ROWS = {"train": 1500, "dev": 40, "test": 100}
+"""Rows of each split of each task."""
+
+
+def _row(instruction: str, output: str, answer: str) -> dict[str, str]:
+    return {"instruction": instruction, "input": "", "output": output, "answer": answer}
+
+
+def _true_false(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
+    noun, prop, value, holds = corpus.draw_fact(rng)
+    question = statement(noun, prop, value).replace(f"the {noun} is", f"Is the {noun}")
+    answer = "true" if holds else "false"
+    text = f"Please answer the following question with true or false, question: {question}?"
+    return _row(text, f"the correct answer is {answer}", answer), is_reserved(noun, prop, value)
+
+
+def _options(label: str, options: list[str]) -> str:
+    return " ".join(f"{label}{i}: {option}" for i, option in enumerate(options, 1))
+
+
+def _multiple_choice(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
+    noun, prop, options, place = corpus.draw_choice(rng)
+    text = (
+        "Please choose the correct answer to the question: "
+        f"What is the {prop} of the {noun}?\n{_options('Answer', options)}"
+    )
+    answer = f"answer{place + 1}"
+    return _row(text, f"the correct answer is {answer}", answer), is_reserved(noun, prop, *options)
+
+
+def _completion(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
+    name, feeling, options, place = corpus.draw_story(rng)
+    text = (
+        "Please choose the correct ending to complete the given sentence: "
+        f"{name} was {feeling}, so {name}\n{_options('Ending', options)}"
+    )
+    answer = f"ending{place + 1}"
+    return _row(text, f"the correct answer is {answer}", answer), is_reserved(name, feeling, *options)
+
+
+def _arithmetic(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
+    first, second, things, a, sign, b = corpus.draw_sum(rng)
+    change = f"{second} brings {b} more" if sign == "+" else f"{second} takes {b}"
+    text = f"{first} has {a} {things}. {change}. How many {things} are there now?"
+    total = str(corpus.result(a, sign, b))
+    output = f"{a} {sign} {b} = {total}. The answer is {total}."
+    return _row(text, output, total), is_reserved(first, second, things, a, sign, b)
+
+
+def _word_order(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
+    words = corpus.draw_words(rng)
+    answer = ", ".join(reversed(words))
+    return _row(f"Write these words in reverse order: {', '.join(words)}", answer, answer), is_reserved(*words)
+
+
+MAKERS = dict(zip(TASKS, (_true_false, _multiple_choice, _completion, _arithmetic, _word_order), strict=True))
+
+
+def make_task(name: str, seed: int) -> dict[str, list[dict[str, str]]]:
+    """All rows of a task by split. No instruction occurs twice, within a split or across them."""
+    rng = np.random.default_rng([seed, TASKS.index(name)])
+    splits: dict[str, list[dict[str, str]]] = {split: [] for split in ROWS}
+    seen: set[str] = set()
+    while any(len(splits[split]) < count for split, count in ROWS.items()):
+        row, reserved = MAKERS[name](rng)
+        if row["instruction"] in seen:
+            continue
+        seen.add(row["instruction"])
+        choices = ("test",) if reserved else ("dev", "train")
+        for split in choices:
+            if len(splits[split]) < ROWS[split]:
+                splits[split].append(row)
+                break
+    return splits
+
+
+def write_tasks(directory: Path, seed: int) -> None:
+    """Write ``NAME/{train,dev,test}.jsonl`` for every task."""
+    for name in TASKS:
+        (directory / name).mkdir(parents=True, exist_ok=True)
+        for split, rows in make_task(name, seed).items():
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (directory / name / f"{split}.jsonl").write_text(lines, encoding="utf-8")
