@@ -19,7 +19,6 @@ from milora_jax.config import (
     to_config_dict,
 )
 
-
 TASKS = ("ARC-Easy", "ARC-Challenge", "boolq", "openbookqa", "piqa")
 
 

@@ -7,7 +7,12 @@ pulls in no heavy library.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from milora_jax.base.load import load_base, logits
+    from milora_jax.generation.text import generate
+    from milora_jax.storage.adapters import load_adapter
 
 __version__ = "0.1.0.dev0"
 

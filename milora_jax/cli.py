@@ -42,7 +42,8 @@ def parse_train_flags(argv: list[str]) -> tuple[Config, Path]:
         raise UserError(
             f"command line: unexpected argument {rest[1]!r}, settings are --config.group.field=value"
         )
-    config = Config.from_dict(values["config"].value.to_dict())
+    overridden: Any = values["config"].value
+    config = Config.from_dict(overridden.to_dict())
     return config, Path(values["workdir"].value or Path("runs") / path.stem)
 
 

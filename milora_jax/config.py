@@ -70,9 +70,8 @@ class ModelConfig:
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_positions"
-        ).split():
+        sizes = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim"
+        for name in [*sizes.split(), "max_positions"]:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(
             self.num_heads % self.num_kv_heads == 0,

@@ -28,9 +28,10 @@ from typing import Any, TypeAlias
 
 import jax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
 
-EXPERTS = ("q", "k", "v", "o", "gate", "up", "down")
+from milora_jax.shapes import Array, Bool, Float, Int
+
+EXPERTS: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 """The seven linear modules of a layer, each one expert: the paper's Q K V O G U D (section 3)."""
 
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Array, Float, Key
-
 from milora_jax.adapters.low_rank import LowRank, add_low_rank, init_pairs
 from milora_jax.adapters.protocol import Method, Shape
+from milora_jax.shapes import Array, Float, Key
 
 
 @dataclass(frozen=True)

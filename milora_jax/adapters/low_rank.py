@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Key
 
 from milora_jax.adapters.protocol import Shape
+from milora_jax.shapes import Array, Float, Key
 from milora_jax.types import EXPERTS
 
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import jax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Key
 
 from milora_jax.adapters.low_rank import LowRank, add_low_rank, init_pairs
 from milora_jax.adapters.protocol import Method, Shape
 from milora_jax.adapters.router import Router, RouterParams
+from milora_jax.shapes import Array, Bool, Float, Key
 from milora_jax.types import Route
 
 

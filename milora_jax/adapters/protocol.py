@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import jax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Key
 
+from milora_jax.shapes import Array, Bool, Float, Key
 from milora_jax.types import PyTree, Route
 
 

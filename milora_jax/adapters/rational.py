@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+
+from milora_jax.shapes import Array, Float
 
 GELU_NUMERATOR = (2.80386915e-05, 0.5, 0.398502039, 0.162301468, 0.0640523228, 0.0183168727, 0.00210048727)
 GELU_DENOMINATOR = (0.0, 0.324602936, 0.0, 0.0366337453, 0.0)
@@ -16,7 +17,7 @@ normalises what it feeds in, see ``milora_jax.adapters.router``.
 
 
 def rational(
-    x: Float[Array, "*shape"], numerator: Float[Array, "7"], denominator: Float[Array, "5"]
+    x: Float[Array, "*shape"], numerator: Float[Array, 7], denominator: Float[Array, 5]
 ) -> Float[Array, "*shape"]:
     """``sum_j a_j x^j / (1 + |sum_i b_i x^i|)``, j = 0..6, i = 1..5, elementwise in float32 (Eq. 6).
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Key
 
 from milora_jax.adapters.rational import GELU_DENOMINATOR, GELU_NUMERATOR, rational
+from milora_jax.shapes import Array, Bool, Float, Key
 from milora_jax.types import EXPERTS, Route
 
 NORMALIZE_EPS = 1e-6
@@ -100,7 +100,7 @@ def pool(
     hidden: Float[Array, "B T D"],
     members: Bool[Array, "B Z T"],
     pooler: str,
-    weight: Float[Array, "D"] | None,
+    weight: Float[Array, " D"] | None,
 ) -> Float[Array, "B Z D"]:
     """One vector per prompt from its tokens' hidden states (section 3.3, Eq. 8).
 
@@ -133,6 +133,8 @@ def activate(
 ) -> Float[Array, "B Z D"]:
     """The activation g before the router matrix (Eq. 2 and 6, and the ablations of Table 5)."""
     if activation == "rational":
+        if params.numerator is None or params.denominator is None:
+            raise ValueError("a rational activation needs its coefficients")
         return rational(pooled, params.numerator, params.denominator)
     gelu, relu = jax.nn.gelu(pooled, approximate=False), jax.nn.relu(pooled)
     if activation == "gelu":

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
 
 from milora_jax.config import ModelConfig
+from milora_jax.shapes import Array, Float, Int
 
 
 @struct.dataclass

@@ -87,7 +87,7 @@ def base_specs(config: ModelConfig) -> Base:
 
 
 def load_leaves(
-    directory: Path, config: ModelConfig, dtype: str, place: Callable[[np.ndarray, tuple], jax.Array]
+    directory: Path, config: ModelConfig, dtype: str, place: Callable[[np.ndarray, " tuple"], jax.Array]
 ) -> Base:
     """Read every leaf of the base.
 
@@ -178,7 +178,8 @@ def _weight_files(directory: Path) -> Iterator[tuple[Path, set[str] | None]]:
         plain = isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
         if not plain:
             raise UserError(
-                f"{index_path}: tensor {tensor!r} is in {name!r}: expected a safetensors file of this directory"
+                f"{index_path}: tensor {tensor!r} is in {name!r}: "
+                "expected a safetensors file of this directory"
             )
         by_file.setdefault(name, set()).add(tensor)
     for name in sorted(by_file):

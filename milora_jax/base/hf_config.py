@@ -125,16 +125,16 @@ def _rope(values: dict[str, Any], path: Path) -> tuple[float, Llama3Scaling | No
 def _integer(values: dict[str, Any], name: str, path: Path, default: int | None = None) -> int:
     value = values.get(name)
     value = default if value is None else value
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    require(whole, f"{path}: {name}", value, "a whole number of at least 1")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: {name} is {value!r}: expected a whole number of at least 1")
     return value
 
 
 def _number(values: dict[str, Any], name: str, path: Path, default: float | None = None) -> float:
     value = values.get(name)
     value = default if value is None else value
-    numeric = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-    require(numeric, f"{path}: {name}", value, "a number above 0")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise UserError(f"{path}: {name} is {value!r}: expected a number above 0")
     return float(value)
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from milora_jax.base.hf import load_leaves, place_on_default_device
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.transformer import Base, forward, unembed
 from milora_jax.config import DTYPES, ModelConfig, require
+from milora_jax.shapes import Array, Float, Int
 
 
 def load_base(path: str | Path, dtype: str = "float32") -> tuple[Base, ModelConfig]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
 
 from milora_jax.config import Llama3Scaling
+from milora_jax.shapes import Array, Bool, Float, Int
 
 
-def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
     """Root-mean-square norm; the mean of squares in float32, the product with weight in x's dtype.
 
     The order of cast and product is the one of Hugging Face's LlamaRMSNorm, on which published
@@ -81,7 +81,7 @@ def attention(
 
 
 def linear(
-    x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], bias: Float[Array, "d_out"] | None
+    x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], bias: Float[Array, " d_out"] | None
 ) -> Float[Array, "*B d_out"]:
     """``x W + b`` with W stored [in, out]."""
     y = x @ kernel

@@ -8,18 +8,19 @@ a leading axis and run by ``jax.lax.scan`` (training compiles one layer), or as 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int, Key
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.base import ops
 from milora_jax.base.cache import KVCache, LayerCache
 from milora_jax.config import ModelConfig
+from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import PyTree, Route, unstack_layers
 
 
@@ -31,6 +32,7 @@ class Linear(nnx.Module):
         self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
+        """The map applied to ``x``."""
         return ops.linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
 
 
@@ -94,7 +96,7 @@ def decode_layout(base: Base) -> Base:
 
 def adapter_decode_layout(adapter: Adapter) -> Adapter:
     """The same adapter with its layers as a tuple, for decoding."""
-    return adapter.replace(params=unstack_layers(adapter.params))
+    return dataclasses.replace(adapter, params=unstack_layers(adapter.params))
 
 
 def prompt_members(

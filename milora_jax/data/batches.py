@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,9 @@ def collate(examples: Sequence[Example], length: int, pad_id: int, rows: int) ->
     return batch
 
 
-def collate_prompts(prompts: Sequence[Sequence[int]], length: int, pad_id: int, side: str, rows: int) -> Batch:
+def collate_prompts(
+    prompts: Sequence[Sequence[int]], length: int, pad_id: int, side: str, rows: int
+) -> Batch:
     """Prompts for generation, padded on the ``left`` or ``right``.
 
     Missing rows hold a prompt of one token, so that no row is empty.
@@ -76,10 +79,12 @@ def collate_prompts(prompts: Sequence[Sequence[int]], length: int, pad_id: int, 
 
 def _empty(rows: int, length: int, pad_id: int) -> Batch:
     shape = (rows, length)
-    return Batch(
-        tokens=np.full(shape, pad_id, np.int32),
-        segment_ids=np.zeros(shape, np.int32),
-        positions=np.zeros(shape, np.int32),
-        prompt_mask=np.zeros(shape, bool),
-        loss_mask=np.zeros(shape, bool),
-    )
+    # Host arrays: they become device arrays when they are placed.
+    fields: dict[str, Any] = {
+        "tokens": np.full(shape, pad_id, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "prompt_mask": np.zeros(shape, bool),
+        "loss_mask": np.zeros(shape, bool),
+    }
+    return Batch(**fields)

@@ -153,7 +153,8 @@ def _row_lines(text: str) -> list[int]:
     line, counted = 1, 0
     skip = re.compile(r"[\s,]*")
     while True:
-        at = skip.match(text, at).end()
+        between = skip.match(text, at)
+        at = between.end() if between else at
         if at >= len(text) or text[at] == "]":
             return lines
         line, counted = line + text.count("\n", counted, at), at

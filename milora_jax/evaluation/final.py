@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from milora_jax.adapters.protocol import Adapter, active_parameters, tunable_parameters
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.transformer import adapter_decode_layout, decode_layout
 from milora_jax.cli import Console
 from milora_jax.data.prompts import prompt_text
-from milora_jax.evaluation.report import accuracy_table, mean_expert_share, plot_routing
+from milora_jax.evaluation.report import accuracy_table, plot_routing
 from milora_jax.evaluation.score import TaskScore, accuracies, limited, score_task, write_predictions
 from milora_jax.storage.adapters import load_adapter
+from milora_jax.storage.checkpoint import read_metadata
 from milora_jax.storage.files import read_json, write_json_atomic
 from milora_jax.training.loop import Fit
 from milora_jax.training.prepare import Run
@@ -74,10 +77,8 @@ def write_report(
     """Print the table and an example answer; write ``summary.json``, ``predictions.jsonl`` and the plot."""
     settings = run.config.adapter
     method, shape = build_method(settings), adapter_shape(run.model)
-    share = mean_expert_share(scores)
-    by_expert = (
-        dict.fromkeys(EXPERTS, 1.0) if share is None else dict(zip(EXPERTS, share.mean(axis=0), strict=True))
-    )
+    best = read_metadata(workdir / "best", fit.progress.best_step)
+    by_expert = dict(zip(EXPERTS, np.mean(best["expert_share"], axis=0).tolist(), strict=True))
     summary = {
         "steps": fit.steps,
         "best_step": fit.progress.best_step,

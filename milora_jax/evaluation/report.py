@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,44 +20,34 @@ def accuracy_table(base: dict[str, float], adapter: dict[str, float]) -> str:
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
-def mean_expert_share(scores: list[TaskScore]) -> np.ndarray | None:
-    """Share of all scored prompts that chose each expert, ``[L, E]``; None without a router."""
-    shares = [score.expert_share for score in scores if score.expert_share is not None]
-    if not shares:
-        return None
-    return np.average(np.stack(shares), axis=0, weights=[len(score.predictions) for score in scores])
-
-
 def plot_routing(path: Path, scores: list[TaskScore]) -> bool:
     """Draw which experts each layer chose, one panel per task (Figure 2 of the paper).
 
     Returns:
       Whether there was a route to draw.
     """
-    drawn = [score for score in scores if score.expert_share is not None]
+    drawn = [(score, score.expert_share) for score in scores if score.expert_share is not None]
     if not drawn:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    layers = drawn[0].expert_share.shape[0]
+    layers = drawn[0][1].shape[0]
     columns = min(3, len(drawn))
     rows = -(-len(drawn) // columns)
     height = max(2.4, 0.28 * layers + 1.3)
     figure = Figure(figsize=(3.9 * columns + 1.0, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False)
-    for panel, score in zip(panels.flat, drawn, strict=False):
-        image = panel.imshow(
-            score.expert_share, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", origin="lower"
-        )
+    for panel, (score, share) in zip(panels.flat, drawn, strict=False):
+        image = panel.imshow(share, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", origin="lower")
         panel.set_title(f"{score.task} ({len(score.predictions)} prompts)", fontsize=10)
         panel.set_xticks(range(len(EXPERTS)), EXPERTS, fontsize=8)
         panel.set_yticks(_layer_ticks(layers))
         panel.set_ylabel("layer")
         panel.set_xlabel("expert")
         if layers <= 12:
-            _write_shares(panel, score.expert_share)
+            _write_shares(panel, share)
     for panel in panels.flat[len(drawn) :]:
         panel.set_visible(False)
     figure.colorbar(image, ax=panels, label="share of prompts that chose the expert", shrink=0.8)
@@ -69,7 +60,7 @@ def _layer_ticks(layers: int) -> list[int]:
     return list(range(0, layers, max(1, -(-layers // 8))))
 
 
-def _write_shares(panel: object, share: np.ndarray) -> None:
+def _write_shares(panel: Any, share: np.ndarray) -> None:
     """Print each cell's share in percent, dark on bright cells and bright on dark ones."""
     for (layer, expert), value in np.ndenumerate(share):
         color = "black" if value > 0.6 else "white"

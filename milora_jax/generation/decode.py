@@ -8,18 +8,19 @@ step waits for the host; the host looks at one flag per chunk.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.cache import KVCache, empty_cache
 from milora_jax.base.transformer import Base, forward, unembed
 from milora_jax.config import ModelConfig, require
+from milora_jax.shapes import Array, Bool, Float, Int
 from milora_jax.types import Batch, Route
 
 CHUNK = 16
@@ -39,14 +40,14 @@ class DecodeState:
         without a router.
     """
 
-    token: Int[Array, "B"]
-    position: Int[Array, "B"]
-    done: Bool[Array, "B"]
+    token: Int[Array, " B"]
+    position: Int[Array, " B"]
+    done: Bool[Array, " B"]
     cache: KVCache
     route: tuple[Float[Array, "B 1 E"], ...] | None
 
 
-def _is_end(token: Int[Array, "B"], end_ids: tuple[int, ...]) -> Bool[Array, "B"]:
+def _is_end(token: Int[Array, " B"], end_ids: tuple[int, ...]) -> Bool[Array, " B"]:
     ends = jnp.asarray(end_ids or (-1,), jnp.int32)
     return (token[:, None] == ends[None, :]).any(axis=-1)
 
@@ -77,6 +78,8 @@ def prefill(
         prompt_mask=batch.prompt_mask if routed else None,
         cache=empty_cache(config, rows, slots, base.dtype),
     )
+    if output.cache is None:
+        raise AssertionError("a forward pass with a cache gives one back")
     order = jnp.arange(batch.tokens.shape[1])[None, :]
     last = jnp.argmax(jnp.where(batch.segment_ids > 0, order, -1), axis=1)[:, None]
     hidden = jnp.take_along_axis(output.hidden, last[..., None], axis=1)[:, 0]
@@ -105,7 +108,8 @@ def decode_step(base: Base, adapter: Adapter | None, state: DecodeState, config:
     )
     token = jnp.argmax(unembed(base, output.hidden[:, 0]), axis=-1).astype(jnp.int32)
     token = jnp.where(state.done, state.token, token)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         token=token,
         position=state.position + 1,
         done=state.done | _is_end(token, config.eos_ids),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -14,7 +15,7 @@ from milora_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(settings: MeshSection, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(settings: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
     """Arrange the devices as the settings ask; an axis of -1 takes all that remain.
 
     Raises:

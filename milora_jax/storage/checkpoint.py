@@ -302,7 +302,7 @@ def _to_storage(tree: PyTree) -> tuple[dict[str, _Leaf], dict[str, jax.Array]]:
         if not isinstance(leaf, jax.Array | np.ndarray):
             raise TypeError(f"leaf {name} is a {type(leaf).__name__}: expected an array")
         impl = None
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             impl = str(jax.random.key_impl(leaf))
         described[name] = _Leaf(tuple(leaf.shape), str(leaf.dtype), impl)
         array = jax.random.key_data(leaf) if impl else leaf

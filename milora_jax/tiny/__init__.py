@@ -12,5 +12,5 @@ MODEL_DIR = Path(__file__).parent / "model"
 TASKS_DIR = Path(__file__).parent / "tasks"
 """One folder per task, with ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``."""
 
-TASKS = ("true_false", "multiple_choice", "completion", "arithmetic", "word_order")
+TASKS: tuple[str, ...] = ("true_false", "multiple_choice", "completion", "arithmetic", "word_order")
 """The five tasks, shaped like the paper's: BoolQ, ARC, HellaSwag, GSM8K, and one on strings."""

@@ -1,7 +1,7 @@
 """Make the embedded model and its tasks again.
 
-    python -m milora_jax.tiny model --out DIR    # about 40 minutes on two CPU cores
-    python -m milora_jax.tiny tasks --out DIR    # a few seconds
+python -m milora_jax.tiny model --out DIR    # about 40 minutes on two CPU cores
+python -m milora_jax.tiny tasks --out DIR    # a few seconds
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ SEED = 2410
 
 def main() -> None:
     """Parse the command line and run it."""
-    parser = argparse.ArgumentParser(prog="python -m milora_jax.tiny", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m milora_jax.tiny", description="Make the embedded model or its tasks again."
+    )
     parser.add_argument("what", nargs="?", choices=("model", "tasks"), default="model")
     parser.add_argument("--out", type=Path, help="folder to write, by default the one in the package")
     parser.add_argument("--seed", type=int, default=SEED)

@@ -137,5 +137,3 @@ def document(rng: np.random.Generator) -> str:
         text = makers[rng.choice(len(makers), p=shares)](rng)
         if text is not None:
             return text
-
-

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
 
 from milora_jax.base.hf import LeafSpec, base_specs, save_base
 from milora_jax.base.hf_config import write_model_config
 from milora_jax.base.transformer import Base, decode_layout, forward, unembed
 from milora_jax.cli import Console
 from milora_jax.config import ModelConfig
+from milora_jax.shapes import Array, Float, Int
 from milora_jax.tiny.corpus import document
 from milora_jax.tiny.tokenizer import SPECIAL, VOCAB_SIZE, save_tokenizer
 from milora_jax.types import stack_layers
@@ -93,13 +93,13 @@ def pretrain(directory: Path, steps: int, seed: int, console: Console) -> float:
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, min(100, steps // 10 + 1), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
 
-    def step(base: Base, opt_state: Any, tokens: Array) -> tuple[Base, Any, Array]:
+    def step(base: Any, opt_state: Any, tokens: Array) -> tuple[Any, Any, Array]:
         loss, gradient = jax.value_and_grad(cross_entropy)(base, tokens)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes Python numbers and arrays
             updates, opt_state = optimizer.update(gradient, opt_state, base)
         return optax.apply_updates(base, updates), opt_state, loss
 
-    base = decode_layout(initial_base(seed))  # unrolled layers compile longer and run faster on a CPU
+    base: Any = decode_layout(initial_base(seed))  # unrolled layers compile longer and run faster on a CPU
     opt_state = optimizer.init(base)
     jitted = jax.jit(step, donate_argnums=(0, 1))
     loss = jnp.inf

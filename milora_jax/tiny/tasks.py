@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -12,6 +14,10 @@ from milora_jax.tiny.world import is_reserved, statement
 
 ROWS = {"train": 1500, "dev": 40, "test": 100}
 """Rows of each split of each task."""
+
+
+Maker: TypeAlias = Callable[[np.random.Generator], tuple[dict[str, str], bool]]
+"""Draws a row; and tells whether its content is reserved for the test rows."""
 
 
 def _row(instruction: str, output: str, answer: str) -> dict[str, str]:
@@ -62,10 +68,13 @@ def _arithmetic(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
 def _word_order(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
     words = corpus.draw_words(rng)
     answer = ", ".join(reversed(words))
-    return _row(f"Write these words in reverse order: {', '.join(words)}", answer, answer), is_reserved(*words)
+    text = f"Write these words in reverse order: {', '.join(words)}"
+    return _row(text, answer, answer), is_reserved(*words)
 
 
-MAKERS = dict(zip(TASKS, (_true_false, _multiple_choice, _completion, _arithmetic, _word_order), strict=True))
+MAKERS: dict[str, Maker] = dict(
+    zip(TASKS, (_true_false, _multiple_choice, _completion, _arithmetic, _word_order), strict=True)
+)
 
 
 def make_task(name: str, seed: int) -> dict[str, list[dict[str, str]]]:

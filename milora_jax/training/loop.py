@@ -76,7 +76,6 @@ class Fit:
       steps: optimiser steps taken.
       tokens_per_second: tokens of all rows, padding left out, over this process's training time;
         0 where nothing was left to train.
-      expert_share: mean share of the dev prompts that chose each expert, ``[L, E]``.
     """
 
     state: TrainState
@@ -229,7 +228,7 @@ class Trainer:
                 "load_balance": float(metrics.load_balance),
                 "grad_norm": float(metrics.grad_norm),
                 "pooled_max": float(metrics.pooled_max),
-                "learning_rate": float(self._schedule(done - 1)),
+                "learning_rate": float(np.asarray(self._schedule(done - 1))),
                 "bad_steps": int(metrics.bad_steps),
                 "tokens_per_second": speed,
             },
@@ -244,7 +243,8 @@ class Trainer:
             progress.best_step, progress.best_perplexity, progress.stale = done, perplexity, 0
             config = self._run.config
             metadata = adapter_metadata(config.adapter, adapter.shape)
-            self._best.save(done, adapter.params, {**metadata, "dev_perplexity": perplexity})
+            found = {"dev_perplexity": perplexity, "expert_share": share.tolist()}
+            self._best.save(done, adapter.params, {**metadata, **found})
         else:
             progress.stale += 1
             progress.stopped = 0 < self._settings.patience <= progress.stale

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import optax
 
@@ -57,4 +59,4 @@ def join_params(adapter: Adapter, *parts: PyTree) -> Adapter:
     def first(*leaves: PyTree) -> PyTree:
         return next((leaf for leaf in leaves if leaf is not None), None)
 
-    return adapter.replace(params=jax.tree.map(first, *parts, is_leaf=lambda leaf: leaf is None))
+    return dataclasses.replace(adapter, params=jax.tree.map(first, *parts, is_leaf=lambda leaf: leaf is None))

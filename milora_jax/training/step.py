@@ -6,6 +6,7 @@ and the gradient is taken with respect to the adapter alone, so nothing needs to
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int, Key
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.transformer import Base
 from milora_jax.config import AdapterSection, ModelConfig, TrainSection
+from milora_jax.shapes import Array, Float, Int, Key
 from milora_jax.training.loss import adapted_loss, summed_loss
 from milora_jax.training.optim import join_params, make_optimizer, split_params
 from milora_jax.types import Batch, Metrics, PyTree
@@ -112,7 +113,8 @@ def make_steps(
         omega, opt_state, bad = _guarded_update(
             omega_optimizer, omega, state.omega_state, grads, value, norm, state.bad_steps
         )
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             adapter=join_params(state.adapter, omega, *rest),
             omega_state=opt_state,
@@ -131,8 +133,11 @@ def make_steps(
         theta, opt_state, bad = _guarded_update(
             theta_optimizer, theta, state.theta_state, grads, value, norm, state.bad_steps
         )
-        state = state.replace(
-            adapter=join_params(state.adapter, omega, theta, rest), theta_state=opt_state, bad_steps=bad
+        state = dataclasses.replace(
+            state,
+            adapter=join_params(state.adapter, omega, theta, rest),
+            theta_state=opt_state,
+            bad_steps=bad,
         )
         return state, _metrics(value, parts, norm, bad)
 

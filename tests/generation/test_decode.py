@@ -9,7 +9,7 @@ from milora_jax.base.transformer import adapter_decode_layout, decode_layout, fo
 from milora_jax.generation.decode import decode_chunk, decode_step, generate_tokens, prefill
 from milora_jax.types import stack_layers
 from tests.models import TINY, random_base
-from tests.training.test_equalities import make_adapter, row_batch, stack, text
+from tests.training.test_equalities import make_adapter, row_batch, run, stack, text
 
 BASE = decode_layout(random_base(TINY))
 ADAPTER = adapter_decode_layout(make_adapter())
@@ -21,14 +21,29 @@ def greedy_by_full_forward(prompt, adapter, count):
     """Greedy tokens and their logits, each from a fresh pass over the whole text."""
     tokens, logits = list(prompt), []
     for _ in range(count):
-        batch = row_batch(prompt, np.array(tokens[len(prompt) :], np.int64))
-        mask = batch.prompt_mask if adapter is not None else None
-        output = forward(
-            BASE, TINY, batch.tokens, batch.positions, batch.segment_ids, adapter=adapter, prompt_mask=mask
-        )
-        logits.append(np.asarray(unembed(BASE, output.hidden[0, -1])))
+        batch = row_batch(prompt, np.array(tokens[len(prompt) :], np.int64), length=24)
+        output = run(adapter, batch, base=BASE)
+        logits.append(np.asarray(unembed(BASE, output.hidden[0, len(tokens) - 1])))
         tokens.append(int(logits[-1].argmax()))
     return tokens[len(prompt) :], logits
+
+
+jitted_decode_step = jax.jit(decode_step, static_argnames="config")
+
+
+@jax.jit
+def one_step(base, adapter, state):
+    """The forward pass of a decode step."""
+    return forward(
+        base,
+        TINY,
+        state.token[:, None],
+        state.position[:, None],
+        jnp.ones_like(state.token)[:, None],
+        adapter=adapter,
+        route_weights=state.route,
+        cache=state.cache,
+    )
 
 
 def until_end(tokens):
@@ -44,32 +59,15 @@ def test_cached_decode_equals_the_full_forward(adapter):
     assert until_end(found[0]) == until_end(np.array(expected))
     state, _ = prefill(BASE, adapter, row_batch(prompt, EMPTY), TINY, 9 + NEW)
     for step in range(1, 4):
-        output = forward(
-            BASE,
-            TINY,
-            state.token[:, None],
-            state.position[:, None],
-            jnp.ones((1, 1), jnp.int32),
-            adapter=adapter,
-            route_weights=state.route,
-            cache=state.cache,
-        )
-        np.testing.assert_allclose(unembed(BASE, output.hidden)[0, 0], logits[step], rtol=1e-4, atol=1e-4)
-        state = decode_step(BASE, adapter, state, TINY)
+        hidden = one_step(BASE, adapter, state).hidden
+        np.testing.assert_allclose(unembed(BASE, hidden)[0, 0], logits[step], rtol=1e-4, atol=1e-4)
+        state = jitted_decode_step(BASE, adapter, state, TINY)
 
 
 def test_the_route_of_prefill_is_the_route_of_training_and_never_changes():
     prompt = text(3, 8)
     batch = row_batch(prompt, text(4, 6))
-    trained = forward(
-        BASE,
-        TINY,
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        adapter=ADAPTER,
-        prompt_mask=batch.prompt_mask,
-    ).route
+    trained = run(ADAPTER, batch, base=BASE).route
     state, route = prefill(BASE, ADAPTER, row_batch(prompt, EMPTY), TINY, 32)
     np.testing.assert_array_equal(route.weights != 0, trained.weights != 0)
     np.testing.assert_allclose(route.probs, trained.probs, rtol=1e-5, atol=1e-7)
@@ -114,20 +112,13 @@ def test_scan_equals_loop_with_a_cache():
     state, _ = prefill(BASE, ADAPTER, batch, TINY, 10)
     stacked_base, stacked_adapter = random_base(TINY), make_adapter()
     stacked_cache = state.cache.replace(layers=stack_layers(state.cache.layers))
-    inputs = (state.token[:, None], state.position[:, None], jnp.ones((1, 1), jnp.int32))
-    looped = forward(
-        BASE, TINY, *inputs, adapter=ADAPTER, route_weights=state.route, cache=state.cache
-    )
-    scanned = forward(
-        stacked_base,
-        TINY,
-        *inputs,
-        adapter=stacked_adapter,
-        route_weights=jnp.stack(state.route),
-        cache=stacked_cache,
-    )
+    looped = one_step(BASE, ADAPTER, state)
+    stacked_state = state.replace(cache=stacked_cache, route=jnp.stack(state.route))
+    scanned = one_step(stacked_base, stacked_adapter, stacked_state)
     np.testing.assert_allclose(scanned.hidden, looped.hidden, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(scanned.cache.layers.k, np.stack([c.k for c in looped.cache.layers]), atol=1e-6)
+    np.testing.assert_allclose(
+        scanned.cache.layers.k, np.stack([c.k for c in looped.cache.layers]), atol=1e-6
+    )
 
 
 def compiled_chunk(adapter):

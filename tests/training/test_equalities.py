@@ -1,5 +1,7 @@
 """The paper's claims as equalities, on a small random model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,8 +49,8 @@ def row_batch(prompt, answer, length=None, left=False):
     )
 
 
-def run(adapter, batch, base=BASE, prompts=1, **more):
-    more = more or {"prompt_mask": batch.prompt_mask}
+@functools.partial(jax.jit, static_argnames="prompts")
+def _forward(base, batch, adapter, prompts, more):
     return forward(
         base,
         TINY,
@@ -59,6 +61,10 @@ def run(adapter, batch, base=BASE, prompts=1, **more):
         prompts=prompts,
         **more,
     )
+
+
+def run(adapter, batch, base=BASE, prompts=1, **more):
+    return _forward(base, batch, adapter, prompts, more or {"prompt_mask": batch.prompt_mask})
 
 
 def stack(*batches):
@@ -104,8 +110,7 @@ def test_a_route_moves_with_the_prompt():
     assert len({(route != 0).tobytes() for route in routes}) > 1
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("top_k", [1, 3, 6])
+@pytest.mark.parametrize(("gate", "top_k"), [*((gate, 3) for gate in GATES), (GATES[0], 1), (GATES[0], 6)])
 def test_unchosen_experts_get_no_gradient(gate, top_k):
     adapter = make_adapter(gate=gate, top_k=top_k)
     batch = row_batch(text(0, PROMPT), text(1, ANSWER))
@@ -116,7 +121,7 @@ def test_unchosen_experts_get_no_gradient(gate, top_k):
         new = adapter.replace(params=params)
         return adapted_loss(new, BASE, TINY, batch, prompts=1, balance_weight=0.0, key=None)[0]
 
-    gradient = jax.grad(loss)(adapter.params)
+    gradient = jax.jit(jax.grad(loss))(adapter.params)
     for i, name in enumerate(gradient.experts):
         for leaf in (gradient.experts[name].a, gradient.experts[name].b):
             reached = np.abs(np.asarray(leaf)).max(axis=(1, 2)) > 0
@@ -166,18 +171,21 @@ def test_packed_equals_unpacked(pooler):
     ids = jnp.concatenate([jnp.full_like(row.segment_ids, i + 1) for i, row in enumerate(rows)], axis=1)
     packed = packed.replace(segment_ids=ids)
 
+    one_route, many_route = run(adapter, packed, prompts=3).route, run(adapter, apart).route
+    np.testing.assert_allclose(one_route.weights[:, 0], many_route.weights[:, :, 0], rtol=1e-5, atol=1e-6)
+    if pooler != "attention":  # the others differ in the route alone
+        return
+
     def loss(params, batch, prompts):
         new = adapter.replace(params=params)
         return adapted_loss(new, BASE, TINY, batch, prompts=prompts, balance_weight=0.1, key=None)
 
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
     (one, one_parts), one_grads = value_and_grad(adapter.params, packed, 3)
     (many, many_parts), many_grads = value_and_grad(adapter.params, apart, 1)
     np.testing.assert_allclose(one, many, rtol=1e-5)
     np.testing.assert_allclose(one_parts.load_balance, many_parts.load_balance, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one_grads, many_grads)
-    one_route, many_route = run(adapter, packed, prompts=3).route, run(adapter, apart).route
-    np.testing.assert_allclose(one_route.weights[:, 0], many_route.weights[:, :, 0], rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_acts_only_with_a_key():

@@ -25,7 +25,10 @@ def inputs(tmp_path_factory):
     """A small model directory and a training file."""
     folder = tmp_path_factory.mktemp("inputs")
     write_hf_directory(folder / "model")
-    rows = [{"instruction": f"say {i} twice", "input": "", "output": f"{i} {i}", "answer": f"{i}"} for i in range(40)]
+    rows = [
+        {"instruction": f"say {i} twice", "input": "", "output": f"{i} {i}", "answer": f"{i}"}
+        for i in range(40)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -55,7 +58,9 @@ def command(inputs, workdir, **settings):
 
 
 def environment(failpoint=""):
-    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "MILORA_FAILPOINT")}
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "MILORA_FAILPOINT")
+    }
     return {**kept, "JAX_PLATFORMS": "cpu", **({"MILORA_FAILPOINT": failpoint} if failpoint else {})}
 
 
@@ -82,7 +87,10 @@ def final_leaves(workdir):
 
     step = workdir / "checkpoints" / str(steps_of(workdir)[-1])
     tree = ocp.load(step / "tree")
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def assert_same_end(workdir, reference):

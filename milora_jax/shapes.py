@@ -1,0 +1,23 @@
+"""Shape annotations: jaxtyping's where it is installed, plain names where it is not.
+
+Signatures say ``Float[Array, "B T D"]`` with the letters of ``milora_jax.types``. The tests check them
+at run time; elsewhere they are text, and the core needs no package to carry them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int, Key
+else:
+    try:
+        from jaxtyping import Array, Bool, Float, Int, Key
+    except ImportError:
+        from typing import Any
+
+        from jax import Array
+
+        Bool = Float = Int = Key = Any
+
+__all__ = ["Array", "Bool", "Float", "Int", "Key"]
