@@ -38,6 +38,6 @@ def get_config():
             eval_every=100,
             save_every=100,
         ),
-        eval=EvalSection(batch_size=50, max_new_tokens=48),
+        eval=EvalSection(batch_size=56, max_new_tokens=48),
     )
     return to_config_dict(config)

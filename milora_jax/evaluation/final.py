@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from milora_jax.adapters.protocol import Adapter, active_parameters, tunable_parameters
@@ -13,6 +14,7 @@ from milora_jax.cli import Console
 from milora_jax.data.prompts import prompt_text
 from milora_jax.evaluation.report import accuracy_table, plot_routing
 from milora_jax.evaluation.score import TaskScore, accuracies, limited, score_task, write_predictions
+from milora_jax.parallel.rules import state_shardings
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.checkpoint import read_metadata
 from milora_jax.storage.files import read_json, write_json_atomic
@@ -44,7 +46,9 @@ def evaluate_adapter(run: Run, workdir: Path, console: Console) -> list[TaskScor
 def _score_all(run: Run, adapter: Adapter | None, title: str, console: Console) -> list[TaskScore]:
     settings = run.config.eval
     base = decode_layout(run.base)
-    adapter = None if adapter is None else adapter_decode_layout(adapter)
+    if adapter is not None:
+        adapter = jax.device_put(adapter, state_shardings(run.mesh, run.rules, adapter))
+        adapter = adapter_decode_layout(adapter)
     total = sum(len(limited(records, settings.limit)) for records in run.tests.values())
     scores = []
     with console.progress(title, total, "rows") as bar:

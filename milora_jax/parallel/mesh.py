@@ -34,10 +34,15 @@ def make_mesh(settings: MeshSection, devices: Sequence[Any] | None = None) -> Me
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def check_divides(mesh: Mesh, model: ModelConfig, batch_size: int) -> None:
-    """Refuse a mesh that cannot split the batch, the heads or the widths evenly, with the numbers."""
+def check_divides(mesh: Mesh, model: ModelConfig, batch_sizes: dict[str, int]) -> None:
+    """Refuse a mesh that cannot split the batches, the heads or the widths evenly, with the numbers.
+
+    Args:
+      batch_sizes: rows of each kind of batch, by the name of its setting.
+    """
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    require(batch_size % rows == 0, "batch_size", batch_size, f"a multiple of mesh data x fsdp = {rows}")
+    for name, size in batch_sizes.items():
+        require(size % rows == 0, name, size, f"a multiple of mesh data x fsdp = {rows}")
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
         size = getattr(model, name)

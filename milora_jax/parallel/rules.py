@@ -6,7 +6,7 @@ A leaf whose name is not declared here is an error: a catch-all rule would repli
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -28,7 +28,7 @@ class Rules:
       ffn: F.
       vocab: V.
       layers: the stacking axis; splitting it would move whole layers between chips.
-      adapter: every axis of adapters, optimiser state and counters, which are small.
+      adapter: the wide axis of adapter matrices and of their optimiser moments; they are small.
     """
 
     rows: MeshAxes = ("data", "fsdp")
@@ -58,6 +58,21 @@ BASE_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
 """Logical axes of every leaf of the stacked base, by the names on its path."""
 
 
+STATE_AXES: dict[str, tuple[str | None, ...]] = {
+    "a": ("layers", "adapter", None),
+    "b": ("layers", None, "adapter"),
+    "pool": ("layers", None),
+    "weight": ("layers", None, None),
+    "numerator": ("layers", None),
+    "denominator": ("layers", None),
+    **dict.fromkeys(("step", "key", "bad_steps", "count"), ()),
+}
+"""Logical axes of every leaf of an adapter and of a training state, by the last name on its path.
+
+Optimiser moments end in the name of the parameter they belong to.
+"""
+
+
 def base_sharding(mesh: Mesh, rules: Rules, path: tuple) -> NamedSharding:
     """The sharding of one leaf of the base, by its key path.
 
@@ -67,9 +82,12 @@ def base_sharding(mesh: Mesh, rules: Rules, path: tuple) -> NamedSharding:
     names = tuple(name for name in path_names(path) if name != "value")
     if names not in BASE_AXES:
         raise KeyError(f"no sharding is declared for base leaf {'.'.join(names)}")
-    allowed = {field.name for field in fields(rules)}
-    axes = [getattr(rules, axis) if axis in allowed else None for axis in BASE_AXES[names]]
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    return _named(mesh, rules, BASE_AXES[names])
+
+
+def _named(mesh: Mesh, rules: Rules, axes: tuple[str | None, ...]) -> NamedSharding:
+    mapped = (None if axis is None else getattr(rules, axis) for axis in axes)
+    return NamedSharding(mesh, PartitionSpec(*mapped))
 
 
 def base_shardings(mesh: Mesh, rules: Rules, base: PyTree) -> PyTree:
@@ -77,9 +95,20 @@ def base_shardings(mesh: Mesh, rules: Rules, base: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, rules, path), base)
 
 
-def adapter_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
-    """The sharding of every leaf of an adapter and of a training state."""
-    return NamedSharding(mesh, PartitionSpec(rules.adapter))
+def state_shardings(mesh: Mesh, rules: Rules, state: PyTree) -> PyTree:
+    """A tree like ``state``, an adapter or a training state, with every leaf's sharding.
+
+    Raises:
+      KeyError: for a leaf that :data:`STATE_AXES` does not declare.
+    """
+
+    def of_leaf(path: tuple, _: object) -> NamedSharding:
+        name = path_names(path)[-1]
+        if name not in STATE_AXES:
+            raise KeyError(f"no sharding is declared for state leaf {'.'.join(path_names(path))}")
+        return _named(mesh, rules, STATE_AXES[name])
+
+    return jax.tree_util.tree_map_with_path(of_leaf, state)
 
 
 def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:

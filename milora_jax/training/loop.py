@@ -25,7 +25,7 @@ from milora_jax.config import TrainSection
 from milora_jax.data.batches import batch_rows, collate, padded_length
 from milora_jax.data.tokens import Example
 from milora_jax.errors import NonFiniteError, Preempted, UserError
-from milora_jax.parallel.rules import adapter_sharding
+from milora_jax.parallel.rules import state_shardings
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory
 from milora_jax.training.optim import learning_rate_schedule
@@ -181,14 +181,16 @@ class Trainer:
             adapter = init_adapter(method, adapter_key, adapter_shape(self._run.model))
             return init_state(adapter, step_key, config.train, config.adapter.coefficients, self._total)
 
-        sharding = adapter_sharding(self._run.mesh, self._run.rules)
+        shapes = jax.eval_shape(fresh)
+        shardings = state_shardings(self._run.mesh, self._run.rules, shapes)
         newest = self._checkpoints.newest()
         if newest is None:
             # Sharded from birth: a state that changes its layout after step 1 compiles step 2 again.
-            return jax.jit(fresh, out_shardings=sharding)(), Progress()
+            return jax.jit(fresh, out_shardings=shardings)(), Progress()
         abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(fresh),
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            shardings,
         )
         state, metadata = self._checkpoints.restore(newest, abstract)
         if metadata["data_fingerprint"] != self._run.data_fingerprint:

@@ -71,7 +71,8 @@ def prepare_run(config: Config, say: Callable[[str], None]) -> Run:
     )
     require(bool(model.eos_ids), "eos_token_id of the model", None, "a token that ends an answer")
     mesh = make_mesh(config.mesh)
-    check_divides(mesh, model, config.train.batch_size)
+    batch_sizes = {"train.batch_size": config.train.batch_size, "eval.batch_size": config.eval.batch_size}
+    check_divides(mesh, model, batch_sizes)
     train_records = _read_all(config.data.train)
     if config.data.dev:
         dev_records = _read_all(config.data.dev)

@@ -1,0 +1,208 @@
+"""The house stays in order: imports go downwards, the core needs little, files stay readable."""
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.models import write_hf_directory
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "milora_jax"
+
+FLOORS = (
+    ("errors", "shapes"),
+    ("types", "config", "cli"),
+    ("adapters",),
+    ("base",),
+    ("parallel",),
+    ("storage", "data"),
+    ("training", "generation"),
+    ("evaluation", "tiny"),
+)
+"""From the cellar to the roof; a room imports from floors below its own, and from itself."""
+
+SIDEWAYS = {("cli", "config")}
+"""The one import within a floor: flags become a Config."""
+
+HEAVY = ("torch", "transformers", "tokenizers", "datasets", "ml_collections", "absl", "matplotlib", "tqdm")
+"""Libraries that are imported inside the functions that need them."""
+
+CORE = ("types", "config", "adapters", "base", "training", "generation")
+
+
+def room_of(path):
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def floor_of(room):
+    return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def sources():
+    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def imported(tree):
+    """(module, at top level) of every import."""
+    top = set(tree.body)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module, node in top
+            if node.module == "milora_jax":
+                yield from ((f"milora_jax.{alias.name}", node in top) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_downwards(path):
+    room = room_of(path)
+    for module, at_top in imported(ast.parse(path.read_text())):
+        parts = module.split(".")
+        if parts[0] == "milora_jax" and len(parts) > 1:
+            other = parts[1]
+            allowed = other == room or (room, other) in SIDEWAYS or floor_of(other) < floor_of(room)
+            assert allowed, f"{path.name}: {room} must not import {module}"
+        assert parts[0] != "torch", "torch is for tests"
+        if at_top:
+            assert parts[0] not in HEAVY, f"{path.name} imports {parts[0]} before it is needed"
+
+
+def test_what_does_not_know_what():
+    """The maths knows no adapters, the router no Transformer, the Transformer no method."""
+    for name, forbidden in {
+        "base/ops.py": ("milora_jax.adapters",),
+        "adapters/router.py": ("milora_jax.base",),
+        "base/transformer.py": ("milora_jax.adapters.milora", "milora_jax.adapters.lora"),
+    }.items():
+        modules = [module for module, _ in imported(ast.parse((PACKAGE / name).read_text()))]
+        assert not [m for m in modules if m.startswith(forbidden)], name
+
+
+def test_files_are_one_screen_of_thought():
+    for path in [*sources(), *(ROOT / "tests").rglob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 400, path
+        assert path.name not in ("utils.py", "helpers.py", "misc.py")
+
+
+def run_python(code, *arguments):
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        cwd=ROOT,
+        env={**kept, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+CORE_ALONE = """
+    import sys
+
+    ALLOWED = {"jax", "jaxlib", "flax", "optax", "numpy", "safetensors", "milora_jax", "ml_dtypes"}
+    BLOCKED = {BLOCKED}
+
+    class Blocker:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in BLOCKED:
+                raise ImportError(f"{name} is not installed here")
+
+    # What jax, flax and optax need for themselves they may have; nothing of ours adds to it.
+    import flax.nnx, flax.struct, jax, optax, safetensors.numpy
+    for name in list(sys.modules):
+        if name.split(".")[0] in BLOCKED:
+            del sys.modules[name]
+    sys.meta_path.insert(0, Blocker())
+
+    import importlib, pkgutil
+    for room in {CORE}:
+        module = importlib.import_module(f"milora_jax.{room}")
+        for found in pkgutil.walk_packages(getattr(module, "__path__", []), f"milora_jax.{room}."):
+            importlib.import_module(found.name)
+
+    import jax.numpy as jnp
+    import numpy as np
+    from milora_jax.adapters.protocol import init_adapter
+    from milora_jax.adapters.registry import adapter_shape, build_method
+    from milora_jax.base.load import load_base, logits
+    from milora_jax.base.transformer import adapter_decode_layout, decode_layout
+    from milora_jax.config import AdapterSection, TrainSection
+    from milora_jax.generation.decode import generate_tokens
+    from milora_jax.training.step import init_state, make_steps
+    from milora_jax.types import Batch
+
+    base, config = load_base(sys.argv[1])
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) + 5
+    ones = jnp.ones_like(tokens)
+    prompt = jnp.broadcast_to(jnp.arange(12)[None, :] < 8, tokens.shape)
+    positions = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32)[None, :], tokens.shape)
+    batch = Batch(tokens, ones, positions, prompt, ~prompt)
+    method, settings = AdapterSection(rank=2), TrainSection(learning_rate=1e-2)
+    adapter = init_adapter(build_method(method), jax.random.key(0), adapter_shape(config))
+    state = init_state(adapter, jax.random.key(1), settings, "bilevel", 3)
+    steps = make_steps(config, method, settings, 3, 1)
+    losses = []
+    for _ in range(3):
+        state, metrics = steps.train(state, base, batch)
+        losses.append(float(metrics.loss))
+    assert losses[2] < losses[0], losses
+    new, route = generate_tokens(
+        decode_layout(base), adapter_decode_layout(state.adapter), batch, config, 3
+    )
+    assert new.shape == (2, 3) and route.weights.shape == (config.num_layers, 2, 1, 7)
+    assert logits(base, config, tokens).shape == (2, 12, config.vocab_size)
+    print("ok")
+"""
+
+
+def test_the_core_runs_with_jax_flax_optax_numpy_and_safetensors_alone(tmp_path):
+    write_hf_directory(tmp_path / "model", tokenizer=False)
+    blocked = {*HEAVY, "orbax", "tensorstore", "jaxtyping", "beartype", "jinja2", "pandas", "pyarrow", "peft"}
+    code = CORE_ALONE.replace("{BLOCKED}", repr(blocked)).replace("{CORE}", repr(CORE))
+    result = run_python(code, tmp_path / "model")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "ok"
+
+
+def test_importing_the_package_is_quick_and_starts_no_device():
+    result = run_python(
+        """
+        import time
+        import jax
+        from jax._src import xla_bridge
+        start = time.perf_counter()
+        import milora_jax
+        names = [name for name in milora_jax.__all__ if name in dir(milora_jax)]
+        seconds = time.perf_counter() - start
+        assert len(names) == 4, names
+        assert not xla_bridge._backends, "a device was started"
+        assert seconds < 1, seconds
+        from milora_jax import generate, load_adapter, load_base, logits
+        assert not xla_bridge._backends, "a device was started by the verbs' modules"
+        """
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_it_runs_the_same_without_flax_graph_mode(tmp_path):
+    write_hf_directory(tmp_path / "model", tokenizer=False)
+    code = """
+        import os, sys
+        os.environ["NNX_GRAPH_MODE"] = sys.argv[2]
+        import jax.numpy as jnp
+        from milora_jax import load_base, logits
+        base, config = load_base(sys.argv[1])
+        print(logits(base, config, jnp.arange(8, dtype=jnp.int32)[None]).sum().item())
+    """
+    sums = {mode: run_python(code, tmp_path / "model", mode) for mode in ("true", "false")}
+    assert all(result.returncode == 0 for result in sums.values()), sums
+    assert sums["true"].stdout == sums["false"].stdout != ""
