@@ -70,8 +70,12 @@ def _default_name(location: str) -> str:
     return path.parent.name or path.stem if path.stem in SPLIT_STEMS else path.stem
 
 
-def read_records(source: Source) -> list[Record]:
+def read_records(source: Source, scored: bool = False) -> list[Record]:
     """All records of a source.
+
+    Args:
+      scored: the rows are asked and scored, not trained on: ``output`` may be empty where ``answer``
+        is given, as it is in a row of LLM-Adapters' GSM8K test file.
 
     Raises:
       UserError: naming the file and line of the first row that is malformed or incomplete.
@@ -88,7 +92,7 @@ def read_records(source: Source) -> list[Record]:
             rows = _json_rows(path)
         else:
             raise UserError(f"{path}: suffix {path.suffix!r}: expected .json or .jsonl")
-    records = [_record(row, where) for row, where in rows]
+    records = [_record(row, where, scored) for row, where in rows]
     if not records:
         raise UserError(f"{source.location}: the data set is empty")
     return records
@@ -187,13 +191,13 @@ def _hub_rows(location: str) -> Iterator[tuple[Any, str]]:
         yield row, f"{location} (row {number})"
 
 
-def _record(row: Any, where: str) -> Record:
+def _record(row: Any, where: str, scored: bool) -> Record:
     """One row of either schema as a Record."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object, found {type(row).__name__}")
     if "question" in row and "instruction" not in row:
         return _gsm8k(row, where)
-    output = _text(row, "output", where)
+    output = _text(row, "output", where, required=not (scored and "answer" in row))
     answer = _text(row, "answer", where) if "answer" in row else output.strip()
     given = _text(row, "input", where, required=False)
     return Record(_text(row, "instruction", where), given, output, answer)

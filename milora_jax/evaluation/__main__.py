@@ -53,7 +53,7 @@ def main() -> None:
         batch_size=arguments.batch_size or config.eval.batch_size,
         max_new_tokens=arguments.max_new_tokens or config.eval.max_new_tokens,
     )
-    tasks = {source.name: read_records(source) for source in sources}
+    tasks = {source.name: read_records(source, scored=True) for source in sources}
     adapter = None if arguments.base else adapter_decode_layout(load_adapter(arguments.workdir))
     base, model = load_base(config.model.path, config.model.dtype)
     tokenizer, base = load_tokenizer(config.model.path), decode_layout(base)

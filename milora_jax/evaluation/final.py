@@ -47,8 +47,8 @@ def _score_all(run: Run, adapter: Adapter | None, title: str, console: Console) 
     settings = run.config.eval
     base = decode_layout(run.base)
     if adapter is not None:
-        adapter = jax.device_put(adapter, state_shardings(run.mesh, run.rules, adapter))
-        adapter = adapter_decode_layout(adapter)
+        placed: Adapter = jax.device_put(adapter, state_shardings(run.mesh, run.rules, adapter))
+        adapter = adapter_decode_layout(placed)
     total = sum(len(limited(records, settings.limit)) for records in run.tests.values())
     scores = []
     with console.progress(title, total, "rows") as bar:

@@ -79,7 +79,7 @@ def prepare_run(config: Config, say: Callable[[str], None]) -> Run:
     else:
         train_records, dev_records = holdout(train_records, config.data.dev_share, config.train.seed)
         say(f"no dev file: {len(dev_records)} of the training rows are held out")
-    tests = {source.name: read_records(source) for source in parse_sources(config.data.test)}
+    tests = {source.name: read_records(source, scored=True) for source in parse_sources(config.data.test)}
     tokenizer = load_tokenizer(config.model.path)
     if len(tokenizer) > model.vocab_size:
         raise UserError(
