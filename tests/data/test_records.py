@@ -114,9 +114,8 @@ def test_a_mark_at_the_start_of_a_file_is_no_text(tmp_path):
 
 
 def test_source_names():
-    names = [
-        source.name for source in parse_sources("a/gsm8k/test.jsonl, b/x.json,mine=c/y.json,hf:org/set:en")
-    ]
+    text = "a/gsm8k/test.jsonl, b/x.json,mine=c/y.json,hf:org/set:en"
+    names = [source.name for source in parse_sources(text)]
     assert names == ["gsm8k", "x", "mine", "set"]
     assert parse_sources("") == []
     for text in ("a/test.jsonl,b/../a/test.jsonl", "=x.json", "x="):
