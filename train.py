@@ -16,7 +16,6 @@ what each means. Everything is written under the workdir, and the same command r
 
 from __future__ import annotations
 
-import sys
 import time
 
 from milora_jax.cli import Console, parse_train_flags
@@ -31,7 +30,7 @@ from milora_jax.training.workdir import claim_workdir
 def main() -> None:
     """Prepare, score the base, train, score the best adapter, report."""
     started = time.monotonic()
-    config, workdir = parse_train_flags(sys.argv)
+    config, workdir = parse_train_flags()
     console = Console()
     run = prepare_run(config, console.say)
     workdir.mkdir(parents=True, exist_ok=True)

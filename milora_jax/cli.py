@@ -16,8 +16,10 @@ LINE_EVERY = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
 
 
-def parse_train_flags(argv: list[str]) -> tuple[Config, Path]:
-    """Read ``--config FILE``, ``--config.group.field=value`` and ``--workdir DIR``.
+def parse_train_flags() -> tuple[Config, Path]:
+    """Read ``--config FILE``, ``--config.group.field=value`` and ``--workdir DIR`` from ``sys.argv``.
+
+    ml_collections looks for overrides in ``sys.argv`` itself, so no other list can be read.
 
     Raises:
       UserError: for a missing config file, an unknown flag or setting, or a value of another type.
@@ -25,6 +27,7 @@ def parse_train_flags(argv: list[str]) -> tuple[Config, Path]:
     from absl import flags
     from ml_collections import config_flags
 
+    argv = sys.argv
     if any(argument in ("-h", "--help") for argument in argv[1:]):
         print(sys.modules["__main__"].__doc__)
         raise SystemExit(0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import optax
 
 from milora_jax.base.hf import LeafSpec, base_specs, save_base
 from milora_jax.base.hf_config import write_model_config
+from milora_jax.base.load import load_base
 from milora_jax.base.transformer import Base, decode_layout, forward, unembed
 from milora_jax.cli import Console
 from milora_jax.config import ModelConfig
 from milora_jax.shapes import Array, Float, Int
-from milora_jax.tiny.corpus import document
+from milora_jax.tiny import corpus, wide
 from milora_jax.tiny.tokenizer import SPECIAL, VOCAB_SIZE, save_tokenizer
 from milora_jax.types import stack_layers
 
@@ -41,8 +43,30 @@ CONFIG = ModelConfig(
 SHORT, LONG = (72, 80), (40, 144)
 """Rows and tokens of a batch: short ones first, then long ones for the prompts' distances."""
 
-SHORT_SHARE = 0.85
-LEARNING_RATE = 3e-3
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the pretraining, with an optimiser of its own.
+
+    Attributes:
+      document: draws one document.
+      share: of all steps.
+      short_share: share of its batches that are SHORT; the rest is LONG.
+      learning_rate: peak.
+    """
+
+    document: Callable[[np.random.Generator], str]
+    share: float
+    short_share: float
+    learning_rate: float
+
+
+STAGES = (
+    Stage(corpus.document, share=0.75, short_share=0.85, learning_rate=3e-3),
+    Stage(wide.document, share=0.25, short_share=0.0, learning_rate=2e-3),
+)
+"""Facts and skills first, then the same in many layouts."""
+
 INIT_SCALE = 0.04
 STORED_DTYPE = "float16"
 
@@ -61,18 +85,18 @@ def initial_base(seed: int) -> Base:
     return jax.tree.map(draw, base_specs(CONFIG))
 
 
-def batches(tokenizer: Any, steps: int, seed: int) -> Iterator[np.ndarray]:
+def batches(tokenizer: Any, stage: Stage, steps: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:
     """Rows of whole documents, each between its begin- and end-of-sequence token, padded at the end."""
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng(seed)
     waiting: list[list[int]] = []
     for step in range(steps):
-        rows, length = SHORT if step < SHORT_SHARE * steps else LONG
+        rows, length = SHORT if step < stage.short_share * steps else LONG
         tokens = np.full((rows, length + 1), tokenizer.pad_token_id, np.int32)
         for row in tokens:
             used = 0
             while True:
                 if not waiting:
-                    texts = [document(rng) for _ in range(512)]
+                    texts = [stage.document(rng) for _ in range(512)]
                     waiting = tokenizer(texts, add_special_tokens=False)["input_ids"]
                 ids = [tokenizer.bos_token_id, *waiting[-1], tokenizer.eos_token_id]
                 if used + len(ids) > len(row):
@@ -97,10 +121,27 @@ def cross_entropy(base: Base, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
 
 
 def pretrain(directory: Path, steps: int, seed: int, console: Console) -> float:
-    """Train from scratch and write a Hugging Face directory; returns the last loss in nats."""
+    """Train from scratch and write a Hugging Face directory; returns the last loss in nats.
+
+    After every stage the model is written, and the next stage starts from what was written.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = save_tokenizer(directory, seed)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, min(100, steps // 10 + 1), steps)
+    base, loss = initial_base(seed), float("inf")
+    for number, stage in enumerate(STAGES, 1):
+        base, loss = _train(base, stage, number, round(stage.share * steps), tokenizer, seed, console)
+        save_base(directory, base, CONFIG, STORED_DTYPE)
+        config = write_model_config(CONFIG, SPECIAL.index("<s>"), STORED_DTYPE)
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        base, _ = load_base(directory)
+    return loss
+
+
+def _train(
+    start: Base, stage: Stage, number: int, steps: int, tokenizer: Any, seed: int, console: Console
+) -> tuple[Base, float]:
+    warmup = min(100, steps // 10 + 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, warmup, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
 
     def step(base: Any, opt_state: Any, tokens: Array) -> tuple[Any, Any, Array]:
@@ -109,18 +150,14 @@ def pretrain(directory: Path, steps: int, seed: int, console: Console) -> float:
             updates, opt_state = optimizer.update(gradient, opt_state, base)
         return optax.apply_updates(base, updates), opt_state, loss
 
-    base: Any = decode_layout(initial_base(seed))  # unrolled layers compile longer and run faster on a CPU
+    base: Any = decode_layout(start)  # unrolled layers compile longer and run faster on a CPU
     opt_state = optimizer.init(base)
     jitted = jax.jit(step, donate_argnums=(0, 1))
     loss = jnp.inf
-    with console.progress("pretrain", steps, "steps") as bar:
-        for i, tokens in enumerate(batches(tokenizer, steps, seed)):
+    with console.progress(f"pretraining, part {number}", steps, "steps") as bar:
+        for i, tokens in enumerate(batches(tokenizer, stage, steps, (seed, number))):
             base, opt_state, loss = jitted(base, opt_state, tokens)
             if i % 10 == 9 or i + 1 == steps:
                 bar.reach(i + 1, f"loss {float(loss):.3f}")
     head = None if base.head is None else base.head[...]
-    stacked = Base(base.embedding[...], stack_layers(base.layers), base.final_norm[...], head)
-    save_base(directory, stacked, CONFIG, STORED_DTYPE)
-    config = write_model_config(CONFIG, SPECIAL.index("<s>"), STORED_DTYPE)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return float(loss)
+    return Base(base.embedding[...], stack_layers(base.layers), base.final_norm[...], head), float(loss)

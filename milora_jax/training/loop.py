@@ -131,7 +131,7 @@ class Trainer:
         start = int(state.step)
         log = MetricsLog(self._workdir, start)
         tokens, clock = 0, time.monotonic()
-        previous: Metrics | None = None
+        waiting: list[Metrics | None] = []
         with _sigterm_flag() as preempted:
             for step in range(start, self._total):
                 if progress.stopped:
@@ -141,25 +141,26 @@ class Trainer:
                 tokens += sum(len(example.tokens) for example in examples)
                 state, metrics = self._steps.train(state, self._run.base, self._batch(examples))
                 done = step + 1
+                theta_metrics = None
                 if self._bilevel and done % self._settings.coefficient_every == 0:
-                    state = self._train_coefficients(state, done)
+                    state, theta_metrics = self._train_coefficients(state, done)
                 # One step late, so that the device never waits for the host to look.
-                self._count_bad(previous, progress, done)
-                previous = metrics
+                self._count_bad(waiting, progress, done)
+                waiting = [metrics, theta_metrics]
                 status = ""
                 if done % self._settings.log_every == 0 or done == self._total:
                     speed = tokens / (time.monotonic() - clock)
                     status = self._log_step(log, done, metrics, speed)
                 if done % self._settings.eval_every == 0 or done == self._total:
                     status = self._evaluate(log, done, state.adapter, progress)
-                last = done == self._total or progress.stopped
-                if last:
-                    self._count_bad(metrics, progress, done)
-                if last or done % self._settings.save_every == 0 or preempted():
+                last, stop = done == self._total or progress.stopped, preempted()
+                if last or stop or done % self._settings.save_every == 0:
+                    self._count_bad(waiting, progress, done)
+                    waiting = []
                     self._save(state, done, progress)
                 self._checkpoints.poll()
                 advance(done, status)
-                if preempted() and not last:
+                if stop and not last:
                     self._checkpoints.wait()
                     raise Preempted(f"SIGTERM: saved step {done}, run the same command again to continue")
         seconds = time.monotonic() - clock
@@ -201,22 +202,22 @@ class Trainer:
         self._say(f"resuming at step {newest}")
         return state, Progress.from_json(metadata["progress"])
 
-    def _train_coefficients(self, state: TrainState, done: int) -> TrainState:
+    def _train_coefficients(self, state: TrainState, done: int) -> tuple[TrainState, Metrics]:
         """One update of Theta on dev rows (Appendix A)."""
         index = done // self._settings.coefficient_every - 1
         rows = batch_rows(self._settings.seed, index, len(self._run.dev), self._settings.batch_size)
         batch = self._batch([self._run.dev[i] for i in rows])
-        state, _ = self._steps.coefficients(state, self._run.base, batch)
-        return state
+        return self._steps.coefficients(state, self._run.base, batch)
 
-    def _count_bad(self, metrics: Metrics | None, progress: Progress, done: int) -> None:
-        """Count a skipped update; stop the run at the limit. Parameters are untouched by it."""
-        bad = 0 if metrics is None else int(metrics.bad_steps)
-        progress.skipped += bad > 0
-        if bad >= self._settings.max_bad_steps:
+    def _count_bad(self, waiting: list[Metrics | None], progress: Progress, done: int) -> None:
+        """Count skipped updates; stop the run at the limit. Parameters are untouched by them."""
+        bad = [int(metrics.bad_steps) for metrics in waiting if metrics is not None]
+        progress.skipped += sum(count > 0 for count in bad)
+        worst = max(bad, default=0)
+        if worst >= self._settings.max_bad_steps:
             self._checkpoints.wait()
             raise NonFiniteError(
-                f"{bad} updates in a row had a loss or gradient that is not finite (near step {done}); "
+                f"{worst} updates in a row had a loss or gradient that is not finite (near step {done}); "
                 f"stopped before step {done} was saved, nothing was spoiled; lower train.learning_rate"
             )
 

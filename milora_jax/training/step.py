@@ -33,7 +33,7 @@ class TrainState:
       adapter: the trainable parameters.
       omega_state, theta_state: optimiser states of the two parameter sets.
       key: the run's random key; a step folds its number in.
-      bad_steps: updates skipped in a row because something was not finite.
+      bad_steps: updates of Omega skipped in a row because something was not finite.
     """
 
     step: Int[Array, ""]
@@ -109,7 +109,7 @@ def make_steps(
             return loss(join_params(state.adapter, omega, *rest), base, batch, key)
 
         (value, parts), grads = jax.value_and_grad(of_omega, has_aux=True)(omega)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         omega, opt_state, bad = _guarded_update(
             omega_optimizer, omega, state.omega_state, grads, value, norm, state.bad_steps
         )
@@ -129,17 +129,17 @@ def make_steps(
             return loss(join_params(state.adapter, omega, theta, rest), base, batch, None)
 
         (value, parts), grads = jax.value_and_grad(of_theta, has_aux=True)(theta)
-        norm = optax.global_norm(grads)
-        theta, opt_state, bad = _guarded_update(
-            theta_optimizer, theta, state.theta_state, grads, value, norm, state.bad_steps
+        norm = optax.tree.norm(grads)
+        # A good update of Theta says nothing about Omega's: it must not end a row of bad ones.
+        theta, opt_state, skipped = _guarded_update(
+            theta_optimizer, theta, state.theta_state, grads, value, norm, jnp.zeros((), jnp.int32)
         )
         state = dataclasses.replace(
             state,
             adapter=join_params(state.adapter, omega, theta, rest),
             theta_state=opt_state,
-            bad_steps=bad,
         )
-        return state, _metrics(value, parts, norm, bad)
+        return state, _metrics(value, parts, norm, skipped)
 
     def evaluate(adapter: Adapter, base: Base, batch: Batch) -> tuple:
         return summed_loss(adapter, base, model, batch, prompts)
@@ -171,7 +171,7 @@ def _guarded_update(
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
     new_params = optax.apply_updates(params, updates)
     # The sum of squares of the new parameters is finite only if every one of them is.
-    finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(new_params))
+    finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(new_params))
 
     def keep(new: Array, old: Array) -> Array:
         return jnp.where(finite, new, old)

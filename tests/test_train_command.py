@@ -1,0 +1,161 @@
+"""The command line of train.py: what it refuses, in one line, before anything is written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from milora_jax.cli import parse_train_flags
+from milora_jax.config import AdapterSection, Config, DataSection, TrainSection
+from milora_jax.data.records import Record
+from milora_jax.errors import UserError
+from milora_jax.training.loop import planned_steps
+from tests.models import write_hf_directory
+
+ROOT = Path(__file__).resolve().parents[1]
+ROW = {"instruction": "Say two.", "input": "", "output": "two", "answer": "two"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_hf_directory(folder / "model")
+    (folder / "rows.jsonl").write_text((json.dumps(ROW) + "\n") * 12)
+    (folder / "empty.jsonl").write_text("")
+    (folder / "broken.jsonl").write_text(json.dumps(ROW) + '\n{"instruction": "x"}\n')
+    return folder
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """parse_train_flags as if train.py had been started with the given arguments."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        return parse_train_flags()
+
+    return run
+
+
+def arguments(inputs, workdir, *more):
+    given = (
+        f"--config.model.path={inputs / 'model'}",
+        f"--config.data.train={inputs / 'rows.jsonl'}",
+        "--config.data.dev=",
+        "--config.data.test=",
+        "--config.data.max_length=512",
+        "--config.train.batch_size=8",
+    )
+    return ["train.py", "--config", str(ROOT / "configs/tiny.py"), f"--workdir={workdir}", *given, *more]
+
+
+REFUSED = {
+    "top-k above seven": ("--config.adapter.top_k=8", "adapter.top_k is 8: expected 1 to 7"),
+    "no top-k": ("--config.adapter.top_k=0", "adapter.top_k is 0"),
+    "unknown field": ("--config.adapter.rnak=8", "rnak"),
+    "unknown group": ("--config.adaptor.rank=8", "adaptor"),
+    "ill-typed number": ("--config.adapter.rank=many", "rank"),
+    "ill-typed flag": ("--config.adapter.normalize=maybe", "normalize"),
+    "fraction for a whole number": ("--config.train.max_steps=2.5", "max_steps"),
+    "unknown method": ("--config.adapter.method=milora2", "did you mean 'milora'?"),
+    "unknown pooler": ("--config.adapter.pooler=atention", "did you mean 'attention'?"),
+    "unknown dtype": ("--config.model.dtype=int8", "model.dtype is 'int8'"),
+    "infinite rate": ("--config.train.learning_rate=inf", "train.learning_rate is inf"),
+    "negative rate": ("--config.train.learning_rate=-1.0", "train.learning_rate is -1.0"),
+    "unknown flag": ("--wrokdir=x", "wrokdir"),
+    "stray word": ("stray", "unexpected argument 'stray'"),
+    "no model": ("--config.model.path=nowhere", "no such directory"),
+    "empty model": ("--config.model.path=", "model.path is ''"),
+    "no train file": ("--config.data.train=nowhere.jsonl", "nowhere.jsonl: no such file"),
+    "no train": ("--config.data.train=", "data.train is ''"),
+    "empty data": ("--config.data.train={inputs}/empty.jsonl", "the data set is empty"),
+    "broken data": (
+        "--config.data.train={inputs}/broken.jsonl",
+        "broken.jsonl:2: field 'output'",
+    ),
+    "broken test data": ("--config.data.test={inputs}/broken.jsonl", "broken.jsonl:2: field 'output'"),
+    "rows too long": ("--config.data.max_length=16", "longer than data.max_length 16 tokens"),
+    "longer than the model": ("--config.data.max_length=513", "at most the model's 512 positions"),
+    "mesh": ("--config.mesh.tensor=3", "does not fit 8 device"),
+    "batch": ("--config.train.batch_size=9", "train.batch_size is 9: expected a multiple"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(case, inputs, tmp_path, monkeypatch):
+    flag, message = REFUSED[case]
+    monkeypatch.setattr(sys, "argv", arguments(inputs, tmp_path / "w", flag.format(inputs=inputs)))
+    with pytest.raises(UserError) as caught:
+        train.main()
+    assert message in str(caught.value)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--config is missing"),
+        (["--config", "configs/no.py"], "no such file"),
+        (["--config"], "--config is missing"),
+    ],
+)
+def test_a_config_is_needed(parse, argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(*argv)
+
+
+def test_the_process_ends_with_one_line_and_code_two(inputs, tmp_path):
+    command = [sys.executable, *arguments(inputs, tmp_path / "w", "--config.adapter.top_k=9")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == ["error: adapter.top_k is 9: expected 1 to 7, a layer has 7 experts"]
+    assert result.stdout == ""
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "configs").glob("*.py"))])
+def test_every_config_file_is_a_page_one_can_run(parse, name):
+    config, workdir = parse("--config", str(ROOT / f"configs/{name}.py"))
+    assert workdir == Path("runs") / name
+    text = (ROOT / f"configs/{name}.py").read_text()
+    assert f"python train.py --config configs/{name}.py" in text.split('"""')[1]
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_overrides_reach_the_config(parse):
+    flags = ["--config.adapter.rank=5", "--config.train.learning_rate=1", "--config.adapter.normalize=false"]
+    config, workdir = parse("--config=configs/tiny.py", *flags, "--workdir", "here")
+    assert (config.adapter.rank, config.train.learning_rate, config.adapter.normalize) == (5, 1.0, False)
+    assert workdir == Path("here")
+
+
+def test_the_paper_settings(parse):
+    math, _ = parse("--config", "configs/llama7b_math.py")
+    assert (math.adapter.method, math.adapter.top_k, math.adapter.pooler) == ("milora", 3, "attention")
+    assert (math.train.learning_rate, math.train.warmup_share) == (1e-4, 0.06)
+    assert math.train.coefficient_learning_rate == 1e-6
+    assert math.adapter.load_balance == 1e-2
+
+
+def test_unknown_names_in_a_mapping_are_refused_with_the_nearest():
+    with pytest.raises(UserError, match=r"unknown setting config.adapter.topk \(did you mean 'top_k'\?\)"):
+        Config.from_dict({"adapter": {"topk": 3}})
+    with pytest.raises(UserError, match=r"config.adapter.rank is '8': expected a value of type int"):
+        Config.from_dict({"adapter": {"rank": "8"}})
+    with pytest.raises(UserError, match="mesh"):
+        Config.from_dict({"mesh": {"data": -1, "fsdp": -1}})
+    for bad in ({"dropout": 1.0}, {"rank": 0}, {"alpha": float("nan")}, {"load_balance": -1.0}):
+        with pytest.raises(UserError):
+            AdapterSection(**bad)
+    with pytest.raises(UserError):
+        DataSection(max_length=2)
+    assert Record("a", "", "b", "c") == Record("a", "", "b", "c")
+
+
+def test_planned_steps():
+    assert planned_steps(TrainSection(epochs=2, batch_size=10), 95) == 19
+    assert planned_steps(TrainSection(epochs=2, batch_size=10, max_steps=7), 95) == 7
+    assert planned_steps(TrainSection(epochs=1, batch_size=10), 3) == 1

@@ -1,0 +1,216 @@
+"""One training step: compiled once, no gradient of the base, the same on any mesh, safe from NaN."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from milora_jax.adapters.protocol import coefficient_mask, init_adapter
+from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.config import AdapterSection, MeshSection, TrainSection
+from milora_jax.errors import UserError
+from milora_jax.parallel.mesh import check_divides, make_mesh
+from milora_jax.parallel.rules import Rules, base_shardings, batch_sharding, state_shardings
+from milora_jax.training.loss import adapted_loss
+from milora_jax.training.optim import learning_rate_schedule
+from milora_jax.training.step import init_state, make_steps
+from tests.models import TINY, random_base
+from tests.training.test_equalities import row_batch, stack, text
+
+MODEL = dataclasses.replace(TINY, vocab_size=96)
+SETTINGS = TrainSection(learning_rate=1e-2, coefficient_learning_rate=1e-2, warmup_share=0.1)
+TOTAL = 20
+
+
+def rows(seed=0, count=8):
+    return stack(
+        *(row_batch(text(seed + i, 4 + i % 3), text(50 + i, 6 - i % 3), length=12) for i in range(count))
+    )
+
+
+def prepare(total=TOTAL, settings=SETTINGS, **adapter_settings):
+    method = AdapterSection(**{"rank": 4, **adapter_settings})
+    adapter = init_adapter(build_method(method), jax.random.key(0), adapter_shape(MODEL))
+    state = init_state(adapter, jax.random.key(1), settings, method.coefficients, total)
+    return state, make_steps(MODEL, method, settings, total, 1)
+
+
+def params_of(state):
+    return jax.tree.map(np.asarray, state.adapter.params)
+
+
+def same(one, other):
+    return jax.tree.map(lambda a, b: bool((a == b).all()), one, other)
+
+
+@pytest.mark.parametrize("method", ["milora", "lora"])
+def test_steps_compile_once_and_lower_the_loss(method):
+    state, steps = prepare(method=method)
+    base, losses = random_base(MODEL), []
+    for i in range(6):
+        state, metrics = steps.train(state, base, rows())
+        losses.append(float(metrics.loss))
+        assert int(state.step) == i + 1
+        assert int(metrics.tokens) == int(rows().loss_mask.sum())
+    assert losses[-1] < 0.9 * losses[0], losses
+    assert steps.train._cache_size() == 1
+    if method == "milora":
+        np.testing.assert_allclose(metrics.expert_share.sum(axis=1), 3.0, rtol=1e-6)
+        assert float(metrics.pooled_max) > 0
+        assert float(metrics.load_balance) >= 1 - 1e-5  # its minimum, reached by an even load
+
+
+def frozen_shaped_dots(program):
+    """Dots of a compiled program whose result has the shape of a frozen matrix or its transpose."""
+    frozen = {*MODEL.module_dims.values(), (MODEL.vocab_size, MODEL.hidden_size)}
+    shapes = [f"= f32[{a},{b}]" for a, b in frozen | {(b, a) for a, b in frozen}]
+    dots = [line for line in program.splitlines() if " dot(" in line or "custom-call(" in line]
+    assert len(dots) > 20
+    return [line for line in dots if any(shape in line for shape in shapes)]
+
+
+def test_the_base_gets_no_gradient():
+    state, steps = prepare()
+    base, batch = random_base(MODEL), rows(count=5)  # 60 tokens: no activation has a weight's shape
+    program = steps.train.lower(state, base, batch).compile().as_text()
+    assert not frozen_shaped_dots(program)
+    trained = [leaf.shape for leaf in jax.tree.leaves(state.omega_state)]
+    assert not any(shape[-2:] in MODEL.module_dims.values() for shape in trained)
+
+    def loss(base):
+        return adapted_loss(state.adapter, base, MODEL, batch, prompts=1, balance_weight=0.0, key=None)[0]
+
+    with_gradient = jax.jit(jax.grad(loss)).lower(base).compile().as_text()
+    assert frozen_shaped_dots(with_gradient), "the search above would not see a gradient of the base"
+
+
+def test_the_two_optimisers_change_what_is_theirs():
+    state, steps = prepare()
+    is_theta = coefficient_mask(state.adapter)
+    base, before = random_base(MODEL), params_of(state)
+    state, _ = steps.train(state, base, rows())
+    middle = params_of(state)
+    kept = same(before, middle)
+    frozen = jax.tree.map(lambda theta, equal: equal or not theta, is_theta, kept)
+    assert all(jax.tree.leaves(frozen)), "Theta moved"
+    assert not all(jax.tree.leaves(kept))
+    state, _ = steps.coefficients(state, base, rows(9))
+    kept = same(middle, params_of(state))
+    split = jax.tree.map(lambda theta, equal: theta != equal, is_theta, kept)
+    assert all(jax.tree.leaves(split)), "Omega moved, or Theta did not"
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("coefficients", ["joint", "frozen"])
+def test_coefficients_may_be_trained_with_the_rest_or_not_at_all(coefficients):
+    state, steps = prepare(coefficients=coefficients)
+    before = params_of(state)
+    for _ in range(2):  # B is zero before the first update, and the router learns through it
+        state, _ = steps.train(state, random_base(MODEL), rows())
+    moved = bool((before.router.numerator != params_of(state).router.numerator).any())
+    assert moved == (coefficients == "joint")
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_sharded_equals_unsharded(sizes):
+    state, steps = prepare(gate="softmax")
+    base = random_base(MODEL)
+    reference, expected = steps.train(jax.tree.map(jnp.copy, state), base, rows())
+    devices, rules = make_mesh(MeshSection(*sizes)), Rules()
+    shardings = state_shardings(devices, rules, jax.eval_shape(lambda: state))
+    state = jax.device_put(state, shardings)
+    base = jax.device_put(base, base_shardings(devices, rules, base))
+    split, metrics = steps.train(state, base, jax.device_put(rows(), batch_sharding(devices, rules)))
+    np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics.grad_norm, expected.grad_norm, rtol=1e-4)
+    np.testing.assert_array_equal(metrics.expert_share, expected.expert_share)
+    # Adam divides by the gradient's own size, so compare the moments, which are linear in it.
+    found, wanted = (jax.tree.leaves(s.omega_state) for s in (split, reference))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-3, atol=1e-6)
+
+
+def test_every_leaf_has_a_declared_sharding():
+    mesh, rules = make_mesh(MeshSection(2, 2, 2)), Rules()
+    biased = dataclasses.replace(MODEL, attention_bias=True, mlp_bias=True)
+    base_shardings(mesh, rules, random_base(biased))
+    for method in ("milora", "lora"):
+        state, _ = prepare(method=method)
+        placed = state_shardings(mesh, rules, jax.eval_shape(lambda state=state: state))
+        assert len(jax.tree.leaves(placed)) == len(jax.tree.leaves(state))
+    with pytest.raises(KeyError, match="no sharding is declared for state leaf surprise"):
+        state_shardings(mesh, rules, {"surprise": jnp.ones(3)})
+    with pytest.raises(KeyError, match="no sharding is declared for base leaf"):
+        base_shardings(mesh, rules, {"layers": {"q": jnp.ones(3)}})
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshSection(3, 1, 1), "does not fit 8 device"),
+        (MeshSection(-1, 3, 1), "does not fit 8 device"),
+        (MeshSection(16, 1, 1), "does not fit 8 device"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(mesh)
+
+
+def test_a_mesh_that_cannot_split_the_model_is_refused():
+    with pytest.raises(UserError, match=r"num_kv_heads is 2: expected a multiple of mesh.tensor = 8"):
+        check_divides(make_mesh(MeshSection(1, 1, 8)), dataclasses.replace(MODEL, num_heads=8), {})
+    with pytest.raises(UserError, match=r"batch_size is 4: expected a multiple of mesh data x fsdp = 8"):
+        check_divides(make_mesh(MeshSection(4, 2, 1)), MODEL, {"train.batch_size": 4})
+
+
+def poisoned(base):
+    bad = base.final_norm[...].at[0].set(jnp.nan)
+    return type(base)(base.embedding[...], base.layers, bad, base.head[...])
+
+
+@pytest.mark.parametrize("which", ["train", "coefficients"])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(which):
+    state, steps = prepare()
+    base = random_base(MODEL)
+    state, _ = steps.train(state, base, rows())
+    before, step = params_of(state), getattr(steps, which)
+    opt_state = jax.tree.map(np.asarray, (state.omega_state, state.theta_state))
+    for count in (1, 2):
+        state, metrics = step(state, poisoned(base), rows())
+        assert int(metrics.bad_steps) == (count if which == "train" else 1)
+    assert all(jax.tree.leaves(same(before, params_of(state))))
+    after = jax.tree.map(np.asarray, (state.omega_state, state.theta_state))
+    assert all(jax.tree.leaves(same(opt_state, after)))
+    if which == "train":
+        state, _ = steps.coefficients(state, base, rows())
+        assert int(state.bad_steps) == 2, "a good update of Theta must not hide bad ones of Omega"
+    state, metrics = steps.train(state, base, rows())
+    assert int(metrics.bad_steps) == 0
+    assert not all(jax.tree.leaves(same(before, params_of(state))))
+
+
+def test_the_learning_rate_rises_and_falls_linearly():
+    schedule = learning_rate_schedule(1.0, 0.1, 100)
+    values = np.array([float(np.asarray(schedule(step))) for step in range(101)])
+    np.testing.assert_allclose(values[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    np.testing.assert_allclose(values[10:], 1 - np.arange(91) / 90, rtol=1e-5, atol=1e-6)
+    assert float(np.asarray(learning_rate_schedule(3.0, 0.0, 10)(0))) == 3.0
+
+
+def test_only_response_tokens_count():
+    state, steps = prepare()
+    base, batch = random_base(MODEL), rows()
+    loss, tokens, _ = steps.evaluate(state.adapter, base, batch)
+    assert int(tokens) == int(batch.loss_mask.sum())
+    from milora_jax.base.transformer import forward, unembed
+
+    hidden = forward(base, MODEL, batch.tokens, batch.positions, batch.segment_ids).hidden
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        unembed(base, hidden)[:, :-1], batch.tokens[:, 1:]
+    )
+    expected = np.asarray(losses)[np.asarray(batch.loss_mask[:, 1:])].sum()  # a fresh adapter changes nothing
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
