@@ -1,15 +1,17 @@
 """A LLaMA-family base from a Hugging Face directory, leaf by leaf.
 
 Tensors are read one at a time from ``model.safetensors`` or from the shards its index names,
-transposed to ``[in, out]``, cast, and copied into their place in the stacked leaf, so that the process
-never holds more than the model and one extra tensor. Nothing is ever left at an initial value: every
-expected tensor must be there, with the expected shape, and no other.
+transposed to ``[in, out]``, cast, and copied into their place in the stacked leaf, so that beside the
+model the process never holds more than one tensor and, where the devices copy it, one leaf. Nothing is
+ever left at an initial value: every expected tensor must be there, with the expected shape, and no
+other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,9 @@ MODULE_PATHS = {
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
+ALIGNMENT = 64
+"""Bytes to which XLA aligns buffers: a CPU device takes a host array so aligned as it is, uncopied."""
+
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 """Old checkpoints store the rotary frequencies; they follow from the config."""
 
@@ -98,29 +103,29 @@ def load_leaves(
       UserError: for a missing, extra or misshapen tensor, a pickle, or a damaged file.
     """
     target = jnp.dtype(dtype)
-    with contextlib.ExitStack() as files:
-        tensors = _open_tensors(directory, files)
-        specs = base_specs(config)
-        expected = {name for spec in jax.tree.leaves(specs) for name in spec.names}
-        found = {name for name in tensors if not name.endswith(IGNORED_SUFFIX)}
-        if config.tie_embeddings:
-            found.discard("lm_head.weight")  # some tied checkpoints store the shared matrix twice
-        _require_same_names(directory, expected, found)
+    files = _files_by_tensor(directory)
+    specs = base_specs(config)
+    expected = {name for spec in jax.tree.leaves(specs) for name in spec.names}
+    found = {name for name in files if not name.endswith(IGNORED_SUFFIX)}
+    if config.tie_embeddings:
+        found.discard("lm_head.weight")  # some tied checkpoints store the shared matrix twice
+    _require_same_names(directory, expected, found)
 
-        def read(path: tuple, spec: LeafSpec) -> jax.Array:
-            leaf = np.empty(spec.shape, target)
-            for i, name in enumerate(spec.names):
-                part = leaf[i] if spec.stacked else leaf
-                _read_into(part, tensors[name], name, spec.transposed, directory)
-            return place(leaf, path)
+    def read(path: tuple, spec: LeafSpec) -> jax.Array:
+        leaf = _aligned_empty(spec.shape, target)
+        for i, name in enumerate(spec.names):
+            part = leaf[i] if spec.stacked else leaf
+            _read_into(part, files[name], name, spec.transposed)
+        # Devices copy in the background: without waiting, finished leaves pile up in host memory.
+        return jax.block_until_ready(place(leaf, path))
 
-        return jax.tree_util.tree_map_with_path(read, specs)
+    return jax.tree_util.tree_map_with_path(read, specs)
 
 
 def place_on_default_device(leaf: np.ndarray, path: tuple) -> jax.Array:
     """The simplest ``place`` of :func:`load_leaves`: the whole leaf on one device."""
     del path
-    return jnp.asarray(leaf)
+    return jax.device_put(leaf)
 
 
 def save_base(directory: Path, base: Base, config: ModelConfig, dtype: str) -> None:
@@ -139,25 +144,42 @@ def save_base(directory: Path, base: Base, config: ModelConfig, dtype: str) -> N
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def _open_tensors(directory: Path, files: contextlib.ExitStack) -> dict[str, Any]:
-    """Handles by tensor name: ``handles[name] -> open safetensors file``; files close with ``files``."""
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _files_by_tensor(directory: Path) -> dict[str, Path]:
+    """The file that holds each tensor, by the headers of all files."""
     if not directory.is_dir():
         raise UserError(f"model.path {str(directory)!r}: no such directory, expected a Hugging Face model")
-    handles: dict[str, Any] = {}
+    files: dict[str, Path] = {}
     for path, only in _weight_files(directory):
-        try:
-            from safetensors import SafetensorError, safe_open
-
-            handle = files.enter_context(safe_open(path, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-        names = set(handle.keys())
+        with _opened(path) as tensors:
+            names = set(tensors.keys())
         if only is not None and names != only:
             wrong = sorted(names ^ only)[0]
             raise UserError(f"{path}: tensor {wrong!r} is in the file or in the index, not in both")
-        for name in names:
-            handles[name] = handle
-    return handles
+        files.update(dict.fromkeys(names, path))
+    return files
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, open for the ``with`` block.
+
+    It is mapped into memory, and every page that was read counts as the process's own until it is
+    closed: a file kept open while all of it is read doubles the peak.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def _weight_files(directory: Path) -> Iterator[tuple[Path, set[str] | None]]:
@@ -199,14 +221,15 @@ def _require_same_names(directory: Path, expected: set[str], found: set[str]) ->
         )
 
 
-def _read_into(part: np.ndarray, handle: Any, name: str, transposed: bool, directory: Path) -> None:
+def _read_into(part: np.ndarray, path: Path, name: str, transposed: bool) -> None:
     """Copy one tensor into its place, checking its shape and that it holds floating point numbers."""
-    tensor = handle.get_tensor(name)
+    with _opened(path) as tensors:
+        tensor = tensors.get_tensor(name)
     shape = part.shape[::-1] if transposed else part.shape
     if tensor.shape != shape:
-        raise UserError(f"{directory}: tensor {name!r} has shape {tensor.shape}, expected {shape}")
+        raise UserError(f"{path}: tensor {name!r} has shape {tensor.shape}, expected {shape}")
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        raise UserError(f"{directory}: tensor {name!r} has dtype {tensor.dtype}, expected a floating type")
+        raise UserError(f"{path}: tensor {name!r} has dtype {tensor.dtype}, expected a floating type")
     np.copyto(part, tensor.T if transposed else tensor, casting="unsafe")
 
 

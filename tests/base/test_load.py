@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -251,6 +255,44 @@ def test_a_missing_directory_or_config(tmp_path):
         load_base(tmp_path)
     with pytest.raises(UserError, match="dtype is 'int8': expected one of"):
         load_base(tmp_path, dtype="int8")
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import jax, safetensors.numpy
+from milora_jax.base.load import load_base
+
+def memory(field):
+    return 1024 * int(re.search(rf"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+jax.device_put(1.0).block_until_ready()
+before = memory("VmRSS")
+base, _ = load_base(sys.argv[1], sys.argv[2])
+peak = memory("VmHWM")
+print((peak - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(base)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the memory figures of /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_takes_little_more_memory_than_the_model(tmp_path, dtype):
+    wide = dataclasses.replace(
+        PLAIN, vocab_size=8192, hidden_size=512, intermediate_size=2048, num_layers=6, head_dim=128
+    )
+    write_hf_directory(tmp_path, wide, dtype=dtype, tokenizer=False)
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path), dtype],
+        env={**kept, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert 0.9 < float(result.stdout) < 1.3
 
 
 FIELD_CHANGES = {
