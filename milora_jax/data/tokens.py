@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ def load_tokenizer(path: str) -> Any:
     Raises:
       UserError: where the files are missing or broken.
     """
+    # transformers tells everybody without torch that it found none; nothing here wants it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     if not Path(path).is_dir():

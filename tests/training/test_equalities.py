@@ -1,5 +1,6 @@
 """The paper's claims as equalities, on a small random model."""
 
+import dataclasses
 import functools
 
 import jax
@@ -207,6 +208,12 @@ ADAPTER_CHANGES = {
     "normalize": False,
     "gate": "softmax",
 }
+SEEN_ELSEWHERE = {"dropout", "load_balance", "coefficients"}
+"""Settings that act on training alone, each with a test of its own."""
+
+
+def test_every_setting_of_the_adapter_is_tested():
+    assert ADAPTER_CHANGES.keys() | SEEN_ELSEWHERE == {f.name for f in dataclasses.fields(AdapterSection)}
 
 
 @pytest.mark.parametrize("name", ADAPTER_CHANGES)

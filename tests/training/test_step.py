@@ -63,6 +63,16 @@ def test_steps_compile_once_and_lower_the_loss(method):
         assert float(metrics.load_balance) >= 1 - 1e-5  # its minimum, reached by an even load
 
 
+def test_the_load_balance_term_is_weighed_by_lambda():
+    found = {}
+    for weight in (0.0, 0.5):
+        state, steps = prepare(load_balance=weight)
+        _, found[weight] = steps.train(state, random_base(MODEL), rows())
+    assert float(found[0.0].loss) == float(found[0.0].cross_entropy)
+    balance = float(found[0.5].load_balance)
+    np.testing.assert_allclose(found[0.5].loss, found[0.0].loss + 0.5 * balance, rtol=1e-6)
+
+
 def frozen_shaped_dots(program):
     """Dots of a compiled program whose result has the shape of a frozen matrix or its transpose."""
     frozen = {*MODEL.module_dims.values(), (MODEL.vocab_size, MODEL.hidden_size)}
