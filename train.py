@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 
-from milora_jax.cli import Console, parse_train_flags
+from milora_jax.cli import Console, parse_train_flags, sigterm_noted
 from milora_jax.errors import run_command
 from milora_jax.evaluation.final import evaluate_adapter, evaluate_base, write_report
 from milora_jax.storage.lock import WorkdirLock
@@ -32,17 +32,18 @@ def main() -> None:
     started = time.monotonic()
     config, workdir = parse_train_flags()
     console = Console()
-    run = prepare_run(config, console.say)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with WorkdirLock(workdir):
-        claim_workdir(workdir, config)
-        console.say(f"workdir {workdir}: {run.model.num_layers} layers, {config.adapter.method}")
-        before = evaluate_base(run, workdir, console)
-        trainer = Trainer(run, workdir, console.say)
-        with console.progress("training", trainer.total_steps, "step") as bar:
-            fit = trainer.fit(bar.reach)
-        after = evaluate_adapter(run, workdir, console)
-        write_report(run, workdir, fit, before, after, time.monotonic() - started, console)
+    with sigterm_noted() as preempted:
+        run = prepare_run(config, workdir, console.say)
+        with WorkdirLock(workdir):
+            claim_workdir(workdir, config)
+            console.say(f"workdir {workdir}: {run.model.num_layers} layers, {config.adapter.method}")
+            before = evaluate_base(run, workdir, console, preempted)
+            trainer = Trainer(run, workdir, console.say)
+            with console.progress("training", trainer.total_steps, "step") as bar:
+                fit = trainer.fit(bar.reach, preempted)
+            after = evaluate_adapter(run, workdir, console, preempted)
+            seconds = fit.earlier_seconds + time.monotonic() - started
+            write_report(run, workdir, fit, before, after, seconds)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from milora_jax.config import Config
-from milora_jax.errors import UserError
+from milora_jax.errors import Preempted, UserError
 
 LINE_EVERY = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
@@ -41,22 +42,60 @@ def parse_train_flags() -> tuple[Config, Path]:
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"command line: {error}") from None
+    except (SyntaxError, ImportError, NameError) as error:
+        raise UserError(f"--config {str(path)!r}: {type(error).__name__}: {error}") from None
     if len(rest) > 1:
         raise UserError(
             f"command line: unexpected argument {rest[1]!r}, settings are --config.group.field=value"
         )
     overridden: Any = values["config"].value
+    if not hasattr(overridden, "to_dict"):
+        kind = type(overridden).__name__
+        raise UserError(
+            f"--config {str(path)!r}: get_config() gives a {kind}, expected to_config_dict(Config(...))"
+        )
     config = Config.from_dict(overridden.to_dict())
     return config, Path(values["workdir"].value or Path("runs") / path.stem)
 
 
 def _config_path(argv: list[str]) -> Path:
+    found = []
     for i, argument in enumerate(argv):
         if argument in ("--config", "-config") and i + 1 < len(argv):
-            return Path(argv[i + 1])
+            found.append(Path(argv[i + 1]))
         if argument.startswith(("--config=", "-config=")):
-            return Path(argument.split("=", 1)[1])
-    raise UserError("--config is missing, expected for example --config configs/tiny.py")
+            found.append(Path(argument.split("=", 1)[1]))
+    if not found:
+        raise UserError("--config is missing, expected for example --config configs/tiny.py")
+    if len(found) > 1:
+        raise UserError(f"--config is given {len(found)} times, expected once")
+    return found[0]
+
+
+@contextmanager
+def sigterm_noted() -> Iterator[Callable[[], bool]]:
+    """Note SIGTERM instead of dying of it; yields a function that tells whether it came."""
+    came = False
+
+    def note(signum: int, frame: object) -> None:
+        nonlocal came
+        came = True
+
+    old = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def stop_if(preempted: Callable[[], bool], doing: str) -> None:
+    """End a command at a place where nothing is lost, if SIGTERM came.
+
+    Raises:
+      Preempted: naming what was being done.
+    """
+    if preempted():
+        raise Preempted(f"SIGTERM while {doing}: nothing is lost, run the same command again to continue")
 
 
 class Bar:

@@ -252,6 +252,7 @@ class TrainSection:
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for name in "max_steps patience seed".split():
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        require(self.seed < 2**32, "train.seed", self.seed, "below 2**32")
         for name in "learning_rate coefficient_learning_rate weight_decay clip_norm".split():
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"train.{name}", value, "0 or more")

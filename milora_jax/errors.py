@@ -36,7 +36,8 @@ class Preempted(UserError):
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's main function; turn a ``UserError`` into one line on stderr and its exit code.
 
-    Anything else is a defect of ours and keeps its traceback.
+    So does what the file system refuses: a full disk, a read-only folder. Anything else is a defect of
+    ours and keeps its traceback.
     """
     try:
         main()
@@ -44,6 +45,10 @@ def run_command(main: Callable[[], None]) -> None:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_BAD_INPUT) from None
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None

@@ -11,8 +11,9 @@ import train
 from milora_jax.cli import parse_train_flags
 from milora_jax.config import AdapterSection, Config, DataSection, TrainSection
 from milora_jax.data.records import Record
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, run_command
 from milora_jax.training.loop import planned_steps
+from milora_jax.training.workdir import MetricsLog
 from tests.models import write_hf_directory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +81,12 @@ REFUSED = {
     "rows too long": ("--config.data.max_length=16", "longer than data.max_length 16 tokens"),
     "longer than the model": ("--config.data.max_length=513", "at most the model's 512 positions"),
     "mesh": ("--config.mesh.tensor=3", "does not fit 8 device"),
+    "seed": ("--config.train.seed=9223372036854775808", "train.seed"),
+    "two configs": ("--config=configs/tiny.py", "--config is given 2 times"),
+    "prompt too long to answer": (
+        "--config.eval.max_new_tokens=450 --config.data.test={inputs}/rows.jsonl",
+        "prompt length of row 1 of test task 'rows'",
+    ),
     "batch": ("--config.train.batch_size=9", "train.batch_size is 9: expected a multiple"),
 }
 
@@ -87,7 +94,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_in_one_line_before_anything_is_written(case, inputs, tmp_path, monkeypatch):
     flag, message = REFUSED[case]
-    monkeypatch.setattr(sys, "argv", arguments(inputs, tmp_path / "w", flag.format(inputs=inputs)))
+    monkeypatch.setattr(sys, "argv", arguments(inputs, tmp_path / "w", *flag.format(inputs=inputs).split()))
     with pytest.raises(UserError) as caught:
         train.main()
     assert message in str(caught.value)
@@ -105,6 +112,43 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(case, input
 def test_a_config_is_needed(parse, argv, message):
     with pytest.raises(UserError, match=message):
         parse(*argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("import no_such_library", "No module named 'no_such_library'"),
+        ("def get_config():\n    return {}", "get_config() gives a dict"),
+    ],
+)
+def test_a_config_file_that_is_none_is_one_line(parse, tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse(f"--config={tmp_path / 'mine.py'}")
+    assert message in str(caught.value)
+
+
+def test_what_the_file_system_refuses_is_one_line(capsys, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: (tmp_path / "no" / "file").write_text("x"))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'no' / 'file'}: No such file or directory\n"
+
+
+def test_a_workdir_that_is_a_file_is_one_line(inputs, tmp_path, monkeypatch):
+    (tmp_path / "w").write_text("")
+    monkeypatch.setattr(sys, "argv", arguments(inputs, tmp_path / "w"))
+    with pytest.raises(UserError, match="cannot use workdir"):
+        train.main()
+
+
+def test_unreadable_lines_of_the_log_are_dropped_and_told(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\0\0\n{"step": 2}\n{"step": 3}\n{"st')
+    told = []
+    MetricsLog(tmp_path, 2, told.append).write(3, {"loss": float("nan")})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": null}\n'
+    assert len(told) == 1
 
 
 def test_the_process_ends_with_one_line_and_code_two(inputs, tmp_path):

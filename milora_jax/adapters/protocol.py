@@ -14,7 +14,7 @@ import jax
 from flax import struct
 
 from milora_jax.shapes import Array, Bool, Float, Key
-from milora_jax.types import PyTree, Route
+from milora_jax.types import EXPERTS, PyTree, Route
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Shape:
 
     @classmethod
     def of(cls, module_dims: dict[str, tuple[int, int]], num_layers: int, hidden_size: int) -> Shape:
-        """Build from the mapping that ``ModelConfig.module_dims`` gives."""
-        return cls(tuple(module_dims.items()), num_layers, hidden_size)
+        """Build from the mapping that ``ModelConfig.module_dims`` gives, in any order."""
+        return cls(tuple((name, module_dims[name]) for name in EXPERTS), num_layers, hidden_size)
 
 
 @dataclass(frozen=True)

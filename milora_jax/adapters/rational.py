@@ -17,7 +17,7 @@ normalises what it feeds in, see ``milora_jax.adapters.router``.
 
 
 def rational(
-    x: Float[Array, "*shape"], numerator: Float[Array, 7], denominator: Float[Array, 5]
+    x: Float[Array, "*shape"], numerator: Float[Array, " 7"], denominator: Float[Array, " 5"]
 ) -> Float[Array, "*shape"]:
     """``sum_j a_j x^j / (1 + |sum_i b_i x^i|)``, j = 0..6, i = 1..5, elementwise in float32 (Eq. 6).
 

@@ -3,8 +3,10 @@
 What enters the activation. The residual stream of real LLaMA models holds values in the thousands in
 a few dimensions (Sun et al. 2024, arXiv 2402.17762), where a rational function of order 6/5 grows
 like x^2 and is nothing like the GELU it was fitted to. The paper is silent about it. We normalise the
-pooled vector to unit root mean square before the activation by default (``normalize``); the option
-off is the paper's text to the letter. ``Route.pooled_max`` reports the largest value that went in.
+pooled vector to unit root mean square before the activation by default (``normalize``): its ordinary
+values then lie where the fit holds, and no value exceeds sqrt(D). A few outlying dimensions still may
+lie beyond 3, where the activation is not GELU but bounded. The option off is the paper's text to the
+letter. ``Route.pooled_max`` reports the largest value that went in.
 
 All of it runs in float32 whatever the base's dtype: it is 7 columns wide, and a route must not depend
 on the rounding of a bfloat16 softmax.
@@ -109,10 +111,14 @@ def pool(
     if pooler == "attention":
         scores = jnp.einsum("BTD,D->BT", hidden, weight, precision=jax.lax.Precision.HIGHEST)
         scores = jnp.where(members, scores[:, None, :], jnp.finfo(jnp.float32).min)
-        return jnp.einsum("BZT,BTD->BZD", jax.nn.softmax(scores, axis=-1), hidden)
+        shares = jax.nn.softmax(scores, axis=-1)
+        return jnp.einsum("BZT,BTD->BZD", shares, hidden, precision=jax.lax.Precision.HIGHEST)
     if pooler == "mean":
         count = jnp.maximum(members.sum(axis=-1, keepdims=True), 1).astype(jnp.float32)
-        return jnp.einsum("BZT,BTD->BZD", members.astype(jnp.float32), hidden) / count
+        total = jnp.einsum(
+            "BZT,BTD->BZD", members.astype(jnp.float32), hidden, precision=jax.lax.Precision.HIGHEST
+        )
+        return total / count
     if pooler == "max":
         # One record at a time: a [B, Z, T, D] intermediate would be Z times the residual stream.
         lowest = jnp.finfo(jnp.float32).min

@@ -13,6 +13,9 @@ from milora_jax.base.hf import read_json_object
 from milora_jax.config import Llama3Scaling, ModelConfig, require
 from milora_jax.errors import UserError
 
+LARGEST = 1e30
+"""No constant of a model is larger; JSON numbers may be infinite or have hundreds of digits."""
+
 REFUSED = {
     "sliding_window": None,
     "attn_logit_softcapping": None,
@@ -47,11 +50,12 @@ def read_model_config(directory: Path) -> ModelConfig:
     )
     heads = _integer(values, "num_attention_heads", path)
     hidden = _integer(values, "hidden_size", path)
+    vocab = _integer(values, "vocab_size", path)
     theta, scaling = _rope(values, path)
     if not values.get("head_dim") and hidden % heads:
         raise UserError(f"{path}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     return ModelConfig(
-        vocab_size=_integer(values, "vocab_size", path),
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=_integer(values, "intermediate_size", path),
         num_layers=_integer(values, "num_hidden_layers", path),
@@ -61,7 +65,7 @@ def read_model_config(directory: Path) -> ModelConfig:
         norm_eps=_number(values, "rms_norm_eps", path, 1e-6),
         rope_theta=theta,
         max_positions=_integer(values, "max_position_embeddings", path, 2048),
-        eos_ids=_token_ids(values, path),
+        eos_ids=_token_ids(values, path, vocab),
         rope_scaling=scaling,
         tie_embeddings=_flag(values, "tie_word_embeddings", path),
         attention_bias=_flag(values, "attention_bias", path),
@@ -133,20 +137,21 @@ def _integer(values: dict[str, Any], name: str, path: Path, default: int | None 
 def _number(values: dict[str, Any], name: str, path: Path, default: float | None = None) -> float:
     value = values.get(name)
     value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise UserError(f"{path}: {name} is {value!r}: expected a number above 0")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LARGEST:
+        raise UserError(f"{path}: {name} is {value!r}: expected a finite number above 0")
     return float(value)
 
 
 def _flag(values: dict[str, Any], name: str, path: Path) -> bool:
-    value = values.get(name, False)
+    value = values.get(name)
+    value = False if value is None else value
     require(isinstance(value, bool), f"{path}: {name}", value, "true or false")
     return value
 
 
-def _token_ids(values: dict[str, Any], path: Path) -> tuple[int, ...]:
+def _token_ids(values: dict[str, Any], path: Path, vocab: int) -> tuple[int, ...]:
     value = values.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    good = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
-    require(good, f"{path}: eos_token_id", value, "a token id or a list of token ids")
+    good = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab for i in ids)
+    require(good, f"{path}: eos_token_id", value, f"a token id below {vocab} or a list of them")
     return tuple(ids)

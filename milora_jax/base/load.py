@@ -34,6 +34,9 @@ def logits(base: Base, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[
 
     Args:
       tokens: full rows without padding, T at most ``config.max_positions``.
+
+    Raises:
+      UserError: for tokens of another shape, too long, or outside the vocabulary.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     require(tokens.ndim == 2, "tokens", tokens.shape, "two axes, [B, T]")
@@ -43,6 +46,8 @@ def logits(base: Base, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[
         tokens.shape[1],
         f"at most max_positions {config.max_positions}",
     )
+    inside = bool(((tokens >= 0) & (tokens < config.vocab_size)).all())
+    require(inside, "a token id", "outside the vocabulary", f"0 to {config.vocab_size - 1}")
     return _logits(base, tokens, config)
 
 

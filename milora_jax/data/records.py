@@ -53,7 +53,7 @@ def parse_sources(text: str) -> list[Source]:
     sources = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
         name, separator, location = entry.partition("=")
-        if not separator:
+        if not separator or "/" in name:  # a path such as data/run=3/train.jsonl holds no name
             name, location = _default_name(entry), entry
         if not name or not location:
             raise UserError(f"data source {entry!r}: expected [NAME=]SOURCE")
@@ -143,6 +143,8 @@ def _json_rows(path: Path) -> Iterator[tuple[Any, str]]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits, hostile nesting
+        raise UserError(f"{path}: not JSON that can be read ({error})") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a JSON list of records")
     lines = _row_lines(text)
@@ -171,6 +173,8 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON that can be read ({error})") from None
 
 
 def _hub_rows(location: str) -> Iterator[tuple[Any, str]]:

@@ -41,17 +41,22 @@ def load_tokenizer(path: str) -> Any:
     if not Path(path).is_dir():
         raise UserError(f"model.path {path!r}: no such directory, expected a Hugging Face model")
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: no usable tokenizer ({reason})") from None
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Ids of a prompt, with one beginning-of-sequence token where the tokenizer has one."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = _encode_text(tokenizer, text)
     bos = tokenizer.bos_token_id
     return ids if bos is None else [bos, *ids]
+
+
+def _encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of plain text: ``</s>`` in a record is five characters, and ends nothing."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def encode_example(tokenizer: Any, record: Record, eos_id: int, max_length: int) -> Example | None:
@@ -61,7 +66,7 @@ def encode_example(tokenizer: Any, record: Record, eos_id: int, max_length: int)
     training and in inference.
     """
     prompt = encode_prompt(tokenizer, prompt_text(record))
-    response = tokenizer.encode(record.output, add_special_tokens=False)
+    response = _encode_text(tokenizer, record.output)
     tokens = np.array([*prompt, *response, eos_id], np.int32)
     return Example(tokens, len(prompt)) if len(tokens) <= max_length else None
 

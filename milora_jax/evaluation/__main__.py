@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.load import load_base
 from milora_jax.base.transformer import adapter_decode_layout, decode_layout
 from milora_jax.config import EvalSection
@@ -15,7 +16,7 @@ from milora_jax.data.records import parse_sources, read_records
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, run_command
 from milora_jax.evaluation.score import accuracies, score_task, write_predictions
-from milora_jax.storage.adapters import load_adapter
+from milora_jax.storage.adapters import best_metadata, load_adapter
 from milora_jax.training.workdir import read_workdir_config
 
 
@@ -33,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (default: the run's)")
     parser.add_argument("--base", action="store_true", help="score the frozen base without the adapter")
-    parser.add_argument("--predictions", type=Path, help="JSONL file (default: WORKDIR/predictions.jsonl)")
+    parser.add_argument("--predictions", type=Path, help="JSONL file (default: WORKDIR/evaluation.jsonl)")
     return parser.parse_args()
 
 
@@ -54,16 +55,31 @@ def main() -> None:
         max_new_tokens=arguments.max_new_tokens or config.eval.max_new_tokens,
     )
     tasks = {source.name: read_records(source, scored=True) for source in sources}
+    predictions = arguments.predictions or arguments.workdir / "evaluation.jsonl"
+    if not predictions.parent.is_dir():
+        raise UserError(
+            f"--predictions {str(predictions)!r}: no such directory as {str(predictions.parent)!r}"
+        )
     adapter = None if arguments.base else adapter_decode_layout(load_adapter(arguments.workdir))
+    if adapter is not None:
+        _require_its_base(arguments.workdir, Path(config.model.path))
     base, model = load_base(config.model.path, config.model.dtype)
     tokenizer, base = load_tokenizer(config.model.path), decode_layout(base)
     scores = []
     for task, records in tasks.items():
         print(f"scoring {task} ({len(records)} rows)", file=sys.stderr, flush=True)
         scores.append(score_task(base, model, tokenizer, adapter, task, records, settings))
-    write_predictions(arguments.predictions or arguments.workdir / "predictions.jsonl", scores)
     rows = {score.task: len(score.predictions) for score in scores}
     print(json.dumps({"accuracy": accuracies(scores), "rows": rows}))
+    write_predictions(predictions, scores)
+
+
+def _require_its_base(workdir: Path, directory: Path) -> None:
+    """Refuse to score an adapter on files other than those it was trained on."""
+    if best_metadata(workdir)["base_fingerprint"] != base_fingerprint(directory):
+        raise UserError(
+            f"the files of {str(directory)!r} changed since the adapter of {str(workdir)!r} was made"
+        )
 
 
 if __name__ == "__main__":

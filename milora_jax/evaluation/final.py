@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,8 +11,9 @@ import numpy as np
 from milora_jax.adapters.protocol import Adapter, active_parameters, tunable_parameters
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.transformer import adapter_decode_layout, decode_layout
-from milora_jax.cli import Console
+from milora_jax.cli import Console, stop_if
 from milora_jax.data.prompts import prompt_text
+from milora_jax.data.records import fingerprint
 from milora_jax.evaluation.report import accuracy_table, plot_routing
 from milora_jax.evaluation.score import TaskScore, accuracies, limited, score_task, write_predictions
 from milora_jax.parallel.rules import state_shardings
@@ -25,25 +27,45 @@ from milora_jax.types import EXPERTS
 BASE_SCORES_NAME = "base_accuracy.json"
 
 
-def evaluate_base(run: Run, workdir: Path, console: Console) -> dict[str, float]:
-    """Accuracy of the frozen base on the test records; remembered in the workdir across resumes."""
+def evaluate_base(
+    run: Run, workdir: Path, console: Console, preempted: Callable[[], bool]
+) -> dict[str, float]:
+    """Accuracy of the frozen base on the test records; remembered in the workdir across resumes.
+
+    Args:
+      preempted: asked after every batch whether to stop.
+    """
     if not run.tests:
         return {}
     path = workdir / BASE_SCORES_NAME
-    key = {"data": run.config.data.test, "eval": run.config.to_dict()["eval"]}
+    key = {
+        "tests": {task: fingerprint(records) for task, records in run.tests.items()},
+        "base": run.base_fingerprint,
+        "eval": run.config.to_dict()["eval"],
+    }
     if path.is_file() and (saved := read_json(path)).get("key") == key:
         return saved["accuracy"]
-    found = accuracies(_score_all(run, None, "scoring the base", console))
+    found = accuracies(_score_all(run, None, "scoring the base", console, preempted))
     write_json_atomic(path, {"key": key, "accuracy": found})
     return found
 
 
-def evaluate_adapter(run: Run, workdir: Path, console: Console) -> list[TaskScore]:
-    """Scores of the best adapter, read back from the disk as a user would read it."""
-    return _score_all(run, load_adapter(workdir), "scoring the adapter", console) if run.tests else []
+def evaluate_adapter(
+    run: Run, workdir: Path, console: Console, preempted: Callable[[], bool]
+) -> list[TaskScore]:
+    """Scores of the best adapter, read back from the disk as a user would read it.
+
+    Args:
+      preempted: asked after every batch whether to stop.
+    """
+    if not run.tests:
+        return []
+    return _score_all(run, load_adapter(workdir), "scoring the adapter", console, preempted)
 
 
-def _score_all(run: Run, adapter: Adapter | None, title: str, console: Console) -> list[TaskScore]:
+def _score_all(
+    run: Run, adapter: Adapter | None, title: str, console: Console, preempted: Callable[[], bool]
+) -> list[TaskScore]:
     settings = run.config.eval
     base = decode_layout(run.base)
     if adapter is not None:
@@ -52,6 +74,11 @@ def _score_all(run: Run, adapter: Adapter | None, title: str, console: Console) 
     total = sum(len(limited(records, settings.limit)) for records in run.tests.values())
     scores = []
     with console.progress(title, total, "rows") as bar:
+
+        def advance(rows: int) -> None:
+            bar.advance(rows)
+            stop_if(preempted, title)
+
         for task, records in run.tests.items():
             scores.append(
                 score_task(
@@ -63,7 +90,7 @@ def _score_all(run: Run, adapter: Adapter | None, title: str, console: Console) 
                     records,
                     settings,
                     place=run.place,
-                    progress=bar.advance,
+                    progress=advance,
                 )
             )
     return scores
@@ -76,9 +103,12 @@ def write_report(
     before: dict[str, float],
     scores: list[TaskScore],
     wall_seconds: float,
-    console: Console,
 ) -> None:
-    """Print the table and an example answer; write ``summary.json``, ``predictions.jsonl`` and the plot."""
+    """Print the table and an example answer; write ``summary.json``, ``predictions.jsonl`` and the plot.
+
+    Args:
+      wall_seconds: of this life, and the training time of the earlier ones.
+    """
     settings = run.config.adapter
     method, shape = build_method(settings), adapter_shape(run.model)
     best = read_metadata(workdir / "best", fit.progress.best_step)

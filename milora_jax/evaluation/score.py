@@ -19,6 +19,7 @@ from milora_jax.data.records import Record
 from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import rule_for
 from milora_jax.generation.text import generate
+from milora_jax.storage.files import write_atomic
 from milora_jax.types import Batch
 
 
@@ -108,7 +109,9 @@ def accuracies(scores: list[TaskScore]) -> dict[str, float]:
 
 def write_predictions(path: Path, scores: list[TaskScore]) -> None:
     """One JSON object a line, one per scored row."""
-    with path.open("w", encoding="utf-8") as file:
-        for score in scores:
-            for prediction in score.predictions:
-                file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+    lines = [
+        json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
+        for score in scores
+        for prediction in score.predictions
+    ]
+    write_atomic(path, "".join(lines).encode())

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from milora_jax.adapters.protocol import Adapter
+from milora_jax.adapters.protocol import Adapter, Shape
+from milora_jax.adapters.registry import adapter_shape
 from milora_jax.base.transformer import Base, adapter_decode_layout, decode_layout
 from milora_jax.config import ModelConfig, require
 from milora_jax.data.batches import collate_prompts, padded_length
@@ -62,9 +63,15 @@ def generate(
       progress: called with the number of answers each time some are ready.
 
     Raises:
-      UserError: for an empty prompt, or one too long for the model with its answer.
+      UserError: for an empty prompt, or one too long for the model with its answer; for an adapter
+        that was made for a base of another shape.
     """
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
+    require(not isinstance(prompts, str), "prompts", prompts, "a list of prompts")
+    if adapter is not None and adapter.shape != adapter_shape(config):
+        raise UserError(
+            f"the adapter fits a base of {_said(adapter.shape)}, this one has {_said(adapter_shape(config))}"
+        )
     room = config.max_positions - max_new_tokens
     encoded = [encode_prompt(tokenizer, text) for text in prompts]
     for i, (text, ids) in enumerate(zip(prompts, encoded, strict=True)):
@@ -95,6 +102,10 @@ def generate(
         if progress is not None:
             progress(len(rows))
     return [answers[i] for i in range(len(encoded))]
+
+
+def _said(shape: Shape) -> str:
+    return f"{shape.num_layers} layers, width {shape.hidden_size} and modules {dict(shape.modules)}"
 
 
 def _until_end(tokens: np.ndarray, end_ids: tuple[int, ...]) -> list[int]:

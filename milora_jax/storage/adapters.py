@@ -16,9 +16,14 @@ from milora_jax.errors import UserError
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata
 
 
-def adapter_metadata(settings: AdapterSection, shape: Shape) -> dict[str, Any]:
-    """What is stored beside an adapter's parameters so that they can be read back alone."""
+def adapter_metadata(settings: AdapterSection, shape: Shape, base_fingerprint: str) -> dict[str, Any]:
+    """What is stored beside an adapter's parameters so that they can be read back alone.
+
+    Args:
+      base_fingerprint: of the base it was trained on, see ``base.fingerprint``.
+    """
     return {
+        "base_fingerprint": base_fingerprint,
         "adapter": dataclasses.asdict(settings),
         "shape": {
             "modules": {name: list(dims) for name, dims in shape.modules},
@@ -37,17 +42,8 @@ def load_adapter(path: str | Path) -> Adapter:
     Raises:
       UserError: where there is none, or it is damaged, or holds a value that is not finite.
     """
-    path = Path(path)
-    root = path / "best" if (path / "best").is_dir() else path
-    if not root.is_dir():
-        raise UserError(f"{str(path)!r}: no such directory, expected a workdir or an exported adapter")
-    problems: list[str] = []
-    directory = CheckpointDirectory(root, keep=1, warn=problems.append)
-    step = directory.newest()
-    if step is None:
-        reason = f": {problems[0]}" if problems else ""
-        raise UserError(f"{str(root)!r} holds no complete adapter{reason}")
-    metadata = read_metadata(root, step)
+    directory, step = _newest(Path(path))
+    root, metadata = directory.root, read_metadata(directory.root, step)
     shape_values = metadata["shape"]
     shape = Shape.of(
         {name: tuple(dims) for name, dims in shape_values["modules"].items()},
@@ -66,3 +62,22 @@ def load_adapter(path: str | Path) -> Adapter:
             name = jax.tree_util.keystr(key_path)
             raise UserError(f"{str(root)!r}: adapter leaf {name} holds values that are not finite")
     return Adapter(params=params, method=method, shape=shape)
+
+
+def best_metadata(path: str | Path) -> dict[str, Any]:
+    """What was stored beside the adapter that :func:`load_adapter` loads from the same ``path``."""
+    directory, step = _newest(Path(path))
+    return read_metadata(directory.root, step)
+
+
+def _newest(path: Path) -> tuple[CheckpointDirectory, int]:
+    root = path / "best" if (path / "best").is_dir() else path
+    if not root.is_dir():
+        raise UserError(f"{str(path)!r}: no such directory, expected a workdir or an exported adapter")
+    problems: list[str] = []
+    directory = CheckpointDirectory(root, keep=1, warn=problems.append)
+    step = directory.newest()
+    if step is None:
+        reason = f": {problems[0]}" if problems else ""
+        raise UserError(f"{str(root)!r} holds no complete adapter{reason}")
+    return directory, step

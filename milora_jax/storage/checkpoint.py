@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,12 +58,12 @@ class CheckpointDirectory:
 
     Args:
       root: where the steps lie; made by the first save.
-      keep: how many steps to keep, the newest ones; at least 1.
+      keep: how many steps to keep, the newest ones, at least 1; None leaves it to :meth:`delete_except`.
       warn: receives one line for every damaged step that is passed over.
     """
 
-    def __init__(self, root: Path, keep: int, warn: Callable[[str], None]) -> None:
-        if keep < 1:
+    def __init__(self, root: Path, keep: int | None, warn: Callable[[str], None]) -> None:
+        if keep is not None and keep < 1:
             raise ValueError(f"keep is {keep}: expected at least 1")
         self.root = Path(root).absolute()
         self._keep = keep
@@ -123,6 +123,14 @@ class CheckpointDirectory:
         executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = executor.submit(self._commit, step, partial, sealed, response)
         executor.shutdown(wait=False)
+
+    def delete_except(self, kept: Container[int]) -> None:
+        """Give up every step but the ``kept`` ones. Waits for a running save first."""
+        self.wait()
+        surplus = [step for step in self.steps() if step not in kept]
+        if surplus:
+            self._prepare_to_write()
+            self._delete(surplus)
 
     def poll(self) -> None:
         """Raise the ``UserError`` of a save that has failed by now; every later call raises it too."""
@@ -231,14 +239,19 @@ class CheckpointDirectory:
         """
         if not (self.root / str(saved)).is_dir():
             raise FileNotFoundError(f"step {saved} vanished after it was saved")
-        former = [step for step in self.steps() if step <= saved]
-        for step in former[: -self._keep]:
+        if self._keep is not None:
+            former = [step for step in self.steps() if step <= saved]
+            self._delete(former[: -self._keep])
+
+    def _delete(self, steps: list[int]) -> None:
+        for step in steps:
             # Renamed first: half a step under its own name would look damaged.
             trash = self.root / f".trash-{step}"
             (self.root / str(step)).rename(trash)
             reach("during-delete")
             shutil.rmtree(trash)
-        fsync_directory(self.root)
+        if steps:
+            fsync_directory(self.root)
 
     def _save_error(self, step: int, error: Exception) -> UserError:
         lines = str(error).splitlines() or [type(error).__name__]

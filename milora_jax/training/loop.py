@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from milora_jax.data.tokens import Example
 from milora_jax.errors import NonFiniteError, Preempted, UserError
 from milora_jax.parallel.rules import state_shardings
 from milora_jax.storage.adapters import adapter_metadata
-from milora_jax.storage.checkpoint import CheckpointDirectory
+from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, verify_step
 from milora_jax.training.optim import learning_rate_schedule
 from milora_jax.training.prepare import ROW_MULTIPLE, Run
 from milora_jax.training.step import Steps, TrainState, init_state, make_steps
@@ -46,14 +45,20 @@ class Progress:
       best_step, best_perplexity: the dev evaluation with the lowest perplexity so far.
       stale: evaluations since then.
       skipped: updates skipped because something was not finite.
+      bad_theta: updates of Theta skipped in a row.
       stopped: whether patience ran out.
+      tokens: tokens trained on, padding left out, counted over all lives of the run.
+      seconds: time spent in :meth:`Trainer.fit`, over all lives of the run.
     """
 
     best_step: int = 0
     best_perplexity: float = math.inf
     stale: int = 0
     skipped: int = 0
+    bad_theta: int = 0
     stopped: bool = False
+    tokens: int = 0
+    seconds: float = 0.0
 
     def to_json(self) -> dict:
         """Plain values; an infinite perplexity, which JSON cannot carry, becomes null."""
@@ -74,14 +79,18 @@ class Fit:
 
     Attributes:
       steps: optimiser steps taken.
-      tokens_per_second: tokens of all rows, padding left out, over this process's training time;
-        0 where nothing was left to train.
+      earlier_seconds: training time of the run's earlier lives.
     """
 
     state: TrainState
     steps: int
     progress: Progress
-    tokens_per_second: float
+    earlier_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all rows, padding left out, over the training time of all lives."""
+        return self.progress.tokens / self.progress.seconds
 
 
 def planned_steps(settings: TrainSection, rows: int) -> int:
@@ -106,7 +115,7 @@ class Trainer:
             and config.adapter.method == "milora"
         )
         self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, say)
-        self._best = CheckpointDirectory(workdir / "best", 1, say)
+        self._best = CheckpointDirectory(workdir / "best", None, say)
         self._workdir = workdir
         self._schedule = learning_rate_schedule(
             config.train.learning_rate, config.train.warmup_share, self._total
@@ -117,56 +126,57 @@ class Trainer:
         """Optimiser steps of the whole run."""
         return self._total
 
-    def fit(self, advance: Callable[[int, str], None]) -> Fit:
+    def fit(self, advance: Callable[[int, str], None], preempted: Callable[[], bool]) -> Fit:
         """Train to the end, resuming from the newest good checkpoint.
 
         Args:
           advance: called after every step with the step number and a short status.
+          preempted: asked after every step whether to save and stop.
 
         Raises:
-          Preempted: after SIGTERM, with a checkpoint written.
-          NonFiniteError: after ``max_bad_steps`` skipped updates in a row.
+          Preempted: when ``preempted`` said so, with a checkpoint written.
+          NonFiniteError: after ``max_bad_steps`` skipped updates in a row, or at a dev perplexity that
+            is not finite.
         """
         state, progress = self._restore_or_init()
         start = int(state.step)
-        log = MetricsLog(self._workdir, start)
-        tokens, clock = 0, time.monotonic()
-        waiting: list[Metrics | None] = []
-        with _sigterm_flag() as preempted:
-            for step in range(start, self._total):
-                if progress.stopped:
-                    break
-                rows = batch_rows(self._settings.seed, step, len(self._run.train), self._settings.batch_size)
-                examples = [self._run.train[i] for i in rows]
-                tokens += sum(len(example.tokens) for example in examples)
-                state, metrics = self._steps.train(state, self._run.base, self._batch(examples))
-                done = step + 1
-                theta_metrics = None
-                if self._bilevel and done % self._settings.coefficient_every == 0:
-                    state, theta_metrics = self._train_coefficients(state, done)
-                # One step late, so that the device never waits for the host to look.
+        log = MetricsLog(self._workdir, start, self._say)
+        earlier_seconds, clock = progress.seconds, time.monotonic()
+        waiting: tuple[Metrics, Metrics | None] | None = None
+        for step in range(start, self._total):
+            if progress.stopped:
+                break
+            rows = batch_rows(self._settings.seed, step, len(self._run.train), self._settings.batch_size)
+            examples = [self._run.train[i] for i in rows]
+            progress.tokens += sum(len(example.tokens) for example in examples)
+            state, metrics = self._steps.train(state, self._run.base, self._batch(examples))
+            done = step + 1
+            theta_metrics = None
+            if self._bilevel and done % self._settings.coefficient_every == 0:
+                state, theta_metrics = self._train_coefficients(state, done)
+            # One step late, so that the device never waits for the host to look.
+            self._count_bad(waiting, progress, done)
+            waiting = metrics, theta_metrics
+            progress.seconds = earlier_seconds + time.monotonic() - clock
+            status = ""
+            if done % self._settings.log_every == 0 or done == self._total:
+                status = self._log_step(log, done, metrics, progress.tokens / progress.seconds)
+            if done % self._settings.eval_every == 0 or done == self._total:
+                status = self._evaluate(log, done, state.adapter, progress)
+            last, stop = done == self._total or progress.stopped, preempted()
+            if last or stop or done % self._settings.save_every == 0:
                 self._count_bad(waiting, progress, done)
-                waiting = [metrics, theta_metrics]
-                status = ""
-                if done % self._settings.log_every == 0 or done == self._total:
-                    speed = tokens / (time.monotonic() - clock)
-                    status = self._log_step(log, done, metrics, speed)
-                if done % self._settings.eval_every == 0 or done == self._total:
-                    status = self._evaluate(log, done, state.adapter, progress)
-                last, stop = done == self._total or progress.stopped, preempted()
-                if last or stop or done % self._settings.save_every == 0:
-                    self._count_bad(waiting, progress, done)
-                    waiting = []
-                    self._save(state, done, progress)
-                self._checkpoints.poll()
-                advance(done, status)
-                if stop and not last:
-                    self._checkpoints.wait()
-                    raise Preempted(f"SIGTERM: saved step {done}, run the same command again to continue")
-        seconds = time.monotonic() - clock
+                waiting = None
+                self._save(state, done, progress)
+            self._checkpoints.poll()
+            self._best.poll()
+            advance(done, status)
+            if stop:
+                self._checkpoints.wait()
+                raise Preempted(f"SIGTERM: saved step {done}, run the same command again to continue")
         self._checkpoints.wait()
         self._best.wait()
-        return Fit(state, int(state.step), progress, tokens / seconds if tokens else 0.0)
+        return Fit(state, int(state.step), progress, earlier_seconds)
 
     def _batch(self, examples: list[Example]) -> Batch:
         batch = collate(examples, self._length, 0, self._settings.batch_size)
@@ -185,6 +195,11 @@ class Trainer:
         shapes = jax.eval_shape(fresh)
         shardings = state_shardings(self._run.mesh, self._run.rules, shapes)
         newest = self._checkpoints.newest()
+        if newest is None and self._checkpoints.steps():
+            raise UserError(
+                f"every checkpoint of {str(self._workdir)!r} is damaged: put a good copy back, or start "
+                "again in another --workdir"
+            )
         if newest is None:
             # Sharded from birth: a state that changes its layout after step 1 compiles step 2 again.
             return jax.jit(fresh, out_shardings=shardings)(), Progress()
@@ -194,13 +209,19 @@ class Trainer:
             shardings,
         )
         state, metadata = self._checkpoints.restore(newest, abstract)
-        if metadata["data_fingerprint"] != self._run.data_fingerprint:
-            raise UserError(
-                f"the training or dev rows changed since step {newest} of {str(self._workdir)!r}: "
-                "use another --workdir"
-            )
+        for found, name, what in (
+            (self._run.data_fingerprint, "data_fingerprint", "training or dev rows"),
+            (self._run.base_fingerprint, "base_fingerprint", "files of the base"),
+        ):
+            if metadata[name] != found:
+                raise UserError(
+                    f"the {what} changed since step {newest} of {str(self._workdir)!r}: use another --workdir"
+                )
+        progress = Progress.from_json(metadata["progress"])
+        if progress.best_step:
+            verify_step(self._best.root / str(progress.best_step))
         self._say(f"resuming at step {newest}")
-        return state, Progress.from_json(metadata["progress"])
+        return state, progress
 
     def _train_coefficients(self, state: TrainState, done: int) -> tuple[TrainState, Metrics]:
         """One update of Theta on dev rows (Appendix A)."""
@@ -209,11 +230,20 @@ class Trainer:
         batch = self._batch([self._run.dev[i] for i in rows])
         return self._steps.coefficients(state, self._run.base, batch)
 
-    def _count_bad(self, waiting: list[Metrics | None], progress: Progress, done: int) -> None:
+    def _count_bad(
+        self, waiting: tuple[Metrics, Metrics | None] | None, progress: Progress, done: int
+    ) -> None:
         """Count skipped updates; stop the run at the limit. Parameters are untouched by them."""
-        bad = [int(metrics.bad_steps) for metrics in waiting if metrics is not None]
-        progress.skipped += sum(count > 0 for count in bad)
-        worst = max(bad, default=0)
+        if waiting is None:
+            return
+        omega, theta = waiting
+        bad = int(omega.bad_steps)
+        progress.skipped += bad > 0
+        if theta is not None:
+            skipped = int(theta.bad_steps) > 0
+            progress.skipped += skipped
+            progress.bad_theta = progress.bad_theta + 1 if skipped else 0
+        worst = max(bad, progress.bad_theta)
         if worst >= self._settings.max_bad_steps:
             self._checkpoints.wait()
             raise NonFiniteError(
@@ -242,10 +272,15 @@ class Trainer:
         """Dev perplexity; keeps the adapter if it is the best so far."""
         perplexity, share = self.dev_perplexity(adapter)
         log.write(done, {"dev_perplexity": perplexity, "expert_share": share.round(4).tolist()})
+        if not math.isfinite(perplexity):
+            raise NonFiniteError(
+                f"the dev perplexity of step {done} is not finite; stopped before it was saved; "
+                "lower train.learning_rate or use another model.dtype"
+            )
         if perplexity < progress.best_perplexity:
             progress.best_step, progress.best_perplexity, progress.stale = done, perplexity, 0
             config = self._run.config
-            metadata = adapter_metadata(config.adapter, adapter.shape)
+            metadata = adapter_metadata(config.adapter, adapter.shape, self._run.base_fingerprint)
             found = {"dev_perplexity": perplexity, "expert_share": share.tolist()}
             self._best.save(done, adapter.params, {**metadata, **found})
         else:
@@ -267,23 +302,26 @@ class Trainer:
         return math.exp(min(total / count, 700.0)), mean_share
 
     def _save(self, state: TrainState, done: int, progress: Progress) -> None:
-        """A checkpoint of ``done`` steps, after the best adapter it speaks of is on disk."""
+        """A checkpoint of ``done`` steps, after the best adapter it speaks of is on disk.
+
+        A best adapter is given up only when no checkpoint on the disk speaks of it any more: a run
+        that goes back to one must find it.
+        """
         self._best.wait()
-        metadata = {"progress": progress.to_json(), "data_fingerprint": self._run.data_fingerprint}
+        self._checkpoints.wait()
+        kept = {progress.best_step, *self._bests_of_checkpoints()}
+        metadata = {
+            "progress": progress.to_json(),
+            "data_fingerprint": self._run.data_fingerprint,
+            "base_fingerprint": self._run.base_fingerprint,
+        }
         self._checkpoints.save(done, state, metadata)
+        self._best.delete_except(kept)
 
-
-@contextmanager
-def _sigterm_flag() -> Iterator[Callable[[], bool]]:
-    """Note SIGTERM instead of dying of it; yields a function that tells whether it came."""
-    came = False
-
-    def note(signum: int, frame: object) -> None:
-        nonlocal came
-        came = True
-
-    old = signal.signal(signal.SIGTERM, note)
-    try:
-        yield lambda: came
-    finally:
-        signal.signal(signal.SIGTERM, old)
+    def _bests_of_checkpoints(self) -> set[int]:
+        """The best steps that the checkpoints on the disk speak of."""
+        found = set()
+        for step in self._checkpoints.steps():
+            with suppress(UserError):  # a damaged checkpoint is never gone back to
+                found.add(read_metadata(self._checkpoints.root, step)["progress"]["best_step"])
+        return found

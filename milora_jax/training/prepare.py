@@ -10,18 +10,21 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf import load_leaves
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.transformer import Base
 from milora_jax.config import Config, ModelConfig, require
+from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record, fingerprint, holdout, parse_sources, read_records
-from milora_jax.data.tokens import Example, encode_records, load_tokenizer
+from milora_jax.data.tokens import Example, encode_prompt, encode_records, load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.rules import Rules, base_sharding, batch_sharding
+from milora_jax.training.workdir import refuse_early
 from milora_jax.types import Batch
 
-ROW_MULTIPLE = 32
+ROW_MULTIPLE = 8
 """Training rows are padded to one common length, a multiple of this, so that one step is compiled."""
 
 
@@ -34,6 +37,7 @@ class Run:
       train, dev: encoded rows.
       tests: records to score, by task name.
       data_fingerprint: SHA-256 over the training and dev records.
+      base_fingerprint: of the model directory, see ``base.fingerprint``.
     """
 
     config: Config
@@ -46,18 +50,20 @@ class Run:
     dev: list[Example]
     tests: dict[str, list[Record]]
     data_fingerprint: str
+    base_fingerprint: str
 
     def place(self, batch: Batch) -> Batch:
         """A host batch on the devices, split by rows."""
         return jax.device_put(batch, batch_sharding(self.mesh, self.rules))
 
 
-def prepare_run(config: Config, say: Callable[[str], None]) -> Run:
-    """Read the rows, the tokenizer and the base that a config names.
+def prepare_run(config: Config, workdir: Path, say: Callable[[str], None]) -> Run:
+    """Read the rows, the tokenizer and the base that a config names; write nothing.
 
     The rows come first: a typo in a file name should not cost the minutes a 7B base takes to load.
 
     Args:
+      workdir: where the run will write; refused here if another run is in it.
       say: receives one line per thing worth knowing (rows dropped, held out, loaded).
     """
     require(bool(config.model.path), "model.path", config.model.path, "a Hugging Face directory")
@@ -70,6 +76,7 @@ def prepare_run(config: Config, say: Callable[[str], None]) -> Run:
         f"at most the model's {model.max_positions} positions",
     )
     require(bool(model.eos_ids), "eos_token_id of the model", None, "a token that ends an answer")
+    refuse_early(workdir, config)
     mesh = make_mesh(config.mesh)
     batch_sizes = {"train.batch_size": config.train.batch_size, "eval.batch_size": config.eval.batch_size}
     check_divides(mesh, model, batch_sizes)
@@ -93,6 +100,7 @@ def prepare_run(config: Config, say: Callable[[str], None]) -> Run:
         f"rows: {len(train)} train ({dropped} longer than {limit} tokens dropped), "
         f"{len(dev)} dev ({dev_dropped} dropped), {sum(map(len, tests.values()))} test"
     )
+    _require_room(tests, tokenizer, config, model)
     rules = Rules()
     base = load_leaves(
         Path(config.model.path),
@@ -111,7 +119,23 @@ def prepare_run(config: Config, say: Callable[[str], None]) -> Run:
         dev=dev,
         tests=tests,
         data_fingerprint=fingerprint([*train_records, *dev_records]),
+        base_fingerprint=base_fingerprint(Path(config.model.path)),
     )
+
+
+def _require_room(tests: dict[str, list[Record]], tokenizer: Any, config: Config, model: ModelConfig) -> None:
+    """Refuse a test prompt that leaves no room for its answer: hours before it would be asked."""
+    room = model.max_positions - config.eval.max_new_tokens
+    for task, records in tests.items():
+        for number, record in enumerate(records[: config.eval.limit or None], 1):
+            length = len(encode_prompt(tokenizer, prompt_text(record)))
+            require(
+                length <= room,
+                f"prompt length of row {number} of test task {task!r}",
+                length,
+                f"at most {room} tokens, {model.max_positions} positions less eval.max_new_tokens "
+                f"{config.eval.max_new_tokens}",
+            )
 
 
 def _read_all(sources: str) -> list[Record]:

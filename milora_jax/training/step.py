@@ -33,7 +33,8 @@ class TrainState:
       adapter: the trainable parameters.
       omega_state, theta_state: optimiser states of the two parameter sets.
       key: the run's random key; a step folds its number in.
-      bad_steps: updates of Omega skipped in a row because something was not finite.
+      bad_steps: updates of Omega skipped in a row because something was not finite; the host counts
+        Theta's.
     """
 
     step: Int[Array, ""]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from milora_jax.config import Config
 from milora_jax.errors import UserError
 from milora_jax.storage.files import read_json, write_json_atomic
+from milora_jax.storage.lock import WorkdirLock
 
 CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
-CHANGEABLE = {("eval",), ("mesh",), ("train", "log_every"), ("train", "save_every")}
+CHANGEABLE = {("eval",), ("mesh",), ("data", "test"), ("train", "log_every"), ("train", "save_every")}
 """What may differ when a run is continued: settings that do not enter the trained parameters."""
 
 
@@ -23,6 +25,22 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     Raises:
       UserError: naming the first setting that differs from the run that made the workdir.
     """
+    _require_same(workdir, config)
+    write_json_atomic(workdir / CONFIG_NAME, config.to_dict())
+
+
+def refuse_early(workdir: Path, config: Config) -> None:
+    """Refuse a workdir that another run is using or has used, before a large base is loaded for nothing.
+
+    Raises:
+      UserError: as :class:`WorkdirLock` and :func:`claim_workdir` do.
+    """
+    if (workdir / CONFIG_NAME).is_file():
+        with WorkdirLock(workdir):
+            _require_same(workdir, config)
+
+
+def _require_same(workdir: Path, config: Config) -> None:
     path = workdir / CONFIG_NAME
     if path.is_file():
         old = _leaves(Config.from_dict(read_json(path)).to_dict())
@@ -35,7 +53,6 @@ def claim_workdir(workdir: Path, config: Config) -> None:
                     f"workdir {str(workdir)!r} holds another run: {'.'.join(name)} is {old[name]!r} there "
                     f"and {value!r} now; use another --workdir"
                 )
-    write_json_atomic(path, config.to_dict())
 
 
 def read_workdir_config(workdir: Path) -> Config:
@@ -48,10 +65,20 @@ def read_workdir_config(workdir: Path) -> Config:
 class MetricsLog:
     """``metrics.jsonl``: one JSON object a line, in step order even after a resume."""
 
-    def __init__(self, workdir: Path, resume_step: int) -> None:
-        """Open the log and drop the lines of steps that will be taken again."""
+    def __init__(self, workdir: Path, resume_step: int, warn: Callable[[str], None]) -> None:
+        """Open the log and drop the lines of steps that will be taken again.
+
+        Args:
+          warn: receives one line if a power cut left lines that cannot be read; they are dropped too.
+        """
         self._path = workdir / METRICS_NAME
-        kept = [line for line in self._old_lines() if json.loads(line)["step"] <= resume_step]
+        lines = self._old_lines()
+        steps = [_step_of(line) for line in lines]
+        if None in steps:
+            warn(f"{self._path}: {steps.count(None)} unreadable line(s) dropped")
+        kept = [
+            line for line, step in zip(lines, steps, strict=True) if step is not None and step <= resume_step
+        ]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self._path)
@@ -60,7 +87,7 @@ class MetricsLog:
         """Complete lines of an earlier life; a kill may have torn the last one."""
         if not self._path.is_file():
             return []
-        text = self._path.read_text(encoding="utf-8")
+        text = self._path.read_text(encoding="utf-8", errors="replace")
         return text[: text.rfind("\n") + 1].splitlines()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -69,6 +96,13 @@ class MetricsLog:
         line = json.dumps({"step": step, **clean}, allow_nan=False)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _json_value(value: Any) -> Any:

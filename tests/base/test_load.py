@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from milora_jax import load_base, logits
+from milora_jax.base.fingerprint import WHOLE_BELOW, base_fingerprint
 from milora_jax.base.hf_config import read_model_config, write_model_config
 from milora_jax.config import Llama3Scaling
 from milora_jax.errors import UserError
@@ -233,6 +234,9 @@ BAD_CONFIGS = {
     "heads": ({"num_key_value_heads": 2}, "num_kv_heads is 2: expected a divisor of num_heads 3"),
     "odd head": ({"head_dim": 7}, "head_dim is 7: expected an even number"),
     "no head_dim": ({"head_dim": ..., "hidden_size": 25}, "hidden_size 25 is no multiple"),
+    "infinite": ({"rms_norm_eps": float("inf")}, "expected a finite number"),
+    "enormous": ({"rope_theta": 10**400}, "expected a finite number"),
+    "end beyond the vocabulary": ({"eos_token_id": [2, 61]}, "expected a token id below 61"),
     "eps": ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
     "flag": ({"attention_bias": "yes"}, "attention_bias is 'yes': expected true or false"),
     "end": ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
@@ -246,6 +250,36 @@ def test_a_config_we_cannot_compute_is_refused(folder, case):
     with pytest.raises(UserError) as caught:
         load_base(folder)
     assert message in str(caught.value)
+
+
+def test_a_flag_that_is_null_is_off(folder):
+    edit_config(folder, attention_bias=None, mlp_bias=None, tie_word_embeddings=None, rope_scaling=None)
+    assert read_model_config(folder) == PLAIN
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "9" * 5000])
+def test_a_hostile_config_is_one_line(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json: not readable JSON"):
+        load_base(folder)
+
+
+def test_a_fingerprint_sees_every_file_and_samples_large_ones(folder):
+    seen = {base_fingerprint(folder)}
+    assert base_fingerprint(folder) in seen
+    path = folder / WEIGHTS
+    for at in (0, -1):
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1
+        path.write_bytes(content)
+        seen.add(base_fingerprint(folder))
+    (folder / "tokenizer.json").write_text("{}")
+    seen.add(base_fingerprint(folder))
+    path.write_bytes(bytes(3 * WHOLE_BELOW))
+    seen.add(base_fingerprint(folder))
+    path.write_bytes(bytes(3 * WHOLE_BELOW - 1) + b"\1")
+    seen.add(base_fingerprint(folder))
+    assert len(seen) == 6
 
 
 def test_a_missing_directory_or_config(tmp_path):
@@ -342,3 +376,6 @@ def test_rows_longer_than_the_model_are_refused(folder):
     base, config = load_base(folder)
     with pytest.raises(UserError, match="row length is 65: expected at most max_positions 64"):
         logits(base, config, jnp.zeros((1, 65), jnp.int32))
+    for token in (-1, config.vocab_size):
+        with pytest.raises(UserError, match="expected 0 to 60"):
+            logits(base, config, jnp.array([[1, token]]))

@@ -1,5 +1,7 @@
 """Tokens and batches: order as a pure function, nothing cut, masks where they belong."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -61,6 +63,15 @@ def example(prompt, response):
     return Example(np.arange(10, 10 + prompt + response, dtype=np.int32), prompt)
 
 
+def test_a_control_token_written_in_a_record_is_plain_text(tokenizer):
+    record = Record("Say <s> twice", "", "</s> and <pad>", "x")
+    example = encode_example(tokenizer, record, EOS, 500)
+    assert example.tokens.tolist().count(EOS) == 1
+    assert example.tokens.tolist().count(tokenizer.bos_token_id) == 1
+    assert tokenizer.pad_token_id not in example.tokens
+    assert "</s> and <pad>" in tokenizer.decode(example.tokens, skip_special_tokens=True)
+
+
 def test_collate_marks_prompt_response_and_padding():
     batch = collate([example(3, 2), example(1, 1)], length=6, pad_id=0, rows=3)
     np.testing.assert_array_equal(batch.tokens, [[10, 11, 12, 13, 14, 0], [10, 11, 0, 0, 0, 0], [0] * 6])
@@ -82,6 +93,23 @@ def test_prompts_are_padded_on_either_side(side):
 
 def test_lengths_are_rounded_up_to_the_limit():
     assert [padded_length(n, 32, 100) for n in (1, 32, 33, 97, 100)] == [32, 32, 64, 100, 100]
+
+
+def test_a_tokenizer_that_brings_code_is_refused_and_its_code_not_run(tmp_path):
+    marker = tmp_path / "ran"
+    (tmp_path / "my.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    settings = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["my.Mine", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        load_tokenizer(str(tmp_path))
+    assert not marker.exists()
+
+
+def test_settings_of_a_tokenizer_that_are_no_object_are_one_line(tmp_path):
+    write_tokenizer(tmp_path, 320)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}"])

@@ -52,6 +52,8 @@ BROKEN = {
     "empty output": ('{"instruction": "x", "output": "  "}', r":3: field 'output' is empty"),
     "empty answer": ('{"instruction": "x", "output": "y", "answer": ""}', r":3: field 'answer' is empty"),
     "no number": ('{"question": "x", "answer": "seven"}', r":3: answer does not end in '#### NUMBER'"),
+    "digits": ("9" * 5000, r":3: not JSON that can be read"),
+    "nesting": ("[" * 100_000, r":3: not JSON that can be read"),
     "surrogate": ('{"instruction": "\\ud800", "output": "x"}', r":3: field 'instruction' holds a lone"),
 }
 
@@ -118,6 +120,7 @@ def test_source_names():
     names = [source.name for source in parse_sources(text)]
     assert names == ["gsm8k", "x", "mine", "set"]
     assert parse_sources("") == []
+    assert parse_sources("data/run=3/rows.json")[0].location == "data/run=3/rows.json"
     for text in ("a/test.jsonl,b/../a/test.jsonl", "=x.json", "x="):
         with pytest.raises(UserError, match="data source"):
             parse_sources(text)

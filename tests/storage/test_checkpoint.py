@@ -78,6 +78,16 @@ def test_the_newest_are_kept_and_a_step_can_be_replaced(tmp_path):
     assert sorted(p.name for p in directory.root.iterdir()) == ["2", "3"]
 
 
+def test_steps_are_given_up_by_name_where_no_number_is_kept(tmp_path):
+    directory = save_steps(tmp_path / "c", 1, 2, 3, 4, keep=None)
+    assert directory.steps() == [1, 2, 3, 4]
+    (directory.root / ".trash-1").mkdir()  # left by a kill
+    CheckpointDirectory(directory.root, None, unexpected).delete_except({2, 4, 9})
+    assert sorted(p.name for p in directory.root.iterdir()) == ["2", "4"]
+    CheckpointDirectory(tmp_path / "none", None, unexpected).delete_except({1})
+    assert not (tmp_path / "none").exists()
+
+
 def test_donated_buffers_do_not_disturb_a_running_save(tmp_path):
     directory = CheckpointDirectory(tmp_path / "c", 2, unexpected)
     values = jnp.arange(100_000.0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,10 @@ def assert_same_end(workdir, reference):
     progress = [json.loads((w / "summary.json").read_text()) for w in (workdir, reference)]
     assert progress[0]["best_step"] == progress[1]["best_step"]
     assert progress[0]["dev_perplexity"] == progress[1]["dev_perplexity"]
+    bests = [
+        sorted(int(p.name) for p in (w / "best").iterdir() if p.name.isdigit()) for w in (workdir, reference)
+    ]
+    assert bests[0][-1] == bests[1][-1] == progress[0]["best_step"]
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +184,70 @@ def test_non_finite_updates_stop_the_run_and_spoil_nothing(inputs, tmp_path):
         assert all(np.isfinite(leaf).all() for leaf in final_leaves(workdir).values())
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert max(line.get("bad_steps", 0) for line in lines) >= 4
+
+
+def test_updates_of_theta_that_are_never_finite_stop_the_run(inputs, tmp_path):
+    settings = {"train.coefficient_learning_rate": 1e38, "train.coefficient_every": 1, "train.clip_norm": 0.0}
+    result = life(inputs, tmp_path / "theta", **settings)
+    assert result.returncode == EXIT_NON_FINITE, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: 5 updates in a row")
+
+
+def test_sigterm_while_scoring_ends_with_the_code_that_asks_for_more(inputs, tmp_path):
+    workdir = tmp_path / "scoring"
+    settings = {"data.test": inputs / "rows.jsonl", "eval.batch_size": 2, "eval.max_new_tokens": 40}
+    with subprocess.Popen(
+        command(inputs, workdir, **settings),
+        cwd=ROOT,
+        env=environment(inputs),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        lines = iter(run.stderr.readline, "")
+        next(line for line in lines if line.startswith("workdir "))
+        run.send_signal(signal.SIGTERM)
+        *_, last = lines
+    assert run.returncode == EXIT_PREEMPTED, last
+    assert last.startswith("error: SIGTERM while scoring the base")
+    assert not (workdir / "summary.json").exists()
+
+
+def damage(step):
+    with (step / "metadata.json").open("ab") as file:
+        file.write(b" ")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(inputs, undisturbed, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(undisturbed, workdir)
+    for step in steps_of(workdir):
+        damage(workdir / "checkpoints" / str(step))
+    result = life(inputs, workdir)
+    assert result.returncode == EXIT_BAD_INPUT
+    assert "every checkpoint of" in result.stderr.splitlines()[-1]
+    assert (workdir / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
+
+
+def test_a_run_whose_best_adapter_is_damaged_says_so(inputs, undisturbed, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(undisturbed, workdir)
+    best = json.loads((workdir / "summary.json").read_text())["best_step"]
+    damage(workdir / "best" / str(best))
+    result = life(inputs, workdir)
+    assert result.returncode == EXIT_BAD_INPUT
+    assert f"best/{best} is damaged: metadata.json" in result.stderr.splitlines()[-1]
+
+
+def test_another_base_under_the_same_name_is_refused(inputs, undisturbed):
+    path = inputs / "model" / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-8] + b"\1\1\1\1\1\1\1\1")
+    try:
+        result = life(inputs, undisturbed)
+    finally:
+        path.write_bytes(content)
+    assert result.returncode == EXIT_BAD_INPUT
+    assert "the files of the base changed since step 30" in result.stderr.splitlines()[-1]
 
 
 def test_another_config_is_refused_and_the_same_one_is_not_trained_again(inputs, undisturbed):
