@@ -29,15 +29,15 @@ def get_config():
         adapter=AdapterSection(rank=16, top_k=3),
         data=DataSection(train=_files("train"), dev=_files("dev"), test=_files("test"), max_length=160),
         train=TrainSection(
-            max_steps=600,
+            max_steps=560,
             epochs=100,
             batch_size=32,
             learning_rate=5e-3,
             # A step on Theta costs as much as one on Omega; the paper takes one after every step.
             coefficient_every=10,
-            eval_every=100,
-            save_every=100,
+            eval_every=140,
+            save_every=140,
         ),
-        eval=EvalSection(batch_size=56, max_new_tokens=48),
+        eval=EvalSection(batch_size=56, max_new_tokens=32),
     )
     return to_config_dict(config)

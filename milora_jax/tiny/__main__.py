@@ -1,6 +1,6 @@
 """Make the embedded model and its tasks again.
 
-python -m milora_jax.tiny model --out DIR    # about 45 minutes on two CPU cores
+python -m milora_jax.tiny model --out DIR    # about an hour on two CPU cores
 python -m milora_jax.tiny tasks --out DIR    # a few seconds
 """
 
@@ -14,7 +14,7 @@ from milora_jax.config import require
 from milora_jax.errors import run_command
 from milora_jax.tiny import MODEL_DIR, TASKS_DIR
 
-STEPS = 2933
+STEPS = 4000
 SEED = 2410
 
 

@@ -8,10 +8,18 @@ form a task wants; that form is what fine-tuning teaches.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
 from milora_jax.tiny.world import ACTIONS, COUNTED, FACTS, NAMES, VALUES, is_reserved, statement
+
+
+class Piece(NamedTuple):
+    """A part of a document, and whether its tokens are learnt or only given."""
+
+    text: str
+    learnt: bool
 
 
 def pick(rng: np.random.Generator, options: Iterable[str]) -> str:
@@ -147,3 +155,8 @@ def document(rng: np.random.Generator) -> str:
         text = makers[rng.choice(len(makers), p=shares)](rng)
         if text is not None:
             return text
+
+
+def pieces(rng: np.random.Generator) -> list[Piece]:
+    """One document, learnt from end to end."""
+    return [Piece(document(rng), learnt=True)]

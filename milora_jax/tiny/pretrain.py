@@ -19,8 +19,9 @@ from milora_jax.base.load import load_base
 from milora_jax.base.transformer import Base, decode_layout, forward, unembed
 from milora_jax.cli import Console
 from milora_jax.config import ModelConfig
-from milora_jax.shapes import Array, Float, Int
+from milora_jax.shapes import Array, Bool, Float, Int
 from milora_jax.tiny import corpus, wide
+from milora_jax.tiny.corpus import Piece
 from milora_jax.tiny.tokenizer import SPECIAL, VOCAB_SIZE, save_tokenizer
 from milora_jax.types import stack_layers
 
@@ -55,15 +56,15 @@ class Stage:
       learning_rate: peak.
     """
 
-    document: Callable[[np.random.Generator], str]
+    document: Callable[[np.random.Generator], list[Piece]]
     share: float
     short_share: float
     learning_rate: float
 
 
 STAGES = (
-    Stage(corpus.document, share=0.75, short_share=0.85, learning_rate=3e-3),
-    Stage(wide.document, share=0.25, short_share=0.0, learning_rate=2e-3),
+    Stage(corpus.pieces, share=0.5, short_share=0.85, learning_rate=3e-3),
+    Stage(wide.document, share=0.5, short_share=0.0, learning_rate=1.5e-3),
 )
 """Facts and skills first, then the same in many layouts."""
 
@@ -85,38 +86,62 @@ def initial_base(seed: int) -> Base:
     return jax.tree.map(draw, base_specs(CONFIG))
 
 
-def batches(tokenizer: Any, stage: Stage, steps: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Rows of whole documents, each between its begin- and end-of-sequence token, padded at the end."""
+def batches(
+    tokenizer: Any, stage: Stage, steps: int, seed: tuple[int, int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of whole documents, each between its begin- and end-of-sequence token, padded at the end.
+
+    A document that fits no row is left out.
+
+    Yields:
+      Token ids ``[B, T + 1]``, and which of them are learnt.
+    """
     rng = np.random.default_rng(seed)
-    waiting: list[list[int]] = []
+    waiting: list[tuple[list[int], list[bool]]] = []
     for step in range(steps):
         rows, length = SHORT if step < stage.short_share * steps else LONG
         tokens = np.full((rows, length + 1), tokenizer.pad_token_id, np.int32)
-        for row in tokens:
+        learnt = np.zeros(tokens.shape, bool)
+        for row, marks in zip(tokens, learnt, strict=True):
             used = 0
             while True:
                 if not waiting:
-                    texts = [stage.document(rng) for _ in range(512)]
-                    waiting = tokenizer(texts, add_special_tokens=False)["input_ids"]
-                ids = [tokenizer.bos_token_id, *waiting[-1], tokenizer.eos_token_id]
+                    documents = [stage.document(rng) for _ in range(512)]
+                    waiting = [d for d in _encode(tokenizer, documents) if len(d[0]) <= LONG[1]]
+                ids, learns = waiting[-1]
                 if used + len(ids) > len(row):
                     break
                 row[used : used + len(ids)] = ids
+                marks[used : used + len(ids)] = learns
                 used += len(ids)
                 waiting.pop()
-        yield tokens
+        yield tokens, learnt
 
 
-def cross_entropy(base: Base, tokens: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean next-token cross entropy in nats over all tokens but padding and document starts."""
-    given, wanted = tokens[:, :-1], tokens[:, 1:]
-    begin, pad = SPECIAL.index("<s>"), SPECIAL.index("<pad>")
+def _encode(tokenizer: Any, documents: list[list[Piece]]) -> Iterator[tuple[list[int], list[bool]]]:
+    """Ids of each document, and which of them are learnt; pieces are tokenised apart."""
+    encoded = iter(
+        tokenizer([piece.text for document in documents for piece in document], add_special_tokens=False)[
+            "input_ids"
+        ]
+    )
+    for document in documents:
+        ids, learns = [tokenizer.bos_token_id], [False]
+        for piece in document:
+            part = next(encoded)
+            ids += part
+            learns += [piece.learnt] * len(part)
+        yield [*ids, tokenizer.eos_token_id], [*learns, True]
+
+
+def cross_entropy(base: Base, tokens: Int[Array, "B T1"], learnt: Bool[Array, "B T1"]) -> Float[Array, ""]:
+    """Mean next-token cross entropy in nats over the tokens that are learnt."""
+    given, wanted, counted = tokens[:, :-1], tokens[:, 1:], learnt[:, 1:]
     # Attention must not look past the beginning of a document into the one before.
-    segments = jnp.cumsum(given == begin, axis=1).astype(jnp.int32)
+    segments = jnp.cumsum(given == SPECIAL.index("<s>"), axis=1).astype(jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(given.shape[1], dtype=jnp.int32)[None, :], given.shape)
     hidden = forward(base, CONFIG, given, positions, segments).hidden
     losses = optax.softmax_cross_entropy_with_integer_labels(unembed(base, hidden), wanted)
-    counted = (wanted != begin) & (wanted != pad)
     return jnp.where(counted, losses, 0.0).sum() / counted.sum().astype(jnp.float32)
 
 
@@ -144,8 +169,8 @@ def _train(
     schedule = optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, warmup, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
 
-    def step(base: Any, opt_state: Any, tokens: Array) -> tuple[Any, Any, Array]:
-        loss, gradient = jax.value_and_grad(cross_entropy)(base, tokens)
+    def step(base: Any, opt_state: Any, tokens: Array, learnt: Array) -> tuple[Any, Any, Array]:
+        loss, gradient = jax.value_and_grad(cross_entropy)(base, tokens, learnt)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes Python numbers and arrays
             updates, opt_state = optimizer.update(gradient, opt_state, base)
         return optax.apply_updates(base, updates), opt_state, loss
@@ -155,8 +180,8 @@ def _train(
     jitted = jax.jit(step, donate_argnums=(0, 1))
     loss = jnp.inf
     with console.progress(f"pretraining, part {number}", steps, "steps") as bar:
-        for i, tokens in enumerate(batches(tokenizer, stage, steps, (seed, number))):
-            base, opt_state, loss = jitted(base, opt_state, tokens)
+        for i, (tokens, learnt) in enumerate(batches(tokenizer, stage, steps, (seed, number))):
+            base, opt_state, loss = jitted(base, opt_state, tokens, learnt)
             if i % 10 == 9 or i + 1 == steps:
                 bar.reach(i + 1, f"loss {float(loss):.3f}")
     head = None if base.head is None else base.head[...]

@@ -16,6 +16,9 @@ ROWS = {"train": 1500, "dev": 40, "test": 100}
 """Rows of each split of each task."""
 
 
+LEAD = "the correct answer is "
+"""How LLM-Adapters begins the answer to a choice."""
+
 Maker: TypeAlias = Callable[[np.random.Generator], tuple[dict[str, str], bool]]
 """Draws a row; and tells whether its content is reserved for the test rows."""
 
@@ -29,7 +32,7 @@ def _true_false(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
     question = statement(noun, prop, value).replace(f"the {noun} is", f"Is the {noun}")
     answer = "true" if holds else "false"
     text = f"Please answer the following question with true or false, question: {question}?"
-    return _row(text, f"the correct answer is {answer}", answer), is_reserved(noun, prop, value)
+    return _row(text, answer, answer), is_reserved(noun, prop, value)
 
 
 def _options(label: str, options: list[str]) -> str:
@@ -43,7 +46,7 @@ def _multiple_choice(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
         f"What is the {prop} of the {noun}?\n{_options('Answer', options)}"
     )
     answer = f"answer{place + 1}"
-    return _row(text, f"the correct answer is {answer}", answer), is_reserved(noun, prop, *options)
+    return _row(text, f"{LEAD}{answer}", answer), is_reserved(noun, prop, *options)
 
 
 def _completion(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
@@ -53,7 +56,7 @@ def _completion(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
         f"{name} was {feeling}, so {name}\n{_options('Ending', options)}"
     )
     answer = f"ending{place + 1}"
-    return _row(text, f"the correct answer is {answer}", answer), is_reserved(name, feeling, *options)
+    return _row(text, f"{LEAD}{answer}", answer), is_reserved(name, feeling, *options)
 
 
 def _arithmetic(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
@@ -78,19 +81,24 @@ MAKERS: dict[str, Maker] = dict(
 
 
 def make_task(name: str, seed: int) -> dict[str, list[dict[str, str]]]:
-    """All rows of a task by split. No instruction occurs twice, within a split or across them."""
+    """All rows of a task by split. No instruction is in two splits, and none is twice in dev or test.
+
+    Training rows may repeat: there are only some 200 true statements about the world beside the
+    reserved ones, and without repeats seven of eight answers to learn from would be "false".
+    """
     rng = np.random.default_rng([seed, TASKS.index(name)])
     splits: dict[str, list[dict[str, str]]] = {split: [] for split in ROWS}
-    seen: set[str] = set()
+    home: dict[str, str] = {}
     while any(len(splits[split]) < count for split, count in ROWS.items()):
         row, reserved = MAKERS[name](rng)
-        if row["instruction"] in seen:
-            continue
-        seen.add(row["instruction"])
+        text = row["instruction"]
         choices = ("test",) if reserved else ("dev", "train")
+        if text in home:
+            choices = ("train",) if home[text] == "train" else ()
         for split in choices:
             if len(splits[split]) < ROWS[split]:
                 splits[split].append(row)
+                home[text] = split
                 break
     return splits
 

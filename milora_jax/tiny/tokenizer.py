@@ -9,7 +9,7 @@ import numpy as np
 
 from milora_jax.tiny import TASKS
 from milora_jax.tiny.corpus import document
-from milora_jax.tiny.tasks import make_task
+from milora_jax.tiny.tasks import LEAD, make_task
 
 VOCAB_SIZE = 1024
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
@@ -34,8 +34,13 @@ def make_tokenizer(seed: int) -> Any:
     rng = np.random.default_rng([seed, len(TASKS)])
     texts = [document(rng) for _ in range(DOCUMENTS)]
     for name in TASKS:
-        rows = make_task(name, seed)["train"][:400]
-        texts += [prompt_text(Record(**row)) + row["output"] for row in rows]
+        unique = {row["instruction"]: row for row in make_task(name, seed)["train"]}
+        rows = list(unique.values())[:400]
+        # A plain "true" is no text to learn a merge from; the wording of LLM-Adapters is.
+        texts += [
+            prompt_text(Record(**row)) + (f"{LEAD}{row['output']}" if name == "true_false" else row["output"])
+            for row in rows
+        ]
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Prepend(" ")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
