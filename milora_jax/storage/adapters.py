@@ -77,7 +77,8 @@ def _newest(path: Path) -> tuple[CheckpointDirectory, int]:
     problems: list[str] = []
     directory = CheckpointDirectory(root, keep=1, warn=problems.append)
     step = directory.newest()
-    if step is None:
+    # An older adapter may lie beside a damaged one; it must not be taken for it unasked.
+    if step is None or problems:
         reason = f": {problems[0]}" if problems else ""
         raise UserError(f"{str(root)!r} holds no complete adapter{reason}")
     return directory, step
