@@ -10,7 +10,7 @@ what each means. Everything is written under the workdir, and the same command r
     metrics.jsonl    one line per logged step or dev evaluation
     checkpoints/     the newest states of training
     best/            the adapter with the lowest dev perplexity
-    routing.png      which experts each layer chose, per task
+    routing.png      which experts each layer chose, per task; routing_health.png: how the choice settled
     summary.json     accuracy before and after, parameters, speed
 """
 
@@ -35,7 +35,7 @@ def main() -> None:
     with sigterm_noted() as preempted:
         run = prepare_run(config, workdir, console.say)
         with WorkdirLock(workdir):
-            claim_workdir(workdir, config)
+            claim_workdir(workdir, run.config)
             console.say(f"workdir {workdir}: {run.model.num_layers} layers, {config.adapter.method}")
             before = evaluate_base(run, workdir, console, preempted)
             trainer = Trainer(run, workdir, console.say)

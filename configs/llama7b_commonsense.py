@@ -30,9 +30,8 @@ def get_config():
     """The settings of the run."""
     config = Config(
         model=ModelSection(dtype="bfloat16"),
-        adapter=AdapterSection(
-            method="milora", rank=32, top_k=3, pooler="attention", activation="rational", load_balance=1e-2
-        ),
+        # The method's defaults are the paper's: k 3, self-attention pooler, rational activation, lambda 0.01.
+        adapter=AdapterSection(rank=32),
         data=DataSection(
             train=_files("train"),
             test=_files("test"),

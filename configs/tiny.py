@@ -26,7 +26,7 @@ def get_config():
     """The settings of the run."""
     config = Config(
         model=ModelSection(path=str(MODEL_DIR)),
-        adapter=AdapterSection(rank=16, top_k=3),
+        adapter=AdapterSection(rank=16),
         data=DataSection(train=_files("train"), dev=_files("dev"), test=_files("test"), max_length=160),
         train=TrainSection(
             max_steps=560,

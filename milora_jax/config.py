@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,21 @@ from typing import Any
 from milora_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
-METHODS = ("milora", "lora")
+METHODS = (
+    "milora",
+    "midora",
+    "lora",
+    "dora",
+    "adalora",
+    "moelora",
+    "ia3",
+    "bitfit",
+    "parallel_adapter",
+    "learned_adapter",
+    "p_tuning_v2",
+    "iapt",
+    "ssp",
+)
 POOLERS = ("attention", "mean", "max", "last")
 ACTIVATIONS = ("rational", "gelu", "relu", "relu-gelu", "gelu-relu")
 GATES = ("softmax", "renormalized", "straight_through")
@@ -29,7 +44,8 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
         raise UserError(f"{name} is {value!r}: expected {expected}")
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise one clear line, with the nearest name, unless ``value`` is one of ``allowed``."""
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     require(value in allowed, name, value, f"one of {', '.join(allowed)}{hint}")
@@ -123,66 +139,59 @@ class ModelSection:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _one_of("model.dtype", self.dtype, DTYPES)
+        one_of("model.dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True)
 class AdapterSection:
-    """The fine-tuning method and its settings; see ``docs/method.md`` for each choice.
+    """The fine-tuning method and its settings.
+
+    None takes the method's own default. Which settings a method has, what they mean and their defaults
+    stand in its class under ``milora_jax/adapters/``; a setting that the method does not have is
+    refused. In brackets the methods that read each, where not all of a kind do:
 
     Attributes:
       method: one of METHODS.
-      rank: width R of every low-rank pair.
-      alpha: scale numerator; an expert's output is multiplied by ``alpha / rank``. 0 means alpha =
-        rank, scale 1, as Eq. 1 of the paper has no scale.
-      dropout: share of the adapter's inputs dropped while training.
-      top_k: experts a prompt activates per layer, k of 7.
-      pooler: how a prompt's hidden states become one vector (section 3.3 of the paper).
-      activation: the router's activation; ``relu-gelu`` is ReLU in the first half of the layers.
-      normalize: RMS-normalise the pooled vector before the activation.
-      gate: how a route weighs its chosen experts.
-      load_balance: lambda, the weight of Eq. 4.
-      coefficients: how the rational coefficients are trained (Appendix A).
+      rank, alpha, dropout: of low-rank pairs. [all made of them]
+      top_k, pooler, activation, normalize, gate, load_balance: the router. [milora, midora; moelora has
+        top_k]
+      coefficients: how rational coefficients or gates are trained (Appendix A). [milora, midora,
+        learned_adapter, iapt, ssp]
+      num_experts: experts within a module. [moelora]
+      initial_rank, orthogonality, prune_start, prune_end, prune_every, sensitivity_decay, spread_decay:
+        the pruning of ranks. [adalora]
+      width: of a bottleneck or of a vector that is projected. [ia3, bitfit, parallel_adapter,
+        learned_adapter, p_tuning_v2, iapt]
+      tokens: length of a prefix. [p_tuning_v2, iapt]
+      search_share, gate_learning_rate: the search for a structure. [ssp]
     """
 
     method: str = "milora"
-    rank: int = 32
-    alpha: float = 0.0
-    dropout: float = 0.0
-    top_k: int = 3
-    pooler: str = "attention"
-    activation: str = "rational"
-    normalize: bool = True
-    gate: str = "straight_through"
-    load_balance: float = 1e-2
-    coefficients: str = "bilevel"
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    top_k: int | None = None
+    pooler: str | None = None
+    activation: str | None = None
+    normalize: bool | None = None
+    gate: str | None = None
+    load_balance: float | None = None
+    coefficients: str | None = None
+    num_experts: int | None = None
+    initial_rank: int | None = None
+    orthogonality: float | None = None
+    prune_start: float | None = None
+    prune_end: float | None = None
+    prune_every: int | None = None
+    sensitivity_decay: float | None = None
+    spread_decay: float | None = None
+    width: int | None = None
+    tokens: int | None = None
+    search_share: float | None = None
+    gate_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        _one_of("adapter.method", self.method, METHODS)
-        _one_of("adapter.pooler", self.pooler, POOLERS)
-        _one_of("adapter.activation", self.activation, ACTIVATIONS)
-        _one_of("adapter.gate", self.gate, GATES)
-        _one_of("adapter.coefficients", self.coefficients, COEFFICIENTS)
-        require(self.rank >= 1, "adapter.rank", self.rank, "at least 1")
-        require(
-            math.isfinite(self.alpha) and self.alpha >= 0,
-            "adapter.alpha",
-            self.alpha,
-            "0 (alpha = rank) or more",
-        )
-        require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "from 0 to below 1")
-        require(1 <= self.top_k <= 7, "adapter.top_k", self.top_k, "1 to 7, a layer has 7 experts")
-        require(
-            math.isfinite(self.load_balance) and self.load_balance >= 0,
-            "adapter.load_balance",
-            self.load_balance,
-            "0 or more",
-        )
-
-    @property
-    def scale(self) -> float:
-        """What a low-rank product is multiplied by."""
-        return self.alpha / self.rank if self.alpha else 1.0
+        one_of("adapter.method", self.method, METHODS)
 
 
 @dataclass(frozen=True)
@@ -216,6 +225,7 @@ class TrainSection:
       epochs: passes over the training rows; with ``max_steps`` the shorter of both holds.
       batch_size: rows of a step, over all devices together.
       learning_rate: peak, reached after the warm-up and then falling linearly to 0.
+      router_rate: learning rate of the routers' parameters as a multiple of ``learning_rate``.
       coefficient_learning_rate: the same for the rational coefficients (paper: 1e-6).
       coefficient_every: steps between two bi-level updates on a dev batch (paper: 1).
       warmup_share: share of all steps spent warming up.
@@ -233,6 +243,7 @@ class TrainSection:
     epochs: int = 10
     batch_size: int = 16
     learning_rate: float = 1e-4
+    router_rate: float = 1.0
     coefficient_learning_rate: float = 1e-6
     coefficient_every: int = 1
     warmup_share: float = 0.06
@@ -253,7 +264,7 @@ class TrainSection:
         for name in "max_steps patience seed".split():
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         require(self.seed < 2**32, "train.seed", self.seed, "below 2**32")
-        for name in "learning_rate coefficient_learning_rate weight_decay clip_norm".split():
+        for name in "learning_rate router_rate coefficient_learning_rate weight_decay clip_norm".split():
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"train.{name}", value, "0 or more")
         require(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "from 0 to below 1")
@@ -317,9 +328,21 @@ class Config:
 
 def to_config_dict(config: Config) -> Any:
     """The ``ml_collections.ConfigDict`` of a Config, whose fields flags may override."""
-    import ml_collections  # only config files and train.py need it
+    from ml_collections import config_dict  # only config files and train.py need it
 
-    return ml_collections.ConfigDict(config.to_dict())
+    values = config.to_dict()
+    hints = typing.get_type_hints(AdapterSection)
+    for name, value in values["adapter"].items():
+        if value is None:
+            # A flag can only give a value to a field whose type is known.
+            values["adapter"][name] = config_dict.placeholder(_value_type(hints[name]))
+    return config_dict.ConfigDict(values)
+
+
+def _value_type(kind: Any) -> Any:
+    """``int`` of ``int | None``; any other type as it is."""
+    inner = [arm for arm in typing.get_args(kind) if arm is not type(None)]
+    return inner[0] if isinstance(kind, types.UnionType) else kind
 
 
 def _from_dict(cls: Any, values: Any, where: str) -> Any:
@@ -329,12 +352,14 @@ def _from_dict(cls: Any, values: Any, where: str) -> Any:
         hint = f" (did you mean {near[0]!r}?)" if near else f" (known: {', '.join(sorted(known))})"
         if name not in known:
             raise UserError(f"unknown setting {where}.{name}{hint}")
-    types = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls)
     parsed = {}
     for name in known & set(values):
-        value, kind = values[name], types[name]
+        value, kind = values[name], _value_type(hints[name])
         label = f"{where}.{name}"
-        if dataclasses.is_dataclass(kind):
+        if value is None and isinstance(hints[name], types.UnionType):
+            parsed[name] = None
+        elif dataclasses.is_dataclass(kind):
             parsed[name] = _from_dict(kind, value, label)
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
             parsed[name] = float(value)

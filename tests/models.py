@@ -26,6 +26,20 @@ TINY = ModelConfig(
     eos_ids=(2,),
 )
 
+SMALL = {
+    **{name: {"rank": 4} for name in ("milora", "midora", "lora", "dora", "adalora", "ssp")},
+    "moelora": {"rank": 8, "num_experts": 4, "top_k": 2},
+    **{name: {"width": 6} for name in ("ia3", "bitfit", "parallel_adapter", "learned_adapter")},
+    **{name: {"width": 6, "tokens": 3} for name in ("p_tuning_v2", "iapt")},
+}
+"""Settings of every method that suit a model as small as these."""
+
+
+def small(settings: dict) -> dict:
+    """The small settings of the method that ``settings`` names, or of MiLoRA."""
+    return SMALL[settings.get("method", "milora")]
+
+
 WITH_TOKENIZER = ModelConfig(**{**vars(TINY), "vocab_size": 320, "max_positions": 512})
 
 

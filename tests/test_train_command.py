@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 import train
+from milora_jax.adapters.registry import build_method
 from milora_jax.cli import parse_train_flags
 from milora_jax.config import AdapterSection, Config, DataSection, TrainSection
 from milora_jax.data.records import Record
 from milora_jax.errors import UserError, run_command
+from milora_jax.evaluation.study.settings import load_study
 from milora_jax.training.loop import planned_steps
 from milora_jax.training.workdir import MetricsLog
 from tests.models import write_hf_directory
@@ -160,7 +162,18 @@ def test_the_process_ends_with_one_line_and_code_two(inputs, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "configs").glob("*.py"))])
+CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py"))]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("study_")])
+def test_every_study_file_is_a_page_one_can_run(name):
+    path = ROOT / f"configs/{name}.py"
+    assert load_study(path).methods
+    said = path.read_text().split('"""')[1]
+    assert f"python -m milora_jax.evaluation study all --config configs/{name}.py" in said
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("study_")])
 def test_every_config_file_is_a_page_one_can_run(parse, name):
     config, workdir = parse("--config", str(ROOT / f"configs/{name}.py"))
     assert workdir == Path("runs") / name
@@ -178,10 +191,11 @@ def test_overrides_reach_the_config(parse):
 
 def test_the_paper_settings(parse):
     math, _ = parse("--config", "configs/llama7b_math.py")
-    assert (math.adapter.method, math.adapter.top_k, math.adapter.pooler) == ("milora", 3, "attention")
+    method = build_method(math.adapter)
+    assert (method.name, method.top_k, method.pooler, method.rank) == ("milora", 3, "attention", 32)
     assert (math.train.learning_rate, math.train.warmup_share) == (1e-4, 0.06)
     assert math.train.coefficient_learning_rate == 1e-6
-    assert math.adapter.load_balance == 1e-2
+    assert method.load_balance == 1e-2
 
 
 def test_unknown_names_in_a_mapping_are_refused_with_the_nearest():
@@ -193,7 +207,7 @@ def test_unknown_names_in_a_mapping_are_refused_with_the_nearest():
         Config.from_dict({"mesh": {"data": -1, "fsdp": -1}})
     for bad in ({"dropout": 1.0}, {"rank": 0}, {"alpha": float("nan")}, {"load_balance": -1.0}):
         with pytest.raises(UserError):
-            AdapterSection(**bad)
+            build_method(AdapterSection(**bad))
     with pytest.raises(UserError):
         DataSection(max_length=2)
     assert Record("a", "", "b", "c") == Record("a", "", "b", "c")

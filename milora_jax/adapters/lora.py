@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from milora_jax.adapters.low_rank import LowRank, add_low_rank, init_pairs
-from milora_jax.adapters.protocol import Method, Shape
+from milora_jax.adapters.low_rank import LowRank, LowRankMethod, add, drop, init_pairs, narrow, widen
+from milora_jax.adapters.protocol import Frozen, Kernels, Shape
 from milora_jax.shapes import Array, Float, Key
 
 
 @dataclass(frozen=True)
-class LoRA(Method):
-    """Settings of LoRA.
+class LoRA(LowRankMethod):
+    """LoRA; its settings are those of every low-rank method."""
 
-    Attributes:
-      rank: width R of a pair.
-      scale: factor of ``x A B``; 1 as in Eq. 1 of the MiLoRA paper, alpha / rank elsewhere.
-      dropout: share of the pairs' input dropped while training.
-    """
+    name: ClassVar[str] = "lora"
 
-    rank: int
-    scale: float
-    dropout: float
-
-    def init(self, key: Key[Array, ""], shape: Shape) -> dict[str, LowRank]:
+    def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, LowRank]:
         """One pair per module and layer."""
+        del kernels
         return init_pairs(key, shape, self.rank)
 
     def adapt(
@@ -33,12 +27,11 @@ class LoRA(Method):
         names: tuple[str, ...],
         x: Float[Array, "B T d_in"],
         outputs: tuple[Float[Array, "B T _"], ...],
+        frozen: tuple[Frozen, ...],
         weights: Float[Array, "B _ E"] | None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "B T _"], ...]:
         """Add every module's low-rank product (Eq. 1)."""
-        return add_low_rank(params, names, x, outputs, weights, self.scale, self.dropout, key)
-
-    def expert_sizes(self, shape: Shape) -> dict[str, int]:
-        """``L * R * (d_in + d_out)`` per module."""
-        return {name: shape.num_layers * self.rank * sum(dims) for name, dims in shape.modules}
+        del frozen, weights
+        u = narrow(params, names, drop(x, self.dropout, key)) * self.scale
+        return add(outputs, widen(params, names, u))

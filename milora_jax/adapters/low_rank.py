@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import Shape
+from milora_jax.adapters.protocol import Method, Shape
+from milora_jax.config import require
 from milora_jax.shapes import Array, Float, Key
 from milora_jax.types import EXPERTS
+
+
+@runtime_checkable
+class Pair(Protocol):
+    """Anything with the two matrices of a low-rank pair."""
+
+    @property
+    def a(self) -> Array:
+        """Input side W_A."""
+        ...
+
+    @property
+    def b(self) -> Array:
+        """Output side W_B."""
+        ...
 
 
 @struct.dataclass
@@ -24,6 +45,37 @@ class LowRank:
     b: Float[Array, "*L R d_out"]
 
 
+@dataclass(frozen=True)
+class LowRankMethod(Method):
+    """Settings that every method made of low-rank pairs has.
+
+    Attributes:
+      rank: width R of a pair.
+      alpha: scale numerator; 0 means scale 1, as Eq. 1 of the paper has none.
+      dropout: share of the pairs' input dropped while training.
+    """
+
+    rank: int = 32
+    alpha: float = 0.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "adapter.rank", self.rank, "at least 1")
+        alpha_fits = math.isfinite(self.alpha) and self.alpha >= 0
+        require(alpha_fits, "adapter.alpha", self.alpha, "0 (alpha = rank) or more")
+        require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "from 0 to below 1")
+
+    @property
+    def scale(self) -> float:
+        """What a low-rank product is multiplied by: alpha / rank."""
+        return self.alpha / self.rank if self.alpha else 1.0
+
+    @property
+    def stochastic(self) -> bool:
+        """Dropout is the only chance in it."""
+        return self.dropout > 0
+
+
 def init_pairs(key: Key[Array, ""], shape: Shape, rank: int) -> dict[str, LowRank]:
     """Pairs of all seven modules: A uniform in +-1/sqrt(d_in) as PEFT draws it, B zero."""
     pairs = {}
@@ -34,32 +86,42 @@ def init_pairs(key: Key[Array, ""], shape: Shape, rank: int) -> dict[str, LowRan
     return pairs
 
 
-def add_low_rank(
-    pairs: dict[str, LowRank],
-    names: tuple[str, ...],
-    x: Float[Array, "B T d_in"],
-    outputs: tuple[Float[Array, "B T _"], ...],
-    weights: Float[Array, "B _ E"] | None,
-    scale: float,
-    dropout: float,
-    key: Key[Array, ""] | None,
-) -> tuple[Float[Array, "B T _"], ...]:
-    """``outputs[i] + scale * weight_i * (x A_i) B_i`` for the modules of one group.
+def pair_sizes(shape: Shape, rank: int) -> dict[str, int]:
+    """``L * R * (d_in + d_out)`` per module: the parameters of its pair over all layers."""
+    return {name: shape.num_layers * rank * sum(dims) for name, dims in shape.modules}
 
-    The A matrices of a group are one matmul. Scale and routing weight multiply its R-wide result,
-    not the wide output. ``weights=None`` means weight 1 everywhere.
-    """
-    if key is not None and dropout > 0:
-        kept = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
-        x = jnp.where(kept, x / (1.0 - dropout), jnp.zeros_like(x))
+
+def drop(x: Float[Array, "*B d_in"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*B d_in"]:
+    """Dropout: zero a ``rate`` share of ``x`` and scale the rest up; nothing without a key."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def narrow(
+    pairs: Mapping[str, Pair], names: tuple[str, ...], x: Float[Array, "B T d_in"]
+) -> Float[Array, "B T M R"]:
+    """``x A`` of the M modules of a group, whose A matrices are one matmul."""
     rank = pairs[names[0]].a.shape[-1]
     a = jnp.concatenate([pairs[name].a for name in names], axis=-1).astype(x.dtype)
-    u = x @ a
-    u = u.reshape(*x.shape[:-1], len(names), rank) * scale
-    if weights is not None:
-        chosen = weights[..., [EXPERTS.index(name) for name in names]]
-        u = u * chosen[..., None].astype(u.dtype)
-    return tuple(
-        output + u[..., i, :] @ pairs[name].b.astype(x.dtype)
-        for i, (name, output) in enumerate(zip(names, outputs, strict=True))
-    )
+    return (x @ a).reshape(*x.shape[:-1], len(names), rank)
+
+
+def widen(
+    pairs: Mapping[str, Pair], names: tuple[str, ...], u: Float[Array, "B T M R"]
+) -> tuple[Float[Array, "B T _"], ...]:
+    """``u_i B_i`` of every module of a group."""
+    return tuple(u[..., i, :] @ pairs[name].b.astype(u.dtype) for i, name in enumerate(names))
+
+
+def of_group(weights: Float[Array, "B _ E"], names: tuple[str, ...]) -> Float[Array, "B _ M 1"]:
+    """The routing weights of a group's modules, ready to multiply what :func:`narrow` gives."""
+    return weights[..., [EXPERTS.index(name) for name in names]][..., None]
+
+
+def add(
+    outputs: tuple[Float[Array, "B T _"], ...], changes: tuple[Float[Array, "B T _"], ...]
+) -> tuple[Float[Array, "B T _"], ...]:
+    """The sum, module by module."""
+    return tuple(output + change for output, change in zip(outputs, changes, strict=True))

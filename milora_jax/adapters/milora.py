@@ -2,54 +2,107 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 from flax import struct
 
-from milora_jax.adapters.low_rank import LowRank, add_low_rank, init_pairs
-from milora_jax.adapters.protocol import Method, Shape
+from milora_jax.adapters.low_rank import (
+    LowRankMethod,
+    add,
+    drop,
+    init_pairs,
+    narrow,
+    of_group,
+    pair_sizes,
+    widen,
+)
+from milora_jax.adapters.protocol import Frozen, Kernels, Shape
 from milora_jax.adapters.router import Router, RouterParams
+from milora_jax.config import ACTIVATIONS, COEFFICIENTS, GATES, POOLERS, one_of, require
 from milora_jax.shapes import Array, Bool, Float, Key
-from milora_jax.types import Route
+from milora_jax.types import EXPERTS, Route
 
 
 @struct.dataclass
 class MiLoRAParams:
-    """The trainable tree of MiLoRA.
+    """The trainable tree of MiLoRA and MiDoRA.
 
     Attributes:
-      experts: one pair per module, by the names of ``types.EXPERTS``.
+      experts: one expert per module, by the names of ``types.EXPERTS``.
       router: one router per layer.
     """
 
-    experts: dict[str, LowRank]
+    experts: dict[str, Any]
     router: RouterParams
 
 
 @dataclass(frozen=True)
-class MiLoRA(Method):
-    """Settings of MiLoRA.
+class MiLoRA(LowRankMethod):
+    """MiLoRA; see ``docs/method.md`` for each choice.
 
     Attributes:
-      rank: width R of every expert.
-      scale: factor of ``x A B``; Eq. 1 has none, so 1.
-      dropout: share of the experts' input dropped while training.
-      router: how a prompt becomes a route.
+      top_k: experts a prompt activates per layer, k of 7.
+      pooler: how a prompt's hidden states become one vector (section 3.3 of the paper).
+      activation: the router's activation; ``relu-gelu`` is ReLU in the first half of the layers.
+      normalize: RMS-normalise the pooled vector before the activation.
+      gate: how a route weighs its chosen experts.
+      load_balance: lambda, the weight of Eq. 4.
+      coefficients: how the rational coefficients are trained (Appendix A).
     """
 
-    rank: int
-    scale: float
-    dropout: float
-    router: Router
+    name: ClassVar[str] = "milora"
     routes: ClassVar[bool] = True
+    top_k: int = 3
+    pooler: str = "attention"
+    activation: str = "rational"
+    normalize: bool = True
+    gate: str = "straight_through"
+    load_balance: float = 1e-2
+    coefficients: str = "bilevel"
 
-    def init(self, key: Key[Array, ""], shape: Shape) -> MiLoRAParams:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("adapter.pooler", self.pooler, POOLERS)
+        one_of("adapter.activation", self.activation, ACTIVATIONS)
+        one_of("adapter.gate", self.gate, GATES)
+        one_of("adapter.coefficients", self.coefficients, COEFFICIENTS)
+        require(1 <= self.top_k <= 7, "adapter.top_k", self.top_k, "1 to 7, a layer has 7 experts")
+        balance_fits = math.isfinite(self.load_balance) and self.load_balance >= 0
+        require(balance_fits, "adapter.load_balance", self.load_balance, "0 or more")
+
+    @property
+    def router(self) -> Router:
+        """The settings that decide a route."""
+        return Router(self.top_k, self.pooler, self.activation, self.normalize, self.gate)
+
+    @property
+    def balance_weight(self) -> float:
+        """lambda of Eq. 4."""
+        return self.load_balance
+
+    @property
+    def theta(self) -> str:
+        """The rational coefficients are Theta."""
+        return self.coefficients
+
+    def is_coefficient(self, path: tuple[str, ...]) -> bool:
+        """The rational coefficients are Theta."""
+        return path[-1] in ("numerator", "denominator")
+
+    def init_experts(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Any]:
+        """Experts that change nothing yet."""
+        del kernels
+        return init_pairs(key, shape, self.rank)
+
+    def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> MiLoRAParams:
         """Experts that change nothing yet, and routers that choose almost at random."""
         experts_key, router_key = jax.random.split(key)
         return MiLoRAParams(
-            experts=init_pairs(experts_key, shape, self.rank),
+            experts=self.init_experts(experts_key, shape, kernels),
             router=self.router.init(router_key, shape.num_layers, shape.hidden_size),
         )
 
@@ -69,18 +122,31 @@ class MiLoRA(Method):
         names: tuple[str, ...],
         x: Float[Array, "B T d_in"],
         outputs: tuple[Float[Array, "B T _"], ...],
+        frozen: tuple[Frozen, ...],
         weights: Float[Array, "B _ E"] | None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "B T _"], ...]:
-        """Add the chosen experts' products, each times its routing weight (Eq. 1 and 3)."""
-        if weights is None:
-            raise ValueError("MiLoRA needs a route: give forward a prompt mask or route weights")
-        return add_low_rank(params.experts, names, x, outputs, weights, self.scale, self.dropout, key)
+        """Add the chosen experts' products, each times its routing weight (Eq. 1 and 3).
 
-    def is_coefficient(self, path: tuple[str, ...]) -> bool:
-        """The rational coefficients are Theta."""
-        return path[-1] in ("numerator", "denominator")
+        Scale and weight multiply the R-wide product, not the wide output.
+        """
+        del frozen
+        u = narrow(params.experts, names, drop(x, self.dropout, key)) * self.scale
+        u = u * of_group(routed(weights), names).astype(u.dtype)
+        return add(outputs, widen(params.experts, names, u))
 
     def expert_sizes(self, shape: Shape) -> dict[str, int]:
-        """``L * R * (d_in + d_out)`` per expert."""
-        return {name: shape.num_layers * self.rank * sum(dims) for name, dims in shape.modules}
+        """Parameters of each expert over all layers: those in force where the expert is chosen."""
+        return pair_sizes(shape, self.rank)
+
+    def active_parameters(self, shape: Shape, share: Mapping[str, float]) -> float:
+        """The chosen experts' parameters; the router runs once per prompt and is not counted."""
+        sizes = self.expert_sizes(shape)
+        return sum(sizes[name] * share[name] for name in EXPERTS)
+
+
+def routed(weights: Float[Array, "B _ E"] | None) -> Float[Array, "B _ E"]:
+    """The routing weights, which a routed method cannot do without."""
+    if weights is None:
+        raise ValueError("a routed method needs a route: give forward a prompt mask or route weights")
+    return weights

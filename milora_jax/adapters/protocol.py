@@ -2,19 +2,26 @@
 
 The Transformer knows four projection groups (``types.GROUPS``). For each group it computes the
 frozen outputs and hands them, with the shared input, to ``Method.adapt``. Before each layer it
-offers the residual stream to ``Method.route``. That is all it knows of any method.
+offers the residual stream to ``Method.route`` and ``Method.prefix``, and beside each of the layer's
+two sublayers it asks for ``Method.branch``. That is all it knows of any method. Every hook but
+``init`` has a default that does nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.shapes import Array, Bool, Float, Key
+from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree, Route
+
+SUBLAYERS = ("attention", "feedforward")
+"""The two residual branches of a layer, beside which a method may add one of its own."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +43,78 @@ class Shape:
         """Build from the mapping that ``ModelConfig.module_dims`` gives, in any order."""
         return cls(tuple((name, module_dims[name]) for name in EXPERTS), num_layers, hidden_size)
 
+    @property
+    def dims(self) -> dict[str, tuple[int, int]]:
+        """Input and output width by module."""
+        return dict(self.modules)
+
+
+class Frozen(NamedTuple):
+    """The leaves of one frozen linear module, for methods that look at the weight they change."""
+
+    kernel: Float[Array, "d_in d_out"]
+    bias: Float[Array, " d_out"] | None
+
+
+Kernels = Mapping[str, Any]
+"""The frozen kernels of all layers, ``[L, d_in, d_out]``, by module."""
+
+Project = Callable[[Array], tuple[Array, Array]]
+"""Hidden vectors ``[B P D]`` to the keys and values ``[B P K*H]`` that the frozen layer gives them."""
+
 
 @dataclass(frozen=True)
 class Method:
     """A fine-tuning method: settings only, hashable, hence static under ``jax.jit``.
 
     Parameters live in a tree of the method's own making whose leaves are stacked on a leading layer
-    axis. Inside a layer the methods below see one layer's slice of it.
+    axis. Inside a layer ``route``, ``prefix``, ``adapt`` and ``branch`` see one layer's slice of it.
+    The fields of a subclass are its settings, named as in ``config.AdapterSection``.
     """
+
+    name: ClassVar[str] = ""
+    """What ``adapter.method`` calls it."""
 
     routes: ClassVar[bool] = False
     """Whether the method has a router, so that a forward pass needs a prompt mask or a route."""
 
-    def init(self, key: Key[Array, ""], shape: Shape) -> PyTree:
-        """Fresh float32 parameters, stacked on the layer axis, that leave the base unchanged."""
+    @property
+    def prefix_length(self) -> int:
+        """P, the keys and values that the method puts before every record's tokens."""
+        return 0
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether training draws random numbers, as dropout does."""
+        return False
+
+    @property
+    def balance_weight(self) -> float:
+        """lambda, the weight of the load-balance term (Eq. 4); 0 without a router."""
+        return 0.0
+
+    @property
+    def theta(self) -> str:
+        """How the leaves that ``is_coefficient`` names are trained; one of ``config.COEFFICIENTS``."""
+        return "joint"
+
+    def theta_rate(self, rate: float) -> float:
+        """Peak learning rate of a bi-level Theta, given the run's ``coefficient_learning_rate``."""
+        return rate
+
+    def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> PyTree:
+        """Fresh float32 parameters, stacked on the layer axis.
+
+        They leave the base unchanged where the method's definition allows it.
+
+        Args:
+          kernels: the frozen weights, for methods that start from them.
+        """
         raise NotImplementedError(f"{type(self).__name__}.init")
+
+    def settle(self, params: PyTree) -> PyTree:
+        """What the layers read, from the stacked parameters: for what no layer can compute alone."""
+        return params
 
     def route(
         self,
@@ -73,12 +137,31 @@ class Method:
         del params, hidden, members, depth
         return None
 
+    def prefix(
+        self,
+        params: PyTree,
+        hidden: Float[Array, "B T D"],
+        members: Bool[Array, "B Z T"],
+        project: Project,
+    ) -> tuple[Float[Array, "B ZP _"], Float[Array, "B ZP _"]] | None:
+        """Keys and values that every token of a record attends to, beside those of its tokens.
+
+        They are computed once, while the prompt passes through, and live in the cache afterwards.
+
+        Returns:
+          ``prefix_length`` keys and as many values, after any rotation, per record of the row: record
+          by record, ``[B, Z * P, K * H]``; or None.
+        """
+        del params, hidden, members, project
+        return None
+
     def adapt(
         self,
         params: PyTree,
         names: tuple[str, ...],
         x: Float[Array, "B T _"],
         outputs: tuple[Float[Array, "B T _"], ...],
+        frozen: tuple[Frozen, ...],
         weights: Float[Array, "B _ E"] | None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "B T _"], ...]:
@@ -89,22 +172,80 @@ class Method:
           names: the group's modules.
           x: the input they share.
           outputs: what the frozen modules give for ``x``, bias included, one array per name.
+          frozen: the modules' own leaves.
           weights: routing weights of the layer, per row (middle axis 1) or per token (T).
           key: present while training with dropout.
 
         Returns:
           The adapted outputs, in the order of ``names``.
         """
-        raise NotImplementedError(f"{type(self).__name__}.adapt")
+        del params, names, x, frozen, weights, key
+        return outputs
+
+    def branch(self, params: PyTree, sublayer: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"] | None:
+        """What is added to a sublayer's output, from the normed stream that enters the sublayer.
+
+        Args:
+          sublayer: one of :data:`SUBLAYERS`.
+        """
+        del params, sublayer, x
+        return None
+
+    def penalty(self, params: PyTree) -> Float[Array, ""]:
+        """A term of the loss that depends on the parameters alone."""
+        del params
+        return jnp.zeros((), jnp.float32)
+
+    def init_memory(self, params: PyTree) -> PyTree:
+        """What the method remembers between steps beside its parameters; part of a checkpoint."""
+        del params
+        return None
+
+    def after_update(
+        self, params: PyTree, grads: PyTree, memory: PyTree, step: Int[Array, ""], total_steps: int
+    ) -> tuple[PyTree, PyTree]:
+        """Change parameters and memory after the optimiser's update, as pruning does.
+
+        Args:
+          grads: of the loss before the update, clipped as the optimiser saw them; None in place of the
+            leaves of a bi-level Theta.
+          step: number of the update, from 1.
+          total_steps: how many there will be.
+        """
+        del grads, step, total_steps
+        return params, memory
+
+    def ready(self, step: int, total_steps: int) -> bool:
+        """Whether the adapter after ``step`` updates is what the method gives, within its budget.
+
+        Before that a dev evaluation is logged, but its adapter is not kept as the best.
+        """
+        del step, total_steps
+        return True
 
     def is_coefficient(self, path: tuple[str, ...]) -> bool:
         """Whether the leaf at ``path`` belongs to Theta, the bi-level set (Appendix A)."""
         del path
         return False
 
-    def expert_sizes(self, shape: Shape) -> dict[str, int]:
-        """Parameters of each expert over all layers: those in force where the expert is chosen."""
-        raise NotImplementedError(f"{type(self).__name__}.expert_sizes")
+    def tunable_parameters(self, shape: Shape) -> int:
+        """Scalars that remain tuned at the end of training; of a method that prunes, its budget."""
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(self, shape)))
+
+    def count_parameters(self, params: PyTree) -> int:
+        """Scalars of this very adapter that have an effect: fewer than there are after pruning."""
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    def active_parameters(self, shape: Shape, share: Mapping[str, float]) -> float:
+        """Mean adapter parameters that have a part in a generated token, the paper's "active" column.
+
+        As in its Table 1, only what a router switches off, and the router that does, is left out.
+
+        Args:
+          share: for each expert the share of (prompt, layer) pairs that chose it.
+        """
+        del share
+        return float(self.tunable_parameters(shape))
 
 
 @struct.dataclass
@@ -112,7 +253,7 @@ class Adapter:
     """A method's parameters together with what is needed to use them.
 
     Attributes:
-      params: the trainable leaves: stacked on a layer axis, or a tuple of layers for decoding.
+      params: the trainable leaves: stacked on a layer axis, or a settled tuple of layers for decoding.
       method: the method that reads them.
       shape: the base they fit.
     """
@@ -122,15 +263,17 @@ class Adapter:
     shape: Shape = struct.field(pytree_node=False)
 
 
-def init_adapter(method: Method, key: Key[Array, ""], shape: Shape) -> Adapter:
-    """A fresh adapter: adding it to the base changes no output."""
-    return Adapter(params=method.init(key, shape), method=method, shape=shape)
+def init_adapter(method: Method, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> Adapter:
+    """A fresh adapter for the base with these kernels, see ``base.transformer.frozen_kernels``."""
+    return Adapter(params=method.init(key, shape, kernels), method=method, shape=shape)
 
 
-def tunable_parameters(method: Method, shape: Shape) -> int:
-    """Exact number of trainable scalars, counted on shapes alone."""
-    tree = jax.eval_shape(lambda: method.init(jax.random.key(0), shape))
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def abstract_params(method: Method, shape: Shape) -> PyTree:
+    """Shapes and dtypes of a method's parameters; nothing is computed."""
+    kernels = {
+        name: jax.ShapeDtypeStruct((shape.num_layers, *dims), jnp.float32) for name, dims in shape.modules
+    }
+    return jax.eval_shape(lambda kernels: method.init(jax.random.key(0), shape, kernels), kernels)
 
 
 def path_names(path: tuple) -> tuple[str, ...]:
@@ -143,15 +286,3 @@ def coefficient_mask(adapter: Adapter) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: adapter.method.is_coefficient(path_names(path)), adapter.params
     )
-
-
-def active_parameters(sizes: dict[str, int], share: dict[str, float]) -> float:
-    """Mean expert parameters in force per generated token, the paper's "active" column.
-
-    Routers are not counted: they run once per prompt and not at all while tokens are generated.
-
-    Args:
-      sizes: ``Method.expert_sizes``.
-      share: for each expert the share of (prompt, layer) pairs that chose it.
-    """
-    return sum(sizes[name] * share[name] for name in sizes)

@@ -1,28 +1,71 @@
-"""From the settings of a run to the method they name."""
+"""From the settings of a run to the method they name, and back."""
 
 from __future__ import annotations
 
+import dataclasses
+
+from milora_jax.adapters.adalora import AdaLoRA
+from milora_jax.adapters.bitfit import BitFit
+from milora_jax.adapters.dora import DoRA
+from milora_jax.adapters.ia3 import IA3
+from milora_jax.adapters.iapt import IAPT
+from milora_jax.adapters.learned_adapter import LearnedAdapter
 from milora_jax.adapters.lora import LoRA
+from milora_jax.adapters.midora import MiDoRA
 from milora_jax.adapters.milora import MiLoRA
+from milora_jax.adapters.moelora import MOELoRA
+from milora_jax.adapters.p_tuning_v2 import PTuningV2
+from milora_jax.adapters.parallel_adapter import ParallelAdapter
 from milora_jax.adapters.protocol import Method, Shape
-from milora_jax.adapters.router import Router
+from milora_jax.adapters.ssp import SSP
 from milora_jax.config import AdapterSection, ModelConfig
+from milora_jax.errors import UserError
+
+METHOD_CLASSES: dict[str, type[Method]] = {
+    cls.name: cls
+    for cls in (
+        MiLoRA,
+        MiDoRA,
+        LoRA,
+        DoRA,
+        AdaLoRA,
+        MOELoRA,
+        IA3,
+        BitFit,
+        ParallelAdapter,
+        LearnedAdapter,
+        PTuningV2,
+        IAPT,
+        SSP,
+    )
+}
+"""Every method by the name that ``adapter.method`` gives it."""
 
 
 def build_method(settings: AdapterSection) -> Method:
-    """The method of ``settings.method`` with the settings it reads."""
-    if settings.method == "lora":
-        return LoRA(rank=settings.rank, scale=settings.scale, dropout=settings.dropout)
-    if settings.method == "milora":
-        router = Router(
-            top_k=settings.top_k,
-            pooler=settings.pooler,
-            activation=settings.activation,
-            normalize=settings.normalize,
-            gate=settings.gate,
-        )
-        return MiLoRA(rank=settings.rank, scale=settings.scale, dropout=settings.dropout, router=router)
-    raise ValueError(f"unknown method {settings.method!r}")
+    """The method of ``settings.method``; settings that are None take the method's default.
+
+    Raises:
+      UserError: for a setting that the method does not have, or that is out of its range.
+    """
+    cls = METHOD_CLASSES[settings.method]
+    known = [field.name for field in dataclasses.fields(cls)]
+    given = {name: value for name, value in vars(settings).items() if name != "method" and value is not None}
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"adapter.{name} is {given[name]!r}, but method {settings.method!r} has no such setting: "
+                f"it has {', '.join(known)}"
+            )
+    return cls(**given)
+
+
+def full_settings(method: Method) -> AdapterSection:
+    """The settings that make ``method``, each written out: what a run is stored with.
+
+    A default that changes in a later version must not change what an older file means.
+    """
+    return AdapterSection(method=method.name, **dataclasses.asdict(method))
 
 
 def adapter_shape(model: ModelConfig) -> Shape:

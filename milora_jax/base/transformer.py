@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from milora_jax.adapters.protocol import Adapter
+from milora_jax.adapters.protocol import Adapter, Frozen, Kernels
 from milora_jax.base import ops
 from milora_jax.base.cache import KVCache, LayerCache
 from milora_jax.config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int, Key
-from milora_jax.types import PyTree, Route, unstack_layers
+from milora_jax.types import EXPERTS, GROUPS, PyTree, Route, unstack_layers
 
 
 class Linear(nnx.Module):
@@ -95,8 +95,13 @@ def decode_layout(base: Base) -> Base:
 
 
 def adapter_decode_layout(adapter: Adapter) -> Adapter:
-    """The same adapter with its layers as a tuple, for decoding."""
-    return dataclasses.replace(adapter, params=unstack_layers(adapter.params))
+    """The same adapter, settled, with its layers as a tuple, for decoding."""
+    return dataclasses.replace(adapter, params=unstack_layers(adapter.method.settle(adapter.params)))
+
+
+def frozen_kernels(base: Base) -> Kernels:
+    """The stacked kernels ``[L, d_in, d_out]`` of the seven modules, from which a method may start."""
+    return {name: getattr(base.layers, name).kernel[...] for name in EXPERTS}
 
 
 def prompt_members(
@@ -123,100 +128,149 @@ def forward(
 ) -> Output:
     """Run the model over tokens.
 
-    An adapter with a router needs either ``prompt_mask``, and then every layer routes and the route
-    is returned, or ``route_weights``, and then no router is in the program at all.
+    A pass with ``prompt_mask`` is the first over its records: every layer routes, the route is
+    returned, and a method's prefix goes before the tokens. A pass without one goes on where an earlier
+    one ended: it takes ``route_weights``, finds the prefix in the cache, and has no router in it at all.
 
     Args:
       tokens, positions, segment_ids: see ``types.Batch``.
-      adapter: what changes the seven modules; None is the plain base. Its layers must have the
-        layout of the base's.
+      adapter: what changes the layers; None is the plain base. Its layers must have the layout of the
+        base's.
       prompt_mask: which tokens belong to prompts.
       prompts: Z, the most records packed into one row.
       route_weights: weights of an earlier pass, ``[L, B, Z, E]`` or a tuple of L ``[B, Z, E]``.
-      cache: keys and values of earlier tokens; this pass's tokens are appended.
+      cache: keys and values of earlier tokens; this pass's are appended.
       key: switches dropout on.
     """
-    if adapter is not None and adapter.method.routes and (prompt_mask is None) == (route_weights is None):
+    unrolled = isinstance(base.layers, tuple)
+    method = None if adapter is None else adapter.method
+    if method is not None and method.routes and (prompt_mask is None) == (route_weights is None):
         raise ValueError("an adapter with a router needs either prompt_mask or route_weights")
+    if method is not None and method.prefix_length and prompt_mask is None and cache is None:
+        raise ValueError("an adapter with a prefix needs prompt_mask, or the cache of a pass that had one")
+    members = None if prompt_mask is None else prompt_members(segment_ids, prompt_mask, prompts)
+    new_segments = segment_ids
+    if method is not None and method.prefix_length and members is not None:
+        of_prefix = jnp.repeat(jnp.arange(1, prompts + 1, dtype=segment_ids.dtype), method.prefix_length)
+        of_prefix = jnp.broadcast_to(of_prefix, (tokens.shape[0], of_prefix.size))
+        new_segments = jnp.concatenate([of_prefix, segment_ids], axis=1)
+    prefixed = new_segments.shape[1] - segment_ids.shape[1]
     if cache is None:
-        key_segments, slot = segment_ids, jnp.zeros((), jnp.int32)
+        key_segments, slot = new_segments, jnp.zeros((), jnp.int32)
     else:
         slot = cache.length
-        key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, slot))
+        key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, new_segments, (0, slot))
     with jax.named_scope("embed"):
         hidden = jnp.take(base.embedding[...], tokens, axis=0, mode="clip")
         frequencies = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         cos, sin = ops.rope_tables(positions, frequencies)
-        mask = ops.attention_mask(segment_ids, key_segments, slot)
-        members = None if prompt_mask is None else prompt_members(segment_ids, prompt_mask, prompts)
+        mask = ops.attention_mask(segment_ids, key_segments, slot + prefixed)
 
     def run_layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Route | None, LayerCache | None]]:
         index, layer, params, weights, layer_cache = inputs
-        route = None
-        if adapter is not None and members is not None:
+        route = prefix = None
+        if method is not None and members is not None:
             with jax.named_scope("route"):
                 depth = index.astype(jnp.float32) / config.num_layers
-                route = adapter.method.route(params, hidden, members, depth)
+                route = method.route(params, hidden, members, depth)
+            with jax.named_scope("prefix"):
+                prefix = method.prefix(params, hidden, members, lambda soft: _keys_of(config, layer, soft))
         if route is not None:
             weights = route.weights
         layer_key = None if key is None else jax.random.fold_in(key, index)
-        adapt = _adapter_of(adapter, params, _per_token(weights, segment_ids), layer_key)
-        hidden, layer_cache = block(config, layer, adapt, hidden, cos, sin, mask, layer_cache, slot)
+        adapted = AdaptedLayer(layer, adapter, params, _per_token(weights, segment_ids), layer_key)
+        hidden, layer_cache = block(config, adapted, hidden, cos, sin, mask, layer_cache, slot, prefix)
         return hidden, (route, layer_cache)
 
     inputs = (
-        jnp.arange(config.num_layers) if not isinstance(base.layers, tuple) else _indices(config.num_layers),
+        _indices(config.num_layers) if unrolled else jnp.arange(config.num_layers),
         base.layers,
-        None if adapter is None else adapter.params,
+        None if adapter is None else adapter.params if unrolled else adapter.method.settle(adapter.params),
         route_weights,
         None if cache is None else cache.layers,
     )
-    hidden, (route, layers) = _over_layers(run_layer, hidden, inputs, isinstance(base.layers, tuple))
+    hidden, (route, layers) = _over_layers(run_layer, hidden, inputs, unrolled)
     hidden = ops.rms_norm(hidden, base.final_norm[...], config.norm_eps)
     if cache is not None:
-        cache = KVCache(layers=layers, segment_ids=key_segments, length=slot + tokens.shape[1])
+        cache = KVCache(layers=layers, segment_ids=key_segments, length=slot + new_segments.shape[1])
     return Output(hidden=hidden, route=route, cache=cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedLayer:
+    """One frozen layer with one layer's adapter at work on it, or with none.
+
+    Attributes:
+      weights: routing weights per row or per token.
+      key: present while training with dropout.
+    """
+
+    layer: Layer
+    adapter: Adapter | None
+    params: PyTree
+    weights: Array | None
+    key: Array | None
+
+    def project(self, group: int, x: Float[Array, "B T _"]) -> tuple[Float[Array, "B T _"], ...]:
+        """The adapted outputs of a projection group, by its place in ``types.GROUPS``."""
+        names = GROUPS[group]
+        modules = [getattr(self.layer, name) for name in names]
+        outputs = tuple(module(x) for module in modules)
+        if self.adapter is None:
+            return outputs
+        frozen = tuple(
+            Frozen(module.kernel[...], None if module.bias is None else module.bias[...])
+            for module in modules
+        )
+        key = None if self.key is None else jax.random.fold_in(self.key, group)
+        return self.adapter.method.adapt(self.params, names, x, outputs, frozen, self.weights, key)
+
+    def beside(
+        self, sublayer: str, x: Float[Array, "B T D"], output: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """A sublayer's output with what the method adds beside the sublayer."""
+        added = None if self.adapter is None else self.adapter.method.branch(self.params, sublayer, x)
+        return output if added is None else output + added
 
 
 def block(
     config: ModelConfig,
-    layer: Layer,
-    adapt: Callable[[tuple[str, ...], Array, tuple[Array, ...], int], tuple[Array, ...]],
+    adapted: AdaptedLayer,
     hidden: Float[Array, "B T D"],
     cos: Float[Array, "B T 1 half"],
     sin: Float[Array, "B T 1 half"],
     mask: Bool[Array, "B T S"],
     cache: LayerCache | None,
     slot: Int[Array, ""],
+    prefix: tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]] | None = None,
 ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
 
     Args:
-      adapt: ``adapt(names, x, outputs, group)`` changes the outputs of a projection group.
       slot: where this pass's keys and values go in the cache.
+      prefix: keys and values that go before the tokens'.
     """
     rows, length, _ = hidden.shape
+    layer = adapted.layer
 
     def heads(x: Array) -> Array:
-        return x.reshape(rows, length, -1, config.head_dim)
+        return x.reshape(*x.shape[:2], -1, config.head_dim)
 
     with jax.named_scope("attention"):
-        x = ops.rms_norm(hidden, layer.attention_norm[...], config.norm_eps)
-        q, k, v = adapt(("q", "k", "v"), x, (layer.q(x), layer.k(x), layer.v(x)), 0)
-        q, k = ops.apply_rope(heads(q), cos, sin), ops.apply_rope(heads(k), cos, sin)
-        v = heads(v)
+        normed = ops.rms_norm(hidden, layer.attention_norm[...], config.norm_eps)
+        q, k, v = adapted.project(0, normed)
+        q, k, v = ops.apply_rope(heads(q), cos, sin), ops.apply_rope(heads(k), cos, sin), heads(v)
+        if prefix is not None:
+            k, v = (jnp.concatenate([heads(p), own], axis=1) for p, own in zip(prefix, (k, v), strict=True))
         if cache is not None:
             cache = cache.write(k, v, slot)
             k, v = cache.k, cache.v
-        x = ops.attention(q, k, v, mask).reshape(rows, length, -1)
-        (x,) = adapt(("o",), x, (layer.o(x),), 1)
-        hidden = hidden + x
+        (x,) = adapted.project(1, ops.attention(q, k, v, mask).reshape(rows, length, -1))
+        hidden = hidden + adapted.beside("attention", normed, x)
     with jax.named_scope("feedforward"):
-        x = ops.rms_norm(hidden, layer.feedforward_norm[...], config.norm_eps)
-        gate, up = adapt(("gate", "up"), x, (layer.gate(x), layer.up(x)), 2)
-        x = ops.swiglu(gate, up)
-        (x,) = adapt(("down",), x, (layer.down(x),), 3)
-        return hidden + x, cache
+        normed = ops.rms_norm(hidden, layer.feedforward_norm[...], config.norm_eps)
+        (x,) = adapted.project(3, ops.swiglu(*adapted.project(2, normed)))
+        return hidden + adapted.beside("feedforward", normed, x), cache
 
 
 def unembed(base: Base, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -230,18 +284,12 @@ def _indices(count: int) -> tuple[Array, ...]:
     return tuple(jnp.asarray(i, jnp.int32) for i in range(count))
 
 
-def _adapter_of(
-    adapter: Adapter | None, params: PyTree, weights: Array | None, key: Array | None
-) -> Callable[[tuple[str, ...], Array, tuple[Array, ...], int], tuple[Array, ...]]:
-    """What changes one layer's projection groups: the method bound to the layer, or nothing."""
-
-    def adapt(names: tuple[str, ...], x: Array, outputs: tuple[Array, ...], group: int) -> tuple[Array, ...]:
-        if adapter is None:
-            return outputs
-        group_key = None if key is None else jax.random.fold_in(key, group)
-        return adapter.method.adapt(params, names, x, outputs, weights, group_key)
-
-    return adapt
+def _keys_of(
+    config: ModelConfig, layer: Layer, soft: Float[Array, "B P D"]
+) -> tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]]:
+    """Keys, not rotated, and values that a frozen layer makes of soft tokens."""
+    normed = ops.rms_norm(soft, layer.attention_norm[...], config.norm_eps)
+    return layer.k(normed), layer.v(normed)
 
 
 def _per_token(weights: Array | None, segment_ids: Array) -> Array | None:

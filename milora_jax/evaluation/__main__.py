@@ -1,4 +1,7 @@
-"""``python -m milora_jax.evaluation --workdir DIR --data FILE``: accuracy as JSON, predictions as JSONL."""
+"""``python -m milora_jax.evaluation --workdir DIR --data FILE``: accuracy as JSON, predictions as JSONL.
+
+``python -m milora_jax.evaluation study NAME --config FILE`` compares methods, see ``evaluation.study``.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from milora_jax.data.records import parse_sources, read_records
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, run_command
 from milora_jax.evaluation.score import accuracies, score_task, write_predictions
+from milora_jax.evaluation.study.command import main as study_main
 from milora_jax.storage.adapters import best_metadata, load_adapter
 from milora_jax.training.workdir import read_workdir_config
 
@@ -39,7 +43,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Score the best adapter of a workdir on records."""
+    """Score the best adapter of a workdir on records; or, given ``study``, compare methods."""
+    if sys.argv[1:2] == ["study"]:
+        study_main(sys.argv[2:])
+        return
     arguments = parse_arguments()
     config = read_workdir_config(arguments.workdir)
     sources = parse_sources(arguments.data or config.data.test)

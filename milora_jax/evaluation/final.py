@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from milora_jax.adapters.protocol import Adapter, active_parameters, tunable_parameters
+from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
-from milora_jax.base.transformer import adapter_decode_layout, decode_layout
+from milora_jax.base.transformer import Base, adapter_decode_layout, decode_layout
 from milora_jax.cli import Console, stop_if
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import fingerprint
-from milora_jax.evaluation.report import accuracy_table, plot_routing
+from milora_jax.evaluation.report import accuracy_table, plot_health, plot_routing
 from milora_jax.evaluation.score import TaskScore, accuracies, limited, score_task, write_predictions
 from milora_jax.parallel.rules import state_shardings
 from milora_jax.storage.adapters import load_adapter
@@ -22,6 +22,7 @@ from milora_jax.storage.checkpoint import read_metadata
 from milora_jax.storage.files import read_json, write_json_atomic
 from milora_jax.training.loop import Fit
 from milora_jax.training.prepare import Run
+from milora_jax.training.workdir import METRICS_NAME
 from milora_jax.types import EXPERTS
 
 BASE_SCORES_NAME = "base_accuracy.json"
@@ -66,34 +67,50 @@ def evaluate_adapter(
 def _score_all(
     run: Run, adapter: Adapter | None, title: str, console: Console, preempted: Callable[[], bool]
 ) -> list[TaskScore]:
-    settings = run.config.eval
-    base = decode_layout(run.base)
-    if adapter is not None:
-        placed: Adapter = jax.device_put(adapter, state_shardings(run.mesh, run.rules, adapter))
-        adapter = adapter_decode_layout(placed)
-    total = sum(len(limited(records, settings.limit)) for records in run.tests.values())
-    scores = []
+    total = sum(len(limited(records, run.config.eval.limit)) for records in run.tests.values())
     with console.progress(title, total, "rows") as bar:
 
         def advance(rows: int) -> None:
             bar.advance(rows)
             stop_if(preempted, title)
 
-        for task, records in run.tests.items():
-            scores.append(
-                score_task(
-                    base,
-                    run.model,
-                    run.tokenizer,
-                    adapter,
-                    task,
-                    records,
-                    settings,
-                    place=run.place,
-                    progress=advance,
-                )
-            )
-    return scores
+        return score_tests(run, decode_layout(run.base), adapter, advance)
+
+
+def score_tests(
+    run: Run, base: Base, adapter: Adapter | None, advance: Callable[[int], None]
+) -> list[TaskScore]:
+    """Answer and score every test task of a run.
+
+    Args:
+      base: the run's, in the decode layout.
+      adapter: as loaded from the disk; it is laid out over the run's devices here.
+      advance: called with the number of rows each time some are answered.
+    """
+    if adapter is not None:
+        placed: Adapter = jax.device_put(adapter, state_shardings(run.mesh, run.rules, adapter))
+        adapter = adapter_decode_layout(placed)
+    return [
+        score_task(
+            base,
+            run.model,
+            run.tokenizer,
+            adapter,
+            task,
+            records,
+            run.config.eval,
+            place=run.place,
+            progress=advance,
+        )
+        for task, records in run.tests.items()
+    ]
+
+
+def share_by_expert(share: list[list[float]] | None) -> dict[str, float]:
+    """Mean over layers of the stored ``[L, E]`` share of prompts that chose each expert; all without a
+    router."""
+    means = np.ones(len(EXPERTS)) if share is None else np.mean(share, axis=0)
+    return dict(zip(EXPERTS, means.tolist(), strict=True))
 
 
 def write_report(
@@ -109,17 +126,15 @@ def write_report(
     Args:
       wall_seconds: of this life, and the training time of the earlier ones.
     """
-    settings = run.config.adapter
-    method, shape = build_method(settings), adapter_shape(run.model)
+    method, shape = build_method(run.config.adapter), adapter_shape(run.model)
     best = read_metadata(workdir / "best", fit.progress.best_step)
-    by_expert = dict(zip(EXPERTS, np.mean(best["expert_share"], axis=0).tolist(), strict=True))
     summary = {
         "steps": fit.steps,
         "best_step": fit.progress.best_step,
         "dev_perplexity": fit.progress.best_perplexity,
         "skipped_updates": fit.progress.skipped,
-        "tunable_parameters": tunable_parameters(method, shape),
-        "mean_active_parameters": active_parameters(method.expert_sizes(shape), by_expert),
+        "tunable_parameters": best["tunable_parameters"],
+        "mean_active_parameters": method.active_parameters(shape, share_by_expert(best["expert_share"])),
         "tokens_per_second": fit.tokens_per_second,
         "wall_seconds": wall_seconds,
     }
@@ -132,6 +147,7 @@ def write_report(
         first = scores[0].predictions[0]
         print(f"\nprompt:\n{prompt_text(record)}\nanswer:\n{first.generated}\n")
         print(accuracy_table(before, after))
+    plot_health(workdir / "routing_health.png", workdir / METRICS_NAME)
     write_json_atomic(workdir / "summary.json", summary)
     print(
         f"\n{fit.steps} steps, best at {fit.progress.best_step} (dev perplexity "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +31,91 @@ def plot_routing(path: Path, scores: list[TaskScore]) -> bool:
     drawn = [(score, score.expert_share) for score in scores if score.expert_share is not None]
     if not drawn:
         return False
+    shares = {f"{score.task} ({len(score.predictions)} prompts)": share for score, share in drawn}
+    draw_shares(path, shares, "share of prompts that chose the expert", top=1.0)
+    return True
+
+
+def draw_shares(path: Path, shares: Mapping[str, np.ndarray], label: str, top: float) -> None:
+    """One panel per entry: ``[L, E]`` shares as colours and percentages.
+
+    Args:
+      label: what a share is.
+      top: the share of the brightest colour.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    layers = drawn[0][1].shape[0]
-    columns = min(3, len(drawn))
-    rows = -(-len(drawn) // columns)
+    layers = next(iter(shares.values())).shape[0]
+    columns = min(3, len(shares))
+    rows = -(-len(shares) // columns)
     height = max(2.4, 0.28 * layers + 1.3)
     figure = Figure(figsize=(3.9 * columns + 1.0, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False)
-    for panel, (score, share) in zip(panels.flat, drawn, strict=False):
-        image = panel.imshow(share, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", origin="lower")
-        panel.set_title(f"{score.task} ({len(score.predictions)} prompts)", fontsize=10)
+    for panel, (title, share) in zip(panels.flat, shares.items(), strict=False):
+        image = panel.imshow(share, vmin=0.0, vmax=top, cmap="viridis", aspect="auto", origin="lower")
+        panel.set_title(title, fontsize=10)
         panel.set_xticks(range(len(EXPERTS)), EXPERTS, fontsize=8)
         panel.set_yticks(_layer_ticks(layers))
         panel.set_ylabel("layer")
         panel.set_xlabel("expert")
         if layers <= 12:
-            _write_shares(panel, share)
-    for panel in panels.flat[len(drawn) :]:
+            _write_shares(panel, share, top)
+    for panel in panels.flat[len(shares) :]:
         panel.set_visible(False)
-    figure.colorbar(image, ax=panels, label="share of prompts that chose the expert", shrink=0.8)
+    figure.colorbar(image, ax=panels, label=label, shrink=0.8)
+    figure.savefig(path, dpi=120)
+
+
+def plot_health(path: Path, metrics: Path) -> bool:
+    """Draw over the steps how decided and how stable the router is, from ``metrics.jsonl``.
+
+    Returns:
+      Whether there was a router to draw.
+    """
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    seen = [line for line in lines if line.get("route_entropy") is not None]
+    if not seen:
+        return False
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.figure import Figure
+
+    steps = [line["step"] for line in seen]
+    layers = len(seen[0]["route_entropy"])
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2)
+    colors = colormaps["viridis"](np.linspace(0.0, 0.9, layers))
+    largest = [np.max(line["expert_first"], axis=1) for line in seen]
+    changed = [line["route_changed"] for line in seen]
+    curves = (
+        (panels[0, 0], [line["route_entropy"] for line in seen], "entropy (nats)", 2.0),
+        (panels[0, 1], largest, "share of the leading expert", 1.0),
+    )
+    for panel, values, label, top in curves:
+        for layer in range(layers):
+            panel.plot(steps, [v[layer] for v in values], color=colors[layer], marker="o", markersize=3)
+        panel.set(ylabel=label, ylim=(0.0, 1.05 * top))
+    panels[0, 0].axhline(np.log(len(EXPERTS)), color="gray", linestyle=":", linewidth=1)
+    panels[0, 1].axhline(1 / len(EXPERTS), color="gray", linestyle=":", linewidth=1)
+    if all(line["route_margin"] is not None for line in seen):
+        for layer in range(layers):
+            margins = [line["route_margin"][layer] for line in seen]
+            panels[1, 0].plot(steps, margins, color=colors[layer], marker="o", markersize=3)
+    panels[1, 0].set(ylabel="margin of the k-th choice", ylim=(0.0, None))
+    known = [(step, value) for step, value in zip(steps, changed, strict=True) if value is not None]
+    if known:
+        panels[1, 1].plot(*zip(*known, strict=True), color="black", marker="o", markersize=3)
+    panels[1, 1].set(ylabel="routes changed since the last evaluation", ylim=(0.0, 1.05))
+    for panel in panels.flat:
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+    scale = ScalarMappable(Normalize(0, max(1, layers - 1)), ListedColormap(colors))
+    figure.colorbar(scale, ax=panels, label="layer", shrink=0.8, ticks=_layer_ticks(layers))
     figure.savefig(path, dpi=120)
     return True
 
@@ -60,8 +125,8 @@ def _layer_ticks(layers: int) -> list[int]:
     return list(range(0, layers, max(1, -(-layers // 8))))
 
 
-def _write_shares(panel: Any, share: np.ndarray) -> None:
+def _write_shares(panel: Any, share: np.ndarray, top: float) -> None:
     """Print each cell's share in percent, dark on bright cells and bright on dark ones."""
     for (layer, expert), value in np.ndenumerate(share):
-        color = "black" if value > 0.6 else "white"
+        color = "black" if value > 0.6 * top else "white"
         panel.text(expert, layer, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)

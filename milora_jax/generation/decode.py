@@ -61,13 +61,13 @@ def prefill(
     Args:
       base, adapter: in the decode layout.
       batch: prompts, padded left or right.
-      slots: cache length S, at least T plus the tokens to come.
+      slots: room for tokens in the cache, at least T plus those to come.
 
     Returns:
       The state before the first decode step, and the whole route for looking at.
     """
     rows = batch.tokens.shape[0]
-    routed = adapter is not None and adapter.method.routes
+    prefixed = 0 if adapter is None else adapter.method.prefix_length
     output = forward(
         base,
         config,
@@ -75,8 +75,8 @@ def prefill(
         batch.positions,
         batch.segment_ids,
         adapter=adapter,
-        prompt_mask=batch.prompt_mask if routed else None,
-        cache=empty_cache(config, rows, slots, base.dtype),
+        prompt_mask=batch.prompt_mask,
+        cache=empty_cache(config, rows, prefixed + slots, base.dtype),
     )
     if output.cache is None:
         raise AssertionError("a forward pass with a cache gives one back")

@@ -61,11 +61,24 @@ BASE_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
 STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "a": ("layers", "adapter", None),
     "b": ("layers", None, "adapter"),
+    "magnitude": ("layers", "adapter"),
+    "singular": ("layers", None),
+    "chosen": ("layers", None),
+    "kept": (None, "layers", None),
+    "routing": ("layers", "adapter", None),
+    "vector": ("layers", None),
+    "projection": ("layers", None, "adapter"),
+    "reduce": ("layers", "adapter", None),
+    "expand": ("layers", None, "adapter"),
+    "key_vectors": ("layers", None, None),
+    "value_vectors": ("layers", None, None),
+    "scores": ("layers", None, None),
+    "openness": ("layers", None),
     "pool": ("layers", None),
     "weight": ("layers", None, None),
     "numerator": ("layers", None),
     "denominator": ("layers", None),
-    **dict.fromkeys(("step", "key", "bad_steps", "count"), ()),
+    **dict.fromkeys(("step", "key", "bad_steps", "count", "omega_rate", "theta_rate", "settled"), ()),
 }
 """Logical axes of every leaf of an adapter and of a training state, by the last name on its path.
 

@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from milora_jax.adapters.protocol import Adapter, Shape, init_adapter
-from milora_jax.adapters.registry import build_method
-from milora_jax.config import AdapterSection, Config
+from milora_jax.adapters.protocol import Adapter, Method, Shape, abstract_params
+from milora_jax.adapters.registry import build_method, full_settings
+from milora_jax.config import Config
 from milora_jax.errors import UserError
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata
 
 
-def adapter_metadata(settings: AdapterSection, shape: Shape, base_fingerprint: str) -> dict[str, Any]:
+def adapter_metadata(method: Method, shape: Shape, base_fingerprint: str) -> dict[str, Any]:
     """What is stored beside an adapter's parameters so that they can be read back alone.
 
     Args:
@@ -24,7 +24,7 @@ def adapter_metadata(settings: AdapterSection, shape: Shape, base_fingerprint: s
     """
     return {
         "base_fingerprint": base_fingerprint,
-        "adapter": dataclasses.asdict(settings),
+        "adapter": dataclasses.asdict(full_settings(method)),
         "shape": {
             "modules": {name: list(dims) for name, dims in shape.modules},
             "num_layers": shape.num_layers,
@@ -51,10 +51,10 @@ def load_adapter(path: str | Path) -> Adapter:
         shape_values["hidden_size"],
     )
     method = build_method(Config.from_dict({"adapter": metadata["adapter"]}).adapter)
-    abstract = jax.eval_shape(lambda: init_adapter(method, jax.random.key(0), shape))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract.params
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        abstract_params(method, shape),
     )
     params, _ = directory.restore(step, placed)
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):

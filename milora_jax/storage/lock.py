@@ -13,6 +13,10 @@ from milora_jax.errors import UserError
 LOCK = ".lock"
 
 
+class WorkdirBusy(UserError):
+    """Another run holds the workdir."""
+
+
 class WorkdirLock:
     """Hold a workdir for as long as the ``with`` block, or until the process dies.
 
@@ -25,7 +29,8 @@ class WorkdirLock:
     the lock until it ends too.
 
     Raises (on entering):
-      UserError: another run holds the workdir (names its process and host), or it cannot be locked.
+      WorkdirBusy: another run holds the workdir (names its process and host).
+      UserError: it cannot be locked.
     """
 
     def __init__(self, workdir: Path) -> None:
@@ -44,7 +49,7 @@ class WorkdirLock:
         except BlockingIOError as error:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "process unknown"
             os.close(descriptor)
-            raise UserError(f"workdir {self.workdir} is in use by another run ({holder})") from error
+            raise WorkdirBusy(f"workdir {self.workdir} is in use by another run ({holder})") from error
         except OSError as error:
             os.close(descriptor)
             raise UserError(f"cannot lock {path}: {error.strerror}") from error

@@ -18,8 +18,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from milora_jax.adapters.protocol import Adapter, init_adapter
+from milora_jax.adapters.protocol import Adapter, Kernels, abstract_params, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.base.transformer import frozen_kernels
 from milora_jax.config import TrainSection
 from milora_jax.data.batches import batch_rows, collate, padded_length
 from milora_jax.data.tokens import Example
@@ -27,7 +28,8 @@ from milora_jax.errors import NonFiniteError, Preempted, UserError
 from milora_jax.parallel.rules import state_shardings
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, verify_step
-from milora_jax.training.optim import learning_rate_schedule
+from milora_jax.training.health import RoutingHealth, pack_routes, routing_health, unpack_routes
+from milora_jax.training.optim import learning_rate_schedule, split_params
 from milora_jax.training.prepare import ROW_MULTIPLE, Run
 from milora_jax.training.step import Steps, TrainState, init_state, make_steps
 from milora_jax.training.workdir import MetricsLog
@@ -49,6 +51,7 @@ class Progress:
       stopped: whether patience ran out.
       tokens: tokens trained on, padding left out, counted over all lives of the run.
       seconds: time spent in :meth:`Trainer.fit`, over all lives of the run.
+      dev_routes: the routes of the dev prompts at the last evaluation, packed; empty without.
     """
 
     best_step: int = 0
@@ -59,6 +62,7 @@ class Progress:
     stopped: bool = False
     tokens: int = 0
     seconds: float = 0.0
+    dev_routes: str = ""
 
     def to_json(self) -> dict:
         """Plain values; an infinite perplexity, which JSON cannot carry, becomes null."""
@@ -102,18 +106,24 @@ def planned_steps(settings: TrainSection, rows: int) -> int:
 class Trainer:
     """One run's compiled programs, data and checkpoints; :meth:`fit` is the loop."""
 
-    def __init__(self, run: Run, workdir: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: Run, workdir: Path, say: Callable[[str], None], steps: Steps | None = None
+    ) -> None:
+        """Prepare to train.
+
+        Args:
+          steps: programs of another run with the same model, number of steps and ``train`` settings, to
+            spare their compilation; seed and learning rates may differ.
+        """
         config = run.config
+        self._method, shape = build_method(config.adapter), adapter_shape(run.model)
+        theta = split_params(Adapter(abstract_params(self._method, shape), self._method, shape))[1]
+        self._bilevel = bool(jax.tree.leaves(theta))
         self._run, self._say, self._settings = run, say, config.train
         self._total = planned_steps(config.train, len(run.train))
         longest = max(len(example.tokens) for example in [*run.train, *run.dev])
         self._length = padded_length(longest, ROW_MULTIPLE, config.data.max_length)
-        self._steps: Steps = make_steps(run.model, config.adapter, config.train, self._total, 1)
-        self._bilevel = (
-            config.adapter.coefficients == "bilevel"
-            and config.adapter.activation == "rational"
-            and config.adapter.method == "milora"
-        )
+        self._steps = steps or make_steps(run.model, config.train, self._total, 1)
         self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, say)
         self._best = CheckpointDirectory(workdir / "best", None, say)
         self._workdir = workdir
@@ -187,12 +197,12 @@ class Trainer:
         config = self._run.config
         adapter_key, step_key = jax.random.split(jax.random.key(config.train.seed))
 
-        def fresh() -> TrainState:
-            method = build_method(config.adapter)
-            adapter = init_adapter(method, adapter_key, adapter_shape(self._run.model))
-            return init_state(adapter, step_key, config.train, config.adapter.coefficients, self._total)
+        def fresh(kernels: Kernels) -> TrainState:
+            adapter = init_adapter(self._method, adapter_key, adapter_shape(self._run.model), kernels)
+            return init_state(adapter, step_key, config.train, self._total)
 
-        shapes = jax.eval_shape(fresh)
+        kernels = frozen_kernels(self._run.base)
+        shapes = jax.eval_shape(fresh, kernels)
         shardings = state_shardings(self._run.mesh, self._run.rules, shapes)
         newest = self._checkpoints.newest()
         if newest is None and self._checkpoints.steps():
@@ -202,7 +212,7 @@ class Trainer:
             )
         if newest is None:
             # Sharded from birth: a state that changes its layout after step 1 compiles step 2 again.
-            return jax.jit(fresh, out_shardings=shardings)(), Progress()
+            return jax.jit(fresh, out_shardings=shardings)(kernels), Progress()
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             shapes,
@@ -270,36 +280,54 @@ class Trainer:
 
     def _evaluate(self, log: MetricsLog, done: int, adapter: Adapter, progress: Progress) -> str:
         """Dev perplexity; keeps the adapter if it is the best so far."""
-        perplexity, share = self.dev_perplexity(adapter)
-        log.write(done, {"dev_perplexity": perplexity, "expert_share": share.round(4).tolist()})
+        perplexity, health = self.dev_perplexity(adapter, progress)
+        log.write(done, {"dev_perplexity": perplexity, **({} if health is None else health.to_json())})
         if not math.isfinite(perplexity):
             raise NonFiniteError(
                 f"the dev perplexity of step {done} is not finite; stopped before it was saved; "
                 "lower train.learning_rate or use another model.dtype"
             )
+        if health is not None and (warning := health.warning()):
+            self._say(f"step {done}: {warning}")
+        if not self._method.ready(done, self._total):
+            return f"dev perplexity {perplexity:.3f}, not yet within its budget"
         if perplexity < progress.best_perplexity:
             progress.best_step, progress.best_perplexity, progress.stale = done, perplexity, 0
-            config = self._run.config
-            metadata = adapter_metadata(config.adapter, adapter.shape, self._run.base_fingerprint)
-            found = {"dev_perplexity": perplexity, "expert_share": share.tolist()}
+            metadata = adapter_metadata(self._method, adapter.shape, self._run.base_fingerprint)
+            share = None if health is None else health.share.tolist()
+            found = {
+                "dev_perplexity": perplexity,
+                "expert_share": share,
+                "tunable_parameters": self._method.count_parameters(adapter.params),
+            }
             self._best.save(done, adapter.params, {**metadata, **found})
         else:
             progress.stale += 1
             progress.stopped = 0 < self._settings.patience <= progress.stale
         return f"dev perplexity {perplexity:.3f}, best {progress.best_perplexity:.3f}"
 
-    def dev_perplexity(self, adapter: Adapter) -> tuple[float, np.ndarray]:
-        """exp of the mean loss over all dev response tokens, and the experts' mean share ``[L, E]``."""
+    def dev_perplexity(self, adapter: Adapter, progress: Progress) -> tuple[float, RoutingHealth | None]:
+        """exp of the mean loss over all dev response tokens, and how the dev prompts were routed.
+
+        Args:
+          progress: remembers the routes, to be compared with those of the next evaluation.
+        """
         size, total, count = self._settings.batch_size, 0.0, 0
-        shares, rows = [], []
+        probs, chosen = [], []
         for start in range(0, len(self._run.dev), size):
             examples = self._run.dev[start : start + size]
-            loss, tokens, share = self._steps.evaluate(adapter, self._run.base, self._batch(examples))
+            loss, tokens, route = self._steps.evaluate(adapter, self._run.base, self._batch(examples))
             total, count = total + float(loss), count + int(tokens)
-            shares.append(np.asarray(share))
-            rows.append(len(examples))
-        mean_share = np.average(np.stack(shares), axis=0, weights=rows)
-        return math.exp(min(total / count, 700.0)), mean_share
+            if route is not None:
+                probs.append(np.asarray(route.probs)[:, : len(examples), 0])
+                chosen.append(np.asarray(route.weights)[:, : len(examples), 0] != 0)
+        perplexity = math.exp(min(total / count, 700.0))
+        if not probs:
+            return perplexity, None
+        before = unpack_routes(progress.dev_routes) if progress.dev_routes else None
+        routes = np.concatenate(chosen, axis=1)
+        progress.dev_routes = pack_routes(routes)
+        return perplexity, routing_health(np.concatenate(probs, axis=1), routes, before)
 
     def _save(self, state: TrainState, done: int, progress: Progress) -> None:
         """A checkpoint of ``done`` steps, after the best adapter it speaks of is on disk.

@@ -11,18 +11,23 @@ from milora_jax.adapters.router import expert_share, load_balance
 from milora_jax.base.transformer import Base, forward, prompt_members, unembed
 from milora_jax.config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int, Key
-from milora_jax.types import EXPERTS, Batch
+from milora_jax.types import EXPERTS, Batch, Route
 
 
 @struct.dataclass
 class LossParts:
-    """The terms of the loss and what is worth looking at beside it; see ``types.Metrics``."""
+    """The terms of the loss and what is worth looking at beside it; see ``types.Metrics``.
+
+    Attributes:
+      route: of the batch's prompts; None without a router.
+    """
 
     cross_entropy: Float[Array, ""]
     load_balance: Float[Array, ""]
     expert_share: Float[Array, "L E"]
     pooled_max: Float[Array, ""]
     tokens: Int[Array, ""]
+    route: Route | None
 
 
 def token_losses(
@@ -45,17 +50,15 @@ def adapted_loss(
     batch: Batch,
     *,
     prompts: int,
-    balance_weight: float,
     key: Key[Array, ""] | None,
 ) -> tuple[Float[Array, ""], LossParts]:
-    """Mean cross entropy over the counted tokens of the global batch plus lambda times Eq. 4.
+    """Mean cross entropy over the counted tokens of the global batch, plus what the method adds to it:
+    lambda times Eq. 4 where it routes, and its penalty on the parameters.
 
     Args:
       prompts: Z, the most records packed into one row.
-      balance_weight: lambda.
       key: switches dropout on.
     """
-    routes = adapter.method.routes
     output = forward(
         base,
         config,
@@ -63,17 +66,18 @@ def adapted_loss(
         batch.positions,
         batch.segment_ids,
         adapter=adapter,
-        prompt_mask=batch.prompt_mask if routes else None,
+        prompt_mask=batch.prompt_mask,
         prompts=prompts,
         key=key,
     )
     losses, counted = token_losses(base, output.hidden, batch)
     tokens = counted.sum()
     cross_entropy = jnp.where(counted, losses, 0.0).sum() / jnp.maximum(tokens, 1).astype(jnp.float32)
+    loss = cross_entropy + adapter.method.penalty(adapter.params)
     if output.route is None:
         zero = jnp.zeros((), jnp.float32)
         shares = jnp.ones((config.num_layers, len(EXPERTS)), jnp.float32)
-        return cross_entropy, LossParts(cross_entropy, zero, shares, zero, tokens)
+        return loss, LossParts(cross_entropy, zero, shares, zero, tokens, None)
     present = prompt_members(batch.segment_ids, batch.prompt_mask, prompts).any(axis=-1)
     balance = load_balance(output.route.probs, present)
     parts = LossParts(
@@ -82,13 +86,14 @@ def adapted_loss(
         expert_share=expert_share(output.route.weights, present),
         pooled_max=output.route.pooled_max.max(),
         tokens=tokens,
+        route=output.route,
     )
-    return cross_entropy + balance_weight * balance, parts
+    return loss + adapter.method.balance_weight * balance, parts
 
 
 def summed_loss(
     adapter: Adapter, base: Base, config: ModelConfig, batch: Batch, prompts: int
-) -> tuple[Float[Array, ""], Int[Array, ""], Float[Array, "L E"]]:
-    """Sum of the counted tokens' losses, their number, and the experts' shares, for dev perplexity."""
-    _, parts = adapted_loss(adapter, base, config, batch, prompts=prompts, balance_weight=0.0, key=None)
-    return parts.cross_entropy * parts.tokens.astype(jnp.float32), parts.tokens, parts.expert_share
+) -> tuple[Float[Array, ""], Int[Array, ""], Route | None]:
+    """Sum of the counted tokens' losses, their number, and the route, for the dev evaluation."""
+    _, parts = adapted_loss(adapter, base, config, batch, prompts=prompts, key=None)
+    return parts.cross_entropy * parts.tokens.astype(jnp.float32), parts.tokens, parts.route

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from milora_jax.adapters.protocol import Shape, abstract_params
+from milora_jax.adapters.registry import build_method, full_settings
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf import load_leaves
 from milora_jax.base.hf_config import read_model_config
@@ -21,11 +24,16 @@ from milora_jax.data.tokens import Example, encode_prompt, encode_records, load_
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.rules import Rules, base_sharding, batch_sharding
+from milora_jax.training.optim import router_mask
 from milora_jax.training.workdir import refuse_early
-from milora_jax.types import Batch
+from milora_jax.types import EXPERTS, Batch
 
 ROW_MULTIPLE = 8
 """Training rows are padded to one common length, a multiple of this, so that one step is compiled."""
+
+
+ANY_SHAPE = Shape.of(dict.fromkeys(EXPERTS, (1, 1)), 1, 1)
+"""For questions about a method that have one answer for every base."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
+      config: with every setting of the method written out.
       model, base: the frozen model, its leaves laid out over ``mesh``.
       train, dev: encoded rows.
       tests: records to score, by task name.
@@ -57,15 +66,21 @@ class Run:
         return jax.device_put(batch, batch_sharding(self.mesh, self.rules))
 
 
-def prepare_run(config: Config, workdir: Path, say: Callable[[str], None]) -> Run:
+def prepare_run(config: Config, workdir: Path | None, say: Callable[[str], None]) -> Run:
     """Read the rows, the tokenizer and the base that a config names; write nothing.
 
     The rows come first: a typo in a file name should not cost the minutes a 7B base takes to load.
 
     Args:
-      workdir: where the run will write; refused here if another run is in it.
+      workdir: where the run will write; refused here if another run is in it. None where the caller
+        holds its lock already.
       say: receives one line per thing worth knowing (rows dropped, held out, loaded).
     """
+    method = build_method(config.adapter)
+    config = dataclasses.replace(config, adapter=full_settings(method))
+    routed = any(jax.tree.leaves(router_mask(abstract_params(method, ANY_SHAPE))))
+    rate = config.train.router_rate
+    require(rate == 1 or routed, "train.router_rate", rate, f"1, method {method.name!r} has no router")
     require(bool(config.model.path), "model.path", config.model.path, "a Hugging Face directory")
     require(bool(config.data.train), "data.train", config.data.train, "at least one file")
     model = read_model_config(Path(config.model.path))
@@ -76,31 +91,19 @@ def prepare_run(config: Config, workdir: Path, say: Callable[[str], None]) -> Ru
         f"at most the model's {model.max_positions} positions",
     )
     require(bool(model.eos_ids), "eos_token_id of the model", None, "a token that ends an answer")
-    refuse_early(workdir, config)
+    if workdir is not None:
+        refuse_early(workdir, config)
     mesh = make_mesh(config.mesh)
     batch_sizes = {"train.batch_size": config.train.batch_size, "eval.batch_size": config.eval.batch_size}
     check_divides(mesh, model, batch_sizes)
-    train_records = _read_all(config.data.train)
-    if config.data.dev:
-        dev_records = _read_all(config.data.dev)
-    else:
-        train_records, dev_records = holdout(train_records, config.data.dev_share, config.train.seed)
-        say(f"no dev file: {len(dev_records)} of the training rows are held out")
-    tests = {source.name: read_records(source, scored=True) for source in parse_sources(config.data.test)}
+    records = _read_records(config, say)
     tokenizer = load_tokenizer(config.model.path)
     if len(tokenizer) > model.vocab_size:
         raise UserError(
             f"tokenizer of {config.model.path!r} has {len(tokenizer)} tokens: "
             f"expected at most the model's {model.vocab_size}"
         )
-    eos_id, limit = model.eos_ids[0], config.data.max_length
-    train, dropped = encode_records(tokenizer, train_records, eos_id, limit)
-    dev, dev_dropped = encode_records(tokenizer, dev_records, eos_id, limit)
-    say(
-        f"rows: {len(train)} train ({dropped} longer than {limit} tokens dropped), "
-        f"{len(dev)} dev ({dev_dropped} dropped), {sum(map(len, tests.values()))} test"
-    )
-    _require_room(tests, tokenizer, config, model)
+    rows = _encode(records, tokenizer, config, model, say)
     rules = Rules()
     base = load_leaves(
         Path(config.model.path),
@@ -115,12 +118,58 @@ def prepare_run(config: Config, workdir: Path, say: Callable[[str], None]) -> Ru
         tokenizer=tokenizer,
         mesh=mesh,
         rules=rules,
-        train=train,
-        dev=dev,
-        tests=tests,
-        data_fingerprint=fingerprint([*train_records, *dev_records]),
         base_fingerprint=base_fingerprint(Path(config.model.path)),
+        **rows,
     )
+
+
+def with_rows(run: Run, config: Config, say: Callable[[str], None]) -> Run:
+    """A run on the base, tokenizer and devices of ``run``, with the rows and settings of ``config``.
+
+    Args:
+      config: with the model and mesh of ``run.config``.
+    """
+    rows = _encode(_read_records(config, say), run.tokenizer, config, run.model, say)
+    return dataclasses.replace(run, config=config, **rows)
+
+
+def _read_records(
+    config: Config, say: Callable[[str], None]
+) -> tuple[list[Record], list[Record], dict[str, list[Record]]]:
+    """Training, dev and test records."""
+    train = _read_all(config.data.train)
+    if config.data.dev:
+        dev = _read_all(config.data.dev)
+    else:
+        train, dev = holdout(train, config.data.dev_share, config.train.seed)
+        say(f"no dev file: {len(dev)} of the training rows are held out")
+    tests = {source.name: read_records(source, scored=True) for source in parse_sources(config.data.test)}
+    return train, dev, tests
+
+
+def _encode(
+    records: tuple[list[Record], list[Record], dict[str, list[Record]]],
+    tokenizer: Any,
+    config: Config,
+    model: ModelConfig,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The fields of a Run that hold rows."""
+    train_records, dev_records, tests = records
+    eos_id, limit = model.eos_ids[0], config.data.max_length
+    train, dropped = encode_records(tokenizer, train_records, eos_id, limit)
+    dev, dev_dropped = encode_records(tokenizer, dev_records, eos_id, limit)
+    say(
+        f"rows: {len(train)} train ({dropped} longer than {limit} tokens dropped), "
+        f"{len(dev)} dev ({dev_dropped} dropped), {sum(map(len, tests.values()))} test"
+    )
+    _require_room(tests, tokenizer, config, model)
+    return {
+        "train": train,
+        "dev": dev,
+        "tests": tests,
+        "data_fingerprint": fingerprint([*train_records, *dev_records]),
+    }
 
 
 def _require_room(tests: dict[str, list[Record]], tokenizer: Any, config: Config, model: ModelConfig) -> None:

@@ -17,11 +17,11 @@ from flax import struct
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.transformer import Base
-from milora_jax.config import AdapterSection, ModelConfig, TrainSection
-from milora_jax.shapes import Array, Float, Int, Key
+from milora_jax.config import ModelConfig, TrainSection
+from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.training.loss import adapted_loss, summed_loss
 from milora_jax.training.optim import join_params, make_optimizer, split_params
-from milora_jax.types import Batch, Metrics, PyTree
+from milora_jax.types import Batch, Metrics, PyTree, Route
 
 
 @struct.dataclass
@@ -31,7 +31,9 @@ class TrainState:
     Attributes:
       step: optimiser steps taken, skipped ones included; also the position in the data.
       adapter: the trainable parameters.
+      memory: what the method remembers beside them; None for most.
       omega_state, theta_state: optimiser states of the two parameter sets.
+      omega_rate, theta_rate: their peak learning rates.
       key: the run's random key; a step folds its number in.
       bad_steps: updates of Omega skipped in a row because something was not finite; the host counts
         Theta's.
@@ -39,8 +41,11 @@ class TrainState:
 
     step: Int[Array, ""]
     adapter: Adapter
+    memory: PyTree
     omega_state: PyTree
     theta_state: PyTree
+    omega_rate: Float[Array, ""]
+    theta_rate: Float[Array, ""]
     key: Key[Array, ""]
     bad_steps: Int[Array, ""]
 
@@ -52,12 +57,12 @@ class Steps:
     Attributes:
       train: ``(state, base, batch) -> (state, metrics)``, an update of Omega; donates the state.
       coefficients: the same for Theta, on a dev batch; it does not advance the step.
-      evaluate: ``(adapter, base, batch) -> (summed loss, tokens, expert share [L, E])``.
+      evaluate: ``(adapter, base, batch) -> (summed loss, tokens, route or None)``.
     """
 
     train: Callable[[TrainState, Base, Batch], tuple[TrainState, Metrics]]
     coefficients: Callable[[TrainState, Base, Batch], tuple[TrainState, Metrics]]
-    evaluate: Callable[[Adapter, Base, Batch], tuple[Float[Array, ""], Int[Array, ""], Float[Array, "L E"]]]
+    evaluate: Callable[[Adapter, Base, Batch], tuple[Float[Array, ""], Int[Array, ""], Route | None]]
 
 
 def _optimizers(
@@ -65,31 +70,31 @@ def _optimizers(
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     theta_steps = -(-total_steps // settings.coefficient_every)
     return (
-        make_optimizer(settings, settings.learning_rate, total_steps),
-        make_optimizer(settings, settings.coefficient_learning_rate, theta_steps),
+        make_optimizer(settings, total_steps, settings.router_rate),
+        make_optimizer(settings, theta_steps, 1.0),
     )
 
 
-def init_state(
-    adapter: Adapter, key: Key[Array, ""], settings: TrainSection, coefficients: str, total_steps: int
-) -> TrainState:
+def init_state(adapter: Adapter, key: Key[Array, ""], settings: TrainSection, total_steps: int) -> TrainState:
     """The state before the first step."""
-    omega, theta, _ = split_params(adapter, coefficients)
+    omega, theta, _ = split_params(adapter)
     omega_optimizer, theta_optimizer = _optimizers(settings, total_steps)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         adapter=adapter,
+        memory=adapter.method.init_memory(adapter.params),
         omega_state=omega_optimizer.init(omega),
         theta_state=theta_optimizer.init(theta),
+        omega_rate=jnp.asarray(settings.learning_rate, jnp.float32),
+        theta_rate=jnp.asarray(adapter.method.theta_rate(settings.coefficient_learning_rate), jnp.float32),
         key=key,
         bad_steps=jnp.zeros((), jnp.int32),
     )
 
 
-def make_steps(
-    model: ModelConfig, method: AdapterSection, settings: TrainSection, total_steps: int, prompts: int
-) -> Steps:
-    """Compile-once training programs for a run.
+def make_steps(model: ModelConfig, settings: TrainSection, total_steps: int, prompts: int) -> Steps:
+    """Compile-once training programs; the method comes with the adapter in the state, and so do the
+    learning rates.
 
     Args:
       total_steps: optimiser steps the schedules stretch over.
@@ -98,49 +103,47 @@ def make_steps(
     omega_optimizer, theta_optimizer = _optimizers(settings, total_steps)
 
     def loss(adapter: Adapter, base: Base, batch: Batch, key: Array | None) -> tuple:
-        return adapted_loss(
-            adapter, base, model, batch, prompts=prompts, balance_weight=method.load_balance, key=key
-        )
+        return adapted_loss(adapter, base, model, batch, prompts=prompts, key=key)
 
     def train(state: TrainState, base: Base, batch: Batch) -> tuple[TrainState, Metrics]:
-        omega, *rest = split_params(state.adapter, method.coefficients)
-        key = jax.random.fold_in(state.key, state.step) if method.dropout > 0 else None
+        method = state.adapter.method
+        omega, *rest = split_params(state.adapter)
+        key = jax.random.fold_in(state.key, state.step) if method.stochastic else None
 
         def of_omega(omega: PyTree) -> tuple:
             return loss(join_params(state.adapter, omega, *rest), base, batch, key)
 
         (value, parts), grads = jax.value_and_grad(of_omega, has_aux=True)(omega)
         norm = optax.tree.norm(grads)
-        omega, opt_state, bad = _guarded_update(
-            omega_optimizer, omega, state.omega_state, grads, value, norm, state.bad_steps
-        )
+        new_omega, opt_state = _updated(omega_optimizer, omega, state.omega_state, grads, state.omega_rate)
+        adapter = join_params(state.adapter, new_omega, *rest)
+        clip = jnp.minimum(1.0, settings.clip_norm / jnp.maximum(norm, 1e-12)) if settings.clip_norm else 1.0
+        seen = jax.tree.map(lambda grad: clip * grad, grads)
+        params, memory = method.after_update(adapter.params, seen, state.memory, state.step + 1, total_steps)
+        finite = _all_finite(value, norm, params)
+        bad = jnp.where(finite, 0, state.bad_steps + 1).astype(jnp.int32)
+        new = (dataclasses.replace(adapter, params=params), memory, opt_state)
+        adapter, memory, opt_state = _keep_if(finite, new, (state.adapter, state.memory, state.omega_state))
         state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            adapter=join_params(state.adapter, omega, *rest),
-            omega_state=opt_state,
-            bad_steps=bad,
+            state, step=state.step + 1, adapter=adapter, memory=memory, omega_state=opt_state, bad_steps=bad
         )
         return state, _metrics(value, parts, norm, bad)
 
     def coefficients(state: TrainState, base: Base, batch: Batch) -> tuple[TrainState, Metrics]:
-        omega, theta, rest = split_params(state.adapter, method.coefficients)
+        omega, theta, rest = split_params(state.adapter)
 
         def of_theta(theta: PyTree) -> tuple:
             return loss(join_params(state.adapter, omega, theta, rest), base, batch, None)
 
         (value, parts), grads = jax.value_and_grad(of_theta, has_aux=True)(theta)
         norm = optax.tree.norm(grads)
+        new = _updated(theta_optimizer, theta, state.theta_state, grads, state.theta_rate)
+        finite = _all_finite(value, norm, new[0])
+        theta, opt_state = _keep_if(finite, new, (theta, state.theta_state))
+        adapter = join_params(state.adapter, omega, theta, rest)
+        state = dataclasses.replace(state, adapter=adapter, theta_state=opt_state)
         # A good update of Theta says nothing about Omega's: it must not end a row of bad ones.
-        theta, opt_state, skipped = _guarded_update(
-            theta_optimizer, theta, state.theta_state, grads, value, norm, jnp.zeros((), jnp.int32)
-        )
-        state = dataclasses.replace(
-            state,
-            adapter=join_params(state.adapter, omega, theta, rest),
-            theta_state=opt_state,
-        )
-        return state, _metrics(value, parts, norm, skipped)
+        return state, _metrics(value, parts, norm, (~finite).astype(jnp.int32))
 
     def evaluate(adapter: Adapter, base: Base, batch: Batch) -> tuple:
         return summed_loss(adapter, base, model, batch, prompts)
@@ -152,36 +155,32 @@ def make_steps(
     )
 
 
-def _guarded_update(
+def _updated(
     optimizer: optax.GradientTransformation,
     params: PyTree,
     opt_state: PyTree,
     grads: PyTree,
-    value: Array,
-    norm: Array,
-    bad_steps: Array,
-) -> tuple[PyTree, PyTree, Array]:
-    """The optimiser's update, or no change at all where the loss, the gradient or the result is not
-    finite.
-
-    Returns:
-      Parameters, optimiser state, and the number of skipped updates in a row.
-    """
+    rate: Float[Array, ""],
+) -> tuple[PyTree, PyTree]:
+    """Parameters and optimiser state after one update, ``rate`` times as large as the optimiser's."""
     # optax computes schedules and bias corrections as float ** int, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
-        updates, new_opt_state = optimizer.update(grads, opt_state, params)
-    new_params = optax.apply_updates(params, updates)
-    # The sum of squares of the new parameters is finite only if every one of them is.
-    finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(new_params))
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+    updates = jax.tree.map(lambda update: rate * update, updates)
+    return optax.apply_updates(params, updates), opt_state
 
-    def keep(new: Array, old: Array) -> Array:
-        return jnp.where(finite, new, old)
 
-    return (
-        jax.tree.map(keep, new_params, params),
-        jax.tree.map(keep, new_opt_state, opt_state),
-        jnp.where(finite, 0, bad_steps + 1).astype(jnp.int32),
-    )
+def _all_finite(value: Array, norm: Array, params: PyTree) -> Bool[Array, ""]:
+    """Whether the loss, the gradient and the new parameters are.
+
+    A sum of squares is finite only if every term is.
+    """
+    return jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
+
+
+def _keep_if(finite: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    """``new`` where the update was good, else no change at all."""
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
 
 def _metrics(value: Array, parts: PyTree, norm: Array, bad_steps: Array) -> Metrics:

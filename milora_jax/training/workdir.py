@@ -43,8 +43,8 @@ def refuse_early(workdir: Path, config: Config) -> None:
 def _require_same(workdir: Path, config: Config) -> None:
     path = workdir / CONFIG_NAME
     if path.is_file():
-        old = _leaves(Config.from_dict(read_json(path)).to_dict())
-        new = _leaves(config.to_dict())
+        old = leaves_by_path(Config.from_dict(read_json(path)).to_dict())
+        new = leaves_by_path(config.to_dict())
         for name, value in new.items():
             if name[:1] in CHANGEABLE or name in CHANGEABLE:
                 continue
@@ -111,10 +111,10 @@ def _json_value(value: Any) -> Any:
     return value
 
 
-def _leaves(values: dict[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+def leaves_by_path(values: dict[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     """Nested dictionaries as one, keyed by the path of each value."""
     leaves: dict[tuple[str, ...], Any] = {}
     for name, value in values.items():
-        inner = _leaves(value, (*path, name)) if isinstance(value, dict) else {(*path, name): value}
+        inner = leaves_by_path(value, (*path, name)) if isinstance(value, dict) else {(*path, name): value}
         leaves.update(inner)
     return leaves

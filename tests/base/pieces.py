@@ -9,7 +9,7 @@ import numpy as np
 
 from milora_jax.base import ops
 from milora_jax.base.load import load_base, logits
-from milora_jax.base.transformer import block, decode_layout
+from milora_jax.base.transformer import AdaptedLayer, block, decode_layout
 from milora_jax.config import Llama3Scaling, ModelConfig
 
 PLAIN = ModelConfig(
@@ -56,11 +56,6 @@ def inputs(config: ModelConfig) -> dict[str, np.ndarray]:
     }
 
 
-def unchanged(names, x, outputs, group):
-    """The adapter that is none."""
-    return outputs
-
-
 def ours(config: ModelConfig, folder: Path) -> dict[str, np.ndarray]:
     """Our value of every piece, of the model in ``folder``."""
     given = {name: jnp.asarray(value) for name, value in inputs(config).items()}
@@ -79,7 +74,8 @@ def ours(config: ModelConfig, folder: Path) -> dict[str, np.ndarray]:
 
     q, k = (ops.apply_rope(heads(module(hidden)), cos, sin) for module in (layer.q, layer.k))
     attended = ops.attention(q, k, heads(layer.v(hidden)), mask).reshape(ROWS, LENGTH, -1)
-    block_out, _ = block(config, layer, unchanged, hidden, cos, sin, mask, None, jnp.zeros((), jnp.int32))
+    plain = AdaptedLayer(layer, None, None, None, None)
+    block_out, _ = block(config, plain, hidden, cos, sin, mask, None, jnp.zeros((), jnp.int32))
     values = {
         "norm": ops.rms_norm(hidden, layer.attention_norm[...], config.norm_eps),
         "rope": ops.apply_rope(given["query"], cos, sin),

@@ -1,0 +1,116 @@
+"""DoRA: magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353).
+
+A module's weight becomes ``m * (W + s A B) / n``, with one magnitude m per output and n the column
+norms of ``W + s A B``. The gradient does not pass through n (section 4.3 of that paper, and PEFT).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from milora_jax.adapters.low_rank import LowRankMethod, add, drop, init_pairs, narrow, widen
+from milora_jax.adapters.protocol import Frozen, Kernels, Shape
+from milora_jax.shapes import Array, Float, Key
+
+
+@struct.dataclass
+class Decomposed:
+    """One module's pair and magnitude, stacked over layers outside a layer.
+
+    Attributes:
+      a, b: the low-rank pair.
+      magnitude: m, at the start the column norms of the frozen weight.
+    """
+
+    a: Float[Array, "*L d_in R"]
+    b: Float[Array, "*L R d_out"]
+    magnitude: Float[Array, "*L d_out"]
+
+
+def init_decomposed(key: Key[Array, ""], shape: Shape, rank: int, kernels: Kernels) -> dict[str, Decomposed]:
+    """LoRA's pairs, and the norms of the frozen columns as the forward pass computes them."""
+    norms = jax.vmap(functools.partial(column_norms, scale=1.0))
+    return {
+        name: Decomposed(pair.a, pair.b, norms(jnp.asarray(kernels[name]), pair.a, pair.b))
+        for name, pair in init_pairs(key, shape, rank).items()
+    }
+
+
+def column_norms(
+    kernel: Float[Array, "d_in d_out"],
+    a: Float[Array, "d_in R"],
+    b: Float[Array, "R d_out"],
+    scale: float,
+) -> Float[Array, " d_out"]:
+    """Euclidean norm of every column of ``W + s A B`` in float32, without forming the product.
+
+    ``|w + s A b|^2 = |w|^2 + 2 s (A^T w) . b + s^2 b . (A^T A) b`` for a column w and its b.
+    """
+    kernel, highest = kernel.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    cross = jnp.einsum("ir,io->ro", a, kernel, precision=highest)
+    inner = jnp.einsum("ir,is->rs", a, a, precision=highest)
+    square = jnp.einsum("rs,so->ro", inner, b, precision=highest)
+    squares = jnp.sum(kernel**2, axis=0) + jnp.sum(b * (2.0 * scale * cross + scale**2 * square), axis=0)
+    return jnp.sqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))
+
+
+def decomposed_changes(
+    params: dict[str, Decomposed],
+    names: tuple[str, ...],
+    x: Float[Array, "B T d_in"],
+    outputs: tuple[Float[Array, "B T _"], ...],
+    frozen: tuple[Frozen, ...],
+    scale: float,
+    dropout: float,
+    key: Key[Array, ""] | None,
+) -> tuple[Float[Array, "B T _"], ...]:
+    """What DoRA adds to every module's output: ``(m/n - 1) x W + (m/n) s x A B``.
+
+    While dropout is on, both terms read the dropped input and the base's output stays whole, as in
+    PEFT. The base's bias is not scaled.
+    """
+    dropping = key is not None and dropout > 0
+    x = drop(x, dropout, key)
+    products = widen(params, names, narrow(params, names, x) * scale)
+    changes = []
+    for name, output, leaves, product in zip(names, outputs, frozen, products, strict=True):
+        pair = params[name]
+        a, b = jax.lax.stop_gradient((pair.a, pair.b))
+        norms = jax.lax.stop_gradient(column_norms(leaves.kernel, a, b, scale))
+        ratio = (pair.magnitude / norms)[None, None, :]
+        whole = output if leaves.bias is None else output - leaves.bias[None, None, :]
+        plain = x @ leaves.kernel if dropping else whole
+        changes.append((ratio - 1.0).astype(x.dtype) * plain + ratio.astype(x.dtype) * product)
+    return tuple(changes)
+
+
+@dataclass(frozen=True)
+class DoRA(LowRankMethod):
+    """DoRA on all seven modules; its settings are those of every low-rank method."""
+
+    name: ClassVar[str] = "dora"
+
+    def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Decomposed]:
+        """One pair and one magnitude vector per module and layer; no change but rounding."""
+        return init_decomposed(key, shape, self.rank, kernels)
+
+    def adapt(
+        self,
+        params: dict[str, Decomposed],
+        names: tuple[str, ...],
+        x: Float[Array, "B T d_in"],
+        outputs: tuple[Float[Array, "B T _"], ...],
+        frozen: tuple[Frozen, ...],
+        weights: Float[Array, "B _ E"] | None,
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "B T _"], ...]:
+        """The outputs of the recomposed weights."""
+        del weights
+        changes = decomposed_changes(params, names, x, outputs, frozen, self.scale, self.dropout, key)
+        return add(outputs, changes)

@@ -1,0 +1,99 @@
+"""IAPT: soft tokens that every layer makes from the prompt (Zhu et al. 2024, arXiv 2405.18203).
+
+Its abstract gives the parts of a generator: self-attention pooling, two linear projections, and an
+activation learned as a rational function. The order and the rest are ours: reduce the prompt's hidden
+states, pool them into the soft tokens with one score vector each, activate, expand, and let the
+frozen layer make keys and values of the result. As with any prefix a fresh one changes the outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from milora_jax.adapters.bottleneck import Bottleneck, init_bottleneck
+from milora_jax.adapters.protocol import Kernels, Method, Project, Shape
+from milora_jax.adapters.rational import rational
+from milora_jax.config import COEFFICIENTS, one_of, require
+from milora_jax.shapes import Array, Bool, Float, Key
+
+
+@struct.dataclass
+class Generator:
+    """The generator of soft tokens of every layer.
+
+    Attributes:
+      bottleneck: the two projections and the coefficients of the activation.
+      scores: what each soft token looks for in the reduced states.
+    """
+
+    bottleneck: Bottleneck
+    scores: Float[Array, "*L W P"]
+
+
+@dataclass(frozen=True)
+class IAPT(Method):
+    """IAPT.
+
+    Attributes:
+      tokens: P, soft tokens of a layer.
+      width: of the bottleneck.
+      coefficients: how the rational coefficients are trained.
+    """
+
+    name: ClassVar[str] = "iapt"
+    tokens: int = 4
+    width: int = 320
+    coefficients: str = "bilevel"
+
+    def __post_init__(self) -> None:
+        require(self.tokens >= 1, "adapter.tokens", self.tokens, "at least 1")
+        require(self.width >= 1, "adapter.width", self.width, "at least 1")
+        one_of("adapter.coefficients", self.coefficients, COEFFICIENTS)
+
+    @property
+    def prefix_length(self) -> int:
+        """P."""
+        return self.tokens
+
+    @property
+    def theta(self) -> str:
+        """The rational coefficients are Theta."""
+        return self.coefficients
+
+    def is_coefficient(self, path: tuple[str, ...]) -> bool:
+        """The rational coefficients are Theta."""
+        return path[-1] in ("numerator", "denominator")
+
+    def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> Generator:
+        """Random generators; scores differ, or all soft tokens would stay the same."""
+        del kernels
+        bottleneck_key, scores_key = jax.random.split(key)
+        layers, width = shape.num_layers, self.width
+        return Generator(
+            bottleneck=init_bottleneck(bottleneck_key, layers, shape.hidden_size, width, True, zero=False),
+            scores=width**-0.5 * jax.random.normal(scores_key, (layers, width, self.tokens), jnp.float32),
+        )
+
+    def prefix(
+        self,
+        params: Generator,
+        hidden: Float[Array, "B T D"],
+        members: Bool[Array, "B Z T"],
+        project: Project,
+    ) -> tuple[Float[Array, "B ZP _"], Float[Array, "B ZP _"]]:
+        """Soft tokens from the prompt's hidden states, and the frozen layer's keys and values of them."""
+        mine = params.bottleneck
+        if mine.numerator is None or mine.denominator is None:
+            raise ValueError("IAPT needs its coefficients")
+        reduced = jnp.einsum("BTD,DW->BTW", hidden.astype(jnp.float32), mine.reduce)
+        scores = jnp.einsum("BTW,WP->BPT", reduced, params.scores)
+        # A record without a prompt gives finite tokens that nobody reads.
+        scores = jnp.where(members[:, :, None, :], scores[:, None], jnp.finfo(jnp.float32).min)
+        pooled = jnp.einsum("BZPT,BTW->BZPW", jax.nn.softmax(scores, axis=-1), reduced)
+        soft = rational(pooled, mine.numerator, mine.denominator) @ mine.expand
+        return project(soft.reshape(soft.shape[0], -1, soft.shape[-1]).astype(hidden.dtype))

@@ -1,0 +1,49 @@
+"""MiDoRA: MiLoRA's routing with DoRA experts.
+
+The paper names it in Table 1 and never defines it. Here a chosen expert gives its module the weight
+``m * (W + s A B) / n`` of ``adapters.dora``, and a module that is not chosen keeps W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from milora_jax.adapters.dora import Decomposed, decomposed_changes, init_decomposed
+from milora_jax.adapters.low_rank import add, of_group
+from milora_jax.adapters.milora import MiLoRA, MiLoRAParams, routed
+from milora_jax.adapters.protocol import Frozen, Kernels, Shape
+from milora_jax.shapes import Array, Float, Key
+
+
+@dataclass(frozen=True)
+class MiDoRA(MiLoRA):
+    """MiDoRA; its settings are MiLoRA's."""
+
+    name: ClassVar[str] = "midora"
+
+    def init_experts(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Decomposed]:
+        """Experts that change nothing but by rounding."""
+        return init_decomposed(key, shape, self.rank, kernels)
+
+    def adapt(
+        self,
+        params: MiLoRAParams,
+        names: tuple[str, ...],
+        x: Float[Array, "B T d_in"],
+        outputs: tuple[Float[Array, "B T _"], ...],
+        frozen: tuple[Frozen, ...],
+        weights: Float[Array, "B _ E"] | None,
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "B T _"], ...]:
+        """Add the chosen experts' changes, each times its routing weight."""
+        experts, scale = params.experts, self.scale
+        changes = decomposed_changes(experts, names, x, outputs, frozen, scale, self.dropout, key)
+        chosen = of_group(routed(weights), names)
+        weighed = tuple(change * chosen[..., i, :].astype(change.dtype) for i, change in enumerate(changes))
+        return add(outputs, weighed)
+
+    def expert_sizes(self, shape: Shape) -> dict[str, int]:
+        """An expert's pair and its magnitudes, over all layers."""
+        pairs = super().expert_sizes(shape)
+        return {name: pairs[name] + shape.num_layers * d_out for name, (_, d_out) in shape.modules}

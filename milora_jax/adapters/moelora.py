@@ -1,0 +1,99 @@
+"""MOELoRA as the MiLoRA paper sets it (Appendix D): experts within a module, chosen token by token.
+
+Every module has N experts, each of rank R / N, and a router of its own that reads the module's input
+at every token and keeps the k most probable, whose probabilities are made to sum to 1. The method
+that first had the name (Liu et al. 2023, arXiv 2310.18339) routes by task and keeps all experts; it
+is not this one. There is no balance term: neither paper has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from milora_jax.adapters.low_rank import LowRankMethod, add, drop, init_pairs, narrow, pair_sizes, widen
+from milora_jax.adapters.protocol import Frozen, Kernels, Shape
+from milora_jax.config import require
+from milora_jax.shapes import Array, Float, Key
+
+
+@struct.dataclass
+class RoutedPair:
+    """One module's experts, side by side in one pair, and their router.
+
+    Attributes:
+      a, b: columns ``i R/N`` to ``(i + 1) R/N`` are expert i.
+      routing: scores of the N experts from the module's input.
+    """
+
+    a: Float[Array, "*L d_in R"]
+    b: Float[Array, "*L R d_out"]
+    routing: Float[Array, "*L d_in N"]
+
+
+@dataclass(frozen=True)
+class MOELoRA(LowRankMethod):
+    """MOELoRA.
+
+    Attributes:
+      rank: of all experts of a module together.
+      num_experts: N; divides the rank.
+      top_k: experts in force at a token.
+    """
+
+    name: ClassVar[str] = "moelora"
+    num_experts: int = 8
+    top_k: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_experts >= 1, "adapter.num_experts", self.num_experts, "at least 1")
+        divides = self.rank % self.num_experts == 0
+        require(divides, "adapter.rank", self.rank, f"a multiple of num_experts {self.num_experts}")
+        fits = 1 <= self.top_k <= self.num_experts
+        require(fits, "adapter.top_k", self.top_k, f"1 to num_experts {self.num_experts}")
+
+    def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, RoutedPair]:
+        """LoRA's pairs, and routers drawn as MoLA draws them: uniform in +-1/sqrt(d_in)."""
+        del kernels
+        pairs_key, *keys = jax.random.split(key, 8)
+        pairs, params = init_pairs(pairs_key, shape, self.rank), {}
+        for module_key, (name, (d_in, _)) in zip(keys, shape.modules, strict=True):
+            size, bound = (shape.num_layers, d_in, self.num_experts), d_in**-0.5
+            router = jax.random.uniform(module_key, size, jnp.float32, -bound, bound)
+            params[name] = RoutedPair(pairs[name].a, pairs[name].b, router)
+        return params
+
+    def adapt(
+        self,
+        params: dict[str, RoutedPair],
+        names: tuple[str, ...],
+        x: Float[Array, "B T d_in"],
+        outputs: tuple[Float[Array, "B T _"], ...],
+        frozen: tuple[Frozen, ...],
+        weights: Float[Array, "B _ E"] | None,
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "B T _"], ...]:
+        """Add every module's chosen experts, weighed token by token. The router reads the whole input."""
+        del frozen, weights
+        u = narrow(params, names, drop(x, self.dropout, key)) * self.scale
+        routers = jnp.stack([params[name].routing for name in names], axis=-2)
+        logits = jnp.einsum("BTD,DMN->BTMN", x.astype(jnp.float32), routers)
+        probs = jax.nn.softmax(logits, axis=-1)
+        kept, chosen = jax.lax.top_k(probs, self.top_k)
+        shares = kept / kept.sum(axis=-1, keepdims=True)
+        gates = (jax.nn.one_hot(chosen, self.num_experts) * shares[..., None]).sum(axis=-2)
+        gates = jnp.repeat(gates, self.rank // self.num_experts, axis=-1)
+        return add(outputs, widen(params, names, u * gates.astype(u.dtype)))
+
+    def active_parameters(self, shape: Shape, share: Mapping[str, float]) -> float:
+        """k of N experts, and all routers, which run at every token."""
+        del share
+        pairs = sum(pair_sizes(shape, self.rank).values())
+        routers = self.tunable_parameters(shape) - pairs
+        return pairs * self.top_k / self.num_experts + routers

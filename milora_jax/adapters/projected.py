@@ -1,0 +1,46 @@
+"""Vectors that are tuned as ``z P``, a short vector and a projection, so that they have a budget.
+
+(IA)3 and BitFit tune a few thousand scalars by nature. The MiLoRA paper (Appendix D) gives them the
+budget of the others by making each vector from a shorter one: z of some width, P to the module's
+output width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from milora_jax.adapters.protocol import Shape
+from milora_jax.shapes import Array, Float, Key
+
+
+@struct.dataclass
+class Projected:
+    """One module's vector ``z P``, stacked over layers outside a layer.
+
+    Attributes:
+      vector: z, of unit expected length.
+      projection: P, zero at the start and with it the product.
+    """
+
+    vector: Float[Array, "*L W"]
+    projection: Float[Array, "*L W d_out"]
+
+    def product(self) -> Float[Array, " d_out"]:
+        """``z P`` of one layer."""
+        return jnp.einsum("W,WD->D", self.vector, self.projection)
+
+
+def init_projected(
+    key: Key[Array, ""], shape: Shape, names: tuple[str, ...], width: int
+) -> dict[str, Projected]:
+    """One vector per named module and layer, all of them zero."""
+    layers, dims = shape.num_layers, shape.dims
+    return {
+        name: Projected(
+            vector=width**-0.5 * jax.random.normal(module_key, (layers, width), jnp.float32),
+            projection=jnp.zeros((layers, width, dims[name][1]), jnp.float32),
+        )
+        for module_key, name in zip(jax.random.split(key, len(names)), names, strict=True)
+    }

@@ -1,0 +1,181 @@
+"""One cell of a study: one method, one set of training rows, one seed, trained and scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
+from milora_jax.base.transformer import Base, decode_layout
+from milora_jax.cli import stop_if
+from milora_jax.config import AdapterSection, Config
+from milora_jax.errors import NonFiniteError
+from milora_jax.evaluation.final import score_tests, share_by_expert
+from milora_jax.evaluation.study.settings import MIXED, Study
+from milora_jax.storage.adapters import best_metadata, load_adapter
+from milora_jax.storage.files import read_json, write_json_atomic
+from milora_jax.training.loop import Trainer, planned_steps
+from milora_jax.training.prepare import Run, prepare_run, with_rows
+from milora_jax.training.step import Steps, make_steps
+from milora_jax.training.workdir import claim_workdir
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained and scored once.
+
+    Attributes:
+      variant: name in tables and plots: a method's label, or the subject's with what is changed.
+      method: the label whose learning rate it uses.
+      trained_on: a task, or ``mixed``.
+      config: the whole run.
+      scored: whether the test rows are answered; the runs that choose a learning rate look at dev only.
+    """
+
+    variant: str
+    method: str
+    trained_on: str
+    config: Config
+    scored: bool = True
+
+    @property
+    def seed(self) -> int:
+        """Of initialisation and row order; the same seed gives every method the same rows."""
+        return self.config.train.seed
+
+    @property
+    def name(self) -> str:
+        """Folder of the cell: the same for the same run, whatever table asks for it."""
+        values = json.dumps([self.config.to_dict(), self.scored], sort_keys=True)
+        digest = hashlib.sha256(values.encode()).hexdigest()[:10]
+        adapter = re.sub(r"[^a-z0-9_]+", "-", self.config.adapter.method)
+        return f"{adapter}-{self.trained_on}-s{self.seed}-{digest}"
+
+
+def make_cell(
+    study: Study,
+    variant: str,
+    method: str,
+    settings: AdapterSection,
+    trained_on: str,
+    seed: int,
+    learning_rate: float,
+    *,
+    scored: bool = True,
+    router_rate: float = 1.0,
+) -> Cell:
+    """A cell of a study; its settings are written out, so that equal runs have equal names."""
+    steps = study.mixed_steps if trained_on == MIXED and study.mixed_steps else study.base.train.max_steps
+    train = dataclasses.replace(
+        study.base.train,
+        coefficient_every=study.coefficient_every.get(method, study.base.train.coefficient_every),
+        learning_rate=learning_rate,
+        coefficient_learning_rate=study.coefficient_ratio * learning_rate,
+        router_rate=router_rate,
+        seed=seed,
+        max_steps=steps,
+    )
+    config = dataclasses.replace(
+        study.base,
+        adapter=full_settings(build_method(settings)),
+        data=study.data_of(trained_on),
+        train=train,
+    )
+    return Cell(variant, method, trained_on, config, scored)
+
+
+class CellRunner:
+    """Runs cells on one base, whose leaves, rows and compiled programs it keeps between them."""
+
+    def __init__(self, root: Path, say: Callable[[str], None]) -> None:
+        self._root, self._say = root, say
+        self._runs: dict[str, Run] = {}
+        self._steps: dict[tuple, Steps] = {}
+        self._decoding: Base | None = None
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """What a finished cell found, or None."""
+        path = self._root / cell.name / RESULT
+        return read_json(path) if path.is_file() else None
+
+    def run(self, cell: Cell, preempted: Callable[[], bool]) -> None:
+        """Train (resuming where an earlier life stopped), score, write the result, drop the checkpoints.
+
+        A run whose loss does not stay finite is a result too: it is written as diverged.
+        """
+        started, workdir = time.monotonic(), self._root / cell.name
+        run = self._prepare(cell)
+        claim_workdir(workdir, run.config)
+        method, shape = build_method(run.config.adapter), adapter_shape(run.model)
+        found: dict[str, Any] = {
+            "trained_on": cell.trained_on,
+            "seed": cell.seed,
+            "learning_rate": cell.config.train.learning_rate,
+            "adapter": dataclasses.asdict(cell.config.adapter),
+            "tunable_parameters": method.tunable_parameters(shape),
+            "base_fingerprint": run.base_fingerprint,
+            "data_fingerprint": run.data_fingerprint,
+        }
+        trainer = Trainer(run, workdir, self._quiet, self._programs(run))
+        try:
+            fit = trainer.fit(lambda step, status: None, preempted)
+        except NonFiniteError as error:
+            nothing = dict.fromkeys(run.tests, 0.0) if cell.scored else {}
+            found |= {"diverged": str(error), "dev_perplexity": None, "accuracy": nothing}
+        else:
+            best = best_metadata(workdir)
+            found |= {
+                "tunable_parameters": best["tunable_parameters"],
+                "steps": fit.steps,
+                "best_step": fit.progress.best_step,
+                "dev_perplexity": fit.progress.best_perplexity,
+                "active_parameters": method.active_parameters(shape, share_by_expert(best["expert_share"])),
+                **(self._score(run, workdir, preempted) if cell.scored else {"accuracy": {}}),
+            }
+        write_json_atomic(workdir / RESULT, {**found, "seconds": time.monotonic() - started})
+        shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+        shutil.rmtree(workdir / "best", ignore_errors=True)
+
+    def _quiet(self, line: str) -> None:
+        if line.startswith("resuming"):
+            self._say(line)
+
+    def _prepare(self, cell: Cell) -> Run:
+        """The run of a cell: rows are read once per set of them, the base once per study."""
+        if cell.trained_on not in self._runs:
+            if self._runs:
+                other = next(iter(self._runs.values()))
+                self._runs[cell.trained_on] = with_rows(other, cell.config, self._say)
+            else:
+                self._runs[cell.trained_on] = prepare_run(cell.config, None, self._say)
+        return dataclasses.replace(self._runs[cell.trained_on], config=cell.config)
+
+    def _programs(self, run: Run) -> Steps:
+        """Compiled steps; methods, seeds and learning rates come as arguments."""
+        settings = dataclasses.replace(
+            run.config.train, seed=0, learning_rate=1.0, coefficient_learning_rate=1.0
+        )
+        total = planned_steps(settings, len(run.train))
+        if (settings, total) not in self._steps:
+            self._steps[settings, total] = make_steps(run.model, settings, total, 1)
+        return self._steps[settings, total]
+
+    def _score(self, run: Run, workdir: Path, preempted: Callable[[], bool]) -> dict[str, Any]:
+        """Accuracy and expert shares by test task, of the best adapter as read back from the disk."""
+        if self._decoding is None:
+            self._decoding = decode_layout(run.base)
+        scores = score_tests(
+            run, self._decoding, load_adapter(workdir), lambda _: stop_if(preempted, "scoring a cell")
+        )
+        shares = {s.task: s.expert_share.round(4).tolist() for s in scores if s.expert_share is not None}
+        return {"accuracy": {s.task: s.accuracy for s in scores}, "expert_share": shares}

@@ -1,0 +1,82 @@
+"""Figures of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milora_jax.errors import UserError
+from milora_jax.evaluation.report import draw_shares
+from milora_jax.evaluation.study.tables import Place, Results
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plot_bars(path: Path, results: Results, places: Sequence[Place], title: str) -> None:
+    """Mean accuracy of each variant over the places, every seed a dot."""
+    variants = results.variants[::-1]
+    figure = _figure(8.0, 0.36 * len(variants) + 1.6)
+    axes = figure.subplots()
+    for row, variant in enumerate(variants):
+        by_seed = np.mean([results.accuracies(variant, place) for place in places], axis=0)
+        axes.barh(row, np.median(by_seed), color="#7aa6c2", height=0.62, zorder=2)
+        axes.scatter(by_seed, np.full(len(by_seed), row), color="#1b3a4b", s=14, zorder=3)
+    axes.set_yticks(range(len(variants)), variants)
+    axes.set(
+        xlabel="accuracy in percent, mean over tasks (bar: median of the seeds)", xlim=(0, 100), title=title
+    )
+    axes.grid(axis="x", alpha=0.4, zorder=0)
+    figure.savefig(path, dpi=120)
+
+
+def plot_lines(
+    path: Path, results: Results, places: Sequence[Place], lines: dict[str, list[tuple[str, str]]], axis: str
+) -> None:
+    """Accuracy over a setting: one panel per place, the median as a line, the seeds' range as a band.
+
+    Args:
+      lines: by label, ``(tick, variant)`` along the axis.
+      axis: what the ticks are.
+    """
+    figure = _figure(4.6 * len(places), 3.8)
+    panels = figure.subplots(1, len(places), squeeze=False, sharey=True)[0]
+    for panel, place in zip(panels, places, strict=True):
+        for label, points in lines.items():
+            values = [results.accuracies(variant, place) for _, variant in points]
+            ticks = range(len(points))
+            panel.plot(ticks, [np.median(v) for v in values], marker="o", label=label)
+            panel.fill_between(ticks, [min(v) for v in values], [max(v) for v in values], alpha=0.2)
+            panel.set_xticks(ticks, [tick for tick, _ in points])
+        panel.set(xlabel=axis, title=place[1])
+        panel.grid(alpha=0.4)
+    panels[0].set_ylabel("accuracy in percent")
+    panels[0].set_ylim(0, 103)
+    if len(lines) > 1:
+        panels[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_shares(path: Path, results: Results, variant: str, places: Sequence[Place], top_k: int) -> None:
+    """Share of each expert among the active ones, per layer and task, mean over seeds (Figure 2)."""
+    found = {
+        place: [row for row in results.by_variant[variant][place] if row["expert_share"] is not None]
+        for place in places
+    }
+    shares = {
+        task: np.mean([row["expert_share"] for row in rows], axis=0) / top_k
+        for (_, task), rows in found.items()
+        if rows
+    }
+    if not shares:
+        raise UserError(f"every run of {variant!r} diverged: there are no shares to draw")
+    draw_shares(path, shares, "share among the active experts", top=1.0 / top_k)

@@ -1,0 +1,246 @@
+"""Runs the cells of a study, in any order, and keeps what is finished."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from milora_jax.adapters.protocol import Shape
+from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.base.fingerprint import base_fingerprint
+from milora_jax.base.hf_config import read_model_config
+from milora_jax.cli import Console, stop_if
+from milora_jax.config import require
+from milora_jax.data.records import fingerprint, parse_sources, read_records
+from milora_jax.errors import UserError
+from milora_jax.evaluation.study.cells import Cell, CellRunner
+from milora_jax.evaluation.study.plans import Rates, tuning
+from milora_jax.evaluation.study.settings import Study
+from milora_jax.storage.files import read_json, write_atomic, write_json_atomic
+from milora_jax.storage.lock import WorkdirBusy, WorkdirLock
+from milora_jax.training.workdir import leaves_by_path
+
+STUDY_NAME = "study.json"
+ROWS_NAME = "rows.jsonl"
+CELLS_NAME = "cells"
+WAIT_SECONDS = 2.0
+"""Between two looks at cells that another process is running."""
+
+Row = dict[str, Any]
+"""A finished cell on one task: one line of ``rows.jsonl``."""
+
+
+def claim_study(directory: Path, study: Study) -> None:
+    """Write ``study.json``, or check that an old one describes this study.
+
+    Raises:
+      UserError: naming the first setting that differs; nothing in the directory is touched.
+    """
+    base, data = Path(study.base.model.path), study.base.data
+    rows = {
+        split: fingerprint(
+            [record for source in parse_sources(text) for record in read_records(source, True)]
+        )
+        for split, text in (("train", data.train), ("dev", data.dev), ("test", data.test))
+    }
+    read = {"base_fingerprint": base_fingerprint(base), "rows_fingerprint": rows}
+    path, new = directory / STUDY_NAME, json.loads(json.dumps({**study.to_dict(), **read}))
+    with study_lock(directory):
+        _claim(directory, path, new)
+
+
+@contextmanager
+def study_lock(directory: Path) -> Iterator[None]:
+    """Hold a study's own files for a moment; several processes may be at work on its cells."""
+    while True:
+        try:
+            with WorkdirLock(directory):
+                yield
+                return
+        except WorkdirBusy:
+            time.sleep(0.1)
+
+
+def _claim(directory: Path, path: Path, new: dict[str, Any]) -> None:
+    if path.is_file():
+        old_leaves, new_leaves = leaves_by_path(read_json(path)), leaves_by_path(new)
+        for name in sorted({*old_leaves, *new_leaves}):
+            old, now = old_leaves.get(name), new_leaves.get(name)
+            if old != now:
+                raise UserError(
+                    f"{str(directory)!r} holds a study of another config: {'.'.join(name)} is {old!r} there "
+                    f"and {now!r} now; use another --workdir (the finished cells are kept)"
+                )
+        return
+    write_json_atomic(path, new)
+
+
+def require_equal_budgets(study: Study, shape: Shape) -> dict[str, int]:
+    """The tunable parameters of every method.
+
+    Raises:
+      UserError: for a method too far from the reference's count.
+    """
+    counts = {
+        label: build_method(settings).tunable_parameters(shape) for label, settings in study.methods.items()
+    }
+    budget = counts[study.reference]
+    for label, count in counts.items():
+        require(
+            abs(count / budget - 1) <= study.tolerance,
+            f"tunable parameters of study method {label!r}",
+            count,
+            f"within {study.tolerance:.0%} of {budget}, which {study.reference!r} has",
+        )
+    return counts
+
+
+class StudyRunner:
+    """One process at work on a study; several may share its directory."""
+
+    def __init__(
+        self, study: Study, directory: Path, console: Console, preempted: Callable[[], bool]
+    ) -> None:
+        self._study, self._console, self._preempted = study, console, preempted
+        self._directory = directory
+        self._cells = CellRunner(directory / CELLS_NAME, console.say)
+        self.shape = adapter_shape(read_model_config(Path(study.base.model.path)))
+        self.counts = require_equal_budgets(study, self.shape)
+
+    def run(self, cells: Sequence[Cell], title: str) -> None:
+        """Run what is not finished yet; wait for what another process is running.
+
+        Cells of one program come one after another. Where another process is at the first of them, this
+        one begins at the last, so that the two compile few programs twice.
+        """
+        order = {(cell.variant, cell.trained_on): i for i, cell in enumerate(cells)}
+        grouped = sorted(cells, key=lambda cell: order[cell.variant, cell.trained_on])
+        pending = {cell.name: cell for cell in grouped}
+        unfinished = [cell for cell in pending.values() if self._cells.result(cell) is None]
+        if unfinished and self._busy(unfinished[0]):
+            pending = dict(reversed(pending.items()))
+        with self._console.progress(title, len(pending), "cells") as bar:
+            while pending:
+                worked = False
+                for cell in list(pending.values()):
+                    try:
+                        worked |= self._finish(cell)
+                    except WorkdirBusy:
+                        continue
+                    del pending[cell.name]
+                    bar.advance(1)
+                if pending and not worked:
+                    stop_if(self._preempted, "waiting for another process")
+                    time.sleep(WAIT_SECONDS)
+
+    def _lock(self, cell: Cell) -> WorkdirLock:
+        return WorkdirLock(self._directory / CELLS_NAME / cell.name)
+
+    def _busy(self, cell: Cell) -> bool:
+        """Whether another process is running the cell."""
+        try:
+            with self._lock(cell):
+                return False
+        except WorkdirBusy:
+            return True
+
+    def _finish(self, cell: Cell) -> bool:
+        """Whether the cell had to be run; it is finished in any case."""
+        if self._cells.result(cell) is not None:
+            return False
+        with self._lock(cell):
+            if self._cells.result(cell) is None:
+                self._cells.run(cell, self._preempted)
+        return True
+
+    def choose_rates(self, labels: Sequence[str]) -> tuple[Rates, dict[str, dict[float, float]]]:
+        """For each method the learning rate with the lowest mean dev loss over the tasks.
+
+        Returns:
+          The chosen rates, and for every method and rate of the grid the mean over tasks of the dev
+          loss in nats; infinite where a run diverged.
+        """
+        plan = tuning(self._study, labels)
+        self.run([cell for grid in plan.values() for cells in grid.values() for cell in cells], "tuning")
+        losses = {
+            label: {rate: self._mean_loss(cells) for rate, cells in grid.items()}
+            for label, grid in plan.items()
+        }
+        for label, grid in losses.items():
+            if not any(map(math.isfinite, grid.values())):
+                raise UserError(
+                    f"study method {label!r} diverged at every learning rate of {self._study.learning_rates}"
+                )
+        return {label: min(grid, key=grid.__getitem__) for label, grid in losses.items()}, losses
+
+    def _mean_loss(self, cells: Sequence[Cell]) -> float:
+        losses = []
+        for cell in cells:
+            perplexity = (self._cells.result(cell) or {}).get("dev_perplexity")
+            losses.append(math.inf if perplexity is None else math.log(perplexity))
+        return sum(losses) / len(losses)
+
+    def rows(self, cells: Sequence[Cell]) -> list[Row]:
+        """The finished ones among the cells, one row per test task."""
+        found = []
+        for cell in cells:
+            result = self._cells.result(cell)
+            if result is not None:
+                found.extend(_rows(cell, result))
+        return found
+
+    def write_rows(self, cells: Sequence[Cell]) -> None:
+        """Add the finished ones of the cells to ``rows.jsonl``: one line per (variant, task, seed)."""
+        path = self._directory / ROWS_NAME
+        with study_lock(self._directory):
+            old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            rows = [*map(json.loads, old), *self.rows(cells)]
+            unique = {
+                (row["variant"], row["trained_on"], row["task"], row["seed"], row["cell"]): row
+                for row in rows
+            }
+            lines = [json.dumps(row) + "\n" for _, row in sorted(unique.items())]
+            write_atomic(path, "".join(lines).encode())
+
+
+def _rows(cell: Cell, result: Row) -> list[Row]:
+    accuracy = result["accuracy"] or {cell.trained_on: None}  # a run that chose a learning rate
+    shared = {name: value for name, value in result.items() if name not in ("accuracy", "expert_share")}
+    return [
+        {
+            "variant": cell.variant,
+            "method": cell.method,
+            "task": task,
+            **shared,
+            "accuracy": value,
+            "expert_share": result.get("expert_share", {}).get(task),
+            "cell": cell.name,
+        }
+        for task, value in accuracy.items()
+    ]
+
+
+def settings_lines(study: Study) -> list[str]:
+    """What all cells share, for the head of a report."""
+    train, data = study.base.train, study.base.data
+    mixed = study.mixed_steps or train.max_steps
+    bilevel = [label for label, s in study.methods.items() if build_method(s).theta == "bilevel"]
+    every = {label: study.coefficient_every.get(label, train.coefficient_every) for label in bilevel}
+    said = ", ".join(f"{label} every {count}" for label, count in every.items())
+    return [
+        f"- base `{Path(study.base.model.path).name}`, {len(study.tasks)} tasks: {', '.join(study.tasks)}",
+        f"- {train.max_steps} steps of {train.batch_size} rows on a single task, {mixed} on the mix; a seed "
+        "gives every method the same rows in the same order",
+        f"- AdamW, warm-up {train.warmup_share:.0%}, linear decay, best of the dev evaluations every "
+        f"{train.eval_every} steps; rows of at most {data.max_length} tokens; greedy decoding",
+        f"- learning rate of each method from {', '.join(f'{r:g}' for r in study.learning_rates)} by mean "
+        f"dev loss over the tasks, with seed {study.tuning_seed}, which no table uses",
+        f"- trained on dev rows too, bi-level, with steps between two such updates: {said}; their dev losses "
+        "are in part those of training rows",
+        f"- tunable parameters within {study.tolerance:.0%} of {study.reference}'s",
+    ]

@@ -1,0 +1,169 @@
+"""What a study compares: a file in ``configs/`` returns a :class:`Study` from ``get_study()``."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from milora_jax.adapters.registry import build_method, full_settings
+from milora_jax.config import AdapterSection, Config, DataSection, one_of, require
+from milora_jax.data.records import Source, parse_sources
+from milora_jax.errors import UserError
+
+MIXED = "mixed"
+"""Name of the data that holds the rows of all tasks."""
+
+QUICK_STEPS, QUICK_ROWS, QUICK_TASKS = 10, 20, 2
+"""What is left of a study by ``--quick``: enough to exercise every part, too little to learn from."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """The terms on which methods are compared.
+
+    Attributes:
+      base: everything the cells share. ``data.train``, ``data.dev`` and ``data.test`` hold one source
+        per task, of the same names; the adapter is not read.
+      methods: settings by label, of equal tunable parameters.
+      reference: the label whose count is the budget.
+      tolerance: largest relative distance from the budget.
+      learning_rates: the grid from which each method's is chosen by dev perplexity.
+      coefficient_ratio: learning rate of a bi-level Theta over that of the rest (the paper: 1e-6 / 1e-4).
+      tuning_seed: first seed of the runs that choose; above every seed of the tables.
+      coefficient_every: by label, where a method needs another ``train.coefficient_every``.
+      mixed_steps: optimiser steps where the rows of all tasks are mixed.
+      mixed_methods: labels of Table 2.
+      subject: label of the method that is varied in Table 5 and Figures 2 to 5.
+      varied_tasks: tasks of Table 5 and Figures 3 to 5.
+      ranks: of Figure 5, beside the subject's own.
+    """
+
+    base: Config
+    methods: dict[str, AdapterSection]
+    reference: str = "lora"
+    tolerance: float = 0.03
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    coefficient_ratio: float = 1e-2
+    tuning_seed: int = 1000
+    coefficient_every: dict[str, int] = field(default_factory=dict)
+    mixed_steps: int = 0
+    mixed_methods: tuple[str, ...] = ("lora", "dora", "moelora", "milora")
+    subject: str = "milora"
+    varied_tasks: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = (8, 16, 64)
+    tasks: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = [[source.name for source in sources] for sources in _splits(self.base.data)]
+        require(bool(names[0]), "study base.data.train", self.base.data.train, "one source per task")
+        same = all(sorted(split) == sorted(names[0]) for split in names)
+        require(same, "study base.data", names, "sources of the same tasks as train, dev and test")
+        require(MIXED not in names[0], "study task", MIXED, "another name, this one is the mix of all")
+        object.__setattr__(self, "tasks", tuple(names[0]))
+        for label in (self.reference, self.subject, *self.mixed_methods, *self.coefficient_every):
+            one_of("study method", label, tuple(self.methods))
+        for task in self.varied_tasks:
+            one_of("study task", task, self.tasks)
+        has_subject = self.subject in self.mixed_methods
+        require(has_subject, "study mixed_methods", self.mixed_methods, f"a list with {self.subject!r}")
+        require(bool(self.learning_rates), "study learning_rates", self.learning_rates, "at least one")
+        require(self.mixed_steps >= 0, "study mixed_steps", self.mixed_steps, "0 (as single tasks) or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, with every setting of every method written out."""
+        values = dataclasses.asdict(self)
+        values["methods"] = {
+            label: dataclasses.asdict(full_settings(build_method(settings)))
+            for label, settings in self.methods.items()
+        }
+        return values
+
+    def data_of(self, trained_on: str) -> DataSection:
+        """The data of one task, or of all of them."""
+        if trained_on == MIXED:
+            return self.base.data
+
+        def only(sources: list[Source]) -> str:
+            return ",".join(f"{s.name}={s.location}" for s in sources if s.name == trained_on)
+
+        train, dev, test = map(only, _splits(self.base.data))
+        return dataclasses.replace(self.base.data, train=train, dev=dev, test=test)
+
+
+def _splits(data: DataSection) -> list[list[Source]]:
+    return [parse_sources(text) for text in (data.train, data.dev, data.test)]
+
+
+def load_study(path: Path) -> Study:
+    """The study that a config file describes.
+
+    Raises:
+      UserError: where the file is missing, cannot be run or describes none.
+    """
+    if not path.is_file():
+        raise UserError(f"--config {str(path)!r}: no such file, expected for example configs/study_tiny.py")
+    try:
+        found = runpy.run_path(str(path))
+        get_study = found.get("get_study")
+        study = get_study() if callable(get_study) else None
+    except UserError:
+        raise
+    except Exception as error:  # the file is the user's code: whatever it raises is theirs to read
+        raise UserError(f"--config {str(path)!r}: {type(error).__name__}: {error}") from None
+    if study is None:
+        raise UserError(f"--config {str(path)!r} has no get_study(), expected a study such as study_tiny.py")
+    if not isinstance(study, Study):
+        raise UserError(f"get_study() of {str(path)!r} gives a {type(study).__name__}: expected a Study")
+    return study
+
+
+def narrowed(study: Study, tasks: str, methods: str) -> Study:
+    """The study of some tasks and methods only, given comma-separated; all where empty."""
+    kept_tasks = _chosen("--tasks", tasks, study.tasks)
+    kept_methods = _chosen("--methods", methods, tuple(study.methods))
+    for needed in (study.reference, study.subject):
+        require(needed in kept_methods, "--methods", methods, f"a list with {needed!r}, which others need")
+    sources = [
+        ",".join(f"{s.name}={s.location}" for s in split if s.name in kept_tasks)
+        for split in _splits(study.base.data)
+    ]
+    data = dataclasses.replace(study.base.data, train=sources[0], dev=sources[1], test=sources[2])
+    return Study(
+        **{
+            **{f.name: getattr(study, f.name) for f in dataclasses.fields(study) if f.init},
+            "base": dataclasses.replace(study.base, data=data),
+            "methods": {label: study.methods[label] for label in kept_methods},
+            "mixed_methods": tuple(label for label in study.mixed_methods if label in kept_methods),
+            "coefficient_every": {k: v for k, v in study.coefficient_every.items() if k in kept_methods},
+            # Varied on other tasks than asked for is better than not at all.
+            "varied_tasks": tuple(t for t in study.varied_tasks if t in kept_tasks) or kept_tasks,
+        }
+    )
+
+
+def _chosen(flag: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(filter(None, (part.strip() for part in text.split(","))))
+    for name in names:
+        one_of(flag, name, allowed)
+    return names or allowed
+
+
+def quick(study: Study) -> Study:
+    """The same study with a few steps and rows: a rehearsal, whose figures mean nothing."""
+    train = dataclasses.replace(
+        study.base.train, max_steps=QUICK_STEPS, eval_every=QUICK_STEPS // 2, coefficient_every=5
+    )
+    base = dataclasses.replace(
+        study.base, train=train, eval=dataclasses.replace(study.base.eval, limit=QUICK_ROWS)
+    )
+    small = dataclasses.replace(
+        study,
+        base=base,
+        mixed_steps=QUICK_STEPS,
+        learning_rates=study.learning_rates[:1],
+        ranks=study.ranks[:1],
+    )
+    return narrowed(dataclasses.replace(small, varied_tasks=()), ",".join(study.tasks[:QUICK_TASKS]), "")

@@ -1,0 +1,39 @@
+"""Medians, and how sure a difference is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean paired difference and the percentile interval of its bootstrap."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_difference(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> Interval:
+    """``ours - theirs``, paired by task and seed, averaged over tasks.
+
+    The bootstrap resamples seeds, each with all its tasks: a model trained on the mix answers all of
+    them, and single-task runs of a seed share their initialisation. The tasks are the study's, not a
+    sample of tasks, so the interval speaks of other seeds on these tasks and these test rows. With
+    five seeds a percentile interval covers the truth in about 83 % of cases instead of 95 %.
+
+    Args:
+      ours, theirs: per task the values of the same seeds in the same order.
+    """
+    rng = np.random.default_rng(0)
+    by_seed = np.mean([np.subtract(values, theirs[task]) for task, values in ours.items()], axis=0)
+    picks = rng.integers(0, len(by_seed), (RESAMPLES, len(by_seed)))
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(by_seed[picks].mean(axis=1), [tail, 100 - tail])
+    return Interval(float(by_seed.mean()), float(low), float(high))

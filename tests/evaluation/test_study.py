@@ -1,0 +1,307 @@
+"""The study: equal terms, honest statistics, readable tables, one clear line for a mistake."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from milora_jax.config import METHODS, AdapterSection
+from milora_jax.errors import UserError
+from milora_jax.evaluation.study import plans
+from milora_jax.evaluation.study.plots import plot_bars, plot_lines, plot_shares
+from milora_jax.evaluation.study.runner import claim_study, require_equal_budgets
+from milora_jax.evaluation.study.settings import MIXED, load_study, narrowed, quick
+from milora_jax.evaluation.study.statistics import paired_difference
+from milora_jax.evaluation.study.tables import Results, comparison, mixing, tuned
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY = load_study(ROOT / "configs" / "study_tiny.py")
+RATES = dict.fromkeys(STUDY.methods, 1e-3)
+
+
+def study_command(*arguments, timeout=120):
+    return subprocess.run(
+        [sys.executable, "-m", "milora_jax.evaluation", "study", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_the_tiny_study_has_every_method_on_one_budget():
+    from milora_jax.adapters.registry import adapter_shape
+    from milora_jax.base.hf_config import read_model_config
+
+    assert sorted(STUDY.methods) == sorted(METHODS)
+    counts = require_equal_budgets(STUDY, adapter_shape(read_model_config(Path(STUDY.base.model.path))))
+    assert max(counts.values()) / min(counts.values()) < 1.03
+    wide = dataclasses.replace(
+        STUDY, methods={**STUDY.methods, "ia3": AdapterSection(method="ia3", width=400)}
+    )
+    with pytest.raises(
+        UserError, match=r"tunable parameters of study method 'ia3' is .*: expected within 3%"
+    ):
+        require_equal_budgets(wide, adapter_shape(read_model_config(Path(STUDY.base.model.path))))
+
+
+@pytest.mark.parametrize("name", plans.PLANS)
+def test_cells_differ_in_what_they_compare_and_in_nothing_else(name):
+    cells = plans.PLANS[name](STUDY, 2, RATES)
+    chooses = name == "defaults"
+    assert {cell.seed for cell in cells} == ({1000, 1001} if chooses else {0, 1})
+    assert all(cell.scored != chooses for cell in cells), "what chooses must not see the test rows"
+    for cell in cells:
+        same = dataclasses.replace(cell.config, adapter=STUDY.base.adapter, data=STUDY.base.data)
+        steps = STUDY.mixed_steps if cell.trained_on == MIXED else STUDY.base.train.max_steps
+        rate = cell.config.train.learning_rate
+        assert rate == 1e-3 or name == "defaults"
+        train = dataclasses.replace(
+            STUDY.base.train,
+            coefficient_every=STUDY.coefficient_every.get(cell.method, STUDY.base.train.coefficient_every),
+            seed=cell.seed,
+            learning_rate=rate,
+            coefficient_learning_rate=STUDY.coefficient_ratio * rate,
+            max_steps=steps,
+            router_rate=cell.config.train.router_rate,
+        )
+        assert same == dataclasses.replace(STUDY.base, train=train)
+        assert cell.config.data == STUDY.data_of(cell.trained_on)
+    if name == "table1":
+        assert len({cell.name for cell in cells}) == len(cells) == 13 * 5 * 2
+
+
+def test_equal_runs_of_two_tables_are_one_cell():
+    by_table = {name: {c.name for c in plan(STUDY, 1, RATES)} for name, plan in plans.PLANS.items()}
+    assert by_table["figure2"] <= by_table["table2"]
+    assert len(by_table["table1"] & by_table["table2"]) == 4 * 5
+    for name in ("table5", "figure3", "figure4", "figure5"):
+        assert len(by_table["table1"] & by_table[name]) >= 2, name
+
+
+def test_the_same_run_at_another_rate_or_seed_is_another_cell():
+    def names(seeds, rate):
+        cells = plans.figure2(STUDY, seeds, {**RATES, "milora": rate})
+        return {cell.name for cell in cells}
+
+    assert len(names(3, 1e-3)) == 3
+    assert not names(3, 1e-3) & names(3, 2e-3)
+
+
+def test_data_of_a_task_is_that_task():
+    data = STUDY.data_of("completion")
+    for split in (data.train, data.dev, data.test):
+        assert split.startswith("completion=")
+        assert "," not in split
+    assert STUDY.data_of(MIXED) == STUDY.base.data
+
+
+def test_some_tasks_and_methods():
+    some = narrowed(STUDY, "completion, true_false", "lora,milora")
+    assert some.tasks == ("true_false", "completion")
+    assert list(some.methods) == ["lora", "milora"]
+    assert some.mixed_methods == ("lora", "milora")
+    assert some.varied_tasks == ("true_false",)
+    assert narrowed(STUDY, "", "") == STUDY
+    assert narrowed(STUDY, "completion", "").varied_tasks == ("completion",)
+    rehearsal = quick(STUDY)
+    assert len(rehearsal.tasks) == 2
+    assert rehearsal.base.train.max_steps < STUDY.base.train.max_steps
+    assert rehearsal.methods == STUDY.methods
+
+
+MISTAKES = {
+    "method": (["table1", "--methods", "lora,miLora"], "--methods is 'miLora': expected one of"),
+    "task": (["table1", "--tasks", "true_fals"], "did you mean 'true_false'?"),
+    "needed method": (["table1", "--methods", "dora"], "expected a list with 'lora', which others need"),
+    "seeds": (["table1", "--seeds", "0"], "--seeds is 0: expected at least 1"),
+    "config": (["table1"], "has no get_study()"),
+    "table": (["table9"], "command line: argument name: invalid choice: 'table9'"),
+    "many seeds": (["table1", "--seeds", "2000"], "expected at most the study's tuning_seed 1000"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name, tmp_path):
+    arguments, message = MISTAKES[name]
+    config = "configs/tiny.py" if name == "config" else "configs/study_tiny.py"
+    result = study_command(*arguments, "--config", config, "--workdir", tmp_path / "out")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_of_another_study_is_refused_and_kept(tmp_path):
+    claim_study(tmp_path, STUDY)
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "result.json").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    claim_study(tmp_path, STUDY)
+    other = dataclasses.replace(STUDY, mixed_steps=7)
+    with pytest.raises(UserError, match=r"another config: mixed_steps is 300 there and 7 now"):
+        claim_study(tmp_path, other)
+    methods = {**STUDY.methods, "lora": AdapterSection(method="lora", rank=36, alpha=72.0)}
+    with pytest.raises(UserError, match=r"methods.lora.alpha is 0.0 there and 72.0 now"):
+        claim_study(tmp_path, dataclasses.replace(STUDY, methods=methods))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
+
+
+def test_a_study_that_makes_no_sense_is_refused():
+    for change, message in (
+        ({"reference": "lara"}, "did you mean 'lora'"),
+        ({"varied_tasks": ("nothing",)}, "study task is 'nothing'"),
+        ({"learning_rates": ()}, "learning_rates"),
+        ({"mixed_steps": -1}, "mixed_steps"),
+        ({"mixed_methods": ("lora",)}, "expected a list with 'milora'"),
+        ({"coefficient_every": {"spp": 1}}, "did you mean 'ssp'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(STUDY, **change)
+    data = dataclasses.replace(STUDY.base.data, dev="other=x.json")
+    with pytest.raises(UserError, match="sources of the same tasks"):
+        dataclasses.replace(STUDY, base=dataclasses.replace(STUDY.base, data=data))
+
+
+def test_the_interval_resamples_seeds_with_all_their_tasks():
+    """What every task of a seed shares, as all answers of one model do, is no noise that averages out."""
+    rng = np.random.default_rng(1)
+    covered = []
+    for _ in range(200):
+        shared = rng.normal(size=8)
+        ours = {task: list(1.0 + shared + 0.1 * rng.normal(size=8)) for task in "abcde"}
+        found = paired_difference(ours, {task: [0.0] * 8 for task in "abcde"})
+        assert found.low <= found.mean <= found.high
+        covered.append(found.low <= 1.0 <= found.high)
+    # A percentile interval of eight values is somewhat narrow; resampled task by task it covers half.
+    assert 0.8 <= np.mean(covered) <= 0.99
+    same = paired_difference({"a": [1.0, 2.0]}, {"a": [1.0, 2.0]})
+    assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+def rows(values, trained_on=None, **more):
+    """Rows from ``{variant: {task: accuracies by seed}}``."""
+    return [
+        {
+            "variant": variant,
+            "task": task,
+            "trained_on": trained_on or task,
+            "seed": seed,
+            "accuracy": accuracy,
+            "dev_perplexity": 2.0,
+            "learning_rate": 1e-3,
+            "tunable_parameters": 1000,
+            "active_parameters": 400.0,
+            "expert_share": np.full((3, 7), 3 / 7).tolist(),
+            **more,
+        }
+        for variant, tasks in values.items()
+        for task, accuracies in tasks.items()
+        for seed, accuracy in enumerate(accuracies)
+    ]
+
+
+SINGLE = {
+    "lora": {"a": [0.5, 0.6, 0.9], "b": [0.2, 0.2, 0.2]},
+    "milora": {"a": [0.6, 0.7, 1.0], "b": [0.4, 0.4, 0.4]},
+}
+MIX = {**SINGLE, "lora": {"a": [0.4, 0.5, 0.8], "b": [0.2, 0.2, 0.2]}}
+
+
+def test_tables_by_hand():
+    results = Results.of([*rows(SINGLE), *rows(MIX, MIXED)])
+    table = comparison(results, "milora", results.places(mixed=False), counts=True).splitlines()
+    assert table[0] == (
+        "| variant | tunable | active | rate | a | b | mean | milora leads by | dev loss | scored |"
+    )
+    assert table[2] == (
+        "| lora | 1,000 | 400 | 0.001 | 60.0 | 20.0 | 40.0 | +15.0 [15.0, 15.0] | 0.693 | 6 |"
+    )
+    mixed = mixing(results, "milora").splitlines()
+    assert mixed[2] == (
+        "| lora | 40.0 | 35.0 | -5.0 [-5.0, -5.0] | +15.0 [15.0, 15.0] | +20.0 [20.0, 20.0] |"
+    )
+    assert mixed[3] == "| milora | 55.0 | 55.0 | +0.0 [0.0, 0.0] |  |  |"
+
+
+def test_rows_are_paired_by_seed_in_whatever_order_they_come():
+    shuffled = rows(SINGLE)
+    np.random.default_rng(0).shuffle(shuffled)
+    found = Results.of(shuffled).difference("milora", "lora", [("a", "a")])
+    np.testing.assert_allclose([found.low, found.high], 10.0)
+
+
+def test_a_diverged_run_counts_as_nothing_right():
+    bad = rows({"lora": {"a": [0.0]}}, dev_perplexity=None, diverged="why")
+    results = Results.of([*bad, *rows({"milora": {"a": [0.5]}})])
+    assert results.dev_loss("lora", [("a", "a")]) == np.inf
+    assert "inf | 1 (1 diverged) |" in comparison(results, "milora", results.places(), counts=False)
+
+
+def test_the_chosen_rate_is_bold():
+    table = tuned({"lora": {rate: rate for rate in STUDY.learning_rates}}, STUDY)
+    assert table.splitlines()[2].startswith("| lora | **0.001** | 0.003 |")
+
+
+def test_plots_are_drawn(tmp_path):
+    results = Results.of(rows(SINGLE))
+    places = results.places()
+    plot_bars(tmp_path / "bars.png", results, places, "title")
+    plot_lines(tmp_path / "lines.png", results, places, {"": [("1", "lora"), ("2", "milora")]}, "k")
+    plot_shares(tmp_path / "shares.png", results, "milora", places, 3)
+    for name in ("bars", "lines", "shares"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+
+
+def unfinished(directory):
+    """Cells that were begun and have no result."""
+    begun = {path.parent for path in (directory / "cells").glob("*/config.json")}
+    return begun - {path.parent for path in (directory / "cells").glob("*/result.json")}
+
+
+@pytest.mark.slow
+def test_the_whole_study_rehearsed(tmp_path):
+    """A killed study goes on and writes every report; all cells are then finished; another config is
+    refused."""
+    arguments = ["all", "--config", "configs/study_tiny.py", "--quick", "--seeds", "2", "--workdir", tmp_path]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "milora_jax.evaluation", "study", *map(str, arguments)],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        env={**{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}, "JAX_PLATFORMS": "cpu"},
+    )
+    while len(list(tmp_path.rglob("result.json"))) < 3 or not unfinished(tmp_path):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    first = study_command(*arguments, timeout=1500)
+    assert first.returncode == 0, first.stderr
+    assert finished == {path: path.stat().st_mtime_ns for path in finished}
+    assert not unfinished(tmp_path)
+    for name in plans.PLANS:
+        text = (tmp_path / f"{name}.md").read_text()
+        for line in text.splitlines():
+            if line.startswith("![]("):
+                assert (tmp_path / line[4:-1]).read_bytes().startswith(b"\x89PNG")
+        assert "nan" not in text
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    keys = [(row["cell"], row["variant"], row["task"]) for row in rows]
+    assert len(keys) == len(set(keys))
+    assert {row["method"] for row in rows if row["variant"] in METHODS} == set(METHODS)
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    again = study_command(*arguments, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == stamps
+    other = study_command(*arguments, "--methods", "lora,milora")
+    assert other.returncode == 2
+    assert "holds a study of another config" in other.stderr
