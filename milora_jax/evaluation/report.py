@@ -94,7 +94,7 @@ def plot_health(path: Path, metrics: Path) -> bool:
     changed = [line["route_changed"] for line in seen]
     curves = (
         (panels[0, 0], [line["route_entropy"] for line in seen], "entropy (nats)", 2.0),
-        (panels[0, 1], largest, "share of the leading expert", 1.0),
+        (panels[0, 1], largest, "first choices of the leading expert", 1.0),
     )
     for panel, values, label, top in curves:
         for layer in range(layers):
@@ -110,7 +110,7 @@ def plot_health(path: Path, metrics: Path) -> bool:
     known = [(step, value) for step, value in zip(steps, changed, strict=True) if value is not None]
     if known:
         panels[1, 1].plot(*zip(*known, strict=True), color="black", marker="o", markersize=3)
-    panels[1, 1].set(ylabel="routes changed since the last evaluation", ylim=(0.0, 1.05))
+    panels[1, 1].set(ylabel="share of routes changed", ylim=(0.0, 1.05))
     for panel in panels.flat:
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
