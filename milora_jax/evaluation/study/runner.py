@@ -166,7 +166,9 @@ class StudyRunner:
           loss in nats; infinite where a run diverged.
         """
         plan = tuning(self._study, labels)
-        self.run([cell for grid in plan.values() for cells in grid.values() for cell in cells], "tuning")
+        every = [cell for grid in plan.values() for cells in grid.values() for cell in cells]
+        self.run(every, "tuning")
+        self.write_rows(every)
         losses = {
             label: {rate: self._mean_loss(cells) for rate, cells in grid.items()}
             for label, grid in plan.items()
@@ -195,7 +197,9 @@ class StudyRunner:
         return found
 
     def write_rows(self, cells: Sequence[Cell]) -> None:
-        """Add the finished ones of the cells to ``rows.jsonl``: one line per (variant, task, seed)."""
+        """Add the finished ones of the cells to ``rows.jsonl``: one line per (variant, task, seed), and
+        per learning rate where that is being chosen; ``accuracy`` is null where dev alone was looked at.
+        """
         path = self._directory / ROWS_NAME
         with study_lock(self._directory):
             old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
