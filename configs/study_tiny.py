@@ -69,4 +69,5 @@ def get_study() -> Study:
         mixed_steps=300,
         varied_tasks=("true_false", "multiple_choice"),
         ranks=(9, 18, 72),
+        quick_tasks=("true_false", "word_order"),
     )

@@ -17,7 +17,7 @@ from milora_jax.cli import Console, sigterm_noted
 from milora_jax.config import require
 from milora_jax.errors import UserError
 from milora_jax.evaluation.study.cells import Cell
-from milora_jax.evaluation.study.plans import LAMBDAS, PLANS, TOP_KS, labels_of
+from milora_jax.evaluation.study.plans import PLANS, labels_of
 from milora_jax.evaluation.study.plots import plot_bars, plot_lines, plot_shares
 from milora_jax.evaluation.study.runner import StudyRunner, claim_study, settings_lines, study_lock
 from milora_jax.evaluation.study.settings import Study, load_study, narrowed, quick
@@ -136,6 +136,10 @@ def _curve(
     return make
 
 
+def _by_value(results: Results) -> dict[str, list[tuple[str, str]]]:
+    return {"": [(variant.split("=")[1], variant) for variant in results.variants]}
+
+
 def _by_rank(results: Results) -> dict[str, list[tuple[str, str]]]:
     lines: dict[str, list[tuple[str, str]]] = {}
     for variant in results.variants:
@@ -172,10 +176,8 @@ REPORTS: dict[str, Callable[[Results, Study, Path], str]] = {
     "table2": _table2,
     "table5": _variants("table5"),
     "figure2": _figure2,
-    "figure3": _curve(
-        "figure3", "k, experts of a layer in force", lambda _: {"": [(str(k), f"k={k}") for k in TOP_KS]}
-    ),
-    "figure4": _curve("figure4", "lambda", lambda _: {"": [(f"{v:g}", f"lambda={v:g}") for v in LAMBDAS]}),
+    "figure3": _curve("figure3", "k, experts of a layer in force", _by_value),
+    "figure4": _curve("figure4", "lambda", _by_value),
     "figure5": _curve("figure5", "rank", _by_rank),
     "defaults": _defaults,
 }

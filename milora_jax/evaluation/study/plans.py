@@ -10,9 +10,6 @@ from milora_jax.config import GATES, AdapterSection, require
 from milora_jax.evaluation.study.cells import Cell, make_cell
 from milora_jax.evaluation.study.settings import MIXED, Study
 
-TOP_KS = (1, 2, 3, 4, 5, 6, 7)
-LAMBDAS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
-
 ABLATIONS: dict[str, dict[str, str]] = {
     "average pooling": {"pooler": "mean"},
     "last token": {"pooler": "last"},
@@ -30,8 +27,6 @@ DEFAULTS: dict[str, dict[str, str | bool]] = {
     for normalize in (True, False)
 }
 """What the paper leaves open about the route."""
-
-ROUTER_RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 Rates = dict[str, float]
 """Learning rate by method label."""
@@ -111,13 +106,13 @@ def figure2(study: Study, seeds: int, rates: Rates) -> list[Cell]:
 
 def figure3(study: Study, seeds: int, rates: Rates) -> list[Cell]:
     """The subject over k."""
-    variants = _varied(study, {f"k={k}": {"top_k": k} for k in TOP_KS})
+    variants = _varied(study, {f"k={k}": {"top_k": k} for k in study.top_ks})
     return _grid(study, variants, study.varied_tasks, seeds, rates)
 
 
 def figure4(study: Study, seeds: int, rates: Rates) -> list[Cell]:
     """The subject over lambda."""
-    variants = _varied(study, {f"lambda={value:g}": {"load_balance": value} for value in LAMBDAS})
+    variants = _varied(study, {f"lambda={value:g}": {"load_balance": value} for value in study.lambdas})
     return _grid(study, variants, study.varied_tasks, seeds, rates)
 
 
@@ -144,7 +139,7 @@ def defaults(study: Study, seeds: int, rates: Rates) -> list[Cell]:
                     cells.append(
                         make_cell(study, name, label, settings, trained_on, seed, rate, scored=False)
                     )
-            for factor in ROUTER_RATES:
+            for factor in study.router_rates:
                 cells.append(
                     make_cell(
                         study,

@@ -16,7 +16,7 @@ from milora_jax.errors import UserError
 MIXED = "mixed"
 """Name of the data that holds the rows of all tasks."""
 
-QUICK_STEPS, QUICK_ROWS, QUICK_TASKS = 10, 20, 2
+QUICK_STEPS, QUICK_ROWS = 10, 20
 """What is left of a study by ``--quick``: enough to exercise every part, too little to learn from."""
 
 
@@ -38,7 +38,10 @@ class Study:
       mixed_methods: labels of Table 2.
       subject: label of the method that is varied in Table 5 and Figures 2 to 5.
       varied_tasks: tasks of Table 5 and Figures 3 to 5.
+      top_ks, lambdas: of Figures 3 and 4.
       ranks: of Figure 5, beside the subject's own.
+      router_rates: learning rates of the routers, as multiples, among the open choices.
+      quick_tasks: tasks of a rehearsal; of equal length they share compiled programs.
     """
 
     base: Config
@@ -53,7 +56,11 @@ class Study:
     mixed_methods: tuple[str, ...] = ("lora", "dora", "moelora", "milora")
     subject: str = "milora"
     varied_tasks: tuple[str, ...] = ()
+    top_ks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7)
+    lambdas: tuple[float, ...] = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
     ranks: tuple[int, ...] = (8, 16, 64)
+    router_rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
+    quick_tasks: tuple[str, ...] = ()
     tasks: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,7 +72,7 @@ class Study:
         object.__setattr__(self, "tasks", tuple(names[0]))
         for label in (self.reference, self.subject, *self.mixed_methods, *self.coefficient_every):
             one_of("study method", label, tuple(self.methods))
-        for task in self.varied_tasks:
+        for task in (*self.varied_tasks, *self.quick_tasks):
             one_of("study task", task, self.tasks)
         has_subject = self.subject in self.mixed_methods
         require(has_subject, "study mixed_methods", self.mixed_methods, f"a list with {self.subject!r}")
@@ -138,6 +145,7 @@ def narrowed(study: Study, tasks: str, methods: str) -> Study:
             "methods": {label: study.methods[label] for label in kept_methods},
             "mixed_methods": tuple(label for label in study.mixed_methods if label in kept_methods),
             "coefficient_every": {k: v for k, v in study.coefficient_every.items() if k in kept_methods},
+            "quick_tasks": tuple(task for task in study.quick_tasks if task in kept_tasks),
             # Varied on other tasks than asked for is better than not at all.
             "varied_tasks": tuple(t for t in study.varied_tasks if t in kept_tasks) or kept_tasks,
         }
@@ -165,5 +173,8 @@ def quick(study: Study) -> Study:
         mixed_steps=QUICK_STEPS,
         learning_rates=study.learning_rates[:1],
         ranks=study.ranks[:1],
+        top_ks=study.top_ks[::3],
+        lambdas=study.lambdas[::4],
+        router_rates=study.router_rates[:1],
     )
-    return narrowed(dataclasses.replace(small, varied_tasks=()), ",".join(study.tasks[:QUICK_TASKS]), "")
+    return narrowed(small, ",".join(study.quick_tasks or study.tasks[:2]), "")
