@@ -36,6 +36,16 @@ def plot_routing(path: Path, scores: list[TaskScore]) -> bool:
     return True
 
 
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches, that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def draw_shares(path: Path, shares: Mapping[str, np.ndarray], label: str, top: float) -> None:
     """One panel per entry: ``[L, E]`` shares as colours and percentages.
 
@@ -43,15 +53,11 @@ def draw_shares(path: Path, shares: Mapping[str, np.ndarray], label: str, top: f
       label: what a share is.
       top: the share of the brightest colour.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     layers = next(iter(shares.values())).shape[0]
     columns = min(3, len(shares))
     rows = -(-len(shares) // columns)
     height = max(2.4, 0.28 * layers + 1.3)
-    figure = Figure(figsize=(3.9 * columns + 1.0, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.9 * columns + 1.0, height * rows)
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel, (title, share) in zip(panels.flat, shares.items(), strict=False):
         image = panel.imshow(share, vmin=0.0, vmax=top, cmap="viridis", aspect="auto", origin="lower")
@@ -79,15 +85,12 @@ def plot_health(path: Path, metrics: Path) -> bool:
     if not seen:
         return False
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
-    from matplotlib.figure import Figure
 
     steps = [line["step"] for line in seen]
     layers = len(seen[0]["route_entropy"])
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11.0, 6.4)
     panels = figure.subplots(2, 2)
     colors = colormaps["viridis"](np.linspace(0.0, 0.9, layers))
     largest = [np.max(line["expert_first"], axis=1) for line in seen]

@@ -15,6 +15,7 @@ from milora_jax.config import METHODS, AdapterSection
 from milora_jax.errors import UserError
 from milora_jax.evaluation.study import plans
 from milora_jax.evaluation.study.plots import plot_bars, plot_lines, plot_shares
+from milora_jax.evaluation.study.reports import COMPARISONS
 from milora_jax.evaluation.study.runner import claim_study, require_equal_budgets
 from milora_jax.evaluation.study.settings import MIXED, load_study, narrowed, quick
 from milora_jax.evaluation.study.statistics import paired_difference
@@ -53,9 +54,9 @@ def test_the_tiny_study_has_every_method_on_one_budget():
         require_equal_budgets(wide, adapter_shape(read_model_config(Path(STUDY.base.model.path))))
 
 
-@pytest.mark.parametrize("name", plans.PLANS)
+@pytest.mark.parametrize("name", COMPARISONS)
 def test_cells_differ_in_what_they_compare_and_in_nothing_else(name):
-    cells = plans.PLANS[name](STUDY, 2, RATES)
+    cells = COMPARISONS[name].plan(STUDY, 2, RATES)
     chooses = name == "defaults"
     assert {cell.seed for cell in cells} == ({1000, 1001} if chooses else {0, 1})
     assert all(cell.scored != chooses for cell in cells), "what chooses must not see the test rows"
@@ -80,7 +81,7 @@ def test_cells_differ_in_what_they_compare_and_in_nothing_else(name):
 
 
 def test_equal_runs_of_two_tables_are_one_cell():
-    by_table = {name: {c.name for c in plan(STUDY, 1, RATES)} for name, plan in plans.PLANS.items()}
+    by_table = {name: {c.name for c in made.plan(STUDY, 1, RATES)} for name, made in COMPARISONS.items()}
     assert by_table["figure2"] <= by_table["table2"]
     assert len(by_table["table1"] & by_table["table2"]) == 4 * 5
     for name in ("table5", "figure3", "figure4", "figure5"):
@@ -288,7 +289,7 @@ def test_the_whole_study_rehearsed(tmp_path):
     assert first.returncode == 0, first.stderr
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
     assert not unfinished(tmp_path)
-    for name in plans.PLANS:
+    for name in COMPARISONS:
         text = (tmp_path / f"{name}.md").read_text()
         for line in text.splitlines():
             if line.startswith("![]("):

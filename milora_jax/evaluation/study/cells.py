@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -28,6 +27,11 @@ from milora_jax.training.step import Steps, make_steps
 from milora_jax.training.workdir import claim_workdir
 
 RESULT = "result.json"
+LOG = "log.txt"
+"""What a run has to say; a thousand runs on one terminal would say too much."""
+
+Row = dict[str, Any]
+"""A finished cell on one task: one line of ``rows.jsonl``."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,7 @@ class Cell:
         """Folder of the cell: the same for the same run, whatever table asks for it."""
         values = json.dumps([self.config.to_dict(), self.scored], sort_keys=True)
         digest = hashlib.sha256(values.encode()).hexdigest()[:10]
-        adapter = re.sub(r"[^a-z0-9_]+", "-", self.config.adapter.method)
-        return f"{adapter}-{self.trained_on}-s{self.seed}-{digest}"
+        return f"{self.config.adapter.method}-{self.trained_on}-s{self.seed}-{digest}"
 
 
 def make_cell(
@@ -126,7 +129,12 @@ class CellRunner:
             "base_fingerprint": run.base_fingerprint,
             "data_fingerprint": run.data_fingerprint,
         }
-        trainer = Trainer(run, workdir, self._quiet, self._programs(run))
+
+        def log(line: str) -> None:
+            with (workdir / LOG).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+        trainer = Trainer(run, workdir, log, self._programs(run))
         try:
             fit = trainer.fit(lambda step, status: None, preempted)
         except NonFiniteError as error:
@@ -145,10 +153,6 @@ class CellRunner:
         write_json_atomic(workdir / RESULT, {**found, "seconds": time.monotonic() - started})
         shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
         shutil.rmtree(workdir / "best", ignore_errors=True)
-
-    def _quiet(self, line: str) -> None:
-        if line.startswith("resuming"):
-            self._say(line)
 
     def _prepare(self, cell: Cell) -> Run:
         """The run of a cell: rows are read once per set of them, the base once per study."""

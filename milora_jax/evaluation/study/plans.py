@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from milora_jax.adapters.registry import build_method, full_settings
 from milora_jax.config import GATES, AdapterSection, require
@@ -154,23 +154,3 @@ def defaults(study: Study, seeds: int, rates: Rates) -> list[Cell]:
                     )
                 )
     return cells
-
-
-PLANS: dict[str, Callable[[Study, int, Rates], list[Cell]]] = {
-    "table1": table1,
-    "table2": table2,
-    "table5": table5,
-    "figure2": figure2,
-    "figure3": figure3,
-    "figure4": figure4,
-    "figure5": figure5,
-    "defaults": defaults,
-}
-"""Every table and figure by name."""
-
-
-def labels_of(study: Study, names: Sequence[str]) -> list[str]:
-    """The methods whose learning rate the named tables need."""
-    nothing = dict.fromkeys(study.methods, 0.0)
-    needed = {cell.method for name in names for cell in PLANS[name](study, 1, nothing)}
-    return [label for label in study.methods if label in needed]

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from milora_jax.errors import UserError
-from milora_jax.evaluation.report import draw_shares
+from milora_jax.evaluation.report import draw_shares, new_figure
 from milora_jax.evaluation.study.tables import Place, Results
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def plot_bars(path: Path, results: Results, places: Sequence[Place], title: str) -> None:
     """Mean accuracy of each variant over the places, every seed a dot."""
     variants = results.variants[::-1]
-    figure = _figure(8.0, 0.36 * len(variants) + 1.6)
+    figure = new_figure(8.0, 0.36 * len(variants) + 1.6)
     axes = figure.subplots()
     for row, variant in enumerate(variants):
         by_seed = np.mean([results.accuracies(variant, place) for place in places], axis=0)
@@ -48,7 +38,7 @@ def plot_lines(
       lines: by label, ``(tick, variant)`` along the axis.
       axis: what the ticks are.
     """
-    figure = _figure(4.6 * len(places), 3.8)
+    figure = new_figure(4.6 * len(places), 3.8)
     panels = figure.subplots(1, len(places), squeeze=False, sharey=True)[0]
     for panel, place in zip(panels, places, strict=True):
         for label, points in lines.items():

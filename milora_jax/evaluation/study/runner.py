@@ -18,7 +18,7 @@ from milora_jax.cli import Console, stop_if
 from milora_jax.config import require
 from milora_jax.data.records import fingerprint, parse_sources, read_records
 from milora_jax.errors import UserError
-from milora_jax.evaluation.study.cells import Cell, CellRunner
+from milora_jax.evaluation.study.cells import Cell, CellRunner, Row
 from milora_jax.evaluation.study.plans import Rates, tuning
 from milora_jax.evaluation.study.settings import Study
 from milora_jax.storage.files import read_json, write_atomic, write_json_atomic
@@ -30,9 +30,6 @@ ROWS_NAME = "rows.jsonl"
 CELLS_NAME = "cells"
 WAIT_SECONDS = 2.0
 """Between two looks at cells that another process is running."""
-
-Row = dict[str, Any]
-"""A finished cell on one task: one line of ``rows.jsonl``."""
 
 
 def claim_study(directory: Path, study: Study) -> None:
@@ -109,8 +106,7 @@ class StudyRunner:
         self._study, self._console, self._preempted = study, console, preempted
         self._directory = directory
         self._cells = CellRunner(directory / CELLS_NAME, console.say)
-        self.shape = adapter_shape(read_model_config(Path(study.base.model.path)))
-        self.counts = require_equal_budgets(study, self.shape)
+        require_equal_budgets(study, adapter_shape(read_model_config(Path(study.base.model.path))))
 
     def run(self, cells: Sequence[Cell], title: str) -> None:
         """Run what is not finished yet; wait for what another process is running.
@@ -226,25 +222,4 @@ def _rows(cell: Cell, result: Row) -> list[Row]:
             "cell": cell.name,
         }
         for task, value in accuracy.items()
-    ]
-
-
-def settings_lines(study: Study) -> list[str]:
-    """What all cells share, for the head of a report."""
-    train, data = study.base.train, study.base.data
-    mixed = study.mixed_steps or train.max_steps
-    bilevel = [label for label, s in study.methods.items() if build_method(s).theta == "bilevel"]
-    every = {label: study.coefficient_every.get(label, train.coefficient_every) for label in bilevel}
-    said = ", ".join(f"{label} every {count}" for label, count in every.items())
-    return [
-        f"- base `{Path(study.base.model.path).name}`, {len(study.tasks)} tasks: {', '.join(study.tasks)}",
-        f"- {train.max_steps} steps of {train.batch_size} rows on a single task, {mixed} on the mix; a seed "
-        "gives every method the same rows in the same order",
-        f"- AdamW, warm-up {train.warmup_share:.0%}, linear decay, best of the dev evaluations every "
-        f"{train.eval_every} steps; rows of at most {data.max_length} tokens; greedy decoding",
-        f"- learning rate of each method from {', '.join(f'{r:g}' for r in study.learning_rates)} by mean "
-        f"dev loss over the tasks, with seed {study.tuning_seed}, which no table uses",
-        f"- trained on dev rows too, bi-level, with steps between two such updates: {said}; their dev losses "
-        "are in part those of training rows",
-        f"- tunable parameters within {study.tolerance:.0%} of {study.reference}'s",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import runpy
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,11 @@ class Study:
     ranks: tuple[int, ...] = (8, 16, 64)
     router_rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
     quick_tasks: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = field(init=False)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the sources."""
+        return tuple(source.name for source in parse_sources(self.base.data.train))
 
     def __post_init__(self) -> None:
         names = [[source.name for source in sources] for sources in _splits(self.base.data)]
@@ -69,7 +74,6 @@ class Study:
         same = all(sorted(split) == sorted(names[0]) for split in names)
         require(same, "study base.data", names, "sources of the same tasks as train, dev and test")
         require(MIXED not in names[0], "study task", MIXED, "another name, this one is the mix of all")
-        object.__setattr__(self, "tasks", tuple(names[0]))
         for label in (self.reference, self.subject, *self.mixed_methods, *self.coefficient_every):
             one_of("study method", label, tuple(self.methods))
         for task in (*self.varied_tasks, *self.quick_tasks):
@@ -90,14 +94,16 @@ class Study:
 
     def data_of(self, trained_on: str) -> DataSection:
         """The data of one task, or of all of them."""
-        if trained_on == MIXED:
-            return self.base.data
+        return self.base.data if trained_on == MIXED else _of_tasks(self.base.data, (trained_on,))
 
-        def only(sources: list[Source]) -> str:
-            return ",".join(f"{s.name}={s.location}" for s in sources if s.name == trained_on)
 
-        train, dev, test = map(only, _splits(self.base.data))
-        return dataclasses.replace(self.base.data, train=train, dev=dev, test=test)
+def _of_tasks(data: DataSection, tasks: tuple[str, ...]) -> DataSection:
+    """The data of some of the tasks."""
+    train, dev, test = (
+        ",".join(f"{source.name}={source.location}" for source in split if source.name in tasks)
+        for split in _splits(data)
+    )
+    return dataclasses.replace(data, train=train, dev=dev, test=test)
 
 
 def _splits(data: DataSection) -> list[list[Source]]:
@@ -119,7 +125,9 @@ def load_study(path: Path) -> Study:
     except UserError:
         raise
     except Exception as error:  # the file is the user's code: whatever it raises is theirs to read
-        raise UserError(f"--config {str(path)!r}: {type(error).__name__}: {error}") from None
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        where = f"{path}:{lines[-1]}" if lines else str(path)
+        raise UserError(f"--config {where}: {type(error).__name__}: {error}") from None
     if study is None:
         raise UserError(f"--config {str(path)!r} has no get_study(), expected a study such as study_tiny.py")
     if not isinstance(study, Study):
@@ -133,22 +141,15 @@ def narrowed(study: Study, tasks: str, methods: str) -> Study:
     kept_methods = _chosen("--methods", methods, tuple(study.methods))
     for needed in (study.reference, study.subject):
         require(needed in kept_methods, "--methods", methods, f"a list with {needed!r}, which others need")
-    sources = [
-        ",".join(f"{s.name}={s.location}" for s in split if s.name in kept_tasks)
-        for split in _splits(study.base.data)
-    ]
-    data = dataclasses.replace(study.base.data, train=sources[0], dev=sources[1], test=sources[2])
-    return Study(
-        **{
-            **{f.name: getattr(study, f.name) for f in dataclasses.fields(study) if f.init},
-            "base": dataclasses.replace(study.base, data=data),
-            "methods": {label: study.methods[label] for label in kept_methods},
-            "mixed_methods": tuple(label for label in study.mixed_methods if label in kept_methods),
-            "coefficient_every": {k: v for k, v in study.coefficient_every.items() if k in kept_methods},
-            "quick_tasks": tuple(task for task in study.quick_tasks if task in kept_tasks),
-            # Varied on other tasks than asked for is better than not at all.
-            "varied_tasks": tuple(t for t in study.varied_tasks if t in kept_tasks) or kept_tasks,
-        }
+    return dataclasses.replace(
+        study,
+        base=dataclasses.replace(study.base, data=_of_tasks(study.base.data, kept_tasks)),
+        methods={label: study.methods[label] for label in kept_methods},
+        mixed_methods=tuple(label for label in study.mixed_methods if label in kept_methods),
+        coefficient_every={k: v for k, v in study.coefficient_every.items() if k in kept_methods},
+        quick_tasks=tuple(task for task in study.quick_tasks if task in kept_tasks),
+        # Varied on other tasks than asked for is better than not at all.
+        varied_tasks=tuple(task for task in study.varied_tasks if task in kept_tasks) or kept_tasks,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from milora_jax.evaluation.study.runner import Row
+from milora_jax.evaluation.study.cells import Row
 from milora_jax.evaluation.study.settings import MIXED, Study
 from milora_jax.evaluation.study.statistics import Interval, paired_difference
 
@@ -111,12 +111,16 @@ def comparison(results: Results, subject: str, places: Sequence[Place], counts: 
     Args:
       counts: whether to give tunable and active parameters and the learning rate.
     """
-    several = {trained_on for trained_on, _ in places if trained_on == MIXED} and len(
-        {trained_on for trained_on, _ in places}
-    ) > 1
-    names = [f"{task} (mix)" if several and where == MIXED else task for where, task in places]
     extra = ["tunable", "active", "rate"] if counts else []
-    head = ["variant", *extra, *names, "mean", f"{subject} leads by", "dev loss", "scored"]
+    head = [
+        "variant",
+        *extra,
+        *(task for _, task in places),
+        "mean",
+        f"{subject} leads by",
+        "dev loss",
+        "scored",
+    ]
     body = []
     for variant in results.variants:
         numbers = (
