@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 
 from milora_jax.adapters.low_rank import LowRankMethod, add, drop, narrow, widen
-from milora_jax.adapters.protocol import Frozen, Kernels, Shape
+from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
 from milora_jax.config import require
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree
@@ -111,21 +111,11 @@ class AdaLoRA(LowRankMethod):
             )
         return params
 
-    def adapt(
-        self,
-        params: dict[str, Triplets],
-        names: tuple[str, ...],
-        x: Float[Array, "B T d_in"],
-        outputs: tuple[Float[Array, "B T _"], ...],
-        frozen: tuple[Frozen, ...],
-        weights: Float[Array, "B _ E"] | None,
-        key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T _"], ...]:
+    def adapt(self, params: dict[str, Triplets], group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
         """Add ``s x A diag(e) B`` to every module's output."""
-        del frozen, weights
-        u = narrow(params, names, drop(x, self.dropout, key)) * self.scale
-        values = jnp.stack([params[name].singular for name in names])
-        return add(outputs, widen(params, names, u * values[None, None].astype(u.dtype)))
+        u = narrow(params, group.names, drop(group.x, self.dropout, group.key)) * self.scale
+        values = jnp.stack([params[name].singular for name in group.names])
+        return add(group.outputs, widen(params, group.names, u * values[None, None].astype(u.dtype)))
 
     def penalty(self, params: dict[str, Triplets]) -> Float[Array, ""]:
         """Mean of ``|A^T A - I|_F`` and ``|B B^T - I|_F`` over all matrices, times its weight."""

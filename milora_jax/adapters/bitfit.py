@@ -9,45 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from milora_jax.adapters.projected import Projected, init_projected
-from milora_jax.adapters.protocol import Frozen, Kernels, Method, Shape
-from milora_jax.config import require
-from milora_jax.shapes import Array, Float, Key
+from milora_jax.adapters.projected import Projected, ProjectedMethod
+from milora_jax.adapters.protocol import ProjectionGroup
+from milora_jax.shapes import Array, Float
 from milora_jax.types import EXPERTS
 
 
 @dataclass(frozen=True)
-class BitFit(Method):
-    """BitFit.
-
-    Attributes:
-      width: length of the short vectors.
-    """
+class BitFit(ProjectedMethod):
+    """BitFit: biases ``z P``, zero at the start."""
 
     name: ClassVar[str] = "bitfit"
+    modules: ClassVar[tuple[str, ...]] = EXPERTS
     width: int = 64
 
-    def __post_init__(self) -> None:
-        require(self.width >= 1, "adapter.width", self.width, "at least 1")
-
-    def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Projected]:
-        """Biases of zero, as ``z P`` with P zero."""
-        del kernels
-        return init_projected(key, shape, EXPERTS, self.width)
-
     def adapt(
-        self,
-        params: dict[str, Projected],
-        names: tuple[str, ...],
-        x: Float[Array, "B T d_in"],
-        outputs: tuple[Float[Array, "B T _"], ...],
-        frozen: tuple[Frozen, ...],
-        weights: Float[Array, "B _ E"] | None,
-        key: Key[Array, ""] | None,
+        self, params: dict[str, Projected], group: ProjectionGroup
     ) -> tuple[Float[Array, "B T _"], ...]:
         """Add its bias to every module's output."""
-        del x, frozen, weights, key
         return tuple(
             output + params[name].product()[None, None].astype(output.dtype)
-            for name, output in zip(names, outputs, strict=True)
+            for name, output in zip(group.names, group.outputs, strict=True)
         )

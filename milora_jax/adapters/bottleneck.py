@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import SUBLAYERS, Shape
-from milora_jax.adapters.rational import GELU_DENOMINATOR, GELU_NUMERATOR
+from milora_jax.adapters.protocol import SUBLAYERS, Shape, WidthMethod
+from milora_jax.adapters.rational import gelu_coefficients, rational
+from milora_jax.config import COEFFICIENTS, one_of
 from milora_jax.shapes import Array, Float, Key
 
 
@@ -25,6 +28,12 @@ class Bottleneck:
     expand: Float[Array, "*L W D"]
     numerator: Float[Array, "*L 7"] | None
     denominator: Float[Array, "*L 5"] | None
+
+    def activate(self, x: Float[Array, "*B W"]) -> Float[Array, "*B W"]:
+        """The rational activation of one layer, in float32."""
+        if self.numerator is None or self.denominator is None:
+            raise ValueError("this bottleneck has no coefficients")
+        return rational(x, self.numerator, self.denominator)
 
 
 def init_bottleneck(
@@ -55,9 +64,25 @@ def init_branches(key: Key[Array, ""], shape: Shape, width: int, learned: bool) 
     }
 
 
-def gelu_coefficients(layers: int) -> tuple[Float[Array, "L 7"], Float[Array, "L 5"]]:
-    """Coefficients of the rational fit to GELU, once per layer."""
-    return (
-        jnp.tile(jnp.array([GELU_NUMERATOR], jnp.float32), (layers, 1)),
-        jnp.tile(jnp.array([GELU_DENOMINATOR], jnp.float32), (layers, 1)),
-    )
+@dataclass(frozen=True)
+class RationalMethod(WidthMethod):
+    """Settings of the bottlenecks with rational activations.
+
+    Attributes:
+      coefficients: how the rational coefficients are trained (MiLoRA paper, Appendix A).
+    """
+
+    coefficients: str = "bilevel"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("adapter.coefficients", self.coefficients, COEFFICIENTS)
+
+    @property
+    def theta(self) -> str:
+        """The rational coefficients are Theta."""
+        return self.coefficients
+
+    def is_coefficient(self, path: tuple[str, ...]) -> bool:
+        """The rational coefficients are Theta."""
+        return path[-1] in ("numerator", "denominator")

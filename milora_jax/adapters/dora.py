@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from milora_jax.adapters.low_rank import LowRankMethod, add, drop, init_pairs, narrow, widen
-from milora_jax.adapters.protocol import Frozen, Kernels, Shape
+from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
 from milora_jax.shapes import Array, Float, Key
 
 
@@ -61,25 +61,18 @@ def column_norms(
 
 
 def decomposed_changes(
-    params: dict[str, Decomposed],
-    names: tuple[str, ...],
-    x: Float[Array, "B T d_in"],
-    outputs: tuple[Float[Array, "B T _"], ...],
-    frozen: tuple[Frozen, ...],
-    scale: float,
-    dropout: float,
-    key: Key[Array, ""] | None,
+    params: dict[str, Decomposed], group: ProjectionGroup, scale: float, dropout: float
 ) -> tuple[Float[Array, "B T _"], ...]:
     """What DoRA adds to every module's output: ``(m/n - 1) x W + (m/n) s x A B``.
 
     While dropout is on, both terms read the dropped input and the base's output stays whole, as in
     PEFT. The base's bias is not scaled.
     """
-    dropping = key is not None and dropout > 0
-    x = drop(x, dropout, key)
-    products = widen(params, names, narrow(params, names, x) * scale)
+    dropping = group.key is not None and dropout > 0
+    x = drop(group.x, dropout, group.key)
+    products = widen(params, group.names, narrow(params, group.names, x) * scale)
     changes = []
-    for name, output, leaves, product in zip(names, outputs, frozen, products, strict=True):
+    for name, output, leaves, product in zip(group.names, group.outputs, group.frozen, products, strict=True):
         pair = params[name]
         a, b = jax.lax.stop_gradient((pair.a, pair.b))
         norms = jax.lax.stop_gradient(column_norms(leaves.kernel, a, b, scale))
@@ -101,16 +94,8 @@ class DoRA(LowRankMethod):
         return init_decomposed(key, shape, self.rank, kernels)
 
     def adapt(
-        self,
-        params: dict[str, Decomposed],
-        names: tuple[str, ...],
-        x: Float[Array, "B T d_in"],
-        outputs: tuple[Float[Array, "B T _"], ...],
-        frozen: tuple[Frozen, ...],
-        weights: Float[Array, "B _ E"] | None,
-        key: Key[Array, ""] | None,
+        self, params: dict[str, Decomposed], group: ProjectionGroup
     ) -> tuple[Float[Array, "B T _"], ...]:
         """The outputs of the recomposed weights."""
-        del weights
-        changes = decomposed_changes(params, names, x, outputs, frozen, self.scale, self.dropout, key)
-        return add(outputs, changes)
+        changes = decomposed_changes(params, group, self.scale, self.dropout)
+        return add(group.outputs, changes)

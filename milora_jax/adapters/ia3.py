@@ -9,49 +9,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from milora_jax.adapters.projected import Projected, init_projected
-from milora_jax.adapters.protocol import Frozen, Kernels, Method, Shape
-from milora_jax.config import require
-from milora_jax.shapes import Array, Float, Key
-
-SCALED = ("q", "k", "up")
-"""The modules whose outputs are rescaled."""
+from milora_jax.adapters.projected import Projected, ProjectedMethod
+from milora_jax.adapters.protocol import ProjectionGroup
+from milora_jax.shapes import Array, Float
 
 
 @dataclass(frozen=True)
-class IA3(Method):
-    """(IA)3.
-
-    Attributes:
-      width: length of the short vectors.
-    """
+class IA3(ProjectedMethod):
+    """(IA)3: vectors ``1 + z P``, of ones at the start."""
 
     name: ClassVar[str] = "ia3"
+    modules: ClassVar[tuple[str, ...]] = ("q", "k", "up")
     width: int = 128
 
-    def __post_init__(self) -> None:
-        require(self.width >= 1, "adapter.width", self.width, "at least 1")
-
-    def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Projected]:
-        """Vectors of ones, as ``1 + z P`` with P zero."""
-        del kernels
-        return init_projected(key, shape, SCALED, self.width)
-
     def adapt(
-        self,
-        params: dict[str, Projected],
-        names: tuple[str, ...],
-        x: Float[Array, "B T d_in"],
-        outputs: tuple[Float[Array, "B T _"], ...],
-        frozen: tuple[Frozen, ...],
-        weights: Float[Array, "B _ E"] | None,
-        key: Key[Array, ""] | None,
+        self, params: dict[str, Projected], group: ProjectionGroup
     ) -> tuple[Float[Array, "B T _"], ...]:
         """Multiply the outputs of Query, Key and Up by ``1 + z P``."""
-        del x, frozen, weights, key
         return tuple(
             output * (1.0 + params[name].product())[None, None].astype(output.dtype)
-            if name in SCALED
+            if name in self.modules
             else output
-            for name, output in zip(names, outputs, strict=True)
+            for name, output in zip(group.names, group.outputs, strict=True)
         )

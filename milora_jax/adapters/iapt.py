@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.bottleneck import Bottleneck, init_bottleneck
-from milora_jax.adapters.protocol import Kernels, Method, Project, Shape
-from milora_jax.adapters.rational import rational
-from milora_jax.config import COEFFICIENTS, one_of, require
+from milora_jax.adapters.bottleneck import Bottleneck, RationalMethod, init_bottleneck
+from milora_jax.adapters.protocol import Kernels, Project, Shape
+from milora_jax.config import require
 from milora_jax.shapes import Array, Bool, Float, Key
 
 
@@ -36,38 +35,25 @@ class Generator:
 
 
 @dataclass(frozen=True)
-class IAPT(Method):
-    """IAPT.
+class IAPT(RationalMethod):
+    """IAPT; ``width`` is that of the bottleneck.
 
     Attributes:
       tokens: P, soft tokens of a layer.
-      width: of the bottleneck.
-      coefficients: how the rational coefficients are trained.
     """
 
     name: ClassVar[str] = "iapt"
-    tokens: int = 4
     width: int = 320
-    coefficients: str = "bilevel"
+    tokens: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.tokens >= 1, "adapter.tokens", self.tokens, "at least 1")
-        require(self.width >= 1, "adapter.width", self.width, "at least 1")
-        one_of("adapter.coefficients", self.coefficients, COEFFICIENTS)
 
     @property
     def prefix_length(self) -> int:
         """P."""
         return self.tokens
-
-    @property
-    def theta(self) -> str:
-        """The rational coefficients are Theta."""
-        return self.coefficients
-
-    def is_coefficient(self, path: tuple[str, ...]) -> bool:
-        """The rational coefficients are Theta."""
-        return path[-1] in ("numerator", "denominator")
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> Generator:
         """Random generators; scores differ, or all soft tokens would stay the same."""
@@ -88,12 +74,10 @@ class IAPT(Method):
     ) -> tuple[Float[Array, "B ZP _"], Float[Array, "B ZP _"]]:
         """Soft tokens from the prompt's hidden states, and the frozen layer's keys and values of them."""
         mine = params.bottleneck
-        if mine.numerator is None or mine.denominator is None:
-            raise ValueError("IAPT needs its coefficients")
         reduced = jnp.einsum("BTD,DW->BTW", hidden.astype(jnp.float32), mine.reduce)
         scores = jnp.einsum("BTW,WP->BPT", reduced, params.scores)
         # A record without a prompt gives finite tokens that nobody reads.
         scores = jnp.where(members[:, :, None, :], scores[:, None], jnp.finfo(jnp.float32).min)
         pooled = jnp.einsum("BZPT,BTW->BZPW", jax.nn.softmax(scores, axis=-1), reduced)
-        soft = rational(pooled, mine.numerator, mine.denominator) @ mine.expand
+        soft = mine.activate(pooled) @ mine.expand
         return project(soft.reshape(soft.shape[0], -1, soft.shape[-1]).astype(hidden.dtype))

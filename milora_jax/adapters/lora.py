@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from milora_jax.adapters.low_rank import LowRank, LowRankMethod, add, drop, init_pairs, narrow, widen
-from milora_jax.adapters.protocol import Frozen, Kernels, Shape
+from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
 from milora_jax.shapes import Array, Float, Key
 
 
@@ -21,17 +21,7 @@ class LoRA(LowRankMethod):
         del kernels
         return init_pairs(key, shape, self.rank)
 
-    def adapt(
-        self,
-        params: dict[str, LowRank],
-        names: tuple[str, ...],
-        x: Float[Array, "B T d_in"],
-        outputs: tuple[Float[Array, "B T _"], ...],
-        frozen: tuple[Frozen, ...],
-        weights: Float[Array, "B _ E"] | None,
-        key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T _"], ...]:
+    def adapt(self, params: dict[str, LowRank], group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
         """Add every module's low-rank product (Eq. 1)."""
-        del frozen, weights
-        u = narrow(params, names, drop(x, self.dropout, key)) * self.scale
-        return add(outputs, widen(params, names, u))
+        u = narrow(params, group.names, drop(group.x, self.dropout, group.key)) * self.scale
+        return add(group.outputs, widen(params, group.names, u))

@@ -12,7 +12,7 @@ from typing import ClassVar
 from milora_jax.adapters.dora import Decomposed, decomposed_changes, init_decomposed
 from milora_jax.adapters.low_rank import add, of_group
 from milora_jax.adapters.milora import MiLoRA, MiLoRAParams, routed
-from milora_jax.adapters.protocol import Frozen, Kernels, Shape
+from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
 from milora_jax.shapes import Array, Float, Key
 
 
@@ -26,22 +26,12 @@ class MiDoRA(MiLoRA):
         """Experts that change nothing but by rounding."""
         return init_decomposed(key, shape, self.rank, kernels)
 
-    def adapt(
-        self,
-        params: MiLoRAParams,
-        names: tuple[str, ...],
-        x: Float[Array, "B T d_in"],
-        outputs: tuple[Float[Array, "B T _"], ...],
-        frozen: tuple[Frozen, ...],
-        weights: Float[Array, "B _ E"] | None,
-        key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T _"], ...]:
+    def adapt(self, params: MiLoRAParams, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
         """Add the chosen experts' changes, each times its routing weight."""
-        experts, scale = params.experts, self.scale
-        changes = decomposed_changes(experts, names, x, outputs, frozen, scale, self.dropout, key)
-        chosen = of_group(routed(weights), names)
+        changes = decomposed_changes(params.experts, group, self.scale, self.dropout)
+        chosen = of_group(routed(group.weights), group.names)
         weighed = tuple(change * chosen[..., i, :].astype(change.dtype) for i, change in enumerate(changes))
-        return add(outputs, weighed)
+        return add(group.outputs, weighed)
 
     def expert_sizes(self, shape: Shape) -> dict[str, int]:
         """An expert's pair and its magnitudes, over all layers."""

@@ -20,7 +20,7 @@ from milora_jax.adapters.low_rank import (
     pair_sizes,
     widen,
 )
-from milora_jax.adapters.protocol import Frozen, Kernels, Shape
+from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
 from milora_jax.adapters.router import Router, RouterParams
 from milora_jax.config import ACTIVATIONS, COEFFICIENTS, GATES, POOLERS, one_of, require
 from milora_jax.shapes import Array, Bool, Float, Key
@@ -93,6 +93,10 @@ class MiLoRA(LowRankMethod):
         """The rational coefficients are Theta."""
         return path[-1] in ("numerator", "denominator")
 
+    def is_router(self, path: tuple[str, ...]) -> bool:
+        """Poolers, router matrices and their activations."""
+        return path[0] == "router"
+
     def init_experts(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Any]:
         """Experts that change nothing yet."""
         del kernels
@@ -116,24 +120,14 @@ class MiLoRA(LowRankMethod):
         """Eq. 2 and 3 for this layer."""
         return self.router(params.router, hidden, members, depth)
 
-    def adapt(
-        self,
-        params: MiLoRAParams,
-        names: tuple[str, ...],
-        x: Float[Array, "B T d_in"],
-        outputs: tuple[Float[Array, "B T _"], ...],
-        frozen: tuple[Frozen, ...],
-        weights: Float[Array, "B _ E"] | None,
-        key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T _"], ...]:
+    def adapt(self, params: MiLoRAParams, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
         """Add the chosen experts' products, each times its routing weight (Eq. 1 and 3).
 
         Scale and weight multiply the R-wide product, not the wide output.
         """
-        del frozen
-        u = narrow(params.experts, names, drop(x, self.dropout, key)) * self.scale
-        u = u * of_group(routed(weights), names).astype(u.dtype)
-        return add(outputs, widen(params.experts, names, u))
+        u = narrow(params.experts, group.names, drop(group.x, self.dropout, group.key)) * self.scale
+        u = u * of_group(routed(group.weights), group.names).astype(u.dtype)
+        return add(group.outputs, widen(params.experts, group.names, u))
 
     def expert_sizes(self, shape: Shape) -> dict[str, int]:
         """Parameters of each expert over all layers: those in force where the expert is chosen."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from milora_jax.adapters.low_rank import LowRankMethod, add, drop, init_pairs, narrow, pair_sizes, widen
-from milora_jax.adapters.protocol import Frozen, Kernels, Shape
+from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
 from milora_jax.config import require
 from milora_jax.shapes import Array, Float, Key
 
@@ -69,27 +69,23 @@ class MOELoRA(LowRankMethod):
             params[name] = RoutedPair(pairs[name].a, pairs[name].b, router)
         return params
 
+    def is_router(self, path: tuple[str, ...]) -> bool:
+        """The routers of all modules."""
+        return path[-1] == "routing"
+
     def adapt(
-        self,
-        params: dict[str, RoutedPair],
-        names: tuple[str, ...],
-        x: Float[Array, "B T d_in"],
-        outputs: tuple[Float[Array, "B T _"], ...],
-        frozen: tuple[Frozen, ...],
-        weights: Float[Array, "B _ E"] | None,
-        key: Key[Array, ""] | None,
+        self, params: dict[str, RoutedPair], group: ProjectionGroup
     ) -> tuple[Float[Array, "B T _"], ...]:
         """Add every module's chosen experts, weighed token by token. The router reads the whole input."""
-        del frozen, weights
-        u = narrow(params, names, drop(x, self.dropout, key)) * self.scale
-        routers = jnp.stack([params[name].routing for name in names], axis=-2)
-        logits = jnp.einsum("BTD,DMN->BTMN", x.astype(jnp.float32), routers)
+        u = narrow(params, group.names, drop(group.x, self.dropout, group.key)) * self.scale
+        routers = jnp.stack([params[name].routing for name in group.names], axis=-2)
+        logits = jnp.einsum("BTD,DMN->BTMN", group.x.astype(jnp.float32), routers)
         probs = jax.nn.softmax(logits, axis=-1)
         kept, chosen = jax.lax.top_k(probs, self.top_k)
         shares = kept / kept.sum(axis=-1, keepdims=True)
         gates = (jax.nn.one_hot(chosen, self.num_experts) * shares[..., None]).sum(axis=-2)
         gates = jnp.repeat(gates, self.rank // self.num_experts, axis=-1)
-        return add(outputs, widen(params, names, u * gates.astype(u.dtype)))
+        return add(group.outputs, widen(params, group.names, u * gates.astype(u.dtype)))
 
     def active_parameters(self, shape: Shape, share: Mapping[str, float]) -> float:
         """k of N experts, and all routers, which run at every token."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import Kernels, Method, Project, Shape
+from milora_jax.adapters.protocol import Kernels, Project, Shape, WidthMethod
 from milora_jax.config import require
 from milora_jax.shapes import Array, Bool, Float, Key
 
@@ -35,21 +35,20 @@ class Prefix:
 
 
 @dataclass(frozen=True)
-class PTuningV2(Method):
-    """P-tuning v2.
+class PTuningV2(WidthMethod):
+    """P-tuning v2; ``width`` is that of the vectors that are projected.
 
     Attributes:
       tokens: P, the length of the prefix.
-      width: of the vectors that are projected.
     """
 
     name: ClassVar[str] = "p_tuning_v2"
-    tokens: int = 16
     width: int = 640
+    tokens: int = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.tokens >= 1, "adapter.tokens", self.tokens, "at least 1")
-        require(self.width >= 1, "adapter.width", self.width, "at least 1")
 
     @property
     def prefix_length(self) -> int:

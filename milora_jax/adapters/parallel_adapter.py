@@ -11,24 +11,16 @@ from typing import ClassVar
 import jax
 
 from milora_jax.adapters.bottleneck import Bottleneck, init_branches
-from milora_jax.adapters.protocol import Kernels, Method, Shape
-from milora_jax.config import require
+from milora_jax.adapters.protocol import Kernels, Shape, WidthMethod
 from milora_jax.shapes import Array, Float, Key
 
 
 @dataclass(frozen=True)
-class ParallelAdapter(Method):
-    """Parallel-Adapter.
-
-    Attributes:
-      width: of the bottleneck.
-    """
+class ParallelAdapter(WidthMethod):
+    """Parallel-Adapter; ``width`` is that of the bottleneck."""
 
     name: ClassVar[str] = "parallel_adapter"
     width: int = 160
-
-    def __post_init__(self) -> None:
-        require(self.width >= 1, "adapter.width", self.width, "at least 1")
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Bottleneck]:
         """Two bottlenecks per layer that add nothing yet."""

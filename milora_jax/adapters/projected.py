@@ -7,11 +7,14 @@ output width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import Shape
+from milora_jax.adapters.protocol import Kernels, Shape, WidthMethod
 from milora_jax.shapes import Array, Float, Key
 
 
@@ -32,15 +35,21 @@ class Projected:
         return jnp.einsum("W,WD->D", self.vector, self.projection)
 
 
-def init_projected(
-    key: Key[Array, ""], shape: Shape, names: tuple[str, ...], width: int
-) -> dict[str, Projected]:
-    """One vector per named module and layer, all of them zero."""
-    layers, dims = shape.num_layers, shape.dims
-    return {
-        name: Projected(
-            vector=width**-0.5 * jax.random.normal(module_key, (layers, width), jnp.float32),
-            projection=jnp.zeros((layers, width, dims[name][1]), jnp.float32),
-        )
-        for module_key, name in zip(jax.random.split(key, len(names)), names, strict=True)
-    }
+@dataclass(frozen=True)
+class ProjectedMethod(WidthMethod):
+    """A method that tunes one vector ``z P`` per module; ``width`` is that of z."""
+
+    modules: ClassVar[tuple[str, ...]] = ()
+    """The modules that have one."""
+
+    def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Projected]:
+        """One vector per module and layer, all of them zero."""
+        del kernels
+        layers, dims, width = shape.num_layers, shape.dims, self.width
+        return {
+            name: Projected(
+                vector=width**-0.5 * jax.random.normal(module_key, (layers, width), jnp.float32),
+                projection=jnp.zeros((layers, width, dims[name][1]), jnp.float32),
+            )
+            for module_key, name in zip(jax.random.split(key, len(self.modules)), self.modules, strict=True)
+        }

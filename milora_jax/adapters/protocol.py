@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from milora_jax.config import require
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree, Route
 
@@ -54,6 +55,27 @@ class Frozen(NamedTuple):
 
     kernel: Float[Array, "d_in d_out"]
     bias: Float[Array, " d_out"] | None
+
+
+@dataclass(frozen=True)
+class ProjectionGroup:
+    """Modules that share an input, as one layer evaluates them.
+
+    Attributes:
+      names: of the modules.
+      x: the input they share.
+      outputs: what the frozen modules give for ``x``, bias included, one array per name.
+      frozen: the modules' own leaves.
+      weights: routing weights of the layer, per row (middle axis 1) or per token (T); None without a route.
+      key: present while training with dropout.
+    """
+
+    names: tuple[str, ...]
+    x: Float[Array, "B T _"]
+    outputs: tuple[Float[Array, "B T _"], ...]
+    frozen: tuple[Frozen, ...]
+    weights: Float[Array, "B _ E"] | None
+    key: Key[Array, ""] | None
 
 
 Kernels = Mapping[str, Any]
@@ -155,32 +177,15 @@ class Method:
         del params, hidden, members, project
         return None
 
-    def adapt(
-        self,
-        params: PyTree,
-        names: tuple[str, ...],
-        x: Float[Array, "B T _"],
-        outputs: tuple[Float[Array, "B T _"], ...],
-        frozen: tuple[Frozen, ...],
-        weights: Float[Array, "B _ E"] | None,
-        key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T _"], ...]:
-        """Change the outputs of one projection group.
+    def adapt(self, params: PyTree, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
+        """The adapted outputs of one projection group, in the order of its modules.
 
         Args:
           params: this layer's parameters.
-          names: the group's modules.
-          x: the input they share.
-          outputs: what the frozen modules give for ``x``, bias included, one array per name.
-          frozen: the modules' own leaves.
-          weights: routing weights of the layer, per row (middle axis 1) or per token (T).
-          key: present while training with dropout.
-
-        Returns:
-          The adapted outputs, in the order of ``names``.
+          group: what the method may read.
         """
-        del params, names, x, frozen, weights, key
-        return outputs
+        del params
+        return group.outputs
 
     def branch(self, params: PyTree, sublayer: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"] | None:
         """What is added to a sublayer's output, from the normed stream that enters the sublayer.
@@ -228,6 +233,11 @@ class Method:
         del path
         return False
 
+    def is_router(self, path: tuple[str, ...]) -> bool:
+        """Whether the leaf at ``path`` decides a route, so that ``train.router_rate`` applies to it."""
+        del path
+        return False
+
     def tunable_parameters(self, shape: Shape) -> int:
         """Scalars that remain tuned at the end of training; of a method that prunes, its budget."""
         return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(self, shape)))
@@ -246,6 +256,20 @@ class Method:
         """
         del share
         return float(self.tunable_parameters(shape))
+
+
+@dataclass(frozen=True)
+class WidthMethod(Method):
+    """Settings of the methods whose size is one width.
+
+    Attributes:
+      width: W, of a bottleneck or of a short vector that is projected.
+    """
+
+    width: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.width >= 1, "adapter.width", self.width, "at least 1")
 
 
 @struct.dataclass
@@ -279,6 +303,11 @@ def abstract_params(method: Method, shape: Shape) -> PyTree:
 def path_names(path: tuple) -> tuple[str, ...]:
     """Field and dictionary names along a ``jax.tree_util`` key path."""
     return tuple(str(getattr(entry, "name", getattr(entry, "key", entry))) for entry in path)
+
+
+def router_mask(method: Method, params: PyTree) -> PyTree:
+    """A tree like ``params`` that is True on the leaves of routers."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: method.is_router(path_names(path)), params)
 
 
 def coefficient_mask(adapter: Adapter) -> PyTree:

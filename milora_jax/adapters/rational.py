@@ -16,6 +16,12 @@ normalises what it feeds in, see ``milora_jax.adapters.router``.
 """
 
 
+def gelu_coefficients(layers: int) -> tuple[Float[Array, "L 7"], Float[Array, "L 5"]]:
+    """Numerator and denominator of the fit to GELU, once per layer."""
+    numerator, denominator = (jnp.array([c], jnp.float32) for c in (GELU_NUMERATOR, GELU_DENOMINATOR))
+    return jnp.tile(numerator, (layers, 1)), jnp.tile(denominator, (layers, 1))
+
+
 def rational(
     x: Float[Array, "*shape"], numerator: Float[Array, " 7"], denominator: Float[Array, " 5"]
 ) -> Float[Array, "*shape"]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.rational import GELU_DENOMINATOR, GELU_NUMERATOR, rational
+from milora_jax.adapters.rational import gelu_coefficients, rational
 from milora_jax.shapes import Array, Bool, Float, Key
 from milora_jax.types import EXPERTS, Route
 
@@ -57,16 +57,14 @@ class Router:
     def init(self, key: Key[Array, ""], num_layers: int, hidden_size: int) -> RouterParams:
         """Fresh parameters: W_r normal with standard deviation 0.02; W_sa zero, which is the average
         pooler; coefficients fitted to GELU."""
-        learned = self.activation == "rational"
+        numerator, denominator = (
+            gelu_coefficients(num_layers) if self.activation == "rational" else (None, None)
+        )
         return RouterParams(
             pool=jnp.zeros((num_layers, hidden_size), jnp.float32) if self.pooler == "attention" else None,
             weight=0.02 * jax.random.normal(key, (num_layers, hidden_size, len(EXPERTS)), jnp.float32),
-            numerator=jnp.tile(jnp.array([GELU_NUMERATOR], jnp.float32), (num_layers, 1))
-            if learned
-            else None,
-            denominator=jnp.tile(jnp.array([GELU_DENOMINATOR], jnp.float32), (num_layers, 1))
-            if learned
-            else None,
+            numerator=numerator,
+            denominator=denominator,
         )
 
     def __call__(

@@ -30,7 +30,7 @@ from milora_jax.adapters.low_rank import (
     of_group,
     widen,
 )
-from milora_jax.adapters.protocol import Frozen, Kernels, Shape
+from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
 from milora_jax.config import COEFFICIENTS, one_of, require
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree
@@ -122,21 +122,11 @@ class SSP(LowRankMethod):
         """Probabilities of all positions, whose expected size is the budget (shifted sigmoid)."""
         return dataclasses.replace(params, openness=budgeted(params.openness, _shares(params.pairs)))
 
-    def adapt(
-        self,
-        params: SSPParams,
-        names: tuple[str, ...],
-        x: Float[Array, "B T d_in"],
-        outputs: tuple[Float[Array, "B T _"], ...],
-        frozen: tuple[Frozen, ...],
-        weights: Float[Array, "B _ E"] | None,
-        key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T _"], ...]:
+    def adapt(self, params: SSPParams, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
         """Add every candidate's product times its probability."""
-        del frozen, weights
-        u = narrow(params.pairs, names, drop(x, self.dropout, key)) * self.scale
-        u = u * of_group(params.openness[None, None], names).astype(u.dtype)
-        return add(outputs, widen(params.pairs, names, u))
+        u = narrow(params.pairs, group.names, drop(group.x, self.dropout, group.key)) * self.scale
+        u = u * of_group(params.openness[None, None], group.names).astype(u.dtype)
+        return add(group.outputs, widen(params.pairs, group.names, u))
 
     def init_memory(self, params: SSPParams) -> Structure:
         """Nothing decided."""

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from milora_jax.adapters.protocol import Adapter, Frozen, Kernels
+from milora_jax.adapters.protocol import Adapter, Frozen, Kernels, ProjectionGroup
 from milora_jax.base import ops
 from milora_jax.base.cache import KVCache, LayerCache
 from milora_jax.config import ModelConfig
@@ -211,9 +211,9 @@ class AdaptedLayer:
     weights: Array | None
     key: Array | None
 
-    def project(self, group: int, x: Float[Array, "B T _"]) -> tuple[Float[Array, "B T _"], ...]:
+    def project(self, place: int, x: Float[Array, "B T _"]) -> tuple[Float[Array, "B T _"], ...]:
         """The adapted outputs of a projection group, by its place in ``types.GROUPS``."""
-        names = GROUPS[group]
+        names = GROUPS[place]
         modules = [getattr(self.layer, name) for name in names]
         outputs = tuple(module(x) for module in modules)
         if self.adapter is None:
@@ -222,8 +222,9 @@ class AdaptedLayer:
             Frozen(module.kernel[...], None if module.bias is None else module.bias[...])
             for module in modules
         )
-        key = None if self.key is None else jax.random.fold_in(self.key, group)
-        return self.adapter.method.adapt(self.params, names, x, outputs, frozen, self.weights, key)
+        key = None if self.key is None else jax.random.fold_in(self.key, place)
+        group = ProjectionGroup(names, x, outputs, frozen, self.weights, key)
+        return self.adapter.method.adapt(self.params, group)
 
     def beside(
         self, sublayer: str, x: Float[Array, "B T D"], output: Float[Array, "B T D"]

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import optax
 
-from milora_jax.adapters.protocol import Adapter, coefficient_mask, path_names
+from milora_jax.adapters.protocol import Adapter, coefficient_mask
 from milora_jax.config import TrainSection
 from milora_jax.types import PyTree
 
@@ -23,32 +23,14 @@ def learning_rate_schedule(peak: float, warmup_share: float, total_steps: int) -
     return optax.join_schedules([rise, fall], [warmup])
 
 
-def make_optimizer(
-    settings: TrainSection, total_steps: int, router_rate: float
-) -> optax.GradientTransformation:
-    """AdamW with gradient clipping and the linear schedule, at a peak learning rate of 1.
+def make_optimizer(settings: TrainSection, total_steps: int) -> optax.GradientTransformation:
+    """AdamW with the linear schedule, at a peak learning rate of 1.
 
-    The step multiplies the update, weight decay included, by the real peak, which is a value of the
-    state: one compiled program serves every learning rate. Routers may have a rate of their own.
-
-    Args:
-      router_rate: what the updates of routers are multiplied by.
+    The step clips the gradient before and multiplies the update, weight decay included, by the real
+    peak after: that is a value of the state, and one compiled program serves every learning rate.
     """
     schedule = learning_rate_schedule(1.0, settings.warmup_share, total_steps)
-    parts: list[optax.GradientTransformation] = []
-    if settings.clip_norm > 0:
-        parts.append(optax.clip_by_global_norm(settings.clip_norm))
-    parts.append(optax.adamw(schedule, weight_decay=settings.weight_decay))
-    if router_rate != 1:
-        parts.append(optax.masked(optax.scale(router_rate), router_mask))
-    return optax.chain(*parts)
-
-
-def router_mask(params: PyTree) -> PyTree:
-    """True on the leaves of routers: those under ``router``, and MOELoRA's, which are named ``routing``."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not {"router", "routing"}.isdisjoint(path_names(path)), params
-    )
+    return optax.adamw(schedule, weight_decay=settings.weight_decay)
 
 
 def split_params(adapter: Adapter) -> tuple[PyTree, PyTree, PyTree]:

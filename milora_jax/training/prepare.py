@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from milora_jax.adapters.protocol import Shape, abstract_params
-from milora_jax.adapters.registry import build_method, full_settings
+from milora_jax.adapters.protocol import abstract_params, router_mask
+from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf import load_leaves
 from milora_jax.base.hf_config import read_model_config
@@ -24,16 +24,11 @@ from milora_jax.data.tokens import Example, encode_prompt, encode_records, load_
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.rules import Rules, base_sharding, batch_sharding
-from milora_jax.training.optim import router_mask
 from milora_jax.training.workdir import refuse_early
-from milora_jax.types import EXPERTS, Batch
+from milora_jax.types import Batch
 
 ROW_MULTIPLE = 8
 """Training rows are padded to one common length, a multiple of this, so that one step is compiled."""
-
-
-ANY_SHAPE = Shape.of(dict.fromkeys(EXPERTS, (1, 1)), 1, 1)
-"""For questions about a method that have one answer for every base."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +73,12 @@ def prepare_run(config: Config, workdir: Path | None, say: Callable[[str], None]
     """
     method = build_method(config.adapter)
     config = dataclasses.replace(config, adapter=full_settings(method))
-    routed = any(jax.tree.leaves(router_mask(abstract_params(method, ANY_SHAPE))))
-    rate = config.train.router_rate
-    require(rate == 1 or routed, "train.router_rate", rate, f"1, method {method.name!r} has no router")
     require(bool(config.model.path), "model.path", config.model.path, "a Hugging Face directory")
     require(bool(config.data.train), "data.train", config.data.train, "at least one file")
     model = read_model_config(Path(config.model.path))
+    rate, params = config.train.router_rate, abstract_params(method, adapter_shape(model))
+    has_router = any(jax.tree.leaves(router_mask(method, params)))
+    require(rate == 1 or has_router, "train.router_rate", rate, f"1, method {method.name!r} has no router")
     require(
         config.data.max_length <= model.max_positions,
         "data.max_length",

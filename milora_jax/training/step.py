@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from milora_jax.adapters.protocol import Adapter
+from milora_jax.adapters.protocol import Adapter, router_mask
 from milora_jax.base.transformer import Base
 from milora_jax.config import ModelConfig, TrainSection
 from milora_jax.shapes import Array, Bool, Float, Int, Key
@@ -70,8 +70,8 @@ def _optimizers(
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     theta_steps = -(-total_steps // settings.coefficient_every)
     return (
-        make_optimizer(settings, total_steps, settings.router_rate),
-        make_optimizer(settings, theta_steps, 1.0),
+        make_optimizer(settings, total_steps),
+        make_optimizer(settings, theta_steps),
     )
 
 
@@ -115,11 +115,14 @@ def make_steps(model: ModelConfig, settings: TrainSection, total_steps: int, pro
 
         (value, parts), grads = jax.value_and_grad(of_omega, has_aux=True)(omega)
         norm = optax.tree.norm(grads)
-        new_omega, opt_state = _updated(omega_optimizer, omega, state.omega_state, grads, state.omega_rate)
+        grads = _clipped(grads, settings.clip_norm)
+        rates = jax.tree.map(
+            lambda routes: state.omega_rate * settings.router_rate if routes else state.omega_rate,
+            router_mask(method, omega),
+        )
+        new_omega, opt_state = _updated(omega_optimizer, omega, state.omega_state, grads, rates)
         adapter = join_params(state.adapter, new_omega, *rest)
-        clip = jnp.minimum(1.0, settings.clip_norm / jnp.maximum(norm, 1e-12)) if settings.clip_norm else 1.0
-        seen = jax.tree.map(lambda grad: clip * grad, grads)
-        params, memory = method.after_update(adapter.params, seen, state.memory, state.step + 1, total_steps)
+        params, memory = method.after_update(adapter.params, grads, state.memory, state.step + 1, total_steps)
         finite = _all_finite(value, norm, params)
         bad = jnp.where(finite, 0, state.bad_steps + 1).astype(jnp.int32)
         new = (dataclasses.replace(adapter, params=params), memory, opt_state)
@@ -137,7 +140,9 @@ def make_steps(model: ModelConfig, settings: TrainSection, total_steps: int, pro
 
         (value, parts), grads = jax.value_and_grad(of_theta, has_aux=True)(theta)
         norm = optax.tree.norm(grads)
-        new = _updated(theta_optimizer, theta, state.theta_state, grads, state.theta_rate)
+        rates = jax.tree.map(lambda _: state.theta_rate, theta)
+        grads = _clipped(grads, settings.clip_norm)
+        new = _updated(theta_optimizer, theta, state.theta_state, grads, rates)
         finite = _all_finite(value, norm, new[0])
         theta, opt_state = _keep_if(finite, new, (theta, state.theta_state))
         adapter = join_params(state.adapter, omega, theta, rest)
@@ -155,18 +160,26 @@ def make_steps(model: ModelConfig, settings: TrainSection, total_steps: int, pro
     )
 
 
+def _clipped(grads: PyTree, largest: float) -> PyTree:
+    """Gradients scaled down to a global norm of at most ``largest``; as they are where it is 0."""
+    if largest == 0:
+        return grads
+    clip = optax.clip_by_global_norm(largest)
+    return clip.update(grads, clip.init(grads))[0]
+
+
 def _updated(
     optimizer: optax.GradientTransformation,
     params: PyTree,
     opt_state: PyTree,
     grads: PyTree,
-    rate: Float[Array, ""],
+    rates: PyTree,
 ) -> tuple[PyTree, PyTree]:
-    """Parameters and optimiser state after one update, ``rate`` times as large as the optimiser's."""
+    """Parameters and optimiser state after one update: the optimiser's, each leaf times its rate."""
     # optax computes schedules and bias corrections as float ** int, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(grads, opt_state, params)
-    updates = jax.tree.map(lambda update: rate * update, updates)
+    updates = jax.tree.map(jnp.multiply, rates, updates)
     return optax.apply_updates(params, updates), opt_state
 
 

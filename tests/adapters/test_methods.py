@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from milora_jax.adapters.protocol import path_names
+from milora_jax.adapters.protocol import ProjectionGroup, path_names
 from milora_jax.adapters.registry import METHOD_CLASSES, build_method, full_settings
 from milora_jax.base.transformer import adapter_decode_layout, decode_layout, unembed
 from milora_jax.config import METHODS, AdapterSection
@@ -241,7 +241,7 @@ def test_moelora_routes_token_by_token():
     zero = jnp.zeros((2, 5, TINY.hidden_size))
 
     def change(x, params):
-        return method.adapt(params, ("q",), x, (zero,), (), None, None)[0]
+        return method.adapt(params, ProjectionGroup(("q",), x, (zero,), (), None, None))[0]
 
     moved = change(x.at[0, 2].add(1.0), layer) - change(x, layer)
     assert set(zip(*np.nonzero(np.abs(moved).max(axis=-1)), strict=True)) == {(0, 2)}

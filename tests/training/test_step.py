@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from milora_jax.adapters.protocol import coefficient_mask, init_adapter
+from milora_jax.adapters.protocol import coefficient_mask, init_adapter, router_mask
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.transformer import frozen_kernels
 from milora_jax.config import METHODS, AdapterSection, MeshSection, TrainSection
@@ -114,6 +114,39 @@ def test_the_two_optimisers_change_what_is_theirs():
     split = jax.tree.map(lambda theta, equal: theta != equal, is_theta, kept)
     assert all(jax.tree.leaves(split)), "Omega moved, or Theta did not"
     assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("method", ["milora", "moelora"])
+def test_routers_have_their_own_multiple_of_the_learning_rate(method):
+    """Adam's first update is the learning rate itself, up to the sign: once as far, and ten times."""
+    moved = {}
+    for factor in (0.0, 1.0, 10.0):
+        settings = dataclasses.replace(SETTINGS, router_rate=factor)
+        state, steps = prepare(
+            settings=settings, method=method, load_balance=0.5 if method == "milora" else None
+        )
+        before = jax.tree_util.tree_leaves_with_path(params_of(state))
+        for _ in range(2):  # B is zero before the first update, and a router learns through it
+            state, _ = steps.train(state, random_base(MODEL), rows())
+        after = jax.tree.leaves(params_of(state))
+        is_router = jax.tree.leaves(router_mask(state.adapter.method, state.adapter.params))
+        is_theta = jax.tree.leaves(coefficient_mask(state.adapter))
+        for (path, old), new, routes, theta in zip(before, after, is_router, is_theta, strict=True):
+            if not theta:
+                moved.setdefault((routes, jax.tree_util.keystr(path)), []).append(np.abs(new - old).max())
+    assert {routes for routes, _ in moved} == {True, False}
+    for (routes, path), (never, once, ten) in moved.items():
+        assert (never == 0) == routes, path
+        assert not routes or 5 * once < ten < 20 * once, path
+
+
+def test_the_rate_of_theta_is_no_routers_rate():
+    def update(factor):
+        state, steps = prepare(settings=dataclasses.replace(SETTINGS, router_rate=factor))
+        state, _ = steps.coefficients(state, random_base(MODEL), rows())
+        return params_of(state).router.numerator
+
+    np.testing.assert_array_equal(update(1.0), update(10.0))
 
 
 @pytest.mark.parametrize("coefficients", ["joint", "frozen"])
