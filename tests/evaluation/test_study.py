@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -95,6 +96,27 @@ def test_the_same_run_at_another_rate_or_seed_is_another_cell():
 
     assert len(names(3, 1e-3)) == 3
     assert not names(3, 1e-3) & names(3, 2e-3)
+
+
+def test_cells_and_studies_are_known_by_content_not_by_place(tmp_path):
+    """A clone that moves keeps its finished cells; other rows under the old name are another study."""
+    data = STUDY.base.data
+    home = Path(data.train.split(",")[0].split("=")[1]).parents[1]
+    shutil.copytree(home, tmp_path / "tasks")
+    texts = {
+        s: getattr(data, s).replace(str(home), str(tmp_path / "tasks")) for s in ("train", "dev", "test")
+    }
+    base = dataclasses.replace(STUDY.base, data=dataclasses.replace(data, **texts))
+    moved = dataclasses.replace(STUDY, base=base)
+    for one, other in zip(plans.table2(STUDY, 1, RATES), plans.table2(moved, 1, RATES), strict=True):
+        assert one.name == other.name
+        assert one.config != other.config
+    claim_study(tmp_path / "study", STUDY)
+    claim_study(tmp_path / "study", moved)
+    with (tmp_path / "tasks" / "word_order" / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"instruction": "x", "output": "y", "answer": "y"}) + "\n")
+    with pytest.raises(UserError, match=r"rows_fingerprint.test is '\w+' there"):
+        claim_study(tmp_path / "study", moved)
 
 
 def test_data_of_a_task_is_that_task():

@@ -59,10 +59,22 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Folder of the cell: the same for the same run, whatever table asks for it."""
-        values = json.dumps([self.config.to_dict(), self.scored], sort_keys=True)
+        """Folder of the cell: the same for the same run, whatever table asks for it.
+
+        Wherever the base and the rows lie: that they are those of the study, its claim makes sure.
+        """
+        values = json.dumps([without_paths(self.config), self.trained_on, self.scored], sort_keys=True)
         digest = hashlib.sha256(values.encode()).hexdigest()[:10]
         return f"{self.config.adapter.method}-{self.trained_on}-s{self.seed}-{digest}"
+
+
+def without_paths(config: Config) -> dict[str, Any]:
+    """A config's values but for where its base and its rows lie."""
+    values = config.to_dict()
+    del values["model"]["path"]
+    for split in ("train", "dev", "test"):
+        del values["data"][split]
+    return values
 
 
 def make_cell(

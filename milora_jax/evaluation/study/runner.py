@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -11,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from milora_jax.adapters.protocol import Shape
-from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.cli import Console, stop_if
 from milora_jax.config import require
 from milora_jax.data.records import fingerprint, parse_sources, read_records
 from milora_jax.errors import UserError
-from milora_jax.evaluation.study.cells import Cell, CellRunner, Row
+from milora_jax.evaluation.study.cells import Cell, CellRunner, Row, without_paths
 from milora_jax.evaluation.study.plans import Rates, tuning
 from milora_jax.evaluation.study.settings import Study
 from milora_jax.storage.files import read_json, write_atomic, write_json_atomic
@@ -38,15 +39,7 @@ def claim_study(directory: Path, study: Study) -> None:
     Raises:
       UserError: naming the first setting that differs; nothing in the directory is touched.
     """
-    base, data = Path(study.base.model.path), study.base.data
-    rows = {
-        split: fingerprint(
-            [record for source in parse_sources(text) for record in read_records(source, True)]
-        )
-        for split, text in (("train", data.train), ("dev", data.dev), ("test", data.test))
-    }
-    read = {"base_fingerprint": base_fingerprint(base), "rows_fingerprint": rows}
-    path, new = directory / STUDY_NAME, json.loads(json.dumps({**study.to_dict(), **read}))
+    path, new = directory / STUDY_NAME, json.loads(json.dumps(_identity(study)))
     with study_lock(directory):
         _claim(directory, path, new)
 
@@ -61,6 +54,29 @@ def study_lock(directory: Path) -> Iterator[None]:
                 return
         except WorkdirBusy:
             time.sleep(0.1)
+
+
+def _identity(study: Study) -> dict[str, Any]:
+    """Everything that decides what the cells find, with base and rows by their content."""
+    data = study.base.data
+    rows = {
+        split: fingerprint(
+            [record for source in parse_sources(text) for record in read_records(source, True)]
+        )
+        for split, text in (("train", data.train), ("dev", data.dev), ("test", data.test))
+    }
+    methods = {
+        label: dataclasses.asdict(full_settings(build_method(settings)))
+        for label, settings in study.methods.items()
+    }
+    return {
+        **dataclasses.asdict(study),
+        "base": without_paths(study.base),
+        "methods": methods,
+        "tasks": study.tasks,
+        "base_fingerprint": base_fingerprint(Path(study.base.model.path)),
+        "rows_fingerprint": rows,
+    }
 
 
 def _claim(directory: Path, path: Path, new: dict[str, Any]) -> None:

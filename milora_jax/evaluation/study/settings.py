@@ -7,9 +7,7 @@ import runpy
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from milora_jax.adapters.registry import build_method, full_settings
 from milora_jax.config import AdapterSection, Config, DataSection, one_of, require
 from milora_jax.data.records import Source, parse_sources
 from milora_jax.errors import UserError
@@ -82,15 +80,6 @@ class Study:
         require(has_subject, "study mixed_methods", self.mixed_methods, f"a list with {self.subject!r}")
         require(bool(self.learning_rates), "study learning_rates", self.learning_rates, "at least one")
         require(self.mixed_steps >= 0, "study mixed_steps", self.mixed_steps, "0 (as single tasks) or more")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain nested values, with every setting of every method written out."""
-        values = dataclasses.asdict(self)
-        values["methods"] = {
-            label: dataclasses.asdict(full_settings(build_method(settings)))
-            for label, settings in self.methods.items()
-        }
-        return values
 
     def data_of(self, trained_on: str) -> DataSection:
         """The data of one task, or of all of them."""
