@@ -29,14 +29,14 @@ def get_config():
         adapter=AdapterSection(rank=16),
         data=DataSection(train=_files("train"), dev=_files("dev"), test=_files("test"), max_length=160),
         train=TrainSection(
-            max_steps=560,
+            max_steps=500,
             epochs=100,
             batch_size=32,
             learning_rate=5e-3,
             # A step on Theta costs as much as one on Omega; the paper takes one after every step.
-            coefficient_every=10,
-            eval_every=140,
-            save_every=140,
+            coefficient_every=20,
+            eval_every=125,
+            save_every=125,
         ),
         eval=EvalSection(batch_size=56, max_new_tokens=32),
     )
