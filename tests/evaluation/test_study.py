@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -117,6 +118,26 @@ def test_cells_and_studies_are_known_by_content_not_by_place(tmp_path):
         file.write(json.dumps({"instruction": "x", "output": "y", "answer": "y"}) + "\n")
     with pytest.raises(UserError, match=r"rows_fingerprint.test is '\w+' there"):
         claim_study(tmp_path / "study", moved)
+
+
+def test_compiled_programs_make_room_before_a_process_has_too_many(monkeypatch, tmp_path):
+    from milora_jax.evaluation.study import cells
+
+    maps = tmp_path / "maps"
+    monkeypatch.setattr(cells, "MAPS", maps)
+    assert cells.memory_maps() == 0
+    compiled = jax.jit(lambda x: x + 1)
+    compiled(1.0)
+    runner = cells.CellRunner(tmp_path, print)
+    runner._steps["anything"] = None
+    maps.write_text("a map\n" * cells.MOST_MAPS)
+    runner._make_room()
+    assert runner._steps
+    assert compiled._cache_size() == 1
+    maps.write_text("a map\n" * (cells.MOST_MAPS + 1))
+    runner._make_room()
+    assert not runner._steps
+    assert compiled._cache_size() == 0
 
 
 def test_data_of_a_task_is_that_task():

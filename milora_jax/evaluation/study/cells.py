@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import shutil
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
 from milora_jax.base.transformer import Base, decode_layout
@@ -29,6 +32,11 @@ from milora_jax.training.workdir import claim_workdir
 RESULT = "result.json"
 LOG = "log.txt"
 """What a run has to say; a thousand runs on one terminal would say too much."""
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 30_000
+"""A compiled program holds some hundred memory maps, and Linux gives a process 65,530 of them by default;
+at the end XLA dies with "Unable to allocate section memory"."""
 
 Row = dict[str, Any]
 """A finished cell on one task: one line of ``rows.jsonl``."""
@@ -109,6 +117,14 @@ def make_cell(
     return Cell(variant, method, trained_on, config, scored)
 
 
+def memory_maps() -> int:
+    """Memory maps that this process holds; 0 where the system does not say."""
+    try:
+        return MAPS.read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
 class CellRunner:
     """Runs cells on one base, whose leaves, rows and compiled programs it keeps between them."""
 
@@ -129,6 +145,7 @@ class CellRunner:
         A run whose loss does not stay finite is a result too: it is written as diverged.
         """
         started, workdir = time.monotonic(), self._root / cell.name
+        self._make_room()
         run = self._prepare(cell)
         claim_workdir(workdir, run.config)
         method, shape = build_method(run.config.adapter), adapter_shape(run.model)
@@ -165,6 +182,13 @@ class CellRunner:
         write_json_atomic(workdir / RESULT, {**found, "seconds": time.monotonic() - started})
         shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
         shutil.rmtree(workdir / "best", ignore_errors=True)
+
+    def _make_room(self) -> None:
+        """Forget compiled programs before they are too many for one process."""
+        if memory_maps() > MOST_MAPS:
+            self._steps.clear()
+            jax.clear_caches()
+            gc.collect()
 
     def _prepare(self, cell: Cell) -> Run:
         """The run of a cell: rows are read once per set of them, the base once per study."""
