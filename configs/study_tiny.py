@@ -2,9 +2,10 @@
 
     python -m milora_jax.evaluation study all --config configs/study_tiny.py --seeds 5
 
-Needs nothing but the package. Two CPU cores, about two hours for everything; ``--quick`` rehearses it in
-minutes. The budget is LoRA's at rank 36, which MOELoRA as the paper has it (8 experts of rank 4 per
-module) meets; every other method has the rank or width that comes nearest.
+Needs nothing but the package. On two CPU cores, one process on each, a little over two hours for everything
+(docs/study.md); ``--quick`` rehearses it in minutes. The budget is LoRA's at rank 36, which MOELoRA as the
+paper has it (8 experts of rank 4 per module) meets; every other method has the rank or width that comes
+nearest.
 """
 
 from typing import Any

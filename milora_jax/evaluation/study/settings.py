@@ -152,7 +152,7 @@ def _chosen(flag: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
 def quick(study: Study) -> Study:
     """The same study with a few steps and rows: a rehearsal, whose figures mean nothing."""
     train = dataclasses.replace(
-        study.base.train, max_steps=QUICK_STEPS, eval_every=QUICK_STEPS // 2, coefficient_every=5
+        study.base.train, max_steps=QUICK_STEPS, eval_every=QUICK_STEPS, coefficient_every=5
     )
     base = dataclasses.replace(
         study.base, train=train, eval=dataclasses.replace(study.base.eval, limit=QUICK_ROWS)
@@ -163,7 +163,7 @@ def quick(study: Study) -> Study:
         mixed_steps=QUICK_STEPS,
         learning_rates=study.learning_rates[:1],
         ranks=study.ranks[:1],
-        top_ks=study.top_ks[::3],
+        top_ks=study.top_ks[::6],
         lambdas=study.lambdas[::4],
         router_rates=study.router_rates[:1],
     )
