@@ -133,8 +133,9 @@ class MiLoRA(LowRankMethod):
         """Parameters of each expert over all layers: those in force where the expert is chosen."""
         return pair_sizes(shape, self.rank)
 
-    def active_parameters(self, shape: Shape, share: Mapping[str, float]) -> float:
+    def active_parameters(self, shape: Shape, share: Mapping[str, float], tunable: int) -> float:
         """The chosen experts' parameters; the router runs once per prompt and is not counted."""
+        del tunable
         sizes = self.expert_sizes(shape)
         return sum(sizes[name] * share[name] for name in EXPERTS)
 

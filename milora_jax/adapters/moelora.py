@@ -87,9 +87,9 @@ class MOELoRA(LowRankMethod):
         gates = jnp.repeat(gates, self.rank // self.num_experts, axis=-1)
         return add(group.outputs, widen(params, group.names, u * gates.astype(u.dtype)))
 
-    def active_parameters(self, shape: Shape, share: Mapping[str, float]) -> float:
+    def active_parameters(self, shape: Shape, share: Mapping[str, float], tunable: int) -> float:
         """k of N experts, and all routers, which run at every token."""
         del share
         pairs = sum(pair_sizes(shape, self.rank).values())
-        routers = self.tunable_parameters(shape) - pairs
+        routers = tunable - pairs
         return pairs * self.top_k / self.num_experts + routers

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from milora_jax.adapters.protocol import Adapter
+from milora_jax.adapters.protocol import Adapter, Method, Shape
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.transformer import Base, adapter_decode_layout, decode_layout
 from milora_jax.cli import Console, stop_if
@@ -106,11 +107,17 @@ def score_tests(
     ]
 
 
-def share_by_expert(share: list[list[float]] | None) -> dict[str, float]:
-    """Mean over layers of the stored ``[L, E]`` share of prompts that chose each expert; all without a
-    router."""
+def parameter_counts(method: Method, shape: Shape, best: Mapping[str, Any]) -> dict[str, float]:
+    """Tunable parameters of the best adapter, and how many of them have a part in a generated token.
+
+    Args:
+      best: what was stored beside it; ``expert_share`` is ``[L, E]``, the share of dev prompts that chose
+        each expert, or None without a router.
+    """
+    share = best["expert_share"]
     means = np.ones(len(EXPERTS)) if share is None else np.mean(share, axis=0)
-    return dict(zip(EXPERTS, means.tolist(), strict=True))
+    tunable, by_expert = best["tunable_parameters"], dict(zip(EXPERTS, means.tolist(), strict=True))
+    return {"tunable": tunable, "active": method.active_parameters(shape, by_expert, tunable)}
 
 
 def write_report(
@@ -126,15 +133,15 @@ def write_report(
     Args:
       wall_seconds: of this life, and the training time of the earlier ones.
     """
-    method, shape = build_method(run.config.adapter), adapter_shape(run.model)
     best = read_metadata(workdir / "best", fit.progress.best_step)
+    counts = parameter_counts(build_method(run.config.adapter), adapter_shape(run.model), best)
     summary = {
         "steps": fit.steps,
         "best_step": fit.progress.best_step,
         "dev_perplexity": fit.progress.best_perplexity,
         "skipped_updates": fit.progress.skipped,
-        "tunable_parameters": best["tunable_parameters"],
-        "mean_active_parameters": method.active_parameters(shape, share_by_expert(best["expert_share"])),
+        "tunable_parameters": counts["tunable"],
+        "mean_active_parameters": counts["active"],
         "tokens_per_second": fit.tokens_per_second,
         "wall_seconds": wall_seconds,
     }

@@ -63,7 +63,7 @@ def test_every_method_is_counted():
         total = sum(leaf.size for leaf in jax.tree.leaves(allocated))
         # Only what is pruned while training is allocated beyond its count.
         assert (tuned < total) == (method in ("adalora", "ssp")), method
-        assert 0 < chosen.active_parameters(SHAPE, dict.fromkeys(EXPERTS, 1.0)) <= tuned
+        assert 0 < chosen.active_parameters(SHAPE, dict.fromkeys(EXPERTS, 1.0), tuned) <= tuned
 
 
 @pytest.mark.parametrize(
@@ -89,19 +89,24 @@ def test_milora_counts_by_part():
 
 def test_active_parameters_of_one_and_three_experts():
     method = build_method(AdapterSection())
-    one_of_seven = method.active_parameters(SHAPE, dict.fromkeys(EXPERTS, 1 / 7))
+    tuned = method.tunable_parameters(SHAPE)
+    one_of_seven = method.active_parameters(SHAPE, dict.fromkeys(EXPERTS, 1 / 7), tuned)
     assert round(one_of_seven) == 11_421_989
     assert round((one_of_seven + ROUTERS) / 1e6, 1) == 12.3  # Table 2
     sizes = sorted(method.expert_sizes(SHAPE).values())
     assert sizes[-1] == 15_466_496
     assert sum(sizes[:3]) == 25_165_824  # Table 1: 25.2M, three experts of attention
     assert sum(sizes[-3:]) == 46_399_488
-    assert method.active_parameters(SHAPE, dict.fromkeys(EXPERTS, 1.0)) == PAIRS
+    assert method.active_parameters(SHAPE, dict.fromkeys(EXPERTS, 1.0), tuned) == PAIRS
 
 
 def test_active_parameters_of_the_others():
     midora, moelora = (build_method(AdapterSection(method=name)) for name in ("midora", "moelora"))
-    everything = midora.active_parameters(SHAPE, dict.fromkeys(EXPERTS, 1.0))
+    everything = midora.active_parameters(
+        SHAPE, dict.fromkeys(EXPERTS, 1.0), midora.tunable_parameters(SHAPE)
+    )
     assert everything == PAIRS + MAGNITUDES
     routers = 32 * 8 * (6 * 4096 + 11008)
-    assert moelora.active_parameters(SHAPE, {}) == PAIRS / 2 + routers
+    assert moelora.active_parameters(SHAPE, {}, moelora.tunable_parameters(SHAPE)) == PAIRS / 2 + routers
+    adalora = build_method(AdapterSection(method="adalora"))
+    assert adalora.active_parameters(SHAPE, {}, 12345) == 12345, "what pruning left is all in force"

@@ -140,6 +140,44 @@ def test_compiled_programs_make_room_before_a_process_has_too_many(monkeypatch, 
     assert compiled._cache_size() == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux says what a process maps")
+def test_forgetting_programs_gives_their_memory_maps_back(monkeypatch, tmp_path):
+    from milora_jax.evaluation.study import cells
+
+    programs = [jax.jit(lambda x, i=i: jax.numpy.sin(x @ x + i).sum()) for i in range(20)]
+    before = cells.memory_maps()
+    for i, program in enumerate(programs):
+        program(np.ones((8 + i, 8 + i), np.float32))
+    held = cells.memory_maps()
+    assert held >= before + 3 * len(programs)
+    programs.clear()
+    monkeypatch.setattr(cells, "MOST_MAPS", 0)
+    cells.CellRunner(tmp_path, print)._make_room()
+    assert cells.memory_maps() < before + (held - before) / 2
+
+
+def test_a_curve_is_compared_with_the_studys_own_setting(tmp_path):
+    subject = STUDY.methods["milora"]
+    names = {
+        "figure3": [f"k={k}" for k in (1, 3, 7)],
+        "figure4": ["lambda=0", "lambda=0.01"],
+        "figure5": ["milora r=9", f"milora r={subject.rank}", "lora r=9"],
+    }
+    own = {"figure3": "k=3", "figure4": "lambda=0.01", "figure5": f"milora r={subject.rank}"}
+    for name, variants in names.items():
+        found = Results.of(rows({variant: {"a": [0.1, 0.2]} for variant in variants}))
+        assert f"| {own[name]} leads by |" in COMPARISONS[name].render(found, STUDY, tmp_path)
+
+
+def test_rows_of_a_mixed_run_come_in_the_order_of_the_tasks():
+    from milora_jax.evaluation.study.runner import _rows
+
+    cell = plans.figure2(STUDY, 1, RATES)[0]
+    result = {"accuracy": dict.fromkeys(sorted(STUDY.tasks), 0.5)}
+    assert [row["task"] for row in _rows(cell, result)] == list(STUDY.tasks)
+    assert list(STUDY.tasks) != sorted(STUDY.tasks)
+
+
 def test_data_of_a_task_is_that_task():
     data = STUDY.data_of("completion")
     for split in (data.train, data.dev, data.test):
@@ -274,6 +312,14 @@ def test_tables_by_hand():
         "| lora | 40.0 | 35.0 | -5.0 [-5.0, -5.0] | +15.0 [15.0, 15.0] | +20.0 [20.0, 20.0] |"
     )
     assert mixed[3] == "| milora | 55.0 | 55.0 | +0.0 [0.0, 0.0] |  |  |"
+
+
+def test_counts_are_those_of_the_rows_a_table_shows():
+    mixed = rows(MIX, MIXED, active_parameters=999.0)
+    results = Results.of([*rows(SINGLE), *mixed])
+    for is_mixed, active in ((False, "400"), (True, "999")):
+        table = comparison(results, "milora", results.places(mixed=is_mixed), counts=True)
+        assert all(f"| 1,000 | {active} |" in line for line in table.splitlines()[2:])
 
 
 def test_rows_are_paired_by_seed_in_whatever_order_they_come():

@@ -20,7 +20,7 @@ from milora_jax.base.transformer import Base, decode_layout
 from milora_jax.cli import stop_if
 from milora_jax.config import AdapterSection, Config
 from milora_jax.errors import NonFiniteError
-from milora_jax.evaluation.final import score_tests, share_by_expert
+from milora_jax.evaluation.final import parameter_counts, score_tests
 from milora_jax.evaluation.study.settings import MIXED, Study
 from milora_jax.storage.adapters import best_metadata, load_adapter
 from milora_jax.storage.files import read_json, write_json_atomic
@@ -170,13 +170,13 @@ class CellRunner:
             nothing = dict.fromkeys(run.tests, 0.0) if cell.scored else {}
             found |= {"diverged": str(error), "dev_perplexity": None, "accuracy": nothing}
         else:
-            best = best_metadata(workdir)
+            counts = parameter_counts(method, shape, best_metadata(workdir))
             found |= {
-                "tunable_parameters": best["tunable_parameters"],
+                "tunable_parameters": counts["tunable"],
+                "active_parameters": counts["active"],
                 "steps": fit.steps,
                 "best_step": fit.progress.best_step,
                 "dev_perplexity": fit.progress.best_perplexity,
-                "active_parameters": method.active_parameters(shape, share_by_expert(best["expert_share"])),
                 **(self._score(run, workdir, preempted) if cell.scored else {"accuracy": {}}),
             }
         write_json_atomic(workdir / RESULT, {**found, "seconds": time.monotonic() - started})

@@ -28,6 +28,9 @@ DEFAULTS: dict[str, dict[str, str | bool]] = {
 }
 """What the paper leaves open about the route."""
 
+BY_K, BY_LAMBDA, BY_RANK = "k={}", "lambda={:g}", "{} r={}"
+"""Names of the variants of Figures 3, 4 and 5."""
+
 Rates = dict[str, float]
 """Learning rate by method label."""
 
@@ -106,13 +109,13 @@ def figure2(study: Study, seeds: int, rates: Rates) -> list[Cell]:
 
 def figure3(study: Study, seeds: int, rates: Rates) -> list[Cell]:
     """The subject over k."""
-    variants = _varied(study, {f"k={k}": {"top_k": k} for k in study.top_ks})
+    variants = _varied(study, {BY_K.format(k): {"top_k": k} for k in study.top_ks})
     return _grid(study, variants, study.varied_tasks, seeds, rates)
 
 
 def figure4(study: Study, seeds: int, rates: Rates) -> list[Cell]:
     """The subject over lambda."""
-    variants = _varied(study, {f"lambda={value:g}": {"load_balance": value} for value in study.lambdas})
+    variants = _varied(study, {BY_LAMBDA.format(value): {"load_balance": value} for value in study.lambdas})
     return _grid(study, variants, study.varied_tasks, seeds, rates)
 
 
@@ -123,7 +126,7 @@ def figure5(study: Study, seeds: int, rates: Rates) -> list[Cell]:
         settings = full_settings(build_method(study.methods[label]))
         require(settings.rank is not None, "study method", label, "one with a rank, for figure5")
         for rank in sorted({*study.ranks, settings.rank or 0}):
-            variants[f"{label} r={rank}"] = (label, dataclasses.replace(settings, rank=rank))
+            variants[BY_RANK.format(label, rank)] = (label, dataclasses.replace(settings, rank=rank))
     return _grid(study, variants, study.varied_tasks, seeds, rates)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from milora_jax.adapters.registry import build_method
-from milora_jax.config import require
+from milora_jax.adapters.registry import build_method, full_settings
+from milora_jax.config import AdapterSection, require
 from milora_jax.evaluation.study import plans
 from milora_jax.evaluation.study.cells import Cell, Row
 from milora_jax.evaluation.study.plans import Rates
@@ -116,12 +116,24 @@ def _table5(results: Results, study: Study, directory: Path) -> str:
 
 
 def _curve(
-    name: str, axis: str, points: Callable[[Results], dict[str, list[tuple[str, str]]]]
+    name: str,
+    axis: str,
+    points: Callable[[Results], dict[str, list[tuple[str, str]]]],
+    own: Callable[[str, AdapterSection], str],
 ) -> Callable[[Results, Study, Path], str]:
+    """How a curve over one setting reads; every value is compared with the study's own.
+
+    Args:
+      own: name of the variant that has the subject's own setting, from its label and settings.
+    """
+
     def make(results: Results, study: Study, directory: Path) -> str:
         places = results.places()
         plot_lines(directory / f"{name}.png", results, places, points(results), axis)
-        return comparison(results, results.variants[0], places, counts=True) + f"\n\n![]({name}.png)"
+        variant = own(study.subject, full_settings(build_method(study.methods[study.subject])))
+        # A rehearsal may leave it out.
+        subject = variant if variant in results.variants else results.variants[0]
+        return comparison(results, subject, places, counts=True) + f"\n\n![]({name}.png)"
 
     return make
 
@@ -156,12 +168,32 @@ COMPARISONS = {
     "table5": Comparison("ablations of the router", plans.table5, _table5),
     "figure2": Comparison("share of each expert, per layer and task", plans.figure2, _figure2),
     "figure3": Comparison(
-        "active experts k", plans.figure3, _curve("figure3", "k, experts of a layer in force", _by_value)
+        "active experts k",
+        plans.figure3,
+        _curve(
+            "figure3",
+            "k, experts of a layer in force",
+            _by_value,
+            lambda _, settings: plans.BY_K.format(settings.top_k),
+        ),
     ),
     "figure4": Comparison(
-        "weight lambda of the load-balance term", plans.figure4, _curve("figure4", "lambda", _by_value)
+        "weight lambda of the load-balance term",
+        plans.figure4,
+        _curve(
+            "figure4",
+            "lambda",
+            _by_value,
+            lambda _, settings: plans.BY_LAMBDA.format(settings.load_balance),
+        ),
     ),
-    "figure5": Comparison("rank", plans.figure5, _curve("figure5", "rank", _by_rank)),
+    "figure5": Comparison(
+        "rank",
+        plans.figure5,
+        _curve(
+            "figure5", "rank", _by_rank, lambda label, settings: plans.BY_RANK.format(label, settings.rank)
+        ),
+    ),
     "defaults": Comparison("what the paper leaves open", plans.defaults, _defaults),
 }
 """Every comparison by name."""

@@ -225,7 +225,9 @@ class StudyRunner:
 
 
 def _rows(cell: Cell, result: Row) -> list[Row]:
-    accuracy = result["accuracy"] or {cell.trained_on: None}  # a run that chose a learning rate
+    # A run that chose a learning rate has no accuracy; the others' come in the order of the study's tasks.
+    tasks = [source.name for source in parse_sources(cell.config.data.test)] if cell.scored else []
+    accuracy = {task: result["accuracy"][task] for task in tasks} or {cell.trained_on: None}
     shared = {name: value for name, value in result.items() if name not in ("accuracy", "expert_share")}
     return [
         {

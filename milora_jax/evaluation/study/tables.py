@@ -83,12 +83,12 @@ class Results:
         alone = {task: self.accuracies(variant, (task, task)) for _, task in mixed}
         return paired_difference({task: self.accuracies(variant, (MIXED, task)) for _, task in mixed}, alone)
 
-    def mean(self, variant: str, field: str) -> float:
-        """Mean of a number over all rows that have it."""
+    def mean(self, variant: str, places: Sequence[Place], field: str) -> float:
+        """Mean of a number over the rows of some places that have it."""
         values = [
             row[field]
-            for rows in self.by_variant[variant].values()
-            for row in rows
+            for place in places
+            for row in self.by_variant[variant][place]
             if row.get(field) is not None
         ]
         return float(np.mean(values)) if values else math.nan
@@ -125,9 +125,9 @@ def comparison(results: Results, subject: str, places: Sequence[Place], counts: 
     for variant in results.variants:
         numbers = (
             [
-                f"{results.mean(variant, 'tunable_parameters'):,.0f}",
-                f"{results.mean(variant, 'active_parameters'):,.0f}",
-                f"{results.mean(variant, 'learning_rate'):g}",
+                f"{results.mean(variant, places, 'tunable_parameters'):,.0f}",
+                f"{results.mean(variant, places, 'active_parameters'):,.0f}",
+                f"{results.mean(variant, places, 'learning_rate'):g}",
             ]
             if counts
             else []
