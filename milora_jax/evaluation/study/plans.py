@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from milora_jax.adapters.registry import build_method, full_settings
-from milora_jax.config import GATES, AdapterSection, require
+from milora_jax.config import AdapterSection, require
 from milora_jax.evaluation.study.cells import Cell, make_cell
 from milora_jax.evaluation.study.settings import MIXED, Study
 
@@ -20,13 +20,6 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "frozen coefficients": {"coefficients": "frozen"},
 }
 """Table 5 (MiLoRA-1 to -5), and the ways to train the coefficients of Appendix A."""
-
-DEFAULTS: dict[str, dict[str, str | bool]] = {
-    f"{gate}, {'normalised' if normalize else 'as it is'}": {"gate": gate, "normalize": normalize}
-    for gate in GATES
-    for normalize in (True, False)
-}
-"""What the paper leaves open about the route."""
 
 BY_K, BY_LAMBDA, BY_RANK = "k={}", "lambda={:g}", "{} r={}"
 """Names of the variants of Figures 3, 4 and 5."""
@@ -133,10 +126,15 @@ def figure5(study: Study, seeds: int, rates: Rates) -> list[Cell]:
 def defaults(study: Study, seeds: int, rates: Rates) -> list[Cell]:
     """The subject with each choice that the paper leaves open: looked at on dev only, with seeds that no
     table uses, and each choice at every learning rate of the grid, since it may want its own."""
+    choices = {
+        f"{gate}, {'normalised' if normalize else 'as it is'}": {"gate": gate, "normalize": normalize}
+        for gate in study.gates
+        for normalize in (True, False)
+    }
     cells = []
     for seed in range(study.tuning_seed, study.tuning_seed + seeds):
         for trained_on in study.varied_tasks:
-            for variant, (label, settings) in _varied(study, DEFAULTS).items():
+            for variant, (label, settings) in _varied(study, choices).items():
                 for rate in study.learning_rates:
                     name = f"{variant} @ {rate:g}"
                     cells.append(

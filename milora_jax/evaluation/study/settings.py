@@ -8,7 +8,7 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from milora_jax.config import AdapterSection, Config, DataSection, one_of, require
+from milora_jax.config import GATES, AdapterSection, Config, DataSection, one_of, require
 from milora_jax.data.records import Source, parse_sources
 from milora_jax.errors import UserError
 
@@ -39,6 +39,7 @@ class Study:
       varied_tasks: tasks of Table 5 and Figures 3 to 5.
       top_ks, lambdas: of Figures 3 and 4.
       ranks: of Figure 5, beside the subject's own.
+      gates: among the open choices, each with and without normalisation.
       router_rates: learning rates of the routers, as multiples, among the open choices.
       quick_tasks: tasks of a rehearsal; of equal length they share compiled programs.
     """
@@ -58,6 +59,7 @@ class Study:
     top_ks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7)
     lambdas: tuple[float, ...] = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
     ranks: tuple[int, ...] = (8, 16, 64)
+    gates: tuple[str, ...] = GATES
     router_rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
     quick_tasks: tuple[str, ...] = ()
 
@@ -76,6 +78,8 @@ class Study:
             one_of("study method", label, tuple(self.methods))
         for task in (*self.varied_tasks, *self.quick_tasks):
             one_of("study task", task, self.tasks)
+        for gate in self.gates:
+            one_of("study gate", gate, GATES)
         has_subject = self.subject in self.mixed_methods
         require(has_subject, "study mixed_methods", self.mixed_methods, f"a list with {self.subject!r}")
         require(bool(self.learning_rates), "study learning_rates", self.learning_rates, "at least one")
@@ -163,8 +167,9 @@ def quick(study: Study) -> Study:
         mixed_steps=QUICK_STEPS,
         learning_rates=study.learning_rates[:1],
         ranks=study.ranks[:1],
-        top_ks=study.top_ks[::6],
-        lambdas=study.lambdas[::4],
+        top_ks=study.top_ks[2::4],
+        lambdas=study.lambdas[2::2],
+        gates=study.gates[1:],
         router_rates=study.router_rates[:1],
     )
     return narrowed(small, ",".join(study.quick_tasks or study.tasks[:2]), "")
