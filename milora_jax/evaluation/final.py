@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -107,7 +107,14 @@ def score_tests(
     ]
 
 
-def parameter_counts(method: Method, shape: Shape, best: Mapping[str, Any]) -> dict[str, float]:
+class ParameterCounts(NamedTuple):
+    """Of one adapter: how many parameters were tuned, and how many serve one generated token."""
+
+    tunable: int
+    active: float
+
+
+def parameter_counts(method: Method, shape: Shape, best: Mapping[str, Any]) -> ParameterCounts:
     """Tunable parameters of the best adapter, and how many of them have a part in a generated token.
 
     Args:
@@ -117,7 +124,7 @@ def parameter_counts(method: Method, shape: Shape, best: Mapping[str, Any]) -> d
     share = best["expert_share"]
     means = np.ones(len(EXPERTS)) if share is None else np.mean(share, axis=0)
     tunable, by_expert = best["tunable_parameters"], dict(zip(EXPERTS, means.tolist(), strict=True))
-    return {"tunable": tunable, "active": method.active_parameters(shape, by_expert, tunable)}
+    return ParameterCounts(tunable, method.active_parameters(shape, by_expert, tunable))
 
 
 def write_report(
@@ -140,8 +147,8 @@ def write_report(
         "best_step": fit.progress.best_step,
         "dev_perplexity": fit.progress.best_perplexity,
         "skipped_updates": fit.progress.skipped,
-        "tunable_parameters": counts["tunable"],
-        "mean_active_parameters": counts["active"],
+        "tunable_parameters": counts.tunable,
+        "mean_active_parameters": counts.active,
         "tokens_per_second": fit.tokens_per_second,
         "wall_seconds": wall_seconds,
     }

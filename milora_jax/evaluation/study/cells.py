@@ -172,8 +172,8 @@ class CellRunner:
         else:
             counts = parameter_counts(method, shape, best_metadata(workdir))
             found |= {
-                "tunable_parameters": counts["tunable"],
-                "active_parameters": counts["active"],
+                "tunable_parameters": counts.tunable,
+                "active_parameters": counts.active,
                 "steps": fit.steps,
                 "best_step": fit.progress.best_step,
                 "dev_perplexity": fit.progress.best_perplexity,
