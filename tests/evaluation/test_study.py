@@ -28,6 +28,14 @@ STUDY = load_study(ROOT / "configs" / "study_tiny.py")
 RATES = dict.fromkeys(STUDY.methods, 1e-3)
 
 
+ENVIRONMENT = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    # One device, and machine code that is not worth optimising: see conftest.py.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+}
+
+
 def study_command(*arguments, timeout=120):
     return subprocess.run(
         [sys.executable, "-m", "milora_jax.evaluation", "study", *map(str, arguments)],
@@ -36,7 +44,7 @@ def study_command(*arguments, timeout=120):
         text=True,
         timeout=timeout,
         check=False,
-        env={**{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}, "JAX_PLATFORMS": "cpu"},
+        env=ENVIRONMENT,
     )
 
 
@@ -366,7 +374,7 @@ def test_the_whole_study_rehearsed(tmp_path):
         [sys.executable, "-m", "milora_jax.evaluation", "study", *map(str, arguments)],
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
-        env={**{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}, "JAX_PLATFORMS": "cpu"},
+        env=ENVIRONMENT,
     )
     while len(list(tmp_path.rglob("result.json"))) < 3 or not unfinished(tmp_path):
         assert killed.poll() is None
