@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, Key
+    from jaxtyping import Array, Bool, Float, Int, Key, UInt
 else:
     try:
-        from jaxtyping import Array, Bool, Float, Int, Key
+        from jaxtyping import Array, Bool, Float, Int, Key, UInt
     except ImportError:
         from typing import Any
 
         from jax import Array
 
-        Bool = Float = Int = Key = Any
+        Bool = Float = Int = Key = UInt = Any
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "UInt"]

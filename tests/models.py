@@ -9,7 +9,7 @@ import numpy as np
 
 from milora_jax.base.hf import LeafSpec, base_specs, save_base
 from milora_jax.base.hf_config import write_model_config
-from milora_jax.base.transformer import Base
+from milora_jax.base.modules import Base
 from milora_jax.config import ModelConfig
 
 TINY = ModelConfig(
@@ -48,7 +48,7 @@ def random_base(config: ModelConfig = TINY, seed: int = 0, dtype: str = "float32
     rng = np.random.default_rng(seed)
 
     def draw(spec: LeafSpec) -> jax.Array:
-        is_norm = len(spec.shape) - spec.stacked == 1 and "norm" in spec.names[0]
+        is_norm = "norm" in spec.parts[0].name
         values = rng.normal(size=spec.shape) * (0.1 if is_norm else 0.2) + (1.0 if is_norm else 0.0)
         return jnp.asarray(values.astype(np.float32), dtype)
 

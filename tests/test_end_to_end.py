@@ -145,8 +145,8 @@ def test_the_verbs_of_the_package(workdir, folder, tmp_path):
     with pytest.raises(UserError, match="the adapter fits a base of 4 layers"):
         milora_jax.generate(base, other, tokenizer, prompts, adapter=adapter)
     for bad, message in (
-        ([" "], "prompt 0 is empty"),
-        (["x" * 600], "prompt 0 has 6"),
+        ([" "], "prompt 0: the prompt is empty"),
+        (["x" * 600], "prompt 0: the prompt has 6"),
         ("one", "prompts is 'one'"),
     ):
         with pytest.raises(UserError, match=message):

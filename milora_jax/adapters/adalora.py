@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from milora_jax.adapters.low_rank import LowRankMethod, add, drop, narrow, widen
+from milora_jax.adapters.lora import TunedPairs
+from milora_jax.adapters.low_rank import LowRank, drop, narrow, widen
 from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
 from milora_jax.config import require
 from milora_jax.shapes import Array, Bool, Float, Int, Key
@@ -54,7 +55,7 @@ class Importance:
 
 
 @dataclass(frozen=True)
-class AdaLoRA(LowRankMethod):
+class AdaLoRA(TunedPairs):
     """AdaLoRA.
 
     Attributes:
@@ -111,11 +112,17 @@ class AdaLoRA(LowRankMethod):
             )
         return params
 
-    def adapt(self, params: dict[str, Triplets], group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
-        """Add ``s x A diag(e) B`` to every module's output."""
+    def folded(self, params: dict[str, Triplets]) -> dict[str, LowRank]:
+        """LoRA's pairs, each value times its row of B."""
+        return {name: LowRank(mine.a, mine.singular[:, None] * mine.b) for name, mine in params.items()}
+
+    def changes(
+        self, params: dict[str, Triplets], group: ProjectionGroup
+    ) -> tuple[Float[Array, "B T _"], ...]:
+        """``s x A diag(e) B`` of every module."""
         u = narrow(params, group.names, drop(group.x, self.dropout, group.key)) * self.scale
         values = jnp.stack([params[name].singular for name in group.names])
-        return add(group.outputs, widen(params, group.names, u * values[None, None].astype(u.dtype)))
+        return widen(params, group.names, u * values[None, None].astype(u.dtype))
 
     def penalty(self, params: dict[str, Triplets]) -> Float[Array, ""]:
         """Mean of ``|A^T A - I|_F`` and ``|B B^T - I|_F`` over all matrices, times its weight."""

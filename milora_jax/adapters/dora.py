@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.low_rank import LowRankMethod, add, drop, init_pairs, narrow, widen
-from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
+from milora_jax.adapters.joined import Joined, join
+from milora_jax.adapters.low_rank import LowRank, LowRankMethod, add, drop, init_pairs, narrow, widen
+from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
 from milora_jax.shapes import Array, Float, Key
+from milora_jax.types import GROUPS
 
 
 @struct.dataclass
@@ -31,6 +33,19 @@ class Decomposed:
     a: Float[Array, "*L d_in R"]
     b: Float[Array, "*L R d_out"]
     magnitude: Float[Array, "*L d_out"]
+
+
+@struct.dataclass
+class JoinedDecomposed:
+    """One layer's DoRA for decoding, with the norms computed once.
+
+    Attributes:
+      pairs: the joined pairs, each column of B times its ratio m/n.
+      stretch: m/n - 1 of every module.
+    """
+
+    pairs: Joined
+    stretch: dict[str, Float[Array, " d_out"]]
 
 
 def init_decomposed(key: Key[Array, ""], shape: Shape, rank: int, kernels: Kernels) -> dict[str, Decomposed]:
@@ -60,27 +75,58 @@ def column_norms(
     return jnp.sqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))
 
 
+def join_decomposed(
+    params: dict[str, Decomposed], frozen: FrozenLayer, scale: float, dtype: jnp.dtype
+) -> JoinedDecomposed:
+    """What decoding reads: W, A, B and m are fixed then, and so are the ratios m/n."""
+    ratios = {}
+    for place, names in enumerate(GROUPS):
+        for name, leaves in zip(names, frozen(place), strict=True):
+            pair = params[name]
+            ratios[name] = pair.magnitude / column_norms(leaves.kernel, pair.a, pair.b, scale)
+    pairs = {name: LowRank(pair.a, pair.b * ratios[name][None]) for name, pair in params.items()}
+    return JoinedDecomposed(
+        pairs=join(pairs, scale, dtype),
+        stretch={name: (ratio - 1.0).astype(dtype) for name, ratio in ratios.items()},
+    )
+
+
 def decomposed_changes(
-    params: dict[str, Decomposed], group: ProjectionGroup, scale: float, dropout: float
+    params: dict[str, Decomposed] | JoinedDecomposed, group: ProjectionGroup, scale: float, dropout: float
 ) -> tuple[Float[Array, "B T _"], ...]:
     """What DoRA adds to every module's output: ``(m/n - 1) x W + (m/n) s x A B``.
 
     While dropout is on, both terms read the dropped input and the base's output stays whole, as in
     PEFT. The base's bias is not scaled.
     """
+    if isinstance(params, JoinedDecomposed):
+        products = params.pairs.changes(group.names, group.x)
+        wholes = _without_bias(group)
+        return tuple(
+            params.stretch[name][None, None] * whole + product
+            for name, whole, product in zip(group.names, wholes, products, strict=True)
+        )
     dropping = group.key is not None and dropout > 0
     x = drop(group.x, dropout, group.key)
     products = widen(params, group.names, narrow(params, group.names, x) * scale)
     changes = []
-    for name, output, leaves, product in zip(group.names, group.outputs, group.frozen, products, strict=True):
+    wholes = _without_bias(group)
+    for name, whole, leaves, product in zip(group.names, wholes, group.frozen, products, strict=True):
         pair = params[name]
         a, b = jax.lax.stop_gradient((pair.a, pair.b))
         norms = jax.lax.stop_gradient(column_norms(leaves.kernel, a, b, scale))
         ratio = (pair.magnitude / norms)[None, None, :]
-        whole = output if leaves.bias is None else output - leaves.bias[None, None, :]
         plain = x @ leaves.kernel if dropping else whole
         changes.append((ratio - 1.0).astype(x.dtype) * plain + ratio.astype(x.dtype) * product)
     return tuple(changes)
+
+
+def _without_bias(group: ProjectionGroup) -> list[Float[Array, "B T _"]]:
+    """``x W`` of every module."""
+    return [
+        output if leaves.bias is None else output - leaves.bias[None, None, :]
+        for output, leaves in zip(group.outputs, group.frozen, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -93,8 +139,18 @@ class DoRA(LowRankMethod):
         """One pair and one magnitude vector per module and layer; no change but rounding."""
         return init_decomposed(key, shape, self.rank, kernels)
 
+    def prepare(
+        self, params: dict[str, Decomposed], frozen: FrozenLayer, dtype: jnp.dtype
+    ) -> JoinedDecomposed:
+        """The pairs, joined, and the norms of the recomposed weights."""
+        return join_decomposed(params, frozen, self.scale, dtype)
+
+    def served(self, rank: int) -> Method:
+        """Scale and dropout are in the prepared pairs, or past."""
+        return DoRA(rank=rank)
+
     def adapt(
-        self, params: dict[str, Decomposed], group: ProjectionGroup
+        self, params: dict[str, Decomposed] | JoinedDecomposed, group: ProjectionGroup
     ) -> tuple[Float[Array, "B T _"], ...]:
         """The outputs of the recomposed weights."""
         changes = decomposed_changes(params, group, self.scale, self.dropout)

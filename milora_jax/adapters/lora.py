@@ -1,17 +1,62 @@
-"""LoRA on all seven modules (Hu et al. 2021, arXiv 2106.09685): every pair always in force."""
+"""LoRA on all seven modules (Hu et al. 2021, arXiv 2106.09685): every pair always in force.
+
+:class:`TunedPairs` is what LoRA shares with methods that tune otherwise and end up as LoRA.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from milora_jax.adapters.low_rank import LowRank, LowRankMethod, add, drop, init_pairs, narrow, widen
-from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
+import jax.numpy as jnp
+
+from milora_jax.adapters.joined import Joined, join
+from milora_jax.adapters.low_rank import LowRank, LowRankMethod, Pair, add, drop, init_pairs, narrow, widen
+from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
 from milora_jax.shapes import Array, Float, Key
+from milora_jax.types import PyTree
 
 
 @dataclass(frozen=True)
-class LoRA(LowRankMethod):
+class TunedPairs(LowRankMethod):
+    """A method whose tuned adapter is one pair per module and nothing else: it is decoded as LoRA."""
+
+    def folded(self, params: PyTree) -> Mapping[str, Pair]:
+        """One layer's pairs, with all that the method multiplies them by but the scale in them."""
+        raise NotImplementedError
+
+    def changes(self, params: PyTree, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
+        """What is added to a group's outputs while tuning."""
+        raise NotImplementedError
+
+    def prepare(self, params: PyTree, frozen: FrozenLayer, dtype: jnp.dtype) -> Joined:
+        """The pairs, joined."""
+        del frozen
+        return join(self.folded(params), self.scale, dtype)
+
+    @property
+    def is_pairs(self) -> bool:
+        """A prepared adapter is joined pairs."""
+        return True
+
+    def pairs_of(self, params: Joined, group: ProjectionGroup) -> tuple[Any, None]:
+        """The group's pairs, in force as they are."""
+        return params.of(group.names), None
+
+    def served(self, rank: int) -> Method:
+        """Scale and dropout are in the prepared pairs, or past."""
+        return LoRA(rank=rank)
+
+    def adapt(self, params: PyTree, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
+        """Add every module's low-rank product (Eq. 1)."""
+        if isinstance(params, Joined):
+            return add(group.outputs, params.changes(group.names, group.x))
+        return add(group.outputs, self.changes(params, group))
+
+
+@dataclass(frozen=True)
+class LoRA(TunedPairs):
     """LoRA; its settings are those of every low-rank method."""
 
     name: ClassVar[str] = "lora"
@@ -21,7 +66,13 @@ class LoRA(LowRankMethod):
         del kernels
         return init_pairs(key, shape, self.rank)
 
-    def adapt(self, params: dict[str, LowRank], group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
-        """Add every module's low-rank product (Eq. 1)."""
+    def folded(self, params: dict[str, LowRank]) -> dict[str, LowRank]:
+        """The pairs as they are."""
+        return params
+
+    def changes(
+        self, params: dict[str, LowRank], group: ProjectionGroup
+    ) -> tuple[Float[Array, "B T _"], ...]:
+        """Every module's low-rank product (Eq. 1)."""
         u = narrow(params, group.names, drop(group.x, self.dropout, group.key)) * self.scale
-        return add(group.outputs, widen(params, group.names, u))
+        return widen(params, group.names, u)

@@ -6,13 +6,16 @@ The paper names it in Table 1 and never defines it. Here a chosen expert gives i
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from milora_jax.adapters.dora import Decomposed, decomposed_changes, init_decomposed
+import jax.numpy as jnp
+
+from milora_jax.adapters.dora import Decomposed, decomposed_changes, init_decomposed, join_decomposed
 from milora_jax.adapters.low_rank import add, of_group
 from milora_jax.adapters.milora import MiLoRA, MiLoRAParams, routed
-from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
+from milora_jax.adapters.protocol import FrozenLayer, Kernels, ProjectionGroup, Shape
 from milora_jax.shapes import Array, Float, Key
 
 
@@ -25,6 +28,16 @@ class MiDoRA(MiLoRA):
     def init_experts(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Decomposed]:
         """Experts that change nothing but by rounding."""
         return init_decomposed(key, shape, self.rank, kernels)
+
+    @property
+    def is_pairs(self) -> bool:
+        """A chosen expert also stretches its module's own output."""
+        return False
+
+    def prepare(self, params: MiLoRAParams, frozen: FrozenLayer, dtype: jnp.dtype) -> MiLoRAParams:
+        """The experts, joined with their norms computed; the router as it is."""
+        experts = join_decomposed(params.experts, frozen, self.scale, dtype)
+        return dataclasses.replace(params, experts=experts)
 
     def adapt(self, params: MiLoRAParams, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
         """Add the chosen experts' changes, each times its routing weight."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
+from milora_jax.adapters.joined import Joined, join
 from milora_jax.adapters.low_rank import (
     LowRankMethod,
     add,
@@ -20,7 +23,7 @@ from milora_jax.adapters.low_rank import (
     pair_sizes,
     widen,
 )
-from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
+from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
 from milora_jax.adapters.router import Router, RouterParams
 from milora_jax.config import ACTIVATIONS, COEFFICIENTS, GATES, POOLERS, one_of, require
 from milora_jax.shapes import Array, Bool, Float, Key
@@ -32,11 +35,11 @@ class MiLoRAParams:
     """The trainable tree of MiLoRA and MiDoRA.
 
     Attributes:
-      experts: one expert per module, by the names of ``types.EXPERTS``.
+      experts: one expert per module, by the names of ``types.EXPERTS``; joined for decoding.
       router: one router per layer.
     """
 
-    experts: dict[str, Any]
+    experts: Any
     router: RouterParams
 
 
@@ -110,6 +113,32 @@ class MiLoRA(LowRankMethod):
             router=self.router.init(router_key, shape.num_layers, shape.hidden_size),
         )
 
+    def prepare(self, params: MiLoRAParams, frozen: FrozenLayer, dtype: jnp.dtype) -> MiLoRAParams:
+        """The experts, joined; the router as it is."""
+        del frozen
+        return dataclasses.replace(params, experts=join(params.experts, self.scale, dtype))
+
+    @property
+    def is_pairs(self) -> bool:
+        """The chosen experts are joined pairs."""
+        return True
+
+    def pairs_of(self, params: MiLoRAParams, group: ProjectionGroup) -> tuple[Any, Float[Array, "B _ M 1"]]:
+        """The group's experts, each times its routing weight."""
+        return params.experts.of(group.names), of_group(routed(group.weights), group.names)
+
+    def served(self, rank: int) -> Method:
+        """The router's settings remain."""
+        plain = type(self)()
+        return dataclasses.replace(
+            self,
+            rank=rank,
+            alpha=plain.alpha,
+            dropout=plain.dropout,
+            load_balance=plain.load_balance,
+            coefficients=plain.coefficients,
+        )
+
     def route(
         self,
         params: MiLoRAParams,
@@ -125,8 +154,11 @@ class MiLoRA(LowRankMethod):
 
         Scale and weight multiply the R-wide product, not the wide output.
         """
+        weights = of_group(routed(group.weights), group.names)
+        if isinstance(params.experts, Joined):
+            return add(group.outputs, params.experts.changes(group.names, group.x, weights))
         u = narrow(params.experts, group.names, drop(group.x, self.dropout, group.key)) * self.scale
-        u = u * of_group(routed(group.weights), group.names).astype(u.dtype)
+        u = u * weights.astype(u.dtype)
         return add(group.outputs, widen(params.experts, group.names, u))
 
     def expert_sizes(self, shape: Shape) -> dict[str, int]:

@@ -8,6 +8,7 @@ is not this one. There is no balance term: neither paper has one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,10 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from milora_jax.adapters.joined import Joined, join
 from milora_jax.adapters.low_rank import LowRankMethod, add, drop, init_pairs, narrow, pair_sizes, widen
-from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
+from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
 from milora_jax.config import require
 from milora_jax.shapes import Array, Float, Key
+from milora_jax.types import GROUPS
 
 
 @struct.dataclass
@@ -34,6 +37,19 @@ class RoutedPair:
     a: Float[Array, "*L d_in R"]
     b: Float[Array, "*L R d_out"]
     routing: Float[Array, "*L d_in N"]
+
+
+@struct.dataclass
+class JoinedExperts:
+    """One layer's experts and routers, joined for decoding.
+
+    Attributes:
+      pairs: the experts of all modules.
+      routing: the routers of each group's modules, by place in ``types.GROUPS``.
+    """
+
+    pairs: Joined
+    routing: tuple[Float[Array, "d_in M N"], ...]
 
 
 @dataclass(frozen=True)
@@ -73,19 +89,38 @@ class MOELoRA(LowRankMethod):
         """The routers of all modules."""
         return path[-1] == "routing"
 
+    def prepare(self, params: dict[str, RoutedPair], frozen: FrozenLayer, dtype: jnp.dtype) -> JoinedExperts:
+        """The experts, joined, and the routers of each group in one matrix."""
+        del frozen
+        routing = tuple(_routers(params, names) for names in GROUPS)
+        return JoinedExperts(join(params, self.scale, dtype), routing)
+
+    def served(self, rank: int) -> Method:
+        """Experts share the rank evenly, so a bank takes one rank only."""
+        del rank
+        return dataclasses.replace(self, alpha=0.0, dropout=0.0)
+
     def adapt(
-        self, params: dict[str, RoutedPair], group: ProjectionGroup
+        self, params: dict[str, RoutedPair] | JoinedExperts, group: ProjectionGroup
     ) -> tuple[Float[Array, "B T _"], ...]:
         """Add every module's chosen experts, weighed token by token. The router reads the whole input."""
+        if isinstance(params, JoinedExperts):
+            gates = self._gates(params.routing[GROUPS.index(group.names)], group.x)
+            return add(group.outputs, params.pairs.changes(group.names, group.x, gates))
         u = narrow(params, group.names, drop(group.x, self.dropout, group.key)) * self.scale
-        routers = jnp.stack([params[name].routing for name in group.names], axis=-2)
-        logits = jnp.einsum("BTD,DMN->BTMN", group.x.astype(jnp.float32), routers)
+        gates = self._gates(_routers(params, group.names), group.x)
+        return add(group.outputs, widen(params, group.names, u * gates.astype(u.dtype)))
+
+    def _gates(
+        self, routers: Float[Array, "d_in M N"], x: Float[Array, "B T d_in"]
+    ) -> Float[Array, "B T M R"]:
+        """What each column of the R-wide products is multiplied by, token by token."""
+        logits = jnp.einsum("BTD,DMN->BTMN", x.astype(jnp.float32), routers)
         probs = jax.nn.softmax(logits, axis=-1)
         kept, chosen = jax.lax.top_k(probs, self.top_k)
         shares = kept / kept.sum(axis=-1, keepdims=True)
         gates = (jax.nn.one_hot(chosen, self.num_experts) * shares[..., None]).sum(axis=-2)
-        gates = jnp.repeat(gates, self.rank // self.num_experts, axis=-1)
-        return add(group.outputs, widen(params, group.names, u * gates.astype(u.dtype)))
+        return jnp.repeat(gates, self.rank // self.num_experts, axis=-1)
 
     def active_parameters(self, shape: Shape, share: Mapping[str, float], tunable: int) -> float:
         """k of N experts, and all routers, which run at every token."""
@@ -93,3 +128,8 @@ class MOELoRA(LowRankMethod):
         pairs = sum(pair_sizes(shape, self.rank).values())
         routers = tunable - pairs
         return pairs * self.top_k / self.num_experts + routers
+
+
+def _routers(params: dict[str, RoutedPair], names: tuple[str, ...]) -> Float[Array, "d_in M N"]:
+    """The routers of a group's modules side by side."""
+    return jnp.stack([params[name].routing for name in names], axis=-2)

@@ -78,6 +78,9 @@ class ProjectionGroup:
     key: Key[Array, ""] | None
 
 
+FrozenLayer = Callable[[int], tuple[Frozen, ...]]
+"""The leaves of one layer's projection groups, by place in ``types.GROUPS``."""
+
 Kernels = Mapping[str, Any]
 """The frozen kernels of all layers, ``[L, d_in, d_out]``, by module."""
 
@@ -137,6 +140,44 @@ class Method:
     def settle(self, params: PyTree) -> PyTree:
         """What the layers read, from the stacked parameters: for what no layer can compute alone."""
         return params
+
+    def prepare(self, params: PyTree, frozen: FrozenLayer, dtype: jnp.dtype) -> PyTree:
+        """One layer's settled parameters in the form that decoding reads.
+
+        For what need not be done again at every token: joining matrices, casting them, whatever depends
+        on frozen weights alone. The other hooks take either form.
+
+        Args:
+          frozen: the layer's frozen leaves by place in ``types.GROUPS``; called only by methods that
+            need them.
+          dtype: of the base, in which activations are computed.
+        """
+        del frozen, dtype
+        return params
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether all that a prepared adapter does after prefill is what ``pairs_of`` says."""
+        return False
+
+    def pairs_of(self, params: PyTree, group: ProjectionGroup) -> tuple[Any, Float[Array, "B _ M 1"] | None]:
+        """The joined pairs that act on a group, and what their products are multiplied by, if anything.
+
+        Args:
+          params: of one layer, prepared.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.pairs_of")
+
+    def served(self, rank: int) -> Method:
+        """The settings that matter to a prepared adapter, with those that only training reads at rest.
+
+        Adapters whose methods are equal then can be tenants of one bank.
+
+        Args:
+          rank: of the bank; prepared pairs of a lower rank are filled up with zeros.
+        """
+        del rank
+        return self
 
     def route(
         self,

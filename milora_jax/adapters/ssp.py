@@ -20,10 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from milora_jax.adapters.lora import TunedPairs
 from milora_jax.adapters.low_rank import (
     LowRank,
-    LowRankMethod,
-    add,
     drop,
     init_pairs,
     narrow,
@@ -69,7 +68,7 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class SSP(LowRankMethod):
+class SSP(TunedPairs):
     """Sparse structure search.
 
     Attributes:
@@ -122,11 +121,18 @@ class SSP(LowRankMethod):
         """Probabilities of all positions, whose expected size is the budget (shifted sigmoid)."""
         return dataclasses.replace(params, openness=budgeted(params.openness, _shares(params.pairs)))
 
-    def adapt(self, params: SSPParams, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
-        """Add every candidate's product times its probability."""
+    def folded(self, params: SSPParams) -> dict[str, LowRank]:
+        """The candidates, each B times its position's probability."""
+        return {
+            name: LowRank(params.pairs[name].a, params.openness[i] * params.pairs[name].b)
+            for i, name in enumerate(EXPERTS)
+        }
+
+    def changes(self, params: SSPParams, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
+        """Every candidate's product times its probability."""
         u = narrow(params.pairs, group.names, drop(group.x, self.dropout, group.key)) * self.scale
         u = u * of_group(params.openness[None, None], group.names).astype(u.dtype)
-        return add(group.outputs, widen(params.pairs, group.names, u))
+        return widen(params.pairs, group.names, u)
 
     def init_memory(self, params: SSPParams) -> Structure:
         """Nothing decided."""

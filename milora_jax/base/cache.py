@@ -2,59 +2,237 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.config import ModelConfig
-from milora_jax.shapes import Array, Float, Int
+from milora_jax.base import ops
+from milora_jax.shapes import Array, Bool, Float, Int
 
 
 @struct.dataclass
 class LayerCache:
     """Keys and values of one layer, or of all layers on a leading axis.
 
+    Heads come before slots: a head's keys lie together, so that attention over them is a plain batched
+    product. With the axes the other way round XLA transposes the whole cache at every step.
+
     Attributes:
-      k, v: after the rotary embedding, in the base's dtype.
+      k, v: after the rotary embedding, in the base's dtype. A single row may lack its axis, see
+        :meth:`KVCache.squeezed`.
     """
 
-    k: Float[Array, "*L B S K H"]
-    v: Float[Array, "*L B S K H"]
+    k: Float[Array, "*B K S H"]
+    v: Float[Array, "*B K S H"]
+
+    @classmethod
+    def of(cls, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> LayerCache:
+        """The cache of a first pass."""
+        return cls(k=jnp.swapaxes(k, 1, 2), v=jnp.swapaxes(v, 1, 2))
+
+    def padded(self, slots: int) -> LayerCache:
+        """The same with room for ``slots`` entries."""
+        widths = ((0, 0), (0, 0), (0, slots - self.k.shape[2]), (0, 0))
+        return LayerCache(k=jnp.pad(self.k, widths), v=jnp.pad(self.v, widths))
 
     def write(
-        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slot: Int[Array, ""]
+        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], place: Int[Array, " B"]
     ) -> LayerCache:
-        """This layer's cache with T new entries at ``slot``."""
-        start = (0, slot, 0, 0)
-        return LayerCache(
-            k=jax.lax.dynamic_update_slice(self.k, k.astype(self.k.dtype), start),
-            v=jax.lax.dynamic_update_slice(self.v, v.astype(self.v.dtype), start),
-        )
+        """This layer's cache with T new entries from each row's ``place`` on.
+
+        An entry beyond the last slot is dropped.
+        """
+        rows = jnp.arange(k.shape[0])[:, None]
+        slots = place[:, None] + jnp.arange(k.shape[1])[None, :]
+
+        def put(cache: Array, new: Array) -> Array:
+            new = new.astype(cache.dtype)
+            if cache.ndim == 3:
+                where, new = cache.at[:, slots[0]], jnp.swapaxes(new[0], 0, 1)
+            else:
+                where = cache.at[rows, :, slots]
+            return where.set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
+
+        return LayerCache(k=put(self.k, k), v=put(self.v, v))
+
+    def attend(self, q: Float[Array, "B T N H"], mask: Bool[Array, "B T S"]) -> Float[Array, "B T N H"]:
+        """Attention of new queries over the whole cache."""
+        return ops.cached_attention(q, ((self.k, self.v, mask),))
 
 
 @struct.dataclass
 class KVCache:
-    """The cache of a batch. All rows write at the same slot; padding slots carry segment 0.
+    """The cache of a batch. A token's slot is its place in its row, whatever the other rows hold.
 
     Attributes:
       layers: a tuple of one LayerCache per layer (decoding), or one stacked LayerCache.
-      segment_ids: which slots hold a token, and of which record.
-      length: slots written so far.
+      length: slots each row has written, a method's prefix included.
     """
 
     layers: tuple[LayerCache, ...] | LayerCache
-    segment_ids: Int[Array, "B S"]
-    length: Int[Array, ""]
+    length: Int[Array, " B"]
+
+    def squeezed(self) -> KVCache:
+        """The cache of a single row without its row axis; any other as it is.
+
+        Inside a scan XLA (jaxlib 0.10.2, CPU) copies a cache with an axis of 1 thrice per step: it drops
+        the axis for the product and keeps it for the carry, and then cannot write in place.
+        """
+        return _squeezed(self)
+
+    def unsqueezed(self) -> KVCache:
+        """The inverse of :meth:`squeezed`."""
+        return _unsqueezed(self)
+
+    @property
+    def place(self) -> Int[Array, " B"]:
+        """Where the next pass writes."""
+        return self.length
+
+    def mask(self, queries: int) -> Bool[Array, "B T S"]:
+        """Which slots the T queries of the next pass see: those before them, and their own."""
+        slots = jax.tree.leaves(self.layers)[0].shape[-2]
+        last = self.length[:, None] + jnp.arange(queries)[None, :]
+        return jnp.arange(slots)[None, None, :] <= last[:, :, None]
+
+    def after(self, layers: Any, queries: int) -> KVCache:
+        """The cache after a pass."""
+        return KVCache(layers=layers, length=self.length + queries)
 
 
-def empty_cache(config: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache in the per-layer layout, in which decoding updates it in place."""
-    shape = (rows, slots, config.num_kv_heads, config.head_dim)
-    layers = tuple(
-        LayerCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
-    )
-    return KVCache(
-        layers=layers,
-        segment_ids=jnp.zeros((rows, slots), jnp.int32),
-        length=jnp.zeros((), jnp.int32),
-    )
+@struct.dataclass
+class BeamLayerCache:
+    """Keys and values of one layer for several beams of each prompt.
+
+    A prompt's are held once. What a beam adds is written at its own place and never moves: beams that
+    change their parents change the mask. A query sees the new entries of all beams of its prompt, of
+    which the mask leaves those of its ancestors; that reads no more than a beam's own entries would,
+    because all beams of a prompt are one product.
+
+    Attributes:
+      prompt: of the prompts.
+      k, v: of the beams' new tokens, a slot per beam and step. A single prompt may lack its axis, as in
+        :class:`LayerCache`.
+    """
+
+    prompt: LayerCache
+    k: Float[Array, "*P K slots H"]
+    v: Float[Array, "*P K slots H"]
+
+    def write(
+        self, k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"], place: tuple[int, Int[Array, ""]]
+    ) -> BeamLayerCache:
+        """The cache with every beam's new entry.
+
+        Args:
+          place: how many slots a beam has, and the one that is written.
+        """
+        steps, step = place
+        beams = self.k.shape[-2] // steps
+        slots = steps * jnp.arange(beams) + step
+
+        def put(cache: Array, new: Array) -> Array:
+            new = new.reshape(-1, beams, *new.shape[2:]).swapaxes(1, 2).astype(cache.dtype)
+            where = cache.at[:, slots] if cache.ndim == 3 else cache.at[:, :, slots]
+            return where.set(
+                new[0] if cache.ndim == 3 else new,
+                mode="promise_in_bounds",
+                unique_indices=True,
+                indices_are_sorted=True,
+            )
+
+        return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
+
+    def attend(
+        self,
+        q: Float[Array, "B 1 N H"],
+        mask: tuple[Bool[Array, "P beams S"], Bool[Array, "P beams slots"]],
+    ) -> Float[Array, "B 1 N H"]:
+        """Attention of every beam's new query over its prompt and its ancestors."""
+        prompts, beams, _ = mask[0].shape
+        by_prompt = q.reshape(prompts, beams, *q.shape[2:])
+        of_prompt = (self.prompt.k, self.prompt.v, mask[0])
+        return ops.cached_attention(by_prompt, (of_prompt, (self.k, self.v, mask[1]))).reshape(q.shape)
+
+
+@struct.dataclass
+class BeamCache:
+    """The cache of beam search; rows are beams, those of a prompt next to each other.
+
+    Attributes:
+      length: slots that each prompt has written, a method's prefix included.
+      step: tokens that every beam has added.
+      ancestry: which beam of the prompt added the token of each step of a beam.
+    """
+
+    layers: tuple[BeamLayerCache, ...]
+    length: Int[Array, " P"]
+    step: Int[Array, ""]
+    ancestry: Int[Array, "P beams steps"]
+
+    @classmethod
+    def of(cls, cache: KVCache, beams: int, steps: int) -> BeamCache:
+        """From the cache of prompts, with room for ``steps`` tokens of each beam."""
+        layers = []
+        if isinstance(cache.layers, LayerCache):
+            raise ValueError("beams need the cache of unrolled layers")
+        for layer in cache.layers:
+            prompts, kv_heads, _, width = layer.k.shape
+            empty = jnp.zeros((prompts, kv_heads, beams * steps, width), layer.k.dtype)
+            layers.append(BeamLayerCache(prompt=layer, k=empty, v=jnp.zeros_like(empty)))
+        return cls(
+            layers=tuple(layers),
+            length=cache.length,
+            step=jnp.zeros((), jnp.int32),
+            ancestry=jnp.zeros((cache.length.shape[0], beams, steps), jnp.int32),
+        )
+
+    def squeezed(self) -> BeamCache:
+        """As :meth:`KVCache.squeezed`, for a single prompt."""
+        return _squeezed(self)
+
+    def unsqueezed(self) -> BeamCache:
+        """The inverse of :meth:`squeezed`."""
+        return _unsqueezed(self)
+
+    @property
+    def place(self) -> tuple[int, Int[Array, ""]]:
+        """Where the next pass writes."""
+        return self.ancestry.shape[-1], self.step
+
+    def mask(self, queries: int) -> tuple[Bool[Array, "P beams S"], Bool[Array, "P beams slots"]]:
+        """What each beam's next query sees of its prompt, and of the new tokens of all beams.
+
+        Raises:
+          ValueError: for more than one query: beams go on token by token.
+        """
+        if queries != 1:
+            raise ValueError(f"beams go on token by token, not {queries} at a time")
+        prompts, beams, steps = self.ancestry.shape
+        slots = self.layers[0].prompt.k.shape[-2]
+        of_prompt = jnp.arange(slots)[None, None, :] < self.length[:, None, None]
+        mine = self.ancestry[:, :, None, :] == jnp.arange(beams)[None, None, :, None]
+        of_beams = mine & (jnp.arange(steps)[None, None, None, :] <= self.step)
+        return (
+            jnp.broadcast_to(of_prompt, (prompts, beams, slots)),
+            of_beams.reshape(prompts, beams, beams * steps),
+        )
+
+    def after(self, layers: Any, queries: int) -> BeamCache:
+        """The cache after a pass."""
+        return dataclasses.replace(self, layers=layers, step=self.step + queries)
+
+
+def _squeezed(cache: Any) -> Any:
+    if cache.length.shape[0] != 1:
+        return cache
+    return dataclasses.replace(cache, layers=jax.tree.map(lambda leaf: leaf[0], cache.layers))
+
+
+def _unsqueezed(cache: Any) -> Any:
+    if cache.length.shape[0] != 1:
+        return cache
+    return dataclasses.replace(cache, layers=jax.tree.map(lambda leaf: leaf[None], cache.layers))

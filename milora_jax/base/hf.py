@@ -1,7 +1,7 @@
 """A LLaMA-family base from a Hugging Face directory, leaf by leaf.
 
 Tensors are read one at a time from ``model.safetensors`` or from the shards its index names,
-transposed to ``[in, out]``, cast, and copied into their place in the stacked leaf, so that beside the
+transposed to ``[in, out]``, cast, and copied into their place in a stacked or joined leaf, so that beside the
 model the process never holds more than one tensor and, where the devices copy it, one leaf. Nothing is
 ever left at an initial value: every expected tensor must be there, with the expected shape, and no
 other.
@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from milora_jax.base.transformer import Base, Layer, Linear
+from milora_jax.base.modules import Base, JoinedLayer, Layer, Linear
 from milora_jax.config import ModelConfig
 from milora_jax.errors import UserError
-from milora_jax.types import EXPERTS
+from milora_jax.types import EXPERTS, GROUPS
 
 MODULE_PATHS = {
     "q": "self_attn.q_proj",
@@ -37,6 +38,9 @@ MODULE_PATHS = {
 }
 """Where Hugging Face keeps each of the seven modules inside a layer."""
 
+ATTENTION = ("q", "k", "v", "o")
+NORM_PATHS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 ALIGNMENT = 64
@@ -47,43 +51,89 @@ IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
+class Part:
+    """One tensor of the files, and the view of a leaf that it fills.
+
+    Attributes:
+      name: in the files.
+      index: what the leaf is indexed with.
+    """
+
+    name: str
+    index: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
 class LeafSpec:
     """One leaf of the base and the tensors that fill it.
 
     Attributes:
-      shape: of the leaf, with the layer axis first where it is stacked.
-      names: tensors in the files, one per layer for a stacked leaf.
-      stacked: whether the leaf has a layer axis.
+      shape: of the leaf.
+      parts: the tensors: one per layer for a stacked leaf, one per module for a joined one.
       transposed: whether the files hold it ``[out, in]``.
     """
 
     shape: tuple[int, ...]
-    names: tuple[str, ...]
-    stacked: bool
-    transposed: bool
+    parts: tuple[Part, ...]
+    transposed: bool = False
 
 
-def base_specs(config: ModelConfig) -> Base:
-    """A Base whose leaves are LeafSpecs: the one table of names and shapes."""
+def base_specs(config: ModelConfig, decode: bool = False) -> Base:
+    """A Base whose leaves are LeafSpecs: the one table of names and shapes.
+
+    Args:
+      decode: a tuple of joined layers, as ``modules.decode_layout`` makes it, instead of a stacked one.
+    """
+    count = config.num_layers
 
     def plain(name: str, *shape: int, transposed: bool = False) -> LeafSpec:
-        return LeafSpec(shape, (name,), stacked=False, transposed=transposed)
+        return LeafSpec(shape, (Part(name),), transposed)
 
     def stacked(suffix: str, *shape: int, transposed: bool = False) -> LeafSpec:
-        names = tuple(f"model.layers.{i}.{suffix}" for i in range(config.num_layers))
-        return LeafSpec((config.num_layers, *shape), names, stacked=True, transposed=transposed)
+        parts = tuple(Part(f"model.layers.{i}.{suffix}", (i,)) for i in range(count))
+        return LeafSpec((count, *shape), parts, transposed)
 
-    modules = {}
-    for name in EXPERTS:
-        path, (d_in, d_out) = MODULE_PATHS[name], config.module_dims[name]
-        biased = config.attention_bias if path.startswith("self_attn") else config.mlp_bias
-        bias = stacked(f"{path}.bias", d_out) if biased else None
-        modules[name] = Linear(stacked(f"{path}.weight", d_in, d_out, transposed=True), bias)
-    layers = Layer(
-        stacked("input_layernorm.weight", config.hidden_size),
-        stacked("post_attention_layernorm.weight", config.hidden_size),
-        modules,
-    )
+    def biased(name: str) -> bool:
+        return config.attention_bias if name in ATTENTION else config.mlp_bias
+
+    def stacked_layer() -> Layer:
+        modules = {}
+        for name in EXPERTS:
+            path, (d_in, d_out) = MODULE_PATHS[name], config.module_dims[name]
+            bias = stacked(f"{path}.bias", d_out) if biased(name) else None
+            modules[name] = Linear(stacked(f"{path}.weight", d_in, d_out, transposed=True), bias)
+        attention_norm, feedforward_norm = (stacked(name, config.hidden_size) for name in NORM_PATHS)
+        return Layer(attention_norm, feedforward_norm, modules)
+
+    def joined_layer(prefix: str) -> JoinedLayer:
+        groups, widths = [], []
+        for names in GROUPS:
+            d_in = config.module_dims[names[0]][0]
+            outputs = tuple(config.module_dims[name][1] for name in names)
+            edges = (0, *accumulate(outputs))
+
+            def joined(
+                kind: str,
+                *front: int,
+                transposed: bool = False,
+                names: tuple[str, ...] = names,
+                edges: tuple[int, ...] = edges,
+            ) -> LeafSpec:
+                parts = tuple(
+                    Part(f"{prefix}.{MODULE_PATHS[name]}.{kind}", (..., slice(*ends)))
+                    for name, ends in zip(names, pairwise(edges), strict=True)
+                )
+                return LeafSpec((*front, edges[-1]), parts, transposed)
+
+            bias = joined("bias") if biased(names[0]) else None
+            groups.append(Linear(joined("weight", d_in, transposed=True), bias))
+            widths.append(outputs)
+        attention_norm, feedforward_norm = (
+            plain(f"{prefix}.{name}", config.hidden_size) for name in NORM_PATHS
+        )
+        return JoinedLayer(attention_norm, feedforward_norm, tuple(groups), tuple(widths))
+
+    layers = tuple(joined_layer(f"model.layers.{i}") for i in range(count)) if decode else stacked_layer()
     vocab, width = config.vocab_size, config.hidden_size
     head = None if config.tie_embeddings else plain("lm_head.weight", width, vocab, transposed=True)
     return Base(
@@ -92,11 +142,16 @@ def base_specs(config: ModelConfig) -> Base:
 
 
 def load_leaves(
-    directory: Path, config: ModelConfig, dtype: str, place: Callable[[np.ndarray, " tuple"], jax.Array]
+    directory: Path,
+    config: ModelConfig,
+    dtype: str,
+    place: Callable[[np.ndarray, " tuple"], jax.Array],
+    decode: bool = False,
 ) -> Base:
     """Read every leaf of the base.
 
     Args:
+      decode: in the layout of ``modules.decode_layout``, which then need not be made of another.
       place: ``place(host_array, key_path)`` puts a finished leaf on the devices.
 
     Raises:
@@ -104,8 +159,8 @@ def load_leaves(
     """
     target = jnp.dtype(dtype)
     files = _files_by_tensor(directory)
-    specs = base_specs(config)
-    expected = {name for spec in jax.tree.leaves(specs) for name in spec.names}
+    specs = base_specs(config, decode)
+    expected = {part.name for spec in jax.tree.leaves(specs) for part in spec.parts}
     found = {name for name in files if not name.endswith(IGNORED_SUFFIX)}
     if config.tie_embeddings:
         found.discard("lm_head.weight")  # some tied checkpoints store the shared matrix twice
@@ -113,9 +168,8 @@ def load_leaves(
 
     def read(path: tuple, spec: LeafSpec) -> jax.Array:
         leaf = _aligned_empty(spec.shape, target)
-        for i, name in enumerate(spec.names):
-            part = leaf[i] if spec.stacked else leaf
-            _read_into(part, files[name], name, spec.transposed)
+        for part in spec.parts:
+            _read_into(leaf[part.index], files[part.name], part.name, spec.transposed)
         # Devices copy in the background: without waiting, finished leaves pile up in host memory.
         return jax.block_until_ready(place(leaf, path))
 
@@ -136,9 +190,9 @@ def save_base(directory: Path, base: Base, config: ModelConfig, dtype: str) -> N
 
     def write(spec: LeafSpec, leaf: jax.Array) -> None:
         host = np.asarray(leaf).astype(jnp.dtype(dtype))
-        for i, name in enumerate(spec.names):
-            part = host[i] if spec.stacked else host
-            tensors[name] = np.ascontiguousarray(part.T if spec.transposed else part)
+        for part in spec.parts:
+            tensor = host[part.index]
+            tensors[part.name] = np.ascontiguousarray(tensor.T if spec.transposed else tensor)
 
     jax.tree.map(write, base_specs(config), base)
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})

@@ -9,24 +9,27 @@ import jax.numpy as jnp
 
 from milora_jax.base.hf import load_leaves, place_on_default_device
 from milora_jax.base.hf_config import read_model_config
-from milora_jax.base.transformer import Base, forward, unembed
+from milora_jax.base.modules import Base
+from milora_jax.base.transformer import forward, unembed
 from milora_jax.config import DTYPES, ModelConfig, require
 from milora_jax.shapes import Array, Float, Int
 
 
-def load_base(path: str | Path, dtype: str = "float32") -> tuple[Base, ModelConfig]:
+def load_base(path: str | Path, dtype: str = "float32", *, decode: bool = False) -> tuple[Base, ModelConfig]:
     """Load a frozen base from a Hugging Face directory of the LLaMA family.
 
     Args:
       path: directory with ``config.json`` and safetensors files.
       dtype: dtype the leaves are kept and computed in, whatever the files hold.
+      decode: in the layout that decoding reads, in which nothing can be trained; from the other one
+        ``generate`` makes it, and both are in memory meanwhile.
 
     Raises:
       UserError: naming the file, tensor or setting that is wrong.
     """
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     config = read_model_config(Path(path))
-    return load_leaves(Path(path), config, dtype, place_on_default_device), config
+    return load_leaves(Path(path), config, dtype, place_on_default_device, decode), config
 
 
 def logits(base: Base, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

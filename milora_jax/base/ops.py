@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,41 @@ def attention(
     return jnp.einsum("BKGTS,BSKH->BTKGH", shares, v).reshape(q.shape)
 
 
+def cached_attention(
+    q: Float[Array, "B T N H"],
+    parts: tuple[tuple[Float[Array, "*B K _ H"], Float[Array, "*B K _ H"], Bool[Array, "B T _"]], ...],
+) -> Float[Array, "B T N H"]:
+    """:func:`attention` over caches, whose heads come before their slots.
+
+    Rows and heads are one batch axis: products with a single one are what every backend runs well.
+
+    Args:
+      parts: keys, values and masks, over all of which together the softmax goes.
+    """
+    rows, length, heads, width = q.shape
+    kv_heads = parts[0][0].shape[-3]
+    group = heads // kv_heads
+    grouped = q.reshape(rows, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(rows * kv_heads, group * length, width)
+
+    def scores_of(k: Array, mask: Array) -> Array:
+        flat = k.reshape(rows * kv_heads, -1, width)
+        scores = jnp.einsum("BTH,BSH->BTS", grouped, flat, preferred_element_type=jnp.float32)
+        seen = jnp.broadcast_to(mask[:, None, None], (rows, kv_heads, group, length, mask.shape[-1]))
+        scores = scores * (width**-0.5)
+        return jnp.where(seen.reshape(scores.shape), scores, jnp.finfo(jnp.float32).min)
+
+    scores = [scores_of(k, mask) for k, _, mask in parts]
+    edges = list(accumulate(part.shape[-1] for part in scores))[:-1]
+    shares = jnp.split(jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1), edges, axis=-1)
+    attended = sum(
+        jnp.einsum("BTS,BSH->BTH", share.astype(v.dtype), v.reshape(rows * kv_heads, -1, width))
+        for share, (_, v, _) in zip(shares, parts, strict=True)
+    )
+    attended = jnp.asarray(attended).reshape(rows, kv_heads, group, length, width)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
 def linear(
     x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], bias: Float[Array, " d_out"] | None
 ) -> Float[Array, "*B d_out"]:
@@ -94,13 +131,13 @@ def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array,
 
 
 def attention_mask(
-    query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"], first_query: Int[Array, ""]
+    query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"], first_query: int
 ) -> Bool[Array, "B T S"]:
     """Causal within a segment: a query sees the keys of its own record that are not after it.
 
     Args:
       query_segments, key_segments: 0 for padding, which nothing sees.
-      first_query: slot of the first query among the keys.
+      first_query: place of the first query among the keys.
     """
     query_slots = first_query + jnp.arange(query_segments.shape[1])
     causal = query_slots[:, None] >= jnp.arange(key_segments.shape[1])[None, :]

@@ -1,9 +1,7 @@
-"""The frozen LLaMA-architecture Transformer, with the places where an adapter may act.
+"""The forward pass of a LLaMA-architecture Transformer, with the places where an adapter may act.
 
-The modules are Flax NNX modules used as a typed pytree and nothing else: they hold leaves, the
-functions below do the work, and only ``jax.*`` transforms are applied to them. Layers come stacked on
-a leading axis and run by ``jax.lax.scan`` (training compiles one layer), or as a tuple and unrolled
-(decoding copies no slices); ``types.unstack_layers`` turns the first into the second.
+Layers come stacked on a leading axis and run by ``jax.lax.scan`` (training compiles one layer), or as
+a tuple and unrolled (decoding copies no slices).
 """
 
 from __future__ import annotations
@@ -14,63 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import struct
 
-from milora_jax.adapters.protocol import Adapter, Frozen, Kernels, ProjectionGroup
+from milora_jax.adapters.protocol import Adapter, ProjectionGroup
 from milora_jax.base import ops
-from milora_jax.base.cache import KVCache, LayerCache
+from milora_jax.base.cache import BeamCache, BeamLayerCache, KVCache, LayerCache
+from milora_jax.base.modules import Base, JoinedLayer, Layer, unroll
 from milora_jax.config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int, Key
-from milora_jax.types import EXPERTS, GROUPS, PyTree, Route, unstack_layers
-
-
-class Linear(nnx.Module):
-    """A linear map: kernel ``[*L, d_in, d_out]`` and bias ``[*L, d_out]`` or None."""
-
-    def __init__(self, kernel: Any, bias: Any) -> None:
-        self.kernel = nnx.Param(kernel)
-        self.bias = None if bias is None else nnx.Param(bias)
-
-    def __call__(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
-        """The map applied to ``x``."""
-        return ops.linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
-
-
-class Layer(nnx.Module):
-    """The leaves of one decoder layer, or of all layers on a leading axis.
-
-    Attributes:
-      attention_norm, feedforward_norm: RMS weights ``[*L, D]``.
-      q, k, v, o, gate, up, down: the seven linear modules of ``types.EXPERTS``.
-    """
-
-    def __init__(self, attention_norm: Any, feedforward_norm: Any, modules: dict[str, Linear]) -> None:
-        self.attention_norm = nnx.Param(attention_norm)
-        self.feedforward_norm = nnx.Param(feedforward_norm)
-        self.q, self.k, self.v, self.o = (modules[name] for name in ("q", "k", "v", "o"))
-        self.gate, self.up, self.down = (modules[name] for name in ("gate", "up", "down"))
-
-
-class Base(nnx.Module):
-    """The whole frozen model.
-
-    Attributes:
-      embedding: ``[V, D]``.
-      layers: one stacked Layer, or a tuple of L of them.
-      final_norm: ``[D]``.
-      head: ``[D, V]``, or None where the embedding is tied to it.
-    """
-
-    def __init__(self, embedding: Any, layers: Any, final_norm: Any, head: Any) -> None:
-        self.embedding = nnx.Param(embedding)
-        self.layers = nnx.data(layers)
-        self.final_norm = nnx.Param(final_norm)
-        self.head = None if head is None else nnx.Param(head)
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The dtype of the leaves, in which activations are computed."""
-        return self.embedding[...].dtype
+from milora_jax.types import GROUPS, PyTree, Route, unstack_layers
 
 
 @struct.dataclass
@@ -85,23 +35,22 @@ class Output:
 
     hidden: Float[Array, "B T D"]
     route: Route | None
-    cache: KVCache | None
+    cache: KVCache | BeamCache | None
 
 
-def decode_layout(base: Base) -> Base:
-    """The same base with its layers as a tuple, for decoding."""
-    head = None if base.head is None else base.head[...]
-    return Base(base.embedding[...], unstack_layers(base.layers), base.final_norm[...], head)
+def adapter_decode_layout(adapter: Adapter, base: Base) -> Adapter:
+    """The same adapter, settled and prepared for decoding on ``base``, with its layers as a tuple.
 
-
-def adapter_decode_layout(adapter: Adapter) -> Adapter:
-    """The same adapter, settled, with its layers as a tuple, for decoding."""
-    return dataclasses.replace(adapter, params=unstack_layers(adapter.method.settle(adapter.params)))
-
-
-def frozen_kernels(base: Base) -> Kernels:
-    """The stacked kernels ``[L, d_in, d_out]`` of the seven modules, from which a method may start."""
-    return {name: getattr(base.layers, name).kernel[...] for name in EXPERTS}
+    Args:
+      base: in either layout.
+    """
+    layers = base.layers if base.unrolled else unroll(base).layers
+    params = unstack_layers(adapter.method.settle(adapter.params))
+    prepared = tuple(
+        adapter.method.prepare(mine, layer.frozen, base.dtype)
+        for mine, layer in zip(params, layers, strict=True)
+    )
+    return dataclasses.replace(adapter, params=prepared)
 
 
 def prompt_members(
@@ -123,14 +72,16 @@ def forward(
     prompt_mask: Bool[Array, "B T"] | None = None,
     prompts: int = 1,
     route_weights: PyTree = None,
-    cache: KVCache | None = None,
+    cache: KVCache | BeamCache | None = None,
+    cache_slots: int = 0,
     key: Key[Array, ""] | None = None,
 ) -> Output:
     """Run the model over tokens.
 
-    A pass with ``prompt_mask`` is the first over its records: every layer routes, the route is
-    returned, and a method's prefix goes before the tokens. A pass without one goes on where an earlier
-    one ended: it takes ``route_weights``, finds the prefix in the cache, and has no router in it at all.
+    A pass without ``cache`` is the first over its records: every layer routes on the tokens of
+    ``prompt_mask``, the route is returned, and a method's prefix goes before the tokens. A pass with a
+    cache goes on where an earlier one ended: it takes that one's ``route_weights``, finds the prefix in
+    the cache, and has no router in it at all.
 
     Args:
       tokens, positions, segment_ids: see ``types.Batch``.
@@ -139,34 +90,35 @@ def forward(
       prompt_mask: which tokens belong to prompts.
       prompts: Z, the most records packed into one row.
       route_weights: weights of an earlier pass, ``[L, B, Z, E]`` or a tuple of L ``[B, Z, E]``.
-      cache: keys and values of earlier tokens; this pass's are appended.
+      cache: keys and values of earlier tokens; this pass's are appended, row by row. Every token counts:
+        there is no padding in such a pass.
+      cache_slots: S of the cache that a first pass is to fill, at least P + T; 0 for none. Its rows
+        hold one record each and are padded on the right.
       key: switches dropout on.
     """
-    unrolled = isinstance(base.layers, tuple)
     method = None if adapter is None else adapter.method
     if method is not None and method.routes and (prompt_mask is None) == (route_weights is None):
         raise ValueError("an adapter with a router needs either prompt_mask or route_weights")
     if method is not None and method.prefix_length and prompt_mask is None and cache is None:
         raise ValueError("an adapter with a prefix needs prompt_mask, or the cache of a pass that had one")
+    if cache is not None and (prompt_mask is not None or cache_slots):
+        raise ValueError("a pass with a cache is not the first: it takes no prompt_mask and no cache_slots")
     members = None if prompt_mask is None else prompt_members(segment_ids, prompt_mask, prompts)
-    new_segments = segment_ids
-    if method is not None and method.prefix_length and members is not None:
-        of_prefix = jnp.repeat(jnp.arange(1, prompts + 1, dtype=segment_ids.dtype), method.prefix_length)
-        of_prefix = jnp.broadcast_to(of_prefix, (tokens.shape[0], of_prefix.size))
-        new_segments = jnp.concatenate([of_prefix, segment_ids], axis=1)
-    prefixed = new_segments.shape[1] - segment_ids.shape[1]
-    if cache is None:
-        key_segments, slot = new_segments, jnp.zeros((), jnp.int32)
-    else:
-        slot = cache.length
-        key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, new_segments, (0, slot))
+    prefix_length = 0 if method is None or members is None else method.prefix_length
     with jax.named_scope("embed"):
         hidden = jnp.take(base.embedding[...], tokens, axis=0, mode="clip")
         frequencies = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         cos, sin = ops.rope_tables(positions, frequencies)
-        mask = ops.attention_mask(segment_ids, key_segments, slot + prefixed)
+        if cache is None:
+            of_prefix = jnp.repeat(jnp.arange(1, prompts + 1, dtype=segment_ids.dtype), prefix_length)
+            of_prefix = jnp.broadcast_to(of_prefix, (tokens.shape[0], of_prefix.size))
+            key_segments = jnp.concatenate([of_prefix, segment_ids], axis=1)
+            mask = ops.attention_mask(segment_ids, key_segments, of_prefix.shape[1])
+        else:
+            key_segments = None
+            mask = cache.mask(tokens.shape[1])
 
-    def run_layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Route | None, LayerCache | None]]:
+    def run_layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Route | None, Any]]:
         index, layer, params, weights, layer_cache = inputs
         route = prefix = None
         if method is not None and members is not None:
@@ -179,21 +131,43 @@ def forward(
             weights = route.weights
         layer_key = None if key is None else jax.random.fold_in(key, index)
         adapted = AdaptedLayer(layer, adapter, params, _per_token(weights, segment_ids), layer_key)
-        hidden, layer_cache = block(config, adapted, hidden, cos, sin, mask, layer_cache, slot, prefix)
-        return hidden, (route, layer_cache)
+        past = None if cache is None else Past(layer_cache, cache.place)
+        hidden, new = block(config, adapted, hidden, cos, sin, mask, past, prefix)
+        if cache is None:
+            new = new.padded(cache_slots) if cache_slots else None
+        return hidden, (route, new)
 
     inputs = (
-        _indices(config.num_layers) if unrolled else jnp.arange(config.num_layers),
+        jnp.arange(config.num_layers) if not base.unrolled else _indices(config.num_layers),
         base.layers,
-        None if adapter is None else adapter.params if unrolled else adapter.method.settle(adapter.params),
+        None
+        if adapter is None
+        else adapter.params
+        if base.unrolled
+        else adapter.method.settle(adapter.params),
         route_weights,
         None if cache is None else cache.layers,
     )
-    hidden, (route, layers) = _over_layers(run_layer, hidden, inputs, unrolled)
+    hidden, (route, layers) = _over_layers(run_layer, hidden, inputs, base.unrolled)
     hidden = ops.rms_norm(hidden, base.final_norm[...], config.norm_eps)
     if cache is not None:
-        cache = KVCache(layers=layers, segment_ids=key_segments, length=slot + new_segments.shape[1])
+        cache = cache.after(layers, tokens.shape[1])
+    elif key_segments is not None and cache_slots:
+        cache = KVCache(layers=layers, length=(key_segments > 0).sum(axis=1, dtype=jnp.int32))
     return Output(hidden=hidden, route=route, cache=cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What a layer knows of earlier passes.
+
+    Attributes:
+      cache: their keys and values.
+      place: where this pass's go.
+    """
+
+    cache: LayerCache | BeamLayerCache
+    place: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +179,7 @@ class AdaptedLayer:
       key: present while training with dropout.
     """
 
-    layer: Layer
+    layer: Layer | JoinedLayer
     adapter: Adapter | None
     params: PyTree
     weights: Array | None
@@ -213,17 +187,11 @@ class AdaptedLayer:
 
     def project(self, place: int, x: Float[Array, "B T _"]) -> tuple[Float[Array, "B T _"], ...]:
         """The adapted outputs of a projection group, by its place in ``types.GROUPS``."""
-        names = GROUPS[place]
-        modules = [getattr(self.layer, name) for name in names]
-        outputs = tuple(module(x) for module in modules)
+        outputs = self.layer.project(place, x)
         if self.adapter is None:
             return outputs
-        frozen = tuple(
-            Frozen(module.kernel[...], None if module.bias is None else module.bias[...])
-            for module in modules
-        )
         key = None if self.key is None else jax.random.fold_in(self.key, place)
-        group = ProjectionGroup(names, x, outputs, frozen, self.weights, key)
+        group = ProjectionGroup(GROUPS[place], x, outputs, self.layer.frozen(place), self.weights, key)
         return self.adapter.method.adapt(self.params, group)
 
     def beside(
@@ -240,16 +208,18 @@ def block(
     hidden: Float[Array, "B T D"],
     cos: Float[Array, "B T 1 half"],
     sin: Float[Array, "B T 1 half"],
-    mask: Bool[Array, "B T S"],
-    cache: LayerCache | None,
-    slot: Int[Array, ""],
+    mask: Any,
+    past: Past | None = None,
     prefix: tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]] | None = None,
-) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+) -> tuple[Float[Array, "B T D"], Any]:
     """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
 
     Args:
-      slot: where this pass's keys and values go in the cache.
+      mask: which keys a query sees: this pass's ``[B, T, S]``, or with ``past`` what its cache's mask says.
       prefix: keys and values that go before the tokens'.
+
+    Returns:
+      The stream, and the keys and values of this pass, or with ``past`` its cache with them in it.
     """
     rows, length, _ = hidden.shape
     layer = adapted.layer
@@ -261,12 +231,16 @@ def block(
         normed = ops.rms_norm(hidden, layer.attention_norm[...], config.norm_eps)
         q, k, v = adapted.project(0, normed)
         q, k, v = ops.apply_rope(heads(q), cos, sin), ops.apply_rope(heads(k), cos, sin), heads(v)
-        if prefix is not None:
-            k, v = (jnp.concatenate([heads(p), own], axis=1) for p, own in zip(prefix, (k, v), strict=True))
-        if cache is not None:
-            cache = cache.write(k, v, slot)
-            k, v = cache.k, cache.v
-        (x,) = adapted.project(1, ops.attention(q, k, v, mask).reshape(rows, length, -1))
+        if past is None:
+            if prefix is not None:
+                k, v = (
+                    jnp.concatenate([heads(p), own], axis=1) for p, own in zip(prefix, (k, v), strict=True)
+                )
+            attended, cache = ops.attention(q, k, v, mask), LayerCache.of(k, v)
+        else:
+            cache = past.cache.write(k, v, past.place)
+            attended = cache.attend(q, mask)
+        (x,) = adapted.project(1, attended.reshape(rows, length, -1))
         hidden = hidden + adapted.beside("attention", normed, x)
     with jax.named_scope("feedforward"):
         normed = ops.rms_norm(hidden, layer.feedforward_norm[...], config.norm_eps)
@@ -286,11 +260,12 @@ def _indices(count: int) -> tuple[Array, ...]:
 
 
 def _keys_of(
-    config: ModelConfig, layer: Layer, soft: Float[Array, "B P D"]
+    config: ModelConfig, layer: Layer | JoinedLayer, soft: Float[Array, "B P D"]
 ) -> tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]]:
     """Keys, not rotated, and values that a frozen layer makes of soft tokens."""
     normed = ops.rms_norm(soft, layer.attention_norm[...], config.norm_eps)
-    return layer.k(normed), layer.v(normed)
+    _, k, v = layer.project(0, normed)
+    return k, v
 
 
 def _per_token(weights: Array | None, segment_ids: Array) -> Array | None:

@@ -58,18 +58,15 @@ def collate(examples: Sequence[Example], length: int, pad_id: int, rows: int) ->
     return batch
 
 
-def collate_prompts(
-    prompts: Sequence[Sequence[int]], length: int, pad_id: int, side: str, rows: int
-) -> Batch:
-    """Prompts for generation, padded on the ``left`` or ``right``.
+def collate_prompts(prompts: Sequence[Sequence[int]], length: int, pad_id: int, rows: int) -> Batch:
+    """Prompts for generation, padded on the right: a token's place does not depend on other rows.
 
     Missing rows hold a prompt of one token, so that no row is empty.
     """
     batch = _empty(rows, length, pad_id)
     filled = [*prompts, *([[pad_id]] * (rows - len(prompts)))]
     for row, ids in enumerate(filled):
-        start = length - len(ids) if side == "left" else 0
-        here = slice(start, start + len(ids))
+        here = slice(0, len(ids))
         batch.tokens[row, here] = ids
         batch.segment_ids[row, here] = 1
         batch.positions[row, here] = np.arange(len(ids))

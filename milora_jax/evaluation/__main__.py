@@ -13,7 +13,7 @@ from pathlib import Path
 
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.load import load_base
-from milora_jax.base.transformer import adapter_decode_layout, decode_layout
+from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.config import EvalSection
 from milora_jax.data.records import parse_sources, read_records
 from milora_jax.data.tokens import load_tokenizer
@@ -21,7 +21,7 @@ from milora_jax.errors import UserError, run_command
 from milora_jax.evaluation.score import accuracies, score_task, write_predictions
 from milora_jax.evaluation.study.command import main as study_main
 from milora_jax.storage.adapters import best_metadata, load_adapter
-from milora_jax.training.workdir import read_workdir_config
+from milora_jax.storage.workdir import read_workdir_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,11 +67,12 @@ def main() -> None:
         raise UserError(
             f"--predictions {str(predictions)!r}: no such directory as {str(predictions.parent)!r}"
         )
-    adapter = None if arguments.base else adapter_decode_layout(load_adapter(arguments.workdir))
+    adapter = None if arguments.base else load_adapter(arguments.workdir)
     if adapter is not None:
         _require_its_base(arguments.workdir, Path(config.model.path))
-    base, model = load_base(config.model.path, config.model.dtype)
-    tokenizer, base = load_tokenizer(config.model.path), decode_layout(base)
+    base, model = load_base(config.model.path, config.model.dtype, decode=True)
+    tokenizer = load_tokenizer(config.model.path)
+    adapter = None if adapter is None else adapter_decode_layout(adapter, base)
     scores = []
     for task, records in tasks.items():
         print(f"scoring {task} ({len(records)} rows)", file=sys.stderr, flush=True)

@@ -11,7 +11,8 @@ import numpy as np
 
 from milora_jax.adapters.protocol import Adapter, Method, Shape
 from milora_jax.adapters.registry import adapter_shape, build_method
-from milora_jax.base.transformer import Base, adapter_decode_layout, decode_layout
+from milora_jax.base.modules import Base, decode_layout
+from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.cli import Console, stop_if
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import fingerprint
@@ -27,6 +28,9 @@ from milora_jax.training.workdir import METRICS_NAME
 from milora_jax.types import EXPERTS
 
 BASE_SCORES_NAME = "base_accuracy.json"
+
+PREFILL_ROWS = 8
+"""Prompts prefilled together; on more devices than this, one each."""
 
 
 def evaluate_base(
@@ -90,7 +94,9 @@ def score_tests(
     """
     if adapter is not None:
         placed: Adapter = jax.device_put(adapter, state_shardings(run.mesh, run.rules, adapter))
-        adapter = adapter_decode_layout(placed)
+        adapter = adapter_decode_layout(placed, base)
+    # Every device takes as many prompts as the others.
+    prefill_rows = run.mesh.size * max(1, PREFILL_ROWS // run.mesh.size)
     return [
         score_task(
             base,
@@ -100,6 +106,7 @@ def score_tests(
             task,
             records,
             run.config.eval,
+            prefill_rows=prefill_rows,
             place=run.place,
             progress=advance,
         )

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from milora_jax.adapters.protocol import Adapter
-from milora_jax.base.transformer import Base
+from milora_jax.base.modules import Base
 from milora_jax.config import EvalSection, ModelConfig
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
@@ -64,6 +64,7 @@ def score_task(
     records: list[Record],
     settings: EvalSection,
     *,
+    prefill_rows: int = 1,
     place: Callable[[Batch], Batch] = jax.device_put,
     progress: Callable[[int], None] | None = None,
 ) -> TaskScore:
@@ -83,6 +84,7 @@ def score_task(
         adapter=adapter,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
+        prefill_rows=prefill_rows,
         place=place,
         progress=progress,
     )

@@ -1,9 +1,12 @@
-"""Greedy decoding with the route in the carry.
+"""The compiled programs of decoding: prefill, admit, and a chunk of steps.
 
-``prefill`` runs the prompt once, with the router, and puts the route into the state. ``decode_step``
-reads it: the decode program holds no router. ``decode_chunk`` is a jitted ``lax.scan`` of steps, and
-``generate_tokens`` runs chunks until every row has stopped. A chunk has a static length so that no
-step waits for the host; the host looks at one flag per chunk.
+``prefill`` runs prompts once, with the router. ``admit`` puts what it gave into rows of the running
+batch and chooses their first tokens. ``decode_chunk`` is a jitted ``lax.scan`` of steps whose carry
+holds the route: it reads it and never writes it, and holds no router and no conditional. A chunk has a
+static length so that no step waits for the host.
+
+A row's keys and values lie at the places of its own tokens, whatever the other rows hold, so a row's
+tokens do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -13,18 +16,34 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from milora_jax.adapters.protocol import Adapter
-from milora_jax.base.cache import KVCache, empty_cache
-from milora_jax.base.transformer import Base, forward, unembed
-from milora_jax.config import ModelConfig, require
+from milora_jax.adapters.tenants import Tenants
+from milora_jax.base.cache import KVCache, LayerCache
+from milora_jax.base.modules import Base
+from milora_jax.base.transformer import forward, unembed
+from milora_jax.config import ModelConfig
+from milora_jax.generation.sampling import Choice, Plan, Sampler, choose, is_end, note
 from milora_jax.shapes import Array, Bool, Float, Int
 from milora_jax.types import Batch, Route
 
-CHUNK = 16
-"""Decode steps between two looks at the done flag."""
+
+@struct.dataclass
+class Prefilled:
+    """Prompts that have been run, a row each.
+
+    Attributes:
+      logits: of the token after the prompt.
+      position: of that token in its text.
+      cache: keys and values of the prompt.
+      route: routing weights of each layer; None without a router.
+    """
+
+    logits: Float[Array, "R V"]
+    position: Int[Array, " R"]
+    cache: KVCache
+    route: tuple[Float[Array, "R 1 E"], ...] | None
 
 
 @struct.dataclass
@@ -34,10 +53,12 @@ class DecodeState:
     Attributes:
       token: the last token of each row, not yet run through the model.
       position: its position within the row's text.
-      done: rows that have produced an end-of-sequence token.
+      done: rows that have ended, or that nobody uses.
       cache: keys and values of everything before ``token``.
-      route: routing weights of each layer, computed by ``prefill`` and never written again; None
+      route: routing weights of each layer, computed by ``prefill`` and never written by a step; None
         without a router.
+      tenant: slot of each row's adapter in the bank.
+      sampler: each row's settings.
     """
 
     token: Int[Array, " B"]
@@ -45,57 +66,97 @@ class DecodeState:
     done: Bool[Array, " B"]
     cache: KVCache
     route: tuple[Float[Array, "B 1 E"], ...] | None
-
-
-def _is_end(token: Int[Array, " B"], end_ids: tuple[int, ...]) -> Bool[Array, " B"]:
-    ends = jnp.asarray(end_ids or (-1,), jnp.int32)
-    return (token[:, None] == ends[None, :]).any(axis=-1)
+    tenant: Int[Array, " B"]
+    sampler: Sampler
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots"))
 def prefill(
-    base: Base, adapter: Adapter | None, batch: Batch, config: ModelConfig, slots: int
-) -> tuple[DecodeState, Route | None]:
-    """Run the prompts, choose the routes, and pick each row's first token.
+    base: Base,
+    tenants: Tenants | None,
+    slot: Int[Array, ""],
+    batch: Batch,
+    config: ModelConfig,
+    slots: int,
+) -> tuple[Prefilled, Route | None]:
+    """Run prompts of one tenant and choose their routes.
 
     Args:
-      base, adapter: in the decode layout.
-      batch: prompts, padded left or right.
-      slots: room for tokens in the cache, at least T plus those to come.
+      base: in the decode layout.
+      slot: of the tenant's adapter.
+      batch: prompts, padded on the right.
+      slots: S of the cache, at least a prefix, T and what is to come.
 
     Returns:
-      The state before the first decode step, and the whole route for looking at.
+      What decoding starts from, and the whole route for looking at.
     """
-    rows = batch.tokens.shape[0]
-    prefixed = 0 if adapter is None else adapter.method.prefix_length
     output = forward(
         base,
         config,
         batch.tokens,
         batch.positions,
         batch.segment_ids,
-        adapter=adapter,
+        adapter=None if tenants is None else tenants.of_slot(slot),
         prompt_mask=batch.prompt_mask,
-        cache=empty_cache(config, rows, prefixed + slots, base.dtype),
+        cache_slots=slots,
     )
-    if output.cache is None:
-        raise AssertionError("a forward pass with a cache gives one back")
-    order = jnp.arange(batch.tokens.shape[1])[None, :]
-    last = jnp.argmax(jnp.where(batch.segment_ids > 0, order, -1), axis=1)[:, None]
-    hidden = jnp.take_along_axis(output.hidden, last[..., None], axis=1)[:, 0]
-    token = jnp.argmax(unembed(base, hidden), axis=-1).astype(jnp.int32)
-    state = DecodeState(
-        token=token,
-        position=jnp.take_along_axis(batch.positions, last, axis=1)[:, 0] + 1,
-        done=_is_end(token, config.eos_ids),
+    if not isinstance(output.cache, KVCache):
+        raise AssertionError("a first pass with cache_slots gives a cache")
+    length = (batch.segment_ids > 0).sum(axis=1, dtype=jnp.int32)
+    hidden = jnp.take_along_axis(output.hidden, length[:, None, None] - 1, axis=1)[:, 0]
+    prefilled = Prefilled(
+        logits=unembed(base, hidden),
+        position=length,
         cache=output.cache,
         route=None if output.route is None else tuple(output.route.weights),
     )
-    return state, output.route
+    return prefilled, output.route
 
 
-def decode_step(base: Base, adapter: Adapter | None, state: DecodeState, config: ModelConfig) -> DecodeState:
-    """One token for every row. Rows that are done keep their last token."""
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def admit(
+    state: DecodeState,
+    prefilled: Prefilled,
+    rows: Int[Array, " n"],
+    tenant: Int[Array, " n"],
+    sampler: Sampler,
+    plan: Plan,
+) -> tuple[DecodeState, Choice]:
+    """Put prefilled prompts into rows of the batch and choose their first tokens.
+
+    Args:
+      prefilled: n prompts, or one that is to be continued in n ways.
+      rows: where they go; a prompt whose row is beyond the batch is dropped.
+      sampler: of the n rows.
+    """
+    count = rows.shape[0]
+
+    def spread(leaf: Array) -> Array:
+        return jnp.broadcast_to(leaf, (count, *leaf.shape[1:]))
+
+    prefilled = jax.tree.map(spread, prefilled)
+    choice = choose(prefilled.logits, sampler, prefilled.position, plan)
+    sampler = note(sampler, choice.token, jnp.ones_like(rows, bool))
+    new = DecodeState(
+        token=choice.token,
+        position=prefilled.position,
+        done=is_end(sampler, choice.token),
+        cache=prefilled.cache,
+        route=prefilled.route,
+        tenant=tenant,
+        sampler=sampler,
+    )
+
+    def put(old: Array, leaf: Array) -> Array:
+        return old.at[rows].set(leaf.astype(old.dtype), mode="drop", unique_indices=True)
+
+    return jax.tree.map(put, state, new), choice
+
+
+def decode_step(
+    base: Base, adapter: Adapter | None, state: DecodeState, config: ModelConfig, plan: Plan
+) -> tuple[DecodeState, Choice]:
+    """One token for every row. Rows that are done keep their last token and write nothing new."""
     output = forward(
         base,
         config,
@@ -106,57 +167,72 @@ def decode_step(base: Base, adapter: Adapter | None, state: DecodeState, config:
         route_weights=state.route,
         cache=state.cache,
     )
-    token = jnp.argmax(unembed(base, output.hidden[:, 0]), axis=-1).astype(jnp.int32)
-    token = jnp.where(state.done, state.token, token)
-    return dataclasses.replace(
+    if not isinstance(output.cache, KVCache):
+        raise AssertionError("a pass gives the cache that it was given")
+    choice = choose(unembed(base, output.hidden[:, 0]), state.sampler, state.position + 1, plan)
+    live = ~state.done
+    choice = dataclasses.replace(choice, token=jnp.where(live, choice.token, state.token))
+    sampler = note(state.sampler, choice.token, live)
+    state = dataclasses.replace(
         state,
-        token=token,
-        position=state.position + 1,
-        done=state.done | _is_end(token, config.eos_ids),
-        cache=output.cache,
+        token=choice.token,
+        position=state.position + live.astype(jnp.int32),
+        done=state.done | is_end(sampler, choice.token),
+        cache=dataclasses.replace(output.cache, length=state.cache.length + live.astype(jnp.int32)),
+        sampler=sampler,
     )
+    return state, choice
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("config", "steps", "plan"), donate_argnames="state")
 def decode_chunk(
-    base: Base, adapter: Adapter | None, state: DecodeState, config: ModelConfig, steps: int
-) -> tuple[DecodeState, Int[Array, "B steps"]]:
-    """``steps`` decode steps as one scan; returns the tokens they chose.
-
-    After a row's end-of-sequence token the row repeats it.
-    """
-
-    def step(state: DecodeState, _: None) -> tuple[DecodeState, Array]:
-        state = decode_step(base, adapter, state, config)
-        return state, state.token
-
-    state, tokens = jax.lax.scan(step, state, None, length=steps)
-    return state, tokens.T
-
-
-def generate_tokens(
-    base: Base, adapter: Adapter | None, batch: Batch, config: ModelConfig, max_new_tokens: int
-) -> tuple[np.ndarray, Route | None]:
-    """Greedy continuation of a batch of prompts.
+    base: Base,
+    tenants: Tenants | None,
+    state: DecodeState,
+    config: ModelConfig,
+    steps: int,
+    plan: Plan,
+) -> tuple[DecodeState, Choice, Bool[Array, "steps B"]]:
+    """``steps`` decode steps as one scan.
 
     Args:
-      base, adapter: in the decode layout.
-      max_new_tokens: at least 1; prompt and continuation together at most ``config.max_positions``.
+      tenants: whose adapters act on the rows; what depends on who sits where is done once per chunk.
 
     Returns:
-      Token ids ``[B, max_new_tokens]``, where a row that stopped repeats its end-of-sequence token;
-      and the route.
+      The state, the choices of every step, and which rows had ended before each step.
     """
-    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
-    length = batch.tokens.shape[1]
-    chunks = -(-(max_new_tokens - 1) // CHUNK)
-    state, route = prefill(base, adapter, batch, config, length + 1 + chunks * CHUNK)
-    pieces = [np.asarray(state.token)[:, None]]
-    for _ in range(chunks):
-        if bool(state.done.all()):
-            break
-        state, tokens = decode_chunk(base, adapter, state, config, CHUNK)
-        pieces.append(np.asarray(tokens))
-    tokens = np.concatenate(pieces, axis=1)[:, :max_new_tokens]
-    missing = max_new_tokens - tokens.shape[1]
-    return np.pad(tokens, ((0, 0), (0, missing)), mode="edge"), route
+    adapter = None if tenants is None else tenants.for_rows(state.tenant)
+
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[Choice, Array]]:
+        ended = state.done
+        state, choice = decode_step(base, adapter, state, config, plan)
+        return state, (choice, ended)
+
+    state = dataclasses.replace(state, cache=state.cache.squeezed())
+    state, (choices, ended) = jax.lax.scan(step, state, None, length=steps)
+    return dataclasses.replace(state, cache=state.cache.unsqueezed()), choices, ended
+
+
+def empty_state(
+    config: ModelConfig, base: Base, sampler: Sampler, rows: int, slots: int, routed: bool
+) -> DecodeState:
+    """A batch in which nobody sits yet.
+
+    Args:
+      sampler: of any one row, for its shapes.
+    """
+    shape = (rows, config.num_kv_heads, slots, config.head_dim)
+    layers = tuple(
+        LayerCache(k=jnp.zeros(shape, base.dtype), v=jnp.zeros(shape, base.dtype))
+        for _ in range(config.num_layers)
+    )
+    zeros = functools.partial(jnp.zeros, (rows,), jnp.int32)
+    return DecodeState(
+        token=zeros(),
+        position=zeros(),
+        done=jnp.ones((rows,), bool),
+        cache=KVCache(layers=layers, length=zeros()),
+        route=tuple(jnp.zeros((rows, 1, 7), jnp.float32) for _ in layers) if routed else None,
+        tenant=zeros(),
+        sampler=jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), sampler),
+    )

@@ -11,31 +11,60 @@ import numpy as np
 
 from milora_jax.adapters.protocol import Adapter, Shape
 from milora_jax.adapters.registry import adapter_shape
-from milora_jax.base.transformer import Base, adapter_decode_layout, decode_layout
+from milora_jax.adapters.tenants import Tenants
+from milora_jax.base.modules import Base, decode_layout
+from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.config import ModelConfig, require
-from milora_jax.data.batches import collate_prompts, padded_length
 from milora_jax.data.tokens import encode_prompt
 from milora_jax.errors import UserError
-from milora_jax.generation.decode import generate_tokens
+from milora_jax.generation.bank import Bank
+from milora_jax.generation.beam import Found, beam_search
+from milora_jax.generation.engine import Engine, Request, TokenLogprobs, bucket_of
+from milora_jax.generation.settings import GenerationSettings
+from milora_jax.generation.stream import TextStream
 from milora_jax.types import Batch
-
-BUCKET = 32
-"""Prompts are padded to a multiple of this, so that few prefill programs are compiled."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One generated continuation.
+class Continuation:
+    """One continuation of a prompt.
 
     Attributes:
-      text: decoded, without special tokens.
-      tokens: new token ids up to and including the end-of-sequence token.
-      route: routing weights ``[L, E]`` of the prompt; None without a router.
+      text: decoded, without special tokens and without the stop string.
+      tokens: new token ids up to and including the one that ended it.
+      finish: why it ended: "stop" or "length".
+      logprobs: of every token, where asked for.
     """
 
     text: str
     tokens: tuple[int, ...]
-    route: np.ndarray | None
+    finish: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one prompt.
+
+    Attributes:
+      samples: its continuations; several if ``num_samples`` asked for them; none after an error.
+      route: routing weights ``[L, E]`` of the prompt; None without a router.
+      error: one line, if the prompt or its settings could not be served.
+    """
+
+    samples: tuple[Continuation, ...]
+    route: np.ndarray | None = None
+    error: str = ""
+
+    @property
+    def text(self) -> str:
+        """Of the first continuation."""
+        return self.samples[0].text
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Of the first continuation."""
+        return self.samples[0].tokens
 
 
 def generate(
@@ -45,71 +74,226 @@ def generate(
     prompts: Sequence[str],
     *,
     adapter: Adapter | None = None,
+    bank: Bank | None = None,
+    tenants: Sequence[str] = (),
+    settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 8,
+    prefill_rows: int = 1,
+    merge: bool = False,
+    return_errors: bool = False,
     place: Callable[[Batch], Batch] = jax.device_put,
     progress: Callable[[int], None] | None = None,
+    stream: Callable[[int, int, str], None] | None = None,
 ) -> list[Answer]:
-    """Greedy answers to prompts, in their order.
+    """Continue prompts; the answers come in their order.
 
     Args:
       base: from ``load_base``; turned into the decode layout where it is not yet.
       tokenizer: from ``milora_jax.data.tokens.load_tokenizer``.
       prompts: full prompt texts; ``milora_jax.data.prompts.prompt_text`` renders a record.
-      adapter: from ``load_adapter``; None answers with the plain base.
-      max_new_tokens: longest answer in tokens.
-      batch_size: prompts decoded together.
-      place: puts a batch on the devices; the default takes the first device.
+      adapter: from ``load_adapter``; None, and no bank, answers with the plain base.
+      bank: adapters of several tenants, instead of ``adapter``.
+      tenants: with a bank, whose adapter each prompt is for.
+      settings: of all prompts or of each; None is greedy with ``max_new_tokens``.
+      max_new_tokens: longest answer in tokens, where there are no ``settings``.
+      batch_size: continuations decoded together.
+      prefill_rows: prompts of like length that are prefilled together.
+      merge: after a prompt's prefill, fold its chosen experts into a private copy of the weights; prompts
+        are then continued one after the other, see ``generation.merge``.
+      return_errors: give an answer with an error for a prompt that cannot be served, and serve the
+        others, instead of raising.
+      place: puts a prefill batch on the devices; the default takes the first device.
       progress: called with the number of answers each time some are ready.
+      stream: called with prompt, sample and new text as it comes.
 
     Raises:
-      UserError: for an empty prompt, or one too long for the model with its answer; for an adapter
-        that was made for a base of another shape.
+      UserError: unless ``return_errors``, for the first prompt that cannot be served: empty, too long
+        for the model with its answer, or with settings out of range. For an adapter that was made for a
+        base of another shape.
     """
-    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
     require(not isinstance(prompts, str), "prompts", prompts, "a list of prompts")
+    if settings is None:
+        settings = GenerationSettings(max_new_tokens=max_new_tokens)
+    each = [settings] * len(prompts) if isinstance(settings, GenerationSettings) else list(settings)
+    require(len(each) == len(prompts), "settings", f"{len(each)} long", f"one per prompt, {len(prompts)}")
     if adapter is not None and adapter.shape != adapter_shape(config):
         raise UserError(
             f"the adapter fits a base of {_said(adapter.shape)}, this one has {_said(adapter_shape(config))}"
         )
-    room = config.max_positions - max_new_tokens
-    encoded = [encode_prompt(tokenizer, text) for text in prompts]
-    for i, (text, ids) in enumerate(zip(prompts, encoded, strict=True)):
-        if not text.strip():
-            raise UserError(f"prompt {i} is empty")
-        if len(ids) > room:
-            raise UserError(
-                f"prompt {i} has {len(ids)} tokens: expected at most {room} "
-                f"({config.max_positions} positions less {max_new_tokens} new tokens)"
-            )
-    if not isinstance(base.layers, tuple):
+    if bank is None:
+        require(not tenants, "tenants", tenants, "none without a bank")
+    else:
+        fits = len(tenants) == len(prompts)
+        require(fits, "tenants", f"{len(tenants)} long", f"one per prompt, {len(prompts)}")
+    if not base.unrolled:
         base = decode_layout(base)
     if adapter is not None and not isinstance(adapter.params, tuple):
-        adapter = adapter_decode_layout(adapter)
-    # Rows of like length share a batch: less padding, and fewer decode steps after the last answer.
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+        adapter = adapter_decode_layout(adapter, base)
+    served = bank.tenants if bank is not None else None if adapter is None else Tenants.single(adapter)
     answers: dict[int, Answer] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        length = padded_length(max(len(encoded[i]) for i in rows), BUCKET, room)
-        batch = collate_prompts([encoded[i] for i in rows], length, 0, "left", rows=batch_size)
-        tokens, route = generate_tokens(base, adapter, place(batch), config, max_new_tokens)
-        weights = None if route is None else np.asarray(route.weights)[:, :, 0]
-        for row, i in enumerate(rows):
-            new = _until_end(tokens[row], config.eos_ids)
-            text = tokenizer.decode(new, skip_special_tokens=True)
-            answers[i] = Answer(text, tuple(new), None if weights is None else weights[:, row])
-        if progress is not None:
-            progress(len(rows))
-    return [answers[i] for i in range(len(encoded))]
+    work: dict[int, _Job] = {}
+    for i, (text, mine) in enumerate(zip(prompts, each, strict=True)):
+        try:
+            slot = 0 if bank is None else bank.slot_of(tenants[i])
+            work[i] = _Job(_encode(config, tokenizer, text, mine, batch_size), mine, slot)
+        except UserError as error:
+            if not return_errors:
+                raise UserError(f"prompt {i}: {error}") from None
+            answers[i] = Answer((), None, str(error))
+    report = _Report(progress, stream)
+    report.answered(len(answers))
+    # Like lengths follow each other: they share a prefill, and end at about the same time.
+    order = sorted(work, key=lambda i: len(work[i].ids))
+    plain = {i: work[i] for i in order if work[i].settings.num_beams == 1}
+    beams = {i: work[i] for i in order if work[i].settings.num_beams > 1}
+    if plain:
+        count = max if merge else sum
+        samples = count(job.settings.num_samples for job in plain.values())
+        engine = Engine(
+            base,
+            config,
+            served,
+            rows=min(batch_size, samples),
+            slots=min(max(job.slots(config) for job in plain.values()), config.max_positions),
+            penalties=any(job.settings.penalized for job in plain.values()),
+            prefill_rows=prefill_rows,
+            merge=merge,
+            place=place,
+        )
+        answers |= _run(engine, tokenizer, plain, report)
+    for group in _alike(config, beams, batch_size):
+        first = beams[group[0]]
+        ids = [beams[i].ids for i in group]
+        rows = min(batch_size, len(beams))
+        found = beam_search(
+            base, config, served, ids, first.settings, slot=first.slot, rows=rows, place=place
+        )
+        for i, best in zip(group, found, strict=True):
+            answers[i] = Answer((_continued(tokenizer, best, first.settings),), best.route)
+            report.text(i, 0, answers[i].text)
+        report.answered(len(group))
+    return [answers[i] for i in range(len(prompts))]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A prompt that can be served."""
+
+    ids: list[int]
+    settings: GenerationSettings
+    slot: int
+
+    def slots(self, config: ModelConfig) -> int:
+        """Cache slots it may fill, prompts rounded up to their bucket."""
+        return bucket_of(len(self.ids), config.max_positions) + self.settings.max_new_tokens
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Whom to tell of what."""
+
+    progress: Callable[[int], None] | None
+    stream: Callable[[int, int, str], None] | None
+
+    def answered(self, count: int) -> None:
+        if count and self.progress is not None:
+            self.progress(count)
+
+    def text(self, prompt: int, sample: int, fresh: str) -> None:
+        if fresh and self.stream is not None:
+            self.stream(prompt, sample, fresh)
+
+
+def _alike(config: ModelConfig, jobs: dict[int, _Job], most: int) -> list[list[int]]:
+    """Groups of at most ``most`` prompts that one beam search can take: the same but for their tokens."""
+    groups: dict[tuple, list[list[int]]] = {}
+    for i, job in jobs.items():
+        lots = groups.setdefault(
+            (job.settings, job.slot, bucket_of(len(job.ids), config.max_positions)), [[]]
+        )
+        if len(lots[-1]) == most:
+            lots.append([])
+        lots[-1].append(i)
+    return [lot for lots in groups.values() for lot in lots]
+
+
+def _run(engine: Engine, tokenizer: Any, jobs: dict[int, _Job], report: _Report) -> dict[int, Answer]:
+    """Prompts through an engine."""
+    answers: dict[int, Answer] = {}
+    numbers: dict[Request, int] = {}
+    streams: dict[tuple[int, int], TextStream] = {}
+    for i, job in jobs.items():
+        numbers[engine.submit(job.ids, job.settings, job.slot)] = i
+        for sample in range(job.settings.num_samples):
+            streams[i, sample] = TextStream(tokenizer, job.settings.stop)
+    while not engine.idle:
+        ready = 0
+        for request in engine.step():
+            i = numbers[request]
+            samples = range(request.settings.num_samples)
+            for sample in samples:
+                report.text(i, sample, _feed(engine, request, sample, streams[i, sample]))
+            if request.done:
+                continuations = (_continuation(request, sample, streams[i, sample]) for sample in samples)
+                answers[i] = Answer(tuple(continuations), request.route)
+                ready += 1
+        report.answered(ready)
+    return answers
+
+
+def _feed(engine: Engine, request: Request, sample: int, text: TextStream) -> str:
+    """Turn a sample's new tokens into text, and end it at a stop string."""
+    finish = request.finish[sample]
+    tokens = request.tokens[sample]
+    shown = tokens[:-1] if finish == "stop" else tokens
+    fresh = text.add(shown[len(text.tokens) :], last=finish is not None)
+    if text.stopped and finish != "stop":
+        del tokens[len(text.tokens) :]
+        del request.logprobs[sample][len(text.tokens) :]
+        request.finish[sample] = None
+        engine.end(request, sample, "stop")
+    return fresh
+
+
+def _continuation(request: Request, sample: int, text: TextStream) -> Continuation:
+    return Continuation(
+        text=text.text,
+        tokens=tuple(request.tokens[sample]),
+        finish=request.finish[sample] or "length",
+        logprobs=tuple(request.logprobs[sample]),
+    )
+
+
+def _continued(tokenizer: Any, found: Found, settings: GenerationSettings) -> Continuation:
+    """The continuation that beam search found."""
+    text = TextStream(tokenizer, settings.stop)
+    text.add(found.tokens[:-1] if found.finish == "stop" else found.tokens, last=True)
+    if text.stopped:
+        return Continuation(text.text, tuple(text.tokens), "stop")
+    return Continuation(text.text, found.tokens, found.finish)
+
+
+def _encode(
+    config: ModelConfig, tokenizer: Any, text: str, settings: GenerationSettings, rows: int
+) -> list[int]:
+    """Token ids of a prompt that can be served."""
+    if not text.strip():
+        raise UserError("the prompt is empty")
+    ids = encode_prompt(tokenizer, text)
+    room = config.max_positions - settings.max_new_tokens
+    if len(ids) > room:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens: expected at most {room} "
+            f"({config.max_positions} positions less {settings.max_new_tokens} new tokens)"
+        )
+    samples = settings.num_samples
+    require(samples <= rows, "num_samples", samples, f"at most batch_size {rows}")
+    vocab = config.vocab_size
+    wrong = [token for token in settings.stop_token_ids if token >= vocab]
+    require(not wrong, "stop_token_ids", wrong[:1], f"0 to {vocab - 1}")
+    return ids
 
 
 def _said(shape: Shape) -> str:
     return f"{shape.num_layers} layers, width {shape.hidden_size} and modules {dict(shape.modules)}"
-
-
-def _until_end(tokens: np.ndarray, end_ids: tuple[int, ...]) -> list[int]:
-    """The tokens up to and including the first end-of-sequence token."""
-    ids = tokens.tolist()
-    ends = [i for i, token in enumerate(ids) if token in end_ids]
-    return ids[: ends[0] + 1] if ends else ids

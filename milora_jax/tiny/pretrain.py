@@ -16,7 +16,8 @@ import optax
 from milora_jax.base.hf import LeafSpec, base_specs, save_base
 from milora_jax.base.hf_config import write_model_config
 from milora_jax.base.load import load_base
-from milora_jax.base.transformer import Base, decode_layout, forward, unembed
+from milora_jax.base.modules import Base, unroll
+from milora_jax.base.transformer import forward, unembed
 from milora_jax.cli import Console
 from milora_jax.config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int
@@ -77,9 +78,9 @@ def initial_base(seed: int) -> Base:
     rng = np.random.default_rng(seed)
 
     def draw(spec: LeafSpec) -> jax.Array:
-        if len(spec.shape) - spec.stacked == 1:
+        if "norm" in spec.parts[0].name:
             return jnp.ones(spec.shape, jnp.float32)
-        writes = any(part in spec.names[0] for part in ("o_proj", "down_proj"))
+        writes = any(part in spec.parts[0].name for part in ("o_proj", "down_proj"))
         scale = INIT_SCALE / (2 * CONFIG.num_layers) ** 0.5 if writes else INIT_SCALE
         return jnp.asarray((rng.normal(size=spec.shape) * scale).astype(np.float32))
 
@@ -175,7 +176,7 @@ def _train(
             updates, opt_state = optimizer.update(gradient, opt_state, base)
         return optax.apply_updates(base, updates), opt_state, loss
 
-    base: Any = decode_layout(start)  # unrolled layers compile longer and run faster on a CPU
+    base: Any = unroll(start)  # unrolled layers compile longer and run faster on a CPU
     opt_state = optimizer.init(base)
     jitted = jax.jit(step, donate_argnums=(0, 1))
     loss = jnp.inf

@@ -20,7 +20,7 @@ import numpy as np
 
 from milora_jax.adapters.protocol import Adapter, Kernels, abstract_params, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
-from milora_jax.base.transformer import frozen_kernels
+from milora_jax.base.modules import frozen_kernels
 from milora_jax.config import TrainSection
 from milora_jax.data.batches import batch_rows, collate, padded_length
 from milora_jax.data.tokens import Example

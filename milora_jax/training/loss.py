@@ -8,7 +8,8 @@ from flax import struct
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.router import expert_share, load_balance
-from milora_jax.base.transformer import Base, forward, prompt_members, unembed
+from milora_jax.base.modules import Base
+from milora_jax.base.transformer import forward, prompt_members, unembed
 from milora_jax.config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, Batch, Route

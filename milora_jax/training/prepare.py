@@ -16,7 +16,7 @@ from milora_jax.adapters.registry import adapter_shape, build_method, full_setti
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf import load_leaves
 from milora_jax.base.hf_config import read_model_config
-from milora_jax.base.transformer import Base
+from milora_jax.base.modules import Base
 from milora_jax.config import Config, ModelConfig, require
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record, fingerprint, holdout, parse_sources, read_records

@@ -16,7 +16,7 @@ import optax
 from flax import struct
 
 from milora_jax.adapters.protocol import Adapter, router_mask
-from milora_jax.base.transformer import Base
+from milora_jax.base.modules import Base
 from milora_jax.config import ModelConfig, TrainSection
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.training.loss import adapted_loss, summed_loss

@@ -12,8 +12,8 @@ from milora_jax.config import Config
 from milora_jax.errors import UserError
 from milora_jax.storage.files import read_json, write_json_atomic
 from milora_jax.storage.lock import WorkdirLock
+from milora_jax.storage.workdir import CONFIG_NAME
 
-CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
 CHANGEABLE = {("eval",), ("mesh",), ("data", "test"), ("train", "log_every"), ("train", "save_every")}
 """What may differ when a run is continued: settings that do not enter the trained parameters."""
@@ -53,13 +53,6 @@ def _require_same(workdir: Path, config: Config) -> None:
                     f"workdir {str(workdir)!r} holds another run: {'.'.join(name)} is {old[name]!r} there "
                     f"and {value!r} now; use another --workdir"
                 )
-
-
-def read_workdir_config(workdir: Path) -> Config:
-    """The config of the run in a workdir."""
-    if not (workdir / CONFIG_NAME).is_file():
-        raise UserError(f"{str(workdir)!r} is no workdir: it holds no {CONFIG_NAME}")
-    return Config.from_dict(read_json(workdir / CONFIG_NAME))
 
 
 class MetricsLog:

@@ -9,11 +9,12 @@ import pytest
 
 from milora_jax.adapters.protocol import ProjectionGroup, path_names
 from milora_jax.adapters.registry import METHOD_CLASSES, build_method, full_settings
-from milora_jax.base.transformer import adapter_decode_layout, decode_layout, unembed
+from milora_jax.base.modules import decode_layout
+from milora_jax.base.transformer import adapter_decode_layout, unembed
 from milora_jax.config import METHODS, AdapterSection
 from milora_jax.errors import UserError
-from milora_jax.generation.decode import generate_tokens
 from milora_jax.training.loss import adapted_loss
+from tests.generation.decoding import decoded
 from tests.training.test_equalities import (
     ANSWER,
     BASE,
@@ -67,7 +68,7 @@ def test_a_fresh_adapter_changes_nothing_where_its_definition_allows(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_scan_equals_loop(method):
     adapter, batch = make_adapter(method=method), two_rows()
-    looped = run(adapter_decode_layout(adapter), batch, base=decode_layout(BASE))
+    looped = run(adapter_decode_layout(adapter, BASE), batch, base=decode_layout(BASE))
     np.testing.assert_allclose(run(adapter, batch).hidden, looped.hidden, rtol=2e-5, atol=2e-5)
 
 
@@ -76,10 +77,7 @@ def test_cached_decoding_equals_the_full_forward(method):
     """Greedy tokens of prefill and decode are those of a forward pass over prompt and answer so far."""
     adapter, new = make_adapter(method=method), 6
     prompts = [text(0, 7), text(4, 7)]
-    batch = stack(*(row_batch(prompt, text(0, 0)) for prompt in prompts))
-    found, _ = generate_tokens(decode_layout(BASE), adapter_decode_layout(adapter), batch, TINY, new)
-    for prompt, answer in zip(prompts, found, strict=True):
-        answer = answer[: list(answer).index(2) + 1] if 2 in answer else answer
+    for prompt, answer in zip(prompts, decoded(adapter, prompts, new), strict=True):
         full = logits(adapter, row_batch(prompt, answer, length=16))[0]
         again = np.argmax(full[len(prompt) - 1 : len(prompt) - 1 + len(answer)], axis=-1)
         np.testing.assert_array_equal(answer, again)

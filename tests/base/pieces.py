@@ -9,7 +9,8 @@ import numpy as np
 
 from milora_jax.base import ops
 from milora_jax.base.load import load_base, logits
-from milora_jax.base.transformer import AdaptedLayer, block, decode_layout
+from milora_jax.base.modules import decode_layout
+from milora_jax.base.transformer import AdaptedLayer, block
 from milora_jax.config import Llama3Scaling, ModelConfig
 
 PLAIN = ModelConfig(
@@ -67,19 +68,20 @@ def ours(config: ModelConfig, folder: Path) -> dict[str, np.ndarray]:
     frequencies = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     cos, sin = ops.rope_tables(positions, frequencies)
     ones = jnp.ones((ROWS, LENGTH), jnp.int32)
-    mask = ops.attention_mask(ones, ones, jnp.zeros((), jnp.int32))
+    mask = ops.attention_mask(ones, ones, 0)
 
     def heads(x):
         return x.reshape(ROWS, LENGTH, -1, config.head_dim)
 
-    q, k = (ops.apply_rope(heads(module(hidden)), cos, sin) for module in (layer.q, layer.k))
-    attended = ops.attention(q, k, heads(layer.v(hidden)), mask).reshape(ROWS, LENGTH, -1)
+    q, k, v = (heads(output) for output in layer.project(0, hidden))
+    q, k = (ops.apply_rope(x, cos, sin) for x in (q, k))
+    attended = ops.attention(q, k, v, mask).reshape(ROWS, LENGTH, -1)
     plain = AdaptedLayer(layer, None, None, None, None)
-    block_out, _ = block(config, plain, hidden, cos, sin, mask, None, jnp.zeros((), jnp.int32))
+    block_out, _ = block(config, plain, hidden, cos, sin, mask)
     values = {
         "norm": ops.rms_norm(hidden, layer.attention_norm[...], config.norm_eps),
         "rope": ops.apply_rope(given["query"], cos, sin),
-        "attention": layer.o(attended),
+        "attention": layer.project(1, attended)[0],
         "block": block_out,
         "logits": logits(base, config, given["tokens"].astype(jnp.int32)),
     }

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from milora_jax import load_base, logits
 from milora_jax.base.fingerprint import WHOLE_BELOW, base_fingerprint
 from milora_jax.base.hf_config import read_model_config, write_model_config
+from milora_jax.base.modules import decode_layout
 from milora_jax.config import Llama3Scaling
 from milora_jax.errors import UserError
 from tests.base.pieces import GROUPED, PLAIN
@@ -69,6 +70,14 @@ def test_shards_and_one_file_give_the_same_leaves(tmp_path, config):
     assert_same(load_base(tmp_path)[0], random_base(config))
     shard(tmp_path)
     assert_same(load_base(tmp_path)[0], random_base(config))
+
+
+@pytest.mark.parametrize("config", [PLAIN, GROUPED])
+def test_the_decode_layout_is_read_as_it_is_made(tmp_path, config):
+    write_hf_directory(tmp_path, config, tokenizer=False)
+    read, made = load_base(tmp_path, decode=True)[0], decode_layout(random_base(config))
+    assert jax.tree.structure(read) == jax.tree.structure(made)
+    assert_same(read, made)
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])

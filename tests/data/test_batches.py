@@ -81,11 +81,9 @@ def test_collate_marks_prompt_response_and_padding():
     np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0], [0] * 6])
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_prompts_are_padded_on_either_side(side):
-    batch = collate_prompts([[5, 6], [7, 8, 9]], length=4, pad_id=0, side=side, rows=3)
-    left, right = [[0, 0, 5, 6], [0, 7, 8, 9], [0] * 4], [[5, 6, 0, 0], [7, 8, 9, 0], [0] * 4]
-    np.testing.assert_array_equal(batch.tokens, left if side == "left" else right)
+def test_prompts_are_padded_on_the_right():
+    batch = collate_prompts([[5, 6], [7, 8, 9]], length=4, pad_id=0, rows=3)
+    np.testing.assert_array_equal(batch.tokens, [[5, 6, 0, 0], [7, 8, 9, 0], [0] * 4])
     assert batch.segment_ids.sum(axis=1).tolist() == [2, 3, 1]
     assert (batch.prompt_mask == (batch.segment_ids > 0)).all()
     assert not batch.loss_mask.any()

@@ -1,20 +1,29 @@
-"""Decoding: the route is carried, the cache is exact, padding and neighbours do not matter."""
+"""Decoding: the route is carried, the cache is exact, neighbours do not matter, and the compiled program
+holds what it should."""
+
+import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from milora_jax.base.transformer import adapter_decode_layout, decode_layout, forward, unembed
-from milora_jax.generation.decode import decode_chunk, decode_step, generate_tokens, prefill
+from milora_jax.base.modules import unroll
+from milora_jax.base.transformer import adapter_decode_layout, forward, unembed
+from milora_jax.data.batches import collate_prompts
+from milora_jax.generation.decode import admit, decode_chunk, prefill
+from milora_jax.generation.engine import bucket_of
+from milora_jax.generation.sampling import Plan
+from milora_jax.generation.settings import GenerationSettings
 from milora_jax.types import stack_layers
+from tests.generation.decoding import DECODING, decoded, make_engine, one_tenant
 from tests.models import TINY, random_base
-from tests.training.test_equalities import make_adapter, row_batch, run, stack, text
+from tests.training.test_equalities import BASE, make_adapter, row_batch, run, text
 
-BASE = decode_layout(random_base(TINY))
-ADAPTER = adapter_decode_layout(make_adapter())
 EMPTY = np.zeros(0, np.int64)
 NEW = 12
+ENDLESS = dataclasses.replace(TINY, eos_ids=())
 
 
 def greedy_by_full_forward(prompt, adapter, count):
@@ -22,124 +31,178 @@ def greedy_by_full_forward(prompt, adapter, count):
     tokens, logits = list(prompt), []
     for _ in range(count):
         batch = row_batch(prompt, np.array(tokens[len(prompt) :], np.int64), length=24)
-        output = run(adapter, batch, base=BASE)
+        output = run(adapter, batch)
         logits.append(np.asarray(unembed(BASE, output.hidden[0, len(tokens) - 1])))
         tokens.append(int(logits[-1].argmax()))
     return tokens[len(prompt) :], logits
 
 
-jitted_decode_step = jax.jit(decode_step, static_argnames="config")
+def prefilled(adapter, prompt, slots=32):
+    batch = collate_prompts([prompt.tolist()], 16, 0, rows=1)
+    return prefill(DECODING, one_tenant(adapter), np.int32(0), batch, TINY, slots)
 
 
 @jax.jit
-def one_step(base, adapter, state):
+def one_step(base, adapter, token, position, route, cache):
     """The forward pass of a decode step."""
-    return forward(
-        base,
-        TINY,
-        state.token[:, None],
-        state.position[:, None],
-        jnp.ones_like(state.token)[:, None],
-        adapter=adapter,
-        route_weights=state.route,
-        cache=state.cache,
+    ones = jnp.ones_like(token)
+    return forward(base, TINY, token, position, ones, adapter=adapter, route_weights=route, cache=cache)
+
+
+@pytest.mark.parametrize("method", [None, "milora", "lora"])
+def test_cached_decode_equals_the_full_forward(method):
+    adapter, prompt = None if method is None else make_adapter(method=method), text(0, 9)
+    expected, logits = greedy_by_full_forward(prompt, adapter, NEW)
+    (found,) = decoded(adapter, [prompt], NEW, ignore_eos=True)
+    assert found == expected
+    made, _ = prefilled(adapter, prompt)
+    np.testing.assert_allclose(made.logits[0], logits[0], rtol=1e-4, atol=1e-4)
+    ready = None if adapter is None else adapter_decode_layout(adapter, BASE)
+    cache = made.cache
+    for step in range(1, 4):
+        token = jnp.full((1, 1), expected[step - 1], jnp.int32)
+        position = jnp.full((1, 1), 8 + step, jnp.int32)
+        output = one_step(DECODING, ready, token, position, made.route, cache)
+        cache = output.cache
+        np.testing.assert_allclose(unembed(BASE, output.hidden)[0, 0], logits[step], rtol=1e-4, atol=1e-4)
+
+
+def test_joined_layers_equal_separate_ones():
+    prompt = row_batch(text(0, 9), EMPTY)
+    apart = run(make_adapter_tuple(), prompt, base=unroll(BASE))
+    joined = run(adapter_decode_layout(make_adapter(), BASE), prompt, base=DECODING)
+    np.testing.assert_allclose(joined.hidden, apart.hidden, rtol=1e-5, atol=1e-5)
+
+
+def make_adapter_tuple():
+    adapter = make_adapter()
+    return adapter.replace(
+        params=tuple(jax.tree.map(lambda leaf, i=i: leaf[i], adapter.params) for i in range(4))
     )
 
 
-def until_end(tokens):
-    ends = np.flatnonzero(np.isin(tokens, TINY.eos_ids))
-    return list(tokens[: ends[0] + 1] if len(ends) else tokens)
-
-
-@pytest.mark.parametrize("adapter", [None, ADAPTER, adapter_decode_layout(make_adapter(method="lora"))])
-def test_cached_decode_equals_the_full_forward(adapter):
-    prompt = text(0, 9)
-    expected, logits = greedy_by_full_forward(prompt, adapter, NEW)
-    found, _ = generate_tokens(BASE, adapter, row_batch(prompt, EMPTY), TINY, NEW)
-    assert until_end(found[0]) == until_end(np.array(expected))
-    state, _ = prefill(BASE, adapter, row_batch(prompt, EMPTY), TINY, 9 + NEW)
-    for step in range(1, 4):
-        hidden = one_step(BASE, adapter, state).hidden
-        np.testing.assert_allclose(unembed(BASE, hidden)[0, 0], logits[step], rtol=1e-4, atol=1e-4)
-        state = jitted_decode_step(BASE, adapter, state, TINY)
-
-
 def test_the_route_of_prefill_is_the_route_of_training_and_never_changes():
-    prompt = text(3, 8)
-    batch = row_batch(prompt, text(4, 6))
-    trained = run(ADAPTER, batch, base=BASE).route
-    state, route = prefill(BASE, ADAPTER, row_batch(prompt, EMPTY), TINY, 32)
+    adapter, prompt = make_adapter(), text(3, 8)
+    trained = run(adapter, row_batch(prompt, text(4, 6))).route
+    _, route = prefilled(adapter, prompt)
     np.testing.assert_array_equal(route.weights != 0, trained.weights != 0)
     np.testing.assert_allclose(route.probs, trained.probs, rtol=1e-5, atol=1e-7)
-    before = np.stack(state.route)
-    state, _ = decode_chunk(BASE, ADAPTER, state, TINY, 8)
-    np.testing.assert_array_equal(np.stack(state.route), before)
+    engine = make_engine(adapter, rows=1, slots=32)
+    engine.submit(prompt.tolist(), GenerationSettings(max_new_tokens=20, ignore_eos=True))
+    engine.step()
+    before = np.stack(engine._state.route)
+    np.testing.assert_array_equal(before[:, 0], route.weights[:, 0])
+    engine.step()
+    np.testing.assert_array_equal(np.stack(engine._state.route), before)
 
 
-@pytest.mark.parametrize("left", [False, True])
-def test_padding_and_neighbours_do_not_change_a_row(left):
-    prompts = [text(10 + i, length) for i, length in enumerate((3, 9, 6, 11))]
-    alone = [generate_tokens(BASE, ADAPTER, row_batch(p, EMPTY), TINY, NEW)[0][0] for p in prompts]
-    batch = stack(*(row_batch(p, EMPTY, length=14, left=left) for p in prompts))
-    together, _ = generate_tokens(BASE, ADAPTER, batch, TINY, NEW)
-    for row, expected in zip(together, alone, strict=True):
-        assert until_end(row) == until_end(expected)
+def test_padding_of_a_prompt_does_not_change_its_route_or_its_logits():
+    adapter, prompt = make_adapter(), text(3, 8)
+    short, route = prefilled(adapter, prompt)
+    wide = collate_prompts([prompt.tolist()], 30, 0, rows=1)
+    long, again = prefill(DECODING, one_tenant(adapter), np.int32(0), wide, TINY, 32)
+    np.testing.assert_array_equal(route.weights != 0, again.weights != 0)
+    np.testing.assert_allclose(short.logits, long.logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_that_stopped_repeats_its_end_token():
-    prompts = [text(20 + i, 6) for i in range(16)]
+def test_a_prompt_in_pieces_is_refused():
+    """A route is chosen from the whole prompt: a second piece cannot choose again."""
+    made, _ = prefilled(make_adapter(), text(3, 8))
+    batch = row_batch(text(4, 4), EMPTY)
+    with pytest.raises(ValueError, match="is not the first"):
+        run(make_adapter(), batch, prompt_mask=batch.prompt_mask, cache=made.cache)
+
+
+def test_a_row_that_stopped_gives_nothing_more():
+    prompts = [text(20 + i, 6) for i in range(6)]
     first, _ = greedy_by_full_forward(prompts[0], None, 4)
-    config = TINY.__class__(**{**vars(TINY), "eos_ids": (first[2],)})
-    batch = stack(*(row_batch(p, EMPTY) for p in prompts))
-    tokens, _ = generate_tokens(BASE, None, batch, config, NEW)
-    stop = first.index(first[2])
-    assert (tokens[0, stop:] == first[2]).all()
-    assert tokens.shape == (16, NEW)
+    config = dataclasses.replace(TINY, eos_ids=(first[2],))
+    found = decoded(None, prompts, NEW, config)
+    assert found[0] == first[: first.index(first[2]) + 1]
+    endless = decoded(None, prompts, NEW, ENDLESS)
+    for mine, whole in zip(found, endless, strict=True):
+        assert mine == (whole[: whole.index(first[2]) + 1] if first[2] in whole else whole)
 
 
 @pytest.mark.parametrize("count", [1, 2, 16, 17, 18, 33])
 def test_any_number_of_new_tokens(count):
-    batch = row_batch(text(0, 4), EMPTY)
-    config = TINY.__class__(**{**vars(TINY), "eos_ids": ()})
-    longest, _ = generate_tokens(BASE, ADAPTER, batch, config, 33)
-    tokens, _ = generate_tokens(BASE, ADAPTER, batch, config, count)
-    assert tokens.shape == (1, count)
-    np.testing.assert_array_equal(tokens, longest[:, :count])
+    prompt = text(0, 4)
+    (longest,) = decoded(make_adapter(), [prompt], 40, ENDLESS)
+    (tokens,) = decoded(make_adapter(), [prompt], count, ENDLESS)
+    assert tokens == longest[:count]
+
+
+def test_more_prompts_than_rows_and_rows_that_are_used_again():
+    prompts = [text(i, 3 + i) for i in range(7)]
+    engine = make_engine(make_adapter(), ENDLESS, rows=2, slots=64)
+    made = [
+        engine.submit(prompt.tolist(), GenerationSettings(max_new_tokens=5 + 7 * i))
+        for i, prompt in enumerate(prompts)
+    ]
+    engine.run()
+    assert engine.idle
+    for i, (prompt, request) in enumerate(zip(prompts, made, strict=True)):
+        assert request.tokens[0] == decoded(make_adapter(), [prompt], 5 + 7 * i, ENDLESS)[0]
+        assert request.finish == ["length"]
 
 
 def test_scan_equals_loop_with_a_cache():
-    batch = row_batch(text(0, 6), EMPTY)
-    state, _ = prefill(BASE, ADAPTER, batch, TINY, 10)
-    stacked_base, stacked_adapter = random_base(TINY), make_adapter()
-    stacked_cache = state.cache.replace(layers=stack_layers(state.cache.layers))
-    looped = one_step(BASE, ADAPTER, state)
-    stacked_state = state.replace(cache=stacked_cache, route=jnp.stack(state.route))
-    scanned = one_step(stacked_base, stacked_adapter, stacked_state)
+    adapter, prompt = make_adapter(), text(0, 6)
+    made, _ = prefilled(adapter, prompt, 18)
+    token, position = jnp.full((1, 1), 5, jnp.int32), jnp.full((1, 1), 6, jnp.int32)
+    ready = adapter_decode_layout(adapter, BASE)
+    looped = one_step(DECODING, ready, token, position, made.route, made.cache)
+    stacked = made.cache.replace(layers=stack_layers(made.cache.layers))
+    scanned = one_step(random_base(TINY), adapter, token, position, jnp.stack(made.route), stacked)
     np.testing.assert_allclose(scanned.hidden, looped.hidden, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
         scanned.cache.layers.k, np.stack([c.k for c in looped.cache.layers]), atol=1e-6
     )
 
 
-def compiled_chunk(adapter):
-    state, _ = prefill(BASE, adapter, row_batch(text(0, 6), EMPTY), TINY, 40)
-    return decode_chunk.lower(BASE, adapter, state, TINY, 16).compile().as_text()
+def compiled_chunk(adapter, rows, plan=None):
+    """The optimised program of a chunk, and the cache shape of a layer."""
+    engine = make_engine(adapter, rows=rows, slots=48)
+    lowered = decode_chunk.lower(DECODING, engine.tenants, engine._state, TINY, 16, plan or Plan())
+    return lowered.compile().as_text()
 
 
-def test_the_decode_program_holds_no_router_and_no_conditional():
-    program = compiled_chunk(ADAPTER)
-    routing, _ = prefill.lower(BASE, ADAPTER, row_batch(text(0, 6), EMPTY), TINY, 40), None
-    assert "topk" in routing.compile().as_text().lower().replace("_", "").replace("-", "")
-    assert "topk" not in program.lower().replace("_", "").replace("-", "")
+@pytest.mark.parametrize("rows", [1, 8])
+def test_the_decode_program_holds_no_router_no_conditional_and_no_copy_of_the_cache(rows):
+    program = compiled_chunk(make_adapter(), rows)
+    batch = collate_prompts([text(0, 6).tolist()], 16, 0, rows=1)
+    routing = prefill.lower(DECODING, one_tenant(make_adapter()), np.int32(0), batch, TINY, 40).compile()
+
+    top_k = r'op_name="[^"]*/top_k'
+    assert re.search(top_k, routing.as_text())
+    assert not re.search(top_k, program)
     assert " conditional(" not in program
     assert "/route/" not in program
     assert "/attention/" in program
+    cache = {f"{rows},2,48,8", f"{rows * 2},48,8", "2,48,8", f"{rows},48,2,8"}
+    moved = [shape for shape, _ in re.findall(r"= f32\[([\d,]+)\]\S* (copy|transpose)\(", program)]
+    assert not cache & set(moved), "the cache is copied in a decode step"
 
 
-def test_one_compile_per_shape():
-    before = decode_chunk._cache_size()
-    for seed in range(3):
-        batch = stack(*(row_batch(text(seed + i, 5), EMPTY) for i in range(3)))
-        generate_tokens(BASE, ADAPTER, batch, TINY, 40)
-    assert decode_chunk._cache_size() == before + 1
-    assert jax.tree.structure(ADAPTER.params[0]) == jax.tree.structure(ADAPTER.params[1])
+def dots(program):
+    """Matrix products of a program, those inside library fusions included."""
+    return len(re.findall(r" dot\(", program))
+
+
+@pytest.mark.parametrize("method", ["lora", "milora", "moelora", "dora", "midora"])
+def test_few_more_products_than_the_base(method):
+    """At most 8 per layer; MOELoRA's own routers, which run at every token, come on top."""
+    more = dots(compiled_chunk(make_adapter(method=method), 3)) - dots(compiled_chunk(None, 3))
+    routers = 4 if method == "moelora" else 0
+    assert 0 < more <= (8 + routers) * TINY.num_layers
+
+
+def test_one_trace_per_bucket():
+    before = prefill._cache_size(), admit._cache_size(), decode_chunk._cache_size()
+    engine = make_engine(make_adapter(), rows=3, slots=100)
+    for seed, length in enumerate((5, 9, 31, 40, 60, 12)):
+        engine.submit(text(seed, length).tolist(), GenerationSettings(max_new_tokens=9 + seed))
+    engine.run()
+    lengths = {bucket_of(n, 100) for n in (5, 9, 31, 40, 60, 12)}
+    after = prefill._cache_size(), admit._cache_size(), decode_chunk._cache_size()
+    assert [b - a for a, b in zip(before, after, strict=True)] == [len(lengths), 1, 1]

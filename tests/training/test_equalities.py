@@ -9,13 +9,8 @@ import pytest
 
 from milora_jax.adapters.protocol import init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
-from milora_jax.base.transformer import (
-    adapter_decode_layout,
-    decode_layout,
-    forward,
-    frozen_kernels,
-    unembed,
-)
+from milora_jax.base.modules import decode_layout, frozen_kernels
+from milora_jax.base.transformer import adapter_decode_layout, forward, unembed
 from milora_jax.config import GATES, POOLERS, AdapterSection
 from milora_jax.training.loss import adapted_loss
 from milora_jax.types import Batch
@@ -146,7 +141,7 @@ def test_scan_equals_loop():
     adapter = make_adapter()
     batch = stack(row_batch(text(0, PROMPT), text(1, ANSWER)), row_batch(text(2, 3), text(3, 9)))
     scanned = run(adapter, batch)
-    looped = run(adapter_decode_layout(adapter), batch, base=decode_layout(BASE))
+    looped = run(adapter_decode_layout(adapter, BASE), batch, base=decode_layout(BASE))
     np.testing.assert_allclose(scanned.hidden, looped.hidden, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(scanned.route.weights, looped.route.weights)
 

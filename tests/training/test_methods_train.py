@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from milora_jax.base.transformer import decode_layout
+from milora_jax.base.modules import decode_layout
 from milora_jax.config import (
     METHODS,
     AdapterSection,

@@ -10,7 +10,7 @@ import pytest
 
 from milora_jax.adapters.protocol import coefficient_mask, init_adapter, router_mask
 from milora_jax.adapters.registry import adapter_shape, build_method
-from milora_jax.base.transformer import frozen_kernels
+from milora_jax.base.modules import frozen_kernels
 from milora_jax.config import METHODS, AdapterSection, MeshSection, TrainSection
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import check_divides, make_mesh

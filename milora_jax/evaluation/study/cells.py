@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
-from milora_jax.base.transformer import Base, decode_layout
+from milora_jax.base.modules import Base, decode_layout
 from milora_jax.cli import stop_if
 from milora_jax.config import AdapterSection, Config
 from milora_jax.errors import NonFiniteError

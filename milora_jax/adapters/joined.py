@@ -1,0 +1,124 @@
+"""Low-rank pairs in the form that decoding reads: those of a projection group side by side.
+
+One token is too little work to hide the start of a matrix product, so a layer's seven pairs become
+eight products instead of fourteen: per group one with all A matrices next to each other, and one
+batched over equal tiles of the B matrices. The method's scale is in B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+
+from milora_jax.adapters.low_rank import Pair
+from milora_jax.shapes import Array, Float
+from milora_jax.types import GROUPS
+
+
+@struct.dataclass
+class JoinedPairs:
+    """The pairs of the M modules of one projection group.
+
+    Attributes:
+      a: the A matrices side by side, module by module.
+      b: the B matrices, cut along their outputs into tiles of one width: with grouped-query attention
+        q is several times as wide as k and v.
+      tiles: how many tiles each module has.
+    """
+
+    a: Float[Array, "*S d_in MR"]
+    b: Float[Array, "*S tiles R width"]
+    tiles: tuple[int, ...] = struct.field(pytree_node=False)
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.b.shape[-2]
+
+    def padded(self, rank: int) -> JoinedPairs:
+        """The same pairs at a higher rank, whose new columns and rows are zero."""
+        more = rank - self.rank
+        a = self.a.reshape(*self.a.shape[:-1], len(self.tiles), self.rank)
+        a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)]).reshape(*self.a.shape[:-1], -1)
+        b = jnp.pad(self.b, [(0, 0)] * (self.b.ndim - 2) + [(0, more), (0, 0)])
+        return JoinedPairs(a=a, b=b, tiles=self.tiles)
+
+    def narrow(self, x: Float[Array, "B T d_in"]) -> Float[Array, "B T M R"]:
+        """``x A`` of every module."""
+        return (x @ self.a).reshape(*x.shape[:-1], len(self.tiles), self.rank)
+
+    def widen(self, u: Float[Array, "B T M R"]) -> tuple[Float[Array, "B T _"], ...]:
+        """``u_i B_i`` of every module."""
+        rows, length, _, rank = u.shape
+        narrow = u.transpose(2, 0, 1, 3).reshape(-1, rows * length, rank)
+        by_tile = jnp.concatenate(
+            [jnp.broadcast_to(narrow[i], (n, *narrow.shape[1:])) for i, n in enumerate(self.tiles)]
+        )
+        wide = jnp.einsum("MBR,MRO->MBO", by_tile, self.b).reshape(-1, rows, length, self.b.shape[-1])
+        return by_module(self.tiles, wide)
+
+
+def by_module(
+    tiles: tuple[int, ...], wide: Float[Array, "tiles B T width"]
+) -> tuple[Float[Array, "B T _"], ...]:
+    """Tiles of outputs, module by module."""
+    ends = list(accumulate(tiles))
+    return tuple(
+        wide[start] if end - start == 1 else jnp.concatenate(list(wide[start:end]), axis=-1)
+        for start, end in zip([0, *ends[:-1]], ends, strict=True)
+    )
+
+
+@struct.dataclass
+class Joined:
+    """The joined pairs of one layer, by place in ``types.GROUPS``."""
+
+    groups: tuple[Any, ...]
+
+    def of(self, names: tuple[str, ...]) -> Any:
+        """The pairs of the group with these modules: JoinedPairs, or what a bank makes of them."""
+        return self.groups[GROUPS.index(names)]
+
+    def changes(
+        self,
+        names: tuple[str, ...],
+        x: Float[Array, "B T d_in"],
+        weights: Float[Array, "B _ M _"] | None = None,
+    ) -> tuple[Float[Array, "B T _"], ...]:
+        """What the pairs of a group add to its outputs.
+
+        Args:
+          weights: what the R-wide products are multiplied by, one number per module or R.
+        """
+        pairs = self.of(names)
+        u = pairs.narrow(x)
+        return pairs.widen(u if weights is None else u * weights.astype(u.dtype))
+
+
+def join(pairs: Mapping[str, Pair], scale: float, dtype: jnp.dtype) -> Joined:
+    """One layer's pairs, joined.
+
+    Args:
+      scale: what their products are multiplied by.
+    """
+    groups = []
+    for names in GROUPS:
+        mine = [pairs[name] for name in names]
+        width = math.gcd(*(pair.b.shape[-1] for pair in mine))
+        counts = tuple(pair.b.shape[-1] // width for pair in mine)
+        tiles = [
+            jnp.stack(jnp.split(pair.b * scale, n, axis=-1)) for pair, n in zip(mine, counts, strict=True)
+        ]
+        groups.append(
+            JoinedPairs(
+                a=jnp.concatenate([pair.a for pair in mine], axis=-1).astype(dtype),
+                b=jnp.concatenate(tiles).astype(dtype),
+                tiles=counts,
+            )
+        )
+    return Joined(tuple(groups))

@@ -1,0 +1,231 @@
+"""Low-rank products of rows that each have their own adapter, reading only what a row chose.
+
+For row i with slot s and the chosen modules m of a projection group the kernels compute
+``share[i, m] * x[i] A[s, m] B[s, m]`` (Eq. 1 and 3 of the paper, one token per row). A pair of row and
+module whose share is 0 is neither read nor multiplied. With many tenants in a batch the adapters are
+most of what a step reads beside the base, so the bytes follow the k chosen experts, not all seven.
+
+On a TPU one kernel walks over rows and tiles; a step that was not chosen points at the block that is
+already there, so that nothing is copied (the pipeline fetches a block only when its index changes).
+On a GPU there are two kernels, to the rank and back, whose programs return at once where nothing was
+chosen. Elsewhere, and in tests, the same kernels run in Pallas' interpreter.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from milora_jax.adapters.joined import JoinedPairs
+from milora_jax.shapes import Array, Float, Int
+
+LARGEST_BLOCK = 512
+"""Inputs or outputs that a GPU program holds at a time."""
+
+
+@struct.dataclass
+class SlotPairs:
+    """:class:`JoinedPairs` of a bank, laid out so that one module's matrix is one block of memory.
+
+    Attributes:
+      a: the A matrices, transposed.
+      b: tiles of the B matrices.
+      tiles: how many tiles each module has.
+    """
+
+    a: Float[Array, "*S M R d_in"]
+    b: Float[Array, "*S tiles R width"]
+    tiles: tuple[int, ...] = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, pairs: JoinedPairs) -> SlotPairs:
+        """From the form that products with all rows read."""
+        d_in = pairs.a.shape[-2]
+        a = jnp.moveaxis(pairs.a, -1, -2).reshape(*pairs.a.shape[:-2], len(pairs.tiles), pairs.rank, d_in)
+        return cls(a=a, b=pairs.b, tiles=pairs.tiles)
+
+    def joined(self) -> JoinedPairs:
+        """And back."""
+        flat = self.a.reshape(*self.a.shape[:-3], -1, self.a.shape[-1])
+        return JoinedPairs(a=jnp.moveaxis(flat, -1, -2), b=self.b, tiles=self.tiles)
+
+
+def row_products(
+    x: Float[Array, "B d_in"],
+    pairs: SlotPairs,
+    slot: Int[Array, " B"],
+    share: Float[Array, "B M"],
+    platform: str,
+) -> Float[Array, "tiles B width"]:
+    """What each row's own pairs add to its outputs, tile by tile.
+
+    Args:
+      pairs: of all slots.
+      slot: whose pairs a row uses.
+      share: what each module's product is multiplied by; 0 leaves the module out.
+      platform: "tpu" or "gpu"; with "tpu interpreted" or "gpu interpreted" that kernel runs in Pallas'
+        interpreter.
+    """
+    kind, _, interpreted = platform.partition(" ")
+    run = {"tpu": _on_tpu, "gpu": _on_gpu}[kind]
+    return run(x, pairs, slot.astype(jnp.int32), share.astype(jnp.float32), bool(interpreted))
+
+
+def reference_products(
+    x: Float[Array, "B d_in"], pairs: SlotPairs, slot: Int[Array, " B"], share: Float[Array, "B M"]
+) -> Float[Array, "tiles B width"]:
+    """:func:`row_products` by plain products, for tests: reads every matrix of every row's slot."""
+    u = jnp.einsum("BD,BMRD->BMR", x, pairs.a[slot], preferred_element_type=jnp.float32)
+    u = (u * share[..., None]).astype(x.dtype)
+    by_tile = jnp.stack([u[:, m] for m in _module_of_tile(pairs.tiles)])
+    wide = jnp.einsum("MBR,BMRO->MBO", by_tile, pairs.b[slot], preferred_element_type=jnp.float32)
+    return wide.astype(x.dtype)
+
+
+def _module_of_tile(tiles: tuple[int, ...]) -> list[int]:
+    return [m for m, count in enumerate(tiles) for _ in range(count)]
+
+
+def visits(
+    slot: Int[Array, " B"], share: Float[Array, "B M"], tiles: tuple[int, ...]
+) -> tuple[Int[Array, "steps 3"], Int[Array, " steps"]]:
+    """Which blocks each step of the TPU kernel's grid (row by row, tile by tile) has in memory.
+
+    Returns:
+      Slot, module and tile per step: its own where its share is not 0, else those of the last step that
+      had a share (of the first to have one, before it), and whether the step has one.
+    """
+    module = jnp.array(_module_of_tile(tiles), jnp.int32)
+    rows, count = share.shape[0], module.size
+    active = (share[:, module] != 0).reshape(-1)
+    steps = jnp.arange(active.size)
+    last = jax.lax.cummax(jnp.where(active, steps, -1))
+    source = jnp.where(last < 0, jnp.argmax(active), last)
+    own = jnp.stack(
+        [
+            jnp.repeat(slot, count, total_repeat_length=rows * count),
+            jnp.tile(module, rows),
+            jnp.tile(jnp.arange(count, dtype=jnp.int32), rows),
+        ],
+        axis=1,
+    )
+    return own[source], active.astype(jnp.int32)
+
+
+def _on_tpu(x: Array, pairs: SlotPairs, slot: Array, share: Array, interpret: bool) -> Array:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    rows, d_in = x.shape
+    count, rank, width = pairs.b.shape[1:]
+    where, active = visits(slot, share, pairs.tiles)
+    shares = share[:, jnp.array(_module_of_tile(pairs.tiles))].reshape(-1)
+
+    def kernel(where: Any, active: Any, shares: Any, x: Any, a: Any, b: Any, out: Any) -> None:
+        step = pl.program_id(0) * count + pl.program_id(1)
+
+        @pl.when(active[step] == 0)
+        def _() -> None:
+            out[...] = jnp.zeros_like(out)
+
+        @pl.when(active[step] != 0)
+        def _() -> None:
+            u = jax.lax.dot_general(
+                x[0], a[0, 0], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
+            u = (u * shares[step]).astype(x.dtype)
+            out[0, 0] = jnp.dot(u, b[0, 0], preferred_element_type=jnp.float32).astype(out.dtype)
+
+    def block_of_a(row: Any, tile: Any, where: Any, *_: Any) -> tuple:
+        step = row * count + tile
+        return where[step, 0], where[step, 1], 0, 0
+
+    def block_of_b(row: Any, tile: Any, where: Any, *_: Any) -> tuple:
+        step = row * count + tile
+        return where[step, 0], where[step, 2], 0, 0
+
+    call = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(rows, count),
+            in_specs=[
+                pl.BlockSpec((1, 1, d_in), lambda row, *_: (row, 0, 0)),
+                pl.BlockSpec((1, 1, rank, d_in), block_of_a),
+                pl.BlockSpec((1, 1, rank, width), block_of_b),
+            ],
+            out_specs=pl.BlockSpec((1, 1, 1, width), lambda row, tile, *_: (tile, row, 0, 0)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((count, rows, 1, width), x.dtype),
+        interpret=interpret,
+        name="row_products",
+    )
+    return call(where, active, shares, x[:, None], pairs.a, pairs.b)[:, :, 0]
+
+
+def _on_gpu(x: Array, pairs: SlotPairs, slot: Array, share: Array, interpret: bool) -> Array:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    rows, d_in = x.shape
+    modules = len(pairs.tiles)
+    count, rank, width = pairs.b.shape[1:]
+    in_block, out_block = math.gcd(d_in, LARGEST_BLOCK), math.gcd(width, LARGEST_BLOCK)
+    module_of_tile = jnp.array(_module_of_tile(pairs.tiles), jnp.int32)
+
+    def narrow(slot: Any, share: Any, x: Any, a: Any, u: Any) -> None:
+        row, module = pl.program_id(0), pl.program_id(1)
+        mine = share[row, module]
+
+        @pl.when(mine == 0)
+        def _() -> None:
+            u[row, module, :] = jnp.zeros((rank,), u.dtype)
+
+        @pl.when(mine != 0)
+        def _() -> None:
+            owner = slot[row]
+
+            def add_block(i: Any, total: Any) -> Any:
+                here = pl.ds(i * in_block, in_block)
+                part = a[owner, module, :, here].astype(jnp.float32) * x[row, here].astype(jnp.float32)[None]
+                return total + part.sum(axis=1)
+
+            total = jax.lax.fori_loop(0, d_in // in_block, add_block, jnp.zeros((rank,), jnp.float32))
+            u[row, module, :] = (total * mine).astype(u.dtype)
+
+    def widen(slot: Any, share: Any, module_of_tile: Any, u: Any, b: Any, out: Any) -> None:
+        row, tile = pl.program_id(0), pl.program_id(1)
+        here = pl.ds(pl.program_id(2) * out_block, out_block)
+        module = module_of_tile[tile]
+        mine = share[row, module]
+
+        @pl.when(mine == 0)
+        def _() -> None:
+            out[tile, row, here] = jnp.zeros((out_block,), out.dtype)
+
+        @pl.when(mine != 0)
+        def _() -> None:
+            part = b[slot[row], tile, :, here].astype(jnp.float32)
+            narrow = u[row, module, :].astype(jnp.float32)
+            out[tile, row, here] = (part * narrow[:, None]).sum(axis=0).astype(out.dtype)
+
+    u = pl.pallas_call(
+        narrow,
+        grid=(rows, modules),
+        out_shape=jax.ShapeDtypeStruct((rows, modules, rank), x.dtype),
+        interpret=interpret,
+        compiler_params=triton.CompilerParams(),
+        name="row_products_narrow",
+    )(slot, share, x, pairs.a)
+    return pl.pallas_call(
+        widen,
+        grid=(rows, count, width // out_block),
+        out_shape=jax.ShapeDtypeStruct((count, rows, width), x.dtype),
+        interpret=interpret,
+        compiler_params=triton.CompilerParams(),
+        name="row_products_widen",
+    )(slot, share, module_of_tile, u, pairs.b)

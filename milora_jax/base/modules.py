@@ -1,0 +1,159 @@
+"""The frozen leaves of a LLaMA-architecture Transformer, as a typed pytree.
+
+The modules are Flax NNX modules used to hold leaves and nothing else: functions do the work, and only
+``jax.*`` transforms are applied to them. There are two layouts of the layers: one :class:`Layer` whose
+leaves are stacked on a leading axis, which training scans over, and a tuple with one entry per layer,
+which decoding unrolls. In the tuple the matrices that share an input may be joined
+(:class:`JoinedLayer`), so that a layer is four matrix products instead of seven.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from milora_jax.adapters.protocol import Frozen, Kernels
+from milora_jax.base import ops
+from milora_jax.shapes import Array, Float
+from milora_jax.types import EXPERTS, GROUPS, unstack_layers
+
+
+class Linear(nnx.Module):
+    """A linear map: kernel ``[*L, d_in, d_out]`` and bias ``[*L, d_out]`` or None."""
+
+    def __init__(self, kernel: Any, bias: Any) -> None:
+        self.kernel = nnx.Param(kernel)
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
+        """The map applied to ``x``."""
+        return ops.linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
+
+
+class Layer(nnx.Module):
+    """The leaves of one decoder layer, or of all layers on a leading axis.
+
+    Attributes:
+      attention_norm, feedforward_norm: RMS weights ``[*L, D]``.
+      q, k, v, o, gate, up, down: the seven linear modules of ``types.EXPERTS``.
+    """
+
+    def __init__(self, attention_norm: Any, feedforward_norm: Any, modules: dict[str, Linear]) -> None:
+        self.attention_norm = nnx.Param(attention_norm)
+        self.feedforward_norm = nnx.Param(feedforward_norm)
+        self.q, self.k, self.v, self.o = (modules[name] for name in ("q", "k", "v", "o"))
+        self.gate, self.up, self.down = (modules[name] for name in ("gate", "up", "down"))
+
+    def project(self, place: int, x: Float[Array, "B T _"]) -> tuple[Float[Array, "B T _"], ...]:
+        """The frozen outputs of a projection group, by its place in ``types.GROUPS``."""
+        return tuple(getattr(self, name)(x) for name in GROUPS[place])
+
+    def frozen(self, place: int) -> tuple[Frozen, ...]:
+        """The leaves of a projection group, module by module."""
+        modules = [getattr(self, name) for name in GROUPS[place]]
+        return tuple(Frozen(m.kernel[...], None if m.bias is None else m.bias[...]) for m in modules)
+
+
+class JoinedLayer(nnx.Module):
+    """The leaves of one decoder layer, with the modules of a projection group side by side in one.
+
+    Attributes:
+      attention_norm, feedforward_norm: RMS weights ``[D]``.
+      qkv, o, gate_up, down: the four groups of ``types.GROUPS``.
+      widths: output widths of each group's modules.
+    """
+
+    def __init__(
+        self,
+        attention_norm: Any,
+        feedforward_norm: Any,
+        groups: tuple[Linear, ...],
+        widths: tuple[tuple[int, ...], ...],
+    ) -> None:
+        self.attention_norm = nnx.Param(attention_norm)
+        self.feedforward_norm = nnx.Param(feedforward_norm)
+        self.qkv, self.o, self.gate_up, self.down = groups
+        self.widths = widths
+
+    def project(self, place: int, x: Float[Array, "B T _"]) -> tuple[Float[Array, "B T _"], ...]:
+        """The frozen outputs of a projection group, from one matrix product."""
+        return self._split(place, self._group(place)(x))
+
+    def frozen(self, place: int) -> tuple[Frozen, ...]:
+        """The leaves of a projection group, module by module: slices of the joined ones."""
+        group = self._group(place)
+        kernels = self._split(place, group.kernel[...])
+        biases = (None,) * len(kernels) if group.bias is None else self._split(place, group.bias[...])
+        return tuple(Frozen(kernel, bias) for kernel, bias in zip(kernels, biases, strict=True))
+
+    def _group(self, place: int) -> Linear:
+        return (self.qkv, self.o, self.gate_up, self.down)[place]
+
+    def _split(self, place: int, joined: Array) -> tuple[Array, ...]:
+        edges = list(accumulate(self.widths[place]))[:-1]
+        return tuple(jnp.split(joined, edges, axis=-1))
+
+
+class Base(nnx.Module):
+    """The whole frozen model.
+
+    Attributes:
+      embedding: ``[V, D]``.
+      layers: one stacked Layer, or a tuple of L Layers or JoinedLayers.
+      final_norm: ``[D]``.
+      head: ``[D, V]``, or None where the embedding is tied to it.
+    """
+
+    def __init__(self, embedding: Any, layers: Any, final_norm: Any, head: Any) -> None:
+        self.embedding = nnx.Param(embedding)
+        self.layers = nnx.data(layers)
+        self.final_norm = nnx.Param(final_norm)
+        self.head = None if head is None else nnx.Param(head)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the leaves, in which activations are computed."""
+        return self.embedding[...].dtype
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether the layers are a tuple, the layout for decoding."""
+        return isinstance(self.layers, tuple)
+
+
+def unroll(base: Base) -> Base:
+    """The same base with its layers as a tuple."""
+    head = None if base.head is None else base.head[...]
+    return Base(base.embedding[...], unstack_layers(base.layers), base.final_norm[...], head)
+
+
+def decode_layout(base: Base) -> Base:
+    """The same base with its layers as a tuple of joined layers, for decoding.
+
+    A base that is spread over several devices keeps its modules apart: there the parts of a joined
+    matrix would have to travel between devices.
+    """
+    base = unroll(base)
+    if len(base.embedding[...].devices()) == 1:
+        base.layers = nnx.data(tuple(joined_layer(layer) for layer in base.layers))
+    return base
+
+
+def joined_layer(layer: Layer) -> JoinedLayer:
+    """One layer with the modules of each projection group side by side."""
+    groups, widths = [], []
+    for place in range(len(GROUPS)):
+        frozen = layer.frozen(place)
+        kernel = jnp.concatenate([leaves.kernel for leaves in frozen], axis=-1)
+        biases = [leaves.bias for leaves in frozen if leaves.bias is not None]
+        groups.append(Linear(kernel, jnp.concatenate(biases) if biases else None))
+        widths.append(tuple(leaves.kernel.shape[-1] for leaves in frozen))
+    return JoinedLayer(layer.attention_norm[...], layer.feedforward_norm[...], tuple(groups), tuple(widths))
+
+
+def frozen_kernels(base: Base) -> Kernels:
+    """The stacked kernels ``[L, d_in, d_out]`` of the seven modules, from which a method may start."""
+    return {name: getattr(base.layers, name).kernel[...] for name in EXPERTS}

@@ -1,0 +1,113 @@
+"""What a caller may ask of one generation, checked before any of it reaches a device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from milora_jax.config import require
+
+MOST_STOPS = 16
+"""Stop strings, and stop tokens, of one request: each is looked for after every token."""
+
+MOST_LOGPROBS = 20
+MOST_SAMPLES = 128
+LARGEST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How one prompt is continued. The defaults are greedy decoding.
+
+    Names and meaning are those of Hugging Face's ``GenerationConfig`` and of vLLM's ``SamplingParams``.
+    The steps are taken in this order: penalties, temperature, top-k, top-p, min-p.
+
+    Attributes:
+      max_new_tokens: longest continuation in tokens, the end-of-sequence token included.
+      temperature: what logits are divided by; 0 is greedy.
+      top_k: keep the k most probable tokens; 0 keeps all.
+      top_p: keep the smallest set of most probable tokens that holds this probability.
+      min_p: keep tokens at least this fraction as probable as the most probable one.
+      repetition_penalty: divides positive and multiplies negative logits of tokens seen in the prompt or
+        the continuation; 1 is off (arXiv 1909.05858, section 4.1).
+      presence_penalty: taken from the logits of tokens seen in the continuation; 0 is off.
+      seed: of this request's random numbers: they depend on it and on nothing else in the batch.
+      stop: strings that end the continuation; they are not part of it.
+      stop_token_ids: tokens that end it, beside the model's end-of-sequence tokens.
+      ignore_eos: go on after an end-of-sequence token, as benchmarks do.
+      logprobs: log-probabilities to return, per token: 0 none, n those of the token and of the n most
+        probable ones, before penalties and temperature.
+      num_samples: independent continuations.
+      num_beams: above 1, beam search of that width, which takes no sampling settings.
+      length_penalty: beams are compared by sum of log-probabilities over length to this power.
+      early_stopping: end beam search as soon as there are ``num_beams`` finished continuations.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int = 0
+    num_samples: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+
+    def __post_init__(self) -> None:
+        def number(name: str, low: float, high: float, expected: str) -> None:
+            value = getattr(self, name)
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+            require(fits and math.isfinite(value) and low <= value <= high, name, value, expected)
+
+        def whole(name: str, low: int, high: int) -> None:
+            value = getattr(self, name)
+            fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+            require(fits, name, value, f"a whole number from {low} to {high}")
+
+        whole("max_new_tokens", 1, 2**31 - 1)
+        number("temperature", 0.0, 1e4, "a number from 0 (greedy) up")
+        whole("top_k", 0, 2**31 - 1)
+        number("top_p", 0.0, 1.0, "above 0, at most 1")
+        require(self.top_p > 0, "top_p", self.top_p, "above 0, at most 1")
+        number("min_p", 0.0, 1.0, "from 0 to 1")
+        number("repetition_penalty", 1e-4, 1e4, "a number above 0")
+        number("presence_penalty", -1e4, 1e4, "a finite number")
+        whole("seed", 0, LARGEST_SEED)
+        whole("logprobs", 0, MOST_LOGPROBS)
+        whole("num_samples", 1, MOST_SAMPLES)
+        whole("num_beams", 1, MOST_SAMPLES)
+        number("length_penalty", -1e4, 1e4, "a finite number")
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            require(isinstance(value, tuple), name, value, "a tuple")
+            require(len(value) <= MOST_STOPS, name, f"{len(value)} long", f"at most {MOST_STOPS}")
+        texts = all(isinstance(text, str) and text for text in self.stop)
+        require(texts, "stop", self.stop, "strings that are not empty")
+        ids = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in self.stop_token_ids)
+        require(ids, "stop_token_ids", self.stop_token_ids, "token ids")
+        if self.num_beams > 1:
+            plain = GenerationSettings()
+            for name in (*SAMPLING, "num_samples", "logprobs"):
+                fits = getattr(self, name) == getattr(plain, name)
+                require(fits, name, getattr(self, name), f"{getattr(plain, name)} under beam search")
+
+    @property
+    def penalized(self) -> bool:
+        """Whether a token's logit depends on what was seen."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0
+
+    @property
+    def sampled(self) -> bool:
+        """Whether chance decides."""
+        return self.temperature > 0
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+"""The settings that decide which token follows given logits."""

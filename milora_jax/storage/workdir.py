@@ -1,0 +1,22 @@
+"""What a finished or running workdir of ``train.py`` says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from milora_jax.config import Config
+from milora_jax.errors import UserError
+from milora_jax.storage.files import read_json
+
+CONFIG_NAME = "config.json"
+
+
+def read_workdir_config(workdir: Path) -> Config:
+    """The config of the run in a workdir.
+
+    Raises:
+      UserError: the folder is no workdir.
+    """
+    if not (workdir / CONFIG_NAME).is_file():
+        raise UserError(f"{str(workdir)!r} is no workdir: it holds no {CONFIG_NAME}")
+    return Config.from_dict(read_json(workdir / CONFIG_NAME))
