@@ -1,0 +1,23 @@
+"""``python -m milora_jax.bench decode ...``: one JSON object per line."""
+
+from __future__ import annotations
+
+import sys
+
+from milora_jax.errors import UserError, run_command
+
+WHAT = ("decode",)
+
+
+def main() -> None:
+    """Run the benchmark that the first argument names."""
+    what = sys.argv[1] if len(sys.argv) > 1 else ""
+    if what not in WHAT:
+        raise UserError(f"command line: {what!r}: expected one of {', '.join(WHAT)}")
+    from milora_jax.bench.decode import main as decode
+
+    decode(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    run_command(main)

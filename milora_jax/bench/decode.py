@@ -1,0 +1,334 @@
+"""``python -m milora_jax.bench decode``: how fast prompts are continued.
+
+Several values of ``--method``, ``--batch``, ``--beams``, ``--tenants``, ``--rank`` and ``--top-k``,
+separated by commas, are measured side by side: every repetition runs each of them once, in turn, so that what
+disturbs the machine disturbs all alike. One JSON object per line and variant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import milora_jax
+from milora_jax.adapters.tenants import Tenants
+from milora_jax.base.hf_config import write_model_config
+from milora_jax.base.modules import Base
+from milora_jax.base.transformer import adapter_decode_layout
+from milora_jax.bench.models import (
+    RANDOM,
+    RECOMPUTED,
+    Recomputed,
+    bytes_of,
+    load_model,
+    random_adapter,
+    streamed_bytes,
+)
+from milora_jax.bench.peer import PEERS, started
+from milora_jax.config import AdapterSection, ModelConfig, require
+from milora_jax.errors import UserError
+from milora_jax.generation.bank import Bank
+from milora_jax.generation.beam import beam_search
+from milora_jax.generation.engine import CHUNK, Engine
+from milora_jax.generation.settings import GenerationSettings
+from milora_jax.types import EXPERTS, unstack_layers
+
+METHODS = ("none", "lora", "dora", "dora-recomputed", "moelora", "milora", "midora", *PEERS)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing that is measured."""
+
+    method: str
+    batch: int
+    beams: int
+    tenants: int
+    rank: int
+    top_k: int
+
+
+@dataclass
+class Case:
+    """A variant ready to run.
+
+    Attributes:
+      run: continues the prompts by so many tokens.
+      tenants: what acts on the base.
+      peer: versions of the peer that runs it, instead of us.
+    """
+
+    variant: Variant
+    run: Callable[[int], None]
+    tenants: Tenants | None
+    peer: dict[str, str] | None = None
+    compile_s: float = 0.0
+    whole: list[float] = dataclasses.field(default_factory=list)
+    first: list[float] = dataclasses.field(default_factory=list)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m milora_jax.bench decode", description=__doc__)
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser.add_argument("--model", required=True, help="Hugging Face directory, or random:llama2-7b")
+    parser.add_argument("--method", default="milora", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--batch", type=numbers, default=[1], help="prompts")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens of a continuation")
+    parser.add_argument("--beams", type=numbers, default=[1])
+    parser.add_argument("--tenants", type=numbers, default=[1], help="adapters in the batch")
+    parser.add_argument("--rank", type=numbers, default=[32], help="of every module's matrices together")
+    parser.add_argument("--top-k", type=numbers, default=[3], help="experts that MiLoRA and MiDoRA choose")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--path", default="", help="how rows find their adapters; empty: what suits")
+    parser.add_argument("--prefill-rows", type=int, default=1, help="prompts prefilled together")
+    parser.add_argument("--chunk", type=int, default=CHUNK, help="steps per compiled chunk")
+    parser.add_argument("--repeats", type=int, default=7, help="at least 5; the median counts")
+    parser.add_argument(
+        "--peer-python",
+        default=sys.executable,
+        help=f"a Python with torch, transformers and peft, for {', '.join(PEERS)}; default: this one",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, and print one JSON object per variant."""
+    asked = parse(arguments)
+    for name, least in (("repeats", 1), ("prompt", 1), ("new", 2), ("chunk", 1), ("prefill_rows", 1)):
+        value = getattr(asked, name)
+        require(value >= least, f"--{name.replace('_', '-')}", value, f"at least {least}")
+    for name in ("batch", "beams", "tenants", "rank", "top_k"):
+        for value in getattr(asked, name):
+            require(value >= 1, f"--{name.replace('_', '-')}", value, "at least 1")
+    methods = asked.method.split(",")
+    for method in methods:
+        require(method in METHODS, "--method", method, f"one of {', '.join(METHODS)}")
+    grid = itertools.product(methods, asked.batch, asked.beams, asked.tenants, asked.rank, asked.top_k)
+    variants = list(dict.fromkeys(_without_what_has_no_effect(Variant(*values)) for values in grid))
+    base, config = load_model(asked.model, asked.dtype)
+    if asked.prompt + asked.new > config.max_positions:
+        raise UserError(
+            f"--prompt {asked.prompt} and --new {asked.new}: expected at most {config.max_positions} together"
+        )
+    with ExitStack() as stack:
+        cases = [
+            make_peer(stack, config, variant, asked)
+            if variant.method in PEERS
+            else make_case(base, config, variant, asked)
+            for variant in variants
+        ]
+        speeds = measure(cases, asked)
+    for case in cases:
+        print(json.dumps(report(case, base, config, asked, statistics.median(speeds))), flush=True)
+
+
+def measure(cases: list[Case], asked: argparse.Namespace) -> list[float]:
+    """Run every case in turn, as often as asked; the memory's bandwidth after every round."""
+    for case in cases:
+        begin = time.perf_counter()
+        case.run(asked.new)
+        case.run(1)
+        case.compile_s = time.perf_counter() - begin
+    speeds = []
+    for repeat in range(asked.repeats):
+        # Every other round goes backwards, so that no variant always follows the same one.
+        for case in cases if repeat % 2 == 0 else cases[::-1]:
+            case.whole.append(_timed(case.run, asked.new))
+            case.first.append(_timed(case.run, 1))
+        speeds.append(measure_bandwidth())
+    return speeds
+
+
+def _without_what_has_no_effect(variant: Variant) -> Variant:
+    """A variant with 0 for the settings its method does not have."""
+    if variant.method in ("none", "hf"):
+        return dataclasses.replace(variant, tenants=0, rank=0, top_k=0)
+    if variant.method not in ("milora", "midora"):
+        return dataclasses.replace(variant, top_k=0)
+    return variant
+
+
+def make_peer(stack: ExitStack, config: ModelConfig, variant: Variant, asked: argparse.Namespace) -> Case:
+    """Start a peer, which lives as long as ``stack``."""
+    directory = Path(asked.model)
+    if asked.model.startswith(RANDOM):
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        described = write_model_config(config, bos_id=1, dtype=asked.dtype)
+        (directory / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    peer = stack.enter_context(
+        started(
+            asked.peer_python,
+            directory,
+            variant.method,
+            dtype=asked.dtype,
+            batch=variant.batch,
+            prompt=asked.prompt,
+            beams=variant.beams,
+            tenants=variant.tenants,
+            rank=variant.rank,
+        )
+    )
+    return Case(variant, peer.run, None, peer=peer.versions)
+
+
+def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse.Namespace) -> Case:
+    """Build the adapters and what runs them."""
+    tenants = make_tenants(base, config, variant, asked.path)
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(4, config.vocab_size, (variant.batch, asked.prompt)).tolist()
+    slots = [i % max(variant.tenants, 1) for i in range(variant.batch)]
+    if variant.beams > 1:
+        if variant.tenants > 1:
+            raise UserError("--beams above 1 is measured with one tenant")
+
+        def run_beams(new: int) -> None:
+            settings = GenerationSettings(max_new_tokens=new, num_beams=variant.beams, ignore_eos=True)
+            beam_search(base, config, tenants, prompts, settings)
+
+        return Case(variant, run_beams, tenants)
+    engine = Engine(
+        base,
+        config,
+        tenants,
+        rows=variant.batch,
+        slots=asked.prompt + asked.new,
+        chunk=asked.chunk,
+        penalties=False,
+        prefill_rows=min(asked.prefill_rows, variant.batch),
+    )
+
+    def run(new: int) -> None:
+        settings = GenerationSettings(max_new_tokens=new, ignore_eos=True)
+        for prompt, slot in zip(prompts, slots, strict=True):
+            engine.submit(prompt, settings, slot)
+        engine.run()
+
+    return Case(variant, run, tenants)
+
+
+def make_tenants(base: Base, config: ModelConfig, variant: Variant, path: str) -> Tenants | None:
+    """The adapters of a variant."""
+    if variant.method == "none":
+        return None
+    method = variant.method.removesuffix(RECOMPUTED)
+    routed = method in ("milora", "midora")
+    settings = AdapterSection(method=method, rank=variant.rank, top_k=variant.top_k if routed else None)
+    first = random_adapter(base, config, settings, 0)
+    if variant.method.endswith(RECOMPUTED):
+        require(variant.tenants == 1, "--tenants", variant.tenants, f"1 with {variant.method}")
+        params = unstack_layers(jax.tree.map(lambda leaf: leaf.astype(base.dtype), first.params))
+        return Tenants(params=params, method=Recomputed(first.method), shape=first.shape, path="one")
+    if variant.tenants == 1:
+        return Tenants.single(adapter_decode_layout(first, base))
+    bank = Bank(base, config, first, variant.tenants, rank=variant.rank, path=path)
+    for slot in range(variant.tenants):
+        bank.load(str(slot), random_adapter(base, config, settings, 7 * slot), slot)
+    return bank.tenants
+
+
+def _timed(run: Callable[[int], None], new: int) -> float:
+    begin = time.perf_counter()
+    run(new)
+    return time.perf_counter() - begin
+
+
+def measure_bandwidth() -> float:
+    """Bytes per second at which the device reads a large array once."""
+    size = 2**26 if jax.default_backend() == "cpu" else 2**30
+    array = jnp.ones((size // 4,), jnp.float32)
+    total = jax.jit(jnp.sum)
+    total(array).block_until_ready()
+    begin = time.perf_counter()
+    total(array).block_until_ready()
+    return size / (time.perf_counter() - begin)
+
+
+def report(
+    case: Case, base: Base, config: ModelConfig, asked: argparse.Namespace, bandwidth: float
+) -> dict[str, Any]:
+    """The figures of one variant."""
+    variant = case.variant
+    whole, first = statistics.median(case.whole), statistics.median(case.first)
+    steps = asked.new - 1
+    decoding = statistics.median(a - b for a, b in zip(case.whole, case.first, strict=True))
+    rows = variant.batch * variant.beams
+    # Under beams a prompt's keys and values are read once for all of its beams.
+    context = variant.batch * asked.prompt + rows * asked.new / 2
+    cache = 2 * context * config.num_layers * config.num_kv_heads * config.head_dim * base.dtype.itemsize
+    weights, adapters = streamed_bytes(base), adapter_bytes(case.tenants, variant)
+    floor = (weights + adapters + cache) / bandwidth
+    read = {
+        "weight_bytes": weights,
+        "adapter_bytes": adapters,
+        "cache_bytes": int(cache),
+        "roofline_share": floor * steps / decoding,
+    }
+    return {
+        "what": "decode",
+        "model": asked.model,
+        **dataclasses.asdict(variant),
+        "dtype": asked.dtype,
+        "prompt": asked.prompt,
+        "new": asked.new,
+        "path": None if case.tenants is None else case.tenants.path,
+        "tok_s": variant.batch * asked.new / whole,
+        "decode_tok_s": variant.batch * steps / decoding,
+        "ms_per_step": 1e3 * decoding / steps,
+        "prefill_ms": 1e3 * first,
+        "compile_s": case.compile_s,
+        **(read if case.peer is None else dict.fromkeys(read)),
+        "bandwidth_gb_s": bandwidth / 1e9,
+        "seconds": sorted(case.whole),
+        "device": jax.devices()[0].device_kind,
+        "backend": jax.default_backend(),
+        "versions": {
+            "milora_jax": milora_jax.__version__,
+            "jax": jax.__version__,
+            "jaxlib": importlib.metadata.version("jaxlib"),
+            "flax": flax.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            **(case.peer or {}),
+        },
+        "command": "python -m milora_jax.bench " + " ".join(sys.argv[1:]),
+    }
+
+
+def adapter_bytes(tenants: Tenants | None, variant: Variant) -> int:
+    """Bytes of adapters that a step reads: the router is not among them.
+
+    On the kernels' path only the chosen experts count, in the mean over random routes.
+    """
+    if tenants is None:
+        return 0
+    params = [getattr(layer, "experts", layer) for layer in tenants.params]
+    size = bytes_of(params)
+    if tenants.path in ("tpu", "gpu"):
+        chosen = variant.top_k / len(EXPERTS) if variant.top_k else 1.0
+        return int(size / variant.tenants * variant.batch * chosen)
+    if tenants.path == "gathered":
+        return size // variant.tenants * variant.batch
+    return size

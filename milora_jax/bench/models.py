@@ -1,0 +1,136 @@
+"""The models and adapters that are measured: read from a directory, or random ones made on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from milora_jax.adapters.dora import DoRA
+from milora_jax.adapters.protocol import Adapter, Method, ProjectionGroup, init_adapter
+from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.base.load import load_base
+from milora_jax.base.modules import Base, JoinedLayer, Linear
+from milora_jax.config import LLAMA2_7B, AdapterSection, ModelConfig
+from milora_jax.errors import UserError
+from milora_jax.shapes import Array, Float
+from milora_jax.types import GROUPS, PyTree
+
+RANDOM = "random:"
+
+SHAPES = {
+    "llama2-7b": LLAMA2_7B,
+    "llama3-8b": dataclasses.replace(
+        LLAMA2_7B,
+        vocab_size=128256,
+        intermediate_size=14336,
+        num_kv_heads=8,
+        rope_theta=5e5,
+        max_positions=8192,
+    ),
+    "llama-30m": dataclasses.replace(
+        LLAMA2_7B,
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=64,
+        max_positions=2048,
+    ),
+}
+"""What may follow ``random:``."""
+
+RECOMPUTED = "-recomputed"
+"""Ending of a method's name whose norms are computed again at every token, as PEFT does."""
+
+
+def load_model(name: str, dtype: str) -> tuple[Base, ModelConfig]:
+    """A base in the decode layout.
+
+    Args:
+      name: a Hugging Face directory, or ``random:`` and one of :data:`SHAPES`.
+    """
+    if not name.startswith(RANDOM):
+        if not Path(name).is_dir():
+            raise UserError(f"--model {name!r}: no such directory, and not {RANDOM}{'|'.join(SHAPES)}")
+        return load_base(name, dtype, decode=True)
+    shape = name.removeprefix(RANDOM)
+    if shape not in SHAPES:
+        raise UserError(f"--model {name!r}: expected {RANDOM} and one of {', '.join(SHAPES)}")
+    return random_base(SHAPES[shape], dtype), SHAPES[shape]
+
+
+def random_base(config: ModelConfig, dtype: str) -> Base:
+    """Random weights, made where they stay, in the decode layout: nothing is held twice."""
+    keys = iter(jax.random.split(jax.random.key(0), 3 + 4 * config.num_layers))
+
+    @jax.jit(static_argnames="shape")
+    def draw(key: Array, shape: tuple[int, ...]) -> Array:
+        return 0.02 * jax.random.normal(key, shape, jnp.dtype(dtype))
+
+    dims, width = config.module_dims, config.hidden_size
+    layers = []
+    for _ in range(config.num_layers):
+        groups, widths = [], []
+        for names in GROUPS:
+            outputs = tuple(dims[name][1] for name in names)
+            groups.append(Linear(draw(next(keys), (dims[names[0]][0], sum(outputs))), None))
+            widths.append(outputs)
+        ones = jnp.ones((width,), jnp.dtype(dtype))
+        layers.append(JoinedLayer(ones, ones, tuple(groups), tuple(widths)))
+    return Base(
+        draw(next(keys), (config.vocab_size, width)),
+        tuple(layers),
+        jnp.ones((width,), jnp.dtype(dtype)),
+        None if config.tie_embeddings else draw(next(keys), (width, config.vocab_size)),
+    )
+
+
+def random_adapter(base: Base, config: ModelConfig, settings: AdapterSection, seed: int) -> Adapter:
+    """An adapter as after training: none of its matrices is zero. Stacked layout."""
+    method = build_method(settings)
+    kernels = {}
+    if isinstance(method, DoRA) or method.name == "midora":
+        for place, names in enumerate(GROUPS):
+            columns = zip(*(layer.frozen(place) for layer in base.layers), strict=True)
+            for name, leaves in zip(names, columns, strict=True):
+                kernels[name] = jnp.stack([leaf.kernel for leaf in leaves])
+    adapter = init_adapter(method, jax.random.key(seed), adapter_shape(config), kernels)
+    leaves, structure = jax.tree.flatten(adapter.params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [
+        leaf + 0.01 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return dataclasses.replace(adapter, params=jax.tree.unflatten(structure, moved))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recomputed(Method):
+    """A method that is not prepared for decoding: what depends on frozen weights alone is done per token.
+
+    Without the barrier XLA would see that it does not change from step to step, and do it once.
+    """
+
+    method: Any = None
+
+    def adapt(self, params: PyTree, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
+        """As the method does."""
+        x, params, frozen = jax.lax.optimization_barrier((group.x, params, group.frozen))
+        return self.method.adapt(params, dataclasses.replace(group, x=x, frozen=frozen))
+
+
+def bytes_of(tree: PyTree) -> int:
+    """Bytes of all leaves."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def streamed_bytes(base: Base) -> int:
+    """Bytes of the base that a decode step reads: all but the embedding, of which it takes a few rows."""
+    tied = base.head is None
+    return bytes_of(base) - (0 if tied else bytes_of(base.embedding[...]))

@@ -1,0 +1,95 @@
+"""Peers in a process of their own, run in turn with our own variants."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import jax
+
+from milora_jax.errors import UserError
+
+PEERS = ("hf", "peft-lora", "peft-dora")
+"""Hugging Face ``generate`` without an adapter, and with PEFT's."""
+
+
+class Peer:
+    """A peer that has been started and waits.
+
+    Attributes:
+      versions: of what it runs on.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], errors: IO[str], method: str) -> None:
+        self._process, self._errors, self._method = process, errors, method
+        self.versions: dict[str, str] = json.loads(self._answer())
+
+    def run(self, new: int) -> None:
+        """Continue the prompts by ``new`` tokens, and wait until that is done."""
+        stdin = self._process.stdin
+        if stdin is None:
+            raise AssertionError("the peer was started with a pipe")
+        try:
+            print(new, file=stdin, flush=True)
+        except BrokenPipeError:
+            raise self._failed() from None
+        self._answer()
+
+    def _answer(self) -> str:
+        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        if not line:
+            raise self._failed()
+        return line
+
+    def _failed(self) -> UserError:
+        self._process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().strip().splitlines() or ["nothing was said"]
+        return UserError(f"--method {self._method}: the peer ended with {said[-1]!r}; see --peer-python")
+
+
+@contextmanager
+def started(
+    python: str,
+    model: Path,
+    method: str,
+    *,
+    dtype: str,
+    batch: int,
+    prompt: int,
+    beams: int,
+    tenants: int,
+    rank: int,
+) -> Iterator[Peer]:
+    """A peer for the ``with`` block.
+
+    Args:
+      python: a Python that has torch, transformers and peft.
+      model: directory with ``config.json``, and with weights or without.
+
+    Raises:
+      UserError: it does not start, with the last line of what it said.
+    """
+    worker = Path(__file__).with_name("peer_worker.py")
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    sizes = {"batch": batch, "prompt": prompt, "beams": beams, "tenants": tenants, "rank": rank}
+    command = [python, "-P", str(worker), "--model", str(model), "--method", method]
+    command += ["--dtype", dtype, "--device", device]
+    command += [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        except OSError as error:
+            raise UserError(f"--peer-python {python!r}: {error.strerror}") from None
+        try:
+            yield Peer(process, errors, method)
+        finally:
+            process.kill()
+            process.communicate()
