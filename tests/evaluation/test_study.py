@@ -134,7 +134,8 @@ def test_forgetting_programs_gives_their_memory_maps_back(monkeypatch, tmp_path)
     for i, program in enumerate(programs):
         program(np.ones((8 + i, 8 + i), np.float32))
     held = cells.memory_maps()
-    assert held >= before + 3 * len(programs)
+    # Three maps each, but the kernel joins some that happen to be neighbours.
+    assert held > before + 2 * len(programs)
     programs.clear()
     monkeypatch.setattr(cells, "MOST_MAPS", 0)
     cells.CellRunner(tmp_path, print)._make_room()
