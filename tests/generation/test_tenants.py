@@ -200,6 +200,7 @@ def test_a_step_without_a_share_asks_for_the_block_that_is_already_there():
     assert where.tolist() == [[4, 1, 2]] * 6 + [[6, 0, 0], [6, 0, 1], [6, 0, 1]]
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # JAX 0.11
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_the_kernel_lowers_for_accelerators(platform):
     """Compiled as far as a machine without one can."""

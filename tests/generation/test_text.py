@@ -23,6 +23,8 @@ from milora_jax.generation.stream import TextStream
 from milora_jax.generation.text import generate
 from tests.models import WITH_TOKENIZER, write_hf_directory
 
+pytest.importorskip("transformers", reason="text needs a tokenizer, which the core does without")
+
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["Below is a word.", "Write a response that", "an instruction", "task"]
 
