@@ -1,9 +1,12 @@
 """Many tenants: every path gives each row what its own adapter gives, and no neighbour changes a bit."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from milora_jax.adapters.kernel import SlotPairs, reference_products, row_products, visits
 from milora_jax.adapters.tenants import choose_path
@@ -213,5 +216,9 @@ def test_the_kernel_lowers_for_accelerators(platform):
     x = jax.ShapeDtypeStruct((8, 4096), jnp.bfloat16)
     slot, share = jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((8, 3), jnp.float32)
     run = jax.jit(lambda *arguments: row_products(*arguments, kind))
-    lowered = run.trace(x, pairs, slot, share).lower(lowering_platforms=(platform,))
+    # From JAX 0.12 on Triton's lowering asks which GPU it is for.
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh) if kind == "gpu" else contextlib.nullcontext():
+        lowered = run.trace(x, pairs, slot, share).lower(lowering_platforms=(platform,))
     assert {"tpu": "tpu_custom_call", "cuda": "xla.gpu.triton"}[platform] in lowered.as_text()
