@@ -28,11 +28,13 @@ class Plan:
 
     Attributes:
       sampled: some row draws.
+      limited: some row draws from a part of the vocabulary, for which it is sorted.
       penalized: some row has a penalty.
       logprobs: some row reports log-probabilities.
     """
 
     sampled: bool = False
+    limited: bool = False
     penalized: bool = False
     logprobs: bool = False
 
@@ -41,6 +43,7 @@ class Plan:
         """The least plan that serves all of these."""
         return cls(
             sampled=any(s.sampled for s in settings),
+            limited=any(s.limited for s in settings),
             penalized=any(s.penalized for s in settings),
             logprobs=any(s.logprobs for s in settings),
         )
@@ -139,7 +142,9 @@ def choose(logits: Float[Array, "B V"], sampler: Sampler, position: Int[Array, "
         scores = _penalized(logits, sampler) if plan.penalized else logits
         token = jnp.argmax(scores, axis=-1)
         if plan.sampled:
-            drawn = _drawn(_kept(scores, sampler), sampler.seed, position)
+            scores = _over_temperature(scores, sampler)
+            scores = _kept(scores, sampler) if plan.limited else scores
+            drawn = _drawn(scores, sampler.seed, position)
             token = jnp.where(sampler.temperature > 0, drawn, token)
         token = token.astype(jnp.int32)
         if not plan.logprobs:
@@ -175,13 +180,16 @@ def _penalized(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B
     return logits - sampler.presence_penalty[:, None] * sampler.in_text.astype(logits.dtype)
 
 
-def _kept(scores: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V"]:
-    """Scores over temperature, minus infinity where top-k, top-p or min-p leaves a token out.
+def _over_temperature(scores: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V"]:
+    """Scores over temperature; as they are in greedy rows."""
+    return scores / jnp.where(sampler.temperature > 0, sampler.temperature, 1.0)[:, None]
 
-    Tokens that tie with the last one kept are kept.
+
+def _kept(scores: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V"]:
+    """Scores, minus infinity where top-k, top-p or min-p leaves a token out.
+
+    Tokens that tie with the last one kept are kept. A row without limits keeps every score as it is.
     """
-    temperature = jnp.where(sampler.temperature > 0, sampler.temperature, 1.0)
-    scores = scores / temperature[:, None]
     vocab = scores.shape[-1]
     falling = -jnp.sort(-scores, axis=-1)
     last = jnp.where(sampler.top_k > 0, jnp.minimum(sampler.top_k, vocab), vocab) - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from milora_jax.config import require
 
@@ -61,29 +62,19 @@ class GenerationSettings:
     early_stopping: bool = False
 
     def __post_init__(self) -> None:
-        def number(name: str, low: float, high: float, expected: str) -> None:
-            value = getattr(self, name)
-            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-            require(fits and math.isfinite(value) and low <= value <= high, name, value, expected)
-
-        def whole(name: str, low: int, high: int) -> None:
-            value = getattr(self, name)
-            fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-            require(fits, name, value, f"a whole number from {low} to {high}")
-
-        whole("max_new_tokens", 1, 2**31 - 1)
-        number("temperature", 0.0, 1e4, "a number from 0 (greedy) up")
-        whole("top_k", 0, 2**31 - 1)
-        number("top_p", 0.0, 1.0, "above 0, at most 1")
+        _require_whole("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
+        _require_number("temperature", self.temperature, 0.0, 1e4, "a number from 0 (greedy) up")
+        _require_whole("top_k", self.top_k, 0, 2**31 - 1)
+        _require_number("top_p", self.top_p, 0.0, 1.0, "above 0, at most 1")
         require(self.top_p > 0, "top_p", self.top_p, "above 0, at most 1")
-        number("min_p", 0.0, 1.0, "from 0 to 1")
-        number("repetition_penalty", 1e-4, 1e4, "a number above 0")
-        number("presence_penalty", -1e4, 1e4, "a finite number")
-        whole("seed", 0, LARGEST_SEED)
-        whole("logprobs", 0, MOST_LOGPROBS)
-        whole("num_samples", 1, MOST_SAMPLES)
-        whole("num_beams", 1, MOST_SAMPLES)
-        number("length_penalty", -1e4, 1e4, "a finite number")
+        _require_number("min_p", self.min_p, 0.0, 1.0, "from 0 to 1")
+        _require_number("repetition_penalty", self.repetition_penalty, 1e-4, 1e4, "a number above 0")
+        _require_number("presence_penalty", self.presence_penalty, -1e4, 1e4, "a finite number")
+        _require_whole("seed", self.seed, 0, LARGEST_SEED)
+        _require_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+        _require_whole("num_samples", self.num_samples, 1, MOST_SAMPLES)
+        _require_whole("num_beams", self.num_beams, 1, MOST_SAMPLES)
+        _require_number("length_penalty", self.length_penalty, -1e4, 1e4, "a finite number")
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
             require(isinstance(value, tuple), name, value, "a tuple")
@@ -108,6 +99,21 @@ class GenerationSettings:
         """Whether chance decides."""
         return self.temperature > 0
 
+    @property
+    def limited(self) -> bool:
+        """Whether it decides among some of the tokens only."""
+        return self.sampled and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
 """The settings that decide which token follows given logits."""
+
+
+def _require_number(name: str, value: Any, low: float, high: float, expected: str) -> None:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(fits and math.isfinite(value) and low <= value <= high, name, value, expected)
+
+
+def _require_whole(name: str, value: Any, low: int, high: int) -> None:
+    fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    require(fits, name, value, f"a whole number from {low} to {high}")

@@ -8,14 +8,23 @@ import numpy as np
 import pytest
 
 from milora_jax.errors import UserError
-from milora_jax.generation.sampling import Plan, _kept, choose, is_end, make_sampler, note
+from milora_jax.generation.sampling import (
+    Plan,
+    _kept,
+    _over_temperature,
+    _penalized,
+    choose,
+    is_end,
+    make_sampler,
+    note,
+)
 from milora_jax.generation.settings import MOST_STOPS, GenerationSettings
 from tests.generation.decoding import decoded, make_engine
 from tests.models import TINY
 from tests.training.test_equalities import make_adapter, text
 
 VOCAB = 11
-ALL = Plan(sampled=True, penalized=True, logprobs=True)
+ALL = Plan(sampled=True, limited=True, penalized=True, logprobs=True)
 
 
 def logits_of(seed, rows=1):
@@ -74,7 +83,8 @@ def test_draws_follow_the_distribution():
     sampler = jax.tree.map(jnp.asarray, make_sampler(settings, [0] * rows, [[0]] * rows, (), 4, False))
     # Twice the log-probabilities at temperature 2 are the probabilities.
     logits = jnp.broadcast_to(2 * jnp.log(jnp.asarray(probs, jnp.float32)), (rows, 4))
-    tokens = choose(logits, sampler, jnp.zeros((rows,), jnp.int32), Plan(sampled=True)).token
+    draw = jax.jit(choose, static_argnums=3)
+    tokens = draw(logits, sampler, jnp.zeros((rows,), jnp.int32), Plan(sampled=True)).token
     share = np.bincount(np.asarray(tokens), minlength=4) / rows
     assert np.abs(share - probs).max() < 4 * np.sqrt(0.25 / rows)
 
@@ -234,3 +244,59 @@ def test_a_bad_request_is_refused_and_the_others_are_unaffected():
             engine.submit(prompt, GenerationSettings(max_new_tokens=5, **settings))
     engine.run()
     assert good.tokens[0] == decoded(make_adapter(), [text(0, 6)], 5)[0]
+
+
+def test_nothing_is_sorted_where_no_row_has_a_limit():
+    logits, settings = logits_of(3, rows=4), [GenerationSettings(temperature=0.8, seed=i) for i in range(4)]
+    sampler, position = sampler_of(*settings), jnp.arange(4, dtype=jnp.int32)
+    assert Plan.of(settings) == Plan(sampled=True)
+    limited = Plan.of([*settings, GenerationSettings(temperature=1.0, top_p=0.9)])
+    assert limited == Plan(sampled=True, limited=True)
+    np.testing.assert_array_equal(_kept(logits, sampler), logits)
+    plain, sorted_ = (
+        jax.jit(lambda plan: choose(logits, sampler, position, plan).token, static_argnums=0).lower(plan)
+        for plan in (Plan(sampled=True), limited)
+    )
+    assert "sort" not in plain.as_text()
+    assert "sort" in sorted_.as_text()
+    np.testing.assert_array_equal(plain.compile()(), sorted_.compile()())
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.7},
+        {"temperature": 1.6, "top_k": 9, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3},
+    ],
+)
+def test_sampling_scores_equal_hugging_face(settings):
+    """The logits that a token is drawn from, after all of Hugging Face's processors in their order."""
+    import torch
+    from transformers import generation as hf
+
+    rows, vocab = 6, 40
+    logits = np.random.default_rng(0).normal(size=(rows, vocab)).astype(np.float32) * 3
+    prompts = np.random.default_rng(1).integers(0, vocab, (rows, 7))
+    made = {
+        "repetition_penalty": hf.RepetitionPenaltyLogitsProcessor,
+        "temperature": hf.TemperatureLogitsWarper,
+        "top_k": hf.TopKLogitsWarper,
+        "top_p": hf.TopPLogitsWarper,
+        "min_p": hf.MinPLogitsWarper,
+    }
+    expected = torch.from_numpy(logits.copy())
+    for name, processor in made.items():
+        if name in settings:
+            expected = processor(settings[name])(torch.from_numpy(prompts), expected)
+    mine = GenerationSettings(**{"temperature": 1.0, **settings})
+    sampler = make_sampler([mine] * rows, [0] * rows, prompts.tolist(), (), vocab, True)
+    sampler = jax.tree.map(jnp.asarray, sampler)
+    scores = _over_temperature(_penalized(jnp.asarray(logits), sampler), sampler)
+    found = np.asarray(_kept(scores, sampler))
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected.numpy()))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
