@@ -16,6 +16,7 @@ import train
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.evaluation import __main__ as evaluation
+from milora_jax.generation import __main__ as generation
 from tests.models import WITH_TOKENIZER, write_hf_directory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,6 +124,23 @@ def test_the_evaluation_command_refuses_bad_input(workdir, monkeypatch, argument
     with pytest.raises(UserError) as caught:
         evaluation.main()
     assert message in str(caught.value)
+
+
+def test_the_generation_command_takes_a_run_on_its_own_base_only(
+    workdir, folder, monkeypatch, capsys, tmp_path
+):
+    ask = ["generation", "--prompt", "add 1 and 2", "--max-new-tokens", "3", "--json"]
+    monkeypatch.setattr(sys, "argv", [*ask, "--workdir", str(workdir)])
+    generation.main()
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["route"]) == WITH_TOKENIZER.num_layers
+    monkeypatch.setattr(sys, "argv", [*ask, "--base", str(folder / "model"), "--adapter", str(workdir)])
+    generation.main()
+    assert json.loads(capsys.readouterr().out) == found
+    write_hf_directory(tmp_path, seed=1)
+    monkeypatch.setattr(sys, "argv", [*ask, "--base", str(tmp_path), "--adapter", str(workdir)])
+    with pytest.raises(UserError, match="are not those that the adapter of"):
+        generation.main()
 
 
 def test_the_verbs_of_the_package(workdir, folder, tmp_path):

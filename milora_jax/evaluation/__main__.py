@@ -11,7 +11,6 @@ import json
 import sys
 from pathlib import Path
 
-from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.load import load_base
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.config import EvalSection
@@ -20,7 +19,7 @@ from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, run_command
 from milora_jax.evaluation.score import accuracies, score_task, write_predictions
 from milora_jax.evaluation.study.command import main as study_main
-from milora_jax.storage.adapters import best_metadata, load_adapter
+from milora_jax.storage.adapters import load_adapter, require_its_base
 from milora_jax.storage.workdir import read_workdir_config
 
 
@@ -69,7 +68,7 @@ def main() -> None:
         )
     adapter = None if arguments.base else load_adapter(arguments.workdir)
     if adapter is not None:
-        _require_its_base(arguments.workdir, Path(config.model.path))
+        require_its_base(arguments.workdir, Path(config.model.path))
     base, model = load_base(config.model.path, config.model.dtype, decode=True)
     tokenizer = load_tokenizer(config.model.path)
     adapter = None if adapter is None else adapter_decode_layout(adapter, base)
@@ -80,14 +79,6 @@ def main() -> None:
     rows = {score.task: len(score.predictions) for score in scores}
     print(json.dumps({"accuracy": accuracies(scores), "rows": rows}))
     write_predictions(predictions, scores)
-
-
-def _require_its_base(workdir: Path, directory: Path) -> None:
-    """Refuse to score an adapter on files other than those it was trained on."""
-    if best_metadata(workdir)["base_fingerprint"] != base_fingerprint(directory):
-        raise UserError(
-            f"the files of {str(directory)!r} changed since the adapter of {str(workdir)!r} was made"
-        )
 
 
 if __name__ == "__main__":

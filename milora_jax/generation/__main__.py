@@ -123,9 +123,10 @@ def main() -> None:
         adapter_path = arguments.adapter or arguments.workdir
     adapter = None
     if adapter_path is not None:
-        from milora_jax.storage.adapters import load_adapter
+        from milora_jax.storage.adapters import load_adapter, require_its_base
 
         adapter = load_adapter(adapter_path)
+        require_its_base(adapter_path, directory)
     tokenizer = load_tokenizer(str(directory))
     base, config = load_base(directory, dtype, decode=True)
     streams = len(prompts) == 1 and settings.num_samples == 1 and not arguments.json

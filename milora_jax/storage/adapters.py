@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from milora_jax.adapters.protocol import Adapter, Method, Shape, abstract_params
 from milora_jax.adapters.registry import build_method, full_settings
+from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.config import Config
 from milora_jax.errors import UserError
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata
@@ -68,6 +69,22 @@ def best_metadata(path: str | Path) -> dict[str, Any]:
     """What was stored beside the adapter that :func:`load_adapter` loads from the same ``path``."""
     directory, step = _newest(Path(path))
     return read_metadata(directory.root, step)
+
+
+def require_its_base(path: str | Path, base: Path) -> None:
+    """Refuse an adapter beside files other than those it was trained on.
+
+    Args:
+      path: of the adapter, as :func:`load_adapter` takes it.
+      base: directory of the base.
+
+    Raises:
+      UserError: the files of the base are others.
+    """
+    if best_metadata(path)["base_fingerprint"] != base_fingerprint(base):
+        raise UserError(
+            f"the files of {str(base)!r} are not those that the adapter of {str(path)!r} was made on"
+        )
 
 
 def _newest(path: Path) -> tuple[CheckpointDirectory, int]:
