@@ -24,11 +24,11 @@ class TunedPairs(LowRankMethod):
 
     def folded(self, params: PyTree) -> Mapping[str, Pair]:
         """One layer's pairs, with all that the method multiplies them by but the scale in them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.folded")
 
     def changes(self, params: PyTree, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
         """What is added to a group's outputs while tuning."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.changes")
 
     def prepare(self, params: PyTree, frozen: FrozenLayer, dtype: jnp.dtype) -> Joined:
         """The pairs, joined."""

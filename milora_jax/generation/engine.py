@@ -123,6 +123,18 @@ class _Started:
     route: Any = None
 
 
+def require_served(config: ModelConfig, settings: GenerationSettings, rows: int) -> None:
+    """Refuse settings that no batch of ``rows`` rows of this model can serve, whatever the prompt.
+
+    Raises:
+      UserError: naming the setting.
+    """
+    wrong = [token for token in settings.stop_token_ids if token >= config.vocab_size]
+    require(not wrong, "stop_token_ids", wrong[:1], f"0 to {config.vocab_size - 1}")
+    samples = settings.num_samples
+    require(samples <= rows, "num_samples", samples, f"at most the batch's {rows} rows")
+
+
 class Engine:
     """A running batch.
 
@@ -186,11 +198,8 @@ class Engine:
         require(len(prompt) > 0, "prompt", "empty", "at least one token")
         wrong = [token for token in prompt if not 0 <= token < vocab]
         require(not wrong, "a token id of the prompt", wrong[:1], allowed)
-        wrong = [token for token in settings.stop_token_ids if token >= vocab]
-        require(not wrong, "stop_token_ids", wrong[:1], allowed)
+        require_served(self.config, settings, self.rows)
         require(settings.num_beams == 1, "num_beams", settings.num_beams, "1, beams run by themselves")
-        fits = settings.num_samples <= self.rows
-        require(fits, "num_samples", settings.num_samples, f"at most the batch's {self.rows} rows")
         if settings.penalized and not self._penalties:
             raise UserError("a penalty was asked for, but this engine was made without penalties")
         if len(prompt) + settings.max_new_tokens > self.slots:

@@ -19,7 +19,7 @@ from milora_jax.data.tokens import encode_prompt
 from milora_jax.errors import UserError
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.beam import Found, beam_search
-from milora_jax.generation.engine import Engine, Request, TokenLogprobs, bucket_of
+from milora_jax.generation.engine import Engine, Request, TokenLogprobs, bucket_of, require_served
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.stream import TextStream
 from milora_jax.types import Batch
@@ -121,6 +121,7 @@ def generate(
         raise UserError(
             f"the adapter fits a base of {_said(adapter.shape)}, this one has {_said(adapter_shape(config))}"
         )
+    require(adapter is None or bank is None, "adapter", "given", "none beside a bank")
     if bank is None:
         require(not tenants, "tenants", tenants, "none without a bank")
     else:
@@ -251,8 +252,8 @@ def _feed(engine: Engine, request: Request, sample: int, text: TextStream) -> st
     if text.stopped and finish != "stop":
         del tokens[len(text.tokens) :]
         del request.logprobs[sample][len(text.tokens) :]
-        request.finish[sample] = None
         engine.end(request, sample, "stop")
+        request.finish[sample] = "stop"  # also where its length ended it meanwhile
     return fresh
 
 
@@ -287,11 +288,7 @@ def _encode(
             f"the prompt has {len(ids)} tokens: expected at most {room} "
             f"({config.max_positions} positions less {settings.max_new_tokens} new tokens)"
         )
-    samples = settings.num_samples
-    require(samples <= rows, "num_samples", samples, f"at most batch_size {rows}")
-    vocab = config.vocab_size
-    wrong = [token for token in settings.stop_token_ids if token >= vocab]
-    require(not wrong, "stop_token_ids", wrong[:1], f"0 to {vocab - 1}")
+    require_served(config, settings, rows)
     return ids
 
 
