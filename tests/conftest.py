@@ -30,6 +30,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+LONGEST = ("training/test_faults.py", "test_end_to_end.py", "training/test_methods_train.py")
+"""Files that take minutes: they go first, or one worker would run them last while the other waits."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; all others, and the tests of a file, in their order."""
+    first = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real data sets beside the checkout; they are no part of the project."""

@@ -10,7 +10,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from milora_jax.bench.models import LLAMA2_7B, random_base, streamed_bytes
+from milora_jax.bench import decode
+from milora_jax.bench.models import random_base, streamed_bytes
+from milora_jax.config import LLAMA2_7B
+from milora_jax.errors import UserError
 from tests.models import TINY, WITH_TOKENIZER, write_hf_directory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +60,7 @@ def test_one_object_per_variant_with_its_figures(folder):
         assert each["cache_bytes"] == each["batch"] * int(2 * (5 + 4.5) * 2 * 2 * 8 * 4)
 
 
+@pytest.mark.slow
 def test_beams_and_tenants(folder):
     common = ("decode", "--model", folder, "--prompt", 5, "--new", 4, "--rank", 8, "--repeats", 1)
     beams = bench(*common, "--method", "milora", "--beams", "1,3")
@@ -106,18 +110,24 @@ def test_a_peer_that_cannot_start_is_one_line(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "'speed': expected one of decode"),
-        (["decode", "--model", "nowhere"], "--model 'nowhere': no such directory"),
-        (["decode", "--model", "random:gpt"], "expected random: and one of llama2-7b"),
-        (["decode", "--model", "{folder}", "--method", "milora,fast"], "--method is 'fast'"),
-        (["decode", "--model", "{folder}", "--new", "9999"], "expected at most 512 together"),
-        (["decode", "--model", "{folder}", "--batch", "0"], "--batch is 0"),
+        (["--model", "nowhere"], "--model 'nowhere': no such directory"),
+        (["--model", "random:gpt"], "expected random: and one of llama2-7b"),
+        (["--model", "{folder}", "--method", "milora,fast"], "--method is 'fast'"),
+        (["--model", "{folder}", "--new", "9999"], "expected at most 512 together"),
+        (["--model", "{folder}", "--batch", "0"], "--batch is 0"),
     ],
 )
-def test_a_mistake_is_one_line(folder, arguments, message):
-    found = bench(*(argument.format(folder=folder) for argument in arguments))
+def test_a_mistake_is_refused(folder, arguments, message):
+    with pytest.raises(UserError) as found:
+        decode.main([argument.format(folder=folder) for argument in arguments])
+    assert message in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_a_mistake_is_one_line():
+    found = bench("speed")
     assert found.returncode == 2
-    assert message in found.stderr
+    assert "'speed': expected one of decode" in found.stderr
     assert "Traceback" not in found.stderr
 
 

@@ -116,7 +116,7 @@ def test_the_two_optimisers_change_what_is_theirs():
     assert int(state.step) == 1
 
 
-@pytest.mark.parametrize("method", ["milora", "moelora"])
+@pytest.mark.parametrize("method", ["milora", pytest.param("moelora", marks=pytest.mark.slow)])
 def test_routers_have_their_own_multiple_of_the_learning_rate(method):
     """Adam's first update is the learning rate itself, up to the sign: once as far, and ten times."""
     moved = {}
