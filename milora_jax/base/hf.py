@@ -2,7 +2,8 @@
 
 Tensors are read one at a time from ``model.safetensors`` or from the shards its index names,
 transposed to ``[in, out]``, cast, and copied into their place in a stacked or joined leaf, so that beside the
-model the process never holds more than one tensor and, where the devices copy it, one leaf. Nothing is
+model the process never holds more than one tensor and, where the devices copy it, one leaf. Of a leaf that
+is spread over devices a process reads the slices of its own devices, and each of them once. Nothing is
 ever left at an initial value: every expected tensor must be there, with the expected shape, and no
 other.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from milora_jax.base.modules import Base, JoinedLayer, Layer, Linear
 from milora_jax.config import ModelConfig
@@ -46,21 +48,46 @@ WEIGHTS_NAME = "model.safetensors"
 ALIGNMENT = 64
 """Bytes to which XLA aligns buffers: a CPU device takes a host array so aligned as it is, uncopied."""
 
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""The dtypes of safetensors that a base may have."""
+
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 """Old checkpoints store the rotary frequencies; they follow from the config."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of the files, and the view of a leaf that it fills.
+    """One tensor of the files, and where it lies in a leaf.
 
     Attributes:
       name: in the files.
-      index: what the leaf is indexed with.
+      layer: its place on the leading axis of a stacked leaf.
+      columns: its first column in a joined leaf, and the one after its last.
     """
 
     name: str
-    index: tuple[Any, ...] = ()
+    layer: int | None = None
+    columns: tuple[int, int] | None = None
+
+    def within(self, box: tuple[slice, ...]) -> tuple[tuple[Any, ...], tuple[slice, ...]] | None:
+        """What a box of the leaf, one slice per axis, holds of this tensor.
+
+        Returns:
+          Where in the box, and which slices of the tensor as the leaf orders its axes; None where they
+          have nothing in common.
+        """
+        if self.layer is not None:
+            layers, *rest = box
+            inside = layers.start <= self.layer < layers.stop
+            return ((self.layer - layers.start,), tuple(rest)) if inside else None
+        if self.columns is None:
+            return (), box
+        *front, asked = box
+        first, end = max(asked.start, self.columns[0]), min(asked.stop, self.columns[1])
+        if first >= end:
+            return None
+        mine = slice(first - self.columns[0], end - self.columns[0])
+        return (..., slice(first - asked.start, end - asked.start)), (*front, mine)
 
 
 @dataclass(frozen=True)
@@ -77,6 +104,14 @@ class LeafSpec:
     parts: tuple[Part, ...]
     transposed: bool = False
 
+    def part_shape(self, part: Part) -> tuple[int, ...]:
+        """Shape of one of the tensors, as the leaf orders its axes."""
+        if part.layer is not None:
+            return self.shape[1:]
+        if part.columns is not None:
+            return (*self.shape[:-1], part.columns[1] - part.columns[0])
+        return self.shape
+
 
 def base_specs(config: ModelConfig, decode: bool = False) -> Base:
     """A Base whose leaves are LeafSpecs: the one table of names and shapes.
@@ -90,7 +125,7 @@ def base_specs(config: ModelConfig, decode: bool = False) -> Base:
         return LeafSpec(shape, (Part(name),), transposed)
 
     def stacked(suffix: str, *shape: int, transposed: bool = False) -> LeafSpec:
-        parts = tuple(Part(f"model.layers.{i}.{suffix}", (i,)) for i in range(count))
+        parts = tuple(Part(f"model.layers.{i}.{suffix}", layer=i) for i in range(count))
         return LeafSpec((count, *shape), parts, transposed)
 
     def biased(name: str) -> bool:
@@ -120,7 +155,7 @@ def base_specs(config: ModelConfig, decode: bool = False) -> Base:
                 edges: tuple[int, ...] = edges,
             ) -> LeafSpec:
                 parts = tuple(
-                    Part(f"{prefix}.{MODULE_PATHS[name]}.{kind}", (..., slice(*ends)))
+                    Part(f"{prefix}.{MODULE_PATHS[name]}.{kind}", columns=ends)
                     for name, ends in zip(names, pairwise(edges), strict=True)
                 )
                 return LeafSpec((*front, edges[-1]), parts, transposed)
@@ -145,14 +180,14 @@ def load_leaves(
     directory: Path,
     config: ModelConfig,
     dtype: str,
-    place: Callable[[np.ndarray, " tuple"], jax.Array],
+    sharding_of: Callable[[" tuple"], Sharding] | None = None,
     decode: bool = False,
 ) -> Base:
     """Read every leaf of the base.
 
     Args:
+      sharding_of: where the leaf at a key path goes; None puts all on the first device of this process.
       decode: in the layout of ``modules.decode_layout``, which then need not be made of another.
-      place: ``place(host_array, key_path)`` puts a finished leaf on the devices.
 
     Raises:
       UserError: for a missing, extra or misshapen tensor, a pickle, or a damaged file.
@@ -166,20 +201,24 @@ def load_leaves(
         found.discard("lm_head.weight")  # some tied checkpoints store the shared matrix twice
     _require_same_names(directory, expected, found)
 
+    one_device = SingleDeviceSharding(jax.local_devices()[0])
+
     def read(path: tuple, spec: LeafSpec) -> jax.Array:
-        leaf = _aligned_empty(spec.shape, target)
-        for part in spec.parts:
-            _read_into(leaf[part.index], files[part.name], part.name, spec.transposed)
+        sharding = one_device if sharding_of is None else sharding_of(path)
+        boxes: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+        def shard(index: Any) -> np.ndarray:
+            box = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, spec.shape, strict=True))
+            key = tuple((s.start, s.stop) for s in box)
+            if key not in boxes:  # devices that hold the same share one reading
+                boxes[key] = _read_box(spec, box, target, files)
+            return boxes[key]
+
+        leaf = jax.make_array_from_callback(spec.shape, sharding, shard)
         # Devices copy in the background: without waiting, finished leaves pile up in host memory.
-        return jax.block_until_ready(place(leaf, path))
+        return jax.block_until_ready(leaf)
 
     return jax.tree_util.tree_map_with_path(read, specs)
-
-
-def place_on_default_device(leaf: np.ndarray, path: tuple) -> jax.Array:
-    """The simplest ``place`` of :func:`load_leaves`: the whole leaf on one device."""
-    del path
-    return jax.device_put(leaf)
 
 
 def save_base(directory: Path, base: Base, config: ModelConfig, dtype: str) -> None:
@@ -191,7 +230,9 @@ def save_base(directory: Path, base: Base, config: ModelConfig, dtype: str) -> N
     def write(spec: LeafSpec, leaf: jax.Array) -> None:
         host = np.asarray(leaf).astype(jnp.dtype(dtype))
         for part in spec.parts:
-            tensor = host[part.index]
+            if part.columns is not None:
+                raise ValueError("a base in the layout for decoding is not written")
+            tensor = host if part.layer is None else host[part.layer]
             tensors[part.name] = np.ascontiguousarray(tensor.T if spec.transposed else tensor)
 
     jax.tree.map(write, base_specs(config), base)
@@ -275,16 +316,43 @@ def _require_same_names(directory: Path, expected: set[str], found: set[str]) ->
         )
 
 
-def _read_into(part: np.ndarray, path: Path, name: str, transposed: bool) -> None:
-    """Copy one tensor into its place, checking its shape and that it holds floating point numbers."""
+def _read_box(spec: LeafSpec, box: tuple[slice, ...], dtype: np.dtype, files: dict[str, Path]) -> np.ndarray:
+    """The values of a leaf within a box, one slice per axis."""
+    values = _aligned_empty(tuple(side.stop - side.start for side in box), dtype)
+    for part in spec.parts:
+        found = part.within(box)
+        if found is not None:
+            place, mine = found
+            _read_into(
+                values[place], files[part.name], part.name, spec.part_shape(part), mine, spec.transposed
+            )
+    return values
+
+
+def _read_into(
+    place: np.ndarray,
+    path: Path,
+    name: str,
+    shape: tuple[int, ...],
+    mine: tuple[slice, ...],
+    transposed: bool,
+) -> None:
+    """Copy slices of one tensor into their place, checking its shape and that it holds floating numbers.
+
+    Args:
+      shape: of the whole tensor, as the leaf orders its axes.
+      mine: the slices, likewise.
+    """
+    order = -1 if transposed else 1
     with _opened(path) as tensors:
-        tensor = tensors.get_tensor(name)
-    shape = part.shape[::-1] if transposed else part.shape
-    if tensor.shape != shape:
-        raise UserError(f"{path}: tensor {name!r} has shape {tensor.shape}, expected {shape}")
-    if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        raise UserError(f"{path}: tensor {name!r} has dtype {tensor.dtype}, expected a floating type")
-    np.copyto(part, tensor.T if transposed else tensor, casting="unsafe")
+        tensor = tensors.get_slice(name)
+        found, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+        if found != shape[::order]:
+            raise UserError(f"{path}: tensor {name!r} has shape {found}, expected {shape[::order]}")
+        if dtype not in FLOATING:
+            raise UserError(f"{path}: tensor {name!r} has dtype {dtype}, expected a floating type")
+        values = tensor[mine[::order]]
+    np.copyto(place, values.T if transposed else values, casting="unsafe")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from milora_jax.base.hf import load_leaves, place_on_default_device
+from milora_jax.base.hf import load_leaves
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
@@ -29,7 +29,7 @@ def load_base(path: str | Path, dtype: str = "float32", *, decode: bool = False)
     """
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     config = read_model_config(Path(path))
-    return load_leaves(Path(path), config, dtype, place_on_default_device, decode), config
+    return load_leaves(Path(path), config, dtype, decode=decode), config
 
 
 def logits(base: Base, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

@@ -104,7 +104,7 @@ def prepare_run(config: Config, workdir: Path | None, say: Callable[[str], None]
         Path(config.model.path),
         model,
         config.model.dtype,
-        lambda leaf, path: jax.device_put(leaf, base_sharding(mesh, rules, path)),
+        lambda path: base_sharding(mesh, rules, path),
     )
     return Run(
         config=config,

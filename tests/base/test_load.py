@@ -145,7 +145,7 @@ BAD_WEIGHTS = {
     "axes": (lambda t: t.update({NORM: t[NORM][None]}), f"tensor '{NORM}' has shape (1, 24), expected (24,)"),
     "integers": (
         lambda t: t.update({NORM: t[NORM].astype(np.int32)}),
-        f"tensor '{NORM}' has dtype int32, expected a floating type",
+        f"tensor '{NORM}' has dtype I32, expected a floating type",
     ),
 }
 
