@@ -36,6 +36,8 @@ POOLERS = ("attention", "mean", "max", "last")
 ACTIVATIONS = ("rational", "gelu", "relu", "relu-gelu", "gelu-relu")
 GATES = ("softmax", "renormalized", "straight_through")
 COEFFICIENTS = ("bilevel", "joint", "frozen")
+REMAT = ("none", "attention", "products", "full")
+"""What a training step computes again, from the least to the most; see :class:`TrainSection`."""
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -203,6 +205,8 @@ class DataSection:
         ``milora_jax.data.records``. Every entry of ``test`` is one task of the final table.
       dev_share: share of the training rows held out as dev rows when ``dev`` is empty.
       max_length: longest row in tokens, prompt and response together.
+      pack: put several training records into a row of ``max_length`` tokens; each keeps its own attention,
+        positions, loss and route.
     """
 
     train: str = ""
@@ -210,6 +214,7 @@ class DataSection:
     test: str = ""
     dev_share: float = 0.05
     max_length: int = 768
+    pack: bool = False
 
     def __post_init__(self) -> None:
         require(self.max_length >= 8, "data.max_length", self.max_length, "at least 8 tokens")
@@ -223,12 +228,17 @@ class TrainSection:
     Attributes:
       max_steps: stop after so many steps; 0 means as many as ``epochs`` gives.
       epochs: passes over the training rows; with ``max_steps`` the shorter of both holds.
-      batch_size: rows of a step, over all devices together.
+      batch_size: rows of a step, over all devices together; a packed row holds several records.
       learning_rate: peak, reached after the warm-up and then falling linearly to 0.
       router_rate: learning rate of the routers' parameters as a multiple of ``learning_rate``.
       coefficient_learning_rate: the same for the rational coefficients (paper: 1e-6).
       coefficient_every: steps between two bi-level updates on a dev batch (paper: 1).
       warmup_share: share of all steps spent warming up.
+      accumulate: parts that a step's rows are divided into and computed one after the other, for memory;
+        the update is that of all rows together.
+      remat: what the backward pass computes again instead of keeping it: none; attention, its scores;
+        products, all but the results of matrix products; full, every layer from its input.
+      loss_chunk: tokens of the batch whose logits exist at a time.
       weight_decay: decoupled weight decay of AdamW.
       clip_norm: largest global gradient norm; 0 switches clipping off.
       eval_every: steps between two dev perplexities.
@@ -247,6 +257,9 @@ class TrainSection:
     coefficient_learning_rate: float = 1e-6
     coefficient_every: int = 1
     warmup_share: float = 0.06
+    accumulate: int = 1
+    remat: str = "none"
+    loss_chunk: int = 4096
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     eval_every: int = 200
@@ -257,12 +270,12 @@ class TrainSection:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for (
-            name
-        ) in "epochs batch_size coefficient_every eval_every save_every log_every max_bad_steps".split():
+        counts = "epochs batch_size accumulate loss_chunk coefficient_every eval_every save_every log_every"
+        for name in [*counts.split(), "max_bad_steps"]:
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for name in "max_steps patience seed".split():
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        one_of("train.remat", self.remat, REMAT)
         require(self.seed < 2**32, "train.seed", self.seed, "below 2**32")
         for name in "learning_rate router_rate coefficient_learning_rate weight_decay clip_norm".split():
             value = getattr(self, name)

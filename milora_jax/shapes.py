@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, Key, UInt
+    from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt
 else:
     try:
-        from jaxtyping import Array, Bool, Float, Int, Key, UInt
+        from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt
     except ImportError:
         from typing import Any
 
         from jax import Array
 
-        Bool = Float = Int = Key = UInt = Any
+        Bool = Float = Int = Key = Shaped = UInt = Any
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "UInt"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Shaped", "UInt"]

@@ -191,7 +191,14 @@ def test_a_damaged_adapter_is_refused_by_name(workdir, tmp_path, older):
 
 
 def test_patience_stops_early_and_the_best_is_kept(folder, tmp_path, monkeypatch):
-    settings = ("--config.train.learning_rate=0", "--config.train.coefficient_learning_rate=0")
+    settings = (
+        "--config.train.learning_rate=0",
+        "--config.train.coefficient_learning_rate=0",
+        "--config.data.pack=true",
+        "--config.train.accumulate=2",
+        "--config.train.batch_size=16",
+        "--config.train.remat=full",
+    )
     more = (*settings, "--config.train.patience=2", "--config.train.max_steps=40", "--config.data.test=")
     summary = run_training(folder, tmp_path / "w", monkeypatch, *more)
     assert (summary["steps"], summary["best_step"]) == (6, 2)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from milora_jax.adapters.rational import gelu_coefficients, rational
-from milora_jax.shapes import Array, Bool, Float, Key
+from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, Route
 
 NORMALIZE_EPS = 1e-6
@@ -171,25 +171,51 @@ def expert_weights(probs: Float[Array, "*B E"], top_k: int, gate: str) -> Float[
     raise ValueError(f"unknown gate {gate!r}")
 
 
-def load_balance(probs: Float[Array, "*L B Z E"], present: Bool[Array, "B Z"]) -> Float[Array, ""]:
+def first_choices(probs: Float[Array, "*L B Z E"], present: Bool[Array, "B Z"]) -> Float[Array, "*L E"]:
+    """``f_i`` of Eq. 5: the share of the prompts whose most probable expert is i, per layer; no gradient.
+
+    Args:
+      present: false for rows and segments that hold no prompt.
+    """
+    first = jax.nn.one_hot(jnp.argmax(probs, axis=-1), probs.shape[-1], dtype=jnp.float32)
+    return jax.lax.stop_gradient(_mean_of_present(first, present, present.sum()))
+
+
+def load_balance(
+    probs: Float[Array, "*L B Z E"],
+    present: Bool[Array, "B Z"],
+    first: Float[Array, "*L E"] | None = None,
+    prompts: Int[Array, ""] | None = None,
+) -> Float[Array, ""]:
     """``N sum_i f_i P_i`` (Eq. 4 and 5), averaged over layers; 1 when perfectly balanced.
 
     Args:
-      probs: router softmax of every prompt of the global batch.
+      probs: router softmax of every prompt of the global batch, or of a part of it.
       present: false for rows and segments that hold no prompt.
+      first: :func:`first_choices` of the global batch; needed where ``probs`` is a part of it, and the
+        terms of all parts then sum to that of the whole.
+      prompts: how many are present in the global batch; needed likewise.
     """
-    experts = probs.shape[-1]
-    here = present.astype(jnp.float32)[..., None]
-    count = jnp.maximum(here.sum(), 1.0)
-    here = jnp.broadcast_to(here, probs.shape)
-    first = jax.nn.one_hot(jnp.argmax(probs, axis=-1), experts, dtype=jnp.float32)
-    share = (first * here).sum(axis=(-3, -2)) / count
-    mean = (probs * here).sum(axis=(-3, -2)) / count
-    return jnp.mean(experts * (jax.lax.stop_gradient(share) * mean).sum(axis=-1))
+    first = first_choices(probs, present) if first is None else first
+    mean = _mean_of_present(probs, present, present.sum() if prompts is None else prompts)
+    return jnp.mean(probs.shape[-1] * (first * mean).sum(axis=-1))
 
 
-def expert_share(weights: Float[Array, "*L B Z E"], present: Bool[Array, "B Z"]) -> Float[Array, "*L E"]:
-    """Share of the prompts that chose each expert, per layer (Figure 2 of the paper)."""
-    here = jnp.broadcast_to(present.astype(jnp.float32)[..., None], weights.shape)
-    chosen = (weights != 0).astype(jnp.float32) * here
-    return chosen.sum(axis=(-3, -2)) / jnp.maximum(present.sum(), 1).astype(jnp.float32)
+def expert_share(
+    weights: Float[Array, "*L B Z E"], present: Bool[Array, "B Z"], prompts: Int[Array, ""] | None = None
+) -> Float[Array, "*L E"]:
+    """Share of the prompts that chose each expert, per layer (Figure 2 of the paper).
+
+    Args:
+      prompts: see :func:`load_balance`.
+    """
+    chosen = (weights != 0).astype(jnp.float32)
+    return _mean_of_present(chosen, present, present.sum() if prompts is None else prompts)
+
+
+def _mean_of_present(
+    values: Float[Array, "*L B Z E"], present: Bool[Array, "B Z"], prompts: Int[Array, ""]
+) -> Float[Array, "*L E"]:
+    """Sum over the prompts that are present, over the number of prompts."""
+    here = jnp.broadcast_to(present.astype(jnp.float32)[..., None], values.shape)
+    return (values * here).sum(axis=(-3, -2)) / jnp.maximum(prompts, 1).astype(jnp.float32)

@@ -22,6 +22,12 @@ from milora_jax.config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import GROUPS, PyTree, Route, unstack_layers
 
+POLICIES = {
+    "products": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass of a layer finds kept, for the values of ``config.REMAT`` that wrap whole layers."""
+
 
 @struct.dataclass
 class Output:
@@ -75,6 +81,7 @@ def forward(
     cache: KVCache | BeamCache | None = None,
     cache_slots: int = 0,
     key: Key[Array, ""] | None = None,
+    remat: str = "none",
 ) -> Output:
     """Run the model over tokens.
 
@@ -95,6 +102,7 @@ def forward(
       cache_slots: S of the cache that a first pass is to fill, at least P + T; 0 for none. Its rows
         hold one record each and are padded on the right.
       key: switches dropout on.
+      remat: what a backward pass computes again, one of ``config.REMAT``.
     """
     method = None if adapter is None else adapter.method
     if method is not None and method.routes and (prompt_mask is None) == (route_weights is None):
@@ -118,6 +126,8 @@ def forward(
             key_segments = None
             mask = cache.mask(tokens.shape[1])
 
+    attend = jax.checkpoint(ops.attention) if remat == "attention" else ops.attention
+
     def run_layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Route | None, Any]]:
         index, layer, params, weights, layer_cache = inputs
         route = prefix = None
@@ -132,7 +142,7 @@ def forward(
         layer_key = None if key is None else jax.random.fold_in(key, index)
         adapted = AdaptedLayer(layer, adapter, params, _per_token(weights, segment_ids), layer_key)
         past = None if cache is None else Past(layer_cache, cache.place)
-        hidden, new = block(config, adapted, hidden, cos, sin, mask, past, prefix)
+        hidden, new = block(config, adapted, hidden, cos, sin, mask, past, prefix, attend)
         if cache is None:
             new = new.padded(cache_slots) if cache_slots else None
         return hidden, (route, new)
@@ -148,7 +158,10 @@ def forward(
         route_weights,
         None if cache is None else cache.layers,
     )
-    hidden, (route, layers) = _over_layers(run_layer, hidden, inputs, base.unrolled)
+    layer_step = run_layer
+    if remat in POLICIES:
+        layer_step = jax.checkpoint(run_layer, policy=POLICIES[remat], prevent_cse=base.unrolled)
+    hidden, (route, layers) = _over_layers(layer_step, hidden, inputs, base.unrolled)
     hidden = ops.rms_norm(hidden, base.final_norm[...], config.norm_eps)
     if cache is not None:
         cache = cache.after(layers, tokens.shape[1])
@@ -211,12 +224,14 @@ def block(
     mask: Any,
     past: Past | None = None,
     prefix: tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]] | None = None,
+    attend: Callable[..., Array] = ops.attention,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
 
     Args:
       mask: which keys a query sees: this pass's ``[B, T, S]``, or with ``past`` what its cache's mask says.
       prefix: keys and values that go before the tokens'.
+      attend: ``ops.attention`` or what equals it, for a pass without ``past``.
 
     Returns:
       The stream, and the keys and values of this pass, or with ``past`` its cache with them in it.
@@ -236,7 +251,7 @@ def block(
                 k, v = (
                     jnp.concatenate([heads(p), own], axis=1) for p, own in zip(prefix, (k, v), strict=True)
                 )
-            attended, cache = ops.attention(q, k, v, mask), LayerCache.of(k, v)
+            attended, cache = attend(q, k, v, mask), LayerCache.of(k, v)
         else:
             cache = past.cache.write(k, v, past.place)
             attended = cache.attend(q, mask)

@@ -40,21 +40,25 @@ def padded_length(longest: int, multiple: int, limit: int) -> int:
     return min(-(-longest // multiple) * multiple, limit)
 
 
-def collate(examples: Sequence[Example], length: int, pad_id: int, rows: int) -> Batch:
+def collate(packed: Sequence[Sequence[Example]], length: int, pad_id: int, rows: int) -> Batch:
     """Training rows, padded on the right; missing rows are all padding and count nowhere.
 
     Args:
-      length: T, at least the longest example.
-      rows: B, at least the number of examples.
+      packed: the examples of each row, which follow each other as segments 1, 2, ...
+      length: T, at least the tokens of any row.
+      rows: B, at least the number of rows given.
     """
-    lengths = [len(example.tokens) for example in examples]
     batch = _empty(rows, length, pad_id)
-    for row, (example, used) in enumerate(zip(examples, lengths, strict=True)):
-        batch.tokens[row, :used] = example.tokens
-        batch.segment_ids[row, :used] = 1
-        batch.positions[row, :used] = np.arange(used)
-        batch.prompt_mask[row, : example.prompt_length] = True
-        batch.loss_mask[row, example.prompt_length : used] = True
+    for row, examples in enumerate(packed):
+        start = 0
+        for segment, example in enumerate(examples, 1):
+            middle, end = start + example.prompt_length, start + len(example.tokens)
+            batch.tokens[row, start:end] = example.tokens
+            batch.segment_ids[row, start:end] = segment
+            batch.positions[row, start:end] = np.arange(end - start)
+            batch.prompt_mask[row, start:middle] = True
+            batch.loss_mask[row, middle:end] = True
+            start = end
     return batch
 
 

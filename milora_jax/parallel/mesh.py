@@ -34,15 +34,20 @@ def make_mesh(settings: MeshSection, devices: Sequence[Any] | None = None) -> Me
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def check_divides(mesh: Mesh, model: ModelConfig, batch_sizes: dict[str, int]) -> None:
+def check_divides(
+    mesh: Mesh, model: ModelConfig, batch_sizes: dict[str, int], parts: dict[str, int] | None = None
+) -> None:
     """Refuse a mesh that cannot split the batches, the heads or the widths evenly, with the numbers.
 
     Args:
       batch_sizes: rows of each kind of batch, by the name of its setting.
+      parts: into how many a batch is divided for gradient accumulation, by the same names; 1 by default.
     """
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     for name, size in batch_sizes.items():
-        require(size % rows == 0, name, size, f"a multiple of mesh data x fsdp = {rows}")
+        count = (parts or {}).get(name, 1)
+        what = "mesh data x fsdp" if count == 1 else "mesh data x fsdp x train.accumulate"
+        require(size % (rows * count) == 0, name, size, f"a multiple of {what} = {rows * count}")
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
         size = getattr(model, name)

@@ -22,7 +22,7 @@ from milora_jax.adapters.protocol import Adapter, Kernels, abstract_params, init
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import frozen_kernels
 from milora_jax.config import TrainSection
-from milora_jax.data.batches import batch_rows, collate, padded_length
+from milora_jax.data.batches import batch_rows, collate
 from milora_jax.data.tokens import Example
 from milora_jax.errors import NonFiniteError, Preempted, UserError
 from milora_jax.parallel.rules import state_shardings
@@ -30,7 +30,7 @@ from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, verify_step
 from milora_jax.training.health import RoutingHealth, pack_routes, routing_health, unpack_routes
 from milora_jax.training.optim import learning_rate_schedule, split_params
-from milora_jax.training.prepare import ROW_MULTIPLE, Run
+from milora_jax.training.prepare import Run
 from milora_jax.training.step import Steps, TrainState, init_state, make_steps
 from milora_jax.training.workdir import MetricsLog
 from milora_jax.types import Batch, Metrics
@@ -121,9 +121,8 @@ class Trainer:
         self._bilevel = bool(jax.tree.leaves(theta))
         self._run, self._say, self._settings = run, say, config.train
         self._total = planned_steps(config.train, len(run.train))
-        longest = max(len(example.tokens) for example in [*run.train, *run.dev])
-        self._length = padded_length(longest, ROW_MULTIPLE, config.data.max_length)
-        self._steps = steps or make_steps(run.model, config.train, self._total, 1)
+        self._length = run.row_length
+        self._steps = steps or make_steps(run.model, config.train, self._total, run.prompts)
         self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, say)
         self._best = CheckpointDirectory(workdir / "best", None, say)
         self._workdir = workdir
@@ -157,9 +156,9 @@ class Trainer:
             if progress.stopped:
                 break
             rows = batch_rows(self._settings.seed, step, len(self._run.train), self._settings.batch_size)
-            examples = [self._run.train[i] for i in rows]
-            progress.tokens += sum(len(example.tokens) for example in examples)
-            state, metrics = self._steps.train(state, self._run.base, self._batch(examples))
+            packed = [self._run.train[i] for i in rows]
+            progress.tokens += sum(len(example.tokens) for row in packed for example in row)
+            state, metrics = self._steps.train(state, self._run.base, self._batch(packed))
             done = step + 1
             theta_metrics = None
             if self._bilevel and done % self._settings.coefficient_every == 0:
@@ -188,8 +187,8 @@ class Trainer:
         self._best.wait()
         return Fit(state, int(state.step), progress, earlier_seconds)
 
-    def _batch(self, examples: list[Example]) -> Batch:
-        batch = collate(examples, self._length, 0, self._settings.batch_size)
+    def _batch(self, packed: list[list[Example]]) -> Batch:
+        batch = collate(packed, self._length, 0, self._settings.batch_size)
         return self._run.place(batch)
 
     def _restore_or_init(self) -> tuple[TrainState, Progress]:
@@ -315,12 +314,14 @@ class Trainer:
         size, total, count = self._settings.batch_size, 0.0, 0
         probs, chosen = [], []
         for start in range(0, len(self._run.dev), size):
-            examples = self._run.dev[start : start + size]
-            loss, tokens, route = self._steps.evaluate(adapter, self._run.base, self._batch(examples))
+            packed = self._run.dev[start : start + size]
+            loss, tokens, route = self._steps.evaluate(adapter, self._run.base, self._batch(packed))
             total, count = total + float(loss), count + int(tokens)
             if route is not None:
-                probs.append(np.asarray(route.probs)[:, : len(examples), 0])
-                chosen.append(np.asarray(route.weights)[:, : len(examples), 0] != 0)
+                filled = [len(row) for row in packed] + [0] * (size - len(packed))
+                present = np.arange(self._run.prompts) < np.array(filled)[:, None]  # [B, Z]
+                probs.append(np.asarray(route.probs)[:, present])
+                chosen.append(np.asarray(route.weights)[:, present] != 0)
         perplexity = math.exp(min(total / count, 700.0))
         if not probs:
             return perplexity, None

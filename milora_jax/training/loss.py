@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
 from milora_jax.adapters.protocol import Adapter
-from milora_jax.adapters.router import expert_share, load_balance
+from milora_jax.adapters.router import expert_share, first_choices, load_balance
 from milora_jax.base.modules import Base
-from milora_jax.base.transformer import forward, prompt_members, unembed
+from milora_jax.base.transformer import forward, prompt_members
 from milora_jax.config import ModelConfig
-from milora_jax.shapes import Array, Bool, Float, Int, Key
+from milora_jax.shapes import Array, Float, Int, Key, Shaped
+from milora_jax.training.cross_entropy import summed_cross_entropy
 from milora_jax.types import EXPERTS, Batch, Route
 
 
@@ -31,17 +31,22 @@ class LossParts:
     route: Route | None
 
 
-def token_losses(
-    base: Base, hidden: Float[Array, "B T D"], batch: Batch
-) -> tuple[Float[Array, "B T1"], Bool[Array, "B T1"]]:
-    """Negative log-likelihood in nats of every token but each row's first, and which of them count.
+@struct.dataclass
+class Totals:
+    """What the loss of a batch divides by and weighs with, of which a part of the batch knows only a part.
 
-    The hidden state of token t predicts token t + 1.
+    Attributes:
+      tokens: counted tokens.
+      prompts: prompts present.
+      first_choices: share of the prompts whose most probable expert each one is (Eq. 5); None without a
+        router.
+      parts: how many parts the whole was divided into.
     """
-    logits = unembed(base, hidden[:, :-1])
-    targets = batch.tokens[:, 1:]
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen, batch.loss_mask[:, 1:]
+
+    tokens: Int[Array, ""]
+    prompts: Int[Array, ""]
+    first_choices: Float[Array, "L E"] | None
+    parts: int = struct.field(pytree_node=False, default=1)
 
 
 def adapted_loss(
@@ -52,6 +57,9 @@ def adapted_loss(
     *,
     prompts: int,
     key: Key[Array, ""] | None,
+    remat: str = "none",
+    loss_chunk: int = 4096,
+    totals: Totals | None = None,
 ) -> tuple[Float[Array, ""], LossParts]:
     """Mean cross entropy over the counted tokens of the global batch, plus what the method adds to it:
     lambda times Eq. 4 where it routes, and its penalty on the parameters.
@@ -59,6 +67,10 @@ def adapted_loss(
     Args:
       prompts: Z, the most records packed into one row.
       key: switches dropout on.
+      remat: what the backward pass computes again, one of ``config.REMAT``.
+      loss_chunk: tokens whose logits exist at a time.
+      totals: of the whole, where ``batch`` is a part of it: the losses of all parts sum to the loss of
+        the whole, and so do the terms and the shares.
     """
     output = forward(
         base,
@@ -70,31 +82,49 @@ def adapted_loss(
         prompt_mask=batch.prompt_mask,
         prompts=prompts,
         key=key,
+        remat=remat,
     )
-    losses, counted = token_losses(base, output.hidden, batch)
-    tokens = counted.sum()
-    cross_entropy = jnp.where(counted, losses, 0.0).sum() / jnp.maximum(tokens, 1).astype(jnp.float32)
-    loss = cross_entropy + adapter.method.penalty(adapter.params)
-    if output.route is None:
-        zero = jnp.zeros((), jnp.float32)
-        shares = jnp.ones((config.num_layers, len(EXPERTS)), jnp.float32)
-        return loss, LossParts(cross_entropy, zero, shares, zero, tokens, None)
+    # The hidden state of token t predicts token t + 1; the last one of a row predicts nothing.
+    targets, counted = (_next(field) for field in (batch.tokens, batch.loss_mask))
+    summed = summed_cross_entropy(base, output.hidden, targets, counted, loss_chunk)
     present = prompt_members(batch.segment_ids, batch.prompt_mask, prompts).any(axis=-1)
-    balance = load_balance(output.route.probs, present)
+    whole = totals_of(batch, output.route, prompts) if totals is None else totals
+    cross_entropy = summed / jnp.maximum(whole.tokens, 1).astype(jnp.float32)
+    loss = cross_entropy + adapter.method.penalty(adapter.params) / whole.parts
+    if output.route is None or whole.first_choices is None:
+        zero = jnp.zeros((), jnp.float32)
+        shares = jnp.ones((config.num_layers, len(EXPERTS)), jnp.float32) / whole.parts
+        return loss, LossParts(cross_entropy, zero, shares, zero, counted.sum(), None)
+    balance = load_balance(output.route.probs, present, whole.first_choices, whole.prompts)
     parts = LossParts(
         cross_entropy=cross_entropy,
         load_balance=balance,
-        expert_share=expert_share(output.route.weights, present),
+        expert_share=expert_share(output.route.weights, present, whole.prompts),
         pooled_max=output.route.pooled_max.max(),
-        tokens=tokens,
+        tokens=counted.sum(),
         route=output.route,
     )
     return loss + adapter.method.balance_weight * balance, parts
 
 
+def totals_of(batch: Batch, route: Route | None, prompts: int) -> Totals:
+    """The totals of a batch whose prompts took ``route``."""
+    present = prompt_members(batch.segment_ids, batch.prompt_mask, prompts).any(axis=-1)
+    return Totals(
+        tokens=_next(batch.loss_mask).sum(),
+        prompts=present.sum(),
+        first_choices=None if route is None else first_choices(route.probs, present),
+    )
+
+
+def _next(field: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
+    """What each token is followed by; zero or false after the last."""
+    return jnp.pad(field[:, 1:], ((0, 0), (0, 1)))
+
+
 def summed_loss(
-    adapter: Adapter, base: Base, config: ModelConfig, batch: Batch, prompts: int
+    adapter: Adapter, base: Base, config: ModelConfig, batch: Batch, prompts: int, loss_chunk: int = 4096
 ) -> tuple[Float[Array, ""], Int[Array, ""], Route | None]:
     """Sum of the counted tokens' losses, their number, and the route, for the dev evaluation."""
-    _, parts = adapted_loss(adapter, base, config, batch, prompts=prompts, key=None)
+    _, parts = adapted_loss(adapter, base, config, batch, prompts=prompts, key=None, loss_chunk=loss_chunk)
     return parts.cross_entropy * parts.tokens.astype(jnp.float32), parts.tokens, parts.route

@@ -18,6 +18,8 @@ from milora_jax.base.hf import load_leaves
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.modules import Base
 from milora_jax.config import Config, ModelConfig, require
+from milora_jax.data.batches import padded_length
+from milora_jax.data.packing import in_rows
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record, fingerprint, holdout, parse_sources, read_records
 from milora_jax.data.tokens import Example, encode_prompt, encode_records, load_tokenizer
@@ -28,7 +30,7 @@ from milora_jax.training.workdir import refuse_early
 from milora_jax.types import Batch
 
 ROW_MULTIPLE = 8
-"""Training rows are padded to one common length, a multiple of this, so that one step is compiled."""
+"""The common length of training rows is a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Run:
     Attributes:
       config: with every setting of the method written out.
       model, base: the frozen model, its leaves laid out over ``mesh``.
-      train, dev: encoded rows.
+      train, dev: encoded records, row by row: one a row unless ``data.pack`` asks for more.
       tests: records to score, by task name.
       data_fingerprint: SHA-256 over the training and dev records.
       base_fingerprint: of the model directory, see ``base.fingerprint``.
@@ -50,11 +52,22 @@ class Run:
     tokenizer: Any
     mesh: Mesh
     rules: Rules
-    train: list[Example]
-    dev: list[Example]
+    train: list[list[Example]]
+    dev: list[list[Example]]
     tests: dict[str, list[Record]]
     data_fingerprint: str
     base_fingerprint: str
+
+    @property
+    def prompts(self) -> int:
+        """Z, the most records in a row."""
+        return max(len(row) for row in [*self.train, *self.dev])
+
+    @property
+    def row_length(self) -> int:
+        """T, the length to which every row is padded, so that one step is compiled."""
+        longest = max(sum(len(example.tokens) for example in row) for row in [*self.train, *self.dev])
+        return padded_length(longest, ROW_MULTIPLE, self.config.data.max_length)
 
     def place(self, batch: Batch) -> Batch:
         """A host batch on the devices, split by rows."""
@@ -89,8 +102,12 @@ def prepare_run(config: Config, workdir: Path | None, say: Callable[[str], None]
     if workdir is not None:
         refuse_early(workdir, config)
     mesh = make_mesh(config.mesh)
-    batch_sizes = {"train.batch_size": config.train.batch_size, "eval.batch_size": config.eval.batch_size}
-    check_divides(mesh, model, batch_sizes)
+    check_divides(
+        mesh,
+        model,
+        {"train.batch_size": config.train.batch_size, "eval.batch_size": config.eval.batch_size},
+        {"train.batch_size": config.train.accumulate},
+    )
     records = _read_records(config, say)
     tokenizer = load_tokenizer(config.model.path)
     if len(tokenizer) > model.vocab_size:
@@ -159,9 +176,12 @@ def _encode(
         f"{len(dev)} dev ({dev_dropped} dropped), {sum(map(len, tests.values()))} test"
     )
     _require_room(tests, tokenizer, config, model)
+    capacity = limit if config.data.pack else None
+    rows = {name: in_rows(examples, capacity) for name, examples in (("train", train), ("dev", dev))}
+    if config.data.pack:
+        say(f"packed: {len(rows['train'])} train rows, {len(rows['dev'])} dev rows")
     return {
-        "train": train,
-        "dev": dev,
+        **rows,
         "tests": tests,
         "data_fingerprint": fingerprint([*train_records, *dev_records]),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from milora_jax.adapters.protocol import Adapter, router_mask
 from milora_jax.base.modules import Base
 from milora_jax.config import ModelConfig, TrainSection
 from milora_jax.shapes import Array, Bool, Float, Int, Key
-from milora_jax.training.loss import adapted_loss, summed_loss
+from milora_jax.training.accumulate import value_and_gradient
+from milora_jax.training.loss import LossParts, Totals, adapted_loss, summed_loss
 from milora_jax.training.optim import join_params, make_optimizer, split_params
 from milora_jax.types import Batch, Metrics, PyTree, Route
 
@@ -102,18 +104,33 @@ def make_steps(model: ModelConfig, settings: TrainSection, total_steps: int, pro
     """
     omega_optimizer, theta_optimizer = _optimizers(settings, total_steps)
 
-    def loss(adapter: Adapter, base: Base, batch: Batch, key: Array | None) -> tuple:
-        return adapted_loss(adapter, base, model, batch, prompts=prompts, key=key)
+    def loss(
+        adapter: Adapter, base: Base, batch: Batch, key: Array | None, totals: Totals | None
+    ) -> tuple[Array, LossParts]:
+        return adapted_loss(
+            adapter,
+            base,
+            model,
+            batch,
+            prompts=prompts,
+            key=key,
+            remat=settings.remat,
+            loss_chunk=settings.loss_chunk,
+            totals=totals,
+        )
+
+    def gradient(adapter_of: Callable[[PyTree], Adapter], params: PyTree, *inputs: Any) -> tuple:
+        return value_and_gradient(loss, model, prompts, settings.accumulate, adapter_of, params, *inputs)
 
     def train(state: TrainState, base: Base, batch: Batch) -> tuple[TrainState, Metrics]:
         method = state.adapter.method
         omega, *rest = split_params(state.adapter)
         key = jax.random.fold_in(state.key, state.step) if method.stochastic else None
 
-        def of_omega(omega: PyTree) -> tuple:
-            return loss(join_params(state.adapter, omega, *rest), base, batch, key)
+        def adapter_of(omega: PyTree) -> Adapter:
+            return join_params(state.adapter, omega, *rest)
 
-        (value, parts), grads = jax.value_and_grad(of_omega, has_aux=True)(omega)
+        (value, parts), grads = gradient(adapter_of, omega, base, batch, key)
         norm = optax.tree.norm(grads)
         grads = _clipped(grads, settings.clip_norm)
         rates = jax.tree.map(
@@ -135,10 +152,10 @@ def make_steps(model: ModelConfig, settings: TrainSection, total_steps: int, pro
     def coefficients(state: TrainState, base: Base, batch: Batch) -> tuple[TrainState, Metrics]:
         omega, theta, rest = split_params(state.adapter)
 
-        def of_theta(theta: PyTree) -> tuple:
-            return loss(join_params(state.adapter, omega, theta, rest), base, batch, None)
+        def adapter_of(theta: PyTree) -> Adapter:
+            return join_params(state.adapter, omega, theta, rest)
 
-        (value, parts), grads = jax.value_and_grad(of_theta, has_aux=True)(theta)
+        (value, parts), grads = gradient(adapter_of, theta, base, batch, None)
         norm = optax.tree.norm(grads)
         rates = jax.tree.map(lambda _: state.theta_rate, theta)
         grads = _clipped(grads, settings.clip_norm)
@@ -151,7 +168,7 @@ def make_steps(model: ModelConfig, settings: TrainSection, total_steps: int, pro
         return state, _metrics(value, parts, norm, (~finite).astype(jnp.int32))
 
     def evaluate(adapter: Adapter, base: Base, batch: Batch) -> tuple:
-        return summed_loss(adapter, base, model, batch, prompts)
+        return summed_loss(adapter, base, model, batch, prompts, settings.loss_chunk)
 
     return Steps(
         train=jax.jit(train, donate_argnums=0),

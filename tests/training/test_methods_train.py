@@ -42,18 +42,25 @@ def prepared(tmp_path_factory):
     rows = [{"instruction": f"say {i}", "input": "", "output": f"{i} {i}"} for i in range(20)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = TrainSection(
-        max_steps=STEPS, batch_size=8, learning_rate=1e-2, eval_every=2, save_every=100, coefficient_every=2
+        max_steps=STEPS,
+        epochs=30,
+        batch_size=8,
+        learning_rate=1e-2,
+        eval_every=2,
+        save_every=100,
+        coefficient_every=2,
     )
     config = Config(
         model=ModelSection(path=str(folder / "model")),
-        data=DataSection(train=str(folder / "rows.jsonl"), dev_share=0.2, max_length=512),
+        data=DataSection(train=str(folder / "rows.jsonl"), dev_share=0.2, max_length=360, pack=True),
         train=settings,
     )
     run = prepare_run(config, folder / "none", silent)
+    assert run.prompts > 1, "no row is packed"
     one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), run.mesh.axis_names)  # compiles faster than 8
     base = jax.device_put(run.base, base_shardings(one, run.rules, run.base))
     run = dataclasses.replace(run, mesh=one, base=base)
-    return run, make_steps(run.model, settings, planned_steps(settings, len(run.train)), 1)
+    return run, make_steps(run.model, settings, planned_steps(settings, len(run.train)), run.prompts)
 
 
 def fit(run, steps, workdir, stop_after=None):

@@ -206,9 +206,10 @@ class CellRunner:
             run.config.train, seed=0, learning_rate=1.0, coefficient_learning_rate=1.0
         )
         total = planned_steps(settings, len(run.train))
-        if (settings, total) not in self._steps:
-            self._steps[settings, total] = make_steps(run.model, settings, total, 1)
-        return self._steps[settings, total]
+        key = settings, total, run.prompts
+        if key not in self._steps:
+            self._steps[key] = make_steps(run.model, settings, total, run.prompts)
+        return self._steps[key]
 
     def _score(self, run: Run, workdir: Path, preempted: Callable[[], bool]) -> dict[str, Any]:
         """Accuracy and expert shares by test task, of the best adapter as read back from the disk."""

@@ -1,0 +1,127 @@
+"""The gradient of a batch, whole or part by part.
+
+Parts change memory, not the result: the losses and gradients of the parts sum to those of the whole batch.
+The load-balance term multiplies two means over the batch (Eq. 4). The shares of first choices (Eq. 5) carry
+no gradient but must be known before the first part is differentiated, so a method with a router takes one
+forward pass more over all parts: 2N of floating-point operations per token beside the 4N of a step on a
+frozen base of N parameters. The usual approximation, a term per part, would change the loss with the number
+of parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from milora_jax.adapters.protocol import Adapter
+from milora_jax.base.modules import Base
+from milora_jax.base.transformer import forward
+from milora_jax.config import ModelConfig
+from milora_jax.shapes import Array, Int, Key
+from milora_jax.training.loss import LossParts, Totals, totals_of
+from milora_jax.types import Batch, PyTree
+
+Loss = Callable[[Adapter, Base, Batch, "Array | None", "Totals | None"], tuple[Array, LossParts]]
+
+
+def value_and_gradient(
+    loss: Loss,
+    model: ModelConfig,
+    prompts: int,
+    count: int,
+    adapter_of: Callable[[PyTree], Adapter],
+    params: PyTree,
+    base: Base,
+    batch: Batch,
+    key: Key[Array, ""] | None,
+) -> tuple[tuple[Array, LossParts], PyTree]:
+    """The loss, its terms, and its gradient with respect to ``params``.
+
+    Args:
+      loss: ``(adapter, base, batch, key, totals) -> (loss, terms)``.
+      prompts: Z, the most records packed into one row.
+      count: parts to divide the batch into; a divisor of its rows.
+      adapter_of: the adapter with ``params`` in it.
+      key: switches dropout on, different in every part.
+    """
+
+    def of_part(params: PyTree, part: Batch, key: Array | None, totals: Totals | None) -> tuple:
+        return loss(adapter_of(params), base, part, key, totals)
+
+    differentiate = jax.value_and_grad(of_part, has_aux=True)
+    if count == 1:
+        return differentiate(params, batch, key, None)
+    parts = divide(batch, count)
+    totals = _totals(adapter_of(params), base, model, prompts, batch, parts, key)
+
+    def add_part(sums: tuple, numbered: tuple) -> tuple:
+        (value, terms), gradient = sums
+        number, part = numbered
+        (more, new), slope = differentiate(params, part, _key_of_part(key, number), totals)
+        summed = jax.tree.map(jnp.add, terms, dataclasses.replace(new, route=None))
+        terms = dataclasses.replace(summed, pooled_max=jnp.maximum(terms.pooled_max, new.pooled_max))
+        return ((value + more, terms), jax.tree.map(jnp.add, gradient, slope)), None
+
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    shapes = jax.eval_shape(lambda: differentiate(params, first, key, totals))
+    (value, terms), gradient = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    start = (value, dataclasses.replace(terms, route=None)), gradient
+    return jax.lax.scan(add_part, start, (jnp.arange(count), parts))[0]
+
+
+def divide(batch: Batch, count: int) -> Batch:
+    """The parts of a batch on a new leading axis.
+
+    Row r goes to part ``r % count``: the devices that the rows are spread over take the same share of
+    every part, and no row travels.
+    """
+
+    def of_leaf(leaf: Array) -> Array:
+        return leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(of_leaf, batch)
+
+
+def _key_of_part(key: Key[Array, ""] | None, number: Int[Array, ""]) -> Key[Array, ""] | None:
+    return None if key is None else jax.random.fold_in(key, number)
+
+
+def _totals(
+    adapter: Adapter,
+    base: Base,
+    model: ModelConfig,
+    prompts: int,
+    batch: Batch,
+    parts: Batch,
+    key: Array | None,
+) -> Totals:
+    """The totals of the whole batch; with a router from a forward pass over all parts."""
+    count = parts.tokens.shape[0]
+    whole = dataclasses.replace(totals_of(batch, None, prompts), parts=count)
+    if not adapter.method.routes:
+        return whole
+
+    def choices(numbered: tuple) -> Array:
+        number, part = numbered
+        output = forward(
+            base,
+            model,
+            part.tokens,
+            part.positions,
+            part.segment_ids,
+            adapter=adapter,
+            prompt_mask=part.prompt_mask,
+            prompts=prompts,
+            key=_key_of_part(key, number),
+        )
+        found = totals_of(part, output.route, prompts)
+        if found.first_choices is None:
+            raise AssertionError("a method that routes gave no route")
+        return found.first_choices * found.prompts.astype(jnp.float32)
+
+    first = jax.lax.map(choices, (jnp.arange(count), parts)).sum(axis=0)
+    first = first / jnp.maximum(whole.prompts, 1).astype(jnp.float32)
+    return dataclasses.replace(whole, first_choices=jax.lax.stop_gradient(first))
