@@ -36,7 +36,7 @@ POOLERS = ("attention", "mean", "max", "last")
 ACTIVATIONS = ("rational", "gelu", "relu", "relu-gelu", "gelu-relu")
 GATES = ("softmax", "renormalized", "straight_through")
 COEFFICIENTS = ("bilevel", "joint", "frozen")
-REMAT = ("none", "attention", "products", "full")
+REMAT = ("none", "products", "full")
 """What a training step computes again, from the least to the most; see :class:`TrainSection`."""
 
 
@@ -236,8 +236,8 @@ class TrainSection:
       warmup_share: share of all steps spent warming up.
       accumulate: parts that a step's rows are divided into and computed one after the other, for memory;
         the update is that of all rows together.
-      remat: what the backward pass computes again instead of keeping it: none; attention, its scores;
-        products, all but the results of matrix products; full, every layer from its input.
+      remat: what the backward pass computes again instead of keeping it: none, nothing; products, all but
+        the results of matrix products; full, every layer from its input. Attention's scores are never kept.
       loss_chunk: tokens of the batch whose logits exist at a time.
       weight_decay: decoupled weight decay of AdamW.
       clip_norm: largest global gradient norm; 0 switches clipping off.
@@ -258,7 +258,7 @@ class TrainSection:
     coefficient_every: int = 1
     warmup_share: float = 0.06
     accumulate: int = 1
-    remat: str = "none"
+    remat: str = "products"
     loss_chunk: int = 4096
     weight_decay: float = 0.0
     clip_norm: float = 1.0

@@ -28,6 +28,7 @@ from typing import Any, TypeAlias
 
 import jax
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from milora_jax.shapes import Array, Bool, Float, Int
 
@@ -120,3 +121,12 @@ def unstack_layers(stacked: PyTree) -> tuple[PyTree, ...]:
 def stack_layers(layers: tuple[PyTree, ...]) -> PyTree:
     """Stack a tuple of per-layer trees on a leading layer axis; inverse of :func:`unstack_layers`."""
     return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *layers)
+
+
+KEPT = "kept"
+"""Name of the values that a backward pass finds kept under ``remat="products"``; see :func:`kept`."""
+
+
+def kept(tree: PyTree) -> PyTree:
+    """The same values, marked as dear to compute again: results of large matrix products."""
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, KEPT), tree)

@@ -61,32 +61,11 @@ def apply_rope(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"],
-) -> Float[Array, "B T N H"]:
-    """Grouped-query attention, scores divided by sqrt(H), softmax in float32.
-
-    Args:
-      mask: true where a query may see a key. A query that may see none (padding) averages all
-        values: finite, and read by nobody.
-    """
-    rows, length, heads, width = q.shape
-    grouped = q.reshape(rows, length, k.shape[2], heads // k.shape[2], width)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores * (width**-0.5)
-    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", shares, v).reshape(q.shape)
-
-
 def cached_attention(
     q: Float[Array, "B T N H"],
     parts: tuple[tuple[Float[Array, "*B K _ H"], Float[Array, "*B K _ H"], Bool[Array, "B T _"]], ...],
 ) -> Float[Array, "B T N H"]:
-    """:func:`attention` over caches, whose heads come before their slots.
+    """``attention.attention`` over caches, whose heads come before their slots.
 
     Rows and heads are one batch axis: products with a single one are what every backend runs well.
 

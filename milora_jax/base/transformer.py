@@ -16,14 +16,15 @@ from flax import struct
 
 from milora_jax.adapters.protocol import Adapter, ProjectionGroup
 from milora_jax.base import ops
+from milora_jax.base.attention import attention
 from milora_jax.base.cache import BeamCache, BeamLayerCache, KVCache, LayerCache
 from milora_jax.base.modules import Base, JoinedLayer, Layer, unroll
 from milora_jax.config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int, Key
-from milora_jax.types import GROUPS, PyTree, Route, unstack_layers
+from milora_jax.types import GROUPS, KEPT, PyTree, Route, kept, unstack_layers
 
 POLICIES = {
-    "products": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "products": jax.checkpoint_policies.save_only_these_names(KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 """What the backward pass of a layer finds kept, for the values of ``config.REMAT`` that wrap whole layers."""
@@ -126,8 +127,6 @@ def forward(
             key_segments = None
             mask = cache.mask(tokens.shape[1])
 
-    attend = jax.checkpoint(ops.attention) if remat == "attention" else ops.attention
-
     def run_layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Route | None, Any]]:
         index, layer, params, weights, layer_cache = inputs
         route = prefix = None
@@ -142,7 +141,7 @@ def forward(
         layer_key = None if key is None else jax.random.fold_in(key, index)
         adapted = AdaptedLayer(layer, adapter, params, _per_token(weights, segment_ids), layer_key)
         past = None if cache is None else Past(layer_cache, cache.place)
-        hidden, new = block(config, adapted, hidden, cos, sin, mask, past, prefix, attend)
+        hidden, new = block(config, adapted, hidden, cos, sin, mask, past, prefix)
         if cache is None:
             new = new.padded(cache_slots) if cache_slots else None
         return hidden, (route, new)
@@ -202,10 +201,10 @@ class AdaptedLayer:
         """The adapted outputs of a projection group, by its place in ``types.GROUPS``."""
         outputs = self.layer.project(place, x)
         if self.adapter is None:
-            return outputs
+            return kept(outputs)
         key = None if self.key is None else jax.random.fold_in(self.key, place)
         group = ProjectionGroup(GROUPS[place], x, outputs, self.layer.frozen(place), self.weights, key)
-        return self.adapter.method.adapt(self.params, group)
+        return kept(self.adapter.method.adapt(self.params, group))
 
     def beside(
         self, sublayer: str, x: Float[Array, "B T D"], output: Float[Array, "B T D"]
@@ -224,14 +223,12 @@ def block(
     mask: Any,
     past: Past | None = None,
     prefix: tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]] | None = None,
-    attend: Callable[..., Array] = ops.attention,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
 
     Args:
       mask: which keys a query sees: this pass's ``[B, T, S]``, or with ``past`` what its cache's mask says.
       prefix: keys and values that go before the tokens'.
-      attend: ``ops.attention`` or what equals it, for a pass without ``past``.
 
     Returns:
       The stream, and the keys and values of this pass, or with ``past`` its cache with them in it.
@@ -251,7 +248,7 @@ def block(
                 k, v = (
                     jnp.concatenate([heads(p), own], axis=1) for p, own in zip(prefix, (k, v), strict=True)
                 )
-            attended, cache = attend(q, k, v, mask), LayerCache.of(k, v)
+            attended, cache = attention(q, k, v, mask), LayerCache.of(k, v)
         else:
             cache = past.cache.write(k, v, past.place)
             attended = cache.attend(q, mask)

@@ -1,12 +1,13 @@
-"""``python -m milora_jax.bench decode ...``: one JSON object per line."""
+"""``python -m milora_jax.bench decode|train ...``: one JSON object per line."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from milora_jax.errors import UserError, run_command
 
-WHAT = ("decode",)
+WHAT = ("decode", "train")
 
 
 def main() -> None:
@@ -14,9 +15,7 @@ def main() -> None:
     what = sys.argv[1] if len(sys.argv) > 1 else ""
     if what not in WHAT:
         raise UserError(f"command line: {what!r}: expected one of {', '.join(WHAT)}")
-    from milora_jax.bench.decode import main as decode
-
-    decode(sys.argv[2:])
+    importlib.import_module(f"milora_jax.bench.{what}").main(sys.argv[2:])
 
 
 if __name__ == "__main__":

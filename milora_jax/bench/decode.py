@@ -9,36 +9,29 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import itertools
 import json
-import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-import milora_jax
 from milora_jax.adapters.tenants import Tenants
-from milora_jax.base.hf_config import write_model_config
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout
+from milora_jax.bench import machine
 from milora_jax.bench.models import (
-    RANDOM,
     RECOMPUTED,
     Recomputed,
     bytes_of,
     load_model,
+    peer_directory,
     random_adapter,
     streamed_bytes,
 )
@@ -128,7 +121,7 @@ def main(arguments: list[str]) -> None:
         require(method in METHODS, "--method", method, f"one of {', '.join(METHODS)}")
     grid = itertools.product(methods, asked.batch, asked.beams, asked.tenants, asked.rank, asked.top_k)
     variants = list(dict.fromkeys(_without_what_has_no_effect(Variant(*values)) for values in grid))
-    base, config = load_model(asked.model, asked.dtype)
+    base, config = load_model(asked.model, asked.dtype, decode=True)
     if asked.prompt + asked.new > config.max_positions:
         raise UserError(
             f"--prompt {asked.prompt} and --new {asked.new}: expected at most {config.max_positions} together"
@@ -158,7 +151,7 @@ def measure(cases: list[Case], asked: argparse.Namespace) -> list[float]:
         for case in cases if repeat % 2 == 0 else cases[::-1]:
             case.whole.append(_timed(case.run, asked.new))
             case.first.append(_timed(case.run, 1))
-        speeds.append(measure_bandwidth())
+        speeds.append(machine.measure_bandwidth())
     return speeds
 
 
@@ -173,22 +166,14 @@ def _without_what_has_no_effect(variant: Variant) -> Variant:
 
 def make_peer(stack: ExitStack, config: ModelConfig, variant: Variant, asked: argparse.Namespace) -> Case:
     """Start a peer, which lives as long as ``stack``."""
-    directory = Path(asked.model)
-    if asked.model.startswith(RANDOM):
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        described = write_model_config(config, bos_id=1, dtype=asked.dtype)
-        (directory / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    sizes = {"batch": variant.batch, "prompt": asked.prompt, "beams": variant.beams}
     peer = stack.enter_context(
         started(
             asked.peer_python,
-            directory,
+            peer_directory(stack, asked.model, config, asked.dtype),
             variant.method,
-            dtype=asked.dtype,
-            batch=variant.batch,
-            prompt=asked.prompt,
-            beams=variant.beams,
-            tenants=variant.tenants,
-            rank=variant.rank,
+            "decode",
+            {"dtype": asked.dtype, **sizes, "tenants": variant.tenants, "rank": variant.rank},
         )
     )
     return Case(variant, peer.run, None, peer=peer.versions)
@@ -255,17 +240,6 @@ def _timed(run: Callable[[int], None], new: int) -> float:
     return time.perf_counter() - begin
 
 
-def measure_bandwidth() -> float:
-    """Bytes per second at which the device reads a large array once."""
-    size = 2**26 if jax.default_backend() == "cpu" else 2**30
-    array = jnp.ones((size // 4,), jnp.float32)
-    total = jax.jit(jnp.sum)
-    total(array).block_until_ready()
-    begin = time.perf_counter()
-    total(array).block_until_ready()
-    return size / (time.perf_counter() - begin)
-
-
 def report(
     case: Case, base: Base, config: ModelConfig, asked: argparse.Namespace, bandwidth: float
 ) -> dict[str, Any]:
@@ -302,18 +276,7 @@ def report(
         **(read if case.peer is None else dict.fromkeys(read)),
         "bandwidth_gb_s": bandwidth / 1e9,
         "seconds": sorted(case.whole),
-        "device": jax.devices()[0].device_kind,
-        "backend": jax.default_backend(),
-        "versions": {
-            "milora_jax": milora_jax.__version__,
-            "jax": jax.__version__,
-            "jaxlib": importlib.metadata.version("jaxlib"),
-            "flax": flax.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-            **(case.peer or {}),
-        },
-        "command": "python -m milora_jax.bench " + " ".join(sys.argv[1:]),
+        **machine.describe(case.peer),
     }
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ import jax.numpy as jnp
 from milora_jax.adapters.dora import DoRA
 from milora_jax.adapters.protocol import Adapter, Method, ProjectionGroup, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.base.hf import LeafSpec, base_specs
+from milora_jax.base.hf_config import write_model_config
 from milora_jax.base.load import load_base
-from milora_jax.base.modules import Base, JoinedLayer, Linear
+from milora_jax.base.modules import Base, frozen_kernels
 from milora_jax.config import LLAMA2_7B, AdapterSection, ModelConfig
 from milora_jax.errors import UserError
 from milora_jax.shapes import Array, Float
@@ -49,53 +54,59 @@ RECOMPUTED = "-recomputed"
 """Ending of a method's name whose norms are computed again at every token, as PEFT does."""
 
 
-def load_model(name: str, dtype: str) -> tuple[Base, ModelConfig]:
-    """A base in the decode layout.
+def load_model(name: str, dtype: str, *, decode: bool) -> tuple[Base, ModelConfig]:
+    """A base.
 
     Args:
       name: a Hugging Face directory, or ``random:`` and one of :data:`SHAPES`.
+      decode: in the layout for decoding instead of the one for training.
     """
     if not name.startswith(RANDOM):
         if not Path(name).is_dir():
             raise UserError(f"--model {name!r}: no such directory, and not {RANDOM}{'|'.join(SHAPES)}")
-        return load_base(name, dtype, decode=True)
+        return load_base(name, dtype, decode=decode)
     shape = name.removeprefix(RANDOM)
     if shape not in SHAPES:
         raise UserError(f"--model {name!r}: expected {RANDOM} and one of {', '.join(SHAPES)}")
-    return random_base(SHAPES[shape], dtype), SHAPES[shape]
+    return random_base(SHAPES[shape], dtype, decode=decode), SHAPES[shape]
 
 
-def random_base(config: ModelConfig, dtype: str) -> Base:
-    """Random weights, made where they stay, in the decode layout: nothing is held twice."""
-    keys = iter(jax.random.split(jax.random.key(0), 3 + 4 * config.num_layers))
+def random_base(config: ModelConfig, dtype: str, *, decode: bool) -> Base:
+    """Random weights, made where they stay, in the layout asked for: nothing is held twice."""
+    specs, structure = jax.tree.flatten(base_specs(config, decode))
+    keys = jax.random.split(jax.random.key(0), len(specs))
 
     @jax.jit(static_argnames="shape")
     def draw(key: Array, shape: tuple[int, ...]) -> Array:
         return 0.02 * jax.random.normal(key, shape, jnp.dtype(dtype))
 
-    dims, width = config.module_dims, config.hidden_size
-    layers = []
-    for _ in range(config.num_layers):
-        groups, widths = [], []
-        for names in GROUPS:
-            outputs = tuple(dims[name][1] for name in names)
-            groups.append(Linear(draw(next(keys), (dims[names[0]][0], sum(outputs))), None))
-            widths.append(outputs)
-        ones = jnp.ones((width,), jnp.dtype(dtype))
-        layers.append(JoinedLayer(ones, ones, tuple(groups), tuple(widths)))
-    return Base(
-        draw(next(keys), (config.vocab_size, width)),
-        tuple(layers),
-        jnp.ones((width,), jnp.dtype(dtype)),
-        None if config.tie_embeddings else draw(next(keys), (width, config.vocab_size)),
-    )
+    def leaf(spec: LeafSpec, key: Array) -> Array:
+        is_norm = "norm" in spec.parts[0].name
+        return jnp.ones(spec.shape, jnp.dtype(dtype)) if is_norm else draw(key, spec.shape)
+
+    return jax.tree.unflatten(structure, [leaf(*pair) for pair in zip(specs, keys, strict=True)])
+
+
+def peer_directory(stack: ExitStack, name: str, config: ModelConfig, dtype: str) -> Path:
+    """Where a peer finds the model: the directory itself, or one with ``config.json`` alone.
+
+    Args:
+      stack: as long as which a new directory lives.
+      name: as :func:`load_model` takes it.
+    """
+    if not name.startswith(RANDOM):
+        return Path(name)
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    described = write_model_config(config, bos_id=1, dtype=dtype)
+    (directory / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    return directory
 
 
 def random_adapter(base: Base, config: ModelConfig, settings: AdapterSection, seed: int) -> Adapter:
     """An adapter as after training: none of its matrices is zero. Stacked layout."""
     method = build_method(settings)
-    kernels = {}
-    if isinstance(method, DoRA) or method.name == "midora":
+    kernels = {} if base.unrolled else dict(frozen_kernels(base))
+    if base.unrolled and (isinstance(method, DoRA) or method.name == "midora"):
         for place, names in enumerate(GROUPS):
             columns = zip(*(layer.frozen(place) for layer in base.layers), strict=True)
             for name, leaves in zip(names, columns, strict=True):
@@ -128,6 +139,13 @@ class Recomputed(Method):
 def bytes_of(tree: PyTree) -> int:
     """Bytes of all leaves."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def matrix_parameters(base: Base) -> int:
+    """N: parameters that a token is multiplied with, the head among them and the embedding's look-up not."""
+    matrices = [leaf for leaf in jax.tree.leaves(base.layers) if leaf.ndim > 1 + (not base.unrolled)]
+    (head,) = jax.tree.leaves(base.embedding if base.head is None else base.head)
+    return sum(leaf.size for leaf in matrices) + head.size
 
 
 def streamed_bytes(base: Base) -> int:

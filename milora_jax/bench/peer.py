@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -15,7 +15,7 @@ import jax
 from milora_jax.errors import UserError
 
 PEERS = ("hf", "peft-lora", "peft-dora")
-"""Hugging Face ``generate`` without an adapter, and with PEFT's."""
+"""Hugging Face without an adapter, and with PEFT's."""
 
 
 class Peer:
@@ -23,22 +23,24 @@ class Peer:
 
     Attributes:
       versions: of what it runs on.
+      peak: most bytes used at the end of the last run, of the device or resident in its process.
     """
 
     def __init__(self, process: subprocess.Popen[str], errors: IO[str], method: str) -> None:
         self._process, self._errors, self._method = process, errors, method
         self.versions: dict[str, str] = json.loads(self._answer())
+        self.peak = 0
 
-    def run(self, new: int) -> None:
-        """Continue the prompts by ``new`` tokens, and wait until that is done."""
+    def run(self, count: int) -> None:
+        """Continue the prompts by ``count`` tokens, or take as many training steps, and wait for it."""
         stdin = self._process.stdin
         if stdin is None:
             raise AssertionError("the peer was started with a pipe")
         try:
-            print(new, file=stdin, flush=True)
+            print(count, file=stdin, flush=True)
         except BrokenPipeError:
             raise self._failed() from None
-        self._answer()
+        self.peak = int(self._answer())
 
     def _answer(self) -> str:
         line = self._process.stdout.readline() if self._process.stdout is not None else ""
@@ -55,31 +57,23 @@ class Peer:
 
 @contextmanager
 def started(
-    python: str,
-    model: Path,
-    method: str,
-    *,
-    dtype: str,
-    batch: int,
-    prompt: int,
-    beams: int,
-    tenants: int,
-    rank: int,
+    python: str, model: Path, method: str, what: str, sizes: Mapping[str, int | str]
 ) -> Iterator[Peer]:
     """A peer for the ``with`` block.
 
     Args:
       python: a Python that has torch, transformers and peft.
       model: directory with ``config.json``, and with weights or without.
+      what: "decode" or "train".
+      sizes: values of the other options of ``peer_worker.py``.
 
     Raises:
       UserError: it does not start, with the last line of what it said.
     """
     worker = Path(__file__).with_name("peer_worker.py")
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    sizes = {"batch": batch, "prompt": prompt, "beams": beams, "tenants": tenants, "rank": rank}
-    command = [python, "-P", str(worker), "--model", str(model), "--method", method]
-    command += ["--dtype", dtype, "--device", device]
+    command = [python, "-P", str(worker), "--what", what, "--model", str(model), "--method", method]
+    command += ["--device", device]
     command += [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         try:

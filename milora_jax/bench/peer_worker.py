@@ -1,8 +1,9 @@
-"""The peer that decoding is compared with: Hugging Face ``generate``, with PEFT's adapters unmerged.
+"""The peer that we are compared with: Hugging Face with PEFT's adapters, unmerged.
 
 A script for a Python that has torch, transformers and peft; ``peer.py`` starts it, in a process of its
 own so that neither framework's threads are in the other's way. It says on standard output which versions
-it has, then for every number of tokens on standard input that it has produced them.
+it has; then, for every number on standard input, it generates so many tokens or takes so many training steps
+and says how much memory it has used at most, in bytes.
 """
 
 # pyright: reportMissingImports=false
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,17 @@ MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def main() -> None:
-    """Load, say so, and continue the prompts as often as asked."""
+    """Load, say so, and run as often as asked."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--what", choices=("decode", "train"), required=True)
     parser.add_argument("--model", type=Path, required=True, help="without weights: random ones")
     parser.add_argument("--method", choices=("hf", "peft-lora", "peft-dora"), required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--device", required=True)
-    for name in ("batch", "prompt", "beams", "tenants", "rank"):
+    for name in ("batch", "prompt", "rank"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    for name in ("beams", "tenants"):
+        parser.add_argument(f"--{name}", type=int, default=1)
     asked = parser.parse_args()
 
     import torch
@@ -35,20 +41,50 @@ def main() -> None:
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     model = load(asked)
-    settings: dict[str, Any] = {"do_sample": False, "num_beams": asked.beams, "pad_token_id": 3}
     if asked.method != "hf":
         import peft
 
         versions["peft"] = peft.__version__
         model = with_adapters(model, asked)
-        if asked.tenants > 1:
-            settings["adapter_names"] = [f"tenant{i % asked.tenants}" for i in range(asked.batch)]
-    model.eval()
     size = (asked.batch, asked.prompt)
     tokens = torch.randint(4, model.config.vocab_size, size, device=asked.device)
+    run = training(model, tokens) if asked.what == "train" else decoding(model, tokens, asked)
     print(json.dumps(versions), flush=True)
     for line in sys.stdin:
-        new = int(line)
+        run(int(line))
+        if asked.device != "cpu":
+            torch.cuda.synchronize()
+            print(torch.cuda.max_memory_allocated(), flush=True)
+        else:
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+
+
+def training(model: Any, tokens: Any) -> Callable[[int], None]:
+    """Takes so many steps of AdamW on the adapter."""
+    import torch
+
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def decoding(model: Any, tokens: Any, asked: argparse.Namespace) -> Callable[[int], None]:
+    """Continues the prompts by so many tokens."""
+    import torch
+
+    model.eval()
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": asked.beams, "pad_token_id": 3}
+    if asked.method != "hf" and asked.tenants > 1:
+        settings["adapter_names"] = [f"tenant{i % asked.tenants}" for i in range(asked.batch)]
+
+    def run(new: int) -> None:
         with torch.no_grad():
             model.generate(
                 input_ids=tokens,
@@ -57,9 +93,8 @@ def main() -> None:
                 min_new_tokens=new,
                 **settings,
             )
-        if asked.device != "cpu":
-            torch.cuda.synchronize()
-        print(new, flush=True)
+
+    return run
 
 
 def load(asked: argparse.Namespace) -> Any:
@@ -75,7 +110,8 @@ def load(asked: argparse.Namespace) -> Any:
 
 
 def with_adapters(model: Any, asked: argparse.Namespace) -> Any:
-    """The model with one adapter of PEFT per tenant on all seven modules, as after training."""
+    """The model with one adapter of PEFT per tenant on all seven modules: fresh ones to be trained, others as
+    after training."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -83,7 +119,7 @@ def with_adapters(model: Any, asked: argparse.Namespace) -> Any:
         lora_alpha=2 * asked.rank,
         target_modules=MODULES,
         use_dora=asked.method == "peft-dora",
-        init_lora_weights=False,
+        init_lora_weights=asked.what == "train",
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config, adapter_name="tenant0")

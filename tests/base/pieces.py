@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.base import ops
+from milora_jax.base.attention import attention
 from milora_jax.base.load import load_base, logits
 from milora_jax.base.modules import decode_layout
 from milora_jax.base.transformer import AdaptedLayer, block
@@ -75,7 +76,7 @@ def ours(config: ModelConfig, folder: Path) -> dict[str, np.ndarray]:
 
     q, k, v = (heads(output) for output in layer.project(0, hidden))
     q, k = (ops.apply_rope(x, cos, sin) for x in (q, k))
-    attended = ops.attention(q, k, v, mask).reshape(ROWS, LENGTH, -1)
+    attended = attention(q, k, v, mask).reshape(ROWS, LENGTH, -1)
     plain = AdaptedLayer(layer, None, None, None, None)
     block_out, _ = block(config, plain, hidden, cos, sin, mask)
     values = {

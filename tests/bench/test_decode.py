@@ -132,8 +132,8 @@ def test_a_mistake_is_one_line():
 
 
 def test_random_weights_have_the_shape_of_the_model():
-    abstract = jax.eval_shape(lambda: random_base(LLAMA2_7B, "bfloat16"))
+    abstract = jax.eval_shape(lambda: random_base(LLAMA2_7B, "bfloat16", decode=True))
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == 6_738_415_616
-    base = random_base(TINY, "float32")
+    base = random_base(TINY, "float32", decode=True)
     embedding = TINY.vocab_size * TINY.hidden_size * 4
     assert streamed_bytes(base) == sum(leaf.nbytes for leaf in jax.tree.leaves(base)) - embedding

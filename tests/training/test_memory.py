@@ -85,7 +85,6 @@ def test_remat_changes_memory_and_nothing_else():
         assert not frozen_shaped_dots(program.as_text())
         found[remat] = program(state, random_base(MODEL), ODD)
     assert memory["full"] < memory["products"] < memory["none"], memory
-    assert memory["full"] < memory["attention"] < memory["none"], memory
     for remat in REMAT[1:]:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),

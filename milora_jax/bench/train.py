@@ -1,0 +1,272 @@
+"""``python -m milora_jax.bench train``: how fast an adapter is trained.
+
+Several values of ``--method``, ``--batch``, ``--rank`` and ``--remat``, separated by commas, are measured
+side by side: every repetition takes one step of each in turn. One JSON object per line and variant. A step is
+an update of the adapter; MiLoRA's bi-level update of its rational coefficients (Appendix A of the paper), as
+often as ``train.coefficient_every`` asks, costs as much again and is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from milora_jax.base.modules import Base
+from milora_jax.bench import machine
+from milora_jax.bench.models import load_model, matrix_parameters, peer_directory, random_adapter
+from milora_jax.bench.peer import Peer, started
+from milora_jax.config import METHODS, REMAT, AdapterSection, ModelConfig, TrainSection, require
+from milora_jax.data.batches import collate
+from milora_jax.data.packing import in_rows
+from milora_jax.data.tokens import Example
+from milora_jax.errors import UserError
+from milora_jax.training.step import init_state, make_steps
+
+PEERS = ("peft-lora", "peft-dora")
+RANKED = ("milora", "midora", "lora", "dora", "adalora", "moelora", *PEERS)
+
+# fmt: off
+GSM8K_LENGTHS = (
+    (101, 44), (96, 62), (98, 71), (104, 74), (96, 89), (114, 76), (95, 101), (90, 111),
+    (148, 56), (97, 113), (88, 126), (110, 108), (164, 57), (102, 124), (98, 132), (157, 76),
+    (151, 86), (133, 108), (128, 117), (159, 89), (141, 111), (103, 153), (143, 116), (147, 116),
+    (144, 123), (130, 141), (121, 154), (133, 146), (112, 171), (128, 159), (169, 121), (171, 123),
+    (123, 176), (174, 129), (155, 153), (136, 177), (155, 163), (183, 139), (140, 187), (166, 166),
+    (150, 187), (200, 142), (141, 208), (165, 189), (161, 199), (197, 168), (159, 212), (168, 209),
+    (186, 196), (159, 230), (162, 235), (179, 226), (191, 222), (227, 195), (246, 185), (146, 297),
+    (198, 257), (157, 310), (218, 263), (197, 301), (247, 272), (202, 342), (233, 345), (386, 380),
+)
+# fmt: on
+"""Tokens of prompt and response of 64 of GSM8K's training rows, evenly spaced when all rows of at most 768
+tokens are sorted by length, under the tokenizer of this package's own model. Their mean is 319."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing that is measured.
+
+    Attributes:
+      rows: "full", every row one record; "padded", one of GSM8K's lengths in every row; "packed", several.
+    """
+
+    method: str
+    batch: int
+    rank: int
+    remat: str
+    rows: str
+
+
+@dataclass
+class Case:
+    """A variant ready to run.
+
+    Attributes:
+      step: takes a training step, and waits for it.
+      useful: tokens of a step that are not padding.
+      peak: the most memory used so far, in bytes.
+      step_bytes: what the compiler says a step holds; None of a peer.
+    """
+
+    variant: Variant
+    step: Callable[[], None]
+    useful: int
+    peak: Callable[[], int]
+    compile_s: float
+    step_bytes: int | None = None
+    peer: dict[str, str] | None = None
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m milora_jax.bench train", description=__doc__)
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    parser.add_argument("--model", required=True, help="Hugging Face directory, or random:llama2-7b")
+    methods = ", ".join((*METHODS, *PEERS))
+    parser.add_argument("--method", type=names, default=["milora"], help=f"of {methods}")
+    parser.add_argument("--batch", type=numbers, default=[8], help="rows of a step")
+    parser.add_argument("--seq", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--rank", type=numbers, default=[32], help="of methods made of low-rank pairs")
+    parser.add_argument("--remat", type=names, default=[TrainSection().remat], help=f"of {', '.join(REMAT)}")
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="records of GSM8K's lengths, padded and packed, instead of full rows",
+    )
+    parser.add_argument("--loss-chunk", type=int, default=TrainSection().loss_chunk)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--repeats", type=int, default=7, help="at least 5; the median counts")
+    parser.add_argument(
+        "--peer-python",
+        default=sys.executable,
+        help=f"a Python with torch, transformers and peft, for {', '.join(PEERS)}; default: this one",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, and print one JSON object per variant."""
+    asked = parse(arguments)
+    for name, least in (("repeats", 1), ("seq", 2), ("loss_chunk", 1)):
+        value = getattr(asked, name)
+        require(value >= least, f"--{name.replace('_', '-')}", value, f"at least {least}")
+    for name in ("batch", "rank"):
+        for value in getattr(asked, name):
+            require(value >= 1, f"--{name}", value, "at least 1")
+    for name, allowed in (("method", (*METHODS, *PEERS)), ("remat", REMAT)):
+        for value in getattr(asked, name):
+            require(value in allowed, f"--{name}", value, f"one of {', '.join(allowed)}")
+    rows = ("padded", "packed") if asked.packed else ("full",)
+    grid = itertools.product(asked.method, asked.batch, asked.rank, asked.remat, rows)
+    variants = list(dict.fromkeys(_without_what_has_no_effect(Variant(*values)) for values in grid))
+    base, config = load_model(asked.model, asked.dtype, decode=False)
+    require(asked.seq <= config.max_positions, "--seq", asked.seq, f"at most {config.max_positions}")
+    with ExitStack() as stack:
+        cases = [
+            make_peer(stack, config, variant, asked)
+            if variant.method in PEERS
+            else make_case(base, config, variant, asked)
+            for variant in variants
+        ]
+        peaks = measure(cases, asked)
+        for case in cases:
+            print(json.dumps(report(case, base, asked, statistics.median(peaks))), flush=True)
+
+
+def measure(cases: list[Case], asked: argparse.Namespace) -> list[float]:
+    """Take a step of every case in turn, as often as asked; the matrix product's speed after every round."""
+    peaks = []
+    for repeat in range(asked.repeats):
+        # Every other round goes backwards, so that no variant always follows the same one.
+        for case in cases if repeat % 2 == 0 else cases[::-1]:
+            begin = time.perf_counter()
+            case.step()
+            case.seconds.append(time.perf_counter() - begin)
+        peaks.append(machine.measure_matmul(asked.dtype))
+    return peaks
+
+
+def _without_what_has_no_effect(variant: Variant) -> Variant:
+    """A variant with rank 0 and no remat where its method has no such setting."""
+    if variant.method not in RANKED:
+        variant = dataclasses.replace(variant, rank=0)
+    return dataclasses.replace(variant, remat="none") if variant.method in PEERS else variant
+
+
+def make_peer(stack: ExitStack, config: ModelConfig, variant: Variant, asked: argparse.Namespace) -> Case:
+    """Start a peer, which lives as long as ``stack``."""
+    require(variant.rows == "full", "--packed", True, f"off with {variant.method}")
+    peer: Peer = stack.enter_context(
+        started(
+            asked.peer_python,
+            peer_directory(stack, asked.model, config, asked.dtype),
+            variant.method,
+            "train",
+            {"dtype": asked.dtype, "batch": variant.batch, "prompt": asked.seq, "rank": variant.rank},
+        )
+    )
+    begin = time.perf_counter()
+    peer.run(1)
+    warm = time.perf_counter() - begin
+    useful = variant.batch * asked.seq
+    return Case(variant, lambda: peer.run(1), useful, lambda: peer.peak, warm, peer=peer.versions)
+
+
+def records(rows: str, count: int, seq: int, vocab_size: int) -> list[list[Example]]:
+    """The records of ``count`` rows.
+
+    Raises:
+      UserError: no record of GSM8K's lengths fits a row.
+    """
+    rng = np.random.default_rng(0)
+
+    def record(prompt: int, response: int) -> Example:
+        return Example(rng.integers(4, vocab_size, prompt + response).astype(np.int32), prompt)
+
+    if rows == "full":
+        return [[record(seq // 2, seq - seq // 2)] for _ in range(count)]
+    fitting = [pair for pair in GSM8K_LENGTHS if sum(pair) <= seq]
+    if not fitting:
+        raise UserError(f"--seq {seq}: expected at least {min(map(sum, GSM8K_LENGTHS))} with --packed")
+    if rows == "padded":
+        return [[record(*fitting[i])] for i in rng.integers(0, len(fitting), count)]
+    # As many as a data set has, so that rows are as full as they would be.
+    many = [record(*fitting[i]) for i in rng.integers(0, len(fitting), 64 * count)]
+    packed = in_rows(many, seq)
+    return [packed[i] for i in rng.permutation(len(packed))[:count]]
+
+
+def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse.Namespace) -> Case:
+    """Compile the step of a variant."""
+    settings = AdapterSection(method=variant.method, rank=variant.rank or None)
+    adapter = random_adapter(base, config, settings, 0)
+    train = TrainSection(batch_size=variant.batch, remat=variant.remat, loss_chunk=asked.loss_chunk)
+    rows = records(variant.rows, variant.batch, asked.seq, config.vocab_size)
+    batch = jax.device_put(collate(rows, asked.seq, 0, variant.batch))
+    state = init_state(adapter, jax.random.key(0), train, 1000)
+    # The base and a fresh state may share a constant: a state is donated, so each gets its own.
+    held = [jax.tree.map(lambda leaf: leaf.copy(), state)]
+    steps = make_steps(config, train, 1000, max(map(len, rows)))
+    begin = time.perf_counter()
+    program = steps.train.lower(held[0], base, batch).compile()
+    compile_s = time.perf_counter() - begin
+
+    def step() -> None:
+        held[0], metrics = program(held[0], base, batch)
+        jax.block_until_ready((held[0].adapter, metrics))
+
+    step()
+    memory = program.memory_analysis()
+    size = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    useful = sum(len(example.tokens) for row in rows for example in row)
+    return Case(variant, step, useful, machine.peak_memory, compile_s, step_bytes=size)
+
+
+def report(case: Case, base: Base, asked: argparse.Namespace, matmul: float) -> dict[str, Any]:
+    """The figures of one variant."""
+    seconds = statistics.median(case.seconds)
+    tokens = case.variant.batch * asked.seq
+    # Forward 2N and backward 2N: a frozen matrix has no gradient of its own. Attention is not counted.
+    flops = 4 * matrix_parameters(base) * tokens / seconds
+    return {
+        "what": "train",
+        "model": asked.model,
+        **dataclasses.asdict(case.variant),
+        "seq": asked.seq,
+        "dtype": asked.dtype,
+        "tok_s": tokens / seconds,
+        "useful_tok_s": case.useful / seconds,
+        "useful_share": case.useful / tokens,
+        "ms_per_step": 1e3 * seconds,
+        "compile_s": case.compile_s,
+        "peak_memory_bytes": case.peak(),
+        "step_bytes": case.step_bytes,
+        "model_flops_s": flops,
+        "matmul_flops_s": matmul,
+        "matmul_share": flops / matmul,
+        "seconds": sorted(case.seconds),
+        **machine.describe(case.peer),
+    }

@@ -1,0 +1,90 @@
+"""The benchmark of training measures what it says, on a small model; no time is asserted."""
+
+import dataclasses
+import json
+import statistics
+
+import jax
+import pytest
+
+from milora_jax.bench import train
+from milora_jax.bench.models import matrix_parameters, random_base
+from milora_jax.config import LLAMA2_7B
+from milora_jax.errors import UserError
+from tests.models import TINY, WITH_TOKENIZER, write_hf_directory
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_hf_directory(folder, dataclasses.replace(WITH_TOKENIZER, num_layers=2), tokenizer=False)
+    return folder
+
+
+def test_one_object_per_variant_with_its_figures(folder, capsys):
+    common = ["--model", str(folder), "--batch", "2", "--rank", "4", "--repeats", "2"]
+    train.main([*common, "--method", "milora,bitfit", "--seq", "16", "--remat", "none,full"])
+    figures = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(f["method"], f["rank"], f["remat"]) for f in figures] == [
+        (method, rank, remat) for method, rank in (("milora", 4), ("bitfit", 0)) for remat in ("none", "full")
+    ]
+    parameters = matrix_parameters(
+        random_base(dataclasses.replace(WITH_TOKENIZER, num_layers=2), "float32", decode=False)
+    )
+    for each in figures:
+        seconds = statistics.median(each["seconds"])
+        assert each["tok_s"] == each["useful_tok_s"] == pytest.approx(2 * 16 / seconds)
+        assert each["ms_per_step"] == pytest.approx(1e3 * seconds)
+        assert each["model_flops_s"] == pytest.approx(4 * parameters * 32 / seconds)
+        assert each["matmul_share"] == pytest.approx(each["model_flops_s"] / each["matmul_flops_s"])
+        assert each["peak_memory_bytes"] > each["step_bytes"] > 0
+        assert each["versions"]["jax"] == jax.__version__
+    assert figures[1]["step_bytes"] < figures[0]["step_bytes"]
+
+
+def test_packed_rows_hold_more_tokens_of_records():
+    padded, packed = (train.records(rows, 3, 768, 97) for rows in ("padded", "packed"))
+    assert [len(row) for row in padded] == [1, 1, 1]
+    assert max(len(row) for row in packed) > 1
+    tokens = [sum(len(example.tokens) for row in rows for example in row) for rows in (padded, packed)]
+    assert tokens[1] > 1.5 * tokens[0]
+    assert tokens[1] <= 3 * 768
+    lengths = {(e.prompt_length, len(e.tokens) - e.prompt_length) for row in packed for e in row}
+    assert lengths <= set(train.GSM8K_LENGTHS)
+
+
+def test_padded_and_packed_are_measured_side_by_side(folder, capsys):
+    train.main(
+        ["--model", str(folder), "--batch", "1", "--rank", "4", "--repeats", "1", "--seq", "320", "--packed"]
+    )
+    padded, packed = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (padded["rows"], packed["rows"]) == ("padded", "packed")
+    for each in (padded, packed):
+        assert each["useful_tok_s"] == pytest.approx(each["useful_share"] * each["tok_s"])
+
+
+def test_the_parameters_a_token_is_multiplied_with():
+    base = random_base(TINY, "float32", decode=False)
+    expected = TINY.num_layers * sum(a * b for a, b in TINY.module_dims.values())
+    assert matrix_parameters(base) == expected + TINY.vocab_size * TINY.hidden_size
+    assert matrix_parameters(random_base(TINY, "float32", decode=True)) == matrix_parameters(base)
+    abstract = jax.eval_shape(lambda: random_base(LLAMA2_7B, "bfloat16", decode=False))
+    assert matrix_parameters(abstract) == 6_738_415_616 - 32000 * 4096 - 65 * 4096
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "hf"], "--method is 'hf'"),
+        (["--remat", "some"], "--remat is 'some'"),
+        (["--seq", "9999"], "expected at most 512"),
+        (["--batch", "0"], "--batch is 0"),
+        (["--seq", "40", "--packed"], "--seq 40: expected at least 145 with --packed"),
+        (["--packed", "--method", "peft-lora"], "--packed is True: expected off with peft-lora"),
+        (["--method", "peft-lora", "--peer-python", "no-such-python"], "no-such-python"),
+    ],
+)
+def test_a_mistake_is_refused(folder, arguments, message):
+    with pytest.raises(UserError) as found:
+        train.main(["--model", str(folder), *arguments])
+    assert message in str(found.value)
