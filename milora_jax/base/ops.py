@@ -67,7 +67,8 @@ def cached_attention(
 ) -> Float[Array, "B T N H"]:
     """``attention.attention`` over caches, whose heads come before their slots.
 
-    Rows and heads are one batch axis: products with a single one are what every backend runs well.
+    Rows and heads stay two axes: made one, heads that are spread over devices would be gathered, and the
+    whole cache with them, at every token.
 
     Args:
       parts: keys, values and masks, over all of which together the softmax goes.
@@ -76,11 +77,13 @@ def cached_attention(
     kv_heads = parts[0][0].shape[-3]
     group = heads // kv_heads
     grouped = q.reshape(rows, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
-    grouped = grouped.reshape(rows * kv_heads, group * length, width)
+    grouped = grouped.reshape(rows, kv_heads, group * length, width)
+
+    def by_row(cache: Array) -> Array:
+        return cache.reshape(rows, kv_heads, -1, width)
 
     def scores_of(k: Array, mask: Array) -> Array:
-        flat = k.reshape(rows * kv_heads, -1, width)
-        scores = jnp.einsum("BTH,BSH->BTS", grouped, flat, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("BKTH,BKSH->BKTS", grouped, by_row(k), preferred_element_type=jnp.float32)
         seen = jnp.broadcast_to(mask[:, None, None], (rows, kv_heads, group, length, mask.shape[-1]))
         scores = scores * (width**-0.5)
         return jnp.where(seen.reshape(scores.shape), scores, jnp.finfo(jnp.float32).min)
@@ -89,7 +92,7 @@ def cached_attention(
     edges = list(accumulate(part.shape[-1] for part in scores))[:-1]
     shares = jnp.split(jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1), edges, axis=-1)
     attended = sum(
-        jnp.einsum("BTS,BSH->BTH", share.astype(v.dtype), v.reshape(rows * kv_heads, -1, width))
+        jnp.einsum("BKTS,BKSH->BKTH", share.astype(v.dtype), by_row(v))
         for share, (_, v, _) in zip(shares, parts, strict=True)
     )
     attended = jnp.asarray(attended).reshape(rows, kv_heads, group, length, width)

@@ -17,38 +17,15 @@ from milora_jax.adapters.protocol import Adapter, Method, ProjectionGroup, init_
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.hf import LeafSpec, base_specs
 from milora_jax.base.hf_config import write_model_config
+from milora_jax.base.known import SHAPES
 from milora_jax.base.load import load_base
 from milora_jax.base.modules import Base, frozen_kernels
-from milora_jax.config import LLAMA2_7B, AdapterSection, ModelConfig
+from milora_jax.config import AdapterSection, ModelConfig
 from milora_jax.errors import UserError
 from milora_jax.shapes import Array, Float
 from milora_jax.types import GROUPS, PyTree
 
 RANDOM = "random:"
-
-SHAPES = {
-    "llama2-7b": LLAMA2_7B,
-    "llama3-8b": dataclasses.replace(
-        LLAMA2_7B,
-        vocab_size=128256,
-        intermediate_size=14336,
-        num_kv_heads=8,
-        rope_theta=5e5,
-        max_positions=8192,
-    ),
-    "llama-30m": dataclasses.replace(
-        LLAMA2_7B,
-        vocab_size=4096,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_layers=8,
-        num_heads=8,
-        num_kv_heads=8,
-        head_dim=64,
-        max_positions=2048,
-    ),
-}
-"""What may follow ``random:``."""
 
 RECOMPUTED = "-recomputed"
 """Ending of a method's name whose norms are computed again at every token, as PEFT does."""

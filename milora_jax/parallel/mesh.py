@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from milora_jax.config import MeshSection, ModelConfig, require
@@ -31,7 +32,13 @@ def make_mesh(settings: MeshSection, devices: Sequence[Any] | None = None) -> Me
             f"mesh data={settings.data} fsdp={settings.fsdp} tensor={settings.tensor} "
             f"does not fit {len(devices)} device(s)"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # The chips' own grid has no such axes: two of ours share one of its.
+        grid = create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
 
 
 def check_divides(

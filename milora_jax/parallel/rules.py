@@ -87,15 +87,19 @@ Optimiser moments end in the name of the parameter they belong to.
 
 
 def base_sharding(mesh: Mesh, rules: Rules, path: tuple) -> NamedSharding:
-    """The sharding of one leaf of the base, by its key path.
+    """The sharding of one leaf of the base, by its key path, its layers stacked or a tuple.
 
     Raises:
       KeyError: for a leaf that :data:`BASE_AXES` does not declare.
     """
     names = tuple(name for name in path_names(path) if name != "value")
-    if names not in BASE_AXES:
+    # A tuple's place is written [i].
+    declared = tuple(name for name in names if not name.startswith("["))
+    of_one_layer = declared != names
+    if declared not in BASE_AXES:
         raise KeyError(f"no sharding is declared for base leaf {'.'.join(names)}")
-    return _named(mesh, rules, BASE_AXES[names])
+    axes = BASE_AXES[declared]
+    return _named(mesh, rules, axes[1:] if of_one_layer else axes)
 
 
 def _named(mesh: Mesh, rules: Rules, axes: tuple[str | None, ...]) -> NamedSharding:

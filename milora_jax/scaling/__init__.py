@@ -1,0 +1,1 @@
+"""Does it fit: the real programs compiled for TPUs that are not there."""

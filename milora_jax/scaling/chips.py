@@ -1,0 +1,45 @@
+"""What the chips of a topology can do, from the vendor's specifications."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from milora_jax.config import require
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device as JAX counts them.
+
+    Attributes:
+      memory: bytes of HBM; the compiler keeps some of it for itself and has the last word.
+      flops: bfloat16 floating-point operations per second.
+      link: bytes per second to other chips, all links of a chip together.
+    """
+
+    memory: int
+    flops: float
+    link: float
+
+
+CHIPS = {
+    "v5e": Chip(16 * GIB, 197e12, 200e9),
+    "v5p": Chip(95 * GIB, 459e12, 600e9),
+    "v6e": Chip(32 * GIB, 918e12, 448e9),
+    "tpu7x": Chip(96 * GIB, 1153e12, 600e9),
+}
+"""Cloud TPU's system architecture pages; a tpu7x chip is two devices of half its figures."""
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology's name, such as ``v5e:2x4``.
+
+    Raises:
+      UserError: no such chip.
+    """
+    kind, separator, layout = topology.partition(":")
+    known = kind in CHIPS and bool(separator) and bool(layout)
+    require(known, "--topology", topology, f"CHIP:LAYOUT such as v5e:2x4, with CHIP of {', '.join(CHIPS)}")
+    return CHIPS[kind]

@@ -1,0 +1,91 @@
+"""The command line of ``python -m milora_jax.parallel aot``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from milora_jax.base.known import SHAPES
+from milora_jax.cli import parse_train_flags
+from milora_jax.config import Config, MeshSection, ModelConfig, require
+from milora_jax.errors import UserError
+from milora_jax.scaling.aot import WHAT, Topology, describe
+from milora_jax.scaling.plan import plan
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what of it overrides the config."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        prog="python -m milora_jax.parallel aot",
+        description="Compile the programs of a config for TPUs that are not there, and say what they take.",
+    )
+    parser.add_argument("--config", required=True, help="a file such as configs/llama7b_math.py")
+    parser.add_argument("--topology", required=True, help="such as v5e:2x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1")
+    parser.add_argument("--mesh", default="", help="data=1,fsdp=16,tensor=1; default: the config's")
+    parser.add_argument("--model", default="", help=f"of {', '.join(SHAPES)}; default: config.model.path")
+    parser.add_argument("--what", default="train", help=f"of {', '.join(WHAT)}")
+    parser.add_argument("--prompts", type=int, default=1, help="records packed into a row, at most")
+    parser.add_argument("--plan", action="store_true", help="search meshes and kinds of recomputation")
+    parser.add_argument("--config.GROUP.FIELD", metavar="VALUE", help="as for train.py")
+    return parser.parse_known_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """Compile, and say what it takes."""
+    asked, overrides = parse(arguments)
+    require(asked.prompts >= 1, "--prompts", asked.prompts, "at least 1")
+    config = config_of(asked.config, overrides)
+    if asked.mesh:
+        config = dataclasses.replace(config, mesh=parse_mesh(asked.mesh))
+    model = model_of(asked.model, config)
+    topology = Topology(asked.topology)
+    if asked.plan:
+        require(asked.what == "train", "--plan", asked.what, "--what train")
+        if not plan(topology, config, model, print):
+            raise UserError(f"nothing fits {asked.topology}")
+        return
+    found = topology.compile(config, model, asked.what, asked.prompts)
+    for line in describe(found, topology.chip):
+        print(line)
+    if not found.fits:
+        raise UserError(f"{asked.what} does not fit {asked.topology}")
+
+
+def config_of(path: str, overrides: list[str]) -> Config:
+    """A config file with the flags of ``train.py``."""
+    argv = sys.argv
+    try:
+        # ml_collections reads overrides from there and from nowhere else.
+        sys.argv = [argv[0], "--config", path, *overrides]
+        return parse_train_flags()[0]
+    finally:
+        sys.argv = argv
+
+
+def model_of(name: str, config: Config) -> ModelConfig:
+    """The shape that is compiled: by name, else from the directory of the config."""
+    if name:
+        require(name in SHAPES, "--model", name, f"one of {', '.join(SHAPES)}")
+        return SHAPES[name]
+    from milora_jax.base.hf_config import read_model_config
+
+    require(bool(config.model.path), "--model", name, f"one of {', '.join(SHAPES)}, or a config.model.path")
+    return read_model_config(Path(config.model.path))
+
+
+def parse_mesh(text: str) -> MeshSection:
+    """``data=1,fsdp=16,tensor=1`` as a MeshSection; an axis that is not named is 1.
+
+    >>> parse_mesh("fsdp=4,tensor=2")
+    MeshSection(data=1, fsdp=4, tensor=2)
+    """
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    for entry in text.split(","):
+        name, _, size = entry.strip().partition("=")
+        number = size.removeprefix("-").isdecimal()
+        require(name in sizes and number, "--mesh", text, "such as data=1,fsdp=16,tensor=1")
+        sizes[name] = int(size)
+    return MeshSection(**sizes)

@@ -1,0 +1,125 @@
+"""Which mesh and what recomputation: those that fit, best first by arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from milora_jax.config import REMAT, Config, MeshSection, ModelConfig
+from milora_jax.errors import UserError
+from milora_jax.scaling.aot import Compiled, Say, Topology, matrix_parameters, total_parameters, with_mesh
+from milora_jax.scaling.chips import GIB, Chip
+
+EXECUTED = {"none": 4.0, "products": 4.0, "full": 6.0}
+"""Floating-point operations per parameter and token that a step executes, recomputation included."""
+
+LARGEST_TENSOR = 8
+"""Heads are split over at most so many chips; more is worth it in decoding only."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one step by arithmetic: each is a lower bound, and the larger one is what a perfect overlap
+    would take.
+
+    Attributes:
+      compute: executed operations over the chips' peak.
+      links: bytes that a chip must receive, over what its links carry.
+    """
+
+    compute: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        """The larger of the two."""
+        return max(self.compute, self.links)
+
+
+def estimate(config: Config, model: ModelConfig, chip: Chip, devices: int) -> Estimate:
+    """The arithmetic of one training step on a mesh with all sizes given.
+
+    Fully sharded matrices are gathered once forward and once backward, and once more where layers are
+    computed again; a tensor-parallel layer sums two activations forward and two backward, for which a ring
+    moves twice their bytes. The adapter's gradient is small and not counted.
+    """
+    mesh, train = config.mesh, config.train
+    tokens = train.batch_size * config.data.max_length
+    compute = EXECUTED[train.remat] * matrix_parameters(model) * tokens / (devices * chip.flops)
+    width = jnp.dtype(config.model.dtype).itemsize
+    passes = 3 if train.remat == "full" else 2
+    gathered = total_parameters(model) * width / mesh.tensor * (mesh.fsdp - 1) / mesh.fsdp * passes
+    rows = mesh.data * mesh.fsdp
+    activation = tokens / rows * model.hidden_size * width
+    summed = 2 * passes * model.num_layers * 2 * activation * (mesh.tensor - 1) / mesh.tensor
+    return Estimate(compute, (gathered + summed) / chip.link)
+
+
+def meshes(devices: int, config: Config, model: ModelConfig) -> list[MeshSection]:
+    """Meshes worth compiling: tensor sizes that divide the heads, the rest fully sharded or, where that many
+    rows there are not, with fewer shards."""
+    found = []
+    tensor = 1
+    while tensor <= min(LARGEST_TENSOR, devices):
+        rows = devices // tensor
+        divides = devices % tensor == 0 and not model.num_kv_heads % tensor
+        if divides and not config.train.batch_size % (rows * config.train.accumulate):
+            found.append(MeshSection(data=1, fsdp=rows, tensor=tensor))
+            if rows % 2 == 0 and rows > 2:
+                found.append(MeshSection(data=2, fsdp=rows // 2, tensor=tensor))
+        tensor *= 2
+    if not found:
+        raise UserError(
+            f"no mesh of {devices} devices divides train.batch_size {config.train.batch_size} "
+            f"and {model.num_kv_heads} key heads: give a larger batch"
+        )
+    return found
+
+
+def search(
+    topology: Topology, config: Config, model: ModelConfig, say: Say
+) -> list[tuple[Estimate, Compiled]]:
+    """Compile every mesh with every kind of recomputation; what fits, best first."""
+    devices, fitting = len(topology.devices), []
+    for mesh in meshes(devices, config, model):
+        for remat in REMAT:
+            candidate = with_mesh(config, mesh, remat, config.train.batch_size)
+            found = topology.compile(candidate, model, "train")
+            seconds = estimate(candidate, model, topology.chip, devices)
+            say(_line(seconds, found))
+            if found.fits:
+                fitting.append((seconds, found))
+    return sorted(fitting, key=lambda pair: (pair[0].seconds, pair[1].memory.peak if pair[1].memory else 0))
+
+
+def plan(topology: Topology, config: Config, model: ModelConfig, say: Say) -> list[tuple[Estimate, Compiled]]:
+    """Search, say what fits best first, and how far the batch of the best can grow."""
+    ranked = search(topology, config, model, say)
+    say("")
+    if not ranked:
+        say("nothing fits: use more chips, a smaller batch or train.accumulate")
+        return ranked
+    say("what fits, best first (seconds are arithmetic, not measured):")
+    for seconds, found in ranked:
+        say(_line(seconds, found))
+    best = ranked[0][1]
+    batch, largest = best.batch * 2, best
+    while batch <= 8 * best.batch:
+        found = topology.compile(with_mesh(config, best.mesh, best.remat, batch), model, "train")
+        if not found.fits:
+            break
+        largest, batch = found, batch * 2
+    if largest.memory is not None:
+        peak = f"{largest.memory.peak / GIB:.2f} GiB"
+        say(f"the first one's batch, doubled while it fits: {largest.batch} rows, {peak}")
+    return ranked
+
+
+def _line(seconds: Estimate, found: Compiled) -> str:
+    mesh = f"data={found.mesh.data} fsdp={found.mesh.fsdp} tensor={found.mesh.tensor}"
+    peak = "does not fit" if found.memory is None else f"{found.memory.peak / GIB:6.2f} GiB"
+    return (
+        f"  {mesh:28} remat {found.remat:9} {peak:>12}   "
+        f"compute {seconds.compute:6.3f} s, links {seconds.links:6.3f} s"
+    )

@@ -1,0 +1,125 @@
+"""The programs of a run on abstract inputs: shapes, dtypes and shardings, and not one byte of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from milora_jax.adapters.protocol import Adapter, init_adapter
+from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.adapters.tenants import Tenants
+from milora_jax.base.hf import LeafSpec, base_specs
+from milora_jax.base.modules import Base, frozen_kernels, unroll
+from milora_jax.base.transformer import adapter_decode_layout
+from milora_jax.config import Config, ModelConfig, TrainSection
+from milora_jax.generation.decode import decode_chunk, empty_state, prefill
+from milora_jax.generation.sampling import Plan, make_sampler
+from milora_jax.generation.settings import GenerationSettings
+from milora_jax.parallel.rules import Rules, base_sharding, batch_sharding, state_shardings
+from milora_jax.training.step import init_state, make_steps
+from milora_jax.types import Batch, PyTree
+
+STEPS = 8
+"""Decode steps of the compiled chunk; its memory does not depend on how many."""
+
+TOTAL_STEPS = 1000
+"""Of the learning rate's schedule; a number in the program, of no effect on its size."""
+
+RULES = Rules()
+
+
+def train_program(config: Config, model: ModelConfig, mesh: Mesh, prompts: int) -> Any:
+    """The lowered training step of a config, rows of ``data.max_length``.
+
+    Args:
+      prompts: Z, the most records packed into one row.
+    """
+    base = abstract_base(model, config.model.dtype, mesh)
+    state = _abstract_state(config, model, base, config.train)
+    state = _placed(state, state_shardings(mesh, RULES, state))
+    batch = _abstract_batch(mesh, config.train.batch_size, config.data.max_length)
+    steps = make_steps(model, config.train, TOTAL_STEPS, prompts)
+    return steps.train.lower(state, base, batch)
+
+
+def prefill_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
+    """The lowered prefill of ``eval.batch_size`` prompts of ``data.max_length``."""
+    base, tenants = _decoding(config, model, mesh)
+    batch = _abstract_batch(mesh, config.eval.batch_size, config.data.max_length)
+    slots = config.data.max_length + config.eval.max_new_tokens
+    return prefill.lower(base, tenants, _number(mesh), batch, model, slots)
+
+
+def decode_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
+    """The lowered steps of a full batch with slots for ``data.max_length`` and ``eval.max_new_tokens``."""
+    base, tenants = _decoding(config, model, mesh)
+    rows, slots = config.eval.batch_size, config.data.max_length + config.eval.max_new_tokens
+    settings = [GenerationSettings()]
+    sampler = make_sampler(settings, [0], [[0]], model.eos_ids, model.vocab_size, False)
+    routed = tenants.method.routes
+    state = jax.eval_shape(lambda: empty_state(model, _zeros_of(base), sampler, rows, slots, routed))
+    # Heads over the tensor axis, as the products that write them are; all else by rows.
+    by_head = NamedSharding(mesh, PartitionSpec(RULES.rows, RULES.heads))
+    by_row = batch_sharding(mesh, RULES)
+    cache = jax.tree.map(lambda leaf: by_head if leaf.ndim == 4 else by_row, state.cache)
+    places = jax.tree.map(lambda _: by_row, state).replace(cache=cache)
+    return decode_chunk.lower(base, tenants, _placed(state, places), model, STEPS, Plan.of(settings))
+
+
+def abstract_base(model: ModelConfig, dtype: str, mesh: Mesh, unrolled: bool = False) -> Base:
+    """A base of ``ShapeDtypeStruct`` leaves where a run would put them."""
+
+    def leaf(spec: LeafSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype))
+
+    base = jax.tree.map(leaf, base_specs(model))
+    if unrolled:
+        base = jax.eval_shape(unroll, base)
+    places = jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, RULES, path), base)
+    return _placed(base, places)
+
+
+def _decoding(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[Base, Tenants]:
+    """The base with its layers as a tuple, its modules apart, and one adapter, on every device."""
+    base = abstract_base(model, config.model.dtype, mesh, unrolled=True)
+    stacked = abstract_base(model, config.model.dtype, mesh)
+    adapter = _abstract_state(config, model, stacked, config.train).adapter
+    tenants = jax.eval_shape(lambda a, b: Tenants.single(adapter_decode_layout(a, b)), adapter, base)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return base, _placed(tenants, jax.tree.map(lambda _: everywhere, tenants))
+
+
+def _abstract_state(config: Config, model: ModelConfig, base: Base, train: TrainSection) -> Any:
+    method, shape = build_method(config.adapter), adapter_shape(model)
+
+    def fresh(base: Base) -> Any:
+        adapter: Adapter = init_adapter(method, jax.random.key(0), shape, frozen_kernels(base))
+        return init_state(adapter, jax.random.key(0), train, TOTAL_STEPS)
+
+    return jax.eval_shape(fresh, base)
+
+
+def _abstract_batch(mesh: Mesh, rows: int, length: int) -> Batch:
+    place = batch_sharding(mesh, RULES)
+    ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
+    mask: Any = jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=place)
+    return Batch(tokens=ids, segment_ids=ids, positions=ids, prompt_mask=mask, loss_mask=mask)
+
+
+def _number(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def _zeros_of(base: Base) -> Base:
+    """For code that asks a base for its dtype while it is traced."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), base)
+
+
+def _placed(tree: PyTree, places: PyTree) -> PyTree:
+    """The same abstract leaves with their shardings."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places
+    )

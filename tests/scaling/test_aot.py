@@ -1,0 +1,223 @@
+"""Ahead-of-time compilation: the programs that run, right arithmetic, a word where it does not fit."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from milora_jax.base.known import SHAPES
+from milora_jax.config import (
+    LLAMA2_7B,
+    AdapterSection,
+    Config,
+    DataSection,
+    EvalSection,
+    MeshSection,
+    TrainSection,
+)
+from milora_jax.errors import UserError
+from milora_jax.parallel.mesh import make_mesh
+from milora_jax.scaling import aot
+from milora_jax.scaling.aot import (
+    Topology,
+    count_collectives,
+    matrix_parameters,
+    step_flops,
+    total_parameters,
+)
+from milora_jax.scaling.chips import GIB, Chip, chip_of
+from milora_jax.scaling.command import config_of, model_of, parse_mesh
+from milora_jax.scaling.plan import estimate, meshes, plan
+from milora_jax.scaling.programs import decode_program, prefill_program
+from tests.models import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = dataclasses.replace(TINY, vocab_size=96, num_heads=8, num_kv_heads=8, head_dim=4)
+CONFIG = Config(
+    adapter=AdapterSection(rank=4),
+    data=DataSection(max_length=16),
+    train=TrainSection(batch_size=16),
+    mesh=MeshSection(data=1, fsdp=-1),
+    eval=EvalSection(batch_size=8, max_new_tokens=16),
+)
+CHIP = Chip(memory=GIB, flops=1e12, link=1e9)
+
+
+def host():
+    """The eight devices of the tests in a topology's place."""
+    found = object.__new__(Topology)
+    found.name, found.chip, found.devices = "host:8", CHIP, jax.devices()
+    return found
+
+
+def test_a_step_is_compiled_and_measured():
+    found = host().compile(CONFIG, MODEL, "train")
+    assert found.fits
+    assert (found.mesh, found.devices, found.remat) == (MeshSection(1, 8, 1), 8, "products")
+    assert found.memory.peak > found.memory.arguments > found.memory.donated > 0
+    assert found.collectives["all-gather"] > 0, "nothing is sharded"
+    assert found.flops == 4 * matrix_parameters(MODEL) * 16 * 16
+
+
+@pytest.mark.parametrize("make", [prefill_program, decode_program])
+def test_decoding_gathers_no_weights_and_no_cache(make):
+    """A tensor-parallel step sums activations; what it gathers is as small as a token's."""
+    mesh = make_mesh(MeshSection(data=1, fsdp=1, tensor=8), jax.devices())
+    program = make(CONFIG, MODEL, mesh).compile().as_text()
+    assert count_collectives(program).get("all-reduce", 0) >= 2 * MODEL.num_layers
+    gathered = [line for line in program.splitlines() if " all-gather(" in line]
+    rows, slots = CONFIG.eval.batch_size, CONFIG.data.max_length + CONFIG.eval.max_new_tokens
+    of_cache = f"[{rows},{MODEL.num_kv_heads},{slots},{MODEL.head_dim}]"
+    of_weights = [f"[{a},{b}]" for a, b in MODEL.module_dims.values()]
+    assert not [line for line in gathered if any(shape in line for shape in (of_cache, *of_weights))]
+
+
+def test_a_mesh_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match=r"train.batch_size is 12: expected a multiple"):
+        host().compile(dataclasses.replace(CONFIG, train=TrainSection(batch_size=12)), MODEL, "train")
+    with pytest.raises(UserError, match="mesh data=1 fsdp=3 tensor=1 does not fit 8"):
+        host().compile(dataclasses.replace(CONFIG, mesh=MeshSection(1, 3, 1)), MODEL, "train")
+
+
+def test_what_does_not_fit_is_said(monkeypatch):
+    class Lowered:
+        def compile(self, compiler_options):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM\nmore")
+
+    monkeypatch.setattr(aot, "train_program", lambda *_: Lowered())
+    found = host().compile(CONFIG, MODEL, "train")
+    assert not found.fits
+    assert "does not fit: RESOURCE_EXHAUSTED: Ran out of memory on HBM" in "\n".join(
+        aot.describe(found, CHIP)
+    )
+    lines = []
+    assert plan(host(), CONFIG, MODEL, lines.append) == []
+    assert lines[-1].startswith("nothing fits")
+
+
+def test_a_plan_ranks_what_fits(monkeypatch):
+    def compiled(self, config, model, what):
+        """As if all but ``none`` fitted, up to four rows a chip."""
+        fits = config.train.remat != "none" and config.train.batch_size <= 32
+        memory = aot.Memory(1, 1, 1, config.train.batch_size * GIB // 32) if fits else None
+        seen.append((config.mesh, config.train.remat, config.train.batch_size))
+        return aot.Compiled(
+            what,
+            config.mesh,
+            8,
+            config.train.remat,
+            config.train.batch_size,
+            memory,
+            "too much",
+            1.0,
+            {},
+            1.0,
+        )
+
+    seen, lines = [], []
+    monkeypatch.setattr(Topology, "compile", compiled)
+    config = dataclasses.replace(CONFIG, train=TrainSection(batch_size=8))
+    ranked = plan(host(), config, MODEL, lines.append)
+    seconds = [found.seconds for found, _ in ranked]
+    assert seconds == sorted(seconds)
+    tried = [(m.data, m.fsdp, m.tensor) for m, remat, rows in seen if (remat, rows) == ("none", 8)]
+    assert tried == [(1, 8, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
+    assert {c.remat for _, c in ranked} == {"products", "full"}
+    assert len(ranked) == 2 * len(tried)
+    assert lines[-1] == "the first one's batch, doubled while it fits: 32 rows, 1.00 GiB"
+
+
+def test_the_arithmetic_of_a_step():
+    config = dataclasses.replace(
+        CONFIG, mesh=MeshSection(1, 4, 2), train=TrainSection(batch_size=8, remat="full")
+    )
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    found = estimate(config, MODEL, CHIP, 8)
+    assert found.compute == pytest.approx(6 * matrix_parameters(MODEL) * 8 * 16 / (8 * 1e12))
+    gathered = total_parameters(MODEL) * 2 / 2 * 3 / 4 * 3
+    summed = 2 * 3 * MODEL.num_layers * 2 * (8 * 16 / 4 * MODEL.hidden_size * 2) / 2
+    assert found.links == pytest.approx((gathered + summed) / 1e9)
+    assert found.seconds == max(found.compute, found.links)
+
+
+def test_the_parameters_of_llama():
+    assert total_parameters(LLAMA2_7B) == 6_738_415_616
+    assert total_parameters(SHAPES["llama2-13b"]) == 13_015_864_320
+    assert total_parameters(SHAPES["llama2-70b"]) == 68_976_648_192
+    assert matrix_parameters(LLAMA2_7B) == 6_738_415_616 - 32000 * 4096 - 65 * 4096
+    assert step_flops(CONFIG, MODEL, "prefill") == 2 * matrix_parameters(MODEL) * 8 * 16
+
+
+def test_meshes_divide_the_batch_and_the_heads():
+    config = dataclasses.replace(CONFIG, train=TrainSection(batch_size=16, accumulate=2))
+    found = meshes(16, config, dataclasses.replace(MODEL, num_kv_heads=4))
+    assert all(m.data * m.fsdp * m.tensor == 16 for m in found)
+    assert {m.tensor for m in found} == {2, 4}, "16 rows in two parts do not spread over 16 chips"
+    with pytest.raises(UserError, match="no mesh of 16 devices"):
+        meshes(16, dataclasses.replace(CONFIG, train=TrainSection(batch_size=3)), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: chip_of("v9:2x4"), "--topology is 'v9:2x4'"),
+        (lambda: chip_of("v5e"), "--topology is 'v5e'"),
+        (lambda: parse_mesh("rows=4"), "--mesh is 'rows=4'"),
+        (lambda: parse_mesh("fsdp=many"), "--mesh is 'fsdp=many'"),
+        (lambda: model_of("llama9", CONFIG), "--model is 'llama9'"),
+        (lambda: model_of("", CONFIG), "or a config.model.path"),
+        (lambda: host().compile(CONFIG, MODEL, "run"), "--what is 'run'"),
+        (lambda: config_of("nowhere.py", []), "no such file"),
+        (lambda: config_of(str(ROOT / "configs/tiny.py"), ["--config.train.steps=3"]), "command line"),
+    ],
+)
+def test_a_mistake_is_one_line(make, message):
+    with pytest.raises(UserError) as found:
+        make()
+    assert message in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_the_config_takes_the_flags_of_training():
+    argv = list(sys.argv)
+    config = config_of(str(ROOT / "configs/llama7b_math.py"), ["--config.train.batch_size=64"])
+    assert (config.train.batch_size, config.mesh.fsdp) == (64, -1)
+    assert sys.argv == argv
+
+
+def command(*arguments):
+    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, "-m", "milora_jax.parallel", "aot", *arguments],
+        cwd=ROOT,
+        env={**plain, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+def peak(output):
+    return float(output.split("per chip")[1].split()[0])
+
+
+@pytest.mark.slow
+def test_the_shipped_config_fits_eight_v5e():
+    pytest.importorskip("libtpu", reason="needs pip install 'milora-jax[tpu]'")
+    shipped = ("--config", "configs/llama7b_math.py", "--model", "llama2-7b", "--topology", "v5e:2x4")
+    trained = command(*shipped)
+    assert trained.returncode == 0, trained.stderr
+    assert peak(trained.stdout) < 6
+    decoded = command(*shipped, "--what", "decode", "--mesh", "tensor=8", "--config.eval.batch_size=16")
+    assert decoded.returncode == 0, decoded.stderr
+    assert peak(decoded.stdout) < 4
+    assert " 2 all-gather," in decoded.stdout, "weights or cache are gathered"
+    too_much = command(*shipped, "--config.train.batch_size=128", "--config.train.remat=none")
+    assert too_much.returncode == 2
+    assert "error: train does not fit v5e:2x4" in too_much.stderr
+    assert "Traceback" not in too_much.stderr
