@@ -5,8 +5,9 @@
 DIR is a Hugging Face directory of meta-llama/Llama-2-7b-hf. The rows are the files of the LLM-Adapters
 project (``dataset/TASK/{train,test}.json``), expected under ``data/``; give ``--config.data.train`` and
 ``--config.data.test`` for another place. The base in bfloat16 takes 13.5 GB and the adapter's state
-1 GB; on several devices the base is split with ``--config.mesh.fsdp=N``. The paper reports a mean of
-75.2 % with beam 3; decoding here is greedy, and this run has not been repeated by us on the real weights.
+1 GB; both are split over all devices, unless ``--config.mesh`` says otherwise (docs/scaling.md). The paper
+reports a mean of 75.2 % with beam 3; decoding here is greedy, and this run has not been repeated by us on the
+real weights.
 """
 
 from milora_jax.config import (
@@ -14,6 +15,7 @@ from milora_jax.config import (
     Config,
     DataSection,
     EvalSection,
+    MeshSection,
     ModelSection,
     TrainSection,
     to_config_dict,
@@ -37,6 +39,7 @@ def get_config():
             test=_files("test"),
             max_length=768,
         ),
+        mesh=MeshSection(data=1, fsdp=-1),
         train=TrainSection(
             epochs=10,
             batch_size=128,  # the paper's choice from 10,000 training rows on
@@ -44,6 +47,7 @@ def get_config():
             coefficient_learning_rate=1e-6,
             coefficient_every=1,
             warmup_share=0.06,
+            remat="full",
             eval_every=200,
             save_every=200,
             patience=10,

@@ -15,8 +15,14 @@ from milora_jax.storage.lock import WorkdirLock
 from milora_jax.storage.workdir import CONFIG_NAME
 
 METRICS_NAME = "metrics.jsonl"
-CHANGEABLE = {("eval",), ("mesh",), ("data", "test"), ("train", "log_every"), ("train", "save_every")}
-"""What may differ when a run is continued: settings that do not enter the trained parameters."""
+CHANGEABLE = {
+    ("eval",),
+    ("mesh",),
+    ("data", "test"),
+    *(("train", name) for name in ("log_every", "save_every", "accumulate", "remat", "loss_chunk")),
+}
+"""What may differ when a run is continued: settings that do not enter the trained parameters, but for the
+order of sums."""
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
