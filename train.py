@@ -4,7 +4,9 @@
     python train.py --config configs/llama7b_math.py --config.model.path=DIR --workdir runs/math
 
 Any setting of the config can be given as ``--config.group.field=value``; ``milora_jax/config.py`` says
-what each means. Everything is written under the workdir, and the same command run again resumes:
+what each means. On a cluster the same command is run on every host (docs/scaling.md).
+
+Everything is written under the workdir, and the same command run again resumes:
 
     config.json      the settings of the run
     metrics.jsonl    one line per logged step or dev evaluation
@@ -21,21 +23,21 @@ import time
 from milora_jax.cli import Console, parse_train_flags, sigterm_noted
 from milora_jax.errors import run_command
 from milora_jax.evaluation.final import evaluate_adapter, evaluate_base, write_report
-from milora_jax.storage.lock import WorkdirLock
+from milora_jax.parallel.processes import is_first, together
 from milora_jax.training.loop import Trainer
 from milora_jax.training.prepare import prepare_run
-from milora_jax.training.workdir import claim_workdir
+from milora_jax.training.workdir import claimed
 
 
 def main() -> None:
     """Prepare, score the base, train, score the best adapter, report."""
     started = time.monotonic()
-    config, workdir = parse_train_flags()
-    console = Console()
-    with sigterm_noted() as preempted:
+    config, workdir, cluster = parse_train_flags()
+    # JAX takes SIGTERM for itself when it joins other processes: ours is noted after that.
+    with together(cluster), sigterm_noted() as preempted:
+        console = Console(silent=not is_first())
         run = prepare_run(config, workdir, console.say)
-        with WorkdirLock(workdir):
-            claim_workdir(workdir, run.config)
+        with claimed(workdir, run.config):
             console.say(f"workdir {workdir}: {run.model.num_layers} layers, {config.adapter.method}")
             before = evaluate_base(run, workdir, console, preempted)
             trainer = Trainer(run, workdir, console.say)
@@ -43,7 +45,8 @@ def main() -> None:
                 fit = trainer.fit(bar.reach, preempted)
             after = evaluate_adapter(run, workdir, console, preempted)
             seconds = fit.earlier_seconds + time.monotonic() - started
-            write_report(run, workdir, fit, before, after, seconds)
+            if is_first():
+                write_report(run, workdir, fit, before, after, seconds)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
+from milora_jax.cluster import Cluster
 from milora_jax.config import Config
 from milora_jax.errors import Preempted, UserError
 
@@ -17,8 +19,17 @@ LINE_EVERY = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
 
 
-def parse_train_flags() -> tuple[Config, Path]:
-    """Read ``--config FILE``, ``--config.group.field=value`` and ``--workdir DIR`` from ``sys.argv``.
+class TrainFlags(NamedTuple):
+    """The command line of ``train.py``."""
+
+    config: Config
+    workdir: Path
+    cluster: Cluster
+
+
+def parse_train_flags() -> TrainFlags:
+    """Read ``--config FILE``, ``--config.group.field=value``, ``--workdir DIR`` and, where the environment
+    does not tell, ``--coordinator HOST:PORT --processes N --process I`` from ``sys.argv``.
 
     ml_collections looks for overrides in ``sys.argv`` itself, so no other list can be read.
 
@@ -38,6 +49,9 @@ def parse_train_flags() -> tuple[Config, Path]:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values)
     flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of the first process.", flag_values=values)
+    flags.DEFINE_integer("processes", 0, "How many processes.", flag_values=values)
+    flags.DEFINE_integer("process", -1, "Which of them this is.", flag_values=values)
     try:
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -55,7 +69,9 @@ def parse_train_flags() -> tuple[Config, Path]:
             f"--config {str(path)!r}: get_config() gives a {kind}, expected to_config_dict(Config(...))"
         )
     config = Config.from_dict(overridden.to_dict())
-    return config, Path(values["workdir"].value or Path("runs") / path.stem)
+    workdir = Path(values["workdir"].value or Path("runs") / path.stem)
+    named: dict[str, Any] = {name: values[name].value for name in ("coordinator", "processes", "process")}
+    return TrainFlags(config, workdir, Cluster(**named))
 
 
 def _config_path(argv: list[str]) -> Path:
@@ -136,8 +152,15 @@ class Bar:
 class Console:
     """Where a command talks to its user: standard error, so that standard output stays data."""
 
-    def __init__(self) -> None:
-        self._stream = sys.stderr
+    def __init__(self, silent: bool = False) -> None:
+        """Begin to talk.
+
+        Args:
+          silent: say nothing, for all processes but the first.
+        """
+        self._stream: TextIO = sys.stderr
+        if silent:
+            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
 
     def say(self, line: str) -> None:
         """Print one line."""

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "milora_jax"
 
 FLOORS = (
     ("errors", "shapes"),
-    ("types", "config", "cli"),
+    ("types", "config", "cluster", "cli"),
     ("adapters",),
     ("base",),
     ("parallel",),
@@ -27,8 +27,8 @@ FLOORS = (
 )
 """From the cellar to the roof; a room imports from floors below its own, and from itself."""
 
-SIDEWAYS = {("cli", "config")}
-"""The one import within a floor: flags become a Config."""
+SIDEWAYS = {("cli", "config"), ("cli", "cluster"), ("cluster", "config")}
+"""The imports within a floor: flags become a Config and a Cluster."""
 
 HEAVY = ("torch", "transformers", "tokenizers", "datasets", "ml_collections", "absl", "matplotlib", "tqdm")
 """Libraries that are imported inside the functions that need them."""

@@ -175,7 +175,7 @@ def test_every_study_file_is_a_page_one_can_run(name):
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("study_")])
 def test_every_config_file_is_a_page_one_can_run(parse, name):
-    config, workdir = parse("--config", str(ROOT / f"configs/{name}.py"))
+    config, workdir, _ = parse("--config", str(ROOT / f"configs/{name}.py"))
     assert workdir == Path("runs") / name
     text = (ROOT / f"configs/{name}.py").read_text()
     assert f"python train.py --config configs/{name}.py" in text.split('"""')[1]
@@ -184,13 +184,13 @@ def test_every_config_file_is_a_page_one_can_run(parse, name):
 
 def test_overrides_reach_the_config(parse):
     flags = ["--config.adapter.rank=5", "--config.train.learning_rate=1", "--config.adapter.normalize=false"]
-    config, workdir = parse("--config=configs/tiny.py", *flags, "--workdir", "here")
+    config, workdir, _ = parse("--config=configs/tiny.py", *flags, "--workdir", "here")
     assert (config.adapter.rank, config.train.learning_rate, config.adapter.normalize) == (5, 1.0, False)
     assert workdir == Path("here")
 
 
 def test_the_paper_settings(parse):
-    math, _ = parse("--config", "configs/llama7b_math.py")
+    math, *_ = parse("--config", "configs/llama7b_math.py")
     method = build_method(math.adapter)
     assert (method.name, method.top_k, method.pooler, method.rank) == ("milora", 3, "attention", 32)
     assert (math.train.learning_rate, math.train.warmup_share) == (1e-4, 0.06)

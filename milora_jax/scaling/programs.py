@@ -41,7 +41,9 @@ def train_program(config: Config, model: ModelConfig, mesh: Mesh, prompts: int) 
     state = _abstract_state(config, model, base, config.train)
     state = _placed(state, state_shardings(mesh, RULES, state))
     batch = _abstract_batch(mesh, config.train.batch_size, config.data.max_length)
-    steps = make_steps(model, config.train, TOTAL_STEPS, prompts)
+    steps = make_steps(
+        model, config.train, TOTAL_STEPS, prompts, lambda state: state_shardings(mesh, RULES, state)
+    )
     return steps.train.lower(state, base, batch)
 
 

@@ -6,8 +6,8 @@ fsynced, sealed with checksums and renamed into place last, and what is on disk 
 manifests alone.
 
 Layout of a step ``ROOT/STEP/``: ``tree/`` (Orbax, one named array per leaf), ``metadata.json`` (the
-caller's values and what each leaf is) and ``manifest.json``. One process writes; arrays may be
-sharded over all its devices.
+caller's values and what each leaf is) and ``manifest.json``. Of several processes all save and restore
+together, as Orbax asks; the first one alone makes, seals, renames and deletes folders.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from milora_jax.errors import UserError
+from milora_jax.parallel.processes import is_first, place, wait_for_all
 from milora_jax.storage.failpoints import reach
 from milora_jax.storage.files import fsync_directory, json_bytes, read_json, write_atomic
 from milora_jax.storage.manifest import DamagedError, verify_manifest, write_manifest
@@ -104,15 +105,15 @@ class CheckpointDirectory:
         """
         self.wait()
         reach("before-save")
-        if jax.process_count() > 1:
-            raise UserError(f"{jax.process_count()} processes: expected 1, checkpoints have a single writer")
         described, arrays = _to_storage(tree)
         leaves = {name: {"shape": d.shape, "dtype": d.dtype, "impl": d.impl} for name, d in described.items()}
         sealed = json_bytes({"format": FORMAT, "step": step, "leaves": leaves, "metadata": metadata})
         partial = self.root / f".tmp-{step}"
         try:
-            self._prepare_to_write()
-            partial.mkdir()
+            if is_first():
+                self._prepare_to_write()
+                partial.mkdir()
+            wait_for_all("checkpoint folder")
             # Directories made here, not in Orbax's threads: those wait for minutes if that fails.
             context = _orbax().Context()
             context.async_options.create_directories_asynchronously = False
@@ -121,14 +122,17 @@ class CheckpointDirectory:
         except OSError as error:
             raise self._save_error(step, error) from error
         executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending = executor.submit(self._commit, step, partial, sealed, response)
+        if is_first():
+            self._pending = executor.submit(self._commit, step, partial, sealed, response)
+        else:
+            self._pending = executor.submit(response.result)
         executor.shutdown(wait=False)
 
     def delete_except(self, kept: Container[int]) -> None:
         """Give up every step but the ``kept`` ones. Waits for a running save first."""
         self.wait()
         surplus = [step for step in self.steps() if step not in kept]
-        if surplus:
+        if surplus and is_first():
             self._prepare_to_write()
             self._delete(surplus)
 
@@ -180,7 +184,7 @@ class CheckpointDirectory:
                 value, impl = loaded[name], saved[name].impl
             else:
                 data = jax.numpy.zeros(stored[name].shape, stored[name].dtype)
-                value, impl = jax.device_put(data, leaf.sharding), saved[name].impl
+                value, impl = place(np.asarray(data), leaf.sharding), saved[name].impl
             values.append(jax.random.wrap_key_data(value, impl=impl) if impl else value)
         return jax.tree.unflatten(jax.tree.structure(abstract_tree), values), content["metadata"]
 

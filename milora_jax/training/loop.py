@@ -25,6 +25,7 @@ from milora_jax.config import TrainSection
 from milora_jax.data.batches import batch_rows, collate
 from milora_jax.data.tokens import Example
 from milora_jax.errors import NonFiniteError, Preempted, UserError
+from milora_jax.parallel.processes import any_of_all, from_first, several, to_host
 from milora_jax.parallel.rules import state_shardings
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, verify_step
@@ -122,7 +123,13 @@ class Trainer:
         self._run, self._say, self._settings = run, say, config.train
         self._total = planned_steps(config.train, len(run.train))
         self._length = run.row_length
-        self._steps = steps or make_steps(run.model, config.train, self._total, run.prompts)
+        self._steps = steps or make_steps(
+            run.model,
+            config.train,
+            self._total,
+            run.prompts,
+            lambda s: state_shardings(run.mesh, run.rules, s),
+        )
         self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, say)
         self._best = CheckpointDirectory(workdir / "best", None, say)
         self._workdir = workdir
@@ -172,7 +179,8 @@ class Trainer:
                 status = self._log_step(log, done, metrics, progress.tokens / progress.seconds)
             if done % self._settings.eval_every == 0 or done == self._total:
                 status = self._evaluate(log, done, state.adapter, progress)
-            last, stop = done == self._total or progress.stopped, preempted()
+            last = done == self._total or progress.stopped
+            stop = self._asked_to_stop(done, preempted)
             if last or stop or done % self._settings.save_every == 0:
                 self._count_bad(waiting, progress, done)
                 waiting = None
@@ -186,6 +194,13 @@ class Trainer:
         self._checkpoints.wait()
         self._best.wait()
         return Fit(state, int(state.step), progress, earlier_seconds)
+
+    def _asked_to_stop(self, done: int, preempted: Callable[[], bool]) -> bool:
+        """Whether any process was asked to; several ask each other at logged steps only, as it makes them
+        wait for the devices."""
+        if several() and done % self._settings.log_every:
+            return False
+        return any_of_all(preempted())
 
     def _batch(self, packed: list[list[Example]]) -> Batch:
         batch = collate(packed, self._length, 0, self._settings.batch_size)
@@ -203,7 +218,9 @@ class Trainer:
         kernels = frozen_kernels(self._run.base)
         shapes = jax.eval_shape(fresh, kernels)
         shardings = state_shardings(self._run.mesh, self._run.rules, shapes)
-        newest = self._checkpoints.newest()
+        found = self._checkpoints.newest()
+        newest = from_first(-1 if found is None else found)
+        newest = None if newest == -1 else newest
         if newest is None and self._checkpoints.steps():
             raise UserError(
                 f"every checkpoint of {str(self._workdir)!r} is damaged: put a good copy back, or start "
@@ -315,13 +332,14 @@ class Trainer:
         probs, chosen = [], []
         for start in range(0, len(self._run.dev), size):
             packed = self._run.dev[start : start + size]
-            loss, tokens, route = self._steps.evaluate(adapter, self._run.base, self._batch(packed))
+            answer = self._steps.evaluate(adapter, self._run.base, self._batch(packed))
+            loss, tokens, route = to_host(answer)
             total, count = total + float(loss), count + int(tokens)
             if route is not None:
                 filled = [len(row) for row in packed] + [0] * (size - len(packed))
                 present = np.arange(self._run.prompts) < np.array(filled)[:, None]  # [B, Z]
-                probs.append(np.asarray(route.probs)[:, present])
-                chosen.append(np.asarray(route.weights)[:, present] != 0)
+                probs.append(route.probs[:, present])
+                chosen.append(route.weights[:, present] != 0)
         perplexity = math.exp(min(total / count, 700.0))
         if not probs:
             return perplexity, None

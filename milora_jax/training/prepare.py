@@ -25,6 +25,7 @@ from milora_jax.data.records import Record, fingerprint, holdout, parse_sources,
 from milora_jax.data.tokens import Example, encode_prompt, encode_records, load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import check_divides, make_mesh
+from milora_jax.parallel.processes import place, several
 from milora_jax.parallel.rules import Rules, base_sharding, batch_sharding
 from milora_jax.training.workdir import refuse_early
 from milora_jax.types import Batch
@@ -71,7 +72,7 @@ class Run:
 
     def place(self, batch: Batch) -> Batch:
         """A host batch on the devices, split by rows."""
-        return jax.device_put(batch, batch_sharding(self.mesh, self.rules))
+        return place(batch, batch_sharding(self.mesh, self.rules))
 
 
 def prepare_run(config: Config, workdir: Path | None, say: Callable[[str], None]) -> Run:
@@ -155,7 +156,11 @@ def _read_records(
     else:
         train, dev = holdout(train, config.data.dev_share, config.train.seed)
         say(f"no dev file: {len(dev)} of the training rows are held out")
-    tests = {source.name: read_records(source, scored=True) for source in parse_sources(config.data.test)}
+    sources = parse_sources(config.data.test)
+    if sources and several():
+        say("several processes: nothing is scored here, python -m milora_jax.evaluation does it afterwards")
+        sources = []
+    tests = {source.name: read_records(source, scored=True) for source in sources}
     return train, dev, tests
 
 

@@ -94,13 +94,21 @@ def init_state(adapter: Adapter, key: Key[Array, ""], settings: TrainSection, to
     )
 
 
-def make_steps(model: ModelConfig, settings: TrainSection, total_steps: int, prompts: int) -> Steps:
+def make_steps(
+    model: ModelConfig,
+    settings: TrainSection,
+    total_steps: int,
+    prompts: int,
+    shardings: Callable[[TrainState], PyTree] | None = None,
+) -> Steps:
     """Compile-once training programs; the method comes with the adapter in the state, and so do the
     learning rates.
 
     Args:
       total_steps: optimiser steps the schedules stretch over.
       prompts: Z, the most records packed into one row.
+      shardings: where every leaf of a state stays; without it the compiler chooses where an update leaves
+        them, and a second step is compiled for what it chose.
     """
     omega_optimizer, theta_optimizer = _optimizers(settings, total_steps)
 
@@ -118,6 +126,16 @@ def make_steps(model: ModelConfig, settings: TrainSection, total_steps: int, pro
             loss_chunk=settings.loss_chunk,
             totals=totals,
         )
+
+    def settled(state: TrainState) -> TrainState:
+        if shardings is None:
+            return state
+        key = state.key  # typed keys have no values to lay out
+        places = shardings(state)
+        placed = jax.lax.with_sharding_constraint(
+            dataclasses.replace(state, key=None), dataclasses.replace(places, key=None)
+        )
+        return dataclasses.replace(placed, key=key)
 
     def gradient(adapter_of: Callable[[PyTree], Adapter], params: PyTree, *inputs: Any) -> tuple:
         return value_and_gradient(loss, model, prompts, settings.accumulate, adapter_of, params, *inputs)
@@ -147,7 +165,7 @@ def make_steps(model: ModelConfig, settings: TrainSection, total_steps: int, pro
         state = dataclasses.replace(
             state, step=state.step + 1, adapter=adapter, memory=memory, omega_state=opt_state, bad_steps=bad
         )
-        return state, _metrics(value, parts, norm, bad)
+        return settled(state), _metrics(value, parts, norm, bad)
 
     def coefficients(state: TrainState, base: Base, batch: Batch) -> tuple[TrainState, Metrics]:
         omega, theta, rest = split_params(state.adapter)
@@ -165,7 +183,7 @@ def make_steps(model: ModelConfig, settings: TrainSection, total_steps: int, pro
         adapter = join_params(state.adapter, omega, theta, rest)
         state = dataclasses.replace(state, adapter=adapter, theta_state=opt_state)
         # A good update of Theta says nothing about Omega's: it must not end a row of bad ones.
-        return state, _metrics(value, parts, norm, (~finite).astype(jnp.int32))
+        return settled(state), _metrics(value, parts, norm, (~finite).astype(jnp.int32))
 
     def evaluate(adapter: Adapter, base: Base, batch: Batch) -> tuple:
         return summed_loss(adapter, base, model, batch, prompts, settings.loss_chunk)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from milora_jax.config import Config
 from milora_jax.errors import UserError
+from milora_jax.parallel.processes import is_first, wait_for_all
 from milora_jax.storage.files import read_json, write_json_atomic
 from milora_jax.storage.lock import WorkdirLock
 from milora_jax.storage.workdir import CONFIG_NAME
@@ -35,13 +37,30 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     write_json_atomic(workdir / CONFIG_NAME, config.to_dict())
 
 
+@contextmanager
+def claimed(workdir: Path, config: Config) -> Iterator[None]:
+    """Hold a workdir for the ``with`` block: the first process does, the others wait until it has it.
+
+    Raises:
+      UserError: as :class:`WorkdirLock` and :func:`claim_workdir` do.
+    """
+    if not is_first():
+        wait_for_all("workdir claimed")
+        yield
+        return
+    with WorkdirLock(workdir):
+        claim_workdir(workdir, config)
+        wait_for_all("workdir claimed")
+        yield
+
+
 def refuse_early(workdir: Path, config: Config) -> None:
     """Refuse a workdir that another run is using or has used, before a large base is loaded for nothing.
 
     Raises:
       UserError: as :class:`WorkdirLock` and :func:`claim_workdir` do.
     """
-    if (workdir / CONFIG_NAME).is_file():
+    if is_first() and (workdir / CONFIG_NAME).is_file():
         with WorkdirLock(workdir):
             _require_same(workdir, config)
 
@@ -67,10 +86,14 @@ class MetricsLog:
     def __init__(self, workdir: Path, resume_step: int, warn: Callable[[str], None]) -> None:
         """Open the log and drop the lines of steps that will be taken again.
 
+        Of several processes the first one writes; the others' logs are nowhere.
+
         Args:
           warn: receives one line if a power cut left lines that cannot be read; they are dropped too.
         """
         self._path = workdir / METRICS_NAME
+        if not is_first():
+            return
         lines = self._old_lines()
         steps = [_step_of(line) for line in lines]
         if None in steps:
@@ -91,6 +114,8 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one line; values that are not finite are written as null, which JSON can carry."""
+        if not is_first():
+            return
         clean = {name: _json_value(value) for name, value in values.items()}
         line = json.dumps({"step": step, **clean}, allow_nan=False)
         with self._path.open("a", encoding="utf-8") as file:

@@ -1,0 +1,172 @@
+"""Several processes, one per host of a cluster, that run the same program on all devices together.
+
+Every process reads the same files and takes the same steps; what only one may do, writing, the first does.
+All must see the same file system.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from milora_jax.cluster import Cluster
+from milora_jax.errors import EXIT_PREEMPTED, UserError
+from milora_jax.types import PyTree
+
+HEARTBEAT_SECONDS = 30
+"""A process from which nothing was heard for so long is taken for dead, and all others end."""
+
+SHUTDOWN_SECONDS = 60
+"""How long a process that is done waits for the others."""
+
+SIGNS = (
+    ("SLURM_STEP_NUM_TASKS", lambda value: value.isdecimal() and int(value) > 1),
+    ("OMPI_COMM_WORLD_SIZE", lambda value: value.isdecimal() and int(value) > 1),
+    ("TPU_WORKER_HOSTNAMES", lambda value: "," in value),
+    ("TPU_PROCESS_ADDRESSES", lambda value: "," in value),
+    ("MEGASCALE_COORDINATOR_ADDRESS", bool),
+)
+"""Variables by which Slurm, Open MPI, and TPU jobs on Kubernetes say that a process is one of several."""
+
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
+
+
+def _in_cluster() -> bool:
+    """Whether the environment says that this process is one of several, or may be."""
+    if any(holds(os.environ.get(name, "")) for name, holds in SIGNS):
+        return True
+    # A worker of a TPU pod is told by a service of its host, which JAX asks.
+    has_tpu = any(Path(device).exists() for device in TPU_DEVICES)
+    wanted = os.environ.get("JAX_PLATFORMS", "tpu") == "tpu" and "TPU_SKIP_MDS_QUERY" not in os.environ
+    return has_tpu and wanted and importlib.util.find_spec("libtpu") is not None
+
+
+@contextmanager
+def together(cluster: Cluster) -> Iterator[None]:
+    """Join the other processes, where there are others, for the ``with`` block.
+
+    A process that fails inside ends at once with its line and its exit code, and takes the others with it:
+    they would wait for it for ever. They notice within :data:`HEARTBEAT_SECONDS` and end with exit code 75,
+    which asks for the same command again, or with the abort of JAX's coordination service.
+
+    Raises:
+      UserError: the others are not to be reached.
+    """
+    if not cluster.coordinator and not _in_cluster():
+        yield
+        return
+    named = (
+        {
+            "coordinator_address": cluster.coordinator,
+            "num_processes": cluster.processes,
+            "process_id": cluster.process,
+        }
+        if cluster.coordinator
+        else {}
+    )
+    try:
+        jax.distributed.initialize(
+            **named,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from None
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        _end(error)
+    jax.distributed.shutdown()
+
+
+def _end(error: BaseException) -> None:
+    """Leave at once: an ordinary exit would wait for the others at a barrier."""
+    code, line = 1, f"{type(error).__name__}: {error}"
+    if isinstance(error, UserError):
+        code, line = error.exit_code, str(error)
+    elif isinstance(error, jax.errors.JaxRuntimeError):
+        code = EXIT_PREEMPTED
+        line = f"another process is gone or cannot be reached: run the same command again ({error})"
+    elif isinstance(error, SystemExit):
+        code, line = int(error.code or 0), ""
+    if code == 1:
+        import traceback
+
+        traceback.print_exception(error)
+    elif line:
+        print(f"error: process {jax.process_index()}: {' '.join(line.split())}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def several() -> bool:
+    """Whether there are other processes."""
+    return jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Block until every process has come here."""
+    if several():
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def any_of_all(flag: bool) -> bool:
+    """Whether the flag is set in any process; all must ask."""
+    if not several():
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def from_first(value: int) -> int:
+    """The first process's value; all must ask."""
+    if not several():
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.array(value, np.int32)))
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """The whole of every leaf as NumPy arrays, wherever its parts lie; all processes must ask."""
+    if not several():
+        return jax.tree.map(np.asarray, tree)
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
+
+
+def place(tree: PyTree, sharding: Any) -> PyTree:
+    """Host arrays on the devices of all processes; every process holds the whole and gives its own part.
+
+    Args:
+      sharding: one for all leaves, or a tree of them.
+    """
+    if not several():
+        return jax.device_put(tree, sharding)
+
+    def of_leaf(leaf: np.ndarray, where: Any) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+
+    if isinstance(sharding, jax.sharding.Sharding):
+        return jax.tree.map(lambda leaf: of_leaf(np.asarray(leaf), sharding), tree)
+    return jax.tree.map(lambda leaf, where: of_leaf(np.asarray(leaf), where), tree, sharding)
