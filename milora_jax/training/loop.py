@@ -122,12 +122,12 @@ class Trainer:
         self._bilevel = bool(jax.tree.leaves(theta))
         self._run, self._say, self._settings = run, say, config.train
         self._total = planned_steps(config.train, len(run.train))
-        self._length = run.row_length
+        self._length, self._prompts = run.row_length, run.prompts
         self._steps = steps or make_steps(
             run.model,
             config.train,
             self._total,
-            run.prompts,
+            self._prompts,
             lambda s: state_shardings(run.mesh, run.rules, s),
         )
         self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, say)
@@ -337,7 +337,7 @@ class Trainer:
             total, count = total + float(loss), count + int(tokens)
             if route is not None:
                 filled = [len(row) for row in packed] + [0] * (size - len(packed))
-                present = np.arange(self._run.prompts) < np.array(filled)[:, None]  # [B, Z]
+                present = np.arange(self._prompts) < np.array(filled)[:, None]  # [B, Z]
                 probs.append(route.probs[:, present])
                 chosen.append(route.weights[:, present] != 0)
         perplexity = math.exp(min(total / count, 700.0))

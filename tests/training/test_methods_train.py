@@ -70,7 +70,7 @@ def fit(run, steps, workdir, stop_after=None):
     return trainer.fit(lambda done, status: reached.append(done), lambda: len(reached) + 1 == stop_after)
 
 
-DEFAULT = ("milora", "adalora", "iapt", "ssp")
+DEFAULT = ("milora", "iapt", "ssp")
 """One method for every hook; the others take the same paths and are run with the slow tests."""
 
 

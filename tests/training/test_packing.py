@@ -68,9 +68,9 @@ def close(one, other, **tolerances):
     "settings",
     [
         {"pooler": "attention"},
-        {"pooler": "max", "gate": "softmax"},
-        {"method": "lora"},
         {"method": "iapt"},
+        pytest.param({"pooler": "max", "gate": "softmax"}, marks=pytest.mark.slow),
+        pytest.param({"method": "lora"}, marks=pytest.mark.slow),
         pytest.param({"pooler": "mean", "gate": "straight_through"}, marks=pytest.mark.slow),
         pytest.param({"pooler": "last"}, marks=pytest.mark.slow),
         pytest.param({"method": "p_tuning_v2"}, marks=pytest.mark.slow),
@@ -105,7 +105,7 @@ def test_a_router_that_ignored_segments_would_be_seen():
     assert any(differ)
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "lora"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, pytest.param({"method": "lora"}, marks=pytest.mark.slow)], ids=str)
 def test_a_step_in_parts_is_the_whole_step(settings):
     whole = TrainSection(learning_rate=1e-2, coefficient_learning_rate=1e-2)
     one, one_metrics, _ = updated(False, whole, **settings)
