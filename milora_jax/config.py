@@ -116,6 +116,12 @@ class ModelConfig:
             "down": (f, d),
         }
 
+    @property
+    def matrix_parameters(self) -> int:
+        """N: parameters that a token is multiplied with; the look-up in the embedding is none."""
+        layer = sum(d_in * d_out for d_in, d_out in self.module_dims.values())
+        return self.num_layers * layer + self.vocab_size * self.hidden_size
+
 
 LLAMA2_7B = ModelConfig(
     vocab_size=32000,

@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -36,6 +35,7 @@ from milora_jax.bench.models import (
     streamed_bytes,
 )
 from milora_jax.bench.peer import PEERS, started
+from milora_jax.bench.rounds import add_common, in_turns, names, numbers, require_least, require_names
 from milora_jax.config import AdapterSection, ModelConfig, require
 from milora_jax.errors import UserError
 from milora_jax.generation.bank import Bank
@@ -82,11 +82,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m milora_jax.bench decode", description=__doc__)
 
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
-    parser.add_argument("--model", required=True, help="Hugging Face directory, or random:llama2-7b")
-    parser.add_argument("--method", default="milora", help=f"of {', '.join(METHODS)}")
+    add_common(parser, PEERS)
+    parser.add_argument("--method", type=names, default=["milora"], help=f"of {', '.join(METHODS)}")
     parser.add_argument("--batch", type=numbers, default=[1], help="prompts")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of a continuation")
@@ -94,32 +91,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tenants", type=numbers, default=[1], help="adapters in the batch")
     parser.add_argument("--rank", type=numbers, default=[32], help="of every module's matrices together")
     parser.add_argument("--top-k", type=numbers, default=[3], help="experts that MiLoRA and MiDoRA choose")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--path", default="", help="how rows find their adapters; empty: what suits")
     parser.add_argument("--prefill-rows", type=int, default=1, help="prompts prefilled together")
     parser.add_argument("--chunk", type=int, default=CHUNK, help="steps per compiled chunk")
-    parser.add_argument("--repeats", type=int, default=7, help="at least 5; the median counts")
-    parser.add_argument(
-        "--peer-python",
-        default=sys.executable,
-        help=f"a Python with torch, transformers and peft, for {', '.join(PEERS)}; default: this one",
-    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> None:
     """Measure, and print one JSON object per variant."""
     asked = parse(arguments)
-    for name, least in (("repeats", 1), ("prompt", 1), ("new", 2), ("chunk", 1), ("prefill_rows", 1)):
-        value = getattr(asked, name)
-        require(value >= least, f"--{name.replace('_', '-')}", value, f"at least {least}")
-    for name in ("batch", "beams", "tenants", "rank", "top_k"):
-        for value in getattr(asked, name):
-            require(value >= 1, f"--{name.replace('_', '-')}", value, "at least 1")
-    methods = asked.method.split(",")
-    for method in methods:
-        require(method in METHODS, "--method", method, f"one of {', '.join(METHODS)}")
-    grid = itertools.product(methods, asked.batch, asked.beams, asked.tenants, asked.rank, asked.top_k)
+    sizes = dict.fromkeys(("batch", "beams", "tenants", "rank", "top_k"), 1)
+    require_least(asked, {"repeats": 1, "prompt": 1, "new": 2, "chunk": 1, "prefill_rows": 1, **sizes})
+    require_names("--method", asked.method, METHODS)
+    grid = itertools.product(*(getattr(asked, name) for name in ("method", *sizes)))
     variants = list(dict.fromkeys(_without_what_has_no_effect(Variant(*values)) for values in grid))
     base, config = load_model(asked.model, asked.dtype, decode=True)
     if asked.prompt + asked.new > config.max_positions:
@@ -133,26 +117,24 @@ def main(arguments: list[str]) -> None:
             else make_case(base, config, variant, asked)
             for variant in variants
         ]
-        speeds = measure(cases, asked)
+        bandwidth = measure(cases, asked)
     for case in cases:
-        print(json.dumps(report(case, base, config, asked, statistics.median(speeds))), flush=True)
+        print(json.dumps(report(case, base, config, asked, bandwidth)), flush=True)
 
 
-def measure(cases: list[Case], asked: argparse.Namespace) -> list[float]:
-    """Run every case in turn, as often as asked; the memory's bandwidth after every round."""
+def measure(cases: list[Case], asked: argparse.Namespace) -> float:
+    """Run every case in turn, as often as asked; the memory's bandwidth meanwhile."""
     for case in cases:
         begin = time.perf_counter()
         case.run(asked.new)
         case.run(1)
         case.compile_s = time.perf_counter() - begin
-    speeds = []
-    for repeat in range(asked.repeats):
-        # Every other round goes backwards, so that no variant always follows the same one.
-        for case in cases if repeat % 2 == 0 else cases[::-1]:
-            case.whole.append(_timed(case.run, asked.new))
-            case.first.append(_timed(case.run, 1))
-        speeds.append(machine.measure_bandwidth())
-    return speeds
+
+    def take(case: Case) -> None:
+        case.whole.append(_timed(case.run, asked.new))
+        case.first.append(_timed(case.run, 1))
+
+    return in_turns(cases, asked.repeats, take, machine.measure_bandwidth)
 
 
 def _without_what_has_no_effect(variant: Variant) -> Variant:

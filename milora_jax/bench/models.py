@@ -118,13 +118,6 @@ def bytes_of(tree: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def matrix_parameters(base: Base) -> int:
-    """N: parameters that a token is multiplied with, the head among them and the embedding's look-up not."""
-    matrices = [leaf for leaf in jax.tree.leaves(base.layers) if leaf.ndim > 1 + (not base.unrolled)]
-    (head,) = jax.tree.leaves(base.embedding if base.head is None else base.head)
-    return sum(leaf.size for leaf in matrices) + head.size
-
-
 def streamed_bytes(base: Base) -> int:
     """Bytes of the base that a decode step reads: all but the embedding, of which it takes a few rows."""
     tied = base.head is None

@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,10 +22,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from milora_jax.adapters.registry import build_method
 from milora_jax.base.modules import Base
 from milora_jax.bench import machine
-from milora_jax.bench.models import load_model, matrix_parameters, peer_directory, random_adapter
+from milora_jax.bench.models import load_model, peer_directory, random_adapter
 from milora_jax.bench.peer import Peer, started
+from milora_jax.bench.rounds import add_common, in_turns, names, numbers, require_least, require_names
 from milora_jax.config import METHODS, REMAT, AdapterSection, ModelConfig, TrainSection, require
 from milora_jax.data.batches import collate
 from milora_jax.data.packing import in_rows
@@ -35,7 +36,6 @@ from milora_jax.errors import UserError
 from milora_jax.training.step import init_state, make_steps
 
 PEERS = ("peft-lora", "peft-dora")
-RANKED = ("milora", "midora", "lora", "dora", "adalora", "moelora", *PEERS)
 
 # fmt: off
 GSM8K_LENGTHS = (
@@ -93,13 +93,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m milora_jax.bench train", description=__doc__)
 
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
-    def names(text: str) -> list[str]:
-        return text.split(",")
-
-    parser.add_argument("--model", required=True, help="Hugging Face directory, or random:llama2-7b")
+    add_common(parser, PEERS)
     methods = ", ".join((*METHODS, *PEERS))
     parser.add_argument("--method", type=names, default=["milora"], help=f"of {methods}")
     parser.add_argument("--batch", type=numbers, default=[8], help="rows of a step")
@@ -112,28 +106,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="records of GSM8K's lengths, padded and packed, instead of full rows",
     )
     parser.add_argument("--loss-chunk", type=int, default=TrainSection().loss_chunk)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=7, help="at least 5; the median counts")
-    parser.add_argument(
-        "--peer-python",
-        default=sys.executable,
-        help=f"a Python with torch, transformers and peft, for {', '.join(PEERS)}; default: this one",
-    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> None:
     """Measure, and print one JSON object per variant."""
     asked = parse(arguments)
-    for name, least in (("repeats", 1), ("seq", 2), ("loss_chunk", 1)):
-        value = getattr(asked, name)
-        require(value >= least, f"--{name.replace('_', '-')}", value, f"at least {least}")
-    for name in ("batch", "rank"):
-        for value in getattr(asked, name):
-            require(value >= 1, f"--{name}", value, "at least 1")
-    for name, allowed in (("method", (*METHODS, *PEERS)), ("remat", REMAT)):
-        for value in getattr(asked, name):
-            require(value in allowed, f"--{name}", value, f"one of {', '.join(allowed)}")
+    require_least(asked, {"repeats": 1, "seq": 2, "loss_chunk": 1, "batch": 1, "rank": 1})
+    require_names("--method", asked.method, (*METHODS, *PEERS))
+    require_names("--remat", asked.remat, REMAT)
     rows = ("padded", "packed") if asked.packed else ("full",)
     grid = itertools.product(asked.method, asked.batch, asked.rank, asked.remat, rows)
     variants = list(dict.fromkeys(_without_what_has_no_effect(Variant(*values)) for values in grid))
@@ -146,27 +127,22 @@ def main(arguments: list[str]) -> None:
             else make_case(base, config, variant, asked)
             for variant in variants
         ]
-        peaks = measure(cases, asked)
+        matmul = in_turns(cases, asked.repeats, take_step, lambda: machine.measure_matmul(asked.dtype))
         for case in cases:
-            print(json.dumps(report(case, base, asked, statistics.median(peaks))), flush=True)
+            print(json.dumps(report(case, config, asked, matmul)), flush=True)
 
 
-def measure(cases: list[Case], asked: argparse.Namespace) -> list[float]:
-    """Take a step of every case in turn, as often as asked; the matrix product's speed after every round."""
-    peaks = []
-    for repeat in range(asked.repeats):
-        # Every other round goes backwards, so that no variant always follows the same one.
-        for case in cases if repeat % 2 == 0 else cases[::-1]:
-            begin = time.perf_counter()
-            case.step()
-            case.seconds.append(time.perf_counter() - begin)
-        peaks.append(machine.measure_matmul(asked.dtype))
-    return peaks
+def take_step(case: Case) -> None:
+    """A step of a case, timed."""
+    begin = time.perf_counter()
+    case.step()
+    case.seconds.append(time.perf_counter() - begin)
 
 
 def _without_what_has_no_effect(variant: Variant) -> Variant:
     """A variant with rank 0 and no remat where its method has no such setting."""
-    if variant.method not in RANKED:
+    ranked = variant.method in PEERS or hasattr(build_method(AdapterSection(method=variant.method)), "rank")
+    if not ranked:
         variant = dataclasses.replace(variant, rank=0)
     return dataclasses.replace(variant, remat="none") if variant.method in PEERS else variant
 
@@ -245,12 +221,12 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse
     return Case(variant, step, useful, machine.peak_memory, compile_s, step_bytes=size)
 
 
-def report(case: Case, base: Base, asked: argparse.Namespace, matmul: float) -> dict[str, Any]:
+def report(case: Case, config: ModelConfig, asked: argparse.Namespace, matmul: float) -> dict[str, Any]:
     """The figures of one variant."""
     seconds = statistics.median(case.seconds)
     tokens = case.variant.batch * asked.seq
     # Forward 2N and backward 2N: a frozen matrix has no gradient of its own. Attention is not counted.
-    flops = 4 * matrix_parameters(base) * tokens / seconds
+    flops = 4 * config.matrix_parameters * tokens / seconds
     return {
         "what": "train",
         "model": asked.model,

@@ -7,18 +7,15 @@ scan over layers for one layer; counts of collectives are instructions in the pr
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from milora_jax.base.hf import LeafSpec, base_specs
 from milora_jax.config import Config, MeshSection, ModelConfig, require
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import check_divides, make_mesh
@@ -103,7 +100,7 @@ class Topology:
 
         try:
             self.devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-        except Exception as error:  # libtpu raises whatever it likes
+        except RuntimeError as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"--topology {name!r}: {line} (libtpu is installed by pip install 'milora-jax[tpu]'; "
@@ -171,31 +168,13 @@ def count_collectives(program: str) -> dict[str, int]:
     return dict(Counter(re.findall(rf"= .*? ({kinds})(?:-start)?\(", program)))
 
 
-def matrix_parameters(model: ModelConfig) -> int:
-    """N: parameters that a token is multiplied with; the look-up in the embedding is none."""
-    layers = model.num_layers * sum(a * b for a, b in model.module_dims.values())
-    return layers + model.vocab_size * model.hidden_size
-
-
-def total_parameters(model: ModelConfig) -> int:
-    """All parameters of a base."""
-
-    def size(spec: LeafSpec) -> int:
-        count = 1
-        for side in spec.shape:
-            count *= side
-        return count
-
-    return sum(map(size, jax.tree.leaves(base_specs(model))))
-
-
 def step_flops(config: Config, model: ModelConfig, what: str) -> float:
     """Useful floating-point operations of one program; see :class:`Compiled`."""
     per_token = 4.0 if what == "train" else 2.0
     if what == "decode":
-        return per_token * matrix_parameters(model) * config.eval.batch_size * STEPS
+        return per_token * model.matrix_parameters * config.eval.batch_size * STEPS
     rows = config.train.batch_size if what == "train" else config.eval.batch_size
-    return per_token * matrix_parameters(model) * rows * config.data.max_length
+    return per_token * model.matrix_parameters * rows * config.data.max_length
 
 
 def describe(found: Compiled, chip: Chip) -> list[str]:
@@ -217,12 +196,3 @@ def describe(found: Compiled, chip: Chip) -> list[str]:
         f"  program   {counted} (instructions); compiled in {found.compile_s:.0f} s",
     ]
     return lines
-
-
-def with_mesh(config: Config, mesh: MeshSection, remat: str, batch: int) -> Config:
-    """The same run on another mesh."""
-    train = dataclasses.replace(config.train, remat=remat, batch_size=batch)
-    return dataclasses.replace(config, mesh=mesh, train=train)
-
-
-Say = Callable[[str], None]

@@ -60,7 +60,7 @@ def config_of(path: str, overrides: list[str]) -> Config:
     try:
         # ml_collections reads overrides from there and from nowhere else.
         sys.argv = [argv[0], "--config", path, *overrides]
-        return parse_train_flags()[0]
+        return parse_train_flags().config
     finally:
         sys.argv = argv
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 
+from milora_jax.base.hf import base_specs
 from milora_jax.config import REMAT, Config, MeshSection, ModelConfig
 from milora_jax.errors import UserError
-from milora_jax.scaling.aot import Compiled, Say, Topology, matrix_parameters, total_parameters, with_mesh
+from milora_jax.scaling.aot import Compiled, Topology
 from milora_jax.scaling.chips import GIB, Chip
+
+Say = Callable[[str], None]
 
 EXECUTED = {"none": 4.0, "products": 4.0, "full": 6.0}
 """Floating-point operations per parameter and token that a step executes, recomputation included."""
@@ -46,7 +53,7 @@ def estimate(config: Config, model: ModelConfig, chip: Chip, devices: int) -> Es
     """
     mesh, train = config.mesh, config.train
     tokens = train.batch_size * config.data.max_length
-    compute = EXECUTED[train.remat] * matrix_parameters(model) * tokens / (devices * chip.flops)
+    compute = EXECUTED[train.remat] * model.matrix_parameters * tokens / (devices * chip.flops)
     width = jnp.dtype(config.model.dtype).itemsize
     passes = 3 if train.remat == "full" else 2
     gathered = total_parameters(model) * width / mesh.tensor * (mesh.fsdp - 1) / mesh.fsdp * passes
@@ -54,6 +61,17 @@ def estimate(config: Config, model: ModelConfig, chip: Chip, devices: int) -> Es
     activation = tokens / rows * model.hidden_size * width
     summed = 2 * passes * model.num_layers * 2 * activation * (mesh.tensor - 1) / mesh.tensor
     return Estimate(compute, (gathered + summed) / chip.link)
+
+
+def total_parameters(model: ModelConfig) -> int:
+    """All parameters of a base."""
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(base_specs(model)))
+
+
+def with_mesh(config: Config, mesh: MeshSection, remat: str, batch: int) -> Config:
+    """The same run on another mesh."""
+    train = dataclasses.replace(config.train, remat=remat, batch_size=batch)
+    return dataclasses.replace(config, mesh=mesh, train=train)
 
 
 def meshes(devices: int, config: Config, model: ModelConfig) -> list[MeshSection]:

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from milora_jax.bench import train
-from milora_jax.bench.models import matrix_parameters, random_base
+from milora_jax.bench.models import random_base
 from milora_jax.config import LLAMA2_7B
 from milora_jax.errors import UserError
 from tests.models import TINY, WITH_TOKENIZER, write_hf_directory
@@ -28,9 +28,7 @@ def test_one_object_per_variant_with_its_figures(folder, capsys):
     assert [(f["method"], f["rank"], f["remat"]) for f in figures] == [
         (method, rank, remat) for method, rank in (("milora", 4), ("bitfit", 0)) for remat in ("none", "full")
     ]
-    parameters = matrix_parameters(
-        random_base(dataclasses.replace(WITH_TOKENIZER, num_layers=2), "float32", decode=False)
-    )
+    parameters = dataclasses.replace(WITH_TOKENIZER, num_layers=2).matrix_parameters
     for each in figures:
         seconds = statistics.median(each["seconds"])
         assert each["tok_s"] == each["useful_tok_s"] == pytest.approx(2 * 16 / seconds)
@@ -64,12 +62,19 @@ def test_padded_and_packed_are_measured_side_by_side(folder, capsys):
 
 
 def test_the_parameters_a_token_is_multiplied_with():
-    base = random_base(TINY, "float32", decode=False)
-    expected = TINY.num_layers * sum(a * b for a, b in TINY.module_dims.values())
-    assert matrix_parameters(base) == expected + TINY.vocab_size * TINY.hidden_size
-    assert matrix_parameters(random_base(TINY, "float32", decode=True)) == matrix_parameters(base)
-    abstract = jax.eval_shape(lambda: random_base(LLAMA2_7B, "bfloat16", decode=False))
-    assert matrix_parameters(abstract) == 6_738_415_616 - 32000 * 4096 - 65 * 4096
+    """All matrices of the leaves themselves, but the embedding, whose rows are looked up."""
+    sizes = [
+        leaf.size for leaf in jax.tree.leaves(random_base(TINY, "float32", decode=True)) if leaf.ndim == 2
+    ]
+    assert TINY.matrix_parameters == sum(sizes) - TINY.vocab_size * TINY.hidden_size
+    assert LLAMA2_7B.matrix_parameters == 6_738_415_616 - 32000 * 4096 - 65 * 4096
+
+
+def test_every_method_that_has_a_rank_takes_it():
+    """And no other: a rank that is not used would be reported as measured."""
+    asked = train.Variant("ssp", 1, 4, "none", "full")
+    assert train._without_what_has_no_effect(asked).rank == 4
+    assert train._without_what_has_no_effect(dataclasses.replace(asked, method="ia3")).rank == 0
 
 
 @pytest.mark.parametrize(

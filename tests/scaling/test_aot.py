@@ -25,13 +25,11 @@ from milora_jax.scaling import aot
 from milora_jax.scaling.aot import (
     Topology,
     count_collectives,
-    matrix_parameters,
     step_flops,
-    total_parameters,
 )
 from milora_jax.scaling.chips import GIB, Chip, chip_of
 from milora_jax.scaling.command import config_of, model_of, parse_mesh
-from milora_jax.scaling.plan import estimate, meshes, plan
+from milora_jax.scaling.plan import estimate, meshes, plan, total_parameters
 from milora_jax.scaling.programs import decode_program, prefill_program
 from tests.models import TINY
 
@@ -60,7 +58,7 @@ def test_a_step_is_compiled_and_measured():
     assert (found.mesh, found.devices, found.remat) == (MeshSection(1, 8, 1), 8, "products")
     assert found.memory.peak > found.memory.arguments > found.memory.donated > 0
     assert found.collectives["all-gather"] > 0, "nothing is sharded"
-    assert found.flops == 4 * matrix_parameters(MODEL) * 16 * 16
+    assert found.flops == 4 * MODEL.matrix_parameters * 16 * 16
 
 
 @pytest.mark.parametrize("make", [prefill_program, decode_program])
@@ -137,7 +135,7 @@ def test_the_arithmetic_of_a_step():
     )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
     found = estimate(config, MODEL, CHIP, 8)
-    assert found.compute == pytest.approx(6 * matrix_parameters(MODEL) * 8 * 16 / (8 * 1e12))
+    assert found.compute == pytest.approx(6 * MODEL.matrix_parameters * 8 * 16 / (8 * 1e12))
     gathered = total_parameters(MODEL) * 2 / 2 * 3 / 4 * 3
     summed = 2 * 3 * MODEL.num_layers * 2 * (8 * 16 / 4 * MODEL.hidden_size * 2) / 2
     assert found.links == pytest.approx((gathered + summed) / 1e9)
@@ -148,8 +146,8 @@ def test_the_parameters_of_llama():
     assert total_parameters(LLAMA2_7B) == 6_738_415_616
     assert total_parameters(SHAPES["llama2-13b"]) == 13_015_864_320
     assert total_parameters(SHAPES["llama2-70b"]) == 68_976_648_192
-    assert matrix_parameters(LLAMA2_7B) == 6_738_415_616 - 32000 * 4096 - 65 * 4096
-    assert step_flops(CONFIG, MODEL, "prefill") == 2 * matrix_parameters(MODEL) * 8 * 16
+    assert LLAMA2_7B.matrix_parameters == 6_738_415_616 - 32000 * 4096 - 65 * 4096
+    assert step_flops(CONFIG, MODEL, "prefill") == 2 * MODEL.matrix_parameters * 8 * 16
 
 
 def test_meshes_divide_the_batch_and_the_heads():
