@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple
 
 from milora_jax.cluster import Cluster
 from milora_jax.config import Config
@@ -117,7 +117,7 @@ def stop_if(preempted: Callable[[], bool], doing: str) -> None:
 class Bar:
     """Progress of one long job: a tqdm bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, name: str, total: int, unit: str, stream: TextIO) -> None:
+    def __init__(self, name: str, total: int, unit: str, stream: IO[str] | io.TextIOBase) -> None:
         self._name, self._total, self._unit, self._stream = name, total, unit, stream
         self._reached, self._printed, self._status = 0, time.monotonic(), ""
         self._bar: Any = None
@@ -149,6 +149,14 @@ class Bar:
             self._bar.close()
 
 
+class _Nowhere(io.TextIOBase):
+    """A stream that keeps nothing."""
+
+    def write(self, text: str, /) -> int:
+        """Take the text."""
+        return len(text)
+
+
 class Console:
     """Where a command talks to its user: standard error, so that standard output stays data."""
 
@@ -158,9 +166,7 @@ class Console:
         Args:
           silent: say nothing, for all processes but the first.
         """
-        self._stream: TextIO = sys.stderr
-        if silent:
-            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+        self._stream = _Nowhere() if silent else sys.stderr
 
     def say(self, line: str) -> None:
         """Print one line."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 EXIT_BAD_INPUT = 2
 """Exit code of every command for input the user can correct."""
@@ -33,22 +34,32 @@ class Preempted(UserError):
     exit_code = EXIT_PREEMPTED
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command's main function; turn a ``UserError`` into one line on stderr and its exit code.
+TOLD = (UserError, OSError, KeyboardInterrupt)
+"""What ends a command with one line; anything else is a defect of ours and keeps its traceback."""
 
-    So does what the file system refuses: a full disk, a read-only folder. Anything else is a defect of
-    ours and keeps its traceback.
-    """
+
+class Ending(NamedTuple):
+    """How a command ends: its line on standard error, and its exit code."""
+
+    line: str
+    code: int
+
+
+def ending(error: UserError | OSError | KeyboardInterrupt) -> Ending:
+    """The line and the exit code of a mistake, of what the file system refuses, or of Ctrl-C."""
+    if isinstance(error, UserError):
+        return Ending(" ".join(str(error).split()), error.exit_code)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return Ending(f"{where}{error.strerror or error}", EXIT_BAD_INPUT)
+    return Ending("interrupted", 130)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's main function; what is in :data:`TOLD` becomes one line and an exit code."""
     try:
         main()
-    except UserError as error:
-        line = " ".join(str(error).split())
+    except TOLD as error:
+        line, code = ending(error)
         print(f"error: {line}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_BAD_INPUT) from None
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
+        raise SystemExit(code) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from milora_jax.cluster import Cluster
-from milora_jax.errors import EXIT_PREEMPTED, UserError
+from milora_jax.errors import TOLD, Preempted, UserError, ending
 from milora_jax.types import PyTree
 
 HEARTBEAT_SECONDS = 30
@@ -83,7 +85,7 @@ def together(cluster: Cluster) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if jax.process_count() == 1:
+        if not several():
             raise
         _end(error)
     jax.distributed.shutdown()
@@ -91,20 +93,14 @@ def together(cluster: Cluster) -> Iterator[None]:
 
 def _end(error: BaseException) -> None:
     """Leave at once: an ordinary exit would wait for the others at a barrier."""
-    code, line = 1, f"{type(error).__name__}: {error}"
-    if isinstance(error, UserError):
-        code, line = error.exit_code, str(error)
-    elif isinstance(error, jax.errors.JaxRuntimeError):
-        code = EXIT_PREEMPTED
-        line = f"another process is gone or cannot be reached: run the same command again ({error})"
-    elif isinstance(error, SystemExit):
-        code, line = int(error.code or 0), ""
-    if code == 1:
-        import traceback
-
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        error = Preempted(f"another process is gone or out of reach: run the same command again ({error})")
+    code = 1
+    if isinstance(error, TOLD):
+        line, code = ending(error)
+        print(f"error: process {jax.process_index()}: {line}", file=sys.stderr)
+    else:
         traceback.print_exception(error)
-    elif line:
-        print(f"error: process {jax.process_index()}: {' '.join(line.split())}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -155,18 +151,13 @@ def to_host(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
 
 
-def place(tree: PyTree, sharding: Any) -> PyTree:
-    """Host arrays on the devices of all processes; every process holds the whole and gives its own part.
-
-    Args:
-      sharding: one for all leaves, or a tree of them.
-    """
+def place(tree: PyTree, sharding: Sharding) -> PyTree:
+    """Host arrays on the devices of all processes; every process holds the whole and gives its own part."""
     if not several():
         return jax.device_put(tree, sharding)
 
-    def of_leaf(leaf: np.ndarray, where: Any) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+    def of_leaf(leaf: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    if isinstance(sharding, jax.sharding.Sharding):
-        return jax.tree.map(lambda leaf: of_leaf(np.asarray(leaf), sharding), tree)
-    return jax.tree.map(lambda leaf, where: of_leaf(np.asarray(leaf), where), tree, sharding)
+    return jax.tree.map(of_leaf, tree)

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.modules import Base
-from milora_jax.base.transformer import forward
 from milora_jax.config import ModelConfig
 from milora_jax.shapes import Array, Int, Key
-from milora_jax.training.loss import LossParts, Totals, totals_of
+from milora_jax.training.loss import LossParts, Totals, run_batch, totals_of
 from milora_jax.types import Batch, PyTree
 
 Loss = Callable[[Adapter, Base, Batch, "Array | None", "Totals | None"], tuple[Array, LossParts]]
@@ -106,17 +105,7 @@ def _totals(
 
     def choices(numbered: tuple) -> Array:
         number, part = numbered
-        output = forward(
-            base,
-            model,
-            part.tokens,
-            part.positions,
-            part.segment_ids,
-            adapter=adapter,
-            prompt_mask=part.prompt_mask,
-            prompts=prompts,
-            key=_key_of_part(key, number),
-        )
+        output = run_batch(adapter, base, model, part, prompts, _key_of_part(key, number))
         found = totals_of(part, output.route, prompts)
         if found.first_choices is None:
             raise AssertionError("a method that routes gave no route")

@@ -8,7 +8,7 @@ from flax import struct
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.router import expert_share, first_choices, load_balance
 from milora_jax.base.modules import Base
-from milora_jax.base.transformer import forward, prompt_members
+from milora_jax.base.transformer import Output, forward, prompt_members
 from milora_jax.config import ModelConfig
 from milora_jax.shapes import Array, Float, Int, Key, Shaped
 from milora_jax.training.cross_entropy import summed_cross_entropy
@@ -49,6 +49,30 @@ class Totals:
     parts: int = struct.field(pytree_node=False, default=1)
 
 
+def run_batch(
+    adapter: Adapter,
+    base: Base,
+    config: ModelConfig,
+    batch: Batch,
+    prompts: int,
+    key: Key[Array, ""] | None,
+    remat: str = "none",
+) -> Output:
+    """The forward pass over a batch; the arguments are those of :func:`adapted_loss`."""
+    return forward(
+        base,
+        config,
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        adapter=adapter,
+        prompt_mask=batch.prompt_mask,
+        prompts=prompts,
+        key=key,
+        remat=remat,
+    )
+
+
 def adapted_loss(
     adapter: Adapter,
     base: Base,
@@ -72,18 +96,7 @@ def adapted_loss(
       totals: of the whole, where ``batch`` is a part of it: the losses of all parts sum to the loss of
         the whole, and so do the terms and the shares.
     """
-    output = forward(
-        base,
-        config,
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        adapter=adapter,
-        prompt_mask=batch.prompt_mask,
-        prompts=prompts,
-        key=key,
-        remat=remat,
-    )
+    output = run_batch(adapter, base, config, batch, prompts, key, remat)
     # The hidden state of token t predicts token t + 1; the last one of a row predicts nothing.
     targets, counted = (_next(field) for field in (batch.tokens, batch.loss_mask))
     summed = summed_cross_entropy(base, output.hidden, targets, counted, loss_chunk)

@@ -5,10 +5,8 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,46 +15,7 @@ import pytest
 
 from milora_jax.errors import EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from milora_jax.storage.failpoints import FAILPOINTS
-from tests.models import write_hf_directory
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A small model directory and a training file."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_hf_directory(folder / "model")
-    rows = [
-        {"instruction": f"say {i} twice", "input": "", "output": f"{i} {i}", "answer": f"{i}"}
-        for i in range(40)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def command(inputs, workdir, **settings):
-    values = {
-        "model.path": inputs / "model",
-        "data.train": inputs / "rows.jsonl",
-        "data.dev": "",
-        "data.test": "",
-        "data.max_length": 512,
-        "adapter.rank": 2,
-        "adapter.dropout": 0.1,
-        "train.batch_size": 4,
-        "train.max_steps": 30,
-        "train.save_every": 1,
-        "train.eval_every": 7,
-        "train.log_every": 1,
-        "train.coefficient_every": 3,
-        "train.coefficient_learning_rate": 1e-3,
-        "train.learning_rate": 1e-2,
-        "mesh.data": 1,
-        **settings,
-    }
-    flags = [f"--config.{name}={value}" for name, value in values.items()]
-    return [sys.executable, "train.py", "--config", "configs/tiny.py", f"--workdir={workdir}", *flags]
+from tests.training.runs import ROOT, command
 
 
 def environment(inputs, failpoint=""):

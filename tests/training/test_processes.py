@@ -10,13 +10,16 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from milora_jax.cluster import Cluster
+from milora_jax.config import MeshSection
 from milora_jax.errors import EXIT_PREEMPTED, UserError
+from milora_jax.parallel.mesh import make_mesh
 from milora_jax.parallel.processes import HEARTBEAT_SECONDS, any_of_all, from_first, place, to_host
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.checkpoint import CheckpointDirectory
-from tests.training.test_faults import ROOT, command, inputs  # noqa: F401 (a fixture)
+from tests.training.runs import ROOT, command
 
 STEPS = 12
 SETTINGS = {
@@ -87,16 +90,27 @@ def metrics(workdir):
     return [{name: line[name] for name in kept if name in line} for line in lines]
 
 
-def last_checkpoint(workdir):
-    """The state of the last step, read onto one device: by leaf name."""
+def newest_leaves(workdir, sharding):
+    """The newest step of a run and its arrays, every one laid out as asked."""
     directory = CheckpointDirectory(workdir / "checkpoints", 2, print)
     step = directory.newest()
     content = json.loads((directory.root / str(step) / "metadata.json").read_text())
-    return step, content["leaves"]
+    key = jax.random.key(0).dtype
+    asked = {
+        name: jax.ShapeDtypeStruct(
+            leaf["shape"], key if leaf["impl"] else np.dtype(leaf["dtype"]), sharding=sharding(leaf["shape"])
+        )
+        for name, leaf in content["leaves"].items()
+    }
+    leaves, _ = directory.restore(step, asked)
+    return step, {
+        name: np.asarray(jax.random.key_data(leaf) if content["leaves"][name]["impl"] else leaf)
+        for name, leaf in leaves.items()
+    }
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):  # noqa: F811
+def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):
     alone(inputs, tmp_path / "alone")
     log = tmp_path / "whole-log"
     log.mkdir()
@@ -122,7 +136,7 @@ def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):  #
     processes[1].send_signal(signal.SIGKILL)
     begin = time.monotonic()
     assert processes[0].wait(timeout=2 * HEARTBEAT_SECONDS) != 0
-    assert time.monotonic() - begin < 2 * HEARTBEAT_SECONDS
+    assert time.monotonic() - begin < HEARTBEAT_SECONDS, "the stated time"
     processes[1].wait()
     log = tmp_path / "resumed-log"
     log.mkdir()
@@ -134,7 +148,7 @@ def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):  #
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(inputs, tmp_path):  # noqa: F811
+def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(inputs, tmp_path):
     """SIGTERM to one stops both, with the same step saved; another mesh reads the same bits."""
     log = tmp_path / "log"
     log.mkdir()
@@ -144,7 +158,17 @@ def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(inputs, tmp_path)
         assert processes[0].poll() is None, (log / "process0.txt").read_text()
     processes[1].terminate()
     assert [process.wait(timeout=120) for process in processes] == [EXIT_PREEMPTED] * 2
-    step, _ = last_checkpoint(tmp_path / "run")
+    mesh = make_mesh(MeshSection(data=1, fsdp=8, tensor=1))
+
+    def split(shape):
+        first = next((axis for axis, size in enumerate(shape) if size % 8 == 0 and size), None)
+        return NamedSharding(
+            mesh, PartitionSpec(*(["fsdp" if a == first else None for a in range(len(shape))]))
+        )
+
+    step, whole = newest_leaves(tmp_path / "run", lambda _: SingleDeviceSharding(jax.devices()[0]))
+    _, apart = newest_leaves(tmp_path / "run", split)
+    jax.tree.map(np.testing.assert_array_equal, whole, apart)
     more = {"train.max_steps": 400, "mesh.fsdp": 8, "mesh.tensor": 1}
     process = subprocess.Popen(
         command(inputs, tmp_path / "run", **{**SETTINGS, **more}),
@@ -187,7 +211,7 @@ def test_a_mistaken_cluster_is_one_line(values, message):
     assert message in str(found.value)
 
 
-def test_a_run_that_cannot_reach_the_others_is_one_line(inputs, tmp_path, monkeypatch):  # noqa: F811
+def test_a_mistaken_cluster_ends_the_command_with_one_line(inputs, tmp_path):
     cluster = ("--coordinator=127.0.0.1:1", "--processes=2", "--process=5")
     found = subprocess.run(
         [*command(inputs, tmp_path / "w"), *cluster], cwd=ROOT, capture_output=True, text=True, check=False
