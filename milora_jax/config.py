@@ -17,6 +17,7 @@ from typing import Any
 from milora_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZE = ("none", "int8", "nf4")
 METHODS = (
     "milora",
     "midora",
@@ -141,13 +142,22 @@ LLAMA2_7B = ModelConfig(
 
 @dataclass(frozen=True)
 class ModelSection:
-    """Where the frozen base lies and the dtype it is kept and computed in."""
+    """Where the frozen base lies, and how it is kept.
+
+    Attributes:
+      path: a Hugging Face directory.
+      dtype: in which it is computed, and kept where it is not quantised.
+      quantize: how the matrices of its layers are kept: none; int8, a scale per output; nf4, 4 bits and a
+        scale per 64 inputs.
+    """
 
     path: str = ""
     dtype: str = "float32"
+    quantize: str = "none"
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, DTYPES)
+        one_of("model.quantize", self.quantize, QUANTIZE)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,20 @@
 """Small random models for the tests: as a pytree, or as a Hugging Face directory."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from milora_jax.base.hf import LeafSpec, base_specs, save_base
+from milora_jax.base.hf import save_base
 from milora_jax.base.hf_config import write_model_config
-from milora_jax.base.modules import Base
+from milora_jax.base.modules import Base, Layer, Linear
+from milora_jax.base.quantized import SCHEMES
+from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.config import ModelConfig
+from milora_jax.types import EXPERTS
 
 TINY = ModelConfig(
     vocab_size=97,
@@ -40,6 +44,20 @@ def small(settings: dict) -> dict:
     return SMALL[settings.get("method", "milora")]
 
 
+QUANTIZABLE = ModelConfig(
+    **{
+        **vars(TINY),
+        "vocab_size": 96,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_layers": 2,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "head_dim": 16,
+    }
+)
+"""Wide enough for NF4's blocks."""
+
 WITH_TOKENIZER = ModelConfig(**{**vars(TINY), "vocab_size": 320, "max_positions": 512})
 
 
@@ -55,16 +73,48 @@ def random_base(config: ModelConfig = TINY, seed: int = 0, dtype: str = "float32
     return jax.tree.map(draw, base_specs(config))
 
 
+def quantized_base(config: ModelConfig, quantize: str) -> Base:
+    """The random base, quantised, layers stacked."""
+    base, scheme = random_base(config), SCHEMES[quantize]
+
+    def encoded(module: Linear) -> Linear:
+        kernels = np.asarray(module.kernel[...])
+        scales = [scheme.scales_of(kernel) for kernel in kernels]
+        codes = [scheme.codes_of(*pair) for pair in zip(kernels, scales, strict=True)]
+        return Linear(jnp.asarray(np.stack(codes)), _bias(module), jnp.asarray(np.stack(scales)))
+
+    return _with_modules(base, encoded)
+
+
+def decoded_base(base: Base) -> Base:
+    """A plain base with the values of a quantised one, layers stacked."""
+    return _with_modules(base, lambda module: Linear(module.dense(base.dtype), _bias(module)))
+
+
+def _bias(module: Linear) -> jax.Array | None:
+    return None if module.bias is None else module.bias[...]
+
+
+def _with_modules(base: Base, change: Callable[[Linear], Linear]) -> Base:
+    layers = base.layers
+    modules = {name: change(getattr(layers, name)) for name in EXPERTS}
+    changed = Layer(layers.attention_norm[...], layers.feedforward_norm[...], modules)
+    return Base(
+        base.embedding[...], changed, base.final_norm[...], None if base.head is None else base.head[...]
+    )
+
+
 def write_hf_directory(
     path: Path,
     config: ModelConfig = WITH_TOKENIZER,
     seed: int = 0,
     dtype: str = "float32",
     tokenizer: bool = True,
+    base: Base | None = None,
 ) -> None:
     """A complete small LLaMA directory: config.json, model.safetensors and a byte-level tokenizer."""
     path.mkdir(parents=True, exist_ok=True)
-    save_base(path, random_base(config, seed), config, dtype)
+    save_base(path, random_base(config, seed) if base is None else base, config, dtype)
     (path / "config.json").write_text(json.dumps(write_model_config(config, bos_id=1, dtype=dtype)))
     if tokenizer:
         write_tokenizer(path, config.vocab_size)

@@ -143,6 +143,33 @@ def test_the_generation_command_takes_a_run_on_its_own_base_only(
         generation.main()
 
 
+@pytest.mark.slow
+def test_a_run_on_a_quantised_base(folder, tmp_path, monkeypatch, capsys):
+    """Trained, scored and continued on the base as the run kept it, which cannot be changed on the way."""
+    workdir = tmp_path / "w"
+    summary = run_training(folder, workdir, monkeypatch, "--config.model.quantize=int8")
+    assert summary["dev_perplexity"] > 1
+    again = ["--workdir", str(workdir), "--limit", "9", "--predictions", str(tmp_path / "p")]
+    monkeypatch.setattr(sys, "argv", ["evaluation", *again])
+    capsys.readouterr()
+    evaluation.main()
+    assert json.loads(capsys.readouterr().out)["accuracy"] == summary["accuracy"]["adapter"]
+    assert (tmp_path / "p").read_text() == (workdir / "predictions.jsonl").read_text()
+    ask = ["generation", "--prompt", "add 1 and 2", "--max-new-tokens", "8", "--json", "--logprobs", "1"]
+
+    def continued(*more):
+        monkeypatch.setattr(sys, "argv", [*ask, *more])
+        generation.main()
+        return json.loads(capsys.readouterr().out)
+
+    theirs = continued("--workdir", str(workdir))
+    base = ("--base", str(folder / "model"), "--adapter", str(workdir))
+    assert continued(*base, "--quantize", "int8") == theirs
+    assert continued(*base) != theirs
+    with pytest.raises(UserError, match=r"model\.quantize"):
+        run_training(folder, workdir, monkeypatch, "--config.model.quantize=none")
+
+
 def test_the_verbs_of_the_package(workdir, folder, tmp_path):
     base, config = milora_jax.load_base(folder / "model")
     adapter = milora_jax.load_adapter(workdir)

@@ -14,8 +14,6 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from milora_jax.base.modules import Base, JoinedLayer, Layer, Linear
+from milora_jax.base.modules import Base
+from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.config import ModelConfig
 from milora_jax.errors import UserError
-from milora_jax.types import EXPERTS, GROUPS
-
-MODULE_PATHS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-"""Where Hugging Face keeps each of the seven modules inside a layer."""
-
-ATTENTION = ("q", "k", "v", "o")
-NORM_PATHS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -55,146 +39,27 @@ IGNORED_SUFFIX = "rotary_emb.inv_freq"
 """Old checkpoints store the rotary frequencies; they follow from the config."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """One tensor of the files, and where it lies in a leaf.
-
-    Attributes:
-      name: in the files.
-      layer: its place on the leading axis of a stacked leaf.
-      columns: its first column in a joined leaf, and the one after its last.
-    """
-
-    name: str
-    layer: int | None = None
-    columns: tuple[int, int] | None = None
-
-    def within(self, box: tuple[slice, ...]) -> tuple[tuple[Any, ...], tuple[slice, ...]] | None:
-        """What a box of the leaf, one slice per axis, holds of this tensor.
-
-        Returns:
-          Where in the box, and which slices of the tensor as the leaf orders its axes; None where they
-          have nothing in common.
-        """
-        if self.layer is not None:
-            layers, *rest = box
-            inside = layers.start <= self.layer < layers.stop
-            return ((self.layer - layers.start,), tuple(rest)) if inside else None
-        if self.columns is None:
-            return (), box
-        *front, asked = box
-        first, end = max(asked.start, self.columns[0]), min(asked.stop, self.columns[1])
-        if first >= end:
-            return None
-        mine = slice(first - self.columns[0], end - self.columns[0])
-        return (..., slice(first - asked.start, end - asked.start)), (*front, mine)
-
-
-@dataclass(frozen=True)
-class LeafSpec:
-    """One leaf of the base and the tensors that fill it.
-
-    Attributes:
-      shape: of the leaf.
-      parts: the tensors: one per layer for a stacked leaf, one per module for a joined one.
-      transposed: whether the files hold it ``[out, in]``.
-    """
-
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
-    transposed: bool = False
-
-    def part_shape(self, part: Part) -> tuple[int, ...]:
-        """Shape of one of the tensors, as the leaf orders its axes."""
-        if part.layer is not None:
-            return self.shape[1:]
-        if part.columns is not None:
-            return (*self.shape[:-1], part.columns[1] - part.columns[0])
-        return self.shape
-
-
-def base_specs(config: ModelConfig, decode: bool = False) -> Base:
-    """A Base whose leaves are LeafSpecs: the one table of names and shapes.
-
-    Args:
-      decode: a tuple of joined layers, as ``modules.decode_layout`` makes it, instead of a stacked one.
-    """
-    count = config.num_layers
-
-    def plain(name: str, *shape: int, transposed: bool = False) -> LeafSpec:
-        return LeafSpec(shape, (Part(name),), transposed)
-
-    def stacked(suffix: str, *shape: int, transposed: bool = False) -> LeafSpec:
-        parts = tuple(Part(f"model.layers.{i}.{suffix}", layer=i) for i in range(count))
-        return LeafSpec((count, *shape), parts, transposed)
-
-    def biased(name: str) -> bool:
-        return config.attention_bias if name in ATTENTION else config.mlp_bias
-
-    def stacked_layer() -> Layer:
-        modules = {}
-        for name in EXPERTS:
-            path, (d_in, d_out) = MODULE_PATHS[name], config.module_dims[name]
-            bias = stacked(f"{path}.bias", d_out) if biased(name) else None
-            modules[name] = Linear(stacked(f"{path}.weight", d_in, d_out, transposed=True), bias)
-        attention_norm, feedforward_norm = (stacked(name, config.hidden_size) for name in NORM_PATHS)
-        return Layer(attention_norm, feedforward_norm, modules)
-
-    def joined_layer(prefix: str) -> JoinedLayer:
-        groups, widths = [], []
-        for names in GROUPS:
-            d_in = config.module_dims[names[0]][0]
-            outputs = tuple(config.module_dims[name][1] for name in names)
-            edges = (0, *accumulate(outputs))
-
-            def joined(
-                kind: str,
-                *front: int,
-                transposed: bool = False,
-                names: tuple[str, ...] = names,
-                edges: tuple[int, ...] = edges,
-            ) -> LeafSpec:
-                parts = tuple(
-                    Part(f"{prefix}.{MODULE_PATHS[name]}.{kind}", columns=ends)
-                    for name, ends in zip(names, pairwise(edges), strict=True)
-                )
-                return LeafSpec((*front, edges[-1]), parts, transposed)
-
-            bias = joined("bias") if biased(names[0]) else None
-            groups.append(Linear(joined("weight", d_in, transposed=True), bias))
-            widths.append(outputs)
-        attention_norm, feedforward_norm = (
-            plain(f"{prefix}.{name}", config.hidden_size) for name in NORM_PATHS
-        )
-        return JoinedLayer(attention_norm, feedforward_norm, tuple(groups), tuple(widths))
-
-    layers = tuple(joined_layer(f"model.layers.{i}") for i in range(count)) if decode else stacked_layer()
-    vocab, width = config.vocab_size, config.hidden_size
-    head = None if config.tie_embeddings else plain("lm_head.weight", width, vocab, transposed=True)
-    return Base(
-        plain("model.embed_tokens.weight", vocab, width), layers, plain("model.norm.weight", width), head
-    )
-
-
 def load_leaves(
     directory: Path,
     config: ModelConfig,
     dtype: str,
     sharding_of: Callable[[" tuple"], Sharding] | None = None,
     decode: bool = False,
+    quantize: str = "none",
 ) -> Base:
     """Read every leaf of the base.
 
     Args:
       sharding_of: where the leaf at a key path goes; None puts all on the first device of this process.
       decode: in the layout of ``modules.decode_layout``, which then need not be made of another.
+      quantize: how the kernels of the layers are kept, one of ``config.QUANTIZE``. For a slice of a quantised
+        kernel all rows of its columns are read: they share scales.
 
     Raises:
       UserError: for a missing, extra or misshapen tensor, a pickle, or a damaged file.
     """
-    target = jnp.dtype(dtype)
     files = _files_by_tensor(directory)
-    specs = base_specs(config, decode)
+    specs = base_specs(config, decode, quantize)
     expected = {part.name for spec in jax.tree.leaves(specs) for part in spec.parts}
     found = {name for name in files if not name.endswith(IGNORED_SUFFIX)}
     if config.tie_embeddings:
@@ -211,7 +76,7 @@ def load_leaves(
             box = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, spec.shape, strict=True))
             key = tuple((s.start, s.stop) for s in box)
             if key not in boxes:  # devices that hold the same share one reading
-                boxes[key] = _read_box(spec, box, target, files)
+                boxes[key] = _read_box(spec, box, dtype, files)
             return boxes[key]
 
         leaf = jax.make_array_from_callback(spec.shape, sharding, shard)
@@ -316,16 +181,29 @@ def _require_same_names(directory: Path, expected: set[str], found: set[str]) ->
         )
 
 
-def _read_box(spec: LeafSpec, box: tuple[slice, ...], dtype: np.dtype, files: dict[str, Path]) -> np.ndarray:
-    """The values of a leaf within a box, one slice per axis."""
-    values = _aligned_empty(tuple(side.stop - side.start for side in box), dtype)
+def _read_box(spec: LeafSpec, box: tuple[slice, ...], dtype: str, files: dict[str, Path]) -> np.ndarray:
+    """The values of a leaf within a box, one slice per axis.
+
+    Args:
+      dtype: of plain leaves.
+    """
+    encoded = spec.encoded
+    asked = box if encoded is None else (*box[:-2], slice(0, encoded.d_in), box[-1])
+    values = _aligned_empty(tuple(side.stop - side.start for side in box), spec.dtype(dtype))
     for part in spec.parts:
-        found = part.within(box)
-        if found is not None:
-            place, mine = found
-            _read_into(
-                values[place], files[part.name], part.name, spec.part_shape(part), mine, spec.transposed
-            )
+        found = part.within(asked)
+        if found is None:
+            continue
+        place, mine = found
+        tensor = (files[part.name], part.name, spec.part_shape(part), mine, spec.transposed)
+        if encoded is None:
+            _read_into(values[place], *tensor)
+            continue
+        plain = np.empty([side.stop - side.start for side in mine], np.float32)
+        _read_into(plain, *tensor)
+        if not np.isfinite(plain).all():
+            raise UserError(f"{files[part.name]}: tensor {part.name!r} has a value that is not finite")
+        values[place] = encoded.of(plain)[box[-2]]
     return values
 
 

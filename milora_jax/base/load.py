@@ -11,11 +11,13 @@ from milora_jax.base.hf import load_leaves
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
-from milora_jax.config import DTYPES, ModelConfig, require
+from milora_jax.config import DTYPES, QUANTIZE, ModelConfig, one_of, require
 from milora_jax.shapes import Array, Float, Int
 
 
-def load_base(path: str | Path, dtype: str = "float32", *, decode: bool = False) -> tuple[Base, ModelConfig]:
+def load_base(
+    path: str | Path, dtype: str = "float32", *, decode: bool = False, quantize: str = "none"
+) -> tuple[Base, ModelConfig]:
     """Load a frozen base from a Hugging Face directory of the LLaMA family.
 
     Args:
@@ -23,13 +25,16 @@ def load_base(path: str | Path, dtype: str = "float32", *, decode: bool = False)
       dtype: dtype the leaves are kept and computed in, whatever the files hold.
       decode: in the layout that decoding reads, in which nothing can be trained; from the other one
         ``generate`` makes it, and both are in memory meanwhile.
+      quantize: keep the matrices of the layers as int8 (a scale per output) or nf4 (a scale per block of
+        64 inputs); norms, embedding and head stay in ``dtype``, in which everything is computed.
 
     Raises:
       UserError: naming the file, tensor or setting that is wrong.
     """
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+    one_of("quantize", quantize, QUANTIZE)
     config = read_model_config(Path(path))
-    return load_leaves(Path(path), config, dtype, decode=decode), config
+    return load_leaves(Path(path), config, dtype, decode=decode, quantize=quantize), config
 
 
 def logits(base: Base, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

@@ -12,25 +12,44 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from milora_jax.adapters.protocol import Frozen, Kernels
-from milora_jax.base import ops
+from milora_jax.base import quantized
 from milora_jax.shapes import Array, Float
 from milora_jax.types import EXPERTS, GROUPS, unstack_layers
 
 
 class Linear(nnx.Module):
-    """A linear map: kernel ``[*L, d_in, d_out]`` and bias ``[*L, d_out]`` or None."""
+    """A linear map.
 
-    def __init__(self, kernel: Any, bias: Any) -> None:
+    Attributes:
+      kernel: ``[*L, d_in, d_out]``; codes where there are scales.
+      bias: ``[*L, d_out]`` or None.
+      scales: of a quantised kernel, ``[*L, blocks, d_out]``, see ``base.quantized``; None of a plain one.
+    """
+
+    def __init__(self, kernel: Any, bias: Any, scales: Any = None) -> None:
         self.kernel = nnx.Param(kernel)
         self.bias = None if bias is None else nnx.Param(bias)
+        self.scales = None if scales is None else nnx.Param(scales)
 
     def __call__(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
         """The map applied to ``x``."""
-        return ops.linear(x, self.kernel[...], None if self.bias is None else self.bias[...])
+        kernel = self.kernel[...]
+        y = x @ kernel if self.scales is None else quantized.product(x, kernel, self.scales[...])
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+
+    def dense(self, dtype: jnp.dtype) -> Float[Array, "*L d_in d_out"]:
+        """The kernel's values: as they are, or decoded in ``dtype``."""
+        kernel = self.kernel[...]
+        return kernel if self.scales is None else quantized.decode(kernel, self.scales[...], dtype)
+
+    def frozen(self, dtype: jnp.dtype) -> Frozen:
+        """The leaves as methods look at them."""
+        return Frozen(self.dense(dtype), None if self.bias is None else self.bias[...])
 
 
 class Layer(nnx.Module):
@@ -53,8 +72,8 @@ class Layer(nnx.Module):
 
     def frozen(self, place: int) -> tuple[Frozen, ...]:
         """The leaves of a projection group, module by module."""
-        modules = [getattr(self, name) for name in GROUPS[place]]
-        return tuple(Frozen(m.kernel[...], None if m.bias is None else m.bias[...]) for m in modules)
+        dtype = self.attention_norm[...].dtype
+        return tuple(getattr(self, name).frozen(dtype) for name in GROUPS[place])
 
 
 class JoinedLayer(nnx.Module):
@@ -84,9 +103,9 @@ class JoinedLayer(nnx.Module):
 
     def frozen(self, place: int) -> tuple[Frozen, ...]:
         """The leaves of a projection group, module by module: slices of the joined ones."""
-        group = self._group(place)
-        kernels = self._split(place, group.kernel[...])
-        biases = (None,) * len(kernels) if group.bias is None else self._split(place, group.bias[...])
+        kernel, bias = self._group(place).frozen(self.attention_norm[...].dtype)
+        kernels = self._split(place, kernel)
+        biases = (None,) * len(kernels) if bias is None else self._split(place, bias)
         return tuple(Frozen(kernel, bias) for kernel, bias in zip(kernels, biases, strict=True))
 
     def _group(self, place: int) -> Linear:
@@ -145,15 +164,17 @@ def decode_layout(base: Base) -> Base:
 def joined_layer(layer: Layer) -> JoinedLayer:
     """One layer with the modules of each projection group side by side."""
     groups, widths = [], []
-    for place in range(len(GROUPS)):
-        frozen = layer.frozen(place)
-        kernel = jnp.concatenate([leaves.kernel for leaves in frozen], axis=-1)
-        biases = [leaves.bias for leaves in frozen if leaves.bias is not None]
-        groups.append(Linear(kernel, jnp.concatenate(biases) if biases else None))
-        widths.append(tuple(leaves.kernel.shape[-1] for leaves in frozen))
+    for names in GROUPS:
+        modules = [getattr(layer, name) for name in names]
+        # Outputs are the last axis of every leaf.
+        groups.append(jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *modules))
+        widths.append(tuple(module.kernel[...].shape[-1] for module in modules))
     return JoinedLayer(layer.attention_norm[...], layer.feedforward_norm[...], tuple(groups), tuple(widths))
 
 
 def frozen_kernels(base: Base) -> Kernels:
-    """The stacked kernels ``[L, d_in, d_out]`` of the seven modules, from which a method may start."""
-    return {name: getattr(base.layers, name).kernel[...] for name in EXPERTS}
+    """The stacked kernels ``[L, d_in, d_out]`` of the seven modules, from which a method may start.
+
+    Of a quantised base they are decoded: inside a jitted function, those that are not read are not made.
+    """
+    return {name: getattr(base.layers, name).dense(base.dtype) for name in EXPERTS}

@@ -99,14 +99,6 @@ def cached_attention(
     return attended.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def linear(
-    x: Float[Array, "*B d_in"], kernel: Float[Array, "d_in d_out"], bias: Float[Array, " d_out"] | None
-) -> Float[Array, "*B d_out"]:
-    """``x W + b`` with W stored [in, out]."""
-    y = x @ kernel
-    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
-
-
 def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     """``silu(gate) * up``, the gated unit of LLaMA."""
     return jax.nn.silu(gate) * up

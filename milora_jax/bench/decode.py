@@ -1,8 +1,8 @@
 """``python -m milora_jax.bench decode``: how fast prompts are continued.
 
-Several values of ``--method``, ``--batch``, ``--beams``, ``--tenants``, ``--rank`` and ``--top-k``,
-separated by commas, are measured side by side: every repetition runs each of them once, in turn, so that what
-disturbs the machine disturbs all alike. One JSON object per line and variant.
+Several values of ``--method``, ``--batch``, ``--beams``, ``--tenants``, ``--rank``, ``--top-k`` and
+``--quantize``, separated by commas, are measured side by side: every repetition runs each of them once, in
+turn, so that what disturbs the machine disturbs all alike. One JSON object per line and variant.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from milora_jax.bench.models import (
 )
 from milora_jax.bench.peer import PEERS, started
 from milora_jax.bench.rounds import add_common, in_turns, names, numbers, require_least, require_names
-from milora_jax.config import AdapterSection, ModelConfig, require
+from milora_jax.config import QUANTIZE, AdapterSection, ModelConfig, require
 from milora_jax.errors import UserError
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.beam import beam_search
@@ -57,6 +57,7 @@ class Variant:
     tenants: int
     rank: int
     top_k: int
+    quantize: str
 
 
 @dataclass
@@ -65,12 +66,14 @@ class Case:
 
     Attributes:
       run: continues the prompts by so many tokens.
+      base: None of a peer.
       tenants: what acts on the base.
       peer: versions of the peer that runs it, instead of us.
     """
 
     variant: Variant
     run: Callable[[int], None]
+    base: Base | None
     tenants: Tenants | None
     peer: dict[str, str] | None = None
     compile_s: float = 0.0
@@ -103,9 +106,13 @@ def main(arguments: list[str]) -> None:
     sizes = dict.fromkeys(("batch", "beams", "tenants", "rank", "top_k"), 1)
     require_least(asked, {"repeats": 1, "prompt": 1, "new": 2, "chunk": 1, "prefill_rows": 1, **sizes})
     require_names("--method", asked.method, METHODS)
-    grid = itertools.product(*(getattr(asked, name) for name in ("method", *sizes)))
+    require_names("--quantize", asked.quantize, QUANTIZE)
+    grid = itertools.product(*(getattr(asked, name) for name in ("method", *sizes, "quantize")))
     variants = list(dict.fromkeys(_without_what_has_no_effect(Variant(*values)) for values in grid))
-    base, config = load_model(asked.model, asked.dtype, decode=True)
+    loaded = {
+        kept: load_model(asked.model, asked.dtype, decode=True, quantize=kept) for kept in asked.quantize
+    }
+    config = next(iter(loaded.values()))[1]
     if asked.prompt + asked.new > config.max_positions:
         raise UserError(
             f"--prompt {asked.prompt} and --new {asked.new}: expected at most {config.max_positions} together"
@@ -114,12 +121,12 @@ def main(arguments: list[str]) -> None:
         cases = [
             make_peer(stack, config, variant, asked)
             if variant.method in PEERS
-            else make_case(base, config, variant, asked)
+            else make_case(*loaded[variant.quantize], variant, asked)
             for variant in variants
         ]
         bandwidth = measure(cases, asked)
     for case in cases:
-        print(json.dumps(report(case, base, config, asked, bandwidth)), flush=True)
+        print(json.dumps(report(case, config, asked, bandwidth)), flush=True)
 
 
 def measure(cases: list[Case], asked: argparse.Namespace) -> float:
@@ -139,6 +146,8 @@ def measure(cases: list[Case], asked: argparse.Namespace) -> float:
 
 def _without_what_has_no_effect(variant: Variant) -> Variant:
     """A variant with 0 for the settings its method does not have."""
+    if variant.method in PEERS:
+        variant = dataclasses.replace(variant, quantize="none")
     if variant.method in ("none", "hf"):
         return dataclasses.replace(variant, tenants=0, rank=0, top_k=0)
     if variant.method not in ("milora", "midora"):
@@ -158,7 +167,7 @@ def make_peer(stack: ExitStack, config: ModelConfig, variant: Variant, asked: ar
             {"dtype": asked.dtype, **sizes, "tenants": variant.tenants, "rank": variant.rank},
         )
     )
-    return Case(variant, peer.run, None, peer=peer.versions)
+    return Case(variant, peer.run, None, None, peer=peer.versions)
 
 
 def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse.Namespace) -> Case:
@@ -175,7 +184,7 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse
             settings = GenerationSettings(max_new_tokens=new, num_beams=variant.beams, ignore_eos=True)
             beam_search(base, config, tenants, prompts, settings)
 
-        return Case(variant, run_beams, tenants)
+        return Case(variant, run_beams, base, tenants)
     engine = Engine(
         base,
         config,
@@ -193,7 +202,7 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse
             engine.submit(prompt, settings, slot)
         engine.run()
 
-    return Case(variant, run, tenants)
+    return Case(variant, run, base, tenants)
 
 
 def make_tenants(base: Base, config: ModelConfig, variant: Variant, path: str) -> Tenants | None:
@@ -222,26 +231,12 @@ def _timed(run: Callable[[int], None], new: int) -> float:
     return time.perf_counter() - begin
 
 
-def report(
-    case: Case, base: Base, config: ModelConfig, asked: argparse.Namespace, bandwidth: float
-) -> dict[str, Any]:
+def report(case: Case, config: ModelConfig, asked: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """The figures of one variant."""
     variant = case.variant
     whole, first = statistics.median(case.whole), statistics.median(case.first)
     steps = asked.new - 1
     decoding = statistics.median(a - b for a, b in zip(case.whole, case.first, strict=True))
-    rows = variant.batch * variant.beams
-    # Under beams a prompt's keys and values are read once for all of its beams.
-    context = variant.batch * asked.prompt + rows * asked.new / 2
-    cache = 2 * context * config.num_layers * config.num_kv_heads * config.head_dim * base.dtype.itemsize
-    weights, adapters = streamed_bytes(base), adapter_bytes(case.tenants, variant)
-    floor = (weights + adapters + cache) / bandwidth
-    read = {
-        "weight_bytes": weights,
-        "adapter_bytes": adapters,
-        "cache_bytes": int(cache),
-        "roofline_share": floor * steps / decoding,
-    }
     return {
         "what": "decode",
         "model": asked.model,
@@ -255,11 +250,26 @@ def report(
         "ms_per_step": 1e3 * decoding / steps,
         "prefill_ms": 1e3 * first,
         "compile_s": case.compile_s,
-        **(read if case.peer is None else dict.fromkeys(read)),
+        **read(case, config, asked, bandwidth * decoding / steps),
         "bandwidth_gb_s": bandwidth / 1e9,
         "seconds": sorted(case.whole),
         **machine.describe(case.peer),
     }
+
+
+def read(
+    case: Case, config: ModelConfig, asked: argparse.Namespace, readable: float
+) -> dict[str, float | int | None]:
+    """The bytes that a step must read, and their share of the ``readable`` ones; unknown of a peer."""
+    names = ("weight_bytes", "adapter_bytes", "cache_bytes", "roofline_share")
+    if case.base is None:
+        return dict.fromkeys(names)
+    variant = case.variant
+    # Under beams a prompt's keys and values are read once for all of its beams.
+    context = variant.batch * asked.prompt + variant.batch * variant.beams * asked.new / 2
+    a_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * case.base.dtype.itemsize
+    sizes = (streamed_bytes(case.base), adapter_bytes(case.tenants, variant), int(context * a_position))
+    return dict(zip(names, (*sizes, sum(sizes) / readable), strict=True))
 
 
 def adapter_bytes(tenants: Tenants | None, variant: Variant) -> int:

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from milora_jax.adapters.dora import DoRA
-from milora_jax.adapters.protocol import Adapter, Method, ProjectionGroup, init_adapter
+from milora_jax.adapters.protocol import Adapter, Kernels, Method, ProjectionGroup, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
-from milora_jax.base.hf import LeafSpec, base_specs
 from milora_jax.base.hf_config import write_model_config
 from milora_jax.base.known import SHAPES
 from milora_jax.base.load import load_base
 from milora_jax.base.modules import Base, frozen_kernels
+from milora_jax.base.quantized import bits_of
+from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.config import AdapterSection, ModelConfig
 from milora_jax.errors import UserError
 from milora_jax.shapes import Array, Float
@@ -31,35 +31,43 @@ RECOMPUTED = "-recomputed"
 """Ending of a method's name whose norms are computed again at every token, as PEFT does."""
 
 
-def load_model(name: str, dtype: str, *, decode: bool) -> tuple[Base, ModelConfig]:
+def load_model(name: str, dtype: str, *, decode: bool, quantize: str = "none") -> tuple[Base, ModelConfig]:
     """A base.
 
     Args:
       name: a Hugging Face directory, or ``random:`` and one of :data:`SHAPES`.
       decode: in the layout for decoding instead of the one for training.
+      quantize: one of ``config.QUANTIZE``.
     """
     if not name.startswith(RANDOM):
         if not Path(name).is_dir():
             raise UserError(f"--model {name!r}: no such directory, and not {RANDOM}{'|'.join(SHAPES)}")
-        return load_base(name, dtype, decode=decode)
+        return load_base(name, dtype, decode=decode, quantize=quantize)
     shape = name.removeprefix(RANDOM)
     if shape not in SHAPES:
         raise UserError(f"--model {name!r}: expected {RANDOM} and one of {', '.join(SHAPES)}")
-    return random_base(SHAPES[shape], dtype, decode=decode), SHAPES[shape]
+    return random_base(SHAPES[shape], dtype, decode=decode, quantize=quantize), SHAPES[shape]
 
 
-def random_base(config: ModelConfig, dtype: str, *, decode: bool) -> Base:
+def random_base(config: ModelConfig, dtype: str, *, decode: bool, quantize: str = "none") -> Base:
     """Random weights, made where they stay, in the layout asked for: nothing is held twice."""
-    specs, structure = jax.tree.flatten(base_specs(config, decode))
+    specs, structure = jax.tree.flatten(base_specs(config, decode, quantize))
     keys = jax.random.split(jax.random.key(0), len(specs))
 
-    @jax.jit(static_argnames="shape")
-    def draw(key: Array, shape: tuple[int, ...]) -> Array:
-        return 0.02 * jax.random.normal(key, shape, jnp.dtype(dtype))
+    @jax.jit(static_argnames="spec")
+    def draw(key: Array, spec: LeafSpec) -> Array:
+        kind = spec.dtype(dtype)
+        if "norm" in spec.parts[0].name:
+            return jnp.ones(spec.shape, kind)
+        if spec.encoded is None:
+            return 0.02 * jax.random.normal(key, spec.shape, kind)
+        if spec.encoded.scales:
+            return jnp.full(spec.shape, 0.04 / spec.encoded.scheme.largest, kind)
+        whole = jnp.iinfo(kind)
+        return jax.random.randint(key, spec.shape, whole.min, whole.max + 1, jnp.int32).astype(kind)
 
     def leaf(spec: LeafSpec, key: Array) -> Array:
-        is_norm = "norm" in spec.parts[0].name
-        return jnp.ones(spec.shape, jnp.dtype(dtype)) if is_norm else draw(key, spec.shape)
+        return draw(key, dataclasses.replace(spec, parts=spec.parts[:1]))  # the parts but say what it is
 
     return jax.tree.unflatten(structure, [leaf(*pair) for pair in zip(specs, keys, strict=True)])
 
@@ -82,13 +90,12 @@ def peer_directory(stack: ExitStack, name: str, config: ModelConfig, dtype: str)
 def random_adapter(base: Base, config: ModelConfig, settings: AdapterSection, seed: int) -> Adapter:
     """An adapter as after training: none of its matrices is zero. Stacked layout."""
     method = build_method(settings)
-    kernels = {} if base.unrolled else dict(frozen_kernels(base))
-    if base.unrolled and (isinstance(method, DoRA) or method.name == "midora"):
-        for place, names in enumerate(GROUPS):
-            columns = zip(*(layer.frozen(place) for layer in base.layers), strict=True)
-            for name, leaves in zip(names, columns, strict=True):
-                kernels[name] = jnp.stack([leaf.kernel for leaf in leaves])
-    adapter = init_adapter(method, jax.random.key(seed), adapter_shape(config), kernels)
+
+    @jax.jit
+    def fresh(base: Base) -> Adapter:
+        return init_adapter(method, jax.random.key(seed), adapter_shape(config), _kernels(base))
+
+    adapter = fresh(base)
     leaves, structure = jax.tree.flatten(adapter.params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     moved = [
@@ -96,6 +103,18 @@ def random_adapter(base: Base, config: ModelConfig, settings: AdapterSection, se
         for key, leaf in zip(keys, leaves, strict=True)
     ]
     return dataclasses.replace(adapter, params=jax.tree.unflatten(structure, moved))
+
+
+def _kernels(base: Base) -> Kernels:
+    """The kernels of a base in either layout; under ``jit`` what is not read costs nothing."""
+    if not base.unrolled:
+        return frozen_kernels(base)
+    kernels = {}
+    for place, names in enumerate(GROUPS):
+        columns = zip(*(layer.frozen(place) for layer in base.layers), strict=True)
+        for name, leaves in zip(names, columns, strict=True):
+            kernels[name] = jnp.stack([leaf.kernel for leaf in leaves])
+    return kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +133,11 @@ class Recomputed(Method):
 
 
 def bytes_of(tree: PyTree) -> int:
-    """Bytes of all leaves."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of all leaves where they are: on a CPU a number of four bits takes a byte."""
+    packed = jax.default_backend() != "cpu"
+    return sum(
+        leaf.size * bits_of(leaf.dtype) // 8 if packed else leaf.nbytes for leaf in jax.tree.leaves(tree)
+    )
 
 
 def streamed_bytes(base: Base) -> int:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from milora_jax.config import require
+from milora_jax.config import QUANTIZE, require
 
 Case = TypeVar("Case")
 
@@ -31,6 +31,9 @@ def add_common(parser: argparse.ArgumentParser, peers: Sequence[str]) -> None:
     """
     parser.add_argument("--model", required=True, help="Hugging Face directory, or random:llama2-7b")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "--quantize", type=names, default=["none"], help=f"how the base is kept: of {', '.join(QUANTIZE)}"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="at least 5; the median counts")
     parser.add_argument(
         "--peer-python",

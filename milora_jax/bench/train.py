@@ -1,9 +1,9 @@
 """``python -m milora_jax.bench train``: how fast an adapter is trained.
 
-Several values of ``--method``, ``--batch``, ``--rank`` and ``--remat``, separated by commas, are measured
-side by side: every repetition takes one step of each in turn. One JSON object per line and variant. A step is
-an update of the adapter; MiLoRA's bi-level update of its rational coefficients (Appendix A of the paper), as
-often as ``train.coefficient_every`` asks, costs as much again and is not in it.
+Several values of ``--method``, ``--batch``, ``--rank``, ``--remat`` and ``--quantize``, separated by commas,
+are measured side by side: every repetition takes one step of each in turn. One JSON object per line and
+variant. A step is an update of the adapter; MiLoRA's bi-level update of its rational coefficients (Appendix A
+of the paper), as often as ``train.coefficient_every`` asks, costs as much again and is not in it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from milora_jax.bench import machine
 from milora_jax.bench.models import load_model, peer_directory, random_adapter
 from milora_jax.bench.peer import Peer, started
 from milora_jax.bench.rounds import add_common, in_turns, names, numbers, require_least, require_names
-from milora_jax.config import METHODS, REMAT, AdapterSection, ModelConfig, TrainSection, require
+from milora_jax.config import METHODS, QUANTIZE, REMAT, AdapterSection, ModelConfig, TrainSection, require
 from milora_jax.data.batches import collate
 from milora_jax.data.packing import in_rows
 from milora_jax.data.tokens import Example
@@ -65,6 +65,7 @@ class Variant:
     batch: int
     rank: int
     remat: str
+    quantize: str
     rows: str
 
 
@@ -115,16 +116,20 @@ def main(arguments: list[str]) -> None:
     require_least(asked, {"repeats": 1, "seq": 2, "loss_chunk": 1, "batch": 1, "rank": 1})
     require_names("--method", asked.method, (*METHODS, *PEERS))
     require_names("--remat", asked.remat, REMAT)
+    require_names("--quantize", asked.quantize, QUANTIZE)
     rows = ("padded", "packed") if asked.packed else ("full",)
-    grid = itertools.product(asked.method, asked.batch, asked.rank, asked.remat, rows)
+    grid = itertools.product(asked.method, asked.batch, asked.rank, asked.remat, asked.quantize, rows)
     variants = list(dict.fromkeys(_without_what_has_no_effect(Variant(*values)) for values in grid))
-    base, config = load_model(asked.model, asked.dtype, decode=False)
+    loaded = {
+        kept: load_model(asked.model, asked.dtype, decode=False, quantize=kept) for kept in asked.quantize
+    }
+    config = next(iter(loaded.values()))[1]
     require(asked.seq <= config.max_positions, "--seq", asked.seq, f"at most {config.max_positions}")
     with ExitStack() as stack:
         cases = [
             make_peer(stack, config, variant, asked)
             if variant.method in PEERS
-            else make_case(base, config, variant, asked)
+            else make_case(loaded[variant.quantize][0], config, variant, asked)
             for variant in variants
         ]
         matmul = in_turns(cases, asked.repeats, take_step, lambda: machine.measure_matmul(asked.dtype))
@@ -140,11 +145,13 @@ def take_step(case: Case) -> None:
 
 
 def _without_what_has_no_effect(variant: Variant) -> Variant:
-    """A variant with rank 0 and no remat where its method has no such setting."""
+    """A variant with rank 0, no remat and a plain base where its method has no such setting."""
     ranked = variant.method in PEERS or hasattr(build_method(AdapterSection(method=variant.method)), "rank")
     if not ranked:
         variant = dataclasses.replace(variant, rank=0)
-    return dataclasses.replace(variant, remat="none") if variant.method in PEERS else variant
+    if variant.method in PEERS:
+        variant = dataclasses.replace(variant, remat="none", quantize="none")
+    return variant
 
 
 def make_peer(stack: ExitStack, config: ModelConfig, variant: Variant, asked: argparse.Namespace) -> Case:
@@ -206,7 +213,8 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse
     compile_s = time.perf_counter() - begin
 
     def step() -> None:
-        held[0], metrics = program(held[0], base, batch)
+        # Not ``program``: on a CPU it would refuse numbers of four bits, whose layout it states otherwise.
+        held[0], metrics = steps.train(held[0], base, batch)
         jax.block_until_ready((held[0].adapter, metrics))
 
     step()

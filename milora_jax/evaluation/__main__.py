@@ -69,7 +69,9 @@ def main() -> None:
     adapter = None if arguments.base else load_adapter(arguments.workdir)
     if adapter is not None:
         require_its_base(arguments.workdir, Path(config.model.path))
-    base, model = load_base(config.model.path, config.model.dtype, decode=True)
+    base, model = load_base(
+        config.model.path, config.model.dtype, decode=True, quantize=config.model.quantize
+    )
     tokenizer = load_tokenizer(config.model.path)
     adapter = None if adapter is None else adapter_decode_layout(adapter, base)
     scores = []

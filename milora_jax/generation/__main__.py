@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from milora_jax.base.load import load_base
-from milora_jax.config import DTYPES
+from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
 from milora_jax.data.tokens import load_tokenizer
@@ -48,6 +48,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--adapter", type=Path, help="exported adapter, or a workdir; default with --base: none"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the run's, or float32")
+    parser.add_argument(
+        "--quantize", choices=QUANTIZE, help="how the base is kept; default: the run's, or none"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument(
         "--file", type=Path, help="a prompt per line, or a record per line if it ends in .jsonl"
@@ -115,11 +118,13 @@ def main() -> None:
     )
     prompts = read_prompts(arguments)
     directory, dtype, adapter_path = arguments.base, arguments.dtype or "float32", arguments.adapter
+    quantize = arguments.quantize or "none"
     if arguments.workdir is not None:
         from milora_jax.storage.workdir import read_workdir_config
 
         run = read_workdir_config(arguments.workdir)
         directory, dtype = Path(run.model.path), arguments.dtype or run.model.dtype
+        quantize = arguments.quantize or run.model.quantize
         adapter_path = arguments.adapter or arguments.workdir
     adapter = None
     if adapter_path is not None:
@@ -128,7 +133,7 @@ def main() -> None:
         adapter = load_adapter(adapter_path)
         require_its_base(adapter_path, directory)
     tokenizer = load_tokenizer(str(directory))
-    base, config = load_base(directory, dtype, decode=True)
+    base, config = load_base(directory, dtype, decode=True, quantize=quantize)
     streams = len(prompts) == 1 and settings.num_samples == 1 and not arguments.json
     answers = generate(
         base,

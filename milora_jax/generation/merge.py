@@ -1,8 +1,8 @@
 """Merge on prefill: fold a prompt's chosen experts into a private copy of the weights they change.
 
 For one long stream: after that every token costs what the base costs. It holds a second copy of the
-matrices that the route touches, and a merged weight is rounded to the base's dtype, so in bfloat16 the
-tokens may differ from those of the unmerged adapter.
+matrices that the route touches, decoded where the base is quantised, and a merged weight is rounded to the
+base's dtype, so in bfloat16 the tokens may differ from those of the unmerged adapter.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _merged_layer(layer: JoinedLayer, adapter: Adapter, params: object, weights:
         shares = jnp.asarray(weights, jnp.float32)[None, None]
         group = ProjectionGroup(names, nothing, (), (), shares, None)
         pairs, _ = adapter.method.pairs_of(params, group)
-        kernel = _merged(frozen.kernel[...], pairs, mine)
+        kernel = _merged(frozen.dense(layer.attention_norm[...].dtype), pairs, mine)
         groups.append(Linear(kernel, None if frozen.bias is None else frozen.bias[...]))
     return JoinedLayer(layer.attention_norm[...], layer.feedforward_norm[...], tuple(groups), layer.widths)
 

@@ -54,6 +54,10 @@ BASE_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     **{("layers", name, "bias"): ("layers", "ffn") for name in ("gate", "up")},
     ("layers", "o", "bias"): ("layers", None),
     ("layers", "down", "bias"): ("layers", None),
+    # Blocks of rows are not split: fsdp need not divide them, and there are few.
+    **{("layers", name, "scales"): ("layers", None, "heads") for name in ("q", "k", "v")},
+    **{("layers", name, "scales"): ("layers", None, "ffn") for name in ("gate", "up")},
+    **{("layers", name, "scales"): ("layers", None, "embed") for name in ("o", "down")},
 }
 """Logical axes of every leaf of the stacked base, by the names on its path."""
 

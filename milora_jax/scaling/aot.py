@@ -99,7 +99,8 @@ class Topology:
         from jax.experimental import topologies
 
         try:
-            self.devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **_host_of(name))
+            self.devices = found.devices
         except RuntimeError as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -147,6 +148,12 @@ class Topology:
             collectives=count_collectives(program.as_text()),
             compile_s=time.monotonic() - begin,
         )
+
+
+def _host_of(topology: str) -> dict[str, Any]:
+    """Chips of a host: the kind's usual ones, but for a single chip, which is a host of its own."""
+    sizes = set(topology.partition(":")[2].split("x"))
+    return {"chips_per_host_bounds": (1, 1, 1)} if sizes == {"1"} else {}
 
 
 def _memory(analysis: Any) -> Memory:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from milora_jax.base.hf import base_specs
+from milora_jax.base.quantized import bits_of
+from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.config import REMAT, Config, MeshSection, ModelConfig
 from milora_jax.errors import UserError
 from milora_jax.scaling.aot import Compiled, Topology
@@ -48,24 +49,25 @@ def estimate(config: Config, model: ModelConfig, chip: Chip, devices: int) -> Es
     """The arithmetic of one training step on a mesh with all sizes given.
 
     Fully sharded matrices are gathered once forward and once backward, and once more where layers are
-    computed again; a tensor-parallel layer sums two activations forward and two backward, for which a ring
-    moves twice their bytes. The adapter's gradient is small and not counted.
+    computed again, quantised ones as codes; a tensor-parallel layer sums two activations forward and two
+    backward, for which a ring moves twice their bytes. The adapter's gradient is small and not counted.
     """
     mesh, train = config.mesh, config.train
     tokens = train.batch_size * config.data.max_length
     compute = EXECUTED[train.remat] * model.matrix_parameters * tokens / (devices * chip.flops)
     width = jnp.dtype(config.model.dtype).itemsize
     passes = 3 if train.remat == "full" else 2
-    gathered = total_parameters(model) * width / mesh.tensor * (mesh.fsdp - 1) / mesh.fsdp * passes
+    gathered = base_bytes(config, model) / mesh.tensor * (mesh.fsdp - 1) / mesh.fsdp * passes
     rows = mesh.data * mesh.fsdp
     activation = tokens / rows * model.hidden_size * width
     summed = 2 * passes * model.num_layers * 2 * activation * (mesh.tensor - 1) / mesh.tensor
     return Estimate(compute, (gathered + summed) / chip.link)
 
 
-def total_parameters(model: ModelConfig) -> int:
-    """All parameters of a base."""
-    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(base_specs(model)))
+def base_bytes(config: Config, model: ModelConfig) -> float:
+    """Of a base as the config keeps it."""
+    specs: list[LeafSpec] = jax.tree.leaves(base_specs(model, quantize=config.model.quantize))
+    return sum(math.prod(spec.shape) * bits_of(spec.dtype(config.model.dtype)) for spec in specs) / 8
 
 
 def with_mesh(config: Config, mesh: MeshSection, remat: str, batch: int) -> Config:

@@ -11,10 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from milora_jax.adapters.protocol import Adapter, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.adapters.tenants import Tenants
-from milora_jax.base.hf import LeafSpec, base_specs
 from milora_jax.base.modules import Base, frozen_kernels, unroll
+from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.base.transformer import adapter_decode_layout
-from milora_jax.config import Config, ModelConfig, TrainSection
+from milora_jax.config import Config, ModelConfig, ModelSection, TrainSection
 from milora_jax.generation.decode import decode_chunk, empty_state, prefill
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
@@ -37,12 +37,16 @@ def train_program(config: Config, model: ModelConfig, mesh: Mesh, prompts: int) 
     Args:
       prompts: Z, the most records packed into one row.
     """
-    base = abstract_base(model, config.model.dtype, mesh)
+    base = abstract_base(model, config.model, mesh)
     state = _abstract_state(config, model, base, config.train)
     state = _placed(state, state_shardings(mesh, RULES, state))
     batch = _abstract_batch(mesh, config.train.batch_size, config.data.max_length)
     steps = make_steps(
-        model, config.train, TOTAL_STEPS, prompts, lambda state: state_shardings(mesh, RULES, state)
+        model,
+        config.train,
+        TOTAL_STEPS,
+        prompts,
+        lambda state: state_shardings(mesh, RULES, state),
     )
     return steps.train.lower(state, base, batch)
 
@@ -71,13 +75,13 @@ def decode_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
     return decode_chunk.lower(base, tenants, _placed(state, places), model, STEPS, Plan.of(settings))
 
 
-def abstract_base(model: ModelConfig, dtype: str, mesh: Mesh, unrolled: bool = False) -> Base:
+def abstract_base(model: ModelConfig, section: ModelSection, mesh: Mesh, unrolled: bool = False) -> Base:
     """A base of ``ShapeDtypeStruct`` leaves where a run would put them."""
 
     def leaf(spec: LeafSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype))
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype(section.dtype))
 
-    base = jax.tree.map(leaf, base_specs(model))
+    base = jax.tree.map(leaf, base_specs(model, quantize=section.quantize))
     if unrolled:
         base = jax.eval_shape(unroll, base)
     places = jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, RULES, path), base)
@@ -86,8 +90,8 @@ def abstract_base(model: ModelConfig, dtype: str, mesh: Mesh, unrolled: bool = F
 
 def _decoding(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[Base, Tenants]:
     """The base with its layers as a tuple, its modules apart, and one adapter, on every device."""
-    base = abstract_base(model, config.model.dtype, mesh, unrolled=True)
-    stacked = abstract_base(model, config.model.dtype, mesh)
+    base = abstract_base(model, config.model, mesh, unrolled=True)
+    stacked = abstract_base(model, config.model, mesh)
     adapter = _abstract_state(config, model, stacked, config.train).adapter
     tenants = jax.eval_shape(lambda a, b: Tenants.single(adapter_decode_layout(a, b)), adapter, base)
     everywhere = NamedSharding(mesh, PartitionSpec())

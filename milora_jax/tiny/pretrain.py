@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from milora_jax.base.hf import LeafSpec, base_specs, save_base
+from milora_jax.base.hf import save_base
 from milora_jax.base.hf_config import write_model_config
 from milora_jax.base.load import load_base
 from milora_jax.base.modules import Base, unroll
+from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.cli import Console
 from milora_jax.config import ModelConfig

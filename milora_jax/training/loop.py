@@ -18,9 +18,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from milora_jax.adapters.protocol import Adapter, Kernels, abstract_params, init_adapter
+from milora_jax.adapters.protocol import Adapter, abstract_params, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
-from milora_jax.base.modules import frozen_kernels
+from milora_jax.base.modules import Base, frozen_kernels
 from milora_jax.config import TrainSection
 from milora_jax.data.batches import batch_rows, collate
 from milora_jax.data.tokens import Example
@@ -211,12 +211,12 @@ class Trainer:
         config = self._run.config
         adapter_key, step_key = jax.random.split(jax.random.key(config.train.seed))
 
-        def fresh(kernels: Kernels) -> TrainState:
+        def fresh(base: Base) -> TrainState:
+            kernels = frozen_kernels(base)
             adapter = init_adapter(self._method, adapter_key, adapter_shape(self._run.model), kernels)
             return init_state(adapter, step_key, config.train, self._total)
 
-        kernels = frozen_kernels(self._run.base)
-        shapes = jax.eval_shape(fresh, kernels)
+        shapes = jax.eval_shape(fresh, self._run.base)
         shardings = state_shardings(self._run.mesh, self._run.rules, shapes)
         found = self._checkpoints.newest()
         newest = from_first(-1 if found is None else found)
@@ -228,7 +228,7 @@ class Trainer:
             )
         if newest is None:
             # Sharded from birth: a state that changes its layout after step 1 compiles step 2 again.
-            return jax.jit(fresh, out_shardings=shardings)(kernels), Progress()
+            return jax.jit(fresh, out_shardings=shardings)(self._run.base), Progress()
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             shapes,

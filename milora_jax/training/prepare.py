@@ -123,6 +123,7 @@ def prepare_run(config: Config, workdir: Path | None, say: Callable[[str], None]
         model,
         config.model.dtype,
         lambda path: base_sharding(mesh, rules, path),
+        quantize=config.model.quantize,
     )
     return Run(
         config=config,

@@ -13,7 +13,7 @@ from milora_jax.adapters.dora import Decomposed
 from milora_jax.adapters.low_rank import LowRank
 from milora_jax.adapters.protocol import Adapter, Method
 from milora_jax.adapters.registry import adapter_shape, build_method
-from milora_jax.base.hf import MODULE_PATHS
+from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.config import AdapterSection, ModelConfig
 
 LEAVES = {

@@ -10,9 +10,9 @@ import pytest
 
 from milora_jax.adapters.protocol import init_adapter
 from milora_jax.adapters.registry import adapter_shape
-from milora_jax.base.hf import MODULE_PATHS
 from milora_jax.base.load import load_base
 from milora_jax.base.modules import frozen_kernels
+from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.training.loss import adapted_loss
 from milora_jax.types import EXPERTS

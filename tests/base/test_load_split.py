@@ -8,8 +8,9 @@ import pytest
 
 from milora_jax import load_base
 from milora_jax.base import hf
-from milora_jax.base.hf import base_specs, load_leaves
+from milora_jax.base.hf import load_leaves
 from milora_jax.base.modules import decode_layout
+from milora_jax.base.specs import base_specs
 from milora_jax.config import MeshSection
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import make_mesh
@@ -88,4 +89,4 @@ def test_parts_of_a_joined_leaf_can_be_boxed(tmp_path):
     edge = GROUPED.module_dims["q"][1]
     for columns in (slice(edge - 3, edge + 2), slice(0, whole.shape[1]), slice(edge, edge + 1)):
         box = (slice(2, 9), columns)
-        np.testing.assert_array_equal(hf._read_box(spec, box, np.dtype("float32"), files), whole[box])
+        np.testing.assert_array_equal(hf._read_box(spec, box, "float32", files), whole[box])

@@ -11,7 +11,7 @@ from milora_jax.bench import train
 from milora_jax.bench.models import random_base
 from milora_jax.config import LLAMA2_7B
 from milora_jax.errors import UserError
-from tests.models import TINY, WITH_TOKENIZER, write_hf_directory
+from tests.models import QUANTIZABLE, TINY, WITH_TOKENIZER, write_hf_directory
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,16 @@ def test_one_object_per_variant_with_its_figures(folder, capsys):
         assert each["peak_memory_bytes"] > each["step_bytes"] > 0
         assert each["versions"]["jax"] == jax.__version__
     assert figures[1]["step_bytes"] < figures[0]["step_bytes"]
+
+
+def test_quantised_bases_are_measured_beside_the_plain_one(tmp_path, capsys):
+    write_hf_directory(tmp_path, QUANTIZABLE, tokenizer=False)
+    common = ["--model", str(tmp_path), "--batch", "1", "--seq", "8", "--repeats", "1"]
+    train.main([*common, "--method", "bitfit", "--quantize", "none,int8,nf4"])
+    figures = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [f["quantize"] for f in figures] == ["none", "int8", "nf4"]
+    sizes = [f["step_bytes"] for f in figures]
+    assert sizes[0] > max(sizes[1:])
 
 
 def test_packed_rows_hold_more_tokens_of_records():
@@ -72,7 +82,7 @@ def test_the_parameters_a_token_is_multiplied_with():
 
 def test_every_method_that_has_a_rank_takes_it():
     """And no other: a rank that is not used would be reported as measured."""
-    asked = train.Variant("ssp", 1, 4, "none", "full")
+    asked = train.Variant("ssp", 1, 4, "none", "none", "full")
     assert train._without_what_has_no_effect(asked).rank == 4
     assert train._without_what_has_no_effect(dataclasses.replace(asked, method="ia3")).rank == 0
 

@@ -17,6 +17,7 @@ from milora_jax.config import (
     DataSection,
     EvalSection,
     MeshSection,
+    ModelSection,
     TrainSection,
 )
 from milora_jax.errors import UserError
@@ -29,7 +30,7 @@ from milora_jax.scaling.aot import (
 )
 from milora_jax.scaling.chips import GIB, Chip, chip_of
 from milora_jax.scaling.command import config_of, model_of, parse_mesh
-from milora_jax.scaling.plan import estimate, meshes, plan, total_parameters
+from milora_jax.scaling.plan import base_bytes, estimate, meshes, plan
 from milora_jax.scaling.programs import decode_program, prefill_program
 from tests.models import TINY
 
@@ -136,18 +137,30 @@ def test_the_arithmetic_of_a_step():
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
     found = estimate(config, MODEL, CHIP, 8)
     assert found.compute == pytest.approx(6 * MODEL.matrix_parameters * 8 * 16 / (8 * 1e12))
-    gathered = total_parameters(MODEL) * 2 / 2 * 3 / 4 * 3
+    gathered = base_bytes(config, MODEL) / 2 * 3 / 4 * 3
     summed = 2 * 3 * MODEL.num_layers * 2 * (8 * 16 / 4 * MODEL.hidden_size * 2) / 2
     assert found.links == pytest.approx((gathered + summed) / 1e9)
     assert found.seconds == max(found.compute, found.links)
 
 
 def test_the_parameters_of_llama():
-    assert total_parameters(LLAMA2_7B) == 6_738_415_616
-    assert total_parameters(SHAPES["llama2-13b"]) == 13_015_864_320
-    assert total_parameters(SHAPES["llama2-70b"]) == 68_976_648_192
+    for name, count in (
+        ("llama2-7b", 6_738_415_616),
+        ("llama2-13b", 13_015_864_320),
+        ("llama2-70b", 68_976_648_192),
+    ):
+        assert base_bytes(CONFIG, SHAPES[name]) == 4 * count
     assert LLAMA2_7B.matrix_parameters == 6_738_415_616 - 32000 * 4096 - 65 * 4096
     assert step_flops(CONFIG, MODEL, "prefill") == 2 * MODEL.matrix_parameters * 8 * 16
+
+
+def test_the_bytes_of_a_quantised_base():
+    apart = 2 * 32000 * 4096 + 65 * 4096  # embedding, head and norms
+    matrices = LLAMA2_7B.matrix_parameters - 32000 * 4096
+    outputs = 32 * sum(d_out for _, d_out in LLAMA2_7B.module_dims.values())
+    for quantize, expected in (("int8", matrices + 4 * outputs), ("nf4", matrices * (4 + 16 / 64) / 8)):
+        config = dataclasses.replace(CONFIG, model=ModelSection(dtype="bfloat16", quantize=quantize))
+        assert base_bytes(config, LLAMA2_7B) == 2 * apart + expected
 
 
 def test_meshes_divide_the_batch_and_the_heads():
