@@ -1,105 +1,104 @@
-"""Attention of a first pass, block by block of queries, with a backward pass of its own.
+"""Attention of a first pass: one function, whose back end is chosen by the platform.
 
-Keys after the last query of a block are not looked at, which saves near to half of the work of a causal
-mask; and the backward pass makes the scores again from the logarithm of their normaliser, so that nothing of
-size T x S is kept between the passes (the idea of FlashAttention, arXiv 2205.14135, in plain XLA).
+==========  =====================================================================================
+TPU         Pallas' splash attention (``base/splash.py``), for whole lanes of 128 and no prefix
+GPU         cuDNN, through ``jax.nn.dot_product_attention``, for 16-bit floats on Ampere or later
+elsewhere   ``base/blockwise.py``: the same sums in plain XLA
+==========  =====================================================================================
+
+None of them keeps scores between the passes. tokamax, which chooses among kernels by itself, is not used: it
+wants Python 3.12 and reads the flags of the command line as its own.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from milora_jax.shapes import Array, Bool, Float
-from milora_jax.types import kept
+from milora_jax.base import splash
+from milora_jax.base.blockwise import blockwise
+from milora_jax.shapes import Array, Bool, Float, Int
 
-BLOCK = 64
-"""Queries of a block, at least."""
+CUDNN_LARGEST_HEAD = 128
+"""Widest head that cuDNN takes on every GPU it knows."""
 
-MOST_BLOCKS = 8
-"""More would be compiled longer and save little: n blocks do (n + 1) / 2n of the work."""
+CUDNN_LEAST_CAPABILITY = (8, 0)
+"""Ampere: a T4 (7.5) has no such kernels."""
 
 
-@jax.custom_vjp
+@dataclass(frozen=True)
+class Spread:
+    """How queries, keys and values lie over devices: XLA divides its own products, but no kernels.
+
+    Attributes:
+      mesh: the devices; None for one.
+      rows, heads: mesh axes that rows and heads are split over.
+    """
+
+    mesh: Mesh | None = None
+    rows: str | tuple[str, ...] | None = None
+    heads: str | tuple[str, ...] | None = None
+
+
+Attend = Callable[[Array, Array, Array, Array, "Array | None"], Array]
+"""What :func:`attention` is to a layer, its ``spread`` given."""
+
+
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"],
+    segments: Int[Array, "B T"] | None = None,
+    spread: Spread | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention, scores divided by sqrt(H), softmax in float32.
 
     Args:
       mask: true where a query may see a key, which no query does that is more than S - T places before the
-        key. A query that may see none (padding) averages some values: finite, and read by nobody.
+        key. A query that may see none (padding) gets something finite, which nobody reads.
+      segments: of the tokens, where the mask says no more than causality and they: 0 for padding.
+      spread: allows kernels, and says how they are to be divided; None keeps to XLA's own products.
     """
-    return _forward(q, k, v, mask)[0]
+    if spread is None:
+        return blockwise(q, k, v, mask)
+    if cudnn_serves(q):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+    if segments is None or not splash.serves(q):
+        return blockwise(q, k, v, mask)
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        mask,
+        segments,
+        tpu=lambda q, k, v, mask, segments: _splash(spread, q, k, v, segments),
+        default=lambda q, k, v, mask, segments: blockwise(q, k, v, mask),
+    )
 
 
-def _blocks(length: int) -> Iterator[slice]:
-    """Places of the queries, block by block."""
-    count = min(max(1, length // BLOCK), MOST_BLOCKS)
-    edges = [length * i // count for i in range(count + 1)]
-    yield from (slice(*pair) for pair in pairwise(edges))
+def cudnn_serves(q: Float[Array, "B T N H"]) -> bool:
+    """Whether this process' devices have cuDNN's kernels for such queries."""
+    if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
+    newer = tuple(int(part) for part in str(capability).split(".")) >= CUDNN_LEAST_CAPABILITY
+    return newer and q.shape[-1] % 8 == 0 and q.shape[-1] <= CUDNN_LARGEST_HEAD
 
 
-def _by_head(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K G T H"]:
-    rows, length, heads, width = q.shape
-    return q.reshape(rows, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
-
-
-def _by_token(x: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
-    rows, kv_heads, group, length, width = x.shape
-    return x.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * group, width)
-
-
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-
-def _scores(q: Array, k: Array, mask: Array) -> Float[Array, "B K G T S"]:
-    scores = _product("BKGTH,BKSH->BKGTS", q, k) * (q.shape[-1] ** -0.5)
-    return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-
-
-def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple]:
-    kv_heads, before = k.shape[2], k.shape[1] - q.shape[1]
-    grouped, keys, values = _by_head(q, kv_heads), k.swapaxes(1, 2), v.swapaxes(1, 2)
-    outputs, normalisers = [], []
-    for block in _blocks(q.shape[1]):
-        seen = slice(0, before + block.stop)
-        scores = _scores(grouped[:, :, :, block], keys[:, :, seen], mask[:, block, seen])
-        largest = scores.max(axis=-1, keepdims=True)
-        shares = jnp.exp(scores - largest)
-        total = shares.sum(axis=-1, keepdims=True)
-        attended = _product("BKGTS,BKSH->BKGTH", (shares / total).astype(v.dtype), values[:, :, seen])
-        outputs.append(attended.astype(q.dtype))
-        normalisers.append((largest + jnp.log(total))[..., 0])
-    output, normaliser = kept((jnp.concatenate(outputs, axis=3), jnp.concatenate(normalisers, axis=3)))
-    return _by_token(output), (grouped, keys, values, mask, output, normaliser)
-
-
-def _backward(residuals: tuple, gradient: Float[Array, "B T N H"]) -> tuple:
-    grouped, keys, values, mask, output, normaliser = residuals
-    slope = _by_head(gradient, keys.shape[1])
-    before, scale = keys.shape[2] - grouped.shape[3], grouped.shape[-1] ** -0.5
-    of_row = (slope.astype(jnp.float32) * output.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    to_q, to_k, to_v = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
-    for block in _blocks(grouped.shape[3]):
-        seen = slice(0, before + block.stop)
-        q, here = grouped[:, :, :, block], slope[:, :, :, block]
-        scores = _scores(q, keys[:, :, seen], mask[:, block, seen])
-        shares = jnp.exp(scores - normaliser[:, :, :, block, None])
-        of_shares = _product("BKGTH,BKSH->BKGTS", here, values[:, :, seen])
-        of_scores = (shares * (of_shares - of_row[:, :, :, block]) * scale).astype(q.dtype)
-        to_q.append(_product("BKGTS,BKSH->BKGTH", of_scores, keys[:, :, seen]))
-        to_k = to_k.at[:, :, seen].add(_product("BKGTS,BKGTH->BKSH", of_scores, q))
-        to_v = to_v.at[:, :, seen].add(_product("BKGTS,BKGTH->BKSH", shares.astype(q.dtype), here))
-    back = _by_token(jnp.concatenate(to_q, axis=3).astype(grouped.dtype))
-    return back, *(x.astype(keys.dtype).swapaxes(1, 2) for x in (to_k, to_v)), None
-
-
-attention.defvjp(_forward, _backward)
+def _splash(spread: Spread, q: Array, k: Array, v: Array, segments: Array) -> Float[Array, "B T N H"]:
+    """Splash attention, every device on its own rows and heads."""
+    if spread.mesh is None or spread.mesh.size == 1:
+        return splash.splash(q, k, v, segments)
+    by_head = jax.P(spread.rows, None, spread.heads, None)
+    return jax.shard_map(
+        splash.splash,
+        mesh=spread.mesh,
+        in_specs=(by_head, by_head, by_head, jax.P(spread.rows, None)),
+        out_specs=by_head,
+        check_vma=False,
+    )(q, k, v, segments)

@@ -18,6 +18,7 @@ from flax import nnx
 
 from milora_jax.adapters.protocol import Frozen, Kernels
 from milora_jax.base import quantized
+from milora_jax.base.attention import Spread
 from milora_jax.shapes import Array, Float
 from milora_jax.types import EXPERTS, GROUPS, unstack_layers
 
@@ -149,6 +150,12 @@ def unroll(base: Base) -> Base:
     return Base(base.embedding[...], unstack_layers(base.layers), base.final_norm[...], head)
 
 
+def spread_of(base: Base) -> Spread | None:
+    """How a pass over this base lies over devices, where it is one; None over several, whose axes the base
+    does not know."""
+    return Spread() if len(base.embedding[...].devices()) == 1 else None
+
+
 def decode_layout(base: Base) -> Base:
     """The same base with its layers as a tuple of joined layers, for decoding.
 
@@ -156,7 +163,7 @@ def decode_layout(base: Base) -> Base:
     matrix would have to travel between devices.
     """
     base = unroll(base)
-    if len(base.embedding[...].devices()) == 1:
+    if spread_of(base) is not None:
         base.layers = nnx.data(tuple(joined_layer(layer) for layer in base.layers))
     return base
 

@@ -16,7 +16,7 @@ from flax import struct
 
 from milora_jax.adapters.protocol import Adapter, ProjectionGroup
 from milora_jax.base import ops
-from milora_jax.base.attention import attention
+from milora_jax.base.attention import Attend, attention
 from milora_jax.base.cache import BeamCache, BeamLayerCache, KVCache, LayerCache
 from milora_jax.base.modules import Base, JoinedLayer, Layer, unroll
 from milora_jax.config import ModelConfig
@@ -83,6 +83,7 @@ def forward(
     cache_slots: int = 0,
     key: Key[Array, ""] | None = None,
     remat: str = "none",
+    attend: Attend = attention,
 ) -> Output:
     """Run the model over tokens.
 
@@ -104,6 +105,7 @@ def forward(
         hold one record each and are padded on the right.
       key: switches dropout on.
       remat: what a backward pass computes again, one of ``config.REMAT``.
+      attend: attention of a first pass.
     """
     method = None if adapter is None else adapter.method
     if method is not None and method.routes and (prompt_mask is None) == (route_weights is None):
@@ -125,7 +127,10 @@ def forward(
             mask = ops.attention_mask(segment_ids, key_segments, of_prefix.shape[1])
         else:
             key_segments = None
-            mask = cache.mask(tokens.shape[1])
+            mask: Any = cache.mask(tokens.shape[1])
+
+    def see(q: Array, k: Array, v: Array) -> Array:
+        return attend(q, k, v, mask, None if prefix_length else segment_ids)
 
     def run_layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Route | None, Any]]:
         index, layer, params, weights, layer_cache = inputs
@@ -140,8 +145,8 @@ def forward(
             weights = route.weights
         layer_key = None if key is None else jax.random.fold_in(key, index)
         adapted = AdaptedLayer(layer, adapter, params, _per_token(weights, segment_ids), layer_key)
-        past = None if cache is None else Past(layer_cache, cache.place)
-        hidden, new = block(config, adapted, hidden, cos, sin, mask, past, prefix)
+        past = None if cache is None else Past(layer_cache, cache.place, mask)
+        hidden, new = block(config, adapted, hidden, cos, sin, see, past, prefix)
         if cache is None:
             new = new.padded(cache_slots) if cache_slots else None
         return hidden, (route, new)
@@ -176,10 +181,12 @@ class Past:
     Attributes:
       cache: their keys and values.
       place: where this pass's go.
+      mask: what of them a query sees.
     """
 
     cache: LayerCache | BeamLayerCache
     place: Any
+    mask: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,14 +227,14 @@ def block(
     hidden: Float[Array, "B T D"],
     cos: Float[Array, "B T 1 half"],
     sin: Float[Array, "B T 1 half"],
-    mask: Any,
+    see: Callable[[Array, Array, Array], Array],
     past: Past | None = None,
     prefix: tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]] | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
 
     Args:
-      mask: which keys a query sees: this pass's ``[B, T, S]``, or with ``past`` what its cache's mask says.
+      see: attention over this pass's queries, keys and values, where there is no ``past``.
       prefix: keys and values that go before the tokens'.
 
     Returns:
@@ -248,10 +255,10 @@ def block(
                 k, v = (
                     jnp.concatenate([heads(p), own], axis=1) for p, own in zip(prefix, (k, v), strict=True)
                 )
-            attended, cache = attention(q, k, v, mask), LayerCache.of(k, v)
+            attended, cache = see(q, k, v), LayerCache.of(k, v)
         else:
             cache = past.cache.write(k, v, past.place)
-            attended = cache.attend(q, mask)
+            attended = cache.attend(q, past.mask)
         (x,) = adapted.project(1, attended.reshape(rows, length, -1))
         hidden = hidden + adapted.beside("attention", normed, x)
     with jax.named_scope("feedforward"):

@@ -20,6 +20,7 @@ from flax import struct
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.tenants import Tenants
+from milora_jax.base.attention import Spread, attention
 from milora_jax.base.cache import KVCache, LayerCache
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
@@ -70,7 +71,7 @@ class DecodeState:
     sampler: Sampler
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots"))
+@functools.partial(jax.jit, static_argnames=("config", "slots", "spread"))
 def prefill(
     base: Base,
     tenants: Tenants | None,
@@ -78,6 +79,7 @@ def prefill(
     batch: Batch,
     config: ModelConfig,
     slots: int,
+    spread: Spread | None = None,
 ) -> tuple[Prefilled, Route | None]:
     """Run prompts of one tenant and choose their routes.
 
@@ -86,6 +88,7 @@ def prefill(
       slot: of the tenant's adapter.
       batch: prompts, padded on the right.
       slots: S of the cache, at least a prefix, T and what is to come.
+      spread: of the rows and heads, for attention's kernels; see ``modules.spread_of``.
 
     Returns:
       What decoding starts from, and the whole route for looking at.
@@ -99,6 +102,7 @@ def prefill(
         adapter=None if tenants is None else tenants.of_slot(slot),
         prompt_mask=batch.prompt_mask,
         cache_slots=slots,
+        attend=functools.partial(attention, spread=spread),
     )
     if not isinstance(output.cache, KVCache):
         raise AssertionError("a first pass with cache_slots gives a cache")

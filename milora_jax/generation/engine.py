@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.adapters.tenants import Tenants
-from milora_jax.base.modules import Base
+from milora_jax.base.modules import Base, spread_of
 from milora_jax.config import ModelConfig, require
 from milora_jax.data.batches import collate_prompts
 from milora_jax.errors import UserError
@@ -310,7 +310,9 @@ class Engine:
         prompts = [request.prompt for request in group]
         batch = self._place(collate_prompts(prompts, bucket, 0, rows=self.prefill_rows))
         slot = np.int32(first.slot)
-        prefilled, route = prefill(self._base, self.tenants, slot, batch, self.config, self._cache_slots)
+        prefilled, route = prefill(
+            self._base, self.tenants, slot, batch, self.config, self._cache_slots, spread_of(self._base)
+        )
         if spread:
             prefilled = jax.tree.map(lambda leaf: leaf[:1], prefilled)
         tenant = np.full(count, first.slot, np.int32)

@@ -6,12 +6,14 @@ A leaf whose name is not declared here is an error: a catch-all rule would repli
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from milora_jax.adapters.protocol import path_names
+from milora_jax.base.attention import Attend, Spread, attention
 from milora_jax.types import PyTree
 
 MeshAxes = str | tuple[str, ...] | None
@@ -135,3 +137,8 @@ def state_shardings(mesh: Mesh, rules: Rules, state: PyTree) -> PyTree:
 def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
     """The sharding of every leaf of a batch: split by rows."""
     return NamedSharding(mesh, PartitionSpec(rules.rows))
+
+
+def attend_over(mesh: Mesh, rules: Rules) -> Attend:
+    """Attention with kernels where the platform has them, each device on its own rows and heads."""
+    return functools.partial(attention, spread=Spread(mesh, rules.rows, rules.heads))

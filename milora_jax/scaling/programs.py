@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from milora_jax.adapters.protocol import Adapter, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.adapters.tenants import Tenants
+from milora_jax.base.attention import Spread
 from milora_jax.base.modules import Base, frozen_kernels, unroll
 from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.base.transformer import adapter_decode_layout
@@ -18,7 +19,7 @@ from milora_jax.config import Config, ModelConfig, ModelSection, TrainSection
 from milora_jax.generation.decode import decode_chunk, empty_state, prefill
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
-from milora_jax.parallel.rules import Rules, base_sharding, batch_sharding, state_shardings
+from milora_jax.parallel.rules import Rules, attend_over, base_sharding, batch_sharding, state_shardings
 from milora_jax.training.step import init_state, make_steps
 from milora_jax.types import Batch, PyTree
 
@@ -47,6 +48,7 @@ def train_program(config: Config, model: ModelConfig, mesh: Mesh, prompts: int) 
         TOTAL_STEPS,
         prompts,
         lambda state: state_shardings(mesh, RULES, state),
+        attend_over(mesh, RULES),
     )
     return steps.train.lower(state, base, batch)
 
@@ -56,7 +58,8 @@ def prefill_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
     base, tenants = _decoding(config, model, mesh)
     batch = _abstract_batch(mesh, config.eval.batch_size, config.data.max_length)
     slots = config.data.max_length + config.eval.max_new_tokens
-    return prefill.lower(base, tenants, _number(mesh), batch, model, slots)
+    spread = Spread(mesh, RULES.rows, RULES.heads)
+    return prefill.lower(base, tenants, _number(mesh), batch, model, slots, spread)
 
 
 def decode_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:

@@ -18,18 +18,17 @@ import jax.numpy as jnp
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.modules import Base
-from milora_jax.config import ModelConfig
 from milora_jax.shapes import Array, Int, Key
-from milora_jax.training.loss import LossParts, Totals, run_batch, totals_of
+from milora_jax.training.loss import LossParts, Totals
 from milora_jax.types import Batch, PyTree
 
 Loss = Callable[[Adapter, Base, Batch, "Array | None", "Totals | None"], tuple[Array, LossParts]]
+Routed = Callable[[Adapter, Base, Batch, "Array | None"], Totals]
 
 
 def value_and_gradient(
     loss: Loss,
-    model: ModelConfig,
-    prompts: int,
+    routed: Routed,
     count: int,
     adapter_of: Callable[[PyTree], Adapter],
     params: PyTree,
@@ -41,7 +40,8 @@ def value_and_gradient(
 
     Args:
       loss: ``(adapter, base, batch, key, totals) -> (loss, terms)``.
-      prompts: Z, the most records packed into one row.
+      routed: ``(adapter, base, batch, key) -> totals``, of which the shares of first choices cost a forward
+        pass where the method routes.
       count: parts to divide the batch into; a divisor of its rows.
       adapter_of: the adapter with ``params`` in it.
       key: switches dropout on, different in every part.
@@ -54,7 +54,7 @@ def value_and_gradient(
     if count == 1:
         return differentiate(params, batch, key, None)
     parts = divide(batch, count)
-    totals = _totals(adapter_of(params), base, model, prompts, batch, parts, key)
+    totals = _totals(routed, adapter_of(params), base, parts, key)
 
     def add_part(sums: tuple, numbered: tuple) -> tuple:
         (value, terms), gradient = sums
@@ -88,29 +88,18 @@ def _key_of_part(key: Key[Array, ""] | None, number: Int[Array, ""]) -> Key[Arra
     return None if key is None else jax.random.fold_in(key, number)
 
 
-def _totals(
-    adapter: Adapter,
-    base: Base,
-    model: ModelConfig,
-    prompts: int,
-    batch: Batch,
-    parts: Batch,
-    key: Array | None,
-) -> Totals:
-    """The totals of the whole batch; with a router from a forward pass over all parts."""
+def _totals(routed: Routed, adapter: Adapter, base: Base, parts: Batch, key: Array | None) -> Totals:
+    """The totals of the whole batch, from those of its parts."""
     count = parts.tokens.shape[0]
-    whole = dataclasses.replace(totals_of(batch, None, prompts), parts=count)
-    if not adapter.method.routes:
-        return whole
 
-    def choices(numbered: tuple) -> Array:
+    def of_part(numbered: tuple) -> Totals:
         number, part = numbered
-        output = run_batch(adapter, base, model, part, prompts, _key_of_part(key, number))
-        found = totals_of(part, output.route, prompts)
-        if found.first_choices is None:
-            raise AssertionError("a method that routes gave no route")
-        return found.first_choices * found.prompts.astype(jnp.float32)
+        return routed(adapter, base, part, _key_of_part(key, number))
 
-    first = jax.lax.map(choices, (jnp.arange(count), parts)).sum(axis=0)
-    first = first / jnp.maximum(whole.prompts, 1).astype(jnp.float32)
+    found = jax.lax.map(of_part, (jnp.arange(count), parts))
+    whole = Totals(tokens=found.tokens.sum(), prompts=found.prompts.sum(), first_choices=None, parts=count)
+    if found.first_choices is None:
+        return whole
+    weighed = found.first_choices * found.prompts.astype(jnp.float32)[:, None, None]
+    first = weighed.sum(axis=0) / jnp.maximum(whole.prompts, 1).astype(jnp.float32)
     return dataclasses.replace(whole, first_choices=jax.lax.stop_gradient(first))

@@ -26,7 +26,7 @@ from milora_jax.data.batches import batch_rows, collate
 from milora_jax.data.tokens import Example
 from milora_jax.errors import NonFiniteError, Preempted, UserError
 from milora_jax.parallel.processes import any_of_all, from_first, several, to_host
-from milora_jax.parallel.rules import state_shardings
+from milora_jax.parallel.rules import attend_over, state_shardings
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, verify_step
 from milora_jax.training.health import RoutingHealth, pack_routes, routing_health, unpack_routes
@@ -129,6 +129,7 @@ class Trainer:
             self._total,
             self._prompts,
             lambda s: state_shardings(run.mesh, run.rules, s),
+            attend_over(run.mesh, run.rules),
         )
         self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, say)
         self._best = CheckpointDirectory(workdir / "best", None, say)

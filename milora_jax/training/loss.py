@@ -7,6 +7,7 @@ from flax import struct
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.router import expert_share, first_choices, load_balance
+from milora_jax.base.attention import Attend, attention
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import Output, forward, prompt_members
 from milora_jax.config import ModelConfig
@@ -57,6 +58,7 @@ def run_batch(
     prompts: int,
     key: Key[Array, ""] | None,
     remat: str = "none",
+    attend: Attend = attention,
 ) -> Output:
     """The forward pass over a batch; the arguments are those of :func:`adapted_loss`."""
     return forward(
@@ -70,6 +72,7 @@ def run_batch(
         prompts=prompts,
         key=key,
         remat=remat,
+        attend=attend,
     )
 
 
@@ -83,6 +86,7 @@ def adapted_loss(
     key: Key[Array, ""] | None,
     remat: str = "none",
     loss_chunk: int = 4096,
+    attend: Attend = attention,
     totals: Totals | None = None,
 ) -> tuple[Float[Array, ""], LossParts]:
     """Mean cross entropy over the counted tokens of the global batch, plus what the method adds to it:
@@ -93,10 +97,11 @@ def adapted_loss(
       key: switches dropout on.
       remat: what the backward pass computes again, one of ``config.REMAT``.
       loss_chunk: tokens whose logits exist at a time.
+      attend: attention.
       totals: of the whole, where ``batch`` is a part of it: the losses of all parts sum to the loss of
         the whole, and so do the terms and the shares.
     """
-    output = run_batch(adapter, base, config, batch, prompts, key, remat)
+    output = run_batch(adapter, base, config, batch, prompts, key, remat, attend)
     # The hidden state of token t predicts token t + 1; the last one of a row predicts nothing.
     targets, counted = (_next(field) for field in (batch.tokens, batch.loss_mask))
     summed = summed_cross_entropy(base, output.hidden, targets, counted, loss_chunk)
@@ -136,8 +141,16 @@ def _next(field: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
 
 
 def summed_loss(
-    adapter: Adapter, base: Base, config: ModelConfig, batch: Batch, prompts: int, loss_chunk: int = 4096
+    adapter: Adapter,
+    base: Base,
+    config: ModelConfig,
+    batch: Batch,
+    prompts: int,
+    loss_chunk: int = 4096,
+    attend: Attend = attention,
 ) -> tuple[Float[Array, ""], Int[Array, ""], Route | None]:
     """Sum of the counted tokens' losses, their number, and the route, for the dev evaluation."""
-    _, parts = adapted_loss(adapter, base, config, batch, prompts=prompts, key=None, loss_chunk=loss_chunk)
+    _, parts = adapted_loss(
+        adapter, base, config, batch, prompts=prompts, key=None, loss_chunk=loss_chunk, attend=attend
+    )
     return parts.cross_entropy * parts.tokens.astype(jnp.float32), parts.tokens, parts.route

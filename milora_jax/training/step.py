@@ -17,11 +17,12 @@ import optax
 from flax import struct
 
 from milora_jax.adapters.protocol import Adapter, router_mask
+from milora_jax.base.attention import Attend, attention
 from milora_jax.base.modules import Base
 from milora_jax.config import ModelConfig, TrainSection
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.training.accumulate import value_and_gradient
-from milora_jax.training.loss import LossParts, Totals, adapted_loss, summed_loss
+from milora_jax.training.loss import LossParts, Totals, adapted_loss, run_batch, summed_loss, totals_of
 from milora_jax.training.optim import join_params, make_optimizer, split_params
 from milora_jax.types import Batch, Metrics, PyTree, Route
 
@@ -100,6 +101,7 @@ def make_steps(
     total_steps: int,
     prompts: int,
     shardings: Callable[[TrainState], PyTree] | None = None,
+    attend: Attend = attention,
 ) -> Steps:
     """Compile-once training programs; the method comes with the adapter in the state, and so do the
     learning rates.
@@ -109,6 +111,7 @@ def make_steps(
       prompts: Z, the most records packed into one row.
       shardings: where every leaf of a state stays; without it the compiler chooses where an update leaves
         them, and a second step is compiled for what it chose.
+      attend: attention, see ``parallel.rules.attend_over``.
     """
     omega_optimizer, theta_optimizer = _optimizers(settings, total_steps)
 
@@ -124,8 +127,15 @@ def make_steps(
             key=key,
             remat=settings.remat,
             loss_chunk=settings.loss_chunk,
+            attend=attend,
             totals=totals,
         )
+
+    def routed(adapter: Adapter, base: Base, batch: Batch, key: Array | None) -> Totals:
+        route = None
+        if adapter.method.routes:
+            route = run_batch(adapter, base, model, batch, prompts, key, attend=attend).route
+        return totals_of(batch, route, prompts)
 
     def settled(state: TrainState) -> TrainState:
         if shardings is None:
@@ -138,7 +148,7 @@ def make_steps(
         return dataclasses.replace(placed, key=key)
 
     def gradient(adapter_of: Callable[[PyTree], Adapter], params: PyTree, *inputs: Any) -> tuple:
-        return value_and_gradient(loss, model, prompts, settings.accumulate, adapter_of, params, *inputs)
+        return value_and_gradient(loss, routed, settings.accumulate, adapter_of, params, *inputs)
 
     def train(state: TrainState, base: Base, batch: Batch) -> tuple[TrainState, Metrics]:
         method = state.adapter.method
@@ -186,7 +196,7 @@ def make_steps(
         return settled(state), _metrics(value, parts, norm, (~finite).astype(jnp.int32))
 
     def evaluate(adapter: Adapter, base: Base, batch: Batch) -> tuple:
-        return summed_loss(adapter, base, model, batch, prompts, settings.loss_chunk)
+        return summed_loss(adapter, base, model, batch, prompts, settings.loss_chunk, attend)
 
     return Steps(
         train=jax.jit(train, donate_argnums=0),

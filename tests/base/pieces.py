@@ -78,7 +78,7 @@ def ours(config: ModelConfig, folder: Path) -> dict[str, np.ndarray]:
     q, k = (ops.apply_rope(x, cos, sin) for x in (q, k))
     attended = attention(q, k, v, mask).reshape(ROWS, LENGTH, -1)
     plain = AdaptedLayer(layer, None, None, None, None)
-    block_out, _ = block(config, plain, hidden, cos, sin, mask)
+    block_out, _ = block(config, plain, hidden, cos, sin, lambda q, k, v: attention(q, k, v, mask))
     values = {
         "norm": ops.rms_norm(hidden, layer.attention_norm[...], config.norm_eps),
         "rope": ops.apply_rope(given["query"], cos, sin),

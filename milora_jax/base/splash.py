@@ -1,0 +1,65 @@
+"""Pallas' splash attention for TPUs, causal within a record."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from milora_jax.shapes import Array, Float, Int
+from milora_jax.types import KEPT
+
+LANES = 128
+"""Rows are padded to a multiple of this, and a head's width is one or half of it."""
+
+BLOCKS = (512, 384, 256, 128)
+"""Tokens of a kernel's block, the largest divisor first."""
+
+
+def serves(q: Float[Array, "B T N H"]) -> bool:
+    """Whether the kernel takes queries of this shape, and is worth its start."""
+    return q.shape[-1] in (LANES // 2, LANES) and q.shape[1] >= LANES
+
+
+def splash(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"],
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """``attention.attention`` where queries and keys are those of the same tokens.
+
+    Args:
+      interpret: run it as plain operations, on any platform: for tests.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length = q.shape[1]
+    padded = -(-length // LANES) * LANES
+
+    def by_head(x: Array) -> Array:
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - length), (0, 0)))
+
+    block = next(size for size in BLOCKS if padded % size == 0)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((padded, padded))] * q.shape[2]),
+        block_sizes=kernels.BlockSizes(**dict.fromkeys(names, block), block_kv_compute=LANES),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=KEPT,
+        interpret=interpret,
+    )
+    records = jnp.pad(segments, ((0, 0), (0, padded - length)))
+    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    attended = jax.vmap(functools.partial(_one_row, kernel, kernels.SegmentIds))(
+        by_head(scaled), by_head(k), by_head(v), records
+    )
+    return attended[:, :, :length].swapaxes(1, 2)
+
+
+def _one_row(kernel: object, segment_ids: type, q: Array, k: Array, v: Array, records: Array) -> Array:
+    return kernel(q, k, v, segment_ids(q=records, kv=records))  # pyright: ignore[reportCallIssue]
