@@ -1,8 +1,9 @@
-"""Compiling a run's programs ahead of time for a TPU topology, on any machine that has libtpu.
+"""Compiling a run's programs ahead of time for TPUs or GPUs that are not there.
 
-The compiler is the real one: it divides the program, schedules it, and refuses what does not fit the chip.
-Nothing runs. Memory per chip is its figure; floating-point operations are ours, because its own count takes a
-scan over layers for one layer; counts of collectives are instructions in the program's text, not executions.
+The compiler is the real one, in libtpu or in JAX's CUDA plugin: it divides the program and schedules it. For
+a TPU it refuses what does not fit the chip; for a GPU it does not, so the numbers are compared here. Nothing
+runs. Memory per chip is its figure; floating-point operations are ours, because its own count takes a scan
+over layers for one layer; counts of collectives are instructions in the program's text, not executions.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import jax
 from milora_jax.config import Config, MeshSection, ModelConfig, require
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import check_divides, make_mesh
-from milora_jax.scaling.chips import GIB, Chip, chip_of
+from milora_jax.scaling.chips import CHIPS, GIB, Chip
+from milora_jax.scaling.gpus import GPUS, PREALLOCATED, Gpu, layout_of
 from milora_jax.scaling.programs import STEPS, decode_program, prefill_program, train_program
 
 WHAT = ("train", "prefill", "decode")
@@ -59,8 +61,8 @@ class Compiled:
     """What is known of one program on one mesh.
 
     Attributes:
-      memory: None where it does not fit.
-      problem: the compiler's line where it does not fit.
+      memory: None where the compiler refused.
+      problem: why it does not fit; empty where it does.
       flops: floating-point operations of all chips for one step: 2N per token forward and 2N backward for a
         frozen base of N parameters in matrices, as useful work; recomputation and attention are not in it.
     """
@@ -78,35 +80,39 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler took it."""
-        return self.memory is not None
+        """Whether the chips have the memory."""
+        return not self.problem
 
 
 class Topology:
     """Chips that are not there.
 
     Args:
-      name: as libtpu names them, such as ``v5e:4x4``.
+      name: of a TPU's, as libtpu names them, such as ``v5e:4x4``; or a GPU and how many, such as ``h200:8``.
 
     Raises:
-      UserError: libtpu is missing, in use by another process, or knows no such topology.
+      UserError: the compiler is missing, in use by another process, or knows no such topology.
     """
 
     def __init__(self, name: str) -> None:
         self.name, self.chip = name, chip_of(name)
-        for variable, value in QUIET.items():
-            os.environ.setdefault(variable, value)
+        if isinstance(self.chip, Gpu):
+            card, layout = layout_of(name)
+            asked = {"platform": "cuda", "topology_name": "", "topology": layout}
+            asked["target_config"] = self.chip.described(card)
+            hint = "the compiler is installed by pip install 'milora-jax[cuda13]'"
+        else:
+            for variable, value in QUIET.items():
+                os.environ.setdefault(variable, value)
+            asked = {"platform": "tpu", "topology_name": name, **_host_of(name)}
+            hint = "libtpu is installed by pip install 'milora-jax[tpu]'; one process at a time may hold it"
         from jax.experimental import topologies
 
         try:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **_host_of(name))
-            self.devices = found.devices
-        except RuntimeError as error:
+            self.devices = topologies.get_topology_desc(**asked).devices
+        except (RuntimeError, NotImplementedError) as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"--topology {name!r}: {line} (libtpu is installed by pip install 'milora-jax[tpu]'; "
-                "one process at a time may hold it)"
-            ) from None
+            raise UserError(f"--topology {name!r}: {line} ({hint})") from None
 
     def compile(self, config: Config, model: ModelConfig, what: str, prompts: int = 1) -> Compiled:
         """Compile the program of a config on its mesh.
@@ -134,17 +140,18 @@ class Topology:
             "flops": step_flops(config, model, what),
         }
         try:
-            program = lowered.compile(compiler_options=QUICK)
+            program = lowered.compile(compiler_options={} if isinstance(self.chip, Gpu) else QUICK)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             line = str(error).splitlines()[0]
             seconds = time.monotonic() - begin
             return Compiled(**found, memory=None, problem=line, collectives={}, compile_s=seconds)
+        memory = _memory(program.memory_analysis())
         return Compiled(
             **found,
-            memory=_memory(program.memory_analysis()),
-            problem="",
+            memory=memory,
+            problem=_too_much(memory, self.chip),
             collectives=count_collectives(program.as_text()),
             compile_s=time.monotonic() - begin,
         )
@@ -156,12 +163,35 @@ def _host_of(topology: str) -> dict[str, Any]:
     return {"chips_per_host_bounds": (1, 1, 1)} if sizes == {"1"} else {}
 
 
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology's name, such as ``v5e:2x4``.
+
+    Raises:
+      UserError: no such chip.
+    """
+    kind, separator, layout = topology.partition(":")
+    known = {**CHIPS, **GPUS}
+    expected = f"CHIP:LAYOUT such as v5e:2x4 or h200:8, with CHIP of {', '.join(known)}"
+    require(kind in known and bool(separator) and bool(layout), "--topology", topology, expected)
+    return known[kind]
+
+
 def _memory(analysis: Any) -> Memory:
-    return Memory(
-        arguments=analysis.argument_size_in_bytes,
-        temporaries=analysis.temp_size_in_bytes,
-        donated=analysis.alias_size_in_bytes,
-        peak=analysis.peak_memory_in_bytes,
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    donated = analysis.alias_size_in_bytes
+    # Of a GPU's program the compiler gives no peak: all at once is the most it can be.
+    most = arguments + temporaries + analysis.output_size_in_bytes - donated
+    peak = getattr(analysis, "peak_memory_in_bytes", 0) or most
+    return Memory(arguments=arguments, temporaries=temporaries, donated=donated, peak=peak)
+
+
+def _too_much(memory: Memory, chip: Chip) -> str:
+    """Why a GPU has not enough memory; a TPU's compiler has looked at that itself."""
+    if not isinstance(chip, Gpu) or memory.peak <= PREALLOCATED * chip.memory:
+        return ""
+    return (
+        f"{memory.peak / GIB:.2f} GiB of {chip.memory / GIB:.0f}, of which JAX takes "
+        f"{100 * PREALLOCATED:.0f} % (XLA_PYTHON_CLIENT_MEM_FRACTION)"
     )
 
 
@@ -191,6 +221,8 @@ def describe(found: Compiled, chip: Chip) -> list[str]:
     lines = [f"{found.what} on {found.devices} devices, mesh {mesh}, batch {found.batch}{remat}"]
     if found.memory is None:
         return [*lines, f"  does not fit: {found.problem}"]
+    if found.problem:
+        lines.append(f"  does not fit: {found.problem}")
     memory = found.memory
     counted = ", ".join(f"{n} {kind}" for kind, n in sorted(found.collectives.items())) or "no collectives"
     donated = f"{memory.donated / GIB:.3f} of them donated"

@@ -1,10 +1,8 @@
-"""What the chips of a topology can do, from the vendor's specifications."""
+"""What chips can do, from the vendors' specifications."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from milora_jax.config import require
 
 GIB = 2**30
 
@@ -31,15 +29,3 @@ CHIPS = {
     "tpu7x": Chip(96 * GIB, 1153e12, 600e9),
 }
 """Cloud TPU's system architecture pages; a tpu7x chip is two devices of half its figures."""
-
-
-def chip_of(topology: str) -> Chip:
-    """The chip of a topology's name, such as ``v5e:2x4``.
-
-    Raises:
-      UserError: no such chip.
-    """
-    kind, separator, layout = topology.partition(":")
-    known = kind in CHIPS and bool(separator) and bool(layout)
-    require(known, "--topology", topology, f"CHIP:LAYOUT such as v5e:2x4, with CHIP of {', '.join(CHIPS)}")
-    return CHIPS[kind]

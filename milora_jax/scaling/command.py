@@ -20,10 +20,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         prog="python -m milora_jax.parallel aot",
-        description="Compile the programs of a config for TPUs that are not there, and say what they take.",
+        description="Compile a config's programs for chips that are not there, and say what they take.",
     )
     parser.add_argument("--config", required=True, help="a file such as configs/llama7b_math.py")
-    parser.add_argument("--topology", required=True, help="such as v5e:2x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1")
+    parser.add_argument("--topology", required=True, help="such as v5e:2x4, v6e:4x4, tpu7x:2x2x1, h200:8")
     parser.add_argument("--mesh", default="", help="data=1,fsdp=16,tensor=1; default: the config's")
     parser.add_argument("--model", default="", help=f"of {', '.join(SHAPES)}; default: config.model.path")
     parser.add_argument("--what", default="train", help=f"of {', '.join(WHAT)}")

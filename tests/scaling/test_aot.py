@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -24,12 +25,16 @@ from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import make_mesh
 from milora_jax.scaling import aot
 from milora_jax.scaling.aot import (
+    Memory,
     Topology,
+    chip_of,
     count_collectives,
+    describe,
     step_flops,
 )
-from milora_jax.scaling.chips import GIB, Chip, chip_of
+from milora_jax.scaling.chips import GIB, Chip
 from milora_jax.scaling.command import config_of, model_of, parse_mesh
+from milora_jax.scaling.gpus import GPUS, layout_of
 from milora_jax.scaling.plan import base_bytes, estimate, meshes, plan
 from milora_jax.scaling.programs import decode_program, prefill_program
 from tests.models import TINY
@@ -102,7 +107,7 @@ def test_a_plan_ranks_what_fits(monkeypatch):
     def compiled(self, config, model, what):
         """As if all but ``none`` fitted, up to four rows a chip."""
         fits = config.train.remat != "none" and config.train.batch_size <= 32
-        memory = aot.Memory(1, 1, 1, config.train.batch_size * GIB // 32) if fits else None
+        memory = Memory(1, 1, 1, config.train.batch_size * GIB // 32) if fits else None
         seen.append((config.mesh, config.train.remat, config.train.batch_size))
         return aot.Compiled(
             what,
@@ -111,7 +116,7 @@ def test_a_plan_ranks_what_fits(monkeypatch):
             config.train.remat,
             config.train.batch_size,
             memory,
-            "too much",
+            "" if fits else "too much",
             1.0,
             {},
             1.0,
@@ -163,6 +168,32 @@ def test_the_bytes_of_a_quantised_base():
         assert base_bytes(config, LLAMA2_7B) == 2 * apart + expected
 
 
+def test_what_does_not_fit_a_gpu_is_found_by_its_numbers():
+    """Its compiler would only warn."""
+    topology = host()
+    topology.chip = dataclasses.replace(GPUS["t4"], memory=GIB)
+    found = topology.compile(CONFIG, MODEL, "train")
+    assert found.fits
+    size = found.memory.peak
+    topology.chip = dataclasses.replace(GPUS["t4"], memory=size)
+    found = topology.compile(CONFIG, MODEL, "train")
+    assert not found.fits
+    assert "of which JAX takes 75 %" in found.problem
+    text = "\n".join(describe(found, topology.chip))
+    assert "does not fit" in text
+    assert "temporaries" in text
+    analysis = SimpleNamespace(
+        argument_size_in_bytes=5, temp_size_in_bytes=7, output_size_in_bytes=3, alias_size_in_bytes=2
+    )
+    assert aot._memory(analysis) == Memory(arguments=5, temporaries=7, donated=2, peak=13)
+
+
+def test_gpus_come_in_whole_machines():
+    assert layout_of("t4:1") == ("t4", "1x1x1")
+    assert layout_of("h200:8") == ("h200", "1x1x8")
+    assert layout_of("h100:32") == ("h100", "1x4x8")
+
+
 def test_meshes_divide_the_batch_and_the_heads():
     config = dataclasses.replace(CONFIG, train=TrainSection(batch_size=16, accumulate=2))
     found = meshes(16, config, dataclasses.replace(MODEL, num_kv_heads=4))
@@ -177,6 +208,8 @@ def test_meshes_divide_the_batch_and_the_heads():
     [
         (lambda: chip_of("v9:2x4"), "--topology is 'v9:2x4'"),
         (lambda: chip_of("v5e"), "--topology is 'v5e'"),
+        (lambda: layout_of("h200:0"), "--topology is 'h200:0'"),
+        (lambda: layout_of("h200:12"), "1 to 8 or a multiple of 8"),
         (lambda: parse_mesh("rows=4"), "--mesh is 'rows=4'"),
         (lambda: parse_mesh("fsdp=many"), "--mesh is 'fsdp=many'"),
         (lambda: model_of("llama9", CONFIG), "--model is 'llama9'"),
@@ -232,3 +265,32 @@ def test_the_shipped_config_fits_eight_v5e():
     assert too_much.returncode == 2
     assert "error: train does not fit v5e:2x4" in too_much.stderr
     assert "Traceback" not in too_much.stderr
+
+
+@pytest.mark.slow
+def test_a_quantised_base_trains_and_decodes_on_one_chip():
+    """The real compiler decodes inside the products: nothing of the size of the layers is added."""
+    pytest.importorskip("libtpu", reason="needs pip install 'milora-jax[tpu]'")
+    shipped = ("--config", "configs/llama7b_math.py", "--model", "llama2-7b", "--topology", "v5e:1x1")
+    shipped = (*shipped, "--mesh", "fsdp=1", "--config.train.batch_size=2", "--config.eval.batch_size=4")
+    peaks = {}
+    for quantize in ("none", "int8", "nf4"):
+        found = command(*shipped, f"--config.model.quantize={quantize}")
+        assert found.returncode == 0, found.stderr
+        peaks[quantize] = peak(found.stdout)
+    assert peaks["int8"] < peaks["none"] - 5.9
+    assert peaks["nf4"] < peaks["none"] - 8.6
+    decoding = (*shipped, "--what", "decode")
+    assert command(*decoding).returncode == 2
+    assert peak(command(*decoding, "--config.model.quantize=nf4").stdout) < 8
+
+
+@pytest.mark.slow
+def test_a_quantised_base_trains_on_a_t4():
+    pytest.importorskip("jax_cuda12_plugin", reason="needs pip install 'jax[cuda12]'")
+    given = ("--config", "configs/llama7b_math.py", "--model", "llama2-7b", "--topology", "t4:1")
+    given = (*given, "--config.model.dtype=float16", "--config.train.batch_size=1")
+    plain, quantised = (command(*given, f"--config.model.quantize={kept}") for kept in ("none", "nf4"))
+    assert plain.returncode == 2
+    assert "does not fit" in plain.stdout
+    assert peak(quantised.stdout) < 6
