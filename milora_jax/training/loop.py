@@ -160,13 +160,14 @@ class Trainer:
         log = MetricsLog(self._workdir, start, self._say)
         earlier_seconds, clock = progress.seconds, time.monotonic()
         waiting: tuple[Metrics, Metrics | None] | None = None
+        batch, tokens = self._training_batch(start)
         for step in range(start, self._total):
             if progress.stopped:
                 break
-            rows = batch_rows(self._settings.seed, step, len(self._run.train), self._settings.batch_size)
-            packed = [self._run.train[i] for i in rows]
-            progress.tokens += sum(len(example.tokens) for row in packed for example in row)
-            state, metrics = self._steps.train(state, self._run.base, self._batch(packed))
+            progress.tokens += tokens
+            state, metrics = self._steps.train(state, self._run.base, batch)
+            # The devices are at work now: the next rows go to them before anything here waits.
+            batch, tokens = self._training_batch(step + 1)
             done = step + 1
             theta_metrics = None
             if self._bilevel and done % self._settings.coefficient_every == 0:
@@ -202,6 +203,12 @@ class Trainer:
         if several() and done % self._settings.log_every:
             return False
         return any_of_all(preempted())
+
+    def _training_batch(self, step: int) -> tuple[Batch, int]:
+        """The rows of a step on the devices, and how many tokens they hold, padding left out."""
+        rows = batch_rows(self._settings.seed, step, len(self._run.train), self._settings.batch_size)
+        packed = [self._run.train[i] for i in rows]
+        return self._batch(packed), sum(len(example.tokens) for row in packed for example in row)
 
     def _batch(self, packed: list[list[Example]]) -> Batch:
         batch = collate(packed, self._length, 0, self._settings.batch_size)

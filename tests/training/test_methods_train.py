@@ -121,3 +121,22 @@ def test_the_health_of_the_routes_is_logged_and_survives_a_resume(prepared, tmp_
         np.testing.assert_allclose(np.sum(line["expert_first"], axis=1), 1, atol=1e-3)
         assert all(0 < entropy <= np.log(7) + 1e-4 for entropy in line["route_entropy"])
         assert all(margin >= 0 for margin in line["route_margin"])
+
+
+def test_the_next_rows_are_placed_before_anything_waits(prepared, tmp_path, monkeypatch):
+    """While the devices take a step; after it they would wait for the host."""
+    run, steps = prepared
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, adapter=AdapterSection(rank=4)))
+    events = []
+    place, look, log = type(run).place, Trainer._count_bad, Trainer._log_step
+    monkeypatch.setattr(type(run), "place", lambda *a: (events.append("place"), place(*a))[1])
+    monkeypatch.setattr(Trainer, "_count_bad", lambda *a: (events.append("wait"), look(*a))[1])
+    monkeypatch.setattr(Trainer, "_log_step", lambda *a: (events.append("wait"), log(*a))[1])
+    monkeypatch.setattr(Trainer, "_evaluate", lambda *a: "")
+    stepping = dataclasses.replace(steps, train=lambda *a: (events.append("step"), steps.train(*a))[1])
+    fit(run, stepping, tmp_path)
+    assert events.count("step") == STEPS
+    for here, event in enumerate(events):
+        if event == "step":
+            assert events[here - 1] != "step", "its rows were not placed"
+            assert events[here + 1] == "place", "the next rows wait for this step"
