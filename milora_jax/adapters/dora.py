@@ -6,7 +6,6 @@ norms of ``W + s A B``. The gradient does not pass through n (section 4.3 of tha
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +17,7 @@ from milora_jax.adapters.joined import Joined, join
 from milora_jax.adapters.low_rank import LowRank, LowRankMethod, add, drop, init_pairs, narrow, widen
 from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
 from milora_jax.shapes import Array, Float, Key
-from milora_jax.types import GROUPS
+from milora_jax.types import GROUPS, kept
 
 
 @struct.dataclass
@@ -49,10 +48,9 @@ class JoinedDecomposed:
 
 
 def init_decomposed(key: Key[Array, ""], shape: Shape, rank: int, kernels: Kernels) -> dict[str, Decomposed]:
-    """LoRA's pairs, and the norms of the frozen columns as the forward pass computes them."""
-    norms = jax.vmap(functools.partial(column_norms, scale=1.0))
+    """LoRA's pairs, and the norms of the frozen columns: those of :func:`column_norms` while B is zero."""
     return {
-        name: Decomposed(pair.a, pair.b, norms(jnp.asarray(kernels[name]), pair.a, pair.b))
+        name: Decomposed(pair.a, pair.b, _root(jnp.sum(kernels[name].astype(jnp.float32) ** 2, axis=-2)))
         for name, pair in init_pairs(key, shape, rank).items()
     }
 
@@ -72,6 +70,11 @@ def column_norms(
     inner = jnp.einsum("ir,is->rs", a, a, precision=highest)
     square = jnp.einsum("rs,so->ro", inner, b, precision=highest)
     squares = jnp.sum(kernel**2, axis=0) + jnp.sum(b * (2.0 * scale * cross + scale**2 * square), axis=0)
+    return _root(squares)
+
+
+def _root(squares: Float[Array, "*L d_out"]) -> Float[Array, "*L d_out"]:
+    """Never zero: a magnitude is divided by it."""
     return jnp.sqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))
 
 
@@ -110,11 +113,12 @@ def decomposed_changes(
     x = drop(group.x, dropout, group.key)
     products = widen(params, group.names, narrow(params, group.names, x) * scale)
     changes = []
-    wholes = _without_bias(group)
+    # The gradient of m reads them: without a mark the backward pass would take the frozen product again.
+    wholes = kept(_without_bias(group))
     for name, whole, leaves, product in zip(group.names, wholes, group.frozen, products, strict=True):
         pair = params[name]
         a, b = jax.lax.stop_gradient((pair.a, pair.b))
-        norms = jax.lax.stop_gradient(column_norms(leaves.kernel, a, b, scale))
+        norms = kept(jax.lax.stop_gradient(column_norms(leaves.kernel, a, b, scale)))
         ratio = (pair.magnitude / norms)[None, None, :]
         plain = x @ leaves.kernel if dropping else whole
         changes.append((ratio - 1.0).astype(x.dtype) * plain + ratio.astype(x.dtype) * product)
