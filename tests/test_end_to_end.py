@@ -164,8 +164,8 @@ def test_a_run_on_a_quantised_base(folder, tmp_path, monkeypatch, capsys):
 
     theirs = continued("--workdir", str(workdir))
     base = ("--base", str(folder / "model"), "--adapter", str(workdir))
-    assert continued(*base, "--quantize", "int8") == theirs
-    assert continued(*base) != theirs
+    assert continued(*base) == theirs
+    assert continued(*base, "--quantize", "none") != theirs
     with pytest.raises(UserError, match=r"model\.quantize"):
         run_training(folder, workdir, monkeypatch, "--config.model.quantize=none")
 

@@ -1,19 +1,21 @@
 """Attention of a first pass: one function, whose back end is chosen by the platform.
 
 ==========  =====================================================================================
-TPU         Pallas' splash attention (``base/splash.py``), for whole lanes of 128 and no prefix
+TPU         Pallas' splash attention (``base/splash.py``), for heads of 64 or 128 and no prefix
 GPU         cuDNN, through ``jax.nn.dot_product_attention``, for 16-bit floats on Ampere or later
 elsewhere   ``base/blockwise.py``: the same sums in plain XLA
 ==========  =====================================================================================
 
-None of them keeps scores between the passes. tokamax, which chooses among kernels by itself, is not used: it
-wants Python 3.12 and reads the flags of the command line as its own.
+None of them keeps scores between the passes. What the others keep is named for ``remat="products"``; cuDNN's
+is not, so that there a backward pass attends once more. tokamax, which chooses among kernels by itself, is
+not used: it wants Python 3.12 and reads the flags of the command line as its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +39,13 @@ class Spread:
     Attributes:
       mesh: the devices; None for one.
       rows, heads: mesh axes that rows and heads are split over.
+      cudnn: whether the devices have cuDNN's kernels, see :func:`has_cudnn`.
     """
 
     mesh: Mesh | None = None
     rows: str | tuple[str, ...] | None = None
     heads: str | tuple[str, ...] | None = None
+    cudnn: bool = False
 
 
 Attend = Callable[[Array, Array, Array, Array, "Array | None"], Array]
@@ -66,7 +70,7 @@ def attention(
     """
     if spread is None:
         return blockwise(q, k, v, mask)
-    if cudnn_serves(q):
+    if spread.cudnn and cudnn_serves(q, k):
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
     if segments is None or not splash.serves(q):
         return blockwise(q, k, v, mask)
@@ -81,13 +85,22 @@ def attention(
     )
 
 
-def cudnn_serves(q: Float[Array, "B T N H"]) -> bool:
-    """Whether this process' devices have cuDNN's kernels for such queries."""
-    if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
+def has_cudnn(device: Any) -> bool:
+    """Whether a device has cuDNN's attention: not a T4, and not a card of another maker."""
+    if device.platform != "gpu":
         return False
-    capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
-    newer = tuple(int(part) for part in str(capability).split(".")) >= CUDNN_LEAST_CAPABILITY
-    return newer and q.shape[-1] % 8 == 0 and q.shape[-1] <= CUDNN_LARGEST_HEAD
+    try:
+        capability = tuple(int(part) for part in str(device.compute_capability).split("."))
+    except (AttributeError, ValueError):
+        return False
+    return capability >= CUDNN_LEAST_CAPABILITY
+
+
+def cudnn_serves(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> bool:
+    """Whether cuDNN takes arrays of these shapes; of odd lengths it has no gradient under a mask."""
+    small = q.dtype in (jnp.bfloat16, jnp.float16)
+    suits = q.shape[-1] % 8 == 0 and q.shape[-1] <= CUDNN_LARGEST_HEAD
+    return small and suits and q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
 
 
 def _splash(spread: Spread, q: Array, k: Array, v: Array, segments: Array) -> Float[Array, "B T N H"]:

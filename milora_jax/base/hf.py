@@ -1,11 +1,11 @@
 """A LLaMA-family base from a Hugging Face directory, leaf by leaf.
 
-Tensors are read one at a time from ``model.safetensors`` or from the shards its index names,
-transposed to ``[in, out]``, cast, and copied into their place in a stacked or joined leaf, so that beside the
-model the process never holds more than one tensor and, where the devices copy it, one leaf. Of a leaf that
-is spread over devices a process reads the slices of its own devices, and each of them once. Nothing is
-ever left at an initial value: every expected tensor must be there, with the expected shape, and no
-other.
+Tensors are read one at a time from ``model.safetensors`` or from the shards its index names, transposed to
+``[in, out]``, cast or encoded, and copied into their place in a stacked or joined leaf, so that beside the
+model the process never holds more than one tensor (of a quantised kernel in float32) and, where devices copy
+it, one leaf. Of a leaf that is spread over devices a process reads the slices of its own devices, and each of
+them once. Nothing is ever left at an initial value: every expected tensor must be there, with the expected
+shape, and no other.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ IGNORED_SUFFIX = "rotary_emb.inv_freq"
 """Old checkpoints store the rotary frequencies; they follow from the config."""
 
 
+Box = tuple[slice, ...]
+"""A part of a leaf: one slice per axis."""
+
+Scales = dict[tuple[str, int], np.ndarray]
+"""Scales of the kernels read so far, by the tensor and the first of its columns."""
+
+
 def load_leaves(
     directory: Path,
     config: ModelConfig,
@@ -52,8 +59,8 @@ def load_leaves(
     Args:
       sharding_of: where the leaf at a key path goes; None puts all on the first device of this process.
       decode: in the layout of ``modules.decode_layout``, which then need not be made of another.
-      quantize: how the kernels of the layers are kept, one of ``config.QUANTIZE``. For a slice of a quantised
-        kernel all rows of its columns are read: they share scales.
+      quantize: how the kernels of the layers are kept, one of ``config.QUANTIZE``. Of a quantised kernel a
+        process reads all rows of the columns that its devices hold, once: they share scales.
 
     Raises:
       UserError: for a missing, extra or misshapen tensor, a pickle, or a damaged file.
@@ -67,19 +74,21 @@ def load_leaves(
     _require_same_names(directory, expected, found)
 
     one_device = SingleDeviceSharding(jax.local_devices()[0])
+    scales: Scales = {}
 
     def read(path: tuple, spec: LeafSpec) -> jax.Array:
         sharding = one_device if sharding_of is None else sharding_of(path)
-        boxes: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-        def shard(index: Any) -> np.ndarray:
-            box = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, spec.shape, strict=True))
-            key = tuple((s.start, s.stop) for s in box)
-            if key not in boxes:  # devices that hold the same share one reading
-                boxes[key] = _read_box(spec, box, dtype, files)
-            return boxes[key]
+        def box_of(index: Any) -> Box:
+            return tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, spec.shape, strict=True))
 
-        leaf = jax.make_array_from_callback(spec.shape, sharding, shard)
+        # Devices that hold the same share one reading.
+        boxes = {
+            str(box): box
+            for box in map(box_of, sharding.addressable_devices_indices_map(spec.shape).values())
+        }
+        values = _read_boxes(spec, boxes, dtype, files, scales)
+        leaf = jax.make_array_from_callback(spec.shape, sharding, lambda index: values[str(box_of(index))])
         # Devices copy in the background: without waiting, finished leaves pile up in host memory.
         return jax.block_until_ready(leaf)
 
@@ -181,30 +190,55 @@ def _require_same_names(directory: Path, expected: set[str], found: set[str]) ->
         )
 
 
-def _read_box(spec: LeafSpec, box: tuple[slice, ...], dtype: str, files: dict[str, Path]) -> np.ndarray:
-    """The values of a leaf within a box, one slice per axis.
+def _read_boxes(
+    spec: LeafSpec, boxes: dict[str, Box], dtype: str, files: dict[str, Path], scales: Scales
+) -> dict[str, np.ndarray]:
+    """The values of a leaf within boxes, by their names.
 
     Args:
       dtype: of plain leaves.
+      scales: filled by the codes of a kernel, emptied by its scales.
     """
-    encoded = spec.encoded
-    asked = box if encoded is None else (*box[:-2], slice(0, encoded.d_in), box[-1])
-    values = _aligned_empty(tuple(side.stop - side.start for side in box), spec.dtype(dtype))
+    values = {
+        name: _aligned_empty(tuple(side.stop - side.start for side in box), spec.dtype(dtype))
+        for name, box in boxes.items()
+    }
     for part in spec.parts:
-        found = part.within(asked)
-        if found is None:
-            continue
-        place, mine = found
-        tensor = (files[part.name], part.name, spec.part_shape(part), mine, spec.transposed)
-        if encoded is None:
-            _read_into(values[place], *tensor)
-            continue
-        plain = np.empty([side.stop - side.start for side in mine], np.float32)
-        _read_into(plain, *tensor)
-        if not np.isfinite(plain).all():
-            raise UserError(f"{files[part.name]}: tensor {part.name!r} has a value that is not finite")
-        values[place] = encoded.of(plain)[box[-2]]
+        source = (files[part.name], part.name, spec.part_shape(part))
+        encoded: dict[int, np.ndarray] = {}  # by first column: boxes of other rows share it
+        for name, box in boxes.items():
+            found = part.within(spec.rows_read(box))
+            if found is None:
+                continue
+            place, mine = found
+            if spec.encoded is None:
+                _read_into(values[name][place], *source, mine, spec.transposed)
+                continue
+            first = mine[-1].start
+            if first not in encoded:
+                encoded[first] = _encoded(spec, source, mine, scales)
+            values[name][place] = encoded[first][box[-2]]
     return values
+
+
+def _encoded(
+    spec: LeafSpec, source: tuple[Path, str, tuple[int, ...]], mine: Box, scales: Scales
+) -> np.ndarray:
+    """Codes or scales of whole columns of a tensor; the codes leave their scales for who asks next."""
+    assert spec.encoded is not None
+    path, name, _ = source
+    scheme, key = spec.encoded.scheme, (name, mine[-1].start)
+    if spec.encoded.scales and key in scales:
+        return scales.pop(key)
+    plain = np.empty([side.stop - side.start for side in mine], np.float32)
+    _read_into(plain, *source, mine, spec.transposed)
+    if not np.isfinite(plain).all():
+        raise UserError(f"{path}: tensor {name!r} has a value that is not finite")
+    found = scheme.scales_of(plain)
+    if spec.encoded.scales:
+        return found
+    scales[key] = found
+    return scheme.codes_of(plain, found)
 
 
 def _read_into(

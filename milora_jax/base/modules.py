@@ -18,7 +18,7 @@ from flax import nnx
 
 from milora_jax.adapters.protocol import Frozen, Kernels
 from milora_jax.base import quantized
-from milora_jax.base.attention import Spread
+from milora_jax.base.attention import Spread, has_cudnn
 from milora_jax.shapes import Array, Float
 from milora_jax.types import EXPERTS, GROUPS, unstack_layers
 
@@ -153,7 +153,8 @@ def unroll(base: Base) -> Base:
 def spread_of(base: Base) -> Spread | None:
     """How a pass over this base lies over devices, where it is one; None over several, whose axes the base
     does not know."""
-    return Spread() if len(base.embedding[...].devices()) == 1 else None
+    device, *others = base.embedding[...].devices()
+    return None if others else Spread(cudnn=has_cudnn(device))
 
 
 def decode_layout(base: Base) -> Base:

@@ -122,19 +122,24 @@ def bits_of(dtype: jnp.dtype) -> int:
     return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).bits
 
 
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def decode(
     codes: Shaped[Array, "*L d_in d_out"], scales: Float[Array, "*L blocks d_out"], dtype: jnp.dtype
 ) -> Float[Array, "*L d_in d_out"]:
-    """The values of a kernel, or of rows or columns of one."""
-    by_block = _numbers(codes, dtype).reshape(*scales.shape[:-1], -1, scales.shape[-1])
+    """The values of a kernel, or of rows or columns of one.
+
+    Compiled also where the caller is not: op by op it would hold many arrays of the kernel's size. Inlined
+    where the caller is: a function of its own would not be fused with what reads it.
+    """
+    if codes.dtype == jnp.int8:
+        return (codes.astype(jnp.float32) * jnp.broadcast_to(scales, codes.shape)).astype(dtype)
+    by_block = _table_values(codes, dtype).reshape(*scales.shape[:-1], -1, scales.shape[-1])
     factors = jnp.broadcast_to(scales.astype(dtype)[..., None, :], by_block.shape)
     return (by_block * factors).reshape(codes.shape)
 
 
-def _numbers(codes: Shaped[Array, "*S"], dtype: jnp.dtype) -> Float[Array, "*S"]:
-    """What the codes stand for, before the scale."""
-    if codes.dtype == jnp.int8:
-        return codes.astype(dtype)
+def _table_values(codes: Shaped[Array, "*S"], dtype: jnp.dtype) -> Float[Array, "*S"]:
+    """What NF4's codes stand for, before the scale."""
     # Four rounds of choices between two: unlike a look-up in memory, any compiler fuses them.
     places = codes.astype(jnp.int32)
     values: list[Array] = [jnp.full(codes.shape, value, dtype) for value in NF4_VALUES]
@@ -194,8 +199,12 @@ def _forward_whole(x: Array, codes: Array, scales: Array) -> Float[Array, "M d_o
 def _backward_whole(slope: Array, codes: Array, scales: Array) -> Float[Array, "M d_in"]:
     if codes.dtype != jnp.int8:
         return slope @ decode(codes, scales, slope.dtype).T
-    scaled = slope.astype(jnp.float32) * jnp.broadcast_to(scales, slope.shape)
-    return scaled.astype(slope.dtype) @ codes.astype(slope.dtype).T
+    # Against the largest scale: times a scale of 1e-4 itself, a slope of float16 would be rounded to zero.
+    largest = scales.max()
+    shares = jnp.broadcast_to(scales / largest, slope.shape)
+    scaled = (slope.astype(jnp.float32) * shares).astype(slope.dtype)
+    summed = jnp.matmul(scaled, codes.astype(slope.dtype).T, preferred_element_type=jnp.float32)
+    return (summed * largest).astype(slope.dtype)
 
 
 def _forward_tiled(x: Array, codes: Array, scales: Array, tile_bytes: int) -> Float[Array, "M d_out"]:

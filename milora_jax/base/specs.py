@@ -71,7 +71,7 @@ class Encoded:
 
     Attributes:
       scheme: by which it is encoded.
-      d_in: rows of the kernel, all of which must be read for any of them: they share scales.
+      d_in: rows of the kernel.
       scales: whether the leaf holds the scales, or the codes.
     """
 
@@ -83,11 +83,6 @@ class Encoded:
     def dtype(self) -> str:
         """Of the leaf."""
         return self.scheme.scales_dtype if self.scales else self.scheme.codes_dtype
-
-    def of(self, values: np.ndarray) -> np.ndarray:
-        """The codes or the scales of whole columns ``[d_in, n]`` of float32."""
-        scales = self.scheme.scales_of(values)
-        return scales if self.scales else self.scheme.codes_of(values, scales)
 
 
 @dataclass(frozen=True)
@@ -109,6 +104,10 @@ class LeafSpec:
     def dtype(self, plain: str) -> np.dtype:
         """Of the leaf, in a base whose plain leaves have the dtype ``plain``."""
         return jnp.dtype(plain if self.encoded is None else self.encoded.dtype)
+
+    def rows_read(self, box: tuple[slice, ...]) -> tuple[slice, ...]:
+        """A box of the leaf, as a box of what must be read for it: of a quantised kernel all rows."""
+        return box if self.encoded is None else (*box[:-2], slice(0, self.encoded.d_in), box[-1])
 
     def part_shape(self, part: Part) -> tuple[int, ...]:
         """Shape of one of the tensors, as the leaf orders its axes."""

@@ -11,7 +11,7 @@ from milora_jax.shapes import Array, Float, Int
 from milora_jax.types import KEPT
 
 LANES = 128
-"""Rows are padded to a multiple of this, and a head's width is one or half of it."""
+"""Rows are padded to a multiple of this, and a head's width is all or half of it."""
 
 BLOCKS = (512, 384, 256, 128)
 """Tokens of a kernel's block, the largest divisor first."""
@@ -19,7 +19,8 @@ BLOCKS = (512, 384, 256, 128)
 
 def serves(q: Float[Array, "B T N H"]) -> bool:
     """Whether the kernel takes queries of this shape, and is worth its start."""
-    return q.shape[-1] in (LANES // 2, LANES) and q.shape[1] >= LANES
+    suits = q.dtype in (jnp.bfloat16, jnp.float32)  # the compiler has no loads of float16
+    return suits and q.shape[-1] in (LANES // 2, LANES) and q.shape[1] >= LANES
 
 
 def splash(

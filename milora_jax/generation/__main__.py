@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the run's, or float32")
     parser.add_argument(
-        "--quantize", choices=QUANTIZE, help="how the base is kept; default: the run's, or none"
+        "--quantize", choices=QUANTIZE, help="how the base is kept; default: as the adapter's was"
     )
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument(
@@ -118,22 +118,21 @@ def main() -> None:
     )
     prompts = read_prompts(arguments)
     directory, dtype, adapter_path = arguments.base, arguments.dtype or "float32", arguments.adapter
-    quantize = arguments.quantize or "none"
     if arguments.workdir is not None:
         from milora_jax.storage.workdir import read_workdir_config
 
         run = read_workdir_config(arguments.workdir)
         directory, dtype = Path(run.model.path), arguments.dtype or run.model.dtype
-        quantize = arguments.quantize or run.model.quantize
         adapter_path = arguments.adapter or arguments.workdir
-    adapter = None
+    adapter, quantize = None, "none"
     if adapter_path is not None:
-        from milora_jax.storage.adapters import load_adapter, require_its_base
+        from milora_jax.storage.adapters import best_metadata, load_adapter, require_its_base
 
         adapter = load_adapter(adapter_path)
+        quantize = best_metadata(adapter_path).get("quantize", "none")  # older ones do not say
         require_its_base(adapter_path, directory)
     tokenizer = load_tokenizer(str(directory))
-    base, config = load_base(directory, dtype, decode=True, quantize=quantize)
+    base, config = load_base(directory, dtype, decode=True, quantize=arguments.quantize or quantize)
     streams = len(prompts) == 1 and settings.num_samples == 1 and not arguments.json
     answers = generate(
         base,

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from milora_jax.adapters.protocol import path_names
-from milora_jax.base.attention import Attend, Spread, attention
+from milora_jax.base.attention import Attend, Spread, attention, has_cudnn
 from milora_jax.types import PyTree
 
 MeshAxes = str | tuple[str, ...] | None
@@ -56,7 +56,7 @@ BASE_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     **{("layers", name, "bias"): ("layers", "ffn") for name in ("gate", "up")},
     ("layers", "o", "bias"): ("layers", None),
     ("layers", "down", "bias"): ("layers", None),
-    # Blocks of rows are not split: fsdp need not divide them, and there are few.
+    # Blocks of rows are not split, because fsdp need not divide them: a seventeenth of what NF4 takes.
     **{("layers", name, "scales"): ("layers", None, "heads") for name in ("q", "k", "v")},
     **{("layers", name, "scales"): ("layers", None, "ffn") for name in ("gate", "up")},
     **{("layers", name, "scales"): ("layers", None, "embed") for name in ("o", "down")},
@@ -139,6 +139,11 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(rules.rows))
 
 
-def attend_over(mesh: Mesh, rules: Rules) -> Attend:
-    """Attention with kernels where the platform has them, each device on its own rows and heads."""
-    return functools.partial(attention, spread=Spread(mesh, rules.rows, rules.heads))
+def attend_over(mesh: Mesh, rules: Rules, cudnn: bool | None = None) -> Attend:
+    """Attention with kernels where the platform has them, each device on its own rows and heads.
+
+    Args:
+      cudnn: whether the devices have cuDNN's; None looks at them, which needs devices that are there.
+    """
+    found = has_cudnn(mesh.devices.flat[0]) if cudnn is None else cudnn
+    return functools.partial(attention, spread=Spread(mesh, rules.rows, rules.heads, found))

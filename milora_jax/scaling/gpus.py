@@ -72,10 +72,10 @@ class Gpu(Chip):
 KIB, MIB = 2**10, 2**20
 
 GPUS = {
-    "t4": Gpu(16 * GIB, 65e12, 16e9, (7, 5), 40, 320e9, 4 * MIB, 64 * KIB, 1.59),
+    "t4": Gpu(15 * GIB, 65e12, 16e9, (7, 5), 40, 320e9, 4 * MIB, 64 * KIB, 1.59),
     "a100": Gpu(80 * GIB, 312e12, 300e9, (8, 0), 108, 2039e9, 40 * MIB, 164 * KIB, 1.41),
     "h100": Gpu(80 * GIB, 989e12, 450e9, (9, 0), 132, 3350e9, 50 * MIB, 228 * KIB, 1.98),
-    "h200": Gpu(141 * 10**9, 989e12, 450e9, (9, 0), 132, 4800e9, 50 * MIB, 228 * KIB, 1.98),
+    "h200": Gpu(141 * GIB, 989e12, 450e9, (9, 0), 132, 4800e9, 50 * MIB, 228 * KIB, 1.98),
 }
 """The SXM cards of NVIDIA's data sheets, and the T4, whose peak is that of float16: dense operations per
 second; of NVLink, or PCIe, what a card receives."""

@@ -48,7 +48,7 @@ def train_program(config: Config, model: ModelConfig, mesh: Mesh, prompts: int) 
         TOTAL_STEPS,
         prompts,
         lambda state: state_shardings(mesh, RULES, state),
-        attend_over(mesh, RULES),
+        attend_over(mesh, RULES, cudnn=False),
     )
     return steps.train.lower(state, base, batch)
 
@@ -58,7 +58,7 @@ def prefill_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
     base, tenants = _decoding(config, model, mesh)
     batch = _abstract_batch(mesh, config.eval.batch_size, config.data.max_length)
     slots = config.data.max_length + config.eval.max_new_tokens
-    spread = Spread(mesh, RULES.rows, RULES.heads)
+    spread = Spread() if mesh.size == 1 else None  # as ``modules.spread_of`` says of a base
     return prefill.lower(base, tenants, _number(mesh), batch, model, slots, spread)
 
 
@@ -78,22 +78,30 @@ def decode_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
     return decode_chunk.lower(base, tenants, _placed(state, places), model, STEPS, Plan.of(settings))
 
 
-def abstract_base(model: ModelConfig, section: ModelSection, mesh: Mesh, unrolled: bool = False) -> Base:
-    """A base of ``ShapeDtypeStruct`` leaves where a run would put them."""
+def abstract_base(model: ModelConfig, section: ModelSection, mesh: Mesh, decode: bool = False) -> Base:
+    """A base of ``ShapeDtypeStruct`` leaves where a run would put them.
+
+    Args:
+      decode: in the layout of ``modules.decode_layout``, modules joined on one device and apart on several.
+    """
 
     def leaf(spec: LeafSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype(section.dtype))
 
-    base = jax.tree.map(leaf, base_specs(model, quantize=section.quantize))
-    if unrolled:
+    joined = decode and mesh.size == 1
+    base = jax.tree.map(leaf, base_specs(model, joined, section.quantize))
+    if joined:
+        here = NamedSharding(mesh, PartitionSpec())
+        return _placed(base, jax.tree.map(lambda _: here, base))
+    if decode:
         base = jax.eval_shape(unroll, base)
     places = jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, RULES, path), base)
     return _placed(base, places)
 
 
 def _decoding(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[Base, Tenants]:
-    """The base with its layers as a tuple, its modules apart, and one adapter, on every device."""
-    base = abstract_base(model, config.model, mesh, unrolled=True)
+    """The base in the layout for decoding and one adapter, on every device."""
+    base = abstract_base(model, config.model, mesh, decode=True)
     stacked = abstract_base(model, config.model, mesh)
     adapter = _abstract_state(config, model, stacked, config.train).adapter
     tenants = jax.eval_shape(lambda a, b: Tenants.single(adapter_decode_layout(a, b)), adapter, base)

@@ -17,14 +17,18 @@ from milora_jax.errors import UserError
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata
 
 
-def adapter_metadata(method: Method, shape: Shape, base_fingerprint: str) -> dict[str, Any]:
+def adapter_metadata(
+    method: Method, shape: Shape, base_fingerprint: str, quantize: str = "none"
+) -> dict[str, Any]:
     """What is stored beside an adapter's parameters so that they can be read back alone.
 
     Args:
       base_fingerprint: of the base it was trained on, see ``base.fingerprint``.
+      quantize: how that base was kept.
     """
     return {
         "base_fingerprint": base_fingerprint,
+        "quantize": quantize,
         "adapter": dataclasses.asdict(full_settings(method)),
         "shape": {
             "modules": {name: list(dims) for name, dims in shape.modules},

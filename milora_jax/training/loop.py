@@ -317,7 +317,9 @@ class Trainer:
             return f"dev perplexity {perplexity:.3f}, not yet within its budget"
         if perplexity < progress.best_perplexity:
             progress.best_step, progress.best_perplexity, progress.stale = done, perplexity, 0
-            metadata = adapter_metadata(self._method, adapter.shape, self._run.base_fingerprint)
+            metadata = adapter_metadata(
+                self._method, adapter.shape, self._run.base_fingerprint, self._run.config.model.quantize
+            )
             share = None if health is None else health.share.tolist()
             found = {
                 "dev_perplexity": perplexity,

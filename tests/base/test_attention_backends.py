@@ -9,7 +9,7 @@ import pytest
 
 from milora_jax.base import attention as dispatch
 from milora_jax.base import ops, splash
-from milora_jax.base.attention import Spread, attention, cudnn_serves
+from milora_jax.base.attention import Spread, attention, cudnn_serves, has_cudnn
 from milora_jax.base.blockwise import blockwise
 
 ROWS, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 200, 4, 2, 64
@@ -44,11 +44,18 @@ def test_splash_is_the_plain_form(expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
 
 
-def test_what_cudnn_is_asked_for_is_the_plain_form(expected):
-    """The call, with XLA in cuDNN's place."""
-    found = _with_slopes(
-        lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=MASK[:, None], implementation="xla")
-    )
+def test_what_cudnn_is_asked_for_is_the_plain_form(monkeypatch, expected):
+    """The call that is made, with XLA in cuDNN's place."""
+    asked, attend = [], jax.nn.dot_product_attention
+
+    def stand_in(*given, implementation, **more):
+        asked.append(implementation)
+        return attend(*given, **more, implementation="xla")
+
+    monkeypatch.setattr(dispatch, "cudnn_serves", lambda q, k: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    found = _with_slopes(lambda q, k, v: attention(q, k, v, MASK, SEGMENTS, Spread(cudnn=True)))
+    assert asked == ["cudnn"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
 
 
@@ -66,21 +73,37 @@ def test_a_tpu_takes_the_kernel_where_it_serves():
         assert "tpu_custom_call" not in lowered("cpu", Spread(), q, k, v)
         narrow = [x[..., :32] for x in (q, k, v)]
         assert "tpu_custom_call" not in lowered("tpu", Spread(), *narrow)
+        half = draw("float16")
+        assert "tpu_custom_call" not in lowered("tpu", Spread(), *half), "its compiler would refuse"
 
 
 @pytest.mark.parametrize(
-    ("backend", "capability", "dtype", "width", "expected"),
+    ("platform", "capability", "expected"),
     [
-        ("gpu", "9.0", "bfloat16", 128, True),
-        ("gpu", "8.0", "float16", 64, True),
-        ("gpu", "7.5", "float16", 64, False),
-        ("gpu", "9.0", "float32", 64, False),
-        ("gpu", "9.0", "bfloat16", 256, False),
-        ("cpu", "9.0", "bfloat16", 64, False),
+        ("gpu", "9.0", True),
+        ("gpu", "8.0", True),
+        ("gpu", "7.5", False),
+        ("gpu", "gfx90a", False),
+        ("cpu", "9.0", False),
     ],
 )
-def test_cudnn_is_asked_where_it_has_kernels(monkeypatch, backend, capability, dtype, width, expected):
-    device = types.SimpleNamespace(compute_capability=capability)
-    fake = types.SimpleNamespace(default_backend=lambda: backend, local_devices=lambda: [device])
-    monkeypatch.setattr(dispatch, "jax", fake)
-    assert cudnn_serves(jnp.zeros((1, 1, 1, width), dtype)) is expected
+def test_which_devices_have_cudnn(platform, capability, expected):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    assert has_cudnn(device) is expected
+    assert not has_cudnn(types.SimpleNamespace(platform=platform))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "queries", "keys", "width", "expected"),
+    [
+        ("bfloat16", 64, 64, 128, True),
+        ("float16", 64, 64, 64, True),
+        ("float32", 64, 64, 64, False),
+        ("bfloat16", 64, 64, 256, False),
+        ("bfloat16", 64, 67, 64, False),
+        ("bfloat16", 63, 63, 64, False),
+    ],
+)
+def test_what_cudnn_takes(dtype, queries, keys, width, expected):
+    q, k = (jnp.zeros((1, length, 1, width), dtype) for length in (queries, keys))
+    assert cudnn_serves(q, k) is expected

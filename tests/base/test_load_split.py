@@ -11,21 +11,23 @@ from milora_jax.base import hf
 from milora_jax.base.hf import load_leaves
 from milora_jax.base.modules import decode_layout
 from milora_jax.base.specs import base_specs
-from milora_jax.config import MeshSection
+from milora_jax.config import QUANTIZE, MeshSection
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import make_mesh
 from milora_jax.parallel.rules import Rules, base_sharding
 from tests.base import pieces
-from tests.models import random_base, write_hf_directory
+from tests.models import QUANTIZABLE, random_base, write_hf_directory
 
 # The vocabulary and the heads must divide by the tensor axis.
 PLAIN = dataclasses.replace(pieces.PLAIN, vocab_size=60, num_heads=4, num_kv_heads=4)
 GROUPED = dataclasses.replace(pieces.GROUPED, vocab_size=60)
 
 
-def split(folder, config, *, data=1, fsdp=1, tensor=1, dtype="float32"):
+def split(folder, config, *, data=1, fsdp=1, tensor=1, dtype="float32", quantize="none"):
     mesh = make_mesh(MeshSection(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
-    return load_leaves(folder, config, dtype, lambda path: base_sharding(mesh, Rules(), path))
+    return load_leaves(
+        folder, config, dtype, lambda path: base_sharding(mesh, Rules(), path), quantize=quantize
+    )
 
 
 @pytest.mark.parametrize("config", [PLAIN, GROUPED])
@@ -44,14 +46,16 @@ def test_a_split_base_is_the_whole_one(tmp_path, config, sizes):
     )
 
 
-def test_every_slice_is_read_once_and_only_the_devices_own(tmp_path, monkeypatch):
-    write_hf_directory(tmp_path, PLAIN, tokenizer=False)
+@pytest.mark.parametrize("quantize", QUANTIZE)
+def test_every_slice_is_read_once_and_only_the_devices_own(tmp_path, monkeypatch, quantize):
+    config = PLAIN if quantize == "none" else QUANTIZABLE
+    write_hf_directory(tmp_path, config, tokenizer=False)
     read, copy = [], hf._read_into
     monkeypatch.setattr(hf, "_read_into", lambda place, *rest: (read.append(place.size), copy(place, *rest)))
-    whole = sum(np.prod(spec.shape) for spec in jax.tree.leaves(base_specs(PLAIN)))
+    whole = sum(np.prod(spec.shape) for spec in jax.tree.leaves(base_specs(config)))
     for sizes in ({}, {"fsdp": 8}, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
         read.clear()
-        split(tmp_path, PLAIN, **sizes)
+        split(tmp_path, config, **sizes, quantize=quantize)
         assert sum(read) == whole, sizes
 
 
@@ -89,4 +93,4 @@ def test_parts_of_a_joined_leaf_can_be_boxed(tmp_path):
     edge = GROUPED.module_dims["q"][1]
     for columns in (slice(edge - 3, edge + 2), slice(0, whole.shape[1]), slice(edge, edge + 1)):
         box = (slice(2, 9), columns)
-        np.testing.assert_array_equal(hf._read_box(spec, box, "float32", files), whole[box])
+        np.testing.assert_array_equal(hf._read_boxes(spec, {"": box}, "float32", files, {})[""], whole[box])

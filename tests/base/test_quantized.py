@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 
 from milora_jax import load_base, logits
+from milora_jax.adapters.protocol import init_adapter
+from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base import quantized
 from milora_jax.base.hf import load_leaves
-from milora_jax.base.modules import decode_layout
+from milora_jax.base.modules import decode_layout, frozen_kernels
 from milora_jax.base.quantized import NF4_VALUES, SCHEMES, bits_of, decode
-from milora_jax.config import MeshSection
+from milora_jax.config import AdapterSection, MeshSection
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import make_mesh
 from milora_jax.parallel.rules import Rules, base_sharding
-from tests.models import QUANTIZABLE, decoded_base, random_base, write_hf_directory
+from tests.models import QUANTIZABLE, decoded_base, quantized_base, random_base, write_hf_directory
 
 CODED = sorted(SCHEMES)
 F32 = jnp.dtype("float32")
@@ -102,6 +104,33 @@ def test_a_product_in_bfloat16(name):
     assert found.dtype == jnp.bfloat16
     expected = np.asarray(x, np.float32) @ np.asarray(decode(codes, scales, F32))
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=0.03, atol=0.2)
+
+
+@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("size", [1e-2, 1e-5])
+def test_small_slopes_survive_float16(name, size):
+    """Times a scale of 1e-4 they would be below its smallest number."""
+    codes, scales = encoded(0.02 * draw(256, 256), name)
+    slope = size * draw(8, 256, seed=2)
+    kernel = np.asarray(decode(codes, scales, F32))
+    _, back = jax.vjp(lambda x: quantized.product(x, codes, scales), jnp.zeros((8, 256), jnp.float16))
+    found = np.asarray(back(slope.astype(jnp.float16))[0], np.float32)
+    expected = np.asarray(slope) @ kernel.T
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_looking_at_the_kernels_does_not_decode_them_all():
+    """DoRA starts from the norms of all layers' columns. (Those of NF4 XLA for CPUs does decode first.)"""
+    base = quantized_base(dataclasses.replace(QUANTIZABLE, num_layers=8), "int8")
+    method = build_method(AdapterSection(method="dora", rank=4))
+
+    def fresh(base):
+        return init_adapter(
+            method, jax.random.key(0), adapter_shape(QUANTIZABLE), frozen_kernels(base)
+        ).params
+
+    program = jax.jit(fresh).lower(base).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 4 * 8 * 128 * 192 / 2
 
 
 @pytest.mark.parametrize("name", CODED)

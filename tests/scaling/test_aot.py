@@ -282,7 +282,7 @@ def test_a_quantised_base_trains_and_decodes_on_one_chip():
     assert peaks["nf4"] < peaks["none"] - 8.6
     decoding = (*shipped, "--what", "decode")
     assert command(*decoding).returncode == 2
-    assert peak(command(*decoding, "--config.model.quantize=nf4").stdout) < 8
+    assert peak(command(*decoding, "--config.model.quantize=nf4").stdout) < 8.5
 
 
 @pytest.mark.slow
