@@ -7,9 +7,10 @@ Appendix E) times the scale of its block of 64 rows. Accelerators pack two uint4
 byte on a CPU. (Packed by hand into uint8 they are a byte less there, but XLA for TPUs then writes the decoded
 matrix before every product.)
 
-A product never writes a matrix's full-size copy. It is one product where XLA decodes inside of it, and goes
+A product writes no full-size copy of its matrix. It is one product where XLA decodes inside of it, and goes
 tile by tile where XLA would first write all of the decoded matrix: on a CPU, for NF4 on a GPU, and on a TPU
-for NF4 and many rows of input. A decoded tile fits a cache, or the vector memory of a TPU.
+for NF4 and many rows of input, or float32. A decoded tile fits a cache, or the vector memory of a TPU. (The
+exception is int8 on GPUs before Ampere, for which XLA has no such product.)
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ def _by_platform(
     if codes.dtype == jnp.int8:
         return jax.lax.platform_dependent(x, codes, scales, cpu=small, default=whole)
     large = functools.partial(tiled, tile_bytes=GPU_TILE_BYTES)
-    on_tpu = whole if x.shape[0] <= FUSED_ROWS else small
+    fused = x.shape[0] <= FUSED_ROWS and x.dtype.itemsize == 2
+    on_tpu = whole if fused else small
     return jax.lax.platform_dependent(x, codes, scales, cpu=small, tpu=on_tpu, default=large)
 
 
@@ -235,9 +237,11 @@ def _backward_tiled(slope: Array, codes: Array, scales: Array, tile_bytes: int) 
 
 
 def _tile(size: int, most: int, unit: int) -> int:
-    """Width of a tile along an axis of ``size``: at most ``most``, but at least 128 and a multiple of it."""
+    """Width of a tile along an axis of ``size``: about ``most``, a multiple of 128 and of ``unit``, and such
+    that the last tile has little to do again."""
     step = max(unit, 128)
-    return min(size, max(step, most // step * step))
+    count = -(-size // max(step, most))
+    return min(size, -(-size // (count * step)) * step)
 
 
 def _tile_by_tile(
