@@ -126,11 +126,10 @@ def main() -> None:
         adapter_path = arguments.adapter or arguments.workdir
     adapter, quantize = None, "none"
     if adapter_path is not None:
-        from milora_jax.storage.adapters import best_metadata, load_adapter, require_its_base
+        from milora_jax.storage.adapters import load_adapter, require_its_base
 
         adapter = load_adapter(adapter_path)
-        quantize = best_metadata(adapter_path).get("quantize", "none")  # older ones do not say
-        require_its_base(adapter_path, directory)
+        quantize = require_its_base(adapter_path, directory)
     tokenizer = load_tokenizer(str(directory))
     base, config = load_base(directory, dtype, decode=True, quantize=arguments.quantize or quantize)
     streams = len(prompts) == 1 and settings.num_samples == 1 and not arguments.json

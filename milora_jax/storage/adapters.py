@@ -17,9 +17,7 @@ from milora_jax.errors import UserError
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata
 
 
-def adapter_metadata(
-    method: Method, shape: Shape, base_fingerprint: str, quantize: str = "none"
-) -> dict[str, Any]:
+def adapter_metadata(method: Method, shape: Shape, base_fingerprint: str, quantize: str) -> dict[str, Any]:
     """What is stored beside an adapter's parameters so that they can be read back alone.
 
     Args:
@@ -75,20 +73,25 @@ def best_metadata(path: str | Path) -> dict[str, Any]:
     return read_metadata(directory.root, step)
 
 
-def require_its_base(path: str | Path, base: Path) -> None:
+def require_its_base(path: str | Path, base: Path) -> str:
     """Refuse an adapter beside files other than those it was trained on.
 
     Args:
       path: of the adapter, as :func:`load_adapter` takes it.
       base: directory of the base.
 
+    Returns:
+      How that base was kept, one of ``config.QUANTIZE``.
+
     Raises:
       UserError: the files of the base are others.
     """
-    if best_metadata(path)["base_fingerprint"] != base_fingerprint(base):
+    stored = best_metadata(path)
+    if stored["base_fingerprint"] != base_fingerprint(base):
         raise UserError(
             f"the files of {str(base)!r} are not those that the adapter of {str(path)!r} was made on"
         )
+    return stored.get("quantize", "none")  # older adapters do not say
 
 
 def _newest(path: Path) -> tuple[CheckpointDirectory, int]:
