@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from milora_jax.base.modules import Base
-from milora_jax.base.specs import LeafSpec, base_specs
+from milora_jax.base.specs import Encoded, LeafSpec, base_specs
 from milora_jax.config import ModelConfig
 from milora_jax.errors import UserError
 
@@ -42,8 +42,8 @@ IGNORED_SUFFIX = "rotary_emb.inv_freq"
 Box = tuple[slice, ...]
 """A part of a leaf: one slice per axis."""
 
-Scales = dict[tuple[str, int], np.ndarray]
-"""Scales of the kernels read so far, by the tensor and the first of its columns."""
+Scales = dict[tuple[str, int, int], np.ndarray]
+"""Scales of the kernel read last, by the tensor, the first of its columns and the one after the last."""
 
 
 def load_leaves(
@@ -205,7 +205,7 @@ def _read_boxes(
     }
     for part in spec.parts:
         source = (files[part.name], part.name, spec.part_shape(part))
-        encoded: dict[int, np.ndarray] = {}  # by first column: boxes of other rows share it
+        columns: dict[tuple[int, int], np.ndarray] = {}  # encoded, for boxes of any rows
         for name, box in boxes.items():
             found = part.within(spec.rows_read(box))
             if found is None:
@@ -214,31 +214,35 @@ def _read_boxes(
             if spec.encoded is None:
                 _read_into(values[name][place], *source, mine, spec.transposed)
                 continue
-            first = mine[-1].start
-            if first not in encoded:
-                encoded[first] = _encoded(spec, source, mine, scales)
-            values[name][place] = encoded[first][box[-2]]
+            ends = _ends(mine[-1])
+            if ends not in columns:
+                columns[ends] = _encoded(spec.encoded, source, mine, spec.transposed, scales)
+            values[name][place] = columns[ends][box[-2]]
     return values
 
 
 def _encoded(
-    spec: LeafSpec, source: tuple[Path, str, tuple[int, ...]], mine: Box, scales: Scales
+    encoded: Encoded,
+    source: tuple[Path, str, tuple[int, ...]],
+    mine: Box,
+    transposed: bool,
+    scales: Scales,
 ) -> np.ndarray:
-    """Codes or scales of whole columns of a tensor; the codes leave their scales for who asks next."""
-    assert spec.encoded is not None
+    """Codes or scales of whole columns of a tensor. The codes are asked for first, and leave their scales."""
     path, name, _ = source
-    scheme, key = spec.encoded.scheme, (name, mine[-1].start)
-    if spec.encoded.scales and key in scales:
+    key = (name, *_ends(mine[-1]))
+    if encoded.scales:
         return scales.pop(key)
     plain = np.empty([side.stop - side.start for side in mine], np.float32)
-    _read_into(plain, *source, mine, spec.transposed)
+    _read_into(plain, *source, mine, transposed)
     if not np.isfinite(plain).all():
         raise UserError(f"{path}: tensor {name!r} has a value that is not finite")
-    found = scheme.scales_of(plain)
-    if spec.encoded.scales:
-        return found
-    scales[key] = found
-    return scheme.codes_of(plain, found)
+    scales[key] = encoded.scheme.scales_of(plain)
+    return encoded.scheme.codes_of(plain, scales[key])
+
+
+def _ends(side: slice) -> tuple[int, int]:
+    return side.start, side.stop
 
 
 def _read_into(
