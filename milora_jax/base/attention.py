@@ -13,7 +13,7 @@ not used: it wants Python 3.12 and reads the flags of the command line as its ow
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,12 @@ class Spread:
     rows: str | tuple[str, ...] | None = None
     heads: str | tuple[str, ...] | None = None
     cudnn: bool = False
+
+
+def spread_over(devices: Collection[Any]) -> Spread | None:
+    """How a pass lies over devices where it is one; None over several, whose axes are not known here."""
+    device, *others = devices
+    return None if others else Spread(cudnn=has_cudnn(device))
 
 
 Attend = Callable[[Array, Array, Array, Array, "Array | None"], Array]

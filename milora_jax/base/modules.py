@@ -18,7 +18,6 @@ from flax import nnx
 
 from milora_jax.adapters.protocol import Frozen, Kernels
 from milora_jax.base import quantized
-from milora_jax.base.attention import Spread, has_cudnn
 from milora_jax.shapes import Array, Float
 from milora_jax.types import EXPERTS, GROUPS, unstack_layers
 
@@ -139,6 +138,11 @@ class Base(nnx.Module):
         return self.embedding[...].dtype
 
     @property
+    def devices(self) -> set[Any]:
+        """Those that hold the leaves."""
+        return self.embedding[...].devices()
+
+    @property
     def unrolled(self) -> bool:
         """Whether the layers are a tuple, the layout for decoding."""
         return isinstance(self.layers, tuple)
@@ -150,13 +154,6 @@ def unroll(base: Base) -> Base:
     return Base(base.embedding[...], unstack_layers(base.layers), base.final_norm[...], head)
 
 
-def spread_of(base: Base) -> Spread | None:
-    """How a pass over this base lies over devices, where it is one; None over several, whose axes the base
-    does not know."""
-    device, *others = base.embedding[...].devices()
-    return None if others else Spread(cudnn=has_cudnn(device))
-
-
 def decode_layout(base: Base) -> Base:
     """The same base with its layers as a tuple of joined layers, for decoding.
 
@@ -164,7 +161,7 @@ def decode_layout(base: Base) -> Base:
     matrix would have to travel between devices.
     """
     base = unroll(base)
-    if spread_of(base) is not None:
+    if len(base.devices) == 1:
         base.layers = nnx.data(tuple(joined_layer(layer) for layer in base.layers))
     return base
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def splash(
 
     block = next(size for size in BLOCKS if padded % size == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    kernel = kernels.make_splash_mha(
+    kernel: Any = kernels.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((padded, padded))] * q.shape[2]),
         block_sizes=kernels.BlockSizes(**dict.fromkeys(names, block), block_kv_compute=LANES),
         head_shards=1,
@@ -56,11 +56,9 @@ def splash(
     )
     records = jnp.pad(segments, ((0, 0), (0, padded - length)))
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    attended = jax.vmap(functools.partial(_one_row, kernel, kernels.SegmentIds))(
-        by_head(scaled), by_head(k), by_head(v), records
-    )
+
+    def one_row(q: Array, k: Array, v: Array, records: Array) -> Array:
+        return kernel(q, k, v, kernels.SegmentIds(q=records, kv=records))
+
+    attended = jax.vmap(one_row)(by_head(scaled), by_head(k), by_head(v), records)
     return attended[:, :, :length].swapaxes(1, 2)
-
-
-def _one_row(kernel: object, segment_ids: type, q: Array, k: Array, v: Array, records: Array) -> Array:
-    return kernel(q, k, v, segment_ids(q=records, kv=records))  # pyright: ignore[reportCallIssue]

@@ -129,7 +129,7 @@ def forward(
             key_segments = None
             mask: Any = cache.mask(tokens.shape[1])
 
-    def see(q: Array, k: Array, v: Array) -> Array:
+    def attend_own(q: Array, k: Array, v: Array) -> Array:
         return attend(q, k, v, mask, None if prefix_length else segment_ids)
 
     def run_layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Route | None, Any]]:
@@ -146,7 +146,7 @@ def forward(
         layer_key = None if key is None else jax.random.fold_in(key, index)
         adapted = AdaptedLayer(layer, adapter, params, _per_token(weights, segment_ids), layer_key)
         past = None if cache is None else Past(layer_cache, cache.place, mask)
-        hidden, new = block(config, adapted, hidden, cos, sin, see, past, prefix)
+        hidden, new = block(config, adapted, hidden, cos, sin, attend_own, past, prefix)
         if cache is None:
             new = new.padded(cache_slots) if cache_slots else None
         return hidden, (route, new)
@@ -227,14 +227,14 @@ def block(
     hidden: Float[Array, "B T D"],
     cos: Float[Array, "B T 1 half"],
     sin: Float[Array, "B T 1 half"],
-    see: Callable[[Array, Array, Array], Array],
+    attend_own: Callable[[Array, Array, Array], Array],
     past: Past | None = None,
     prefix: tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]] | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
 
     Args:
-      see: attention over this pass's queries, keys and values, where there is no ``past``.
+      attend_own: attention over this pass's own queries, keys and values, where there is no ``past``.
       prefix: keys and values that go before the tokens'.
 
     Returns:
@@ -255,7 +255,7 @@ def block(
                 k, v = (
                     jnp.concatenate([heads(p), own], axis=1) for p, own in zip(prefix, (k, v), strict=True)
                 )
-            attended, cache = see(q, k, v), LayerCache.of(k, v)
+            attended, cache = attend_own(q, k, v), LayerCache.of(k, v)
         else:
             cache = past.cache.write(k, v, past.place)
             attended = cache.attend(q, past.mask)

@@ -18,8 +18,9 @@ from flax import struct
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.tenants import Tenants
+from milora_jax.base.attention import spread_over
 from milora_jax.base.cache import BeamCache
-from milora_jax.base.modules import Base, spread_of
+from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.config import ModelConfig
 from milora_jax.data.batches import collate_prompts
@@ -121,7 +122,8 @@ def beam_search(
     bucket = bucket_of(max(len(ids) for ids in prompts), config.max_positions)
     batch = place(collate_prompts(prompts, bucket, 0, rows=rows))
     prefix = 0 if tenants is None else tenants.method.prefix_length
-    prefilled, route = prefill(base, tenants, np.int32(slot), batch, config, prefix + bucket, spread_of(base))
+    spread = spread_over(base.devices)
+    prefilled, route = prefill(base, tenants, np.int32(slot), batch, config, prefix + bucket, spread)
     ends = (*settings.stop_token_ids, *(() if settings.ignore_eos else config.eos_ids))
     terms = Terms(
         settings.num_beams, settings.max_new_tokens, ends, settings.length_penalty, settings.early_stopping

@@ -88,7 +88,7 @@ def prefill(
       slot: of the tenant's adapter.
       batch: prompts, padded on the right.
       slots: S of the cache, at least a prefix, T and what is to come.
-      spread: of the rows and heads, for attention's kernels; see ``modules.spread_of``.
+      spread: of the rows and heads, for attention's kernels; see ``attention.spread_over``.
 
     Returns:
       What decoding starts from, and the whole route for looking at.

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.adapters.tenants import Tenants
-from milora_jax.base.modules import Base, spread_of
+from milora_jax.base.attention import spread_over
+from milora_jax.base.modules import Base
 from milora_jax.config import ModelConfig, require
 from milora_jax.data.batches import collate_prompts
 from milora_jax.errors import UserError
@@ -176,6 +177,7 @@ class Engine:
         self.config, self.rows, self.slots, self.chunk = config, rows, slots, chunk
         self.tenants, self.prefill_rows = tenants, prefill_rows
         self._base, self._place, self._penalties = base, place, penalties
+        self._spread = spread_over(base.devices)
         self._merges = merge and tenants is not None
         self._merged: Base | None = None
         prefix = 0 if tenants is None else tenants.method.prefix_length
@@ -311,7 +313,7 @@ class Engine:
         batch = self._place(collate_prompts(prompts, bucket, 0, rows=self.prefill_rows))
         slot = np.int32(first.slot)
         prefilled, route = prefill(
-            self._base, self.tenants, slot, batch, self.config, self._cache_slots, spread_of(self._base)
+            self._base, self.tenants, slot, batch, self.config, self._cache_slots, self._spread
         )
         if spread:
             prefilled = jax.tree.map(lambda leaf: leaf[:1], prefilled)

@@ -58,7 +58,7 @@ def prefill_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
     base, tenants = _decoding(config, model, mesh)
     batch = _abstract_batch(mesh, config.eval.batch_size, config.data.max_length)
     slots = config.data.max_length + config.eval.max_new_tokens
-    spread = Spread() if mesh.size == 1 else None  # as ``modules.spread_of`` says of a base
+    spread = Spread() if mesh.size == 1 else None  # as ``attention.spread_over`` says
     return prefill.lower(base, tenants, _number(mesh), batch, model, slots, spread)
 
 
