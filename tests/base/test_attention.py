@@ -30,7 +30,9 @@ def inputs(length, prefix, seed=0):
     return q, k, v, ops.attention_mask(segments, keys, prefix)
 
 
-@pytest.mark.parametrize(("length", "prefix"), [(5, 0), (130, 0), (130, 7), (600, 3)])
+@pytest.mark.parametrize(
+    ("length", "prefix"), [(5, 0), (130, 0), (130, 7), pytest.param(600, 3, marks=pytest.mark.slow)]
+)
 def test_blocks_equal_the_plain_formula(length, prefix):
     q, k, v, mask = inputs(length, prefix)
 

@@ -40,6 +40,7 @@ def test_one_object_per_variant_with_its_figures(folder, capsys):
     assert figures[1]["step_bytes"] < figures[0]["step_bytes"]
 
 
+@pytest.mark.slow
 def test_quantised_bases_are_measured_beside_the_plain_one(tmp_path, capsys):
     write_hf_directory(tmp_path, QUANTIZABLE, tokenizer=False)
     common = ["--model", str(tmp_path), "--batch", "1", "--seq", "8", "--repeats", "1"]
@@ -61,6 +62,7 @@ def test_packed_rows_hold_more_tokens_of_records():
     assert lengths <= set(train.GSM8K_LENGTHS)
 
 
+@pytest.mark.slow
 def test_padded_and_packed_are_measured_side_by_side(folder, capsys):
     train.main(
         ["--model", str(folder), "--batch", "1", "--rank", "4", "--repeats", "1", "--seq", "320", "--packed"]

@@ -51,7 +51,11 @@ def test_every_path_gives_each_row_its_own_adapter(path, method):
 
 
 @pytest.mark.parametrize(
-    "method", ["dora", "midora", "moelora", "ia3", "parallel_adapter", "iapt", "p_tuning_v2"]
+    "method",
+    [
+        *("dora", "ia3", "parallel_adapter", "iapt", "p_tuning_v2"),
+        *(pytest.param(method, marks=pytest.mark.slow) for method in ("midora", "moelora")),
+    ],
 )
 def test_methods_that_are_not_pairs_have_tenants_too(method):
     bank, adapters = make_bank(method=method)

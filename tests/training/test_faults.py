@@ -145,6 +145,7 @@ def test_non_finite_updates_stop_the_run_and_spoil_nothing(inputs, tmp_path):
     assert max(line.get("bad_steps", 0) for line in lines) >= 4
 
 
+@pytest.mark.slow
 def test_updates_of_theta_that_are_never_finite_stop_the_run(inputs, tmp_path):
     settings = {"train.coefficient_learning_rate": 1e38, "train.coefficient_every": 1, "train.clip_norm": 0.0}
     result = life(inputs, tmp_path / "theta", **settings)

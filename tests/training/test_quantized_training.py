@@ -24,6 +24,7 @@ from tests.training.test_equalities import text
 from tests.training.test_step import SETTINGS, rows
 
 TOTAL = 20
+KINDS = [pytest.param("int8", marks=pytest.mark.slow), "nf4"]
 
 
 def fresh(base, method="milora"):
@@ -37,7 +38,10 @@ def step(layout=None):
     return make_steps(QUANTIZABLE, SETTINGS, TOTAL, 1, layout).train
 
 
-@pytest.mark.parametrize(("quantize", "method"), [("int8", "milora"), ("nf4", "milora"), ("nf4", "midora")])
+@pytest.mark.parametrize(
+    ("quantize", "method"),
+    [("int8", "milora"), ("nf4", "milora"), pytest.param("nf4", "midora", marks=pytest.mark.slow)],
+)
 def test_a_step_is_that_on_the_decoded_kernels(quantize, method):
     base = quantized_base(QUANTIZABLE, quantize)
     found, expected = (step()(fresh(b, method), b, rows()) for b in (base, decoded_base(base)))
@@ -46,7 +50,7 @@ def test_a_step_is_that_on_the_decoded_kernels(quantize, method):
     np.testing.assert_allclose(found[1].loss, expected[1].loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("quantize", KINDS)
 def test_a_step_writes_no_whole_kernel(monkeypatch, quantize):
     """In tiles of 128, of the widest matrices no decoded copy is in the compiled step."""
     monkeypatch.setattr(quantized, "TILE_BYTES", 1)
@@ -77,7 +81,7 @@ def continued(base, merge=False):
     return [request.tokens[0] for request in made]
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("quantize", KINDS)
 def test_decoding_gives_the_tokens_of_the_decoded_kernels(quantize):
     base = quantized_base(QUANTIZABLE, quantize)
     expected = continued(decoded_base(base))
