@@ -10,14 +10,7 @@ nearest.
 
 from typing import Any
 
-from milora_jax.config import (
-    AdapterSection,
-    Config,
-    DataSection,
-    EvalSection,
-    ModelSection,
-    TrainSection,
-)
+from milora_jax.config import AdapterSection, Config, DataSection, EvalSection, ModelSection, TrainSection
 from milora_jax.evaluation.study.settings import Study
 from milora_jax.tiny import MODEL_DIR, TASKS, TASKS_DIR
 

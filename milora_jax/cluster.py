@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from milora_jax.config import require
+from milora_jax.errors import require
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, one_of, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZE = ("none", "int8", "nf4")
@@ -39,105 +39,6 @@ GATES = ("softmax", "renormalized", "straight_through")
 COEFFICIENTS = ("bilevel", "joint", "frozen")
 REMAT = ("none", "products", "full")
 """What a training step computes again, from the least to the most; see :class:`TrainSection`."""
-
-
-def require(condition: bool, name: str, value: object, expected: str) -> None:
-    """Raise one clear line unless ``condition`` holds."""
-    if not condition:
-        raise UserError(f"{name} is {value!r}: expected {expected}")
-
-
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise one clear line, with the nearest name, unless ``value`` is one of ``allowed``."""
-    near = difflib.get_close_matches(str(value), allowed, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    require(value in allowed, name, value, f"one of {', '.join(allowed)}{hint}")
-
-
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """Frequency scaling of LLaMA 3.1 and later (``rope_type: llama3``)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape and constants of a frozen LLaMA-architecture Transformer.
-
-    Sizes follow the legend of ``milora_jax.types``: hidden_size D, intermediate_size F, num_heads
-    N, num_kv_heads K, head_dim H, num_layers L, vocab_size V.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float
-    rope_theta: float
-    max_positions: int
-    eos_ids: tuple[int, ...]
-    rope_scaling: Llama3Scaling | None = None
-    tie_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    def __post_init__(self) -> None:
-        sizes = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim"
-        for name in [*sizes.split(), "max_positions"]:
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            "num_kv_heads",
-            self.num_kv_heads,
-            f"a divisor of num_heads {self.num_heads}",
-        )
-        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary halves)")
-        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "above 0")
-        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "above 0")
-
-    @property
-    def module_dims(self) -> dict[str, tuple[int, int]]:
-        """Input and output width of each of the seven linear modules, from head_dim, never D."""
-        d, f = self.hidden_size, self.intermediate_size
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
-            "q": (d, q),
-            "k": (d, kv),
-            "v": (d, kv),
-            "o": (q, d),
-            "gate": (d, f),
-            "up": (d, f),
-            "down": (f, d),
-        }
-
-    @property
-    def matrix_parameters(self) -> int:
-        """N: parameters that a token is multiplied with; the look-up in the embedding is none."""
-        layer = sum(d_in * d_out for d_in, d_out in self.module_dims.values())
-        return self.num_layers * layer + self.vocab_size * self.hidden_size
-
-
-LLAMA2_7B = ModelConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_positions=4096,
-    eos_ids=(2,),
-)
-"""LLaMA-2 7B, the paper's main backbone."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -32,6 +33,19 @@ class Preempted(UserError):
     """SIGTERM was received and a checkpoint was written."""
 
     exit_code = EXIT_PREEMPTED
+
+
+def require(condition: bool, name: str, value: object, expected: str) -> None:
+    """Raise one clear line unless ``condition`` holds."""
+    if not condition:
+        raise UserError(f"{name} is {value!r}: expected {expected}")
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise one clear line, with the nearest name, unless ``value`` is one of ``allowed``."""
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    require(value in allowed, name, value, f"one of {', '.join(allowed)}{hint}")
 
 
 TOLD = (UserError, OSError, KeyboardInterrupt)

@@ -13,7 +13,7 @@ from milora_jax.base.hf_config import write_model_config
 from milora_jax.base.modules import Base, Layer, Linear
 from milora_jax.base.quantized import SCHEMES
 from milora_jax.base.specs import LeafSpec, base_specs
-from milora_jax.config import ModelConfig
+from milora_jax.model_config import ModelConfig
 from milora_jax.types import EXPERTS
 
 TINY = ModelConfig(
@@ -98,7 +98,7 @@ def _bias(module: Linear) -> jax.Array | None:
 def _with_modules(base: Base, change: Callable[[Linear], Linear]) -> Base:
     layers = base.layers
     modules = {name: change(getattr(layers, name)) for name in EXPERTS}
-    changed = Layer(layers.attention_norm[...], layers.feedforward_norm[...], modules)
+    changed = Layer(layers.norms, modules)
     return Base(
         base.embedding[...], changed, base.final_norm[...], None if base.head is None else base.head[...]
     )

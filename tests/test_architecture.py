@@ -16,7 +16,7 @@ PACKAGE = ROOT / "milora_jax"
 
 FLOORS = (
     ("errors", "shapes"),
-    ("types", "config", "cluster", "cli"),
+    ("types", "model_config", "config", "cluster", "cli"),
     ("adapters",),
     ("base",),
     ("parallel",),
@@ -27,7 +27,7 @@ FLOORS = (
 )
 """From the cellar to the roof; a room imports from floors below its own, and from itself."""
 
-SIDEWAYS = {("cli", "config"), ("cli", "cluster"), ("cluster", "config")}
+SIDEWAYS = {("model_config", "types"), ("cli", "config"), ("cli", "cluster"), ("cluster", "config")}
 """The imports within a floor: flags become a Config and a Cluster."""
 
 HEAVY = ("torch", "transformers", "tokenizers", "datasets", "ml_collections", "absl", "matplotlib", "tqdm")

@@ -10,7 +10,8 @@ from flax import struct
 
 from milora_jax.adapters.protocol import SUBLAYERS, Shape, WidthMethod
 from milora_jax.adapters.rational import gelu_coefficients, rational
-from milora_jax.config import COEFFICIENTS, one_of
+from milora_jax.config import COEFFICIENTS
+from milora_jax.errors import one_of
 from milora_jax.shapes import Array, Float, Key
 
 

@@ -17,7 +17,7 @@ from flax import struct
 
 from milora_jax.adapters.bottleneck import Bottleneck, RationalMethod, init_bottleneck
 from milora_jax.adapters.protocol import Kernels, Project, Shape
-from milora_jax.config import require
+from milora_jax.errors import require
 from milora_jax.shapes import Array, Bool, Float, Key
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from milora_jax.adapters.protocol import Method, Shape
-from milora_jax.config import require
+from milora_jax.errors import require
 from milora_jax.shapes import Array, Float, Key
 from milora_jax.types import EXPERTS, kept
 

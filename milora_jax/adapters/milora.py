@@ -25,7 +25,8 @@ from milora_jax.adapters.low_rank import (
 )
 from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
 from milora_jax.adapters.router import Router, RouterParams
-from milora_jax.config import ACTIVATIONS, COEFFICIENTS, GATES, POOLERS, one_of, require
+from milora_jax.config import ACTIVATIONS, COEFFICIENTS, GATES, POOLERS
+from milora_jax.errors import one_of, require
 from milora_jax.shapes import Array, Bool, Float, Key
 from milora_jax.types import EXPERTS, Route
 

@@ -20,7 +20,7 @@ from flax import struct
 from milora_jax.adapters.joined import Joined, join
 from milora_jax.adapters.low_rank import LowRankMethod, add, drop, init_pairs, narrow, pair_sizes, widen
 from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
-from milora_jax.config import require
+from milora_jax.errors import require
 from milora_jax.shapes import Array, Float, Key
 from milora_jax.types import GROUPS
 

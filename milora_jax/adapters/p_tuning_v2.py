@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from milora_jax.adapters.protocol import Kernels, Project, Shape, WidthMethod
-from milora_jax.config import require
+from milora_jax.errors import require
 from milora_jax.shapes import Array, Bool, Float, Key
 
 

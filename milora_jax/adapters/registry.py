@@ -18,8 +18,9 @@ from milora_jax.adapters.p_tuning_v2 import PTuningV2
 from milora_jax.adapters.parallel_adapter import ParallelAdapter
 from milora_jax.adapters.protocol import Method, Shape
 from milora_jax.adapters.ssp import SSP
-from milora_jax.config import AdapterSection, ModelConfig
+from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError
+from milora_jax.model_config import ModelConfig
 
 METHOD_CLASSES: dict[str, type[Method]] = {
     cls.name: cls

@@ -30,7 +30,8 @@ from milora_jax.adapters.low_rank import (
     widen,
 )
 from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
-from milora_jax.config import COEFFICIENTS, one_of, require
+from milora_jax.config import COEFFICIENTS
+from milora_jax.errors import one_of, require
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree
 

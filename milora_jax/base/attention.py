@@ -1,8 +1,10 @@
 """Attention of a first pass: one function, whose back end is chosen by the platform.
 
 ==========  =====================================================================================
-TPU         Pallas' splash attention (``base/splash.py``), for heads of 64 or 128 and no prefix
-GPU         cuDNN, through ``jax.nn.dot_product_attention``, for 16-bit floats on Ampere or later
+TPU         Pallas' splash attention (``base/splash.py``), for heads of 64 or 128, no prefix, and a
+            window that is the same in all layers or longer than the rows
+GPU         cuDNN, through ``jax.nn.dot_product_attention``, for 16-bit floats on Ampere or later, heads
+            up to 128 and scores without a cap
 elsewhere   ``base/blockwise.py``: the same sums in plain XLA
 ==========  =====================================================================================
 
@@ -13,6 +15,7 @@ not used: it wants Python 3.12 and reads the flags of the command line as its ow
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +26,7 @@ from jax.sharding import Mesh
 
 from milora_jax.base import splash
 from milora_jax.base.blockwise import blockwise
+from milora_jax.base.ops import Scoring, Window
 from milora_jax.shapes import Array, Bool, Float, Int
 
 CUDNN_LARGEST_HEAD = 128
@@ -54,7 +58,7 @@ def spread_over(devices: Collection[Any]) -> Spread | None:
     return None if others else Spread(cudnn=has_cudnn(device))
 
 
-Attend = Callable[[Array, Array, Array, Array, "Array | None"], Array]
+Attend = Callable[[Array, Array, Array, Array, Scoring, "Array | None", "Window | None"], Array]
 """What :func:`attention` is to a layer, its ``spread`` given."""
 
 
@@ -63,31 +67,39 @@ def attention(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"],
+    scoring: Scoring,
     segments: Int[Array, "B T"] | None = None,
+    window: Window | None = None,
     spread: Spread | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention, scores divided by sqrt(H), softmax in float32.
+    """Grouped-query attention, softmax in float32.
 
     Args:
       mask: true where a query may see a key, which no query does that is more than S - T places before the
         key. A query that may see none (padding) gets something finite, which nobody reads.
+      scoring: how products become scores.
       segments: of the tokens, where the mask says no more than causality and they: 0 for padding.
+      window: what of the keys that the mask leaves is near enough.
       spread: allows kernels, and says how they are to be divided; None keeps to XLA's own products.
     """
     if spread is None:
-        return blockwise(q, k, v, mask)
-    if spread.cudnn and cudnn_serves(q, k):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
-    if segments is None or not splash.serves(q):
-        return blockwise(q, k, v, mask)
+        return blockwise(q, k, v, mask, window, scoring)
+    if spread.cudnn and scoring.cap is None and cudnn_serves(q, k):
+        seen = mask if window is None else mask & window.seen()
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=seen[:, None], scale=scoring.scale, implementation="cudnn"
+        )
+    size = None if window is None else window.size
+    if segments is None or not splash.serves(q) or isinstance(size, Array):
+        return blockwise(q, k, v, mask, window, scoring)
     return jax.lax.platform_dependent(
         q,
         k,
         v,
         mask,
         segments,
-        tpu=lambda q, k, v, mask, segments: _splash(spread, q, k, v, segments),
-        default=lambda q, k, v, mask, segments: blockwise(q, k, v, mask),
+        tpu=lambda q, k, v, mask, segments: _splash(spread, q, k, v, segments, size, scoring),
+        default=lambda q, k, v, mask, segments: blockwise(q, k, v, mask, window, scoring),
     )
 
 
@@ -109,13 +121,16 @@ def cudnn_serves(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> bool
     return small and suits and q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
 
 
-def _splash(spread: Spread, q: Array, k: Array, v: Array, segments: Array) -> Float[Array, "B T N H"]:
+def _splash(
+    spread: Spread, q: Array, k: Array, v: Array, segments: Array, window: int | None, scoring: Scoring
+) -> Float[Array, "B T N H"]:
     """Splash attention, every device on its own rows and heads."""
+    kernel = functools.partial(splash.splash, window=window, scoring=scoring)
     if spread.mesh is None or spread.mesh.size == 1:
-        return splash.splash(q, k, v, segments)
+        return kernel(q, k, v, segments)
     by_head = jax.P(spread.rows, None, spread.heads, None)
     return jax.shard_map(
-        splash.splash,
+        kernel,
         mesh=spread.mesh,
         in_specs=(by_head, by_head, by_head, jax.P(spread.rows, None)),
         out_specs=by_head,

@@ -14,6 +14,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 
+from milora_jax.base.ops import Scoring, Window
 from milora_jax.shapes import Array, Bool, Float
 from milora_jax.types import kept
 
@@ -24,15 +25,17 @@ MOST_BLOCKS = 8
 """More would be compiled longer and save little: n blocks do (n + 1) / 2n of the work."""
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def blockwise(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"],
+    window: Window | None,
+    scoring: Scoring,
 ) -> Float[Array, "B T N H"]:
     """``attention.attention`` in plain XLA, with any mask that looks no further than it may."""
-    return _forward(q, k, v, mask)[0]
+    return _forward(q, k, v, mask, window, scoring)[0]
 
 
 def _blocks(length: int) -> Iterator[slice]:
@@ -55,18 +58,21 @@ def _by_token(x: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _scores(q: Array, k: Array, mask: Array) -> Float[Array, "B K G T S"]:
-    scores = _product("BKGTH,BKSH->BKGTS", q, k) * (q.shape[-1] ** -0.5)
-    return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+def _seen(mask: Array, window: Window | None, queries: slice, keys: slice) -> Bool[Array, "B 1 1 T S"]:
+    mask = mask[:, queries, keys]
+    return (mask if window is None else mask & window.part(queries, keys).seen())[:, None, None]
 
 
-def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple]:
+def _forward(
+    q: Array, k: Array, v: Array, mask: Array, window: Window | None, scoring: Scoring
+) -> tuple[Array, tuple]:
     kv_heads, before = k.shape[2], k.shape[1] - q.shape[1]
     grouped, keys, values = _by_head(q, kv_heads), k.swapaxes(1, 2), v.swapaxes(1, 2)
     outputs, normalisers = [], []
     for block in _blocks(q.shape[1]):
         seen = slice(0, before + block.stop)
-        scores = _scores(grouped[:, :, :, block], keys[:, :, seen], mask[:, block, seen])
+        scores = scoring(_product("BKGTH,BKSH->BKGTS", grouped[:, :, :, block], keys[:, :, seen]))
+        scores = jnp.where(_seen(mask, window, block, seen), scores, jnp.finfo(jnp.float32).min)
         largest = scores.max(axis=-1, keepdims=True)
         shares = jnp.exp(scores - largest)
         total = shares.sum(axis=-1, keepdims=True)
@@ -74,27 +80,28 @@ def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple]:
         outputs.append(attended.astype(q.dtype))
         normalisers.append((largest + jnp.log(total))[..., 0])
     output, normaliser = kept((jnp.concatenate(outputs, axis=3), jnp.concatenate(normalisers, axis=3)))
-    return _by_token(output), (grouped, keys, values, mask, output, normaliser)
+    return _by_token(output), (grouped, keys, values, mask, window, output, normaliser)
 
 
-def _backward(residuals: tuple, gradient: Float[Array, "B T N H"]) -> tuple:
-    grouped, keys, values, mask, output, normaliser = residuals
+def _backward(scoring: Scoring, residuals: tuple, gradient: Float[Array, "B T N H"]) -> tuple:
+    grouped, keys, values, mask, window, output, normaliser = residuals
     slope = _by_head(gradient, keys.shape[1])
-    before, scale = keys.shape[2] - grouped.shape[3], grouped.shape[-1] ** -0.5
+    before = keys.shape[2] - grouped.shape[3]
     of_row = (slope.astype(jnp.float32) * output.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     to_q, to_k, to_v = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     for block in _blocks(grouped.shape[3]):
         seen = slice(0, before + block.stop)
         q, here = grouped[:, :, :, block], slope[:, :, :, block]
-        scores = _scores(q, keys[:, :, seen], mask[:, block, seen])
-        shares = jnp.exp(scores - normaliser[:, :, :, block, None])
+        scores = scoring(_product("BKGTH,BKSH->BKGTS", q, keys[:, :, seen]))
+        masked = jnp.where(_seen(mask, window, block, seen), scores, jnp.finfo(jnp.float32).min)
+        shares = jnp.exp(masked - normaliser[:, :, :, block, None])
         of_shares = _product("BKGTH,BKSH->BKGTS", here, values[:, :, seen])
-        of_scores = (shares * (of_shares - of_row[:, :, :, block]) * scale).astype(q.dtype)
+        of_scores = (shares * (of_shares - of_row[:, :, :, block]) * scoring.slope(scores)).astype(q.dtype)
         to_q.append(_product("BKGTS,BKSH->BKGTH", of_scores, keys[:, :, seen]))
         to_k = to_k.at[:, :, seen].add(_product("BKGTS,BKGTH->BKSH", of_scores, q))
         to_v = to_v.at[:, :, seen].add(_product("BKGTS,BKGTH->BKSH", shares.astype(q.dtype), here))
     back = _by_token(jnp.concatenate(to_q, axis=3).astype(grouped.dtype))
-    return back, *(x.astype(keys.dtype).swapaxes(1, 2) for x in (to_k, to_v)), None
+    return back, *(x.astype(keys.dtype).swapaxes(1, 2) for x in (to_k, to_v)), None, None
 
 
 blockwise.defvjp(_forward, _backward)

@@ -58,9 +58,11 @@ class LayerCache:
 
         return LayerCache(k=put(self.k, k), v=put(self.v, v))
 
-    def attend(self, q: Float[Array, "B T N H"], mask: Bool[Array, "B T S"]) -> Float[Array, "B T N H"]:
+    def attend(
+        self, q: Float[Array, "B T N H"], mask: Bool[Array, "B T S"], scoring: ops.Scoring
+    ) -> Float[Array, "B T N H"]:
         """Attention of new queries over the whole cache."""
-        return ops.cached_attention(q, ((self.k, self.v, mask),))
+        return ops.cached_attention(q, ((self.k, self.v, mask),), scoring)
 
 
 @struct.dataclass
@@ -92,11 +94,20 @@ class KVCache:
         """Where the next pass writes."""
         return self.length
 
-    def mask(self, queries: int) -> Bool[Array, "B T S"]:
-        """Which slots the T queries of the next pass see: those before them, and their own."""
-        slots = jax.tree.leaves(self.layers)[0].shape[-2]
-        last = self.length[:, None] + jnp.arange(queries)[None, :]
-        return jnp.arange(slots)[None, None, :] <= last[:, :, None]
+    @property
+    def reach(self) -> int:
+        """How many slots the last query may see: a window so wide hides nothing."""
+        return jax.tree.leaves(self.layers)[0].shape[-2]
+
+    def mask(self, queries: int, window: int | None = None) -> Bool[Array, "B T S"]:
+        """Which slots the T queries of the next pass see: those before them, and their own.
+
+        Args:
+          window: of them the last so many; None for all.
+        """
+        slots = jnp.arange(self.reach)[None, None, :]
+        last = (self.length[:, None] + jnp.arange(queries)[None, :])[:, :, None]
+        return slots <= last if window is None else (slots <= last) & (last - slots < window)
 
     def after(self, layers: Any, queries: int) -> KVCache:
         """The cache after a pass."""
@@ -150,12 +161,14 @@ class BeamLayerCache:
         self,
         q: Float[Array, "B 1 N H"],
         mask: tuple[Bool[Array, "P beams S"], Bool[Array, "P beams slots"]],
+        scoring: ops.Scoring,
     ) -> Float[Array, "B 1 N H"]:
         """Attention of every beam's new query over its prompt and its ancestors."""
         prompts, beams, _ = mask[0].shape
         by_prompt = q.reshape(prompts, beams, *q.shape[2:])
         of_prompt = (self.prompt.k, self.prompt.v, mask[0])
-        return ops.cached_attention(by_prompt, (of_prompt, (self.k, self.v, mask[1]))).reshape(q.shape)
+        parts = (of_prompt, (self.k, self.v, mask[1]))
+        return ops.cached_attention(by_prompt, parts, scoring).reshape(q.shape)
 
 
 @struct.dataclass
@@ -203,8 +216,18 @@ class BeamCache:
         """Where the next pass writes."""
         return self.ancestry.shape[-1], self.step
 
-    def mask(self, queries: int) -> tuple[Bool[Array, "P beams S"], Bool[Array, "P beams slots"]]:
+    @property
+    def reach(self) -> int:
+        """How many slots the last query of a beam may see: a window so wide hides nothing."""
+        return self.layers[0].prompt.k.shape[-2] + self.ancestry.shape[-1]
+
+    def mask(
+        self, queries: int, window: int | None = None
+    ) -> tuple[Bool[Array, "P beams S"], Bool[Array, "P beams slots"]]:
         """What each beam's next query sees of its prompt, and of the new tokens of all beams.
+
+        Args:
+          window: of its own past the last so many tokens; None for all.
 
         Raises:
           ValueError: for more than one query: beams go on token by token.
@@ -215,7 +238,12 @@ class BeamCache:
         slots = self.layers[0].prompt.k.shape[-2]
         of_prompt = jnp.arange(slots)[None, None, :] < self.length[:, None, None]
         mine = self.ancestry[:, :, None, :] == jnp.arange(beams)[None, None, :, None]
-        of_beams = mine & (jnp.arange(steps)[None, None, None, :] <= self.step)
+        past = self.step - jnp.arange(steps)[None, None, None, :]
+        of_beams = mine & (past >= 0)
+        if window is not None:
+            last = self.length[:, None, None] + self.step
+            of_prompt &= last - jnp.arange(slots)[None, None, :] < window
+            of_beams &= past < window
         return (
             jnp.broadcast_to(of_prompt, (prompts, beams, slots)),
             of_beams.reshape(prompts, beams, beams * steps),

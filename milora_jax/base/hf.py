@@ -24,8 +24,8 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from milora_jax.base.modules import Base
 from milora_jax.base.specs import Encoded, LeafSpec, base_specs
-from milora_jax.config import ModelConfig
 from milora_jax.errors import UserError
+from milora_jax.model_config import ModelConfig
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -107,7 +107,13 @@ def save_base(directory: Path, base: Base, config: ModelConfig, dtype: str) -> N
             if part.columns is not None:
                 raise ValueError("a base in the layout for decoding is not written")
             tensor = host if part.layer is None else host[part.layer]
-            tensors[part.name] = np.ascontiguousarray(tensor.T if spec.transposed else tensor)
+            tensor = np.ascontiguousarray(tensor.T if spec.transposed else tensor)
+            if part.outputs is None:
+                tensors[part.name] = tensor
+                continue
+            first, end, count = part.outputs
+            whole = np.empty((count, *tensor.shape[1:]), tensor.dtype)
+            tensors.setdefault(part.name, whole)[first:end] = tensor
 
     jax.tree.map(write, base_specs(config), base)
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -204,7 +210,7 @@ def _read_boxes(
         for name, box in boxes.items()
     }
     for part in spec.parts:
-        source = (files[part.name], part.name, spec.part_shape(part))
+        source = (files[part.name], part.name, spec.tensor_shape(part))
         columns: dict[tuple[int, int], np.ndarray] = {}  # encoded, for boxes of any rows
         for name, box in boxes.items():
             found = part.within(spec.rows_read(box))

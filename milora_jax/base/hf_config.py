@@ -1,7 +1,8 @@
 """``config.json`` of a Hugging Face directory to and from ``ModelConfig``.
 
 Only what we implement is accepted: a key that asks for something else is refused by name, because a
-model that loads and computes the wrong function is worse than one that does not load.
+model that loads and computes the wrong function is worse than one that does not load. Code that a
+directory brings along (``auto_map``) is never run: only the family's name counts.
 """
 
 from __future__ import annotations
@@ -9,28 +10,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from milora_jax.base.families import FAMILIES, SWITCHES, UNSUPPORTED, Family
 from milora_jax.base.hf import read_json_object
-from milora_jax.config import Llama3Scaling, ModelConfig, require
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, one_of, require
+from milora_jax.model_config import LinearScaling, Llama3Scaling, ModelConfig
 
 LARGEST = 1e30
 """No constant of a model is larger; JSON numbers may be infinite or have hundreds of digits."""
 
-REFUSED = {
-    "sliding_window": None,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-    "quantization_config": None,
-    "rope_interleaved": False,
-}
-"""Keys that change the function and that this family does not have, with the value that means off."""
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+"""Our names of Hugging Face's activations."""
+
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def read_model_config(directory: Path) -> ModelConfig:
-    """Read and check ``config.json`` of a LLaMA-architecture model.
+    """Read and check ``config.json`` of a model of one of the ``FAMILIES``.
 
     Both spellings of the rotary settings are read: ``rope_theta`` with ``rope_scaling``, and
-    ``rope_parameters`` as transformers 5 writes it.
+    ``rope_parameters`` as transformers 5 writes it. Of a Gemma 3 with images it is the ``text_config``.
+    ``generation_config.json`` may name further tokens that end a text.
 
     Raises:
       UserError: for a missing or ill-typed key, another architecture, or an unsupported feature.
@@ -38,46 +37,55 @@ def read_model_config(directory: Path) -> ModelConfig:
     if not directory.is_dir():
         raise UserError(f"model.path {str(directory)!r}: no such directory, expected a Hugging Face model")
     path = directory / "config.json"
-    values = read_json_object(path)
-    if values.get("model_type") != "llama":
-        raise UserError(f"{path}: model_type is {values.get('model_type')!r}: expected 'llama'")
-    for name, off in REFUSED.items():
-        require(
-            values.get(name, off) in (off, None), f"{path}: {name}", values.get(name), "unset: not supported"
-        )
-    require(
-        values.get("hidden_act", "silu") == "silu", f"{path}: hidden_act", values.get("hidden_act"), "'silu'"
-    )
+    given = read_json_object(path)
+    if given.get("model_type") == "gemma3" and isinstance(given.get("text_config"), dict):
+        given = {"model_type": "gemma3_text", **given["text_config"]}
+    name = given.get("model_type")
+    one_of(f"{path}: model_type", name if isinstance(name, str) else repr(name), tuple(FAMILIES))
+    family = FAMILIES[str(name)]
+    _refuse_the_rest(given, family, path)
+    values = {**family.defaults, **given}
     heads = _integer(values, "num_attention_heads", path)
     hidden = _integer(values, "hidden_size", path)
     vocab = _integer(values, "vocab_size", path)
-    theta, scaling = _rope(values, path)
+    layers = _integer(values, "num_hidden_layers", path)
+    theta, local_theta, scaling = _rope(values, family, path)
+    window, pattern = _window(values, family, layers, path)
     if not values.get("head_dim") and hidden % heads:
         raise UserError(f"{path}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     return ModelConfig(
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=_integer(values, "intermediate_size", path),
-        num_layers=_integer(values, "num_hidden_layers", path),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=_integer(values, "num_key_value_heads", path, heads),
         head_dim=_integer(values, "head_dim", path, hidden // heads),
         norm_eps=_number(values, "rms_norm_eps", path, 1e-6),
         rope_theta=theta,
         max_positions=_integer(values, "max_position_embeddings", path, 2048),
-        eos_ids=_token_ids(values, path, vocab),
+        eos_ids=_eos_ids(values, directory, vocab),
         rope_scaling=scaling,
         tie_embeddings=_flag(values, "tie_word_embeddings", path),
-        attention_bias=_flag(values, "attention_bias", path),
-        mlp_bias=_flag(values, "mlp_bias", path),
+        activation=_activation(values, family, path),
+        query_scalar=_optional(values, "query_pre_attn_scalar", path),
+        attention_softcap=_optional(values, "attn_logit_softcapping", path),
+        final_softcap=_optional(values, "final_logit_softcapping", path),
+        sliding_window=window,
+        sliding_pattern=pattern,
+        local_rope_theta=local_theta,
+        family=str(name),
+        **{"biased": _biased(values, path), **family.fixed},
     )
 
 
 def write_model_config(config: ModelConfig, bos_id: int, dtype: str) -> dict[str, Any]:
     """The ``config.json`` of a base, as transformers and :func:`read_model_config` read it."""
+    family, scaling = FAMILIES[config.family], config.rope_scaling
+    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
     values = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -85,19 +93,32 @@ def write_model_config(config: ModelConfig, bos_id: int, dtype: str) -> dict[str
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        **dict.fromkeys(family.activation_keys, activation),
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
         "bos_token_id": bos_id,
+        "pad_token_id": None,
         "eos_token_id": list(config.eos_ids) if len(config.eos_ids) != 1 else config.eos_ids[0],
         "torch_dtype": dtype,
     }
-    scaling = config.rope_scaling
-    if scaling is not None:
+    scalar = config.head_dim if config.query_scalar is None else config.query_scalar
+    switches = {
+        "attention_bias": "q" in config.biased,
+        "mlp_bias": "gate" in config.biased,
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.final_softcap,
+        # transformers takes no 256.0 for a whole number.
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": config.sliding_window is not None,
+        "rope_local_base_freq": config.local_rope_theta,
+    }
+    values |= {name: switches[name] for name in family.switches}
+    if family.slides in ("late", "every"):
+        values["layer_types"] = [SLIDING if slides else FULL for slides in config.slides]
+    if isinstance(scaling, Llama3Scaling):
         values["rope_scaling"] = {
             "rope_type": "llama3",
             "factor": scaling.factor,
@@ -105,32 +126,111 @@ def write_model_config(config: ModelConfig, bos_id: int, dtype: str) -> dict[str
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_positions,
         }
+    elif scaling is not None:
+        values["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
     return values
 
 
-def _rope(values: dict[str, Any], path: Path) -> tuple[float, Llama3Scaling | None]:
-    """Base wavelength and scaling from either spelling; the newer one wins where both are there."""
+def _refuse_the_rest(given: dict[str, Any], family: Family, path: Path) -> None:
+    """Refuse a key that is on and that the family does not have."""
+    foreign = {name: off for name, off in SWITCHES.items() if name not in family.switches}
+    for name, off in {**foreign, **UNSUPPORTED}.items():
+        value = given.get(name)
+        # Equal and of one type: 0 is not false, and a list is not None.
+        known = value is None or (value == off and type(value) is type(off))
+        require(known, f"{path}: {name}", value, "unset: not supported")
+
+
+def _biased(values: dict[str, Any], path: Path) -> tuple[str, ...]:
+    attention = ("q", "k", "v", "o") if _flag(values, "attention_bias", path) else ()
+    return attention + (("gate", "up", "down") if _flag(values, "mlp_bias", path) else ())
+
+
+def _activation(values: dict[str, Any], family: Family, path: Path) -> str:
+    named = [name for name in family.activation_keys if values.get(name) is not None]
+    name = named[0] if named else family.activation_keys[0]
+    value = values[name] if named else "silu"
+    known = ACTIVATIONS | ({"gelu": "gelu_tanh"} if family.gelu_is_tanh else {})
+    require(isinstance(value, str) and value in known, f"{path}: {name}", value, f"one of {', '.join(known)}")
+    return known[value]
+
+
+def _window(
+    values: dict[str, Any], family: Family, layers: int, path: Path
+) -> tuple[int | None, tuple[bool, ...]]:
+    """The sliding window, and which layers slide."""
+    on = _flag(values, "use_sliding_window", path) if "use_sliding_window" in family.switches else True
+    if family.slides == "none" or not on or values.get("sliding_window") is None:
+        return None, (False,)
+    window = _integer(values, "sliding_window", path)
+    types = values.get("layer_types")
+    if types is not None:
+        known = isinstance(types, list) and len(types) == layers and set(map(str, types)) <= {SLIDING, FULL}
+        require(known, f"{path}: layer_types", types, f"{layers} of {SLIDING!r} and {FULL!r}")
+        slides = tuple(kind == SLIDING for kind in types)
+    elif family.slides == "all":
+        slides = (True,)
+    elif family.slides == "late":
+        first = _integer(values, "max_window_layers", path, least=0)
+        slides = tuple(i >= first for i in range(layers))
+    else:
+        every = _integer(values, "sliding_window_pattern", path, family.every)
+        slides = tuple((i + 1) % every > 0 for i in range(layers))
+    return (window, _shortest(slides)) if any(slides) else (None, (False,))
+
+
+def _shortest(pattern: tuple[bool, ...]) -> tuple[bool, ...]:
+    """The shortest beginning of a pattern that, repeated, gives all of it."""
+    count = len(pattern)
+    lengths = (n for n in range(1, count + 1) if all(pattern[i] == pattern[i % n] for i in range(count)))
+    return pattern[: next(lengths)]
+
+
+def _rope(
+    values: dict[str, Any], family: Family, path: Path
+) -> tuple[float, float | None, Llama3Scaling | LinearScaling | None]:
+    """Base wavelengths, that of sliding layers apart, and scaling from either spelling.
+
+    The newer one wins where both are there.
+    """
     parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
         raise UserError(f"{path}: rope_parameters is {parameters!r}: expected an object")
+    local_theta = _optional(values, "rope_local_base_freq", path)
+    if FULL in parameters or SLIDING in parameters:
+        if "rope_local_base_freq" not in family.switches:
+            raise UserError(f"{path}: rope_parameters is {parameters!r}: expected one for all layers")
+        local, parameters = parameters.get(SLIDING) or {}, parameters.get(FULL) or {}
+        if not isinstance(local, dict) or not isinstance(parameters, dict):
+            raise UserError(f"{path}: rope_parameters holds {(local, parameters)!r}: expected objects")
+        kind = local.get("rope_type", "default")
+        require(kind == "default", f"{path}: rope_type of {SLIDING}", kind, "'default'")
+        local_theta = _number(local, "rope_theta", path, local_theta)
     theta = _number({**values, **parameters}, "rope_theta", path, 10000.0)
+    share = parameters.get("partial_rotary_factor")
+    require(share in (None, 1.0), f"{path}: partial_rotary_factor", share, "1: all of a head is rotated")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
-        return theta, None
-    require(kind == "llama3", f"{path}: rope_type", kind, "'default' or 'llama3'")
-    return theta, Llama3Scaling(
+        return theta, local_theta, None
+    if kind == "linear":
+        return theta, local_theta, LinearScaling(_number(parameters, "factor", path))
+    require(kind == "llama3", f"{path}: rope_type", kind, "'default', 'linear' or 'llama3'")
+    scaling = Llama3Scaling(
         factor=_number(parameters, "factor", path),
         low_freq_factor=_number(parameters, "low_freq_factor", path),
         high_freq_factor=_number(parameters, "high_freq_factor", path),
         original_max_positions=_integer(parameters, "original_max_position_embeddings", path),
     )
+    return theta, local_theta, scaling
 
 
-def _integer(values: dict[str, Any], name: str, path: Path, default: int | None = None) -> int:
+def _integer(
+    values: dict[str, Any], name: str, path: Path, default: int | None = None, least: int = 1
+) -> int:
     value = values.get(name)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{path}: {name} is {value!r}: expected a whole number of at least 1")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{path}: {name} is {value!r}: expected a whole number of at least {least}")
     return value
 
 
@@ -142,11 +242,24 @@ def _number(values: dict[str, Any], name: str, path: Path, default: float | None
     return float(value)
 
 
+def _optional(values: dict[str, Any], name: str, path: Path) -> float | None:
+    return None if values.get(name) is None else _number(values, name, path)
+
+
 def _flag(values: dict[str, Any], name: str, path: Path) -> bool:
     value = values.get(name)
     value = False if value is None else value
     require(isinstance(value, bool), f"{path}: {name}", value, "true or false")
     return value
+
+
+def _eos_ids(values: dict[str, Any], directory: Path, vocab: int) -> tuple[int, ...]:
+    """Those of the config, then those that only the generation config names, as chat models have them."""
+    ids = _token_ids(values, directory / "config.json", vocab)
+    more = directory / "generation_config.json"
+    if more.is_file():
+        ids += _token_ids(read_json_object(more), more, vocab)
+    return tuple(dict.fromkeys(ids))
 
 
 def _token_ids(values: dict[str, Any], path: Path, vocab: int) -> tuple[int, ...]:

@@ -11,14 +11,16 @@ from milora_jax.base.hf import load_leaves
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
-from milora_jax.config import DTYPES, QUANTIZE, ModelConfig, one_of, require
+from milora_jax.config import DTYPES, QUANTIZE
+from milora_jax.errors import one_of, require
+from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float, Int
 
 
 def load_base(
     path: str | Path, dtype: str = "float32", *, decode: bool = False, quantize: str = "none"
 ) -> tuple[Base, ModelConfig]:
-    """Load a frozen base from a Hugging Face directory of the LLaMA family.
+    """Load a frozen base from a Hugging Face directory of one of ``base.families``.
 
     Args:
       path: directory with ``config.json`` and safetensors files.
@@ -63,4 +65,4 @@ def logits(base: Base, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[
 def _logits(base: Base, tokens: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T V"]:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
     output = forward(base, config, tokens, positions, jnp.ones_like(tokens))
-    return unembed(base, output.hidden)
+    return unembed(base, config, output.hidden)

@@ -1,4 +1,4 @@
-"""The frozen leaves of a LLaMA-architecture Transformer, as a typed pytree.
+"""The frozen leaves of a Transformer, as a typed pytree.
 
 The modules are Flax NNX modules used to hold leaves and nothing else: functions do the work, and only
 ``jax.*`` transforms are applied to them. There are two layouts of the layers: one :class:`Layer` whose
@@ -33,8 +33,7 @@ class Linear(nnx.Module):
 
     def __init__(self, kernel: Any, bias: Any, scales: Any = None) -> None:
         self.kernel = nnx.Param(kernel)
-        self.bias = None if bias is None else nnx.Param(bias)
-        self.scales = None if scales is None else nnx.Param(scales)
+        self.bias, self.scales = _param(bias), _param(scales)
 
     def __call__(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
         """The map applied to ``x``."""
@@ -52,17 +51,43 @@ class Linear(nnx.Module):
         return Frozen(self.dense(dtype), None if self.bias is None else self.bias[...])
 
 
+class Norms(nnx.Module):
+    """The RMS weights of one decoder layer, or of all layers; None where a family has no such norm.
+
+    Attributes:
+      attention, feedforward: before the two sublayers, ``[*L, D]``.
+      attention_post, feedforward_post: behind them, ``[*L, D]``.
+      query, key: over every head, ``[*L, H]``.
+    """
+
+    def __init__(
+        self,
+        attention: Any,
+        feedforward: Any,
+        attention_post: Any = None,
+        feedforward_post: Any = None,
+        query: Any = None,
+        key: Any = None,
+    ) -> None:
+        self.attention, self.feedforward = nnx.Param(attention), nnx.Param(feedforward)
+        self.attention_post, self.feedforward_post = _param(attention_post), _param(feedforward_post)
+        self.query, self.key = _param(query), _param(key)
+
+
+def _param(value: Any) -> nnx.Param | None:
+    return None if value is None else nnx.Param(value)
+
+
 class Layer(nnx.Module):
     """The leaves of one decoder layer, or of all layers on a leading axis.
 
     Attributes:
-      attention_norm, feedforward_norm: RMS weights ``[*L, D]``.
+      norms: its norms.
       q, k, v, o, gate, up, down: the seven linear modules of ``types.EXPERTS``.
     """
 
-    def __init__(self, attention_norm: Any, feedforward_norm: Any, modules: dict[str, Linear]) -> None:
-        self.attention_norm = nnx.Param(attention_norm)
-        self.feedforward_norm = nnx.Param(feedforward_norm)
+    def __init__(self, norms: Norms, modules: dict[str, Linear]) -> None:
+        self.norms = norms
         self.q, self.k, self.v, self.o = (modules[name] for name in ("q", "k", "v", "o"))
         self.gate, self.up, self.down = (modules[name] for name in ("gate", "up", "down"))
 
@@ -72,7 +97,7 @@ class Layer(nnx.Module):
 
     def frozen(self, place: int) -> tuple[Frozen, ...]:
         """The leaves of a projection group, module by module."""
-        dtype = self.attention_norm[...].dtype
+        dtype = self.norms.attention[...].dtype
         return tuple(getattr(self, name).frozen(dtype) for name in GROUPS[place])
 
 
@@ -80,20 +105,13 @@ class JoinedLayer(nnx.Module):
     """The leaves of one decoder layer, with the modules of a projection group side by side in one.
 
     Attributes:
-      attention_norm, feedforward_norm: RMS weights ``[D]``.
+      norms: its norms.
       qkv, o, gate_up, down: the four groups of ``types.GROUPS``.
       widths: output widths of each group's modules.
     """
 
-    def __init__(
-        self,
-        attention_norm: Any,
-        feedforward_norm: Any,
-        groups: tuple[Linear, ...],
-        widths: tuple[tuple[int, ...], ...],
-    ) -> None:
-        self.attention_norm = nnx.Param(attention_norm)
-        self.feedforward_norm = nnx.Param(feedforward_norm)
+    def __init__(self, norms: Norms, groups: tuple[Linear, ...], widths: tuple[tuple[int, ...], ...]) -> None:
+        self.norms = norms
         self.qkv, self.o, self.gate_up, self.down = groups
         self.widths = widths
 
@@ -103,7 +121,7 @@ class JoinedLayer(nnx.Module):
 
     def frozen(self, place: int) -> tuple[Frozen, ...]:
         """The leaves of a projection group, module by module: slices of the joined ones."""
-        kernel, bias = self._group(place).frozen(self.attention_norm[...].dtype)
+        kernel, bias = self._group(place).frozen(self.norms.attention[...].dtype)
         kernels = self._split(place, kernel)
         biases = (None,) * len(kernels) if bias is None else self._split(place, bias)
         return tuple(Frozen(kernel, bias) for kernel, bias in zip(kernels, biases, strict=True))
@@ -130,7 +148,7 @@ class Base(nnx.Module):
         self.embedding = nnx.Param(embedding)
         self.layers = nnx.data(layers)
         self.final_norm = nnx.Param(final_norm)
-        self.head = None if head is None else nnx.Param(head)
+        self.head = _param(head)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -174,7 +192,7 @@ def joined_layer(layer: Layer) -> JoinedLayer:
         # Outputs are the last axis of every leaf.
         groups.append(jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *modules))
         widths.append(tuple(module.kernel[...].shape[-1] for module in modules))
-    return JoinedLayer(layer.attention_norm[...], layer.feedforward_norm[...], tuple(groups), tuple(widths))
+    return JoinedLayer(layer.norms, tuple(groups), tuple(widths))
 
 
 def frozen_kernels(base: Base) -> Kernels:

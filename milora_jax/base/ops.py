@@ -1,38 +1,76 @@
-"""The maths of a LLaMA layer as free functions; nothing here knows that adapters exist."""
+"""The maths of a decoder layer as free functions; nothing here knows that adapters exist."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from milora_jax.config import Llama3Scaling
+from milora_jax.model_config import LinearScaling, Llama3Scaling
 from milora_jax.shapes import Array, Bool, Float, Int
 
 
-def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
-    """Root-mean-square norm; the mean of squares in float32, the product with weight in x's dtype.
+def rms_norm(
+    x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float, unit_offset: bool
+) -> Float[Array, "*B D"]:
+    """Root-mean-square norm; the mean of squares in float32.
 
-    The order of cast and product is the one of Hugging Face's LlamaRMSNorm, on which published
-    bfloat16 checkpoints depend.
+    Published bfloat16 checkpoints depend on the order of cast and product, which is Hugging Face's.
+
+    Args:
+      unit_offset: multiply by ``1 + weight`` in float32, as Gemma does; else by weight in x's dtype.
     """
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    if unit_offset:
+        return (wide * jnp.broadcast_to(1.0 + weight.astype(jnp.float32), x.shape)).astype(x.dtype)
     return wide.astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None) -> np.ndarray:
+def softcap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
+    """``cap * tanh(x / cap)``: no value beyond the cap (Gemma 2); None leaves ``x`` as it is."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the product of a query and a key becomes a score.
+
+    Attributes:
+      scale: what it is multiplied by.
+      cap: of :func:`softcap`, afterwards.
+    """
+
+    scale: float
+    cap: float | None
+
+    def __call__(self, products: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """The scores."""
+        return softcap(products * self.scale, self.cap)
+
+    def slope(self, scores: Float[Array, "*B"]) -> Float[Array, "*B"] | float:
+        """The derivative for the products, from the scores."""
+        return self.scale if self.cap is None else self.scale * (1.0 - (scores / self.cap) ** 2)
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: Llama3Scaling | LinearScaling | None
+) -> np.ndarray:
     """Inverse wavelengths of the rotary embedding in radians per position, float32 ``[H / 2]``.
 
-    With ``scaling`` the low frequencies are divided by ``factor`` and a band between is blended, as
-    LLaMA 3.1 does to stretch its context.
+    With a scaling all frequencies are divided by ``factor``, or as LLaMA 3.1 does to stretch its context
+    the low ones, and a band between is blended.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = (1.0 / np.power(np.float32(theta), exponent)).astype(np.float32)
     if scaling is None:
         return frequencies
+    if isinstance(scaling, LinearScaling):
+        return frequencies / np.float32(scaling.factor)
     wavelength = 2 * np.pi / frequencies
     original = scaling.original_max_positions
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -64,6 +102,7 @@ def apply_rope(
 def cached_attention(
     q: Float[Array, "B T N H"],
     parts: tuple[tuple[Float[Array, "*B K _ H"], Float[Array, "*B K _ H"], Bool[Array, "B T _"]], ...],
+    scoring: Scoring,
 ) -> Float[Array, "B T N H"]:
     """``attention.attention`` over caches, whose heads come before their slots.
 
@@ -83,9 +122,9 @@ def cached_attention(
         return cache.reshape(rows, kv_heads, -1, width)
 
     def scores_of(k: Array, mask: Array) -> Array:
-        scores = jnp.einsum("BKTH,BKSH->BKTS", grouped, by_row(k), preferred_element_type=jnp.float32)
+        products = jnp.einsum("BKTH,BKSH->BKTS", grouped, by_row(k), preferred_element_type=jnp.float32)
         seen = jnp.broadcast_to(mask[:, None, None], (rows, kv_heads, group, length, mask.shape[-1]))
-        scores = scores * (width**-0.5)
+        scores = scoring(products)
         return jnp.where(seen.reshape(scores.shape), scores, jnp.finfo(jnp.float32).min)
 
     scores = [scores_of(k, mask) for k, _, mask in parts]
@@ -99,9 +138,32 @@ def cached_attention(
     return attended.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """``silu(gate) * up``, the gated unit of LLaMA."""
-    return jax.nn.silu(gate) * up
+def gated(gate: Float[Array, "*B F"], up: Float[Array, "*B F"], activation: str) -> Float[Array, "*B F"]:
+    """``act(gate) * up``: SwiGLU or GeGLU, by one of ``model_config.ACTIVATIONS``."""
+    if activation == "silu":
+        return jax.nn.silu(gate) * up
+    return jax.nn.gelu(gate, approximate=True) * up
+
+
+class Window(NamedTuple):
+    """A sliding window: which keys are near enough to a query to be seen.
+
+    Attributes:
+      queries, keys: positions within their records; a prefix has those from ``-P`` on.
+      size: tokens that a query sees, itself included: a number, or in a scan over layers an array.
+    """
+
+    queries: Int[Array, "B T"]
+    keys: Int[Array, "B S"]
+    size: int | Int[Array, ""]
+
+    def part(self, queries: slice, keys: slice) -> Window:
+        """The window of some of the queries and keys."""
+        return Window(self.queries[:, queries], self.keys[:, keys], self.size)
+
+    def seen(self) -> Bool[Array, "B T S"]:
+        """Whether a query is near enough to a key that is before it."""
+        return self.queries[:, :, None] - self.keys[:, None, :] < self.size
 
 
 def attention_mask(

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from milora_jax.config import require
+from milora_jax.errors import require
 from milora_jax.shapes import Array, Float, Shaped
 
 # fmt: off

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from milora_jax.base.modules import Base, JoinedLayer, Layer, Linear
+from milora_jax.base.families import FAMILIES
+from milora_jax.base.modules import Base, JoinedLayer, Layer, Linear, Norms
 from milora_jax.base.quantized import SCHEMES, Scheme
-from milora_jax.config import ModelConfig
+from milora_jax.model_config import ModelConfig
 from milora_jax.types import EXPERTS, GROUPS
 
 MODULE_PATHS = {
@@ -26,8 +28,23 @@ MODULE_PATHS = {
 }
 """Where Hugging Face keeps each of the seven modules inside a layer."""
 
-ATTENTION = ("q", "k", "v", "o")
-NORM_PATHS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+FUSED_PATHS = {
+    **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
+    **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
+}
+"""Where they are in a family that keeps modules with a common input in one tensor, one after the other."""
+
+
+NORM_PATHS = {"attention": "input_layernorm", "feedforward": "post_attention_layernorm"}
+POST_NORM_PATHS = {
+    "attention": "input_layernorm",
+    "attention_post": "post_attention_layernorm",
+    "feedforward": "pre_feedforward_layernorm",
+    "feedforward_post": "post_feedforward_layernorm",
+}
+"""Where the norms of a layer are; with norms behind the sublayers, one name means another place."""
+
+HEAD_NORM_PATHS = {"query": "self_attn.q_norm", "key": "self_attn.k_norm"}
 
 
 @dataclass(frozen=True)
@@ -38,11 +55,14 @@ class Part:
       name: in the files.
       layer: its place on the leading axis of a stacked leaf.
       columns: its first column in a joined leaf, and the one after its last.
+      outputs: where in a tensor of several modules this part is: its first output, the one after its
+        last, and how many there are; None for a tensor of its own.
     """
 
     name: str
     layer: int | None = None
     columns: tuple[int, int] | None = None
+    outputs: tuple[int, int, int] | None = None
 
     def within(self, box: tuple[slice, ...]) -> tuple[tuple[Any, ...], tuple[slice, ...]] | None:
         """What a box of the leaf, one slice per axis, holds of this tensor.
@@ -51,18 +71,23 @@ class Part:
           Where in the box, and which slices of the tensor as the leaf orders its axes; None where they
           have nothing in common.
         """
+        place: tuple[Any, ...] = ()
         if self.layer is not None:
-            layers, *rest = box
-            inside = layers.start <= self.layer < layers.stop
-            return ((self.layer - layers.start,), tuple(rest)) if inside else None
-        if self.columns is None:
-            return (), box
-        *front, asked = box
-        first, end = max(asked.start, self.columns[0]), min(asked.stop, self.columns[1])
-        if first >= end:
-            return None
-        mine = slice(first - self.columns[0], end - self.columns[0])
-        return (..., slice(first - asked.start, end - asked.start)), (*front, mine)
+            layers, *box_rest = box
+            if not layers.start <= self.layer < layers.stop:
+                return None
+            place, box = (self.layer - layers.start,), tuple(box_rest)
+        if self.columns is not None:
+            *front, asked = box
+            first, end = max(asked.start, self.columns[0]), min(asked.stop, self.columns[1])
+            if first >= end:
+                return None
+            place = (..., slice(first - asked.start, end - asked.start))
+            box = (*front, slice(first - self.columns[0], end - self.columns[0]))
+        if self.outputs is not None:
+            *front, mine = box
+            box = (*front, slice(mine.start + self.outputs[0], mine.stop + self.outputs[0]))
+        return place, box
 
 
 @dataclass(frozen=True)
@@ -109,14 +134,14 @@ class LeafSpec:
         """A box of the leaf, as a box of what must be read for it: of a quantised kernel all rows."""
         return box if self.encoded is None else (*box[:-2], slice(0, self.encoded.d_in), box[-1])
 
-    def part_shape(self, part: Part) -> tuple[int, ...]:
+    def tensor_shape(self, part: Part) -> tuple[int, ...]:
         """Shape of one of the tensors, as the leaf orders its axes."""
         shape = self.shape if self.encoded is None else (*self.shape[:-2], self.encoded.d_in, self.shape[-1])
         if part.layer is not None:
-            return shape[1:]
+            shape = shape[1:]
         if part.columns is not None:
-            return (*shape[:-1], part.columns[1] - part.columns[0])
-        return shape
+            shape = (*shape[:-1], part.columns[1] - part.columns[0])
+        return shape if part.outputs is None else (*shape[:-1], part.outputs[2])
 
 
 def base_specs(config: ModelConfig, decode: bool = False, quantize: str = "none") -> Base:
@@ -129,69 +154,110 @@ def base_specs(config: ModelConfig, decode: bool = False, quantize: str = "none"
     Raises:
       UserError: for a kernel whose width does not suit the quantisation.
     """
-    count = config.num_layers
+    table = _Table(config, quantize)
+    vocab, width = config.vocab_size, config.hidden_size
+    head = None
+    if not config.tie_embeddings:
+        head = LeafSpec((width, vocab), (Part("lm_head.weight"),), transposed=True)
+    return Base(
+        LeafSpec((vocab, width), (Part("model.embed_tokens.weight"),)),
+        tuple(map(table.joined_layer, range(config.num_layers))) if decode else table.stacked_layer(),
+        LeafSpec((width,), (Part("model.norm.weight"),)),
+        head,
+    )
 
-    def linear(kernel: LeafSpec, bias: LeafSpec | None) -> Linear:
-        if quantize == "none":
+
+@dataclass(frozen=True)
+class _Table:
+    """The layers' part of the table."""
+
+    config: ModelConfig
+    quantize: str
+
+    def stacked_layer(self) -> Layer:
+        """All layers on a leading axis."""
+        modules = {}
+        for name in EXPERTS:
+            d_in, d_out = self.config.module_dims[name]
+
+            def stacked(kind: str, *shape: int, name: str = name) -> LeafSpec:
+                parts = tuple(self.part(i, name, kind, layer=i) for i in range(self.config.num_layers))
+                return LeafSpec((self.config.num_layers, *shape), parts, kind == "weight")
+
+            bias = stacked("bias", d_out) if name in self.config.biased else None
+            modules[name] = self.linear(stacked("weight", d_in, d_out), bias)
+
+        def norm(suffix: str, width: int) -> LeafSpec:
+            count = self.config.num_layers
+            parts = tuple(Part(f"model.layers.{i}.{suffix}.weight", layer=i) for i in range(count))
+            return LeafSpec((count, width), parts)
+
+        return Layer(self.norms(norm), modules)
+
+    def joined_layer(self, layer: int) -> JoinedLayer:
+        """One layer, its modules with a common input in one leaf."""
+        groups, widths = [], []
+        for names in GROUPS:
+            d_in = self.config.module_dims[names[0]][0]
+            outputs = tuple(self.config.module_dims[name][1] for name in names)
+            ends = tuple(pairwise((0, *accumulate(outputs))))
+
+            def joined(
+                kind: str, *front: int, names: tuple[str, ...] = names, ends: tuple = ends
+            ) -> LeafSpec:
+                pairs = zip(names, ends, strict=True)
+                parts = tuple(self.part(layer, name, kind, columns=columns) for name, columns in pairs)
+                return LeafSpec((*front, ends[-1][1]), parts, kind == "weight")
+
+            bias = joined("bias") if names[0] in self.config.biased else None
+            groups.append(self.linear(joined("weight", d_in), bias))
+            widths.append(outputs)
+
+        def norm(suffix: str, width: int) -> LeafSpec:
+            return LeafSpec((width,), (Part(f"model.layers.{layer}.{suffix}.weight"),))
+
+        return JoinedLayer(self.norms(norm), tuple(groups), tuple(widths))
+
+    def norms(self, norm: Callable[[str, int], LeafSpec]) -> Norms:
+        """The norms of a layer, or of all, each made by its path and its width."""
+        config = self.config
+        paths = POST_NORM_PATHS if config.post_norms else NORM_PATHS
+        leaves = {name: norm(path, config.hidden_size) for name, path in paths.items()}
+        if config.qk_norm:
+            leaves |= {name: norm(path, config.head_dim) for name, path in HEAD_NORM_PATHS.items()}
+        return Norms(**leaves)
+
+    def part(
+        self,
+        number: int,
+        name: str,
+        kind: str,
+        layer: int | None = None,
+        columns: tuple[int, int] | None = None,
+    ) -> Part:
+        """The tensor of a module of a layer, by itself or, in a fused one, among those of its group.
+
+        Args:
+          number: of the layer.
+          layer, columns: of the part.
+        """
+        path, outputs = MODULE_PATHS[name], None
+        if FAMILIES[self.config.family].fused and name in FUSED_PATHS:
+            path = FUSED_PATHS[name]
+            names = next(names for names in GROUPS if name in names)
+            edges = (0, *accumulate(self.config.module_dims[mine][1] for mine in names))
+            at = names.index(name)
+            outputs = (edges[at], edges[at + 1], edges[-1])
+        return Part(f"model.layers.{number}.{path}.{kind}", layer, columns, outputs)
+
+    def linear(self, kernel: LeafSpec, bias: LeafSpec | None) -> Linear:
+        """A module or a group of them, quantised if asked for."""
+        if self.quantize == "none":
             return Linear(kernel, bias)
-        scheme, (*front, d_in, d_out) = SCHEMES[quantize], kernel.shape
+        scheme, (*front, d_in, d_out) = SCHEMES[self.quantize], kernel.shape
         blocks = scheme.blocks(d_in, kernel.parts[0].name)
         codes = dataclasses.replace(kernel, encoded=Encoded(scheme, d_in, scales=False))
         scales = dataclasses.replace(
             kernel, shape=(*front, blocks, d_out), encoded=Encoded(scheme, d_in, scales=True)
         )
         return Linear(codes, bias, scales)
-
-    def plain(name: str, *shape: int, transposed: bool = False) -> LeafSpec:
-        return LeafSpec(shape, (Part(name),), transposed)
-
-    def stacked(suffix: str, *shape: int, transposed: bool = False) -> LeafSpec:
-        parts = tuple(Part(f"model.layers.{i}.{suffix}", layer=i) for i in range(count))
-        return LeafSpec((count, *shape), parts, transposed)
-
-    def biased(name: str) -> bool:
-        return config.attention_bias if name in ATTENTION else config.mlp_bias
-
-    def stacked_layer() -> Layer:
-        modules = {}
-        for name in EXPERTS:
-            path, (d_in, d_out) = MODULE_PATHS[name], config.module_dims[name]
-            bias = stacked(f"{path}.bias", d_out) if biased(name) else None
-            modules[name] = linear(stacked(f"{path}.weight", d_in, d_out, transposed=True), bias)
-        attention_norm, feedforward_norm = (stacked(name, config.hidden_size) for name in NORM_PATHS)
-        return Layer(attention_norm, feedforward_norm, modules)
-
-    def joined_layer(prefix: str) -> JoinedLayer:
-        groups, widths = [], []
-        for names in GROUPS:
-            d_in = config.module_dims[names[0]][0]
-            outputs = tuple(config.module_dims[name][1] for name in names)
-            edges = (0, *accumulate(outputs))
-
-            def joined(
-                kind: str,
-                *front: int,
-                transposed: bool = False,
-                names: tuple[str, ...] = names,
-                edges: tuple[int, ...] = edges,
-            ) -> LeafSpec:
-                parts = tuple(
-                    Part(f"{prefix}.{MODULE_PATHS[name]}.{kind}", columns=ends)
-                    for name, ends in zip(names, pairwise(edges), strict=True)
-                )
-                return LeafSpec((*front, edges[-1]), parts, transposed)
-
-            bias = joined("bias") if biased(names[0]) else None
-            groups.append(linear(joined("weight", d_in, transposed=True), bias))
-            widths.append(outputs)
-        attention_norm, feedforward_norm = (
-            plain(f"{prefix}.{name}", config.hidden_size) for name in NORM_PATHS
-        )
-        return JoinedLayer(attention_norm, feedforward_norm, tuple(groups), tuple(widths))
-
-    layers = tuple(joined_layer(f"model.layers.{i}") for i in range(count)) if decode else stacked_layer()
-    vocab, width = config.vocab_size, config.hidden_size
-    head = None if config.tie_embeddings else plain("lm_head.weight", width, vocab, transposed=True)
-    return Base(
-        plain("model.embed_tokens.weight", vocab, width), layers, plain("model.norm.weight", width), head
-    )

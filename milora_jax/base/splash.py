@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from milora_jax.base.ops import Scoring
 from milora_jax.shapes import Array, Float, Int
 from milora_jax.types import KEPT
 
@@ -28,11 +29,14 @@ def splash(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"],
+    window: int | None,
+    scoring: Scoring,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """``attention.attention`` where queries and keys are those of the same tokens.
 
     Args:
+      window: tokens that a query sees, itself included; None for all.
       interpret: run it as plain operations, on any platform: for tests.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -46,16 +50,19 @@ def splash(
 
     block = next(size for size in BLOCKS if padded % size == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    shape = (padded, padded)
+    mask: Any = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
     kernel: Any = kernels.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((padded, padded))] * q.shape[2]),
+        masks.MultiHeadMask([mask] * q.shape[2]),
         block_sizes=kernels.BlockSizes(**dict.fromkeys(names, block), block_kv_compute=LANES),
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=scoring.cap,
         residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
     records = jnp.pad(segments, ((0, 0), (0, padded - length)))
-    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    scaled = (q.astype(jnp.float32) * scoring.scale).astype(q.dtype)
 
     def one_row(q: Array, k: Array, v: Array, records: Array) -> Array:
         return kernel(q, k, v, kernels.SegmentIds(q=records, kv=records))

@@ -1,4 +1,4 @@
-"""The forward pass of a LLaMA-architecture Transformer, with the places where an adapter may act.
+"""The forward pass of a decoder-only Transformer, with the places where an adapter may act.
 
 Layers come stacked on a leading axis and run by ``jax.lax.scan`` (training compiles one layer), or as
 a tuple and unrolled (decoding copies no slices).
@@ -19,7 +19,8 @@ from milora_jax.base import ops
 from milora_jax.base.attention import Attend, attention
 from milora_jax.base.cache import BeamCache, BeamLayerCache, KVCache, LayerCache
 from milora_jax.base.modules import Base, JoinedLayer, Layer, unroll
-from milora_jax.config import ModelConfig
+from milora_jax.base.sight import Sight, scoring_of
+from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import GROUPS, KEPT, PyTree, Route, kept, unstack_layers
 
@@ -118,41 +119,39 @@ def forward(
     prefix_length = 0 if method is None or members is None else method.prefix_length
     with jax.named_scope("embed"):
         hidden = jnp.take(base.embedding[...], tokens, axis=0, mode="clip")
-        frequencies = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        cos, sin = ops.rope_tables(positions, frequencies)
-        if cache is None:
-            of_prefix = jnp.repeat(jnp.arange(1, prompts + 1, dtype=segment_ids.dtype), prefix_length)
-            of_prefix = jnp.broadcast_to(of_prefix, (tokens.shape[0], of_prefix.size))
-            key_segments = jnp.concatenate([of_prefix, segment_ids], axis=1)
-            mask = ops.attention_mask(segment_ids, key_segments, of_prefix.shape[1])
-        else:
-            key_segments = None
-            mask: Any = cache.mask(tokens.shape[1])
-
-    def attend_own(q: Array, k: Array, v: Array) -> Array:
-        return attend(q, k, v, mask, None if prefix_length else segment_ids)
+        if config.scale_embedding:
+            hidden = hidden * jnp.asarray(config.embedding_scale, hidden.dtype)
+        sight = Sight.of(config, positions, segment_ids, prompts, prefix_length, cache, tokens.shape[1])
+    slides = config.slides
 
     def run_layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Route | None, Any]]:
-        index, layer, params, weights, layer_cache = inputs
+        index, sliding, layer, params, weights, layer_cache = inputs
+        sliding = slides[0] if sliding is None else sliding
         route = prefix = None
         if method is not None and members is not None:
             with jax.named_scope("route"):
                 depth = index.astype(jnp.float32) / config.num_layers
                 route = method.route(params, hidden, members, depth)
             with jax.named_scope("prefix"):
-                prefix = method.prefix(params, hidden, members, lambda soft: _keys_of(config, layer, soft))
+                prefix = method.prefix(params, hidden, members, lambda soft: keys_of(config, layer, soft))
         if route is not None:
             weights = route.weights
         layer_key = None if key is None else jax.random.fold_in(key, index)
         adapted = AdaptedLayer(layer, adapter, params, _per_token(weights, segment_ids), layer_key)
-        past = None if cache is None else Past(layer_cache, cache.place, mask)
-        hidden, new = block(config, adapted, hidden, cos, sin, attend_own, past, prefix)
+        past = None if cache is None else Past(layer_cache, cache.place, sight.cached(sliding))
+
+        def attend_own(q: Array, k: Array, v: Array) -> Array:
+            segments = None if prefix_length else segment_ids
+            return attend(q, k, v, sight.mask, scoring_of(config), segments, sight.window(sliding))
+
+        hidden, new = block(config, adapted, hidden, sight.angles(sliding), attend_own, past, prefix)
         if cache is None:
             new = new.padded(cache_slots) if cache_slots else None
         return hidden, (route, new)
 
     inputs = (
         jnp.arange(config.num_layers) if not base.unrolled else _indices(config.num_layers),
+        None if len(set(slides)) == 1 else slides if base.unrolled else jnp.asarray(slides),
         base.layers,
         None
         if adapter is None
@@ -166,11 +165,12 @@ def forward(
     if remat in POLICIES:
         layer_step = jax.checkpoint(run_layer, policy=POLICIES[remat], prevent_cse=base.unrolled)
     hidden, (route, layers) = _over_layers(layer_step, hidden, inputs, base.unrolled)
-    hidden = ops.rms_norm(hidden, base.final_norm[...], config.norm_eps)
+    hidden = ops.rms_norm(hidden, base.final_norm[...], config.norm_eps, config.norm_unit_offset)
     if cache is not None:
         cache = cache.after(layers, tokens.shape[1])
-    elif key_segments is not None and cache_slots:
-        cache = KVCache(layers=layers, length=(key_segments > 0).sum(axis=1, dtype=jnp.int32))
+    elif cache_slots:
+        written = prompts * prefix_length + (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
+        cache = KVCache(layers=layers, length=written)
     return Output(hidden=hidden, route=route, cache=cache)
 
 
@@ -225,8 +225,7 @@ def block(
     config: ModelConfig,
     adapted: AdaptedLayer,
     hidden: Float[Array, "B T D"],
-    cos: Float[Array, "B T 1 half"],
-    sin: Float[Array, "B T 1 half"],
+    angles: tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]],
     attend_own: Callable[[Array, Array, Array], Array],
     past: Past | None = None,
     prefix: tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]] | None = None,
@@ -234,6 +233,7 @@ def block(
     """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
 
     Args:
+      angles: cosine and sine of the rotary embedding.
       attend_own: attention over this pass's own queries, keys and values, where there is no ``past``.
       prefix: keys and values that go before the tokens'.
 
@@ -242,14 +242,17 @@ def block(
     """
     rows, length, _ = hidden.shape
     layer = adapted.layer
+    norms = layer.norms
+    cos, sin = angles
 
     def heads(x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, config.head_dim)
 
     with jax.named_scope("attention"):
-        normed = ops.rms_norm(hidden, layer.attention_norm[...], config.norm_eps)
+        normed = _norm(config, hidden, norms.attention)
         q, k, v = adapted.project(0, normed)
-        q, k, v = ops.apply_rope(heads(q), cos, sin), ops.apply_rope(heads(k), cos, sin), heads(v)
+        q, k, v = _norm(config, heads(q), norms.query), _norm(config, heads(k), norms.key), heads(v)
+        q, k = (ops.apply_rope(x, cos, sin) for x in (q, k))
         if past is None:
             if prefix is not None:
                 k, v = (
@@ -258,33 +261,41 @@ def block(
             attended, cache = attend_own(q, k, v), LayerCache.of(k, v)
         else:
             cache = past.cache.write(k, v, past.place)
-            attended = cache.attend(q, past.mask)
+            attended = cache.attend(q, past.mask, scoring_of(config))
         (x,) = adapted.project(1, attended.reshape(rows, length, -1))
+        x = _norm(config, x, norms.attention_post)
         hidden = hidden + adapted.beside("attention", normed, x)
     with jax.named_scope("feedforward"):
-        normed = ops.rms_norm(hidden, layer.feedforward_norm[...], config.norm_eps)
-        (x,) = adapted.project(3, ops.swiglu(*adapted.project(2, normed)))
+        normed = _norm(config, hidden, norms.feedforward)
+        gate, up = adapted.project(2, normed)
+        (x,) = adapted.project(3, ops.gated(gate, up, config.activation))
+        x = _norm(config, x, norms.feedforward_post)
         return hidden + adapted.beside("feedforward", normed, x), cache
 
 
-def unembed(base: Base, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+def _norm(config: ModelConfig, x: Float[Array, "*B D"], weight: Any) -> Float[Array, "*B D"]:
+    """A norm of a layer; ``x`` itself where the family has none there."""
+    return x if weight is None else ops.rms_norm(x, weight[...], config.norm_eps, config.norm_unit_offset)
+
+
+def unembed(base: Base, config: ModelConfig, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Logits in float32 from the normed residual stream."""
-    if base.head is None:
-        return jnp.einsum("...D,VD->...V", hidden, base.embedding[...], preferred_element_type=jnp.float32)
-    return jnp.einsum("...D,DV->...V", hidden, base.head[...], preferred_element_type=jnp.float32)
+    product, head = ("...D,VD->...V", base.embedding) if base.head is None else ("...D,DV->...V", base.head)
+    logits = jnp.einsum(product, hidden, head[...], preferred_element_type=jnp.float32)
+    return ops.softcap(logits, config.final_softcap)
 
 
 def _indices(count: int) -> tuple[Array, ...]:
     return tuple(jnp.asarray(i, jnp.int32) for i in range(count))
 
 
-def _keys_of(
+def keys_of(
     config: ModelConfig, layer: Layer | JoinedLayer, soft: Float[Array, "B P D"]
 ) -> tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]]:
     """Keys, not rotated, and values that a frozen layer makes of soft tokens."""
-    normed = ops.rms_norm(soft, layer.attention_norm[...], config.norm_eps)
-    _, k, v = layer.project(0, normed)
-    return k, v
+    _, k, v = layer.project(0, _norm(config, soft, layer.norms.attention))
+    heads = _norm(config, k.reshape(*k.shape[:2], -1, config.head_dim), layer.norms.key)
+    return heads.reshape(k.shape), v
 
 
 def _per_token(weights: Array | None, segment_ids: Array) -> Array | None:
@@ -303,10 +314,8 @@ def _over_layers(step: Callable, carry: Array, inputs: tuple, unrolled: bool) ->
     if not unrolled:
         return jax.lax.scan(step, carry, inputs)
     routes, caches = [], []
-    indices, layers, params, weights, layer_caches = inputs
-    for i, index in enumerate(indices):
-        taken = tuple(None if tree is None else tree[i] for tree in (params, weights, layer_caches))
-        carry, (route, cache) = step(carry, (index, layers[i], *taken))
+    for i in range(len(inputs[0])):
+        carry, (route, cache) = step(carry, tuple(None if part is None else part[i] for part in inputs))
         routes.append(route)
         caches.append(cache)
     route = None if routes[0] is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *routes)

@@ -36,12 +36,13 @@ from milora_jax.bench.models import (
 )
 from milora_jax.bench.peer import PEERS, started
 from milora_jax.bench.rounds import add_common, in_turns, names, numbers, require_least, require_names
-from milora_jax.config import QUANTIZE, AdapterSection, ModelConfig, require
-from milora_jax.errors import UserError
+from milora_jax.config import QUANTIZE, AdapterSection
+from milora_jax.errors import UserError, require
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.beam import beam_search
 from milora_jax.generation.engine import CHUNK, Engine
 from milora_jax.generation.settings import GenerationSettings
+from milora_jax.model_config import ModelConfig
 from milora_jax.types import EXPERTS, unstack_layers
 
 METHODS = ("none", "lora", "dora", "dora-recomputed", "moelora", "milora", "midora", *PEERS)

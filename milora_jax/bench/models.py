@@ -20,8 +20,9 @@ from milora_jax.base.load import load_base
 from milora_jax.base.modules import Base, frozen_kernels
 from milora_jax.base.quantized import bits_of
 from milora_jax.base.specs import LeafSpec, base_specs
-from milora_jax.config import AdapterSection, ModelConfig
+from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError
+from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float
 from milora_jax.types import GROUPS, PyTree
 

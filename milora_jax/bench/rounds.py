@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from milora_jax.config import QUANTIZE, require
+from milora_jax.config import QUANTIZE
+from milora_jax.errors import require
 
 Case = TypeVar("Case")
 

@@ -30,11 +30,12 @@ from milora_jax.bench import machine
 from milora_jax.bench.models import load_model, peer_directory, random_adapter
 from milora_jax.bench.peer import Peer, started
 from milora_jax.bench.rounds import add_common, in_turns, names, numbers, require_least, require_names
-from milora_jax.config import METHODS, QUANTIZE, REMAT, AdapterSection, ModelConfig, TrainSection, require
+from milora_jax.config import METHODS, QUANTIZE, REMAT, AdapterSection, TrainSection
 from milora_jax.data.batches import collate
 from milora_jax.data.packing import in_rows
 from milora_jax.data.tokens import Example
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, require
+from milora_jax.model_config import ModelConfig
 from milora_jax.training.step import init_state, make_steps
 
 PEERS = ("peft-lora", "peft-dora")

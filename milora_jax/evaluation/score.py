@@ -13,12 +13,13 @@ import numpy as np
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.modules import Base
-from milora_jax.config import EvalSection, ModelConfig
+from milora_jax.config import EvalSection
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
 from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import rule_for
 from milora_jax.generation.text import generate
+from milora_jax.model_config import ModelConfig
 from milora_jax.storage.files import write_atomic
 from milora_jax.types import Batch
 

@@ -14,8 +14,8 @@ from milora_jax.adapters.registry import adapter_shape
 from milora_jax.adapters.tenants import PATHS, Tenants, choose_path, laid_out
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout
-from milora_jax.config import ModelConfig, require
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, require
+from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Int
 from milora_jax.types import PyTree
 

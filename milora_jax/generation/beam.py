@@ -22,11 +22,11 @@ from milora_jax.base.attention import spread_over
 from milora_jax.base.cache import BeamCache
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
-from milora_jax.config import ModelConfig
 from milora_jax.data.batches import collate_prompts
 from milora_jax.generation.decode import Prefilled, prefill
 from milora_jax.generation.engine import CHUNK, bucket_of
 from milora_jax.generation.settings import GenerationSettings
+from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int
 from milora_jax.types import Batch
 
@@ -213,7 +213,7 @@ def _step(
         route_weights=state.route,
         cache=state.cache,
     )
-    logits = unembed(base, output.hidden[:, 0]).reshape(*state.scores.shape, -1)
+    logits = unembed(base, config, output.hidden[:, 0]).reshape(*state.scores.shape, -1)
     return select(dataclasses.replace(state, cache=output.cache), logits, last + 1, terms)
 
 

@@ -24,8 +24,8 @@ from milora_jax.base.attention import Spread, attention
 from milora_jax.base.cache import KVCache, LayerCache
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
-from milora_jax.config import ModelConfig
 from milora_jax.generation.sampling import Choice, Plan, Sampler, choose, is_end, note
+from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int
 from milora_jax.types import Batch, Route
 
@@ -109,7 +109,7 @@ def prefill(
     length = (batch.segment_ids > 0).sum(axis=1, dtype=jnp.int32)
     hidden = jnp.take_along_axis(output.hidden, length[:, None, None] - 1, axis=1)[:, 0]
     prefilled = Prefilled(
-        logits=unembed(base, hidden),
+        logits=unembed(base, config, hidden),
         position=length,
         cache=output.cache,
         route=None if output.route is None else tuple(output.route.weights),
@@ -173,7 +173,7 @@ def decode_step(
     )
     if not isinstance(output.cache, KVCache):
         raise AssertionError("a pass gives the cache that it was given")
-    choice = choose(unembed(base, output.hidden[:, 0]), state.sampler, state.position + 1, plan)
+    choice = choose(unembed(base, config, output.hidden[:, 0]), state.sampler, state.position + 1, plan)
     live = ~state.done
     choice = dataclasses.replace(choice, token=jnp.where(live, choice.token, state.token))
     sampler = note(state.sampler, choice.token, live)

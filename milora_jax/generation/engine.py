@@ -19,13 +19,13 @@ import numpy as np
 from milora_jax.adapters.tenants import Tenants
 from milora_jax.base.attention import spread_over
 from milora_jax.base.modules import Base
-from milora_jax.config import ModelConfig, require
 from milora_jax.data.batches import collate_prompts
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, require
 from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefill
 from milora_jax.generation.merge import merged_base
 from milora_jax.generation.sampling import Choice, Plan, Sampler, make_sampler
 from milora_jax.generation.settings import GenerationSettings
+from milora_jax.model_config import ModelConfig
 from milora_jax.types import Batch
 
 CHUNK = 16

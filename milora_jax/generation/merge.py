@@ -57,9 +57,9 @@ def _merged_layer(layer: JoinedLayer, adapter: Adapter, params: object, weights:
         shares = jnp.asarray(weights, jnp.float32)[None, None]
         group = ProjectionGroup(names, nothing, (), (), shares, None)
         pairs, _ = adapter.method.pairs_of(params, group)
-        kernel = _merged(frozen.dense(layer.attention_norm[...].dtype), pairs, mine)
+        kernel = _merged(frozen.dense(layer.norms.attention[...].dtype), pairs, mine)
         groups.append(Linear(kernel, None if frozen.bias is None else frozen.bias[...]))
-    return JoinedLayer(layer.attention_norm[...], layer.feedforward_norm[...], tuple(groups), layer.widths)
+    return JoinedLayer(layer.norms, tuple(groups), layer.widths)
 
 
 @jax.jit

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from milora_jax.config import require
+from milora_jax.errors import require
 
 MOST_STOPS = 16
 """Stop strings, and stop tokens, of one request: each is looked for after every token."""

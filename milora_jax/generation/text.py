@@ -14,14 +14,14 @@ from milora_jax.adapters.registry import adapter_shape
 from milora_jax.adapters.tenants import Tenants
 from milora_jax.base.modules import Base, decode_layout
 from milora_jax.base.transformer import adapter_decode_layout
-from milora_jax.config import ModelConfig, require
 from milora_jax.data.tokens import encode_prompt
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, require
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.beam import Found, beam_search
 from milora_jax.generation.engine import Engine, Request, TokenLogprobs, bucket_of, require_served
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.stream import TextStream
+from milora_jax.model_config import ModelConfig
 from milora_jax.types import Batch
 
 

@@ -10,8 +10,9 @@ import jax
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
-from milora_jax.config import MeshSection, ModelConfig, require
-from milora_jax.errors import UserError
+from milora_jax.config import MeshSection
+from milora_jax.errors import UserError, require
+from milora_jax.model_config import ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -46,8 +46,10 @@ BASE_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("embedding",): ("vocab", "embed"),
     ("final_norm",): (None,),
     ("head",): ("embed", "vocab"),
-    ("layers", "attention_norm"): ("layers", None),
-    ("layers", "feedforward_norm"): ("layers", None),
+    **{
+        ("layers", "norms", name): ("layers", None)
+        for name in ("attention", "feedforward", "attention_post", "feedforward_post", "query", "key")
+    },
     **{("layers", name, "kernel"): ("layers", "embed", "heads") for name in ("q", "k", "v")},
     **{("layers", name, "kernel"): ("layers", "embed", "ffn") for name in ("gate", "up")},
     ("layers", "o", "kernel"): ("layers", "heads", "embed"),

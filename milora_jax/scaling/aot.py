@@ -17,8 +17,9 @@ from typing import Any
 
 import jax
 
-from milora_jax.config import Config, MeshSection, ModelConfig, require
-from milora_jax.errors import UserError
+from milora_jax.config import Config, MeshSection
+from milora_jax.errors import UserError, require
+from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.scaling.chips import CHIPS, GIB, Chip
 from milora_jax.scaling.gpus import GPUS, PREALLOCATED, Gpu, layout_of

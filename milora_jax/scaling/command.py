@@ -9,8 +9,9 @@ from pathlib import Path
 
 from milora_jax.base.known import SHAPES
 from milora_jax.cli import parse_train_flags
-from milora_jax.config import Config, MeshSection, ModelConfig, require
-from milora_jax.errors import UserError
+from milora_jax.config import Config, MeshSection
+from milora_jax.errors import UserError, require
+from milora_jax.model_config import ModelConfig
 from milora_jax.scaling.aot import WHAT, Topology, describe
 from milora_jax.scaling.plan import plan
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from milora_jax.config import require
+from milora_jax.errors import require
 from milora_jax.scaling.chips import GIB, Chip
 
 PER_HOST = 8

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from milora_jax.base.quantized import bits_of
 from milora_jax.base.specs import LeafSpec, base_specs
-from milora_jax.config import REMAT, Config, MeshSection, ModelConfig
+from milora_jax.config import REMAT, Config, MeshSection
 from milora_jax.errors import UserError
+from milora_jax.model_config import ModelConfig
 from milora_jax.scaling.aot import Compiled, Topology
 from milora_jax.scaling.chips import GIB, Chip
 

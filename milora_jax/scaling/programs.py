@@ -15,10 +15,11 @@ from milora_jax.base.attention import Spread
 from milora_jax.base.modules import Base, frozen_kernels, unroll
 from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.base.transformer import adapter_decode_layout
-from milora_jax.config import Config, ModelConfig, ModelSection, TrainSection
+from milora_jax.config import Config, ModelSection, TrainSection
 from milora_jax.generation.decode import decode_chunk, empty_state, prefill
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
+from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.rules import Rules, attend_over, base_sharding, batch_sharding, state_shardings
 from milora_jax.training.step import init_state, make_steps
 from milora_jax.types import Batch, PyTree

@@ -10,8 +10,7 @@ import argparse
 from pathlib import Path
 
 from milora_jax.cli import Console
-from milora_jax.config import require
-from milora_jax.errors import run_command
+from milora_jax.errors import require, run_command
 from milora_jax.tiny import MODEL_DIR, TASKS_DIR
 
 STEPS = 4000

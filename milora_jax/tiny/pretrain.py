@@ -20,7 +20,7 @@ from milora_jax.base.modules import Base, unroll
 from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.cli import Console
-from milora_jax.config import ModelConfig
+from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int
 from milora_jax.tiny import corpus, wide
 from milora_jax.tiny.corpus import Piece
@@ -143,7 +143,7 @@ def cross_entropy(base: Base, tokens: Int[Array, "B T1"], learnt: Bool[Array, "B
     segments = jnp.cumsum(given == SPECIAL.index("<s>"), axis=1).astype(jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(given.shape[1], dtype=jnp.int32)[None, :], given.shape)
     hidden = forward(base, CONFIG, given, positions, segments).hidden
-    losses = optax.softmax_cross_entropy_with_integer_labels(unembed(base, hidden), wanted)
+    losses = optax.softmax_cross_entropy_with_integer_labels(unembed(base, CONFIG, hidden), wanted)
     return jnp.where(counted, losses, 0.0).sum() / counted.sum().astype(jnp.float32)
 
 

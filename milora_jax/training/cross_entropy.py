@@ -9,16 +9,20 @@ computed while its logits are there.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from milora_jax.base.modules import Base
+from milora_jax.base.ops import softcap
+from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int
 
 
 def summed_cross_entropy(
     base: Base,
+    config: ModelConfig,
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     counted: Bool[Array, "B T"],
@@ -43,44 +47,60 @@ def summed_cross_entropy(
         padded = jnp.pad(array, padding + ((0, 0),) * (array.ndim - 2))
         return padded.reshape(rows, chunks, width, *array.shape[2:]).swapaxes(0, 1)
 
-    tied = base.head is None
+    of_logits = _OfLogits(base.head is None, config.final_softcap)
     head = base.embedding[...] if base.head is None else base.head[...]
-    return _summed(tied, in_chunks(hidden), head, in_chunks(targets), in_chunks(counted))
+    return _summed(of_logits, in_chunks(hidden), head, in_chunks(targets), in_chunks(counted))
+
+
+@dataclass(frozen=True)
+class _OfLogits:
+    """How logits come of hidden states.
+
+    Attributes:
+      tied: whether the head is the embedding, ``[V, D]``.
+      cap: of the logits, see ``ops.softcap``.
+    """
+
+    tied: bool
+    cap: float | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(
-    tied: bool,
+    of_logits: _OfLogits,
     hidden: Float[Array, "C B W D"],
     head: Float[Array, "_ _"],
     targets: Int[Array, "C B W"],
     counted: Bool[Array, "C B W"],
 ) -> Float[Array, ""]:
     def of_chunk(total: Array, chunk: tuple) -> tuple[Array, None]:
-        loss, _, _ = _chunk_loss(tied, head, *chunk)
+        loss, _, _ = _chunk_loss(of_logits, head, *chunk)
         return total + loss, None
 
     return jax.lax.scan(of_chunk, jnp.zeros((), jnp.float32), (hidden, targets, counted))[0]
 
 
-def _chunk_loss(tied: bool, head: Array, hidden: Array, targets: Array, counted: Array) -> tuple:
+def _chunk_loss(of_logits: _OfLogits, head: Array, hidden: Array, targets: Array, counted: Array) -> tuple:
     """A chunk's loss, and its logits with the logarithm of their normaliser."""
-    product = "BWD,VD->BWV" if tied else "BWD,DV->BWV"
+    product = "BWD,VD->BWV" if of_logits.tied else "BWD,DV->BWV"
     logits = jnp.einsum(product, hidden, head, preferred_element_type=jnp.float32)
+    logits = softcap(logits, of_logits.cap)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
     return jnp.where(counted, normaliser - chosen, 0.0).sum(), logits, normaliser
 
 
-def _forward(tied: bool, hidden: Array, head: Array, targets: Array, counted: Array) -> tuple:
-    back = "BWV,VD->BWD" if tied else "BWV,DV->BWD"
+def _forward(of_logits: _OfLogits, hidden: Array, head: Array, targets: Array, counted: Array) -> tuple:
+    back = "BWV,VD->BWD" if of_logits.tied else "BWV,DV->BWD"
 
     def of_chunk(total: Array, chunk: tuple) -> tuple[Array, Array]:
         states, wanted, counts = chunk
-        loss, logits, normaliser = _chunk_loss(tied, head, states, wanted, counts)
+        loss, logits, normaliser = _chunk_loss(of_logits, head, states, wanted, counts)
         at_target = jax.lax.broadcasted_iota(wanted.dtype, logits.shape, 2) == wanted[..., None]
         # exp(logit - normaliser) is the softmax: the gradient, less one at the target.
         shares = jnp.exp(logits - normaliser[..., None]) - at_target.astype(jnp.float32)
+        if of_logits.cap is not None:
+            shares = shares * (1.0 - (logits / of_logits.cap) ** 2)
         slope = jnp.where(counts[..., None], shares, 0.0).astype(head.dtype)
         gradient = jnp.einsum(back, slope, head, preferred_element_type=jnp.float32)
         return total + loss, gradient.astype(states.dtype)
@@ -89,8 +109,8 @@ def _forward(tied: bool, hidden: Array, head: Array, targets: Array, counted: Ar
     return jax.lax.scan(of_chunk, start, (hidden, targets, counted))
 
 
-def _backward(tied: bool, gradient: Float[Array, "C B W D"], slope: Float[Array, ""]) -> tuple:
-    del tied
+def _backward(of_logits: _OfLogits, gradient: Float[Array, "C B W D"], slope: Float[Array, ""]) -> tuple:
+    del of_logits
     return (gradient * slope.astype(gradient.dtype), None, None, None)
 
 

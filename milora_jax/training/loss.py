@@ -10,7 +10,7 @@ from milora_jax.adapters.router import expert_share, first_choices, load_balance
 from milora_jax.base.attention import Attend, attention
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import Output, forward, prompt_members
-from milora_jax.config import ModelConfig
+from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float, Int, Key, Shaped
 from milora_jax.training.cross_entropy import summed_cross_entropy
 from milora_jax.types import EXPERTS, Batch, Route
@@ -104,7 +104,7 @@ def adapted_loss(
     output = run_batch(adapter, base, config, batch, prompts, key, remat, attend)
     # The hidden state of token t predicts token t + 1; the last one of a row predicts nothing.
     targets, counted = (_next(field) for field in (batch.tokens, batch.loss_mask))
-    summed = summed_cross_entropy(base, output.hidden, targets, counted, loss_chunk)
+    summed = summed_cross_entropy(base, config, output.hidden, targets, counted, loss_chunk)
     present = prompt_members(batch.segment_ids, batch.prompt_mask, prompts).any(axis=-1)
     whole = totals_of(batch, output.route, prompts) if totals is None else totals
     cross_entropy = summed / jnp.maximum(whole.tokens, 1).astype(jnp.float32)

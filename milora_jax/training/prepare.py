@@ -17,13 +17,14 @@ from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf import load_leaves
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.modules import Base
-from milora_jax.config import Config, ModelConfig, require
+from milora_jax.config import Config
 from milora_jax.data.batches import padded_length
 from milora_jax.data.packing import in_rows
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record, fingerprint, holdout, parse_sources, read_records
 from milora_jax.data.tokens import Example, encode_prompt, encode_records, load_tokenizer
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, require
+from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.processes import place, several
 from milora_jax.parallel.rules import Rules, base_sharding, batch_sharding

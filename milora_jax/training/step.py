@@ -19,7 +19,8 @@ from flax import struct
 from milora_jax.adapters.protocol import Adapter, router_mask
 from milora_jax.base.attention import Attend, attention
 from milora_jax.base.modules import Base
-from milora_jax.config import ModelConfig, TrainSection
+from milora_jax.config import TrainSection
+from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.training.accumulate import value_and_gradient
 from milora_jax.training.loss import LossParts, Totals, adapted_loss, run_batch, summed_loss, totals_of

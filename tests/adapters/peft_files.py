@@ -14,7 +14,8 @@ from milora_jax.adapters.low_rank import LowRank
 from milora_jax.adapters.protocol import Adapter, Method
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.specs import MODULE_PATHS
-from milora_jax.config import AdapterSection, ModelConfig
+from milora_jax.config import AdapterSection
+from milora_jax.model_config import ModelConfig
 
 LEAVES = {
     "lora": (LowRank, {"a": "lora_A", "b": "lora_B"}),

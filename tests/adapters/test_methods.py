@@ -49,7 +49,7 @@ def two_rows():
 
 
 def logits(adapter, batch, **more):
-    return unembed(BASE, run(adapter, batch, **more).hidden)
+    return unembed(BASE, TINY, run(adapter, batch, **more).hidden)
 
 
 @pytest.mark.parametrize("method", METHODS)

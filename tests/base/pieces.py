@@ -11,8 +11,10 @@ from milora_jax.base import ops
 from milora_jax.base.attention import attention
 from milora_jax.base.load import load_base, logits
 from milora_jax.base.modules import decode_layout
+from milora_jax.base.sight import scoring_of
 from milora_jax.base.transformer import AdaptedLayer, block
-from milora_jax.config import Llama3Scaling, ModelConfig
+from milora_jax.model_config import Llama3Scaling, ModelConfig
+from milora_jax.types import EXPERTS
 
 PLAIN = ModelConfig(
     vocab_size=61,
@@ -37,8 +39,7 @@ GROUPED = dataclasses.replace(
     rope_theta=5e5,
     rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 16),
     tie_embeddings=True,
-    attention_bias=True,
-    mlp_bias=True,
+    biased=EXPERTS,
 )
 CONFIGS = {"plain": PLAIN, "grouped": GROUPED}
 TOLERANCE = {"logits": 1e-4}
@@ -70,17 +71,18 @@ def ours(config: ModelConfig, folder: Path) -> dict[str, np.ndarray]:
     cos, sin = ops.rope_tables(positions, frequencies)
     ones = jnp.ones((ROWS, LENGTH), jnp.int32)
     mask = ops.attention_mask(ones, ones, 0)
+    scoring = scoring_of(config)
 
     def heads(x):
         return x.reshape(ROWS, LENGTH, -1, config.head_dim)
 
     q, k, v = (heads(output) for output in layer.project(0, hidden))
     q, k = (ops.apply_rope(x, cos, sin) for x in (q, k))
-    attended = attention(q, k, v, mask).reshape(ROWS, LENGTH, -1)
+    attended = attention(q, k, v, mask, scoring).reshape(ROWS, LENGTH, -1)
     plain = AdaptedLayer(layer, None, None, None, None)
-    block_out, _ = block(config, plain, hidden, cos, sin, lambda q, k, v: attention(q, k, v, mask))
+    block_out, _ = block(config, plain, hidden, (cos, sin), lambda q, k, v: attention(q, k, v, mask, scoring))
     values = {
-        "norm": ops.rms_norm(hidden, layer.attention_norm[...], config.norm_eps),
+        "norm": ops.rms_norm(hidden, layer.norms.attention[...], config.norm_eps, False),
         "rope": ops.apply_rope(given["query"], cos, sin),
         "attention": layer.project(1, attended)[0],
         "block": block_out,

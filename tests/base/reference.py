@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from milora_jax.config import ModelConfig
+from milora_jax.model_config import ModelConfig
 from tests.base.pieces import CONFIGS, LENGTH, ROWS, inputs
 from tests.models import write_hf_directory
 

@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 
 from milora_jax.base import ops
-from milora_jax.base.attention import attention
+from milora_jax.base.attention import attention as dispatched
+from milora_jax.base.ops import Scoring, Window
 
 HEADS, KV_HEADS, WIDTH, ROWS = 4, 2, 8, 3
+SCORING = Scoring(WIDTH**-0.5, None)
 
 
-def plain(q, k, v, mask):
+def attention(q, k, v, mask, window=None, scoring=SCORING):
+    return dispatched(q, k, v, mask, scoring, window=window)
+
+
+def plain(q, k, v, mask, window=None, scoring=SCORING):
     k, v = (jnp.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k, v))
-    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * WIDTH**-0.5
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * scoring.scale
+    if scoring.cap is not None:
+        scores = scoring.cap * jnp.tanh(scores / scoring.cap)
+    if window is not None:
+        mask = mask & (window.queries[:, :, None] - window.keys[:, None, :] < window.size)
     shares = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("BNTS,BSNH->BTNH", shares, v)
 
@@ -31,15 +41,25 @@ def inputs(length, prefix, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("length", "prefix"), [(5, 0), (130, 0), (130, 7), pytest.param(600, 3, marks=pytest.mark.slow)]
+    ("length", "prefix", "size", "scoring"),
+    [
+        (5, 0, None, SCORING),
+        (130, 0, None, SCORING),
+        (130, 7, None, SCORING),
+        (130, 7, 20, Scoring(0.5, 1.5)),
+        pytest.param(600, 3, 70, SCORING, marks=pytest.mark.slow),
+    ],
 )
-def test_blocks_equal_the_plain_formula(length, prefix):
+def test_blocks_equal_the_plain_formula(length, prefix, size, scoring):
     q, k, v, mask = inputs(length, prefix)
+    slots = jnp.broadcast_to(jnp.arange(-prefix, length)[None], (ROWS, prefix + length))
+    window = None if size is None else Window(slots[:, prefix:], slots, size)
 
     def loss(function):
-        return lambda q, k, v: (function(q, k, v, mask) * jnp.cos(q)).sum()
+        return lambda q, k, v: (function(q, k, v, mask, window, scoring) * jnp.cos(q)).sum()
 
-    np.testing.assert_allclose(attention(q, k, v, mask), plain(q, k, v, mask), rtol=1e-5, atol=1e-5)
+    found, expected = (function(q, k, v, mask, window, scoring) for function in (attention, plain))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     found = jax.grad(loss(attention), argnums=(0, 1, 2))(q, k, v)
     expected = jax.grad(loss(plain), argnums=(0, 1, 2))(q, k, v)
     for one, other in zip(found, expected, strict=True):

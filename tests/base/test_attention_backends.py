@@ -11,6 +11,7 @@ from milora_jax.base import attention as dispatch
 from milora_jax.base import ops, splash
 from milora_jax.base.attention import Spread, attention, cudnn_serves, has_cudnn
 from milora_jax.base.blockwise import blockwise
+from milora_jax.base.ops import Scoring, Window
 
 ROWS, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 200, 4, 2, 64
 SEGMENTS = jnp.asarray([[1] * 90 + [2] * 70 + [0] * 40, [1] * 200], jnp.int32)
@@ -23,9 +24,19 @@ def draw(dtype="float32"):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-@pytest.fixture(scope="module")
-def expected():
-    return _with_slopes(lambda q, k, v: blockwise(q, k, v, MASK))
+PLACES = jnp.broadcast_to(jnp.arange(LENGTH)[None], (ROWS, LENGTH))
+CASES = {
+    "whole": (None, Scoring(WIDTH**-0.5, None)),
+    "window": (Window(PLACES, PLACES, 30), Scoring(0.2, None)),
+    "capped": (Window(PLACES, PLACES, 30), Scoring(0.2, 2.0)),
+}
+"""A window by slots is one by positions: a record's tokens lie next to each other."""
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    window, scoring = CASES[request.param]
+    return window, scoring, _with_slopes(lambda q, k, v: blockwise(q, k, v, MASK, window, scoring))
 
 
 def _with_slopes(attend):
@@ -37,15 +48,18 @@ def _with_slopes(attend):
     return jnp.where(SEGMENTS[..., None, None] > 0, out, 0.0), slopes
 
 
-def test_splash_is_the_plain_form(expected):
+def test_splash_is_the_plain_form(case):
     """In Pallas' interpreter: packed records, padding, grouped heads, a length that no block divides."""
+    window, scoring, expected = case
+    size = None if window is None else window.size
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        found = _with_slopes(lambda q, k, v: splash.splash(q, k, v, SEGMENTS, interpret=True))
+        found = _with_slopes(lambda q, k, v: splash.splash(q, k, v, SEGMENTS, size, scoring, interpret=True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
 
 
-def test_what_cudnn_is_asked_for_is_the_plain_form(monkeypatch, expected):
-    """The call that is made, with XLA in cuDNN's place."""
+def test_what_cudnn_is_asked_for_is_the_plain_form(monkeypatch, case):
+    """The call that is made, with XLA in cuDNN's place; of a cap it knows nothing, and is not asked."""
+    window, scoring, expected = case
     asked, attend = [], jax.nn.dot_product_attention
 
     def stand_in(*given, implementation, **more):
@@ -54,13 +68,16 @@ def test_what_cudnn_is_asked_for_is_the_plain_form(monkeypatch, expected):
 
     monkeypatch.setattr(dispatch, "cudnn_serves", lambda q, k: True)
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    found = _with_slopes(lambda q, k, v: attention(q, k, v, MASK, SEGMENTS, Spread(cudnn=True)))
-    assert asked == ["cudnn"]
+    found = _with_slopes(
+        lambda q, k, v: attention(q, k, v, MASK, scoring, SEGMENTS, window, Spread(cudnn=True))
+    )
+    assert asked == ([] if scoring.cap else ["cudnn"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
 
 
-def lowered(platform, spread, q, k, v, segments=SEGMENTS):
-    traced = jax.jit(lambda *x: attention(*x, MASK, segments, spread)).trace(q, k, v)
+def lowered(platform, spread, q, k, v, segments=SEGMENTS, window=None):
+    scoring = CASES["whole"][1]
+    traced = jax.jit(lambda *x: attention(*x, MASK, scoring, segments, window, spread)).trace(q, k, v)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -71,6 +88,9 @@ def test_a_tpu_takes_the_kernel_where_it_serves():
         assert "tpu_custom_call" not in lowered("tpu", None, q, k, v), "no spread was given"
         assert "tpu_custom_call" not in lowered("tpu", Spread(), q, k, v, None), "the mask says more"
         assert "tpu_custom_call" not in lowered("cpu", Spread(), q, k, v)
+        assert "tpu_custom_call" in lowered("tpu", Spread(), q, k, v, window=Window(PLACES, PLACES, 30))
+        of_this_layer = Window(PLACES, PLACES, jnp.int32(30))
+        assert "tpu_custom_call" not in lowered("tpu", Spread(), q, k, v, window=of_this_layer)
         narrow = [x[..., :32] for x in (q, k, v)]
         assert "tpu_custom_call" not in lowered("tpu", Spread(), *narrow)
         half = draw("float16")

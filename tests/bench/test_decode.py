@@ -12,8 +12,8 @@ import pytest
 
 from milora_jax.bench import decode
 from milora_jax.bench.models import random_base, streamed_bytes
-from milora_jax.config import LLAMA2_7B
 from milora_jax.errors import UserError
+from milora_jax.model_config import LLAMA2_7B
 from tests.models import TINY, WITH_TOKENIZER, write_hf_directory
 
 ROOT = Path(__file__).resolve().parents[2]

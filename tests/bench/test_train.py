@@ -9,8 +9,8 @@ import pytest
 
 from milora_jax.bench import train
 from milora_jax.bench.models import random_base
-from milora_jax.config import LLAMA2_7B
 from milora_jax.errors import UserError
+from milora_jax.model_config import LLAMA2_7B
 from tests.models import QUANTIZABLE, TINY, WITH_TOKENIZER, write_hf_directory
 
 

@@ -27,7 +27,7 @@ def search(adapter, prompts, config=TINY, base=DECODING, **settings):
 
 def log_probability(adapter, prompt, tokens):
     batch = row_batch(np.array(prompt), np.array(tokens, np.int64), length=32)
-    logits = unembed(BASE, run(adapter, batch).hidden[0])
+    logits = unembed(BASE, TINY, run(adapter, batch).hidden[0])
     logprobs = np.asarray(jax.nn.log_softmax(logits, axis=-1))
     return sum(logprobs[len(prompt) - 1 + i, token] for i, token in enumerate(tokens))
 
@@ -72,7 +72,7 @@ def test_a_beam_as_wide_as_everything_finds_the_best_of_all():
     scores = {}
     for tokens in itertools.product(range(5), repeat=3):
         batch = row_batch(np.array([1, 3, 4]), np.array(tokens))
-        logits = unembed(stacked, run(None, batch, base=stacked).hidden[0])
+        logits = unembed(stacked, TINY, run(None, batch, base=stacked).hidden[0])
         logprobs = np.asarray(jax.nn.log_softmax(logits, axis=-1))
         scores[tokens] = sum(logprobs[2 + i, token] for i, token in enumerate(tokens))
     best = max(scores, key=scores.get)

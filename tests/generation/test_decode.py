@@ -32,7 +32,7 @@ def greedy_by_full_forward(prompt, adapter, count):
     for _ in range(count):
         batch = row_batch(prompt, np.array(tokens[len(prompt) :], np.int64), length=24)
         output = run(adapter, batch)
-        logits.append(np.asarray(unembed(BASE, output.hidden[0, len(tokens) - 1])))
+        logits.append(np.asarray(unembed(BASE, TINY, output.hidden[0, len(tokens) - 1])))
         tokens.append(int(logits[-1].argmax()))
     return tokens[len(prompt) :], logits
 
@@ -64,7 +64,9 @@ def test_cached_decode_equals_the_full_forward(method):
         position = jnp.full((1, 1), 8 + step, jnp.int32)
         output = one_step(DECODING, ready, token, position, made.route, cache)
         cache = output.cache
-        np.testing.assert_allclose(unembed(BASE, output.hidden)[0, 0], logits[step], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            unembed(BASE, TINY, output.hidden)[0, 0], logits[step], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_joined_layers_equal_separate_ones():

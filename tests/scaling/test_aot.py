@@ -12,7 +12,6 @@ import pytest
 
 from milora_jax.base.known import SHAPES
 from milora_jax.config import (
-    LLAMA2_7B,
     AdapterSection,
     Config,
     DataSection,
@@ -22,6 +21,7 @@ from milora_jax.config import (
     TrainSection,
 )
 from milora_jax.errors import UserError
+from milora_jax.model_config import LLAMA2_7B
 from milora_jax.parallel.mesh import make_mesh
 from milora_jax.scaling import aot
 from milora_jax.scaling.aot import (

@@ -79,8 +79,8 @@ def text(seed, length):
 @pytest.mark.parametrize("settings", [{"gate": gate} for gate in GATES])
 def test_a_fresh_adapter_changes_no_logit(settings):
     batch = row_batch(text(0, PROMPT), text(1, ANSWER))
-    adapted = unembed(BASE, run(make_adapter(change=False, **settings), batch).hidden)
-    np.testing.assert_array_equal(adapted, unembed(BASE, run(None, batch).hidden))
+    adapted = unembed(BASE, TINY, run(make_adapter(change=False, **settings), batch).hidden)
+    np.testing.assert_array_equal(adapted, unembed(BASE, TINY, run(None, batch).hidden))
 
 
 @pytest.mark.parametrize("pooler", POOLERS)

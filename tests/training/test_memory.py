@@ -21,24 +21,26 @@ ODD = rows(count=5)
 """60 tokens, so that no activation has the shape of a weight."""
 
 
-def dense(base, hidden, targets, counted):
-    losses = optax.softmax_cross_entropy_with_integer_labels(unembed(base, hidden), targets)
+def dense(base, hidden, targets, counted, config=TINY):
+    losses = optax.softmax_cross_entropy_with_integer_labels(unembed(base, config, hidden), targets)
     return jnp.where(counted, losses, 0.0).sum()
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 15, 42, 1000])
-def test_the_chunks_sum_to_the_whole(tied, chunk):
-    base = random_base(dataclasses.replace(TINY, tie_embeddings=tied))
+def test_the_chunks_sum_to_the_whole(tied, chunk, cap):
+    config = dataclasses.replace(TINY, tie_embeddings=tied, final_softcap=cap)
+    base = random_base(config)
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(ROWS, LENGTH, TINY.hidden_size)), jnp.float32)
     targets = jnp.asarray(rng.integers(0, TINY.vocab_size, (ROWS, LENGTH)), jnp.int32)
     counted = jnp.asarray(rng.random((ROWS, LENGTH)) < 0.5)
 
     def chunked(hidden):
-        return 3 * summed_cross_entropy(base, hidden, targets, counted, chunk)
+        return 3 * summed_cross_entropy(base, config, hidden, targets, counted, chunk)
 
-    value, gradient = jax.value_and_grad(lambda h: 3 * dense(base, h, targets, counted))(hidden)
+    value, gradient = jax.value_and_grad(lambda h: 3 * dense(base, h, targets, counted, config))(hidden)
     found, slope = jax.value_and_grad(chunked)(hidden)
     np.testing.assert_allclose(found, value, rtol=1e-6)
     np.testing.assert_allclose(chunked(hidden), value, rtol=1e-6)
@@ -51,7 +53,7 @@ def test_bfloat16_is_summed_in_float32():
     hidden = jnp.asarray(rng.normal(size=(ROWS, LENGTH, TINY.hidden_size)), jnp.bfloat16)
     targets = jnp.zeros((ROWS, LENGTH), jnp.int32)
     found, slope = jax.value_and_grad(
-        lambda h: summed_cross_entropy(base, h, targets, jnp.ones_like(targets, bool), 8)
+        lambda h: summed_cross_entropy(base, TINY, h, targets, jnp.ones_like(targets, bool), 8)
     )(hidden)
     assert (found.dtype, slope.dtype) == (jnp.float32, jnp.bfloat16)
     np.testing.assert_allclose(found, dense(base, hidden, targets, True), rtol=1e-5)

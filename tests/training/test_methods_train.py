@@ -9,14 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from milora_jax.base.modules import decode_layout
-from milora_jax.config import (
-    METHODS,
-    AdapterSection,
-    Config,
-    DataSection,
-    ModelSection,
-    TrainSection,
-)
+from milora_jax.config import METHODS, AdapterSection, Config, DataSection, ModelSection, TrainSection
 from milora_jax.errors import Preempted
 from milora_jax.generation.text import generate
 from milora_jax.parallel.rules import base_shardings

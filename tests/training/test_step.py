@@ -18,6 +18,7 @@ from milora_jax.parallel.rules import Rules, base_shardings, batch_sharding, sta
 from milora_jax.training.loss import adapted_loss
 from milora_jax.training.optim import learning_rate_schedule
 from milora_jax.training.step import init_state, make_steps
+from milora_jax.types import EXPERTS
 from tests.models import TINY, random_base, small
 from tests.training.test_equalities import row_batch, stack, text
 
@@ -180,7 +181,7 @@ def test_sharded_equals_unsharded(sizes):
 
 def test_every_leaf_has_a_declared_sharding():
     mesh, rules = make_mesh(MeshSection(2, 2, 2)), Rules()
-    biased = dataclasses.replace(MODEL, attention_bias=True, mlp_bias=True)
+    biased = dataclasses.replace(MODEL, biased=EXPERTS)
     base_shardings(mesh, rules, random_base(biased))
     for method in METHODS:
         state, _ = prepare(method=method)
@@ -255,7 +256,7 @@ def test_only_response_tokens_count():
 
     hidden = forward(base, MODEL, batch.tokens, batch.positions, batch.segment_ids).hidden
     losses = optax.softmax_cross_entropy_with_integer_labels(
-        unembed(base, hidden)[:, :-1], batch.tokens[:, 1:]
+        unembed(base, MODEL, hidden)[:, :-1], batch.tokens[:, 1:]
     )
     expected = np.asarray(losses)[np.asarray(batch.loss_mask[:, 1:])].sum()  # a fresh adapter changes nothing
     np.testing.assert_allclose(loss, expected, rtol=1e-5)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from milora_jax.cli import Console, sigterm_noted
-from milora_jax.config import require
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, require
 from milora_jax.evaluation.study.reports import COMPARISONS, labels_of, report
 from milora_jax.evaluation.study.runner import StudyRunner, claim_study, study_lock
 from milora_jax.evaluation.study.settings import load_study, narrowed, quick

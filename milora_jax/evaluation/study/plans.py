@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from milora_jax.adapters.registry import build_method, full_settings
-from milora_jax.config import AdapterSection, require
+from milora_jax.config import AdapterSection
+from milora_jax.errors import require
 from milora_jax.evaluation.study.cells import Cell, make_cell
 from milora_jax.evaluation.study.settings import MIXED, Study
 

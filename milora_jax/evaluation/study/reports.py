@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milora_jax.adapters.registry import build_method, full_settings
-from milora_jax.config import AdapterSection, require
+from milora_jax.config import AdapterSection
+from milora_jax.errors import require
 from milora_jax.evaluation.study import plans
 from milora_jax.evaluation.study.cells import Cell, Row
 from milora_jax.evaluation.study.plans import Rates

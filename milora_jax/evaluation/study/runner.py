@@ -16,9 +16,8 @@ from milora_jax.adapters.registry import adapter_shape, build_method, full_setti
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.cli import Console, stop_if
-from milora_jax.config import require
 from milora_jax.data.records import fingerprint, parse_sources, read_records
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, require
 from milora_jax.evaluation.study.cells import Cell, CellRunner, Row, without_paths
 from milora_jax.evaluation.study.plans import Rates, tuning
 from milora_jax.evaluation.study.settings import Study

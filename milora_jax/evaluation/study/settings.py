@@ -8,9 +8,9 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from milora_jax.config import GATES, AdapterSection, Config, DataSection, one_of, require
+from milora_jax.config import GATES, AdapterSection, Config, DataSection
 from milora_jax.data.records import Source, parse_sources
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, one_of, require
 
 MIXED = "mixed"
 """Name of the data that holds the rows of all tasks."""

@@ -1,0 +1,21 @@
+"""Gemma 2B on GSM8K with the paper's settings (sections 4.2 and 4.3).
+
+    python train.py --config configs/gemma_2b_math.py --config.model.path=DIR --workdir runs/gemma-2b
+
+DIR is a Hugging Face directory of google/gemma-2b; the default data is the Hub's openai/gsm8k.
+The base in bfloat16 takes 5.0 GB and lies whole on every device; the rows of a step are divided among
+them. Everything else is set as in ``llama7b_math.py``. Whether a step fits your chips:
+``python -m milora_jax.parallel aot --config configs/gemma_2b_math.py --model gemma-2b --topology v5e:1x1``.
+The paper has no GSM8K figure for this model, and this run has not been repeated by us on the real weights.
+"""
+
+from configs import llama7b_math
+
+
+def get_config():
+    """The settings of the run."""
+    config = llama7b_math.get_config()
+    config.mesh.data, config.mesh.fsdp = -1, 1
+    config.train.accumulate = 4
+    config.train.remat = "products"
+    return config

@@ -1,0 +1,17 @@
+"""LLaMA-2 13B on GSM8K with the paper's settings (sections 4.2 and 4.3).
+
+    python train.py --config configs/llama13b_math.py --config.model.path=DIR --workdir runs/llama2-13b
+
+DIR is a Hugging Face directory of meta-llama/Llama-2-13b-hf; the default data is the Hub's openai/gsm8k.
+The base in bfloat16 takes 26.0 GB and is split over all devices, as in ``llama7b_math.py``, whose
+settings these are. Whether a step fits your chips:
+``python -m milora_jax.parallel aot --config configs/llama13b_math.py --model llama2-13b --topology v5e:2x4``.
+The paper has no GSM8K figure for this model, and this run has not been repeated by us on the real weights.
+"""
+
+from configs import llama7b_math
+
+
+def get_config():
+    """The settings of the run."""
+    return llama7b_math.get_config()

@@ -1,0 +1,150 @@
+"""The model families: what each fixes, and which keys of ``config.json`` it reads. One table, no code.
+
+A family is a ``model_type`` of Hugging Face. Its row says what the code behind that name does whatever the
+config holds (:attr:`Family.fixed`), and what a key means that the config leaves out
+(:attr:`Family.defaults`, those of the class in transformers). Every other difference is a value of the
+config, read by ``base.hf_config``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+SWITCHES: dict[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "query_pre_attn_scalar": None,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "rope_local_base_freq": None,
+}
+"""Keys that change the function, with what means off. A family that does not have one refuses it."""
+
+UNSUPPORTED: dict[str, Any] = {
+    "quantization_config": None,
+    "rope_interleaved": False,
+    "use_bidirectional_attention": False,
+    "partial_rotary_factor": 1.0,
+    "num_local_experts": None,
+    "num_experts": None,
+}
+"""Keys that ask for what is not implemented for any family, with what means off."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+      architecture: the class that ``config.json`` names.
+      fixed: fields of ``ModelConfig`` that the family's code fixes.
+      switches: the keys of :data:`SWITCHES` that it has.
+      defaults: values of keys that a config may leave out.
+      activation_keys: keys that name the gate's activation, the first that is there and not null holds.
+      gelu_is_tanh: whether "gelu" means the approximation, as in Gemma's first configs.
+      slides: how layers slide where ``layer_types`` is missing: "none", "all", "late" (from
+        ``max_window_layers`` on), or "every" (all but each n-th).
+      every: n, unless ``sliding_window_pattern`` says otherwise.
+      fused: whether the files hold Q, K, V in one tensor, and gate and up in another.
+    """
+
+    architecture: str
+    fixed: dict[str, Any] = field(default_factory=dict)
+    switches: tuple[str, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
+    activation_keys: tuple[str, ...] = ("hidden_act",)
+    gelu_is_tanh: bool = False
+    slides: str = "none"
+    every: int = 0
+    fused: bool = False
+
+
+_GEMMA = {"norm_unit_offset": True, "scale_embedding": True}
+_GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256, "eos_token_id": 1}
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", switches=("attention_bias", "mlp_bias")),
+    "mistral": Family(
+        "MistralForCausalLM",
+        switches=("sliding_window",),
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+        slides="all",
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        fixed={"biased": ("q", "k", "v")},
+        switches=("sliding_window", "use_sliding_window"),
+        defaults={"sliding_window": 4096, "max_window_layers": 28},
+        slides="late",
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        fixed={"qk_norm": True},
+        switches=("attention_bias", "sliding_window", "use_sliding_window"),
+        defaults={"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+        slides="late",
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        fixed=_GEMMA,
+        switches=("attention_bias",),
+        defaults={**_GEMMA_DEFAULTS, "hidden_act": "gelu_pytorch_tanh"},
+        activation_keys=("hidden_activation", "hidden_act"),
+        gelu_is_tanh=True,
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        fixed={**_GEMMA, "post_norms": True},
+        switches=(
+            "attention_bias",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "query_pre_attn_scalar",
+            "sliding_window",
+        ),
+        defaults={
+            **_GEMMA_DEFAULTS,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 4096,
+        },
+        activation_keys=("hidden_activation",),
+        slides="every",
+        every=2,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        fixed={**_GEMMA, "post_norms": True, "qk_norm": True},
+        switches=(
+            "attention_bias",
+            "final_logit_softcapping",
+            "query_pre_attn_scalar",
+            "sliding_window",
+            "rope_local_base_freq",
+        ),
+        defaults={
+            **_GEMMA_DEFAULTS,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+        },
+        activation_keys=("hidden_activation",),
+        slides="every",
+        every=6,
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        switches=("sliding_window",),
+        defaults={"eos_token_id": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        slides="all",
+        fused=True,
+    ),
+}
+"""By ``model_type``. LLaMA 1 to 3.3, Mistral, Qwen2 and 2.5, Qwen3, Gemma 1 to 3 (text), Phi-3."""

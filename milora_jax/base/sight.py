@@ -1,0 +1,99 @@
+"""What the queries of a pass see, and where they are: layers that slide, and layers that do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from milora_jax.base import ops
+from milora_jax.base.cache import BeamCache, KVCache
+from milora_jax.model_config import ModelConfig
+from milora_jax.shapes import Array, Int
+from milora_jax.types import PyTree
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the queries of a pass may see and where they are, in layers that slide and in those that do not.
+
+    Attributes:
+      mask: in layers that do not slide: of a first pass ``[B, T, S]``, of a later one its cache's.
+      local_mask: of a later pass, in layers that slide.
+      near: of a first pass, the window of layers that slide; None where it is wider than the rows.
+      tables: cosine and sine for the rotary embedding.
+      local_tables: the same in layers that slide.
+    """
+
+    mask: Any
+    local_mask: Any
+    near: ops.Window | None
+    tables: tuple[Array, Array]
+    local_tables: tuple[Array, Array] | None
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        prompts: int,
+        prefix_length: int,
+        cache: KVCache | BeamCache | None,
+        length: int,
+    ) -> Sight:
+        """Of a pass over ``length`` tokens, see :func:`forward`."""
+        frequencies = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        tables, local_tables = ops.rope_tables(positions, frequencies), None
+        if config.local_rope_theta is not None:
+            frequencies = ops.rope_frequencies(config.head_dim, config.local_rope_theta, None)
+            local_tables = ops.rope_tables(positions, frequencies)
+        size = config.sliding_window if any(config.slides) else None
+        if cache is not None:
+            hides = size is not None and size < cache.reach
+            mask = cache.mask(length)
+            return cls(mask, cache.mask(length, size) if hides else mask, None, tables, local_tables)
+        rows = segment_ids.shape[0]
+
+        def of_prefix(values: Array) -> Array:
+            return jnp.broadcast_to(values.astype(jnp.int32)[None], (rows, values.size))
+
+        owners = of_prefix(jnp.repeat(jnp.arange(1, prompts + 1), prefix_length))
+        mask = ops.attention_mask(
+            segment_ids, jnp.concatenate([owners, segment_ids], axis=1), owners.shape[1]
+        )
+        near = None
+        if size is not None and size < prefix_length + length:
+            places = of_prefix(jnp.tile(jnp.arange(-prefix_length, 0), prompts))
+            near = ops.Window(positions, jnp.concatenate([places, positions], axis=1), size)
+        return cls(mask, mask, near, tables, local_tables)
+
+    def angles(self, sliding: bool | Array) -> tuple[Array, Array]:
+        """Cosine and sine of a layer."""
+        return self.tables if self.local_tables is None else _choose(sliding, self.local_tables, self.tables)
+
+    def cached(self, sliding: bool | Array) -> Any:
+        """The mask of a later pass in a layer."""
+        return self.mask if self.local_mask is self.mask else _choose(sliding, self.local_mask, self.mask)
+
+    def window(self, sliding: bool | Array) -> ops.Window | None:
+        """The window of a first pass in a layer; None where all is seen."""
+        if self.near is None or sliding is False:
+            return None
+        if sliding is True:
+            return self.near
+        return self.near._replace(size=jnp.where(sliding, self.near.size, jnp.iinfo(jnp.int32).max))
+
+
+def _choose(sliding: bool | Array, local: PyTree, whole: PyTree) -> PyTree:
+    """What a layer takes: at once where it is known which layer it is, else inside the scan."""
+    if isinstance(sliding, bool):
+        return local if sliding else whole
+    return jax.tree.map(lambda a, b: jnp.where(sliding, a, b), local, whole)
+
+
+def scoring_of(config: ModelConfig) -> ops.Scoring:
+    """How a model's products become scores."""
+    return ops.Scoring(config.score_scale, config.attention_softcap)
