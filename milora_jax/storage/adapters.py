@@ -15,6 +15,14 @@ from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.config import Config
 from milora_jax.errors import UserError
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata
+from milora_jax.storage.exported import (
+    is_exported,
+    read_exported,
+    read_exported_metadata,
+    read_shape,
+    shape_values,
+)
+from milora_jax.storage.peft import PEFT_CONFIG
 
 
 def adapter_metadata(method: Method, shape: Shape, base_fingerprint: str, quantize: str) -> dict[str, Any]:
@@ -28,11 +36,7 @@ def adapter_metadata(method: Method, shape: Shape, base_fingerprint: str, quanti
         "base_fingerprint": base_fingerprint,
         "quantize": quantize,
         "adapter": dataclasses.asdict(full_settings(method)),
-        "shape": {
-            "modules": {name: list(dims) for name, dims in shape.modules},
-            "num_layers": shape.num_layers,
-            "hidden_size": shape.hidden_size,
-        },
+        "shape": shape_values(shape),
     }
 
 
@@ -40,19 +44,17 @@ def load_adapter(path: str | Path) -> Adapter:
     """Load a trained adapter.
 
     Args:
-      path: a workdir of ``train.py`` (its best adapter is taken), or a copy of its ``best`` folder.
+      path: a workdir of ``train.py`` (its best adapter is taken), a copy of its ``best`` folder, or what
+        ``python -m milora_jax.storage`` has exported as ``milora`` or ``orbax``, or imported.
 
     Raises:
       UserError: where there is none, or it is damaged, or holds a value that is not finite.
     """
-    directory, step = _newest(Path(path))
+    if is_exported(Path(path)):
+        return read_exported(Path(path))
+    directory, step = newest_step(Path(path))
     root, metadata = directory.root, read_metadata(directory.root, step)
-    shape_values = metadata["shape"]
-    shape = Shape.of(
-        {name: tuple(dims) for name, dims in shape_values["modules"].items()},
-        shape_values["num_layers"],
-        shape_values["hidden_size"],
-    )
+    shape = read_shape(metadata["shape"], str(root))
     method = build_method(Config.from_dict({"adapter": metadata["adapter"]}).adapter)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(
@@ -69,7 +71,9 @@ def load_adapter(path: str | Path) -> Adapter:
 
 def best_metadata(path: str | Path) -> dict[str, Any]:
     """What was stored beside the adapter that :func:`load_adapter` loads from the same ``path``."""
-    directory, step = _newest(Path(path))
+    if is_exported(Path(path)):
+        return read_exported_metadata(Path(path))
+    directory, step = newest_step(Path(path))
     return read_metadata(directory.root, step)
 
 
@@ -94,7 +98,17 @@ def require_its_base(path: str | Path, base: Path) -> str:
     return stored.get("quantize", "none")  # older adapters do not say
 
 
-def _newest(path: Path) -> tuple[CheckpointDirectory, int]:
+def newest_step(path: Path) -> tuple[CheckpointDirectory, int]:
+    """Where the adapter of a workdir, or of a copy of its ``best`` folder, lies: a verified step.
+
+    Raises:
+      UserError: there is none, or a newer one is damaged.
+    """
+    if (path / PEFT_CONFIG).is_file():
+        raise UserError(
+            f"{str(path)!r} is a PEFT adapter, which names no base: "
+            "python -m milora_jax.storage import makes an adapter of it"
+        )
     root = path / "best" if (path / "best").is_dir() else path
     if not root.is_dir():
         raise UserError(f"{str(path)!r}: no such directory, expected a workdir or an exported adapter")

@@ -1,13 +1,22 @@
-"""Writing small files so that a crash leaves the old content or the new, never a mix."""
+"""Writing files so that a crash leaves the old content or the new, and reading those of strangers."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from milora_jax.errors import UserError
+
+LARGEST_FILE = 2**36
+"""Bytes of the largest file that is read into memory: 64 GiB."""
 
 
 def fsync_directory(directory: Path) -> None:
@@ -82,3 +91,80 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: nested too deeply") from error
     except ValueError as error:  # bad UTF-8, bad JSON, or an integer of thousands of digits
         raise UserError(f"cannot read {path}: not JSON ({error})") from error
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory that appears at ``path`` with all that was written into it, or not at all.
+
+    Gives a hidden sibling to write into, which is renamed into place when the ``with`` block ends well,
+    and removed when it does not.
+
+    Raises:
+      UserError: there is something at ``path`` already, unless it is an empty directory; or the sibling
+        cannot be made or renamed.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path}: exists and is no directory, expected a new or an empty one")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{path}: exists and is not empty, expected a new or an empty directory")
+    partial = temporary_name(Path(os.path.abspath(path)))
+    try:
+        if partial.exists():  # left by a killed run
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, path)
+        fsync_directory(partial.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
+    """The content of a regular file, read once through a descriptor that follows no symbolic link.
+
+    Raises:
+      UserError: there is none, it is a symbolic link or no regular file, or larger than ``largest``.
+    """
+    try:
+        # Without O_NONBLOCK opening a FIFO would wait for a writer for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        reason = "a symbolic link" if error.errno == errno.ELOOP else (error.strerror or "").lower()
+        raise UserError(f"{path}: {reason}, expected a regular file") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: not a regular file")
+    with open(descriptor, "rb") as file:
+        if status.st_size > largest:
+            raise UserError(f"{path}: has {status.st_size} bytes, expected at most {largest}")
+        return file.read(status.st_size)
+
+
+def parse_json_object(content: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in ``content``, in which no name may occur twice.
+
+    Args:
+      where: what an error calls it.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        value = json.loads(content, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, hostile nesting, endless digits
+        raise UserError(f"{where}: not a JSON object ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the name {name[:100]!r} occurs twice")
+    return values

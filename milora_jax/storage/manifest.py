@@ -9,15 +9,25 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from milora_jax.errors import UserError
-from milora_jax.storage.files import fsync_directory, json_bytes, read_json, temporary_name, write_atomic
+from milora_jax.storage.files import (
+    fsync_directory,
+    json_bytes,
+    read_bytes,
+    read_json,
+    temporary_name,
+    write_atomic,
+)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 """Version of the manifest's layout; a reader refuses any other."""
+
+DIFFERS = "content differs from its SHA-256"
 
 
 class DamagedError(UserError):
@@ -55,27 +65,73 @@ def verify_manifest(directory: Path) -> None:
       DamagedError: the manifest is missing or unreadable, or a file is missing, extra, of another
         size or content, a symbolic link, or listed under a path outside the directory.
     """
-    recorded = _read(directory)
-    for name in recorded:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or str(path) != name:
-            raise DamagedError(directory, name, "listed under a path outside the directory")
-    found = _regular_files(directory)
-    for name in sorted(recorded.keys() | found.keys()):
-        if name not in found:
-            raise DamagedError(directory, name, "missing")
-        if name not in recorded:
-            raise DamagedError(directory, name, f"not listed in {MANIFEST}")
-        if found[name] != recorded[name]["size"]:
-            expected = recorded[name]["size"]
-            raise DamagedError(directory, name, f"{found[name]} bytes, expected {expected}")
-    for name in sorted(recorded):
+    for error in manifest_errors(directory):
+        raise error
+
+
+def manifest_errors(directory: Path) -> Iterator[DamagedError]:
+    """Everything that :func:`verify_manifest` would raise, one after another."""
+    try:
+        recorded = _read(directory)
+        found = _regular_files(directory)
+    except DamagedError as error:
+        yield error
+        return
+    yield from _names_and_sizes(directory, recorded, found)
+    # Names come from the walk, never from the manifest: nothing outside is opened.
+    for name in sorted(name for name, size in found.items() if recorded.get(name, {}).get("size") == size):
         try:
             actual = _digest(directory / name, sync=False)
         except OSError as error:  # a bad sector, or the file went away meanwhile
-            raise DamagedError(directory, name, f"cannot be read ({error.strerror})") from error
+            yield DamagedError(directory, name, f"cannot be read ({error.strerror})")
+            continue
         if actual != recorded[name]:
-            raise DamagedError(directory, name, "content differs from its SHA-256")
+            yield DamagedError(directory, name, DIFFERS)
+
+
+def read_verified(directory: Path) -> dict[str, bytes]:
+    """The content of every file below ``directory``, as the manifest has it.
+
+    Each file is read once: what is returned is what was checked, whatever becomes of the file meanwhile.
+
+    Raises:
+      DamagedError: like :func:`verify_manifest`.
+    """
+    recorded = _read(directory)
+    for error in _names_and_sizes(directory, recorded, _regular_files(directory)):
+        raise error
+    contents = {}
+    for name, entry in recorded.items():
+        try:
+            content = read_bytes(directory / name, largest=entry["size"])
+        except UserError as error:
+            raise DamagedError(directory, name, str(error)) from error
+        if {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)} != entry:
+            raise DamagedError(directory, name, DIFFERS)
+        contents[name] = content
+    return contents
+
+
+def _names_and_sizes(
+    directory: Path, recorded: dict[str, dict[str, Any]], found: dict[str, int]
+) -> Iterator[DamagedError]:
+    """What differs between the manifest and the files there are, before any of them is opened."""
+    outside = {name for name in recorded if _leads_outside(name)}
+    for name in sorted(outside):
+        yield DamagedError(directory, name, "listed under a path outside the directory")
+    for name in sorted((recorded.keys() | found.keys()) - outside):
+        if name not in found:
+            yield DamagedError(directory, name, "missing")
+        elif name not in recorded:
+            yield DamagedError(directory, name, f"not listed in {MANIFEST}")
+        elif found[name] != recorded[name]["size"]:
+            expected = recorded[name]["size"]
+            yield DamagedError(directory, name, f"{found[name]} bytes, expected {expected}")
+
+
+def _leads_outside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or str(path) != name
 
 
 def _read(directory: Path) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,78 @@
+"""A trained adapter written for others: as our portable directory, for PEFT, or as a checkpoint.
+
+Every export is a directory that appears whole or not at all, sealed by a manifest. Where the format has no
+place for it, ``export.json`` says which base the adapter was made on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from milora_jax.adapters.protocol import Adapter
+from milora_jax.storage.adapters import adapter_metadata, best_metadata, load_adapter, newest_step
+from milora_jax.storage.checkpoint import CheckpointDirectory
+from milora_jax.storage.exported import is_exported, write_exported
+from milora_jax.storage.files import json_bytes, new_directory
+from milora_jax.storage.manifest import write_manifest
+from milora_jax.storage.peft import write_peft
+
+ORIGIN_FILE = "export.json"
+"""Of an export in somebody else's format: what we want to know about it later."""
+
+
+def export_milora(source: Path, out: Path) -> None:
+    """Write the adapter of ``source`` in the form of ``storage.exported``.
+
+    Args:
+      source: as ``load_adapter`` takes it; likewise in the functions below.
+      out: a new or an empty directory.
+
+    Raises:
+      UserError: the adapter cannot be read, its method has no such form, or ``out`` is not empty; likewise
+        in the functions below.
+    """
+    adapter, metadata = load_adapter(source), best_metadata(source)
+    with new_directory(out) as partial:
+        write_exported(partial, adapter, metadata)
+
+
+def export_peft(source: Path, out: Path, base_name: str) -> None:
+    """Write the adapter of ``source`` as PEFT saves one.
+
+    Args:
+      base_name: path or Hub name of the base, which PEFT's own loaders open.
+    """
+    adapter, metadata = load_adapter(source), best_metadata(source)
+    with new_directory(out) as partial:
+        write_peft(partial, adapter, base_name)
+        seal(partial, metadata, {"format": "peft"})
+
+
+def export_orbax(source: Path, out: Path) -> None:
+    """Write the adapter of ``source`` as the one step of a directory of checkpoints, for any method."""
+    adapter, metadata = load_adapter(source), best_metadata(source)
+    step = 0 if is_exported(source) else newest_step(source)[1]
+    with new_directory(out) as partial:
+        directory = CheckpointDirectory(partial, None, print)
+        directory.save(step, adapter.params, metadata)
+        directory.wait()
+
+
+def write_imported(out: Path, adapter: Adapter, fingerprint: str) -> None:
+    """Write an adapter that came from elsewhere in the form of ``storage.exported``."""
+    with new_directory(out) as partial:
+        metadata = adapter_metadata(adapter.method, adapter.shape, fingerprint, "none")
+        write_exported(partial, adapter, metadata)
+
+
+def seal(directory: Path, metadata: dict[str, Any], origin: dict[str, Any]) -> None:
+    """Add what we want to know about an export later, and the manifest.
+
+    Args:
+      metadata: of the adapter, see ``storage.adapters.adapter_metadata``.
+      origin: what else to say.
+    """
+    known = {name: metadata[name] for name in ("base_fingerprint", "adapter", "shape")}
+    (directory / ORIGIN_FILE).write_bytes(json_bytes({**known, **origin}))
+    write_manifest(directory)

@@ -1,0 +1,222 @@
+"""The portable form of an adapter: a sealed directory of safetensors files with plain names.
+
+``milora_config.json`` holds the method's settings, the shape and the fingerprint of the base, and what a
+reader in another language needs to compute the route; ``experts.safetensors`` the pairs under PEFT's
+names; ``router.safetensors``, for a method that routes, the routers; ``manifest.json`` the hashes of all.
+The experts' file has not PEFT's name, nor is there an ``adapter_config.json``: PEFT would load all seven
+experts, always on, and compute another function without a word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from milora_jax.adapters.dora import Decomposed
+from milora_jax.adapters.low_rank import LowRank, LowRankMethod
+from milora_jax.adapters.milora import MiLoRA, MiLoRAParams
+from milora_jax.adapters.protocol import Adapter, Method, Shape
+from milora_jax.adapters.registry import build_method, full_settings
+from milora_jax.adapters.router import NORMALIZE_EPS
+from milora_jax.config import QUANTIZE, Config
+from milora_jax.errors import UserError
+from milora_jax.storage.files import json_bytes, parse_json_object
+from milora_jax.storage.manifest import DamagedError, manifest_errors, read_verified, write_manifest
+from milora_jax.storage.pair_tensors import (
+    Record,
+    Shapes,
+    differences,
+    pair_shapes,
+    pair_tensors,
+    router_shapes,
+    router_tensors,
+    stacked_pairs,
+    stacked_router,
+)
+from milora_jax.storage.tensor_files import parse_tensors, write_tensors
+from milora_jax.types import EXPERTS
+
+CONFIG_FILE = "milora_config.json"
+EXPERTS_FILE = "experts.safetensors"
+ROUTER_FILE = "router.safetensors"
+
+FORMAT = 1
+"""Version of the directory's layout; a reader refuses any other."""
+
+RECORDS: dict[str, type[Record]] = {
+    "milora": LowRank,
+    "midora": Decomposed,
+    "lora": LowRank,
+    "dora": Decomposed,
+}
+"""The methods that have this form, and what each of their experts is."""
+
+MOST_LAYERS, LARGEST_WIDTH = 10_000, 2**24
+"""Of a base that an adapter may be for: tables of names are made from these before a file is read."""
+
+
+def is_exported(directory: Path) -> bool:
+    """Whether a directory says that it is of this form."""
+    return (directory / CONFIG_FILE).is_file()
+
+
+def write_exported(directory: Path, adapter: Adapter, metadata: dict[str, Any]) -> None:
+    """Write an adapter into an empty directory and seal it.
+
+    Args:
+      adapter: in the stacked layout.
+      metadata: see ``storage.adapters.adapter_metadata``; what else a run has stored there stays behind.
+
+    Raises:
+      UserError: the method has no such form.
+    """
+    method = adapter.method
+    if method.name not in RECORDS:
+        raise UserError(
+            f"method {method.name!r} has no portable form: expected one of {', '.join(RECORDS)}; "
+            "format 'orbax' takes any method"
+        )
+    experts = adapter.params
+    if isinstance(method, MiLoRA):
+        experts = adapter.params.experts
+        write_tensors(directory / ROUTER_FILE, router_tensors(adapter.params.router))
+    write_tensors(directory / EXPERTS_FILE, pair_tensors(experts))
+    kept = {name: metadata[name] for name in ("base_fingerprint", "adapter", "shape")}
+    quantize = metadata.get("quantize", "none")  # older adapters do not say
+    config = {"format": FORMAT, "normalize_eps": NORMALIZE_EPS, "quantize": quantize, **kept}
+    (directory / CONFIG_FILE).write_bytes(json_bytes(config))
+    write_manifest(directory)
+
+
+def read_exported(directory: Path) -> Adapter:
+    """The adapter in a directory of this form, every byte of it checked.
+
+    Raises:
+      UserError: by name, for what is damaged, missing, unexpected, misshapen or not finite.
+    """
+    contents = read_verified(directory)
+    method, shape, _ = parse_config(_config_of(directory, contents), str(directory / CONFIG_FILE))
+    for error in _file_errors(directory, contents, method):
+        raise error
+    tensors = {}
+    for name, expected in _files(method, shape).items():
+        where = str(directory / name)
+        tensors[name] = parse_tensors(contents[name], where)
+        for line in differences(tensors[name], expected):
+            raise UserError(f"{where}: {line}")
+    params = stacked_pairs(tensors[EXPERTS_FILE], shape, RECORDS[method.name])
+    if isinstance(method, MiLoRA):
+        params = MiLoRAParams(params, stacked_router(tensors[ROUTER_FILE], shape, method.router))
+    return Adapter(params=params, method=method, shape=shape)
+
+
+def read_exported_metadata(directory: Path) -> dict[str, Any]:
+    """The checked content of ``milora_config.json``; the other files are not looked at."""
+    return parse_config(_config_of(directory, read_verified(directory)), str(directory / CONFIG_FILE))[2]
+
+
+def exported_findings(directory: Path) -> Iterator[str]:
+    """One line for everything that is wrong with a directory of this form."""
+    damaged = False
+    for error in manifest_errors(directory):
+        damaged = True
+        yield f"{error.file}: {error.reason}"
+    if damaged:
+        return
+    contents = read_verified(directory)
+    try:
+        method, shape, _ = parse_config(_config_of(directory, contents), CONFIG_FILE)
+    except UserError as error:
+        yield str(error)
+        return
+    for problem in _file_errors(directory, contents, method):
+        yield f"{problem.file}: {problem.reason}"
+    for name, expected in _files(method, shape).items():
+        try:
+            found = parse_tensors(contents[name], name) if name in contents else None
+        except UserError as error:
+            yield str(error)
+            continue
+        for line in () if found is None else differences(found, expected):
+            yield f"{name}: {line}"
+
+
+def parse_config(values: dict[str, Any], where: str) -> tuple[LowRankMethod, Shape, dict[str, Any]]:
+    """Method, shape and metadata of ``milora_config.json``.
+
+    Raises:
+      UserError: by name, for a field that is missing, unknown or out of its range.
+    """
+    if values.get("format") != FORMAT:
+        raise UserError(f"{where}: format is {values.get('format')!r}, this version reads {FORMAT}")
+    fields = {"format", "normalize_eps", "base_fingerprint", "quantize", "adapter", "shape"}
+    for name in sorted(fields ^ values.keys()):
+        raise UserError(f"{where}: {name!r} is {'missing' if name in fields else 'unknown'}")
+    if values["normalize_eps"] != NORMALIZE_EPS:
+        raise UserError(f"{where}: normalize_eps is {values['normalize_eps']!r}, expected {NORMALIZE_EPS}")
+    if not isinstance(values["base_fingerprint"], str) or values["quantize"] not in QUANTIZE:
+        raise UserError(f"{where}: base_fingerprint or quantize is ill-typed")
+    return read_method(values["adapter"], where), read_shape(values["shape"], where), values
+
+
+def read_method(values: Any, where: str) -> LowRankMethod:
+    """The method whose settings an exported file holds, every one of them written out."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: adapter is {values!r}, expected an object")
+    settings = Config.from_dict({"adapter": values}).adapter
+    method = build_method(settings)
+    if method.name not in RECORDS or not isinstance(method, LowRankMethod):
+        raise UserError(f"{where}: method is {method.name!r}, expected one of {', '.join(RECORDS)}")
+    if full_settings(method) != settings:
+        raise UserError(f"{where}: the settings of method {method.name!r} are not complete")
+    return method
+
+
+def read_shape(values: Any, where: str) -> Shape:
+    """The shape of the base that an adapter was stored for."""
+
+    def whole(value: Any, most: int) -> bool:
+        return type(value) is int and 1 <= value <= most
+
+    fields = {"modules", "num_layers", "hidden_size"}
+    if not isinstance(values, dict) or values.keys() != fields:
+        raise UserError(f"{where}: shape is no object with {', '.join(sorted(fields))}")
+    modules = values["modules"]
+    if not isinstance(modules, dict) or modules.keys() != set(EXPERTS):
+        raise UserError(f"{where}: shape.modules is no object with {', '.join(EXPERTS)}")
+    for name, dims in modules.items():
+        if not isinstance(dims, list) or len(dims) != 2 or not all(whole(d, LARGEST_WIDTH) for d in dims):
+            raise UserError(f"{where}: shape.modules.{name} is not two widths from 1 to {LARGEST_WIDTH}")
+    for name, most in (("num_layers", MOST_LAYERS), ("hidden_size", LARGEST_WIDTH)):
+        if not whole(values[name], most):
+            raise UserError(f"{where}: shape.{name} is {values[name]!r}, expected 1 to {most}")
+    dims = {name: (d_in, d_out) for name, (d_in, d_out) in modules.items()}
+    return Shape.of(dims, values["num_layers"], values["hidden_size"])
+
+
+def shape_values(shape: Shape) -> dict[str, Any]:
+    """What :func:`read_shape` reads."""
+    return {**dataclasses.asdict(shape), "modules": {name: list(dims) for name, dims in shape.modules}}
+
+
+def _config_of(directory: Path, contents: dict[str, bytes]) -> dict[str, Any]:
+    if CONFIG_FILE not in contents:
+        raise DamagedError(directory, CONFIG_FILE, "missing")
+    return parse_json_object(contents[CONFIG_FILE], str(directory / CONFIG_FILE))
+
+
+def _files(method: LowRankMethod, shape: Shape) -> dict[str, Shapes]:
+    """The tensors of each file, by name."""
+    files = {EXPERTS_FILE: pair_shapes(shape, method.rank, RECORDS[method.name])}
+    if isinstance(method, MiLoRA):
+        files[ROUTER_FILE] = router_shapes(shape, method.router)
+    return files
+
+
+def _file_errors(directory: Path, contents: dict[str, bytes], method: Method) -> Iterator[DamagedError]:
+    """A file too few, or one too many."""
+    expected = {CONFIG_FILE, EXPERTS_FILE} | ({ROUTER_FILE} if isinstance(method, MiLoRA) else set())
+    for name in sorted(expected ^ contents.keys()):
+        yield DamagedError(directory, name, "missing" if name in expected else "not expected here")

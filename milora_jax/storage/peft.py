@@ -1,0 +1,281 @@
+"""Directories of Hugging Face PEFT: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+
+Written for the methods that PEFT has: LoRA, what is decoded as LoRA (AdaLoRA, SSP), DoRA and (IA)3, with
+one rank and one alpha, which is all that vLLM reads. Read, LoRA and DoRA only, so strictly that nothing in
+a directory is passed over: a setting that changes the function and that we do not have is refused by name,
+and so is every tensor too few or too many.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from milora_jax.adapters.dora import Decomposed, DoRA
+from milora_jax.adapters.ia3 import IA3
+from milora_jax.adapters.lora import TunedPairs
+from milora_jax.adapters.low_rank import LowRank
+from milora_jax.adapters.protocol import Adapter, Shape
+from milora_jax.base.specs import MODULE_PATHS
+from milora_jax.errors import UserError
+from milora_jax.storage.files import parse_json_object, read_bytes
+from milora_jax.storage.pair_tensors import (
+    Record,
+    Shapes,
+    pair_name,
+    pair_shapes,
+    pair_tensors,
+    require_same,
+    stacked_pairs,
+)
+from milora_jax.storage.tensor_files import read_tensors, write_tensors
+from milora_jax.types import EXPERTS, unstack_layers
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_TENSORS = "adapter_model.safetensors"
+
+LARGEST_CONFIG = 2**20
+"""Bytes of an ``adapter_config.json``; a regular one has about a thousand."""
+
+LARGEST_RANK, LARGEST_ALPHA = 2**16, 1e9
+
+IA3_LEAF = "ia3_l"
+
+PICKLES = (".bin", ".pt", ".pth")
+
+PEFT_DTYPES = ("float32", "float16", "bfloat16")
+"""Of the tensors that are read."""
+
+OFF: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "init_ia3_weights": (True, False),
+    "fan_in_fan_out": (False,),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+}
+"""Settings with values other than nothing that leave ``W + s B A`` as it is. The other ways to initialise
+change the base's own weights."""
+
+READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+
+WITHOUT_EFFECT = (
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "megatron_core",
+    "qalora_group_size",
+    "layers_pattern",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "runtime_config",
+)
+"""Settings that say where an adapter comes from, or that act only together with one that is refused."""
+
+
+@dataclass(frozen=True)
+class PeftSettings:
+    """What an ``adapter_config.json`` says.
+
+    Attributes:
+      kind: lora, dora or ia3.
+      modules: that are changed, in the order of ``types.EXPERTS``.
+      rank: R of every pair; 0 without pairs.
+      alpha: numerator of ``alpha / rank``.
+      dropout: it was trained with.
+    """
+
+    kind: str
+    modules: tuple[str, ...]
+    rank: int = 0
+    alpha: float = 0.0
+    dropout: float = 0.0
+
+    @property
+    def record(self) -> type[Record]:
+        """What a module's parameters are."""
+        return Decomposed if self.kind == "dora" else LowRank
+
+    def shapes(self, shape: Shape) -> Shapes:
+        """The tensors of the file, by name, for a base of a shape."""
+        if self.kind == "ia3":
+            return {
+                pair_name(layer, module, IA3_LEAF): (shape.dims[module][1], 1)
+                for module in self.modules
+                for layer in range(shape.num_layers)
+            }
+        return pair_shapes(shape, self.rank, self.record, self.modules)
+
+
+def write_peft(directory: Path, adapter: Adapter, base_name: str) -> None:
+    """Write an adapter as PEFT saves one.
+
+    Args:
+      adapter: in the stacked layout.
+      base_name: path or Hub name of the base, which PEFT's own loaders open.
+
+    Raises:
+      UserError: PEFT has no such method.
+    """
+    tensors, settings = _peft_form(adapter)
+    config = {
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "task_type": "CAUSAL_LM",
+        **settings,
+    }
+    (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    write_tensors(directory / PEFT_TENSORS, tensors)
+
+
+def as_pairs(adapter: Adapter) -> tuple[dict[str, Record], float]:
+    """What a LoRA, a method decoded as LoRA, or a DoRA does, as stacked pairs and their scale."""
+    method = adapter.method
+    if isinstance(method, TunedPairs):
+        layers = [method.folded(layer) for layer in unstack_layers(method.settle(adapter.params))]
+        folded: dict[str, Record] = {
+            name: LowRank(
+                a=jnp.stack([layer[name].a for layer in layers]),
+                b=jnp.stack([layer[name].b for layer in layers]),
+            )
+            for name in EXPERTS
+        }
+        return folded, method.scale
+    if isinstance(method, DoRA):
+        return dict(adapter.params), method.scale
+    raise UserError(f"method {method.name!r} is not one fixed change of each weight")
+
+
+def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors and settings of an adapter in PEFT's form."""
+    method = adapter.method
+    if isinstance(method, IA3):
+        tensors = {
+            pair_name(layer, name, IA3_LEAF): 1.0 + np.asarray(leaf.product(), np.float32)[:, None]
+            for name in method.modules
+            for layer, leaf in enumerate(unstack_layers(adapter.params[name]))
+        }
+        targets = [_suffix(name) for name in method.modules]
+        kind = {"peft_type": "IA3", "feedforward_modules": [], "init_ia3_weights": True}
+        return tensors, {**kind, "target_modules": targets, "fan_in_fan_out": False, "modules_to_save": None}
+    if not isinstance(method, TunedPairs | DoRA):
+        raise UserError(
+            f"method {method.name!r} has no PEFT form: expected one of lora, dora, adalora, ssp, ia3 "
+            "(of a milora, format 'static' writes one fixed route as a LoRA)"
+        )
+    pairs, scale = as_pairs(adapter)
+    rank = pairs[EXPERTS[0]].a.shape[-1]
+    alpha = scale * rank
+    return pair_tensors(pairs), {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha,
+        "lora_dropout": method.dropout,
+        "target_modules": [_suffix(name) for name in EXPERTS],
+        "use_dora": isinstance(method, DoRA),
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "modules_to_save": None,
+    }
+
+
+def read_peft(directory: Path, shape: Shape) -> tuple[PeftSettings, dict[str, Record]]:
+    """A LoRA or DoRA that PEFT saved for a base of this shape.
+
+    Float16 and bfloat16 tensors become float32.
+
+    Returns:
+      Its settings, and the pairs of its modules.
+
+    Raises:
+      UserError: by name, for a setting or a tensor that is missing, unknown or unfit; for a pickle; for
+        pairs that change nothing.
+    """
+    settings, path = read_peft_settings(directory), directory / PEFT_TENSORS
+    if settings.kind == "ia3":
+        raise UserError(f"{directory / PEFT_CONFIG}: peft_type is 'IA3', expected 'LORA'")
+    tensors = read_tensors(path)
+    require_same(tensors, settings.shapes(shape), str(path), PEFT_DTYPES)
+    pairs = stacked_pairs(tensors, shape, settings.record, settings.modules)
+    if settings.kind == "lora" and not any(bool(jnp.any(pair.b)) for pair in pairs.values()):
+        raise UserError(f"{path}: every lora_B is zero: the adapter changes nothing")
+    return settings, pairs
+
+
+def read_peft_settings(directory: Path) -> PeftSettings:
+    """The checked ``adapter_config.json`` of a directory.
+
+    Raises:
+      UserError: by name, for a setting that is missing, ill-typed, or changes the function in a way that we
+        do not have; for weights in a pickle.
+    """
+    where = str(directory / PEFT_CONFIG)
+    if not directory.is_dir():
+        raise UserError(f"{str(directory)!r}: no such directory, expected a PEFT adapter")
+    pickles = sorted(path.name for path in directory.glob("adapter_model.*") if path.suffix in PICKLES)
+    if pickles:
+        raise UserError(
+            f"{directory}: found {pickles[0]}, but pickles are never loaded; expected {PEFT_TENSORS}"
+        )
+    values = parse_json_object(read_bytes(directory / PEFT_CONFIG, LARGEST_CONFIG), where)
+    _refuse_other(values, where)
+    modules = _modules(values.get("target_modules"), where)
+    if values["peft_type"] == "IA3":
+        return PeftSettings("ia3", modules)
+    rank, alpha, dropout = (values.get(name, 0.0) for name in ("r", "lora_alpha", "lora_dropout"))
+    if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
+        raise UserError(f"{where}: r is {rank!r}, expected a whole number from 1 to {LARGEST_RANK}")
+    if type(alpha) not in (int, float) or not 0 < alpha < LARGEST_ALPHA:
+        raise UserError(
+            f"{where}: lora_alpha is {alpha!r}, expected a finite number above 0 (0 changes nothing)"
+        )
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise UserError(f"{where}: lora_dropout is {dropout!r}, expected a number from 0 to below 1")
+    # Rank-stabilised LoRA (arXiv 2312.03732) divides by the root of the rank, we by the rank.
+    alpha = float(alpha) * math.sqrt(rank) if values.get("use_rslora") else float(alpha)
+    return PeftSettings("dora" if values.get("use_dora") else "lora", modules, rank, alpha, float(dropout))
+
+
+def _refuse_other(values: dict[str, Any], where: str) -> None:
+    """Refuse a kind that we do not read, and every setting that changes the function as we do not."""
+    kind = values.get("peft_type")
+    if kind not in ("LORA", "IA3"):
+        raise UserError(f"{where}: peft_type is {kind!r}, expected 'LORA'")
+    for name, value in sorted(values.items()):
+        if name in ("use_rslora", "use_dora") and value not in (True, False, None):
+            raise UserError(f"{where}: {name} is {value!r}, expected true or false")
+        allowed = OFF.get(name, ())
+        empty = value is None or value is False or value in ("", [], {})
+        if not (empty or name in READ or name in WITHOUT_EFFECT or value in allowed):
+            expected = " or ".join(map(repr, allowed)) or "unset: not supported"
+            raise UserError(f"{where}: {name} is {value!r}, expected {expected}")
+
+
+def _modules(targets: Any, where: str) -> tuple[str, ...]:
+    """Our names of the modules that ``target_modules`` lists."""
+    if not isinstance(targets, list) or not targets or any(not isinstance(name, str) for name in targets):
+        raise UserError(f"{where}: target_modules is {targets!r}, expected a list of module names")
+    ours = {name: module for module, path in MODULE_PATHS.items() for name in (path, path.split(".")[-1])}
+    for name in targets:
+        if name not in ours:
+            known = ", ".join(_suffix(module) for module in EXPERTS)
+            raise UserError(f"{where}: target_modules names {name!r}, expected some of {known}")
+    found = {ours[name] for name in targets}
+    return tuple(module for module in EXPERTS if module in found)
+
+
+def _suffix(module: str) -> str:
+    return MODULE_PATHS[module].split(".")[-1]

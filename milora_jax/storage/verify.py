@@ -1,0 +1,128 @@
+"""What is wrong with a directory of ours, or with a PEFT adapter: one line per finding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milora_jax.adapters.protocol import Shape
+from milora_jax.adapters.registry import adapter_shape
+from milora_jax.base.fingerprint import base_fingerprint
+from milora_jax.base.hf_config import read_model_config
+from milora_jax.errors import UserError
+from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, verify_step
+from milora_jax.storage.export import ORIGIN_FILE
+from milora_jax.storage.exported import exported_findings, is_exported, read_exported_metadata, read_shape
+from milora_jax.storage.files import parse_json_object, read_bytes
+from milora_jax.storage.manifest import MANIFEST, DamagedError, manifest_errors
+from milora_jax.storage.pair_tensors import differences, pair_name
+from milora_jax.storage.peft import IA3_LEAF, PEFT_CONFIG, PEFT_DTYPES, PEFT_TENSORS, read_peft_settings
+from milora_jax.storage.tensor_files import read_tensors
+from milora_jax.types import EXPERTS
+
+_LAYER = re.compile(r"base_model\.model\.model\.layers\.([0-9]{1,4})\.")
+
+
+def findings(path: Path, base: Path | None) -> dict[Path, list[str]]:
+    """What is wrong with each directory that ``path`` means: a workdir and its parts hold one per step.
+
+    Args:
+      path: a workdir, its ``checkpoints`` or ``best``, one step, an export, or a PEFT adapter.
+      base: a Hugging Face directory that the adapters must have been made on; None asks nothing.
+
+    Raises:
+      UserError: there is nothing to check.
+    """
+    if is_exported(path):
+        return {path: list(_exported_findings(path, base))}
+    if (path / PEFT_CONFIG).exists():
+        return {path: list(_peft_findings(path, base))}
+    if (path / ORIGIN_FILE).exists():
+        return {path: list(_sealed_findings(path, base))}
+    folders = step_folders(path)
+    if not folders:
+        expected = "a workdir, checkpoints/, best/, a step, an export or a PEFT adapter"
+        raise UserError(f"{str(path)!r} holds no steps and no adapter: expected {expected}")
+    return {folder: list(_step_findings(folder, base)) for folder in folders}
+
+
+def step_folders(path: Path) -> list[Path]:
+    """The steps at or below ``path``, in order."""
+    roots = [path, path / "checkpoints", path / "best"]
+    folders = [root / str(step) for root in roots for step in CheckpointDirectory(root, 1, print).steps()]
+    return [path] if path.is_dir() and path.name.isdecimal() and not folders else folders
+
+
+def _step_findings(folder: Path, base: Path | None) -> Iterator[str]:
+    try:
+        verify_step(folder)
+    except DamagedError as error:
+        yield f"damaged: {error.file}: {error.reason}"
+        return
+    metadata = read_metadata(folder.parent, int(folder.name))
+    if "base_fingerprint" in metadata:  # of a training state the run's own files keep it
+        yield from _foreign(base, metadata)
+
+
+def _exported_findings(path: Path, base: Path | None) -> Iterator[str]:
+    found = list(exported_findings(path))
+    yield from found
+    if not found:
+        yield from _foreign(base, read_exported_metadata(path))
+
+
+def _sealed_findings(path: Path, base: Path | None) -> Iterator[str]:
+    """Of an export whose content is another program's: that every byte is as it was written."""
+    found = [f"{error.file}: {error.reason}" for error in manifest_errors(path)]
+    yield from found
+    if not found:
+        yield from _foreign(base, _origin(path))
+
+
+def _peft_findings(path: Path, base: Path | None) -> Iterator[str]:
+    """Of a PEFT directory, ours or a stranger's, which has neither manifest nor origin."""
+    ours = (path / ORIGIN_FILE).exists() or (path / MANIFEST).exists()
+    sealed = list(_sealed_findings(path, base)) if ours else []
+    yield from sealed
+    try:
+        settings = read_peft_settings(path)
+        tensors = read_tensors(path / PEFT_TENSORS)
+        shape = adapter_shape(read_model_config(base)) if base is not None else shape_of(tensors)
+        if ours and not sealed:
+            shape = read_shape(_origin(path).get("shape"), ORIGIN_FILE)
+    except UserError as error:
+        yield str(error)
+        return
+    for line in differences(tensors, settings.shapes(shape), PEFT_DTYPES):
+        yield f"{PEFT_TENSORS}: {line}"
+
+
+def _origin(path: Path) -> dict[str, Any]:
+    return parse_json_object(read_bytes(path / ORIGIN_FILE), str(path / ORIGIN_FILE))
+
+
+def _foreign(base: Path | None, metadata: Mapping[str, Any]) -> Iterator[str]:
+    if base is None:
+        return
+    found, expected = base_fingerprint(base), metadata.get("base_fingerprint")
+    if found != expected:
+        yield f"made on another base: fingerprint {expected}, that of {str(base)!r} is {found}"
+
+
+def shape_of(tensors: Mapping[str, np.ndarray]) -> Shape:
+    """The shape of the base that pairs or vectors seem to be for: depth by their names, widths by layer 0.
+
+    Modules without tensors get widths of 1.
+    """
+    layers = [int(match[1]) for match in map(_LAYER.match, tensors) if match]
+    dims = {}
+    for module in EXPERTS:
+        a, b, vector = (tensors.get(pair_name(0, module, leaf)) for leaf in ("a", "b", IA3_LEAF))
+        d_in = a.shape[-1] if a is not None else 1
+        out = b if b is not None else vector
+        dims[module] = (d_in, out.shape[0] if out is not None else 1)
+    return Shape.of(dims, 1 + max(layers, default=0), dims["q"][0])
