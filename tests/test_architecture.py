@@ -33,6 +33,9 @@ SIDEWAYS = {("model_config", "types"), ("cli", "config"), ("cli", "cluster"), ("
 HEAVY = ("torch", "transformers", "tokenizers", "datasets", "ml_collections", "absl", "matplotlib", "tqdm")
 """Libraries that are imported inside the functions that need them."""
 
+TORCH_IN = ("peer_worker.py", "torch_reference.py")
+"""The peer of the benchmark, a script for another Python; and the reader for people who stay in torch."""
+
 CORE = ("types", "config", "adapters", "base", "training", "generation", "bench")
 
 
@@ -74,7 +77,7 @@ def test_imports_go_downwards(path):
             other = "command" if parts[-1] == "__main__" else parts[1]
             allowed = other == room or (room, other) in SIDEWAYS or floor_of(other) < floor_of(room)
             assert allowed, f"{path.name}: {room} must not import {module}"
-        assert parts[0] != "torch" or path.name == "peer_worker.py", "torch is for tests and for the peer"
+        assert parts[0] != "torch" or path.name in TORCH_IN, "torch is for tests, the peer and the reader"
         if at_top:
             assert parts[0] not in HEAVY, f"{path.name} imports {parts[0]} before it is needed"
 

@@ -1,0 +1,151 @@
+"""An exported MiLoRA on a transformers model under PyTorch, for people who stay there.
+
+    model = AutoModelForCausalLM.from_pretrained("MODEL_DIR", dtype=torch.float32).eval()
+    reader = attach(model, "EXPORT_DIR")
+    model.generate(**tokenizer(prompt, return_tensors="pt"), do_sample=False)
+
+It reads the directory that ``python -m milora_jax.storage export --format milora`` writes (method milora or
+midora), and follows ``docs/method.md`` and the paper in torch, line by line and apart from our JAX code: the
+parity tests hold the two against each other. It is short rather than fast. Prompts are not padded: give
+one prompt at a time, or several of one length. The base's files are the caller's: check them first with
+``python -m milora_jax.storage verify EXPORT_DIR --base MODEL_DIR``.
+
+A forward pass over more than one token is a prompt: every decoder layer pools the hidden states that enter
+it and chooses its experts. A pass over one token, a decode step, keeps the choice. A prompt of one token
+alone follows ``reader.reset()``.
+"""
+
+# pyright: reportMissingImports=false
+# (torch is not ours to install)
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from milora_jax.errors import UserError
+
+MODULES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+"""The seven experts in the order of the router's outputs, and their modules in transformers."""
+
+
+def attach(model: Any, directory: str | Path) -> Reader:
+    """Put an exported MiLoRA or MiDoRA on a ``LlamaForCausalLM``; undone by ``Reader.detach``."""
+    from safetensors.torch import load_file
+
+    folder = Path(directory)
+    config = json.loads((folder / "milora_config.json").read_text())
+    experts = load_file(folder / "experts.safetensors", device=str(model.device))
+    router = load_file(folder / "router.safetensors", device=str(model.device))
+    return Reader(model, config, experts, router)
+
+
+class Reader:
+    """The hooks that make a transformers model compute with its adapter.
+
+    Attributes:
+      weights: of the experts, ``[rows, 7]`` per layer: the route of the last prompt.
+    """
+
+    def __init__(self, model: Any, config: dict, experts: dict, router: dict) -> None:
+        self.settings = config["adapter"]
+        if self.settings["method"] not in ("milora", "midora"):
+            found = self.settings["method"]
+            raise UserError(f"method is {found!r}, expected milora or midora: PEFT reads what has no router")
+        self.eps, self.layers = config["normalize_eps"], config["shape"]["num_layers"]
+        self.router, self.weights = router, {}
+        alpha, rank = self.settings["alpha"], self.settings["rank"]
+        self.scale = alpha / rank if alpha else 1.0
+        self.hooks = []
+        for i, layer in enumerate(model.model.layers):
+            self.hooks.append(layer.register_forward_pre_hook(self._router_hook(i), with_kwargs=True))
+            for place, path in enumerate(MODULES.values()):
+                prefix = f"base_model.model.model.layers.{i}.{path}."
+                mine = {
+                    name.removeprefix(prefix): t for name, t in experts.items() if name.startswith(prefix)
+                }
+                hook = self._expert_hook(i, place, mine)
+                self.hooks.append(layer.get_submodule(path).register_forward_hook(hook))
+
+    def reset(self) -> None:
+        """Forget the route: the next pass is a prompt, however short."""
+        self.weights = {}
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def route(self, layer: int, hidden: Any) -> Any:
+        """Weights ``[rows, 7]`` of a layer's experts (Eq. 2 and 3), from the prompt ``[rows, tokens, D]``."""
+        import torch
+
+        weight = self.router[f"layers.{layer}.router.weight"]
+        pooled = self._pool(layer, hidden.float())
+        if self.settings["normalize"]:
+            pooled = pooled / torch.sqrt((pooled * pooled).mean(-1, keepdim=True) + self.eps)
+        logits = self._activate(layer, pooled) @ weight.T
+        probs = torch.softmax(logits, dim=-1)
+        values, chosen = torch.topk(probs, self.settings["top_k"], dim=-1)
+        gate = self.settings["gate"]
+        if gate == "straight_through":
+            values = torch.ones_like(values)
+        elif gate == "renormalized":
+            values = self.settings["top_k"] * values / values.sum(-1, keepdim=True)
+        return torch.zeros_like(probs).scatter(-1, chosen, values)
+
+    def _pool(self, layer: int, hidden: Any) -> Any:
+        """One vector per prompt (section 3.3; Eq. 8 for attention)."""
+        import torch
+
+        pooler = self.settings["pooler"]
+        if pooler == "attention":
+            shares = torch.softmax(hidden @ self.router[f"layers.{layer}.router.pool"], dim=1)
+            return (shares[:, :, None] * hidden).sum(1)
+        return {"mean": hidden.mean(1), "max": hidden.amax(1), "last": hidden[:, -1]}[pooler]
+
+    def _activate(self, layer: int, x: Any) -> Any:
+        """The router's activation (Eq. 6, Table 5)."""
+        import torch
+
+        name = self.settings["activation"]
+        if name == "rational":
+            a, b = (self.router[f"layers.{layer}.router.{part}"] for part in ("numerator", "denominator"))
+            top = sum(a[j] * x**j for j in range(7))
+            bottom = sum(b[i - 1] * x**i for i in range(1, 6))
+            return top / (1 + torch.abs(torch.as_tensor(bottom)))
+        first, _, second = name.partition("-")
+        kind = first if layer / self.layers < 0.5 else second or first
+        return torch.nn.functional.gelu(x) if kind == "gelu" else torch.relu(x)
+
+    def _router_hook(self, layer: int) -> Any:
+        def hook(module: Any, args: tuple, kwargs: dict) -> None:
+            del module
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.shape[1] > 1 or layer not in self.weights:
+                self.weights[layer] = self.route(layer, hidden)
+
+        return hook
+
+    def _expert_hook(self, layer: int, place: int, tensors: dict) -> Any:
+        a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
+        magnitude = tensors.get("lora_magnitude_vector")
+
+        def hook(module: Any, args: tuple, output: Any) -> Any:
+            x, share = args[0], self.weights[layer][:, None, place : place + 1]
+            change = self.scale * (x.float() @ a.T) @ b.T
+            if magnitude is not None:
+                whole = module.weight.float()
+                ratio = magnitude / (whole + self.scale * (b @ a)).norm(dim=1)
+                change = (ratio - 1) * (x.float() @ whole.T) + ratio * change
+            return output + (share * change).to(output.dtype)
+
+        return hook
