@@ -65,7 +65,7 @@ def load_leaves(
     Raises:
       UserError: for a missing, extra or misshapen tensor, a pickle, or a damaged file.
     """
-    files = _files_by_tensor(directory)
+    files = files_by_tensor(directory)
     specs = base_specs(config, decode, quantize)
     expected = {part.name for spec in jax.tree.leaves(specs) for part in spec.parts}
     found = {name for name in files if not name.endswith(IGNORED_SUFFIX)}
@@ -126,13 +126,13 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _files_by_tensor(directory: Path) -> dict[str, Path]:
+def files_by_tensor(directory: Path) -> dict[str, Path]:
     """The file that holds each tensor, by the headers of all files."""
     if not directory.is_dir():
         raise UserError(f"model.path {str(directory)!r}: no such directory, expected a Hugging Face model")
     files: dict[str, Path] = {}
     for path, only in _weight_files(directory):
-        with _opened(path) as tensors:
+        with opened(path) as tensors:
             names = set(tensors.keys())
         if only is not None and names != only:
             wrong = sorted(names ^ only)[0]
@@ -142,7 +142,7 @@ def _files_by_tensor(directory: Path) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     """A safetensors file, open for the ``with`` block.
 
     It is mapped into memory, and every page that was read counts as the process's own until it is
@@ -266,7 +266,7 @@ def _read_into(
       mine: the slices, likewise.
     """
     order = -1 if transposed else 1
-    with _opened(path) as tensors:
+    with opened(path) as tensors:
         tensor = tensors.get_slice(name)
         found, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
         if found != shape[::order]:

@@ -1,21 +1,37 @@
 """Adapters out of a run and into one, and what lies on the disk checked byte by byte.
 
-python -m milora_jax.storage export --workdir DIR --out DIR --format milora|peft|orbax
+python -m milora_jax.storage export --workdir DIR --out DIR --format milora|peft|static|orbax|merged
+python -m milora_jax.storage import --peft DIR --base DIR --out DIR
 python -m milora_jax.storage verify PATH    # a workdir, its checkpoints/ or best/, one step, an export
+
+docs/adapters.md says which program reads which format.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from milora_jax.base.load import load_base
+from milora_jax.config import METHODS, DataSection, require
+from milora_jax.data.records import Record, parse_sources, read_records
+from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, run_command
+from milora_jax.evaluation.score import limited
+from milora_jax.evaluation.static_route import Model, calibrated_route, report_json, static_report
 from milora_jax.storage import export
-from milora_jax.storage.adapters import require_its_base
+from milora_jax.storage.adapters import load_adapter, require_its_base
+from milora_jax.storage.files import require_new
+from milora_jax.storage.imported import import_peft
+from milora_jax.storage.merged import SHARD_BYTES
 from milora_jax.storage.verify import findings
 from milora_jax.storage.workdir import CONFIG_NAME, read_workdir_config
 
-FORMATS = ("milora", "peft", "orbax")
+FORMATS = ("milora", "peft", "static", "orbax", "merged")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -23,15 +39,24 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m milora_jax.storage")
     commands = parser.add_subparsers(dest="command", required=True)
     writer = commands.add_parser("export", help="write the best adapter of a run for other programs")
-    writer.add_argument(
-        "--workdir", required=True, type=Path, help="workdir of train.py, or an exported adapter"
-    )
+    writer.add_argument("--workdir", required=True, type=Path, help="workdir of train.py, or an export")
     writer.add_argument("--out", required=True, type=Path, help="a new or an empty directory")
     writer.add_argument("--format", required=True, choices=FORMATS, help="see docs/adapters.md")
     writer.add_argument("--base", type=Path, help="Hugging Face directory of the base (default: the run's)")
-    writer.add_argument(
-        "--base-name", default="", help="name of the base in PEFT's files (default: its path)"
-    )
+    writer.add_argument("--base-name", default="", help="its name in PEFT's files (default: the path)")
+    writer.add_argument("--calibration", default="", help="files whose prompts fix the route of a MiLoRA")
+    writer.add_argument("--dev", default="", help="files that measure it (default: the same)")
+    writer.add_argument("--limit", type=int, default=0, help="rows of each kind (default: all)")
+    writer.add_argument("--max-new-tokens", type=int, default=64, help="longest greedy answer compared")
+    writer.add_argument("--batch-size", type=int, default=8, help="rows computed together")
+    writer.add_argument("--dtype", default="float32", help="in which the base is computed for a static route")
+    writer.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="largest file of merged weights")
+    reader = commands.add_parser("import", help="make an adapter of what PEFT saved")
+    reader.add_argument("--peft", required=True, type=Path, help="directory with adapter_config.json")
+    reader.add_argument("--base", required=True, type=Path, help="Hugging Face directory that it is for")
+    reader.add_argument("--out", required=True, type=Path, help="a new or an empty directory")
+    reader.add_argument("--method", default="", choices=METHODS, help="milora or midora: as experts")
+    reader.add_argument("--seed", type=int, default=0, help="of what is fresh in it")
     checker = commands.add_parser("verify", help="check names, shapes, dtypes, values and hashes")
     checker.add_argument("path", type=Path)
     checker.add_argument("--base", type=Path, help="Hugging Face directory that the adapter must be for")
@@ -52,16 +77,52 @@ def verify(path: Path, base: Path | None) -> None:
 
 def run_export(arguments: argparse.Namespace) -> None:
     """Write the adapter in the format asked for."""
-    source, out = arguments.workdir, arguments.out
-    if arguments.base is not None:
-        require_its_base(source, arguments.base)
-    if arguments.format == "milora":
+    source, out, kind = arguments.workdir, arguments.out, arguments.format
+    require_new(out)  # a calibration takes a while
+    for name in ("limit", "batch_size", "max_new_tokens", "shard_bytes"):
+        least = 0 if name == "limit" else 1
+        require(getattr(arguments, name) >= least, name, getattr(arguments, name), f"at least {least}")
+    if kind == "static" and not arguments.calibration:
+        raise UserError("format static fixes the route of a MiLoRA: give --calibration FILE")
+    if arguments.base is not None or kind in ("static", "merged"):
+        require_its_base(source, base_of(arguments))
+    if kind == "milora":
         export.export_milora(source, out)
-    elif arguments.format == "orbax":
+    elif kind == "orbax":
         export.export_orbax(source, out)
-    else:
+    elif kind == "peft":
         export.export_peft(source, out, arguments.base_name or str(base_of(arguments)))
+    else:
+        weights, origin = fixed_route(arguments)
+        if kind == "merged":
+            export.export_merged(source, base_of(arguments), out, weights, origin, arguments.shard_bytes)
+        elif weights is not None:
+            name = arguments.base_name or str(base_of(arguments))
+            export.export_static(source, out, name, weights, origin)
     print(f"written to {out}")
+
+
+def fixed_route(arguments: argparse.Namespace) -> tuple[np.ndarray | None, dict[str, Any]]:
+    """The modal route of the calibration rows, and what it costs; None without such rows."""
+    if not arguments.calibration:
+        return None, {}
+    calibration = _records(arguments.calibration, arguments.limit)
+    dev = _records(arguments.dev, arguments.limit) if arguments.dev else calibration
+    adapter, folder = load_adapter(arguments.workdir), base_of(arguments)
+    if not adapter.method.routes:
+        raise UserError(f"method {adapter.method.name!r} has no router: expected no --calibration")
+    quantize = require_its_base(arguments.workdir, folder)
+    base, config = load_base(folder, arguments.dtype, decode=True, quantize=quantize)
+    require(bool(config.eos_ids), "eos_token_id of the model", None, "a token that ends an answer")
+    model = Model(base, config, load_tokenizer(str(folder)), arguments.batch_size)
+    route = calibrated_route(model, adapter, calibration, _say)
+    print("\n".join(route.lines()))
+    report = None
+    if adapter.method.name == "milora":
+        longest = min(DataSection().max_length, config.max_positions)
+        report = static_report(model, adapter, route, dev, longest, arguments.max_new_tokens, _say)
+        print(report.line())
+    return route.weights, {"static": report_json(route, report)}
 
 
 def base_of(arguments: argparse.Namespace) -> Path:
@@ -73,13 +134,27 @@ def base_of(arguments: argparse.Namespace) -> Path:
     return Path(read_workdir_config(arguments.workdir).model.path)
 
 
+def _records(sources: str, limit: int) -> list[Record]:
+    every = [record for source in parse_sources(sources) for record in read_records(source)]
+    return limited(every, limit)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Parse the command line and run it."""
     arguments = parse_arguments()
     if arguments.command == "verify":
         verify(arguments.path, arguments.base)
-    else:
+    elif arguments.command == "export":
         run_export(arguments)
+    else:
+        source, base, out = arguments.peft, arguments.base, arguments.out
+        for line in import_peft(source, base, out, arguments.method, arguments.seed):
+            _say(line)
+        print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A trained adapter written for others: as our portable directory, for PEFT, or as a checkpoint.
+"""A trained adapter written for others: portable, for PEFT, as a checkpoint, or merged into its base.
 
 Every export is a directory that appears whole or not at all, sealed by a manifest. Where the format has no
 place for it, ``export.json`` says which base the adapter was made on.
@@ -9,12 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from milora_jax.adapters.protocol import Adapter
-from milora_jax.storage.adapters import adapter_metadata, best_metadata, load_adapter, newest_step
+import numpy as np
+
+from milora_jax.storage.adapters import best_metadata, load_adapter, newest_step
 from milora_jax.storage.checkpoint import CheckpointDirectory
 from milora_jax.storage.exported import is_exported, write_exported
 from milora_jax.storage.files import json_bytes, new_directory
+from milora_jax.storage.fixed import fixed_change, static_lora
 from milora_jax.storage.manifest import write_manifest
+from milora_jax.storage.merged import write_merged
 from milora_jax.storage.peft import write_peft
 
 ORIGIN_FILE = "export.json"
@@ -59,11 +62,37 @@ def export_orbax(source: Path, out: Path) -> None:
         directory.wait()
 
 
-def write_imported(out: Path, adapter: Adapter, fingerprint: str) -> None:
-    """Write an adapter that came from elsewhere in the form of ``storage.exported``."""
+def export_static(
+    source: Path, out: Path, base_name: str, weights: np.ndarray, origin: dict[str, Any]
+) -> None:
+    """Write a MiLoRA under one fixed route as PEFT saves a LoRA.
+
+    Args:
+      weights: of the route, ``[L, E]``.
+      origin: what to keep about it in ``export.json``.
+    """
+    adapter, metadata = load_adapter(source), best_metadata(source)
     with new_directory(out) as partial:
-        metadata = adapter_metadata(adapter.method, adapter.shape, fingerprint, "none")
-        write_exported(partial, adapter, metadata)
+        write_peft(partial, static_lora(adapter, weights), base_name)
+        seal(partial, metadata, {"format": "static", **origin})
+
+
+def export_merged(
+    source: Path, base: Path, out: Path, weights: np.ndarray | None, origin: dict[str, Any], shard_bytes: int
+) -> None:
+    """Write the base with the adapter in its weights.
+
+    Args:
+      base: Hugging Face directory that the adapter was made on.
+      weights: of one fixed route, ``[L, E]``, for a method that routes; None for any other.
+      origin: what to keep about it in ``export.json``.
+      shard_bytes: of the largest file.
+    """
+    adapter, metadata = load_adapter(source), best_metadata(source)
+    change = fixed_change(adapter, weights)
+    with new_directory(out) as partial:
+        write_merged(base, partial, change, shard_bytes)
+        seal(partial, metadata, {"format": "merged", **origin})
 
 
 def seal(directory: Path, metadata: dict[str, Any], origin: dict[str, Any]) -> None:

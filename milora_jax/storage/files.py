@@ -93,6 +93,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: not JSON ({error})") from error
 
 
+def require_new(path: Path) -> None:
+    """Refuse a place for :func:`new_directory` where something is already.
+
+    Raises:
+      UserError: there is, and it is no empty directory.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path}: exists and is no directory, expected a new or an empty one")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{path}: exists and is not empty, expected a new or an empty directory")
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory that appears at ``path`` with all that was written into it, or not at all.
@@ -104,10 +116,7 @@ def new_directory(path: Path) -> Iterator[Path]:
       UserError: there is something at ``path`` already, unless it is an empty directory; or the sibling
         cannot be made or renamed.
     """
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise UserError(f"{path}: exists and is no directory, expected a new or an empty one")
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{path}: exists and is not empty, expected a new or an empty directory")
+    require_new(path)
     partial = temporary_name(Path(os.path.abspath(path)))
     try:
         if partial.exists():  # left by a killed run

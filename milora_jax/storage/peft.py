@@ -25,6 +25,7 @@ from milora_jax.adapters.protocol import Adapter, Shape
 from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.errors import UserError
 from milora_jax.storage.files import parse_json_object, read_bytes
+from milora_jax.storage.fixed import fixed_change
 from milora_jax.storage.pair_tensors import (
     Record,
     Shapes,
@@ -136,24 +137,6 @@ def write_peft(directory: Path, adapter: Adapter, base_name: str) -> None:
     write_tensors(directory / PEFT_TENSORS, tensors)
 
 
-def as_pairs(adapter: Adapter) -> tuple[dict[str, Record], float]:
-    """What a LoRA, a method decoded as LoRA, or a DoRA does, as stacked pairs and their scale."""
-    method = adapter.method
-    if isinstance(method, TunedPairs):
-        layers = [method.folded(layer) for layer in unstack_layers(method.settle(adapter.params))]
-        folded: dict[str, Record] = {
-            name: LowRank(
-                a=jnp.stack([layer[name].a for layer in layers]),
-                b=jnp.stack([layer[name].b for layer in layers]),
-            )
-            for name in EXPERTS
-        }
-        return folded, method.scale
-    if isinstance(method, DoRA):
-        return dict(adapter.params), method.scale
-    raise UserError(f"method {method.name!r} is not one fixed change of each weight")
-
-
 def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Tensors and settings of an adapter in PEFT's form."""
     method = adapter.method
@@ -171,10 +154,10 @@ def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]
             f"method {method.name!r} has no PEFT form: expected one of lora, dora, adalora, ssp, ia3 "
             "(of a milora, format 'static' writes one fixed route as a LoRA)"
         )
-    pairs, scale = as_pairs(adapter)
-    rank = pairs[EXPERTS[0]].a.shape[-1]
-    alpha = scale * rank
-    return pair_tensors(pairs), {
+    change = fixed_change(adapter)
+    rank = change.pairs[EXPERTS[0]].a.shape[-1]
+    alpha = change.scale * rank
+    return pair_tensors(change.pairs), {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha,

@@ -86,7 +86,7 @@ def test_a_tensor_of_integers_or_of_another_shape_is_refused_by_name(tmp_path):
 def test_parts_of_a_joined_leaf_can_be_boxed(tmp_path):
     """Columns of a joined matrix that cross the edge between two modules come from both tensors."""
     write_hf_directory(tmp_path, GROUPED, tokenizer=False)
-    files = hf._files_by_tensor(tmp_path)
+    files = hf.files_by_tensor(tmp_path)
     made = decode_layout(random_base(GROUPED))
     spec = base_specs(GROUPED, decode=True).layers[1].qkv.kernel.get_value()
     whole = np.asarray(made.layers[1].qkv.kernel[...])

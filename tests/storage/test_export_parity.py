@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from milora_jax.base.load import load_base
+from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.data.tokens import encode_prompt, load_tokenizer
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
-from milora_jax.storage.export import export_milora, export_peft
+from milora_jax.storage.adapters import load_adapter
+from milora_jax.storage.export import export_merged, export_milora, export_peft, export_static
+from milora_jax.storage.imported import import_peft
 from milora_jax.storage.torch_reference import attach
+from milora_jax.storage.verify import findings
 from tests.models import TINY, write_hf_directory
 from tests.storage.adapters import run_of
 
@@ -94,6 +98,59 @@ def test_peft_loads_an_export_and_gives_our_logits(method, name, models, tmp_pat
     assert_near(found, our_logits(folder, adapter, tokens)[0])
     with pytest.raises(AssertionError):
         assert_near(found, before, 1e-2)
+
+
+def fixed_route(layers):
+    """Three experts a layer, each with a weight of its own."""
+    rng = np.random.default_rng(2)
+    weights = np.zeros((layers, 7), np.float32)
+    for row in weights:
+        row[rng.choice(7, 3, replace=False)] = rng.uniform(0.5, 2.0, 3)
+    return weights
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_static_route_gives_our_logits_in_peft_and_merged_in_transformers(name, models, tmp_path):
+    from peft import PeftModel
+
+    folder, config, tokens = models[name], MODELS[name], tokens_of(MODELS[name])
+    adapter = run_of(tmp_path / "run", folder, "milora", alpha=6.0)
+    weights = fixed_route(config.num_layers)
+    export_static(tmp_path / "run", tmp_path / "static", str(folder), weights, {})
+    export_merged(tmp_path / "run", folder, tmp_path / "merged", weights, {}, 20_000)
+    shares = np.broadcast_to(weights[:, None, None], (config.num_layers, len(tokens), 1, 7))
+    expected, _ = our_logits(folder, adapter, tokens, route_weights=jnp.asarray(shares))
+    plain = torch_model(folder)
+    with pytest.raises(AssertionError):
+        assert_near(their_logits(plain, tokens), expected, 1e-2)
+    model = PeftModel.from_pretrained(plain, tmp_path / "static").eval()
+    assert_near(their_logits(model, tokens), expected)
+    assert (tmp_path / "merged" / "model.safetensors.index.json").is_file()
+    assert_near(their_logits(torch_model(tmp_path / "merged"), tokens), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}])
+def test_what_peft_saves_is_imported_and_gives_its_logits(settings, models, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    folder, tokens = models["biases"], tokens_of(MODELS["biases"])
+    modules = [path.split(".")[-1] for path in MODULE_PATHS.values()]
+    if not settings:
+        modules = modules[:4]
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=modules, **settings)
+    model = get_peft_model(torch_model(folder), config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tensor_name, tensor in model.named_parameters():
+            if "lora_A" in tensor_name or "lora_B" in tensor_name:
+                tensor.normal_(0.0, 0.2)
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    (tmp_path / "theirs" / "README.md").unlink(missing_ok=True)
+    assert findings(tmp_path / "theirs", folder) == {tmp_path / "theirs": []}
+    import_peft(tmp_path / "theirs", folder, tmp_path / "ours")
+    found, _ = our_logits(folder, load_adapter(tmp_path / "ours"), tokens)
+    assert_near(found, their_logits(model, tokens))
 
 
 ROUTED = [

@@ -1,0 +1,75 @@
+"""Adapters of other programs as ours: a LoRA or DoRA of PEFT, or the experts of a MiLoRA made from one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from milora_jax.adapters.low_rank import init_pairs
+from milora_jax.adapters.milora import MiLoRA, MiLoRAParams
+from milora_jax.adapters.protocol import Adapter
+from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.base.fingerprint import base_fingerprint
+from milora_jax.base.hf_config import read_model_config
+from milora_jax.config import AdapterSection
+from milora_jax.errors import UserError
+from milora_jax.storage.adapters import adapter_metadata
+from milora_jax.storage.exported import write_exported
+from milora_jax.storage.files import new_directory
+from milora_jax.storage.peft import read_peft
+from milora_jax.types import EXPERTS
+
+BECOMES = {"lora": ("lora", "milora"), "dora": ("dora", "midora")}
+"""What a PEFT adapter of a kind may be imported as; the first is what it is."""
+
+
+def import_peft(source: Path, base: Path, out: Path, method: str = "", seed: int = 0) -> list[str]:
+    """Write a PEFT adapter in the form of ``storage.exported``.
+
+    As a MiLoRA or MiDoRA its pairs are the experts; the router is fresh and the other settings are the
+    method's defaults.
+
+    Args:
+      source: directory that PEFT saved.
+      base: Hugging Face directory of the base that it is for, whose fingerprint it gets.
+      out: a new or an empty directory.
+      method: one of :data:`BECOMES`; empty takes what the adapter is.
+      seed: of the router, and of the pairs of modules that have none.
+
+    Returns:
+      One line per thing worth knowing.
+
+    Raises:
+      UserError: by name, for whatever in ``source`` is missing, unknown or does not fit the base.
+    """
+    shape = adapter_shape(read_model_config(base))
+    settings, pairs = read_peft(source, shape)
+    name = method or settings.kind
+    if name not in BECOMES[settings.kind]:
+        expected = " or ".join(BECOMES[settings.kind])
+        raise UserError(
+            f"{source} holds a {settings.kind}, which cannot become a {name}: expected {expected}"
+        )
+    said, missing = [], [module for module in EXPERTS if module not in pairs]
+    pairs_key, router_key = jax.random.split(jax.random.key(seed))
+    if missing and settings.kind == "dora":
+        raise UserError(f"{source}: no pairs for {', '.join(missing)}: expected a DoRA of all seven modules")
+    if missing:
+        fresh = init_pairs(pairs_key, shape, settings.rank)
+        pairs = {module: pairs.get(module, fresh[module]) for module in EXPERTS}
+        said.append(f"no pairs for {', '.join(missing)}: theirs are fresh and change nothing")
+    built = build_method(
+        AdapterSection(method=name, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout)
+    )
+    params = pairs
+    if isinstance(built, MiLoRA):
+        params = MiLoRAParams(pairs, built.router.init(router_key, shape.num_layers, shape.hidden_size))
+        said.append(
+            f"the router is fresh: it chooses {built.top_k} of 7 experts at random until it is trained"
+        )
+    adapter = Adapter(params=params, method=built, shape=shape)
+    metadata = adapter_metadata(built, shape, base_fingerprint(base), "none")
+    with new_directory(out) as partial:
+        write_exported(partial, adapter, metadata)
+    return said

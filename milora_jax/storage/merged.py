@@ -1,0 +1,133 @@
+"""A base with an adapter in its weights, as a Hugging Face directory that needs no adapter any more.
+
+Tensors are read, changed and written one at a time. A changed weight is computed in float32 and rounded
+once, to the dtype that the base's file holds it in; every other tensor is copied as it is, and so are the
+config and the files of the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from milora_jax.base.hf import INDEX_NAME, WEIGHTS_NAME, files_by_tensor, opened
+from milora_jax.base.specs import MODULE_PATHS
+from milora_jax.config import require
+from milora_jax.errors import UserError
+from milora_jax.storage.files import json_bytes
+from milora_jax.storage.fixed import FixedChange
+from milora_jax.storage.tensor_files import DTYPES
+
+SHARD_BYTES = 5 * 10**9
+"""Of the largest file, as transformers writes them."""
+
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
+"""What goes along with the weights. Python files do not: nothing of ours runs code from a model."""
+
+LEFT = (INDEX_NAME, "adapter_config.json", "manifest.json", "export.json")
+"""What does not: transformers would load the adapter of an ``adapter_config.json`` on top."""
+
+_PLACES = {path: module for module, path in MODULE_PATHS.items()}
+_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor as its file's header describes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+
+
+def write_merged(base: Path, out: Path, change: FixedChange, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the base with a change in its weights into an empty directory.
+
+    Args:
+      base: a Hugging Face directory that the adapter of ``change`` fits.
+      shard_bytes: of the tensors in one file; where one file does not hold all, an index says which does.
+
+    Raises:
+      UserError: a file of the base is damaged, or a changed weight is not finite in its dtype.
+    """
+    require(shard_bytes >= 1, "shard size", shard_bytes, "at least 1 byte")
+    files = files_by_tensor(base)
+    shards = list(_packed(_described(files), shard_bytes))
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [WEIGHTS_NAME] if len(shards) == 1 else names
+    places = {}
+    for name, shard in zip(names, shards, strict=True):
+        _write_shard(out / name, shard, files, change)
+        places |= {tensor.name: name for tensor in shard}
+    if len(shards) > 1:
+        total = sum(tensor.size for shard in shards for tensor in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (out / INDEX_NAME).write_bytes(json_bytes(index))
+    for path in sorted({path for pattern in COPIED for path in base.glob(pattern)}):
+        if path.is_file() and path.name not in LEFT and path.suffix != ".py":
+            shutil.copyfile(path, out / path.name)
+
+
+def _described(files: dict[str, Path]) -> Iterator[_Tensor]:
+    """All tensors, in the order of their files."""
+    for path in sorted(set(files.values())):
+        with opened(path) as tensors:
+            for name in sorted(name for name, place in files.items() if place == path):
+                part = tensors.get_slice(name)
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                if dtype not in DTYPES:
+                    raise UserError(
+                        f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(DTYPES)}"
+                    )
+                yield _Tensor(name, dtype, shape, math.prod(shape) * jnp.dtype(DTYPES[dtype]).itemsize)
+
+
+def _packed(tensors: Iterator[_Tensor], most: int) -> Iterator[list[_Tensor]]:
+    """Tensors shard by shard, each of at most so many bytes unless it is one tensor."""
+    shard: list[_Tensor] = []
+    for tensor in tensors:
+        if shard and sum(mine.size for mine in shard) + tensor.size > most:
+            yield shard
+            shard = []
+        shard.append(tensor)
+    yield shard
+
+
+def _write_shard(path: Path, shard: list[_Tensor], files: dict[str, Path], change: FixedChange) -> None:
+    """One safetensors file, tensor by tensor: the library's own writer wants all of them at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard:
+        offsets = [end, end + tensor.size]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        end += tensor.size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in shard:
+            with opened(files[tensor.name]) as tensors:
+                values = tensors.get_tensor(tensor.name)
+            file.write(np.ascontiguousarray(_changed(tensor, values, change)).tobytes())
+
+
+def _changed(tensor: _Tensor, values: np.ndarray, change: FixedChange) -> np.ndarray:
+    """A tensor of the base with the change in it, if it is one of a layer's seven weights."""
+    match = _WEIGHT.fullmatch(tensor.name)
+    if match is None or match[2] not in _PLACES:
+        return values
+    with np.errstate(over="ignore"):
+        merged = change.apply(int(match[1]), _PLACES[match[2]], values).astype(values.dtype)
+    if not np.isfinite(merged.astype(np.float32)).all():
+        raise UserError(f"merged tensor {tensor.name!r} has values that are not finite in {tensor.dtype}")
+    return merged
