@@ -41,6 +41,7 @@ from milora_jax.types import EXPERTS
 CONFIG_FILE = "milora_config.json"
 EXPERTS_FILE = "experts.safetensors"
 ROUTER_FILE = "router.safetensors"
+FILES = (CONFIG_FILE, EXPERTS_FILE, ROUTER_FILE)
 
 FORMAT = 1
 """Version of the directory's layout; a reader refuses any other."""
@@ -96,7 +97,7 @@ def read_exported(directory: Path) -> Adapter:
     Raises:
       UserError: by name, for what is damaged, missing, unexpected, misshapen or not finite.
     """
-    contents = read_verified(directory)
+    contents = read_verified(directory, FILES)
     method, shape, _ = parse_config(_config_of(directory, contents), str(directory / CONFIG_FILE))
     for error in _file_errors(directory, contents, method):
         raise error
@@ -114,7 +115,8 @@ def read_exported(directory: Path) -> Adapter:
 
 def read_exported_metadata(directory: Path) -> dict[str, Any]:
     """The checked content of ``milora_config.json``; the other files are not looked at."""
-    return parse_config(_config_of(directory, read_verified(directory)), str(directory / CONFIG_FILE))[2]
+    contents = read_verified(directory, FILES, wanted=(CONFIG_FILE,))
+    return parse_config(_config_of(directory, contents), str(directory / CONFIG_FILE))[2]
 
 
 def exported_findings(directory: Path) -> Iterator[str]:
@@ -125,9 +127,12 @@ def exported_findings(directory: Path) -> Iterator[str]:
         yield f"{error.file}: {error.reason}"
     if damaged:
         return
-    contents = read_verified(directory)
     try:
+        contents = read_verified(directory, FILES)
         method, shape, _ = parse_config(_config_of(directory, contents), CONFIG_FILE)
+    except DamagedError as error:
+        yield f"{error.file}: {error.reason}"
+        return
     except UserError as error:
         yield str(error)
         return
@@ -165,8 +170,11 @@ def read_method(values: Any, where: str) -> LowRankMethod:
     """The method whose settings an exported file holds, every one of them written out."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: adapter is {values!r}, expected an object")
-    settings = Config.from_dict({"adapter": values}).adapter
-    method = build_method(settings)
+    try:
+        settings = Config.from_dict({"adapter": values}).adapter
+        method = build_method(settings)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     if method.name not in RECORDS or not isinstance(method, LowRankMethod):
         raise UserError(f"{where}: method is {method.name!r}, expected one of {', '.join(RECORDS)}")
     if full_settings(method) != settings:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -89,19 +89,29 @@ def manifest_errors(directory: Path) -> Iterator[DamagedError]:
             yield DamagedError(directory, name, DIFFERS)
 
 
-def read_verified(directory: Path) -> dict[str, bytes]:
-    """The content of every file below ``directory``, as the manifest has it.
+def read_verified(
+    directory: Path, known: Collection[str], wanted: Collection[str] | None = None
+) -> dict[str, bytes]:
+    """The content of files in ``directory``, as the manifest has it.
 
     Each file is read once: what is returned is what was checked, whatever becomes of the file meanwhile.
 
+    Args:
+      known: the files that may be there.
+      wanted: those to read; None reads all.
+
     Raises:
-      DamagedError: like :func:`verify_manifest`.
+      DamagedError: like :func:`verify_manifest`, but the content of files that are not wanted is not
+        looked at; or there is an unknown file.
     """
     recorded = _read(directory)
     for error in _names_and_sizes(directory, recorded, _regular_files(directory)):
         raise error
+    for name in sorted(recorded.keys() - set(known)):
+        raise DamagedError(directory, name, "not expected here")
     contents = {}
-    for name, entry in recorded.items():
+    for name in sorted(recorded.keys() if wanted is None else recorded.keys() & set(wanted)):
+        entry = recorded[name]
         try:
             content = read_bytes(directory / name, largest=entry["size"])
         except UserError as error:

@@ -17,8 +17,9 @@ from milora_jax.storage.adapters import best_metadata, load_adapter, require_its
 from milora_jax.storage.export import ORIGIN_FILE, export_milora, export_orbax, export_peft
 from milora_jax.storage.exported import CONFIG_FILE, EXPERTS_FILE, ROUTER_FILE, write_exported
 from milora_jax.storage.files import new_directory
-from milora_jax.storage.manifest import MANIFEST
+from milora_jax.storage.manifest import MANIFEST, write_manifest
 from milora_jax.storage.peft import PEFT_CONFIG, PEFT_TENSORS
+from milora_jax.storage.tensor_files import write_tensors
 from milora_jax.storage.verify import findings
 from tests.models import TINY
 from tests.storage.adapters import STEP, assert_equal, flip, run_of
@@ -171,6 +172,21 @@ def test_a_peft_export_says_which_base_it_is_for(model, other, tmp_path):
     assert findings(out, None) == {out: []}, "a stranger's directory has no seal"
     with pytest.raises(UserError, match="is a PEFT adapter, which names no base"):
         load_adapter(out)
+
+
+def test_vectors_are_exported_and_verified_as_well(model, tmp_path):
+    adapter = run_of(tmp_path / "run", model, "ia3")
+    out = tmp_path / "out"
+    export_peft(tmp_path / "run", out, "base")
+    assert findings(out, model) == {out: []}
+    tensors = load_file(out / PEFT_TENSORS)
+    name = "base_model.model.model.layers.1.mlp.up_proj.ia3_l"
+    vector = jax.tree.map(lambda leaf: leaf[1], adapter.params["up"]).product()
+    np.testing.assert_allclose(tensors[name][:, 0], 1 + np.asarray(vector), rtol=1e-6)
+    del tensors[name]
+    write_tensors(out / PEFT_TENSORS, tensors)
+    write_manifest(out)
+    assert findings(out, None) == {out: [f"{PEFT_TENSORS}: tensor {name!r} is missing"]}
 
 
 def test_pruned_and_gated_pairs_are_written_as_lora(model, tmp_path):
