@@ -1,15 +1,13 @@
 """The modal route of prompts, and exports that hold it: a plain LoRA, or merged weights."""
 
+import dataclasses
 import json
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from milora_jax.base.load import load_base
-from milora_jax.base.transformer import forward
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.evaluation.static_route import modal_route
@@ -22,7 +20,7 @@ from milora_jax.storage.merged import SHARD_BYTES
 from milora_jax.storage.verify import findings
 from milora_jax.types import EXPERTS
 from tests.models import WITH_TOKENIZER, write_hf_directory
-from tests.storage.adapters import run_of
+from tests.storage.adapters import hidden, run_of
 
 pytest.importorskip("transformers", reason="prompts need a tokenizer, which the core does without")
 
@@ -60,7 +58,7 @@ def test_of_equally_frequent_sets_the_one_with_the_more_popular_experts_counts()
 def inputs(tmp_path_factory):
     """A model, the run of a MiLoRA on it, and records."""
     folder = tmp_path_factory.mktemp("static")
-    write_hf_directory(folder / "model", WITH_TOKENIZER)
+    write_hf_directory(folder / "model", dataclasses.replace(WITH_TOKENIZER, num_layers=2))
     run_of(folder / "run", folder / "model", "milora", alpha=2.0, gate="renormalized")
     rows = [{"instruction": f"say {i}", "input": "", "output": f"{i} {i}"} for i in range(5)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -75,16 +73,6 @@ def command(inputs, monkeypatch):
         main()
 
     return run
-
-
-def hidden(folder, adapter=None, **more):
-    """The final stream of a few tokens."""
-    base, config = load_base(folder)
-    tokens = jnp.asarray(np.random.default_rng(1).integers(4, config.vocab_size, (2, 9)), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], tokens.shape)
-    return np.asarray(
-        forward(base, config, tokens, positions, jnp.ones_like(tokens), adapter=adapter, **more).hidden
-    )
 
 
 def test_a_static_export_is_the_adapter_on_its_modal_route(inputs, command, tmp_path, capsys):
@@ -108,8 +96,7 @@ def test_a_static_export_is_the_adapter_on_its_modal_route(inputs, command, tmp_
     import_peft(tmp_path / "static", inputs / "model", tmp_path / "back")
     routed, lora = load_adapter(inputs / "run"), load_adapter(tmp_path / "back")
     jax.tree.map(np.testing.assert_array_equal, lora.params, static_lora(routed, weights).params)
-    layers = jnp.broadcast_to(jnp.asarray(weights)[:, None, None], (weights.shape[0], 2, 1, 7))
-    expected = hidden(inputs / "model", routed, route_weights=layers)
+    expected = hidden(inputs / "model", routed, weights)
     np.testing.assert_allclose(hidden(inputs / "model", lora), expected, atol=1e-4)
 
     export_merged(inputs / "run", inputs / "model", tmp_path / "merged", weights, {}, SHARD_BYTES)

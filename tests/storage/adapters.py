@@ -11,6 +11,7 @@ from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.load import load_base
 from milora_jax.base.modules import frozen_kernels
+from milora_jax.base.transformer import forward
 from milora_jax.config import AdapterSection, Config, ModelSection
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory
@@ -57,6 +58,22 @@ def assert_equal(found, expected):
     assert (found.method, found.shape) == (expected.method, expected.shape)
     assert jax.tree.structure(found.params) == jax.tree.structure(expected.params)
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+
+
+def hidden(folder, adapter=None, weights=None):
+    """The final stream of a few tokens through a model directory, under a route where there are weights."""
+    base, config = load_base(folder)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(4, config.vocab_size, (2, 9)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], tokens.shape)
+    route = None
+    if weights is not None:
+        route = jnp.broadcast_to(jnp.asarray(weights)[:, None, None], (config.num_layers, 2, 1, 7))
+
+    def compute(base, adapter, route):
+        ones = jnp.ones_like(tokens)
+        return forward(base, config, tokens, positions, ones, adapter=adapter, route_weights=route).hidden
+
+    return np.asarray(jax.jit(compute)(base, adapter, route))
 
 
 def flip(path):

@@ -11,7 +11,6 @@ import pytest
 
 from milora_jax.base.load import load_base
 from milora_jax.base.specs import MODULE_PATHS
-from milora_jax.base.transformer import forward
 from milora_jax.errors import UserError
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.export import export_merged
@@ -20,7 +19,7 @@ from milora_jax.storage.tensor_files import read_tensors
 from milora_jax.storage.verify import findings
 from milora_jax.types import EXPERTS
 from tests.models import TINY, write_hf_directory
-from tests.storage.adapters import run_of
+from tests.storage.adapters import hidden, run_of
 
 TIED = dataclasses.replace(TINY, tie_embeddings=True, attention_bias=True, mlp_bias=True)
 
@@ -92,17 +91,9 @@ def test_a_merged_base_computes_what_the_adapter_does_on_its_route(model, tmp_pa
     adapter = run_of(tmp_path / "run", model, "milora")
     weights = route_weights()
     merge(tmp_path / "run", model, tmp_path / "out", weights)
-    tokens = jnp.asarray(np.random.default_rng(1).integers(4, TINY.vocab_size, (2, 9)), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], tokens.shape)
-    route = jnp.broadcast_to(jnp.asarray(weights)[:, None, None], (TINY.num_layers, 2, 1, 7))
-
-    def hidden(folder, **more):
-        base, config = load_base(folder)
-        return forward(base, config, tokens, positions, jnp.ones_like(tokens), **more).hidden
-
-    routed = hidden(model, adapter=adapter, route_weights=route)
+    routed = hidden(model, adapter, weights)
     np.testing.assert_allclose(hidden(tmp_path / "out"), routed, atol=1e-4)
-    assert np.abs(np.asarray(hidden(model) - routed)).max() > 0.1
+    assert np.abs(hidden(model) - routed).max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
