@@ -5,7 +5,10 @@
 DIR is a Hugging Face directory of google/gemma-2-2b; the default data is the Hub's openai/gsm8k.
 The base in bfloat16 takes 5.2 GB and lies whole on every device; the rows of a step are divided among
 them. Everything else is set as in ``llama7b_math.py``. Whether a step fits your chips:
-``python -m milora_jax.parallel aot --config configs/gemma2_2b_math.py --model gemma2-2b --topology v5e:1x1``.
+
+    python -m milora_jax.parallel aot --config configs/gemma2_2b_math.py \
+        --model gemma2-2b --topology v5e:1x1
+
 The paper has no GSM8K figure for this model, and this run has not been repeated by us on the real weights.
 """
 
@@ -16,6 +19,5 @@ def get_config():
     """The settings of the run."""
     config = llama7b_math.get_config()
     config.mesh.data, config.mesh.fsdp = -1, 1
-    config.train.accumulate = 4
-    config.train.remat = "products"
+    config.train.loss_chunk = 1024  # of logits as wide as this vocabulary
     return config

@@ -21,13 +21,13 @@ import numpy as np
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout
-from milora_jax.config import ModelConfig
 from milora_jax.data.batches import collate, padded_length
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
 from milora_jax.data.tokens import Example, encode_records
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
+from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Float
 from milora_jax.storage.fixed import static_lora
 from milora_jax.training.loss import summed_loss

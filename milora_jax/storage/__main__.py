@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from milora_jax.base.load import load_base
-from milora_jax.config import METHODS, DataSection, require
+from milora_jax.config import METHODS, DataSection
 from milora_jax.data.records import Record, parse_sources, read_records
 from milora_jax.data.tokens import load_tokenizer
-from milora_jax.errors import UserError, run_command
+from milora_jax.errors import UserError, require, run_command
 from milora_jax.evaluation.score import limited
 from milora_jax.evaluation.static_route import Model, calibrated_route, report_json, static_report
 from milora_jax.storage import export

@@ -21,8 +21,7 @@ import numpy as np
 
 from milora_jax.base.hf import INDEX_NAME, WEIGHTS_NAME, files_by_tensor, opened
 from milora_jax.base.specs import MODULE_PATHS
-from milora_jax.config import require
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, require
 from milora_jax.storage.files import json_bytes
 from milora_jax.storage.fixed import FixedChange
 from milora_jax.storage.tensor_files import DTYPES
