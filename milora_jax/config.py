@@ -164,6 +164,8 @@ class TrainSection:
       patience: dev evaluations without improvement before the run stops early; 0 never stops.
       max_bad_steps: non-finite steps in a row that stop the run.
       seed: seed of initialisation, row order and dropout.
+      init_from: a workdir or an exported or imported adapter, of the same method and base, whose parameters
+        training starts from; empty for fresh ones.
     """
 
     max_steps: int = 0
@@ -185,6 +187,7 @@ class TrainSection:
     patience: int = 10
     max_bad_steps: int = 5
     seed: int = 0
+    init_from: str = ""
 
     def __post_init__(self) -> None:
         counts = "epochs batch_size accumulate loss_chunk coefficient_every eval_every save_every log_every"

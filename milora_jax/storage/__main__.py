@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base
 from milora_jax.config import METHODS, DataSection
 from milora_jax.data.records import Record, parse_sources, read_records
@@ -28,6 +29,7 @@ from milora_jax.storage.adapters import load_adapter, require_its_base
 from milora_jax.storage.files import require_new
 from milora_jax.storage.imported import import_peft
 from milora_jax.storage.merged import SHARD_BYTES
+from milora_jax.storage.peft import require_unfused
 from milora_jax.storage.verify import findings
 from milora_jax.storage.workdir import CONFIG_NAME, read_workdir_config
 
@@ -86,6 +88,9 @@ def run_export(arguments: argparse.Namespace) -> None:
         raise UserError("format static fixes the route of a MiLoRA: give --calibration FILE")
     if arguments.base is not None or kind in ("static", "merged"):
         require_its_base(source, base_of(arguments))
+    named = arguments.base is not None or (source / CONFIG_NAME).is_file()
+    if kind in ("peft", "static") and named:
+        require_unfused(read_model_config(base_of(arguments)), base_of(arguments))
     if kind == "milora":
         export.export_milora(source, out)
     elif kind == "orbax":

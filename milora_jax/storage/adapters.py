@@ -56,7 +56,7 @@ def load_adapter(path: str | Path) -> Adapter:
     root, metadata = directory.root, read_metadata(directory.root, step)
     shape = read_shape(metadata["shape"], str(root))
     method = build_method(Config.from_dict({"adapter": metadata["adapter"]}).adapter)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         abstract_params(method, shape),

@@ -37,6 +37,10 @@ class FixedChange:
     scale: float
     weights: Float[np.ndarray, "L E"]
 
+    def outputs(self, module: str) -> int:
+        """Outputs of a module."""
+        return self.pairs[module].b.shape[-1]
+
     def apply(
         self, layer: int, module: str, weight: Float[np.ndarray, "d_out d_in"]
     ) -> Float[np.ndarray, "d_out d_in"]:

@@ -17,7 +17,7 @@ from milora_jax.errors import UserError
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.exported import write_exported
 from milora_jax.storage.files import new_directory
-from milora_jax.storage.peft import read_peft
+from milora_jax.storage.peft import read_peft, require_unfused
 from milora_jax.types import EXPERTS
 
 BECOMES = {"lora": ("lora", "milora"), "dora": ("dora", "midora")}
@@ -43,7 +43,9 @@ def import_peft(source: Path, base: Path, out: Path, method: str = "", seed: int
     Raises:
       UserError: by name, for whatever in ``source`` is missing, unknown or does not fit the base.
     """
-    shape = adapter_shape(read_model_config(base))
+    model = read_model_config(base)
+    require_unfused(model, base)
+    shape = adapter_shape(model)
     settings, pairs = read_peft(source, shape)
     name = method or settings.kind
     if name not in BECOMES[settings.kind]:

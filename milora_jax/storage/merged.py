@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.base.hf import INDEX_NAME, WEIGHTS_NAME, files_by_tensor, opened
-from milora_jax.base.specs import MODULE_PATHS
+from milora_jax.base.specs import FUSED_PATHS, MODULE_PATHS
 from milora_jax.errors import UserError, require
 from milora_jax.storage.files import json_bytes
 from milora_jax.storage.fixed import FixedChange
 from milora_jax.storage.tensor_files import DTYPES
+from milora_jax.types import EXPERTS
 
 SHARD_BYTES = 5 * 10**9
 """Of the largest file, as transformers writes them."""
@@ -35,8 +36,14 @@ COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
 LEFT = (INDEX_NAME, "adapter_config.json", "manifest.json", "export.json")
 """What does not: transformers would load the adapter of an ``adapter_config.json`` on top."""
 
-_PLACES = {path: module for module, path in MODULE_PATHS.items()}
-_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+_PLACES = {path: (module,) for module, path in MODULE_PATHS.items()} | {
+    path: tuple(module for module in EXPERTS if FUSED_PATHS.get(module) == path)
+    for path in FUSED_PATHS.values()
+}
+"""Which modules a weight holds, one after the other, by its path in a layer."""
+
+_WEIGHT = re.compile(r"(?:language_model\.)?model\.(?:language_model\.)?layers\.(\d+)\.(.+)\.weight")
+"""A weight of a layer; with images beside it, the language model has a name of its own."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ def write_merged(base: Path, out: Path, change: FixedChange, shard_bytes: int = 
     """
     require(shard_bytes >= 1, "shard size", shard_bytes, "at least 1 byte")
     files = files_by_tensor(base)
+    _require_all(files, change, base)
     shards = list(_packed(_described(files), shard_bytes))
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     names = [WEIGHTS_NAME] if len(shards) == 1 else names
@@ -75,6 +83,21 @@ def write_merged(base: Path, out: Path, change: FixedChange, shard_bytes: int = 
     for path in sorted({path for pattern in COPIED for path in base.glob(pattern)}):
         if path.is_file() and path.name not in LEFT and path.suffix != ".py":
             shutil.copyfile(path, out / path.name)
+
+
+def _place(name: str) -> tuple[int, tuple[str, ...]] | None:
+    """Layer and modules of a weight that an adapter may change."""
+    match = _WEIGHT.fullmatch(name)
+    return None if match is None or match[2] not in _PLACES else (int(match[1]), _PLACES[match[2]])
+
+
+def _require_all(files: dict[str, Path], change: FixedChange, base: Path) -> None:
+    """Refuse a base in which a module of the adapter has no weight: its change would be lost."""
+    found = {(place[0], module) for place in map(_place, files) if place for module in place[1]}
+    for layer in range(len(change.weights)):
+        for module in EXPERTS:
+            if (layer, module) not in found:
+                raise UserError(f"{base}: no weight of module {module!r} of layer {layer} to merge into")
 
 
 def _described(files: dict[str, Path]) -> Iterator[_Tensor]:
@@ -122,11 +145,14 @@ def _write_shard(path: Path, shard: list[_Tensor], files: dict[str, Path], chang
 
 def _changed(tensor: _Tensor, values: np.ndarray, change: FixedChange) -> np.ndarray:
     """A tensor of the base with the change in it, if it is one of a layer's seven weights."""
-    match = _WEIGHT.fullmatch(tensor.name)
-    if match is None or match[2] not in _PLACES:
+    place = _place(tensor.name)
+    if place is None:
         return values
+    layer, modules = place
+    parts = np.split(values, np.cumsum([change.outputs(module) for module in modules])[:-1])
     with np.errstate(over="ignore"):
-        merged = change.apply(int(match[1]), _PLACES[match[2]], values).astype(values.dtype)
+        changed = [change.apply(layer, *pair) for pair in zip(modules, parts, strict=True)]
+        merged = np.concatenate(changed).astype(values.dtype)
     if not np.isfinite(merged.astype(np.float32)).all():
         raise UserError(f"merged tensor {tensor.name!r} has values that are not finite in {tensor.dtype}")
     return merged

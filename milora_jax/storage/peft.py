@@ -22,8 +22,10 @@ from milora_jax.adapters.ia3 import IA3
 from milora_jax.adapters.lora import TunedPairs
 from milora_jax.adapters.low_rank import LowRank
 from milora_jax.adapters.protocol import Adapter, Shape
+from milora_jax.base.families import FAMILIES
 from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.errors import UserError
+from milora_jax.model_config import ModelConfig
 from milora_jax.storage.files import parse_json_object, read_bytes
 from milora_jax.storage.fixed import fixed_change
 from milora_jax.storage.pair_tensors import (
@@ -135,6 +137,19 @@ def write_peft(directory: Path, adapter: Adapter, base_name: str) -> None:
     }
     (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     write_tensors(directory / PEFT_TENSORS, tensors)
+
+
+def require_unfused(model: ModelConfig, base: Path) -> None:
+    """Refuse a base whose files hold several of the seven modules in one.
+
+    Raises:
+      UserError: there PEFT, and all who read its files, know no such modules.
+    """
+    if FAMILIES[model.family].fused:
+        raise UserError(
+            f"{base} is a {model.family!r}, whose files keep Q, K, V and gate, up together: PEFT has no such "
+            "modules apart; expected another family, or format milora, orbax or merged"
+        )
 
 
 def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -32,9 +32,10 @@ from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, ve
 from milora_jax.training.health import RoutingHealth, pack_routes, routing_health, unpack_routes
 from milora_jax.training.optim import learning_rate_schedule, split_params
 from milora_jax.training.prepare import Run
+from milora_jax.training.start import starting_params
 from milora_jax.training.step import Steps, TrainState, init_state, make_steps
 from milora_jax.training.workdir import MetricsLog
-from milora_jax.types import Batch, Metrics
+from milora_jax.types import Batch, Metrics, PyTree
 
 KEPT_CHECKPOINTS = 2
 """The newest and one to fall back on."""
@@ -219,12 +220,16 @@ class Trainer:
         config = self._run.config
         adapter_key, step_key = jax.random.split(jax.random.key(config.train.seed))
 
-        def fresh(base: Base) -> TrainState:
-            kernels = frozen_kernels(base)
-            adapter = init_adapter(self._method, adapter_key, adapter_shape(self._run.model), kernels)
+        shape = adapter_shape(self._run.model)
+
+        def fresh(base: Base, params: PyTree) -> TrainState:
+            if params is None:
+                adapter = init_adapter(self._method, adapter_key, shape, frozen_kernels(base))
+            else:
+                adapter = Adapter(params=params, method=self._method, shape=shape)
             return init_state(adapter, step_key, config.train, self._total)
 
-        shapes = jax.eval_shape(fresh, self._run.base)
+        shapes = jax.eval_shape(fresh, self._run.base, None)
         shardings = state_shardings(self._run.mesh, self._run.rules, shapes)
         found = self._checkpoints.newest()
         newest = from_first(-1 if found is None else found)
@@ -236,7 +241,9 @@ class Trainer:
             )
         if newest is None:
             # Sharded from birth: a state that changes its layout after step 1 compiles step 2 again.
-            return jax.jit(fresh, out_shardings=shardings)(self._run.base), Progress()
+            start = config.train.init_from
+            params = starting_params(start, self._method, shape, Path(config.model.path)) if start else None
+            return jax.jit(fresh, out_shardings=shardings)(self._run.base, params), Progress()
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             shapes,

@@ -18,7 +18,7 @@ from milora_jax.training.loss import adapted_loss
 from milora_jax.types import EXPERTS
 from tests.adapters.peft_files import read_adapter, read_method, stacked
 from tests.families import FAMILY_CONFIGS
-from tests.models import TINY, random_base, write_hf_directory
+from tests.models import TINY, tame_base, write_hf_directory
 from tests.training.test_equalities import row_batch, stack, text
 
 pytestmark = [
@@ -62,16 +62,6 @@ CASES = [
 ]
 BATCH = stack(row_batch(text(0, 7), text(1, 9)), row_batch(text(2, 4), text(3, 12)))
 FIRST_PRUNING, STEPS = 5, 20
-
-
-def tame_base(config):
-    """A random base whose layers amplify little: with the whole weights, whose attention is all but one-hot,
-    float32 alone puts gradients 2e-5 apart, and PEFT's own as far from those of float64."""
-
-    def halved(path, leaf):
-        return leaf * 0.5 if "kernel" in jax.tree_util.keystr(path) else leaf
-
-    return jax.tree_util.tree_map_with_path(halved, random_base(config))
 
 
 def wrapped(folder, config, settings):

@@ -18,7 +18,9 @@ from milora_jax.storage.export import export_merged, export_milora, export_peft,
 from milora_jax.storage.imported import import_peft
 from milora_jax.storage.torch_reference import attach
 from milora_jax.storage.verify import findings
-from tests.models import TINY, write_hf_directory
+from milora_jax.types import EXPERTS
+from tests.families import FAMILY_CONFIGS
+from tests.models import TINY, tame_base, write_hf_directory
 from tests.storage.adapters import run_of
 
 pytestmark = [
@@ -27,7 +29,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
 
-MODELS = {"plain": TINY, "biases": dataclasses.replace(TINY, attention_bias=True, mlp_bias=True)}
+UNFUSED = {name: config for name, config in FAMILY_CONFIGS.items() if name != "phi3"}
+MODELS = {"plain": TINY, "biases": dataclasses.replace(TINY, biased=EXPERTS), **UNFUSED}
+LORA_OF_FAMILIES = [("lora", name) for name in UNFUSED]
 PROMPTS = ["Below is a word.", "Write a response that", "an instruction", "task"]
 METHODS = {
     "lora": {"alpha": 8.0},
@@ -42,7 +46,7 @@ METHODS = {
 def models(tmp_path_factory):
     folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
     for name, folder in folders.items():
-        write_hf_directory(folder, MODELS[name], tokenizer=False)
+        write_hf_directory(folder, MODELS[name], tokenizer=False, base=tame_base(MODELS[name]))
     return folders
 
 
@@ -68,7 +72,7 @@ def our_logits(folder, adapter, tokens, **more):
 
     def compute(base, adapter):
         output = forward(base, config, tokens, positions, jnp.ones_like(tokens), adapter=adapter, **more)
-        return unembed(base, output.hidden), output.route
+        return unembed(base, config, output.hidden), output.route
 
     logits, route = jax.jit(compute)(base, adapter)
     return np.asarray(logits), route
@@ -83,8 +87,10 @@ def assert_near(found, expected, tolerance=1e-5):
     assert error <= tolerance, error
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [*((method, name) for method in METHODS for name in ("plain", "biases")), *LORA_OF_FAMILIES],
+)
 def test_peft_loads_an_export_and_gives_our_logits(method, name, models, tmp_path):
     from peft import PeftModel
 

@@ -15,6 +15,7 @@ from milora_jax.storage.peft import PEFT_CONFIG, PEFT_TENSORS
 from milora_jax.storage.tensor_files import read_tensors, write_tensors
 from milora_jax.storage.verify import findings
 from milora_jax.types import EXPERTS
+from tests.families import FAMILY_CONFIGS
 from tests.models import TINY, write_hf_directory
 from tests.storage.adapters import assert_equal, run_of
 
@@ -69,6 +70,14 @@ def test_an_imported_adapter_can_be_the_experts(kind, method, adapters, model, t
     assert (found.method.name, found.method.rank, found.method.alpha) == (method, 4, 6.0)
     jax.tree.map(np.testing.assert_array_equal, found.params.experts, made[kind].params)
     assert float(np.std(found.params.router.weight)) == pytest.approx(0.02, rel=0.2)
+
+
+def test_a_base_that_keeps_modules_together_is_refused(adapters, tmp_path):
+    folder, _ = adapters
+    write_hf_directory(tmp_path / "phi", FAMILY_CONFIGS["phi3"], tokenizer=False)
+    with pytest.raises(UserError, match="is a 'phi3', whose files keep Q, K, V and gate, up together"):
+        import_peft(folder / "lora", tmp_path / "phi", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_modules_without_pairs_are_told_and_change_nothing(adapters, model, tmp_path):

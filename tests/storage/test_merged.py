@@ -15,13 +15,14 @@ from milora_jax.errors import UserError
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.export import export_merged
 from milora_jax.storage.merged import SHARD_BYTES
-from milora_jax.storage.tensor_files import read_tensors
+from milora_jax.storage.tensor_files import read_tensors, write_tensors
 from milora_jax.storage.verify import findings
 from milora_jax.types import EXPERTS
+from tests.families import FAMILY_CONFIGS
 from tests.models import TINY, write_hf_directory
 from tests.storage.adapters import hidden, run_of
 
-TIED = dataclasses.replace(TINY, tie_embeddings=True, attention_bias=True, mlp_bias=True)
+TIED = dataclasses.replace(TINY, tie_embeddings=True, biased=EXPERTS)
 
 
 def merge(run, base, out, weights=None, shard_bytes=SHARD_BYTES):
@@ -94,6 +95,37 @@ def test_a_merged_base_computes_what_the_adapter_does_on_its_route(model, tmp_pa
     routed = hidden(model, adapter, weights)
     np.testing.assert_allclose(hidden(tmp_path / "out"), routed, atol=1e-4)
     assert np.abs(hidden(model) - routed).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["phi3", "gemma3_text"])
+def test_a_base_of_another_family_is_merged(name, tmp_path):
+    """Modules in one tensor change each in its place; the text of a model with images has longer names."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    write_hf_directory(base, FAMILY_CONFIGS[name], tokenizer=False)
+    adapter = run_of(tmp_path / "run", base, "lora", alpha=8.0)
+    before = hidden(base, adapter)
+    if name == "gemma3_text":
+        path = base / "model.safetensors"
+        tensors = {f"language_model.{name}": value for name, value in read_tensors(path).items()}
+        path.unlink()
+        write_tensors(path, tensors)
+    merged = merge(tmp_path / "run", base, out)
+    if name == "gemma3_text":
+        plain = {tensor.removeprefix("language_model."): value for tensor, value in merged.items()}
+        write_tensors(out / "model.safetensors", plain)
+    np.testing.assert_allclose(hidden(out), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_in_which_a_change_would_be_lost_is_refused(model, tmp_path):
+    run_of(tmp_path / "run", model, "lora")
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    tensors = dict(read_tensors(model / "model.safetensors"))
+    tensors["model.layers.1.mlp.c_fc.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    write_tensors(base / "model.safetensors", tensors)
+    with pytest.raises(UserError, match="no weight of module 'up' of layer 1 to merge into"):
+        merge(tmp_path / "run", base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -1,0 +1,41 @@
+"""Where training starts that does not start afresh: the adapter of an earlier run, or an imported one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from milora_jax.adapters.protocol import Method, Shape
+from milora_jax.errors import UserError, require
+from milora_jax.storage.adapters import load_adapter, require_its_base
+from milora_jax.types import PyTree
+
+OF_TRAINING = ("dropout", "load_balance", "coefficients")
+"""Settings that may differ from those the adapter was made with: what it computes does not depend on them."""
+
+
+def starting_params(path: str, method: Method, shape: Shape, base: Path) -> PyTree:
+    """The parameters of a stored adapter, on the host.
+
+    Args:
+      path: as ``load_adapter`` takes it.
+      method, shape: of the run, which the adapter must have.
+      base: directory of the run's base, on which it must have been made.
+
+    Raises:
+      UserError: it cannot be read, belongs to another base, or computes another function.
+    """
+    require_its_base(path, base)
+    found = load_adapter(path)
+    name = f"of the adapter in train.init_from {path!r}"
+    if found.method.name != method.name:
+        raise UserError(f"adapter.method is {method.name!r}: expected {found.method.name!r}, {name}")
+    theirs = dataclasses.asdict(found.method)
+    for setting, value in dataclasses.asdict(method).items():
+        same = value == theirs[setting] or setting in OF_TRAINING
+        require(same, f"adapter.{setting}", value, f"{theirs[setting]!r}, {name}")
+    require(found.shape == shape, "the shape of the base", shape, f"{found.shape}, {name}")
+    return jax.tree.map(np.asarray, found.params)
