@@ -18,21 +18,11 @@ from milora_jax.errors import UserError, one_of, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZE = ("none", "int8", "nf4")
-METHODS = (
-    "milora",
-    "midora",
-    "lora",
-    "dora",
-    "adalora",
-    "moelora",
-    "ia3",
-    "bitfit",
-    "parallel_adapter",
-    "learned_adapter",
-    "p_tuning_v2",
-    "iapt",
-    "ssp",
+METHODS = tuple(
+    "milora midora lora dora adalora moelora ia3 bitfit parallel_adapter learned_adapter p_tuning_v2 iapt "
+    "ssp".split()
 )
+TEMPLATES = ("alpaca", "chat")
 POOLERS = ("attention", "mean", "max", "last")
 ACTIVATIONS = ("rational", "gelu", "relu", "relu-gelu", "gelu-relu")
 GATES = ("softmax", "renormalized", "straight_through")
@@ -121,6 +111,8 @@ class DataSection:
       train, dev, test: files or Hub data sets, comma-separated, each ``[NAME=]SOURCE``; see
         ``milora_jax.data.records``. Every entry of ``test`` is one task of the final table.
       dev_share: share of the training rows held out as dev rows when ``dev`` is empty.
+      template: how a prompt is worded: alpaca, see ``milora_jax.data.prompts``; chat, by the tokenizer's own
+        template, see ``milora_jax.data.chat``.
       max_length: longest row in tokens, prompt and response together.
       pack: put several training records into a row of ``max_length`` tokens; each keeps its own attention,
         positions, loss and route.
@@ -130,10 +122,12 @@ class DataSection:
     dev: str = ""
     test: str = ""
     dev_share: float = 0.05
+    template: str = "alpaca"
     max_length: int = 768
     pack: bool = False
 
     def __post_init__(self) -> None:
+        one_of("data.template", self.template, TEMPLATES)
         require(self.max_length >= 8, "data.max_length", self.max_length, "at least 8 tokens")
         require(0 < self.dev_share < 1, "data.dev_share", self.dev_share, "between 0 and 1")
 

@@ -1,14 +1,20 @@
-"""The one prompt template, used for training and for inference.
+"""A record's prompt in either template, the same for training and for inference.
 
-The wording is Stanford Alpaca's. The LLM-Adapters project uses the same words but, through an indented
-string, puts 16 spaces before every line and spaces them differently in training and in evaluation; we
-do not repeat that. The template ends with a line break after ``### Response:``, so that the answer
-starts on a line of its own and no tokenizer merges its first word with the colon.
+``chat`` is the tokenizer's own template (``data.chat``), to which an instruction is a user's message.
+
+``alpaca`` is the one below. Its wording is Stanford Alpaca's. The LLM-Adapters project uses the same words
+but, through an indented string, puts 16 spaces before every line and spaces them differently in training and
+in evaluation; we do not repeat that. The template ends with a line break after ``### Response:``, so that the
+answer starts on a line of its own and no tokenizer merges its first word with the colon.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+from milora_jax.data.chat import Message, render_chat
 from milora_jax.data.records import Record
+from milora_jax.errors import UserError
 
 WITHOUT_INPUT = """\
 Below is an instruction that describes a task. Write a response that appropriately completes the request.
@@ -34,11 +40,40 @@ Write a response that appropriately completes the request.
 
 
 def prompt_text(record: Record) -> str:
-    """The prompt of a record, up to where the answer begins.
+    """The prompt of a record in the ``alpaca`` template, up to where the answer begins.
+
+    Raises:
+      UserError: the record is a turn of a chat, for which the template has no words.
 
     >>> print(prompt_text(Record("Say hi.", "", "hi", "hi")).splitlines()[-1])
     ### Response:
     """
+    if record.messages:
+        raise UserError("a row is a chat and data.template is 'alpaca': expected data.template=chat")
     if record.input:
         return WITH_INPUT.format(instruction=record.instruction, input=record.input)
     return WITHOUT_INPUT.format(instruction=record.instruction)
+
+
+def prompt_messages(record: Record) -> tuple[Message, ...]:
+    """The prompt of a record as a chat: its own messages, or its instruction and input as a user's.
+
+    >>> prompt_messages(Record("Add.", "1 2", "3", "3"))[0].content
+    'Add.\\n\\n1 2'
+    """
+    if record.messages:
+        return record.messages
+    text = f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
+    return (Message("user", text),)
+
+
+def shown_prompt(tokenizer: Any, record: Record, template: str) -> str:
+    """The prompt of a record as a reader sees it.
+
+    Args:
+      template: one of ``config.TEMPLATES``.
+
+    Raises:
+      UserError: the record cannot be written in this template.
+    """
+    return render_chat(tokenizer, prompt_messages(record)) if template == "chat" else prompt_text(record)

@@ -1,7 +1,8 @@
-"""Records from files and from the Hub, in two schemas, and the errors they can have.
+"""Records from files and from the Hub, in three schemas, and the errors they can have.
 
 Alpaca and LLM-Adapters: ``instruction``, ``input``, ``output``, ``answer``; ``answer`` may be missing and
 is then the output. GSM8K: ``question`` and ``answer``, a rationale that ends in ``#### N``.
+Chats, ``messages`` or ``conversations``: see ``data.conversations``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from milora_jax.data.chat import Message
+from milora_jax.data.conversations import chat_field, content_text, read_chat
 from milora_jax.errors import UserError
 
 SPLIT_STEMS = ("train", "dev", "test", "validation", "valid")
@@ -25,12 +28,21 @@ HOLDOUT_STREAM = 1
 
 @dataclass(frozen=True)
 class Record:
-    """One row: what is asked, what should be written, and the short answer that is scored."""
+    """What is asked, what should be written, and the short answer that is scored.
+
+    A record has one prompt, because a route belongs to one prompt: a chat gives a record for each of the
+    assistant's turns.
+
+    Attributes:
+      instruction: of a chat, the user's last message.
+      messages: all of the chat that comes before ``output``; empty where the row is no chat.
+    """
 
     instruction: str
     input: str
     output: str
     answer: str
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ def read_records(source: Source, scored: bool = False) -> list[Record]:
             rows = _json_rows(path)
         else:
             raise UserError(f"{path}: suffix {path.suffix!r}: expected .json or .jsonl")
-    records = [_record(row, where, scored) for row, where in rows]
+    records = [record for row, where in rows for record in _records(row, where, scored)]
     if not records:
         raise UserError(f"{source.location}: the data set is empty")
     return records
@@ -101,23 +113,46 @@ def read_records(source: Source, scored: bool = False) -> list[Record]:
 def holdout(records: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
     """Split off dev records: a pure function of the records and the seed.
 
+    The turns of a chat stay together: the prompt of a later one holds the answer of an earlier one.
+
     Returns:
       Training records in their order, and at least one dev record.
     """
-    if len(records) < 2:
+    rows = _by_row(records)
+    if len(rows) < 2:
         raise UserError("one training row is too few to hold out dev rows: give data.dev")
-    count = min(max(1, round(share * len(records))), len(records) - 1)
-    order = np.random.default_rng([seed, HOLDOUT_STREAM]).permutation(len(records))
+    count = min(max(1, round(share * len(rows))), len(rows) - 1)
+    order = np.random.default_rng([seed, HOLDOUT_STREAM]).permutation(len(rows))
     held = set(order[:count].tolist())
-    train = [record for i, record in enumerate(records) if i not in held]
-    return train, [records[i] for i in sorted(held)]
+    train = [record for i, row in enumerate(rows) if i not in held for record in row]
+    return train, [record for i in sorted(held) for record in rows[i]]
 
 
-def fingerprint(records: list[Record]) -> str:
-    """SHA-256 over the records in their order."""
-    digest = hashlib.sha256()
+def _by_row(records: list[Record]) -> list[list[Record]]:
+    """Records that are turns of one chat, together; each of the others alone."""
+    rows: list[list[Record]] = []
     for record in records:
-        digest.update(json.dumps(asdict(record), sort_keys=True).encode())
+        before = rows[-1][-1] if rows else None
+        said = (*before.messages, Message("assistant", before.output)) if before and before.messages else ()
+        if said and record.messages[: len(said)] == said:
+            rows[-1].append(record)
+        else:
+            rows.append([record])
+    return rows
+
+
+def fingerprint(records: list[Record], template: str = "") -> str:
+    """SHA-256 over the records in their order.
+
+    Args:
+      template: the program text of the chat template that they are written with.
+    """
+    digest = hashlib.sha256(template.encode())
+    for record in records:
+        values = asdict(record)
+        if not record.messages:
+            del values["messages"]  # a run whose records had no such field can be continued
+        digest.update(json.dumps(values, sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -195,36 +230,37 @@ def _hub_rows(location: str) -> Iterator[tuple[Any, str]]:
         yield row, f"{location} (row {number})"
 
 
-def _record(row: Any, where: str, scored: bool) -> Record:
-    """One row of either schema as a Record."""
+def _records(row: Any, where: str, scored: bool) -> list[Record]:
+    """The records of one row of any schema."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object, found {type(row).__name__}")
+    if (field := chat_field(row)) is not None:
+        if "instruction" in row:
+            raise UserError(f"{where}: the row holds 'instruction' and {field!r}, expected one of them")
+        return _turns(read_chat(row, where))
     if "question" in row and "instruction" not in row:
-        return _gsm8k(row, where)
-    output = _text(row, "output", where, required=not (scored and "answer" in row))
-    answer = _text(row, "answer", where) if "answer" in row else output.strip()
-    given = _text(row, "input", where, required=False)
-    return Record(_text(row, "instruction", where), given, output, answer)
+        return [_gsm8k(row, where)]
+    output = content_text(row, "output", where, required=not (scored and "answer" in row))
+    answer = content_text(row, "answer", where) if "answer" in row else output.strip()
+    given = content_text(row, "input", where, required=False)
+    return [Record(content_text(row, "instruction", where), given, output, answer)]
+
+
+def _turns(messages: tuple[Message, ...]) -> list[Record]:
+    """A record for each turn of the assistant."""
+    return [
+        Record(messages[i - 1].content, "", message.content, message.content.strip(), messages[:i])
+        for i, message in enumerate(messages)
+        if message.role == "assistant"
+    ]
 
 
 def _gsm8k(row: dict[str, Any], where: str) -> Record:
     """The rationale without its calculator marks, and the number after ``####``."""
-    rationale, separator, number = _text(row, "answer", where).rpartition("####")
+    rationale, separator, number = content_text(row, "answer", where).rpartition("####")
     number = number.strip().replace(",", "")
     if not separator or not number:
         raise UserError(f"{where}: answer does not end in '#### NUMBER'")
     rationale = re.sub(r"<<[^>]*>>", "", rationale).strip()
     output = f"{rationale}\nThe answer is {number}." if rationale else f"The answer is {number}."
-    return Record(_text(row, "question", where), "", output, number)
-
-
-def _text(row: dict[str, Any], name: str, where: str, required: bool = True) -> str:
-    value = row.get(name, None if required else "")
-    if not isinstance(value, str):
-        found = "nothing" if name not in row else type(value).__name__
-        raise UserError(f"{where}: field {name!r} holds {found}, expected text")
-    if required and not value.strip():
-        raise UserError(f"{where}: field {name!r} is empty")
-    if any("\ud800" <= character <= "\udfff" or character == "\0" for character in value):
-        raise UserError(f"{where}: field {name!r} holds a lone surrogate or a NUL character")
-    return value
+    return Record(content_text(row, "question", where), "", output, number)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from milora_jax.data.prompts import prompt_text
+from milora_jax.data.chat import encode_chat, encode_turn
+from milora_jax.data.prompts import prompt_messages, prompt_text
 from milora_jax.data.records import Record
 from milora_jax.errors import UserError
 
@@ -59,30 +60,60 @@ def _encode_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def encode_example(tokenizer: Any, record: Record, eos_id: int, max_length: int) -> Example | None:
+def encode_question(tokenizer: Any, record: Record, template: str) -> list[int]:
+    """Ids of a record's prompt: what training, scoring and generation give to the model.
+
+    Args:
+      template: one of ``config.TEMPLATES``.
+
+    Raises:
+      UserError: the record cannot be written in this template.
+    """
+    if template == "chat":
+        return encode_chat(tokenizer, prompt_messages(record))
+    return encode_prompt(tokenizer, prompt_text(record))
+
+
+def encode_example(
+    tokenizer: Any, record: Record, eos_ids: Sequence[int], max_length: int, template: str = "alpaca"
+) -> Example | None:
     """An encoded record, or None where it is longer than ``max_length`` tokens.
 
-    Prompt and response are tokenised apart: the prompt's tokens, and so its route, are the same in
-    training and in inference.
+    The prompt's tokens, and so its route, are the same in training and in inference.
+
+    Args:
+      eos_ids: tokens that end an answer, at least one. ``alpaca`` takes the first, ``chat`` the one that the
+        template ends turns with.
+      template: one of ``config.TEMPLATES``.
+
+    Raises:
+      UserError: the record cannot be written in this template.
     """
-    prompt = encode_prompt(tokenizer, prompt_text(record))
-    response = _encode_text(tokenizer, record.output)
-    tokens = np.array([*prompt, *response, eos_id], np.int32)
+    prompt = encode_question(tokenizer, record, template)
+    if template == "chat":
+        response = encode_turn(tokenizer, prompt_messages(record), record.output, eos_ids)
+    else:
+        response = [*_encode_text(tokenizer, record.output), eos_ids[0]]
+    tokens = np.array([*prompt, *response], np.int32)
     return Example(tokens, len(prompt)) if len(tokens) <= max_length else None
 
 
 def encode_records(
-    tokenizer: Any, records: Sequence[Record], eos_id: int, max_length: int
+    tokenizer: Any,
+    records: Sequence[Record],
+    eos_ids: Sequence[int],
+    max_length: int,
+    template: str = "alpaca",
 ) -> tuple[list[Example], int]:
-    """Encode records.
+    """Encode records, as :func:`encode_example` does each.
 
     Returns:
       The examples that fit, in order, and how many did not.
 
     Raises:
-      UserError: where none fits.
+      UserError: where none fits, or one cannot be written in this template.
     """
-    encoded = [encode_example(tokenizer, record, eos_id, max_length) for record in records]
+    encoded = [encode_example(tokenizer, record, eos_ids, max_length, template) for record in records]
     kept = [example for example in encoded if example is not None]
     if not kept:
         raise UserError(f"all {len(records)} rows are longer than data.max_length {max_length} tokens")

@@ -77,7 +77,8 @@ def main() -> None:
     scores = []
     for task, records in tasks.items():
         print(f"scoring {task} ({len(records)} rows)", file=sys.stderr, flush=True)
-        scores.append(score_task(base, model, tokenizer, adapter, task, records, settings))
+        template = config.data.template
+        scores.append(score_task(base, model, tokenizer, adapter, task, records, settings, template=template))
     rows = {score.task: len(score.predictions) for score in scores}
     print(json.dumps({"accuracy": accuracies(scores), "rows": rows}))
     write_predictions(predictions, scores)

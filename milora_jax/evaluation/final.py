@@ -14,7 +14,7 @@ from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import Base, decode_layout
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.cli import Console, stop_if
-from milora_jax.data.prompts import prompt_text
+from milora_jax.data.prompts import shown_prompt
 from milora_jax.data.records import fingerprint
 from milora_jax.evaluation.report import accuracy_table, plot_health, plot_routing
 from milora_jax.evaluation.score import TaskScore, accuracies, limited, score_task, write_predictions
@@ -106,6 +106,7 @@ def score_tests(
             task,
             records,
             run.config.eval,
+            template=run.config.data.template,
             prefill_rows=prefill_rows,
             place=run.place,
             progress=advance,
@@ -166,7 +167,8 @@ def write_report(
         plot_routing(workdir / "routing.png", scores)
         record = next(iter(run.tests.values()))[0]
         first = scores[0].predictions[0]
-        print(f"\nprompt:\n{prompt_text(record)}\nanswer:\n{first.generated}\n")
+        prompt = shown_prompt(run.tokenizer, record, run.config.data.template)
+        print(f"\nprompt:\n{prompt}\nanswer:\n{first.generated}\n")
         print(accuracy_table(before, after))
     plot_health(workdir / "routing_health.png", workdir / METRICS_NAME)
     write_json_atomic(workdir / "summary.json", summary)

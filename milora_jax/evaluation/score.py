@@ -14,8 +14,8 @@ import numpy as np
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.modules import Base
 from milora_jax.config import EvalSection
-from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
+from milora_jax.data.tokens import encode_question
 from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import rule_for
 from milora_jax.generation.text import generate
@@ -65,6 +65,7 @@ def score_task(
     records: list[Record],
     settings: EvalSection,
     *,
+    template: str = "alpaca",
     prefill_rows: int = 1,
     place: Callable[[Batch], Batch] = jax.device_put,
     progress: Callable[[int], None] | None = None,
@@ -74,6 +75,7 @@ def score_task(
     Args:
       base, adapter: decoding is fastest with both in the decode layout.
       settings: limit, batch size, longest answer.
+      template: that the adapter was trained with, one of ``config.TEMPLATES``.
     """
     rule = rule_for(task, [record.answer for record in records])
     records = limited(records, settings.limit)
@@ -81,7 +83,7 @@ def score_task(
         base,
         config,
         tokenizer,
-        [prompt_text(record) for record in records],
+        [encode_question(tokenizer, record, template) for record in records],
         adapter=adapter,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,

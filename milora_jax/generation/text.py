@@ -71,7 +71,7 @@ def generate(
     base: Base,
     config: ModelConfig,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     adapter: Adapter | None = None,
     bank: Bank | None = None,
@@ -91,7 +91,8 @@ def generate(
     Args:
       base: from ``load_base``; turned into the decode layout where it is not yet.
       tokenizer: from ``milora_jax.data.tokens.load_tokenizer``.
-      prompts: full prompt texts; ``milora_jax.data.prompts.prompt_text`` renders a record.
+      prompts: full prompt texts, as ``milora_jax.data.prompts.prompt_text`` gives, or token ids, as
+        ``milora_jax.data.chat.encode_chat`` gives.
       adapter: from ``load_adapter``; None, and no bank, answers with the plain base.
       bank: adapters of several tenants, instead of ``adapter``.
       tenants: with a bank, whose adapter each prompt is for.
@@ -134,10 +135,10 @@ def generate(
     served = bank.tenants if bank is not None else None if adapter is None else Tenants.single(adapter)
     answers: dict[int, Answer] = {}
     work: dict[int, _Job] = {}
-    for i, (text, mine) in enumerate(zip(prompts, each, strict=True)):
+    for i, (prompt, mine) in enumerate(zip(prompts, each, strict=True)):
         try:
             slot = 0 if bank is None else bank.slot_of(tenants[i])
-            work[i] = _Job(_encode(config, tokenizer, text, mine, batch_size), mine, slot)
+            work[i] = _Job(_encode(config, tokenizer, prompt, mine, batch_size), mine, slot)
         except UserError as error:
             if not return_errors:
                 raise UserError(f"prompt {i}: {error}") from None
@@ -276,12 +277,15 @@ def _continued(tokenizer: Any, found: Found, settings: GenerationSettings) -> Co
 
 
 def _encode(
-    config: ModelConfig, tokenizer: Any, text: str, settings: GenerationSettings, rows: int
+    config: ModelConfig, tokenizer: Any, prompt: str | Sequence[int], settings: GenerationSettings, rows: int
 ) -> list[int]:
     """Token ids of a prompt that can be served."""
-    if not text.strip():
+    if not (prompt.strip() if isinstance(prompt, str) else prompt):
         raise UserError("the prompt is empty")
-    ids = encode_prompt(tokenizer, text)
+    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+    wrong = [token for token in ids if not 0 <= token < config.vocab_size]
+    if wrong:
+        raise UserError(f"the prompt holds token {wrong[0]}: expected 0 to {config.vocab_size - 1}")
     room = config.max_positions - settings.max_new_tokens
     if len(ids) > room:
         raise UserError(

@@ -38,7 +38,8 @@ def make_tokenizer(seed: int) -> Any:
         rows = list(unique.values())[:400]
         # A plain "true" is no text to learn a merge from; the wording of LLM-Adapters is.
         texts += [
-            prompt_text(Record(**row)) + (f"{LEAD}{row['output']}" if name == "true_false" else row["output"])
+            prompt_text(Record(row["instruction"], row["input"], row["output"], row["answer"]))
+            + (f"{LEAD}{row['output']}" if name == "true_false" else row["output"])
             for row in rows
         ]
     bpe = Tokenizer(models.BPE())

@@ -19,10 +19,10 @@ from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.modules import Base
 from milora_jax.config import Config
 from milora_jax.data.batches import padded_length
+from milora_jax.data.chat import template_source
 from milora_jax.data.packing import in_rows
-from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record, fingerprint, holdout, parse_sources, read_records
-from milora_jax.data.tokens import Example, encode_prompt, encode_records, load_tokenizer
+from milora_jax.data.tokens import Example, encode_question, encode_records, load_tokenizer
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.mesh import check_divides, make_mesh
@@ -44,7 +44,7 @@ class Run:
       model, base: the frozen model, its leaves laid out over ``mesh``.
       train, dev: encoded records, row by row: one a row unless ``data.pack`` asks for more.
       tests: records to score, by task name.
-      data_fingerprint: SHA-256 over the training and dev records.
+      data_fingerprint: SHA-256 over the training and dev records, and the chat template that words them.
       base_fingerprint: of the model directory, see ``base.fingerprint``.
     """
 
@@ -175,9 +175,9 @@ def _encode(
 ) -> dict[str, Any]:
     """The fields of a Run that hold rows."""
     train_records, dev_records, tests = records
-    eos_id, limit = model.eos_ids[0], config.data.max_length
-    train, dropped = encode_records(tokenizer, train_records, eos_id, limit)
-    dev, dev_dropped = encode_records(tokenizer, dev_records, eos_id, limit)
+    limit, template = config.data.max_length, config.data.template
+    train, dropped = encode_records(tokenizer, train_records, model.eos_ids, limit, template)
+    dev, dev_dropped = encode_records(tokenizer, dev_records, model.eos_ids, limit, template)
     say(
         f"rows: {len(train)} train ({dropped} longer than {limit} tokens dropped), "
         f"{len(dev)} dev ({dev_dropped} dropped), {sum(map(len, tests.values()))} test"
@@ -190,7 +190,9 @@ def _encode(
     return {
         **rows,
         "tests": tests,
-        "data_fingerprint": fingerprint([*train_records, *dev_records]),
+        "data_fingerprint": fingerprint(
+            [*train_records, *dev_records], template_source(tokenizer) if template == "chat" else ""
+        ),
     }
 
 
@@ -199,7 +201,7 @@ def _require_room(tests: dict[str, list[Record]], tokenizer: Any, config: Config
     room = model.max_positions - config.eval.max_new_tokens
     for task, records in tests.items():
         for number, record in enumerate(records[: config.eval.limit or None], 1):
-            length = len(encode_prompt(tokenizer, prompt_text(record)))
+            length = len(encode_question(tokenizer, record, config.data.template))
             require(
                 length <= room,
                 f"prompt length of row {number} of test task {task!r}",

@@ -40,18 +40,18 @@ def test_the_order_is_a_function_of_seed_and_step():
 
 def test_a_row_that_does_not_fit_is_dropped_whole_and_counted(tokenizer):
     records = [Record("short", "", "yes", "yes"), Record("long " * 200, "", "yes", "yes")]
-    lengths = [len(encode_example(tokenizer, record, EOS, 10**6).tokens) for record in records]
-    kept, dropped = encode_records(tokenizer, records, EOS, lengths[0])
+    lengths = [len(encode_example(tokenizer, record, [EOS], 10**6).tokens) for record in records]
+    kept, dropped = encode_records(tokenizer, records, [EOS], lengths[0])
     assert (len(kept), dropped) == (1, 1)
     assert len(kept[0].tokens) == lengths[0]
-    assert len(encode_records(tokenizer, records, EOS, lengths[1])[0]) == 2
+    assert len(encode_records(tokenizer, records, [EOS], lengths[1])[0]) == 2
     with pytest.raises(UserError, match=f"all 2 rows are longer than data.max_length {lengths[0] - 1}"):
-        encode_records(tokenizer, records, EOS, lengths[0] - 1)
+        encode_records(tokenizer, records, [EOS], lengths[0] - 1)
 
 
 def test_training_and_inference_see_the_same_prompt_tokens(tokenizer):
     record = Record("Say héllo ☃", "to 世界", "hi there", "hi")
-    example = encode_example(tokenizer, record, EOS, 10**6)
+    example = encode_example(tokenizer, record, [EOS], 10**6)
     prompt = encode_prompt(tokenizer, prompt_text(record))
     assert example.tokens[: example.prompt_length].tolist() == prompt
     assert prompt.count(tokenizer.bos_token_id) == 1
@@ -65,7 +65,7 @@ def example(prompt, response):
 
 def test_a_control_token_written_in_a_record_is_plain_text(tokenizer):
     record = Record("Say <s> twice", "", "</s> and <pad>", "x")
-    example = encode_example(tokenizer, record, EOS, 500)
+    example = encode_example(tokenizer, record, [EOS], 500)
     assert example.tokens.tolist().count(EOS) == 1
     assert example.tokens.tolist().count(tokenizer.bos_token_id) == 1
     assert tokenizer.pad_token_id not in example.tokens

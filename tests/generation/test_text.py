@@ -15,7 +15,7 @@ from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.load import load_base
 from milora_jax.base.modules import frozen_kernels
 from milora_jax.config import AdapterSection
-from milora_jax.data.tokens import load_tokenizer
+from milora_jax.data.tokens import encode_prompt, load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.settings import GenerationSettings
@@ -130,6 +130,18 @@ def test_a_prompt_that_cannot_be_served_has_an_error_and_the_others_are_as_witho
     assert [found[0].text, found[3].text, found[5].text] == [good[0].text, good[3].text, good[2].text]
     with pytest.raises(UserError, match=r"^prompt 1: the prompt is empty"):
         model(prompts, settings=mixed)
+
+
+def test_a_prompt_may_be_token_ids(model):
+    ids = [encode_prompt(model.tokenizer, text) for text in PROMPTS]
+    found = model([PROMPTS[0], *ids[1:]], max_new_tokens=6)
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in model(max_new_tokens=6)]
+    wrong = model([[], [5, 320], [-1]], max_new_tokens=6, return_errors=True)
+    assert [answer.error for answer in wrong] == [
+        "the prompt is empty",
+        "the prompt holds token 320: expected 0 to 319",
+        "the prompt holds token -1: expected 0 to 319",
+    ]
 
 
 def test_tenants_by_name(model):

@@ -91,7 +91,7 @@ def test_the_model_is_small_whole_and_its_tokenizer_writes_anything():
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)).strip() == text
     for task in TASKS:
         records = read_records(Source(task, str(TASKS_DIR / task / "train.jsonl")))
-        _, dropped = encode_records(tokenizer, records, 2, 160)
+        _, dropped = encode_records(tokenizer, records, [2], 160)
         assert dropped == 0
 
 

@@ -1,0 +1,230 @@
+"""Chats through the tokenizer's own chat template: the one way from messages to token ids.
+
+Training, scoring and generation call :func:`encode_chat`, so the router reads the same prompt in all of them.
+The ids are those of Hugging Face's ``apply_chat_template``, with two differences: text in a message that
+reads like a control token stays text, and a beginning-of-sequence token is never doubled.
+
+The template is a program of the model's author. transformers runs it in jinja2's immutable sandbox, where it
+reaches neither files nor Python's internals; nothing bounds its time or its memory while it runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from milora_jax.config import one_of
+from milora_jax.errors import UserError
+
+ROLES = ("system", "user", "assistant")
+
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+"""Characters that no tokenizer can take, or none should."""
+
+MAX_CHARACTERS = 4_000_000
+"""Longest rendered chat: about a million tokens. More is a mistake of the template, or no prompt."""
+
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+"""Set around control tokens in messages. Unicode promises that no text holds these two; one that does
+is treated as a control token itself."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a chat; its role is one of ROLES."""
+
+    role: str
+    content: str
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    """The text that the template makes of a chat, for a reader: :func:`encode_chat` knows what is control.
+
+    Args:
+      tokenizer: from ``milora_jax.data.tokens.load_tokenizer``.
+      add_generation_prompt: end with what an assistant's turn begins with.
+
+    Raises:
+      UserError: the chat is empty or has a role unknown here, the tokenizer has no template, or the template
+        refuses the chat or fails.
+    """
+    marked = _render(tokenizer, messages, add_generation_prompt)
+    return "".join(text for text, _ in _pieces(tokenizer, marked))
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Ids of a chat up to where the assistant's next turn begins.
+
+    Where the template writes a beginning-of-sequence token there is one, and where it writes none there
+    is none: the models that come with such a template were tuned without it.
+
+    Raises:
+      UserError: as :func:`render_chat`.
+    """
+    return _encode(tokenizer, _render(tokenizer, messages, True))
+
+
+def encode_turn(
+    tokenizer: Any, messages: Sequence[Message], content: str, eos_ids: Sequence[int]
+) -> list[int]:
+    """Ids of the assistant's turn that follows :func:`encode_chat` of ``messages``.
+
+    They are what the template writes for the turn, up to the first token that ends an answer; what follows
+    that (a line break, mostly) would never be generated. A template that ends a turn with no such token gets
+    the first of ``eos_ids``. Some templates write a turn differently once it is history: DeepSeek-R1's
+    leaves the thoughts out, so its text does not go on from the prompt's. The turn is then ``content`` as
+    given, and the token that the template ends turns with.
+
+    Args:
+      content: of the turn.
+      eos_ids: tokens that end an answer, at least one.
+
+    Raises:
+      UserError: as :func:`render_chat`.
+    """
+    prompt = _render(tokenizer, messages, True)
+    whole = _render(tokenizer, [*messages, Message("assistant", content)], False)
+    ids = _encode(tokenizer, whole)
+    if whole.startswith(prompt):
+        before = _encode(tokenizer, prompt)
+        # Encoded in its place: a tokenizer may put a space before a text that stands alone.
+        joined = ids[: len(before)] == before
+        turn = ids[len(before) :] if joined else _encode(tokenizer, whole[len(prompt) :])
+        ends = [i for i, token in enumerate(turn) if token in eos_ids]
+        turn = turn[: ends[0] + 1] if ends else [*turn, eos_ids[0]]
+        if len(turn) > 1:
+            return turn
+    ends = [token for token in ids if token in eos_ids]
+    marked = _controls_of(tokenizer).mark("assistant", content)
+    return [*_encode(tokenizer, marked), ends[-1] if ends else eos_ids[0]]
+
+
+def template_source(tokenizer: Any) -> str:
+    """The program text of the tokenizer's template: two tokenizers with the same one write chats alike.
+
+    Raises:
+      UserError: there is none, or there are several and none is called ``default``.
+    """
+    found = tokenizer.chat_template
+    if isinstance(found, dict):
+        names = ", ".join(sorted(map(str, found)))
+        found = found.get("default")
+        if found is None:
+            raise UserError(f"the tokenizer has the chat templates {names}: expected one called 'default'")
+    if not isinstance(found, str):
+        what = "no chat template" if found is None else f"a chat template of type {type(found).__name__}"
+        raise UserError(f"the tokenizer has {what}: expected the tokenizer of a chat model")
+    return found
+
+
+@dataclass(frozen=True)
+class _Controls:
+    """Texts that a tokenizer takes for control tokens.
+
+    Attributes:
+      special: matches its special tokens.
+      every: matches those, and added tokens that the template writes: ``<|im_start|>`` is no special token
+        in some tokenizers.
+      marked: matches a control token between marks, or a mark that the template tore off.
+      added: ids of all added tokens.
+    """
+
+    special: re.Pattern[str]
+    every: re.Pattern[str]
+    marked: re.Pattern[str]
+    added: frozenset[int]
+
+    def mark(self, role: str, content: str) -> str:
+        """``content`` with every control token in it between marks.
+
+        An assistant may write what is no special token: the tokens around its thoughts are such.
+        """
+        pattern = self.special if role == "assistant" else self.every
+        return pattern.sub(f"{OPEN}\\g<0>{CLOSE}", content)
+
+
+def _controls_of(tokenizer: Any) -> _Controls:
+    return _controls(tokenizer, template_source(tokenizer), len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _controls(tokenizer: Any, source: str, size: int) -> _Controls:
+    """``size`` is the tokenizer's length: one that grew is looked at again."""
+    added = tokenizer.added_tokens_decoder
+    special = {token.content for token in added.values() if token.special}
+    special |= {text for text in tokenizer.all_special_tokens if isinstance(text, str)}
+    written = {token.content for token in added.values() if token.content in source}
+    written = {text for text in written if not text.isspace()}  # "\n" is a token of Gemma, and no control
+
+    def pattern(texts: set[str]) -> str:
+        longest_first = sorted({*texts, OPEN, CLOSE} - {""}, key=lambda text: (-len(text), text))
+        return "|".join(map(re.escape, longest_first))
+
+    every = pattern(special | written)
+    return _Controls(
+        special=re.compile(pattern(special)),
+        every=re.compile(every),
+        marked=re.compile(f"{OPEN}({every}){CLOSE}|[{OPEN}{CLOSE}]"),
+        added=frozenset(added),
+    )
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    """The rendered chat, with marks around the control tokens that its messages hold."""
+    if not messages:
+        raise UserError("the chat is empty: expected at least one message")
+    for message in messages:
+        one_of("the role of a message", message.role, ROLES)
+        if UNWRITABLE.search(message.content):
+            raise UserError("a message holds a lone surrogate or a NUL character: expected text")
+    source, controls = template_source(tokenizer), _controls_of(tokenizer)
+    chat = [{"role": m.role, "content": controls.mark(m.role, m.content)} for m in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            chat, chat_template=source, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:  # the template is a program of others, and may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        roles = ", ".join(message.role for message in messages[:4]) + (", ..." if len(messages) > 4 else "")
+        raise UserError(f"the chat template cannot write a chat of {roles}: {reason[:300]}") from None
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"the chat template wrote {len(text)} characters: expected at most {MAX_CHARACTERS}")
+    return text
+
+
+def _pieces(tokenizer: Any, marked: str) -> list[tuple[str, bool]]:
+    """The parts of a marked text; True for one that reads like a control token and is none."""
+    controls = _controls_of(tokenizer)
+    pieces, plain, at = [], "", 0
+    for match in controls.marked.finditer(marked):
+        plain, at = plain + marked[at : match.start()], match.end()
+        if match[1] is not None:
+            pieces += [(plain, False), (match[1], True)]
+            plain = ""
+    return [piece for piece in (*pieces, (plain + marked[at:], False)) if piece[0]]
+
+
+def _encode(tokenizer: Any, marked: str) -> list[int]:
+    ids: list[int] = []
+    for text, literal in _pieces(tokenizer, marked):
+        ids += _literal(tokenizer, text) if literal else _ids(tokenizer, text, split=False)
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        del ids[0]
+    return ids
+
+
+def _literal(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a control token's text that are not the control token."""
+    ids = _ids(tokenizer, text, split=True)
+    controls = _controls_of(tokenizer)
+    if controls.added.isdisjoint(ids):
+        return ids
+    # An added token that is not special is found in any text that holds it whole.
+    return [token for character in text for token in _ids(tokenizer, character, split=True)]
+
+
+def _ids(tokenizer: Any, text: str, split: bool) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split)
