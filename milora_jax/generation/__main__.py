@@ -3,7 +3,8 @@
 ``python -m milora_jax.generation --workdir RUN --prompt "..."`` takes a run of ``train.py``;
 ``--base DIR`` takes a model directory, with ``--adapter DIR`` or without. Prompts come from ``--prompt``
 (as often as wanted), from ``--file`` (one per line, or JSON lines with a record each), or from standard
-input, which is one prompt. They are put into the template of training unless ``--raw``.
+input, which is one prompt. They are put into the template of training unless ``--raw``: the run's own, the
+tokenizer's chat template with ``--chat``, and else the one of ``data.prompts``.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from milora_jax.base.load import load_base
 from milora_jax.config import DTYPES, QUANTIZE
-from milora_jax.data.prompts import prompt_text
+from milora_jax.data.chat import Message
+from milora_jax.data.conversations import chat_field, read_chat
+from milora_jax.data.prompts import prompt_messages
 from milora_jax.data.records import Record
-from milora_jax.data.tokens import load_tokenizer
+from milora_jax.data.tokens import encode_question, load_tokenizer
 from milora_jax.errors import EXIT_BAD_INPUT, UserError, run_command
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import Answer, generate
@@ -56,6 +60,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--file", type=Path, help="a prompt per line, or a record per line if it ends in .jsonl"
     )
     parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the template")
+    parser.add_argument(
+        "--chat", action="store_true", help="a prompt is a user's message in the tokenizer's chat template"
+    )
+    parser.add_argument("--system", help="in a chat template: the system message of every prompt")
     parser.add_argument("--stop", action="append", default=[], help="a string that ends it; may be repeated")
     parser.add_argument("--early-stopping", action="store_true", help="of beam search")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
@@ -71,9 +79,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def read_prompts(arguments: argparse.Namespace) -> list[str]:
-    """The prompts' full texts."""
-    given: list[str | dict] = list(arguments.prompt)
+def read_prompts(arguments: argparse.Namespace) -> list[str | Record]:
+    """The prompts as they are given: texts, and records of a ``.jsonl`` file."""
+    given: list[str | Record] = list(arguments.prompt)
     if arguments.file is not None:
         try:
             lines = arguments.file.read_text(encoding="utf-8").splitlines()
@@ -82,26 +90,49 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            given.append(_record(arguments.file, number, line) if arguments.file.suffix == ".jsonl" else line)
+            is_row = arguments.file.suffix == ".jsonl"
+            given.append(_record(f"{arguments.file}:{number}", line) if is_row else line)
     if not arguments.prompt and arguments.file is None:
         given.append(sys.stdin.read())
-    return [text if arguments.raw and isinstance(text, str) else _in_template(text) for text in given]
+    return given
 
 
-def _record(path: Path, number: int, line: str) -> dict:
+def _record(where: str, line: str) -> Record:
     try:
         row = json.loads(line)
     except ValueError:
-        raise UserError(f"{path}:{number}: not JSON") from None
+        raise UserError(f"{where}: not JSON") from None
+    if isinstance(row, dict) and chat_field(row) is not None:
+        return Record("", "", "", "", read_chat(row, where, last="user"))
     if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
-        raise UserError(f"{path}:{number}: expected an object with 'instruction' and perhaps 'input'")
-    return row
+        raise UserError(f"{where}: expected an object with 'instruction' and perhaps 'input', or a chat")
+    return Record(row["instruction"], str(row.get("input") or ""), "", "")
 
 
-def _in_template(given: str | dict) -> str:
+def in_template(
+    tokenizer: Any, given: str | Record, template: str, system: str | None, raw: bool
+) -> str | list[int]:
+    """A prompt as ``generate`` takes it.
+
+    Args:
+      template: one of ``config.TEMPLATES``.
+      system: a message that a chat begins with.
+      raw: leave texts as they are.
+
+    Raises:
+      UserError: the prompt cannot be written in this template.
+    """
     if isinstance(given, str):
-        return prompt_text(Record(given.strip(), "", "", "")) if given.strip() else ""
-    return prompt_text(Record(given["instruction"], str(given.get("input") or ""), "", ""))
+        if raw or not given.strip():
+            return given
+        given = Record(given.strip(), "", "", "")
+    if system is not None:
+        if given.messages and given.messages[0].role == "system":
+            raise UserError(
+                "--system is given, and a chat begins with a system message: expected one of them"
+            )
+        given = dataclasses.replace(given, messages=(Message("system", system), *prompt_messages(given)))
+    return encode_question(tokenizer, given, template)
 
 
 def main() -> None:
@@ -116,14 +147,22 @@ def main() -> None:
         ignore_eos=arguments.ignore_eos,
         **named,
     )
-    prompts = read_prompts(arguments)
+    if arguments.raw and (arguments.chat or arguments.system is not None):
+        raise UserError("command line: expected --raw, or --chat and --system")
+    given = read_prompts(arguments)
     directory, dtype, adapter_path = arguments.base, arguments.dtype or "float32", arguments.adapter
+    template = "chat" if arguments.chat else "alpaca"
     if arguments.workdir is not None:
         from milora_jax.storage.workdir import read_workdir_config
 
         run = read_workdir_config(arguments.workdir)
         directory, dtype = Path(run.model.path), arguments.dtype or run.model.dtype
         adapter_path = arguments.adapter or arguments.workdir
+        template = "chat" if arguments.chat else run.data.template
+    if arguments.system is not None and template != "chat":
+        raise UserError(
+            "command line: --system is of chats: expected --chat, or a run with data.template=chat"
+        )
     adapter, quantize = None, "none"
     if adapter_path is not None:
         from milora_jax.storage.adapters import load_adapter, require_its_base
@@ -131,6 +170,7 @@ def main() -> None:
         adapter = load_adapter(adapter_path)
         quantize = require_its_base(adapter_path, directory)
     tokenizer = load_tokenizer(str(directory))
+    prompts = [in_template(tokenizer, each, template, arguments.system, arguments.raw) for each in given]
     base, config = load_base(directory, dtype, decode=True, quantize=arguments.quantize or quantize)
     streams = len(prompts) == 1 and settings.num_samples == 1 and not arguments.json
     answers = generate(

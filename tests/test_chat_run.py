@@ -1,0 +1,171 @@
+"""A run on chats: trained, scored and continued with the tokenizer's own template."""
+
+import json
+import sys
+
+import pytest
+
+import train
+from milora_jax.config import Config
+from milora_jax.data.chat import Message, encode_chat
+from milora_jax.data.tokens import load_tokenizer
+from milora_jax.errors import UserError
+from milora_jax.evaluation import __main__ as evaluation
+from milora_jax.evaluation.score import score_task
+from milora_jax.generation import __main__ as generation
+from milora_jax.training.prepare import prepare_run
+from tests.data.chats import LLAMA3, write_chat_tokenizer
+from tests.models import write_hf_directory
+from tests.training.runs import command
+
+SYSTEM = "You add."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chats")
+    write_hf_directory(folder / "model", tokenizer=False)
+    write_chat_tokenizer(folder / "model", LLAMA3)
+    write_hf_directory(folder / "plain")
+    rows = []
+    for i in range(20):
+        turns = [("system", SYSTEM), ("user", f"{i} + 1?"), ("assistant", f"{i + 1}"), ("user", "Why?")]
+        turns.append(("assistant", f"So it is, {i}."))
+        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def config_of(folder, model="model", **data):
+    files = {name: str(folder / "rows.jsonl") for name in ("train", "test")}
+    values = {"template": "chat", "max_length": 128, **files, **data}
+    return Config.from_dict({"model": {"path": str(folder / model)}, "data": values})
+
+
+def taken_by(monkeypatch, module):
+    """The prompts that a module gives to ``generate``, which is not run."""
+    taken = []
+
+    def take(base, config, tokenizer, prompts, **more):
+        taken.extend(prompts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "generate", take)
+    return taken
+
+
+def test_training_scoring_and_generation_take_the_same_tokens(folder, monkeypatch):
+    said = []
+    run = prepare_run(config_of(folder, dev=str(folder / "rows.jsonl")), None, said.append)
+    assert "rows: 40 train (0 longer than 128 tokens dropped), 40 dev (0 dropped), 40 test" in said
+    trained = [example.tokens[: example.prompt_length].tolist() for (example,) in run.train]
+    chat = [Message("system", SYSTEM), Message("user", "0 + 1?")]
+    tokenizer = load_tokenizer(str(folder / "model"))
+    assert trained[0] == encode_chat(tokenizer, chat)
+    assert trained[1] == encode_chat(tokenizer, [*chat, Message("assistant", "1"), Message("user", "Why?")])
+    scored = taken_by(monkeypatch, sys.modules[score_task.__module__])
+    with pytest.raises(KeyboardInterrupt):
+        score_task(
+            run.base, run.model, tokenizer, None, "rows", run.tests["rows"], run.config.eval, template="chat"
+        )
+    assert scored == trained
+    asked = taken_by(monkeypatch, generation)
+    question = ["--base", str(folder / "model"), "--chat", "--system", SYSTEM, "--prompt", "0 + 1?"]
+    monkeypatch.setattr(sys, "argv", ["generation", *question])
+    with pytest.raises(KeyboardInterrupt):
+        generation.main()
+    assert asked == trained[:1]
+
+
+def test_the_template_is_part_of_what_a_resumed_run_compares(folder, tmp_path):
+    prints = []
+    for template in (LLAMA3, LLAMA3 + "\n", LLAMA3):
+        write_chat_tokenizer(folder / "model", template)
+        prints.append(prepare_run(config_of(folder), None, lambda line: None).data_fingerprint)
+    assert prints[0] == prints[2] != prints[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"template": "alpaca"},
+            "a row is a chat and data.template is 'alpaca': expected data.template=chat",
+        ),
+        ({"template": "chatml"}, "data.template is 'chatml': expected one of alpaca, chat"),
+        ({"model": "plain"}, "the tokenizer has no chat template"),
+    ],
+)
+def test_a_run_that_cannot_word_its_rows_is_refused(folder, more, message):
+    with pytest.raises(UserError) as caught:
+        prepare_run(config_of(folder, **more), None, lambda line: None)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--raw", "--chat", "--prompt", "x"], "expected --raw, or --chat and --system"),
+        (["--system", "x", "--prompt", "x"], "--system is of chats: expected --chat, or a run with"),
+        (["--chat", "--system", "x", "--file", "{rows}"], "a chat begins with a system message"),
+        (["--file", "{rows}"], "a row is a chat and data.template is 'alpaca'"),
+        (["--chat", "--file", "{answered}"], "answered.jsonl:1: the last message is of the assistant"),
+    ],
+)
+def test_the_generation_command_refuses_what_is_no_question(
+    folder, tmp_path, monkeypatch, arguments, message
+):
+    row = json.loads((folder / "rows.jsonl").read_text().splitlines()[0])
+    files = {"rows": tmp_path / "rows.jsonl", "answered": tmp_path / "answered.jsonl"}
+    files["answered"].write_text(json.dumps(row))
+    files["rows"].write_text(json.dumps({"messages": row["messages"][:2]}))
+    given = [argument.format(**files) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["generation", "--base", str(folder / "model"), *given])
+    with pytest.raises(UserError) as caught:
+        generation.main()
+    assert message in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_run_on_chats(folder, tmp_path, monkeypatch, capsys):
+    """Trained and scored; its own evaluation and generation word prompts as it did, unasked."""
+    write_chat_tokenizer(folder / "model", LLAMA3)
+    workdir = tmp_path / "w"
+    settings = {
+        "data.template": "chat",
+        "data.train": folder / "rows.jsonl",
+        "data.test": folder / "rows.jsonl",
+        "data.max_length": 128,
+        "data.pack": True,
+        "adapter.dropout": 0.0,
+        "mesh.data": -1,
+        "train.batch_size": 8,
+        "eval.batch_size": 8,
+        "train.max_steps": 20,
+        "train.eval_every": 10,
+        "train.save_every": 20,
+        "eval.limit": 4,
+        "eval.max_new_tokens": 4,
+    }
+    monkeypatch.setattr(sys, "argv", command(folder, workdir, **settings)[1:])
+    train.main()
+    shown = capsys.readouterr().out
+    assert "<|start_header_id|>user<|end_header_id|>\n\n0 + 1?<|eot_id|>" in shown
+    summary = json.loads((workdir / "summary.json").read_text())
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["evaluation", "--workdir", str(workdir), "--limit", "4", "--predictions", str(tmp_path / "p")],
+    )
+    evaluation.main()
+    assert json.loads(capsys.readouterr().out)["accuracy"] == summary["accuracy"]["adapter"]
+    assert (tmp_path / "p").read_text() == (workdir / "predictions.jsonl").read_text()
+    ask = ["generation", "--workdir", str(workdir), "--json", "--max-new-tokens", "4"]
+    monkeypatch.setattr(sys, "argv", [*ask, "--system", SYSTEM, "--prompt", "0 + 1?"])
+    generation.main()
+    (answer,) = json.loads(capsys.readouterr().out)["samples"]
+    first = json.loads((tmp_path / "p").read_text().splitlines()[0])
+    assert answer["text"] == first["generated"]
