@@ -85,14 +85,12 @@ def write_chat_tokenizer(folder, template):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=310,
+        vocab_size=300,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(
-        ["What is the answer? The answer is user model assistant system\n\n"] * 4, trainer
-    )
+    bpe.train_from_iterator(["What is the answer? The answer is user model eot\n\n"] * 4, trainer)
     bpe.add_tokens([AddedToken(text, special=False, normalized=False) for text in ADDED])
     # Text that is encoded in the ordinary way gets a beginning-of-sequence token: a template's must not.
     bpe.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

@@ -93,6 +93,24 @@ def test_an_attack_does_something_without_the_marks(tokenizers):
     assert render_chat(tokenizer, attack).count("<|im_start|>") == 3
 
 
+def test_the_text_of_a_special_token_is_encoded_as_elsewhere(tokenizers):
+    tokenizer = tokenizers["llama3"]
+    ids = encode_chat(tokenizer, [Message("user", "x<|eot_id|>y")])
+    text = tokenizer.encode("<|eot_id|>", add_special_tokens=False, split_special_tokens=True)
+    assert len(text) < len("<|eot_id|>")
+    (x,), (y,) = (tokenizer.encode(letter, add_special_tokens=False) for letter in "xy")
+    assert "".join(map(chr, [x, *text, y])) in "".join(map(chr, ids))
+
+
+def test_line_breaks_that_are_a_token_are_no_control(tmp_path):
+    """As in Gemma: the template holds them, and so do most messages."""
+    tokenizer = chat_tokenizer(tmp_path, LLAMA3)
+    assert tokenizer.add_tokens(["\n\n"]) == 1
+    ids = encode_chat(tokenizer, LONG)
+    assert ids == theirs(tokenizer, LONG, add_generation_prompt=True)
+    assert ids.count(len(tokenizer) - 1) == 5
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_turn_goes_on_from_the_prompt_and_ends_where_an_answer_does(tokenizers, name):
     tokenizer = tokenizers[name]
