@@ -18,9 +18,20 @@ from milora_jax.errors import UserError, one_of, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZE = ("none", "int8", "nf4")
-METHODS = tuple(
-    "milora midora lora dora adalora moelora ia3 bitfit parallel_adapter learned_adapter p_tuning_v2 iapt "
-    "ssp".split()
+METHODS = (
+    "milora",
+    "midora",
+    "lora",
+    "dora",
+    "adalora",
+    "moelora",
+    "ia3",
+    "bitfit",
+    "parallel_adapter",
+    "learned_adapter",
+    "p_tuning_v2",
+    "iapt",
+    "ssp",
 )
 TEMPLATES = ("alpaca", "chat")
 POOLERS = ("attention", "mean", "max", "last")

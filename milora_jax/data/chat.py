@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from milora_jax.config import one_of
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, one_of
 
 ROLES = ("system", "user", "assistant")
 

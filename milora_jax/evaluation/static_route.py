@@ -22,9 +22,8 @@ from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.data.batches import collate, padded_length
-from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
-from milora_jax.data.tokens import Example, encode_records
+from milora_jax.data.tokens import Example, encode_question, encode_records
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
 from milora_jax.model_config import ModelConfig
@@ -42,13 +41,15 @@ class Model:
 
     Attributes:
       base: in the decode layout.
+      template: one of ``config.TEMPLATES``, as the adapter was tuned with.
       batch_size: rows of a batch.
     """
 
     base: Base
     config: ModelConfig
     tokenizer: Any
-    batch_size: int = 8
+    template: str
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ def static_report(
     """
     static = static_lora(adapter, route.weights)
     nothing = static_lora(adapter, np.zeros_like(route.weights))
-    examples, dropped = encode_records(model.tokenizer, records, model.config.eos_ids[0], max_length)
+    examples, dropped = encode_records(
+        model.tokenizer, records, model.config.eos_ids, max_length, model.template
+    )
     say(f"dev perplexity of base, routed adapter and static route ({len(examples)} rows)")
     base, routed, fixed = (
         perplexity(model, mine, examples, max_length) for mine in (nothing, adapter, static)
@@ -177,7 +180,7 @@ def _loss(adapter: Adapter, base: Base, batch: Any, config: ModelConfig) -> tupl
 
 
 def _answers(model: Model, adapter: Adapter, records: Sequence[Record], settings: GenerationSettings) -> list:
-    prompts = [prompt_text(record) for record in records]
+    prompts = [encode_question(model.tokenizer, record, model.template) for record in records]
     return generate(
         model.base,
         model.config,

@@ -18,7 +18,7 @@ import numpy as np
 
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base
-from milora_jax.config import METHODS, DataSection
+from milora_jax.config import METHODS, TEMPLATES, DataSection
 from milora_jax.data.records import Record, parse_sources, read_records
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, require, run_command
@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     writer.add_argument("--base-name", default="", help="its name in PEFT's files (default: the path)")
     writer.add_argument("--calibration", default="", help="files whose prompts fix the route of a MiLoRA")
     writer.add_argument("--dev", default="", help="files that measure it (default: the same)")
+    writer.add_argument("--template", choices=TEMPLATES, help="of them (default: the run's, or alpaca)")
     writer.add_argument("--limit", type=int, default=0, help="rows of each kind (default: all)")
     writer.add_argument("--max-new-tokens", type=int, default=64, help="longest greedy answer compared")
     writer.add_argument("--batch-size", type=int, default=8, help="rows computed together")
@@ -119,7 +120,11 @@ def fixed_route(arguments: argparse.Namespace) -> tuple[np.ndarray | None, dict[
     quantize = require_its_base(arguments.workdir, folder)
     base, config = load_base(folder, arguments.dtype, decode=True, quantize=quantize)
     require(bool(config.eos_ids), "eos_token_id of the model", None, "a token that ends an answer")
-    model = Model(base, config, load_tokenizer(str(folder)), arguments.batch_size)
+    template = arguments.template
+    if not template:
+        is_run = (arguments.workdir / CONFIG_NAME).is_file()
+        template = read_workdir_config(arguments.workdir).data.template if is_run else TEMPLATES[0]
+    model = Model(base, config, load_tokenizer(str(folder)), template, arguments.batch_size)
     route = calibrated_route(model, adapter, calibration, _say)
     print("\n".join(route.lines()))
     report = None
