@@ -48,6 +48,8 @@ class Family:
       slides: how layers slide where ``layer_types`` is missing: "none", "all", "late" (from
         ``max_window_layers`` on), or "every" (all but each n-th).
       every: n, unless ``sliding_window_pattern`` says otherwise.
+      within: a regular expression for what goes before the names of the language model's tensors in a model
+        of images, and ``beside`` for the names of the others.
       fused: whether the files hold Q, K, V in one tensor, and gate and up in another.
     """
 
@@ -59,6 +61,8 @@ class Family:
     gelu_is_tanh: bool = False
     slides: str = "none"
     every: int = 0
+    within: str = "$^"
+    beside: str = "$^"
     fused: bool = False
 
 
@@ -138,6 +142,8 @@ FAMILIES = {
         activation_keys=("hidden_activation",),
         slides="every",
         every=6,
+        within=r"^(language_model\.(?!model)|language_model\.model\.|model\.language_model\.)",
+        beside=r"(model\.)?(vision_tower|multi_modal_projector)\.",
     ),
     "phi3": Family(
         "Phi3ForCausalLM",

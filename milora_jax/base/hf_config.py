@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_jax.base.families import FAMILIES, SWITCHES, UNSUPPORTED, Family
-from milora_jax.base.hf import read_json_object
+from milora_jax.base.json_files import read_json_object
 from milora_jax.errors import UserError, one_of, require
 from milora_jax.model_config import LinearScaling, Llama3Scaling, ModelConfig
 

@@ -20,9 +20,10 @@ from milora_jax.adapters.milora import MiLoRA, MiLoRAParams
 from milora_jax.adapters.protocol import Adapter, Method, Shape
 from milora_jax.adapters.registry import build_method, full_settings
 from milora_jax.adapters.router import NORMALIZE_EPS
+from milora_jax.base.json_files import parse_json_object
 from milora_jax.config import QUANTIZE, Config
 from milora_jax.errors import UserError
-from milora_jax.storage.files import json_bytes, parse_json_object
+from milora_jax.storage.files import json_bytes
 from milora_jax.storage.manifest import DamagedError, manifest_errors, read_verified, write_manifest
 from milora_jax.storage.pair_tensors import (
     Record,

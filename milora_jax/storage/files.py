@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import stat
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,29 +150,3 @@ def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
         if status.st_size > largest:
             raise UserError(f"{path}: has {status.st_size} bytes, expected at most {largest}")
         return file.read(status.st_size)
-
-
-def parse_json_object(content: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in ``content``, in which no name may occur twice.
-
-    Args:
-      where: what an error calls it.
-
-    Raises:
-      UserError: it is none.
-    """
-    try:
-        value = json.loads(content, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, hostile nesting, endless digits
-        raise UserError(f"{where}: not a JSON object ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: not a JSON object, found {type(value).__name__}")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the name {name[:100]!r} occurs twice")
-    return values

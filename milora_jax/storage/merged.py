@@ -8,7 +8,6 @@ config and the files of the tokenizer.
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,15 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from milora_jax.base.hf import INDEX_NAME, WEIGHTS_NAME, files_by_tensor, opened
+from milora_jax.base.hf import INDEX_NAME, WEIGHTS_NAME, files_by_tensor
 from milora_jax.base.specs import FUSED_PATHS, MODULE_PATHS
+from milora_jax.base.tensor_file import FLOATING, TensorFile
 from milora_jax.errors import UserError, require
 from milora_jax.storage.files import json_bytes
 from milora_jax.storage.fixed import FixedChange
-from milora_jax.storage.tensor_files import DTYPES
 from milora_jax.types import EXPERTS
 
 SHARD_BYTES = 5 * 10**9
@@ -91,7 +89,7 @@ def _place(name: str) -> tuple[int, tuple[str, ...]] | None:
     return None if match is None or match[2] not in _PLACES else (int(match[1]), _PLACES[match[2]])
 
 
-def _require_all(files: dict[str, Path], change: FixedChange, base: Path) -> None:
+def _require_all(files: dict[str, TensorFile], change: FixedChange, base: Path) -> None:
     """Refuse a base in which a module of the adapter has no weight: its change would be lost."""
     found = {(place[0], module) for place in map(_place, files) if place for module in place[1]}
     for layer in range(len(change.weights)):
@@ -100,18 +98,15 @@ def _require_all(files: dict[str, Path], change: FixedChange, base: Path) -> Non
                 raise UserError(f"{base}: no weight of module {module!r} of layer {layer} to merge into")
 
 
-def _described(files: dict[str, Path]) -> Iterator[_Tensor]:
+def _described(files: dict[str, TensorFile]) -> Iterator[_Tensor]:
     """All tensors, in the order of their files."""
-    for path in sorted(set(files.values())):
-        with opened(path) as tensors:
-            for name in sorted(name for name, place in files.items() if place == path):
-                part = tensors.get_slice(name)
-                dtype, shape = part.get_dtype(), tuple(part.get_shape())
-                if dtype not in DTYPES:
-                    raise UserError(
-                        f"{path}: tensor {name!r} has dtype {dtype}, expected one of {', '.join(DTYPES)}"
-                    )
-                yield _Tensor(name, dtype, shape, math.prod(shape) * jnp.dtype(DTYPES[dtype]).itemsize)
+    for name, file in sorted(files.items(), key=lambda pair: (pair[1].path, pair[0])):
+        entry = file.entries[name]
+        if entry.dtype not in FLOATING:
+            raise UserError(
+                f"{file.path}: tensor {name!r} has dtype {entry.dtype}, expected one of {', '.join(FLOATING)}"
+            )
+        yield _Tensor(name, entry.dtype, entry.shape, entry.end - entry.start)
 
 
 def _packed(tensors: Iterator[_Tensor], most: int) -> Iterator[list[_Tensor]]:
@@ -125,7 +120,7 @@ def _packed(tensors: Iterator[_Tensor], most: int) -> Iterator[list[_Tensor]]:
     yield shard
 
 
-def _write_shard(path: Path, shard: list[_Tensor], files: dict[str, Path], change: FixedChange) -> None:
+def _write_shard(path: Path, shard: list[_Tensor], files: dict[str, TensorFile], change: FixedChange) -> None:
     """One safetensors file, tensor by tensor: the library's own writer wants all of them at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -138,8 +133,7 @@ def _write_shard(path: Path, shard: list[_Tensor], files: dict[str, Path], chang
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in shard:
-            with opened(files[tensor.name]) as tensors:
-                values = tensors.get_tensor(tensor.name)
+            values = files[tensor.name].whole(tensor.name)
             file.write(np.ascontiguousarray(_changed(tensor, values, change)).tobytes())
 
 

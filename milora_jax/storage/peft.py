@@ -23,10 +23,11 @@ from milora_jax.adapters.lora import TunedPairs
 from milora_jax.adapters.low_rank import LowRank
 from milora_jax.adapters.protocol import Adapter, Shape
 from milora_jax.base.families import FAMILIES
+from milora_jax.base.json_files import parse_json_object
 from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
-from milora_jax.storage.files import parse_json_object, read_bytes
+from milora_jax.storage.files import read_bytes
 from milora_jax.storage.fixed import fixed_change
 from milora_jax.storage.pair_tensors import (
     Record,

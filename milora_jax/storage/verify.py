@@ -13,11 +13,12 @@ from milora_jax.adapters.protocol import Shape
 from milora_jax.adapters.registry import adapter_shape
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
+from milora_jax.base.json_files import parse_json_object
 from milora_jax.errors import UserError
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, verify_step
 from milora_jax.storage.export import ORIGIN_FILE
 from milora_jax.storage.exported import exported_findings, is_exported, read_exported_metadata, read_shape
-from milora_jax.storage.files import parse_json_object, read_bytes
+from milora_jax.storage.files import read_bytes
 from milora_jax.storage.manifest import MANIFEST, DamagedError, manifest_errors
 from milora_jax.storage.pair_tensors import differences, pair_name
 from milora_jax.storage.peft import IA3_LEAF, PEFT_CONFIG, PEFT_DTYPES, PEFT_TENSORS, read_peft_settings

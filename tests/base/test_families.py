@@ -4,9 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base, logits
@@ -191,11 +193,19 @@ def test_a_config_is_read_in_every_spelling(name, changes, expected, folder):
 
 
 @pytest.mark.parametrize("name", ["gemma3_text"])
-def test_the_text_of_a_model_with_images(name, folder):
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_of_a_model_with_images(name, prefix, folder):
+    before, _ = load_base(folder)
+    path = folder / "model.safetensors"
+    tensors = {prefix + tensor.removeprefix("model."): value for tensor, value in load_file(path).items()}
+    beside = {"vision_tower.x": np.ones(2, np.float32), "model.multi_modal_projector.y": np.ones(2, np.int32)}
+    save_file({**tensors, **beside}, path)
     values = json.loads((folder / "config.json").read_text())
     nested = {"model_type": "gemma3", "text_config": values, "vision_config": {"hidden_size": 8}}
     (folder / "config.json").write_text(json.dumps(nested))
-    assert read_model_config(folder) == FAMILY_CONFIGS[name]
+    found, config = load_base(folder)
+    assert config == FAMILY_CONFIGS[name]
+    jax.tree.map(np.testing.assert_array_equal, found, before)
 
 
 @pytest.mark.parametrize("name", ["qwen3"])

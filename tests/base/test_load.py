@@ -196,9 +196,9 @@ def misindex(folder):
 
 
 BAD_FILES = {
-    "truncated": (truncate, "not a readable safetensors file"),
+    "truncated": (truncate, "truncated: tensor "),
     "a pickle": (to_pickle, "found pytorch_model.bin, but pickles are never loaded"),
-    "a pickle in disguise": (disguise_pickle, "not a readable safetensors file"),
+    "a pickle in disguise": (disguise_pickle, "not a whole safetensors file: its header has"),
     "nothing": (
         lambda f: (f / WEIGHTS).unlink(),
         f"expected {WEIGHTS} or {INDEX}",

@@ -164,7 +164,7 @@ CASES = {
     },
     **{name: (lambda f, v=values: change_config(f, **v), said) for name, (values, said) in ILL_TYPED.items()},
     "no config": (lambda f: (f / PEFT_CONFIG).unlink(), "no such file or directory, expected a regular file"),
-    "config is no JSON": (lambda f: (f / PEFT_CONFIG).write_text("r: 4"), "not a JSON object"),
+    "config is no JSON": (lambda f: (f / PEFT_CONFIG).write_text("r: 4"), "not readable JSON"),
     "duplicate setting": (
         lambda f: (f / PEFT_CONFIG).write_text('{"r": 4, "r": 8}'),
         "the name 'r' occurs twice",

@@ -109,10 +109,7 @@ def test_a_base_of_another_family_is_merged(name, tmp_path):
         tensors = {f"language_model.{name}": value for name, value in read_tensors(path).items()}
         path.unlink()
         write_tensors(path, tensors)
-    merged = merge(tmp_path / "run", base, out)
-    if name == "gemma3_text":
-        plain = {tensor.removeprefix("language_model."): value for tensor, value in merged.items()}
-        write_tensors(out / "model.safetensors", plain)
+    assert merge(tmp_path / "run", base, out).keys() == read_tensors(base / "model.safetensors").keys()
     np.testing.assert_allclose(hidden(out), before, rtol=1e-4, atol=1e-4)
 
 

@@ -1,0 +1,184 @@
+"""``python -m milora_jax.bench load``: how fast a base is read from a disk, beside the disk itself.
+
+The files are those of ``--path``, or are written first with random values: a published shape at reduced
+depth. Each round reads all of them once in order, in blocks of 16 MiB into one buffer, and loads them once,
+the page cache emptied before either as far as the system lets one program do it (``posix_fadvise``). One
+JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from milora_jax.base.hf import INDEX_NAME, files_by_tensor
+from milora_jax.base.hf_config import write_model_config
+from milora_jax.base.known import SHAPES
+from milora_jax.base.load import load_base
+from milora_jax.base.specs import base_specs
+from milora_jax.bench import machine
+from milora_jax.bench.rounds import require_least, require_names
+from milora_jax.config import DTYPES, QUANTIZE
+from milora_jax.errors import UserError
+from milora_jax.model_config import ModelConfig
+
+BLOCK = 2**24
+
+
+def main(argv: list[str]) -> None:
+    """Measure and print."""
+    asked = _parse(argv)
+    with tempfile.TemporaryDirectory(dir=asked.scratch or None) as scratch:
+        directory = Path(asked.path or scratch)
+        if not asked.path:
+            write_random(directory, _shape(asked), asked.stored, asked.shard_bytes)
+        files = sorted({file.path for file in files_by_tensor(directory).values()})
+        size = sum(path.stat().st_size for path in files)
+        rounds: dict[str, list[float]] = {"disk": [], "load": []}
+        peaks = []
+        for repeat in range(asked.repeats):
+            for what in list(rounds)[:: 1 if repeat % 2 == 0 else -1]:
+                _forget(files)
+                if what == "disk":
+                    rounds[what].append(_read(files))
+                    continue
+                seconds, peak = _in_fresh_process(directory, asked.dtype, asked.quantize)
+                rounds[what].append(seconds)
+                peaks.append(peak)
+    rate = {what: size / statistics.median(seconds) for what, seconds in rounds.items()}
+    report = {
+        "bench": "load",
+        "bytes": size,
+        "files": len(files),
+        "stored": asked.stored if not asked.path else None,
+        "dtype": asked.dtype,
+        "quantize": asked.quantize,
+        "repeats": asked.repeats,
+        "disk_bytes_per_second": rate["disk"],
+        "load_bytes_per_second": rate["load"],
+        "share_of_disk": rate["load"] / rate["disk"],
+        "peak_bytes_over_file_bytes": statistics.median(peaks) / size,
+        **machine.describe(),
+    }
+    print(json.dumps(report), flush=True)
+
+
+def write_random(directory: Path, config: ModelConfig, dtype: str, shard_bytes: int) -> None:
+    """A Hugging Face directory with random values, shard by shard."""
+    from safetensors.numpy import save_file
+
+    rng, shard, places, number = np.random.default_rng(0), {}, {}, 0
+
+    def write() -> None:
+        nonlocal number
+        number += 1
+        name = f"model-{number:05d}.safetensors"
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        places.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, shape in _tensors(config):
+        values = (0.02 * rng.standard_normal(shape, dtype=np.float32)).astype(jnp.dtype(dtype))
+        shard[name] = values
+        if sum(tensor.nbytes for tensor in shard.values()) >= shard_bytes:
+            write()
+    if shard:
+        write()
+    (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (directory / "config.json").write_text(json.dumps(write_model_config(config, 1, dtype)))
+
+
+def _tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the files' tensors, layer by layer."""
+    import jax
+
+    shapes = {
+        part.name: spec.tensor_shape(part)[:: -1 if spec.transposed else 1]
+        for spec in jax.tree.leaves(base_specs(config, decode=True))
+        for part in spec.parts
+    }
+    yield from shapes.items()
+
+
+def _shape(asked: argparse.Namespace) -> ModelConfig:
+    return dataclasses.replace(SHAPES[asked.shape], num_layers=asked.layers)
+
+
+def _forget(files: list[Path]) -> None:
+    """Ask the system to drop the files from its page cache."""
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # a page that is not on the disk yet is not dropped
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _read(files: list[Path]) -> float:
+    buffer = memoryview(bytearray(BLOCK))
+    begin = time.perf_counter()
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - begin
+
+
+def _in_fresh_process(directory: Path, dtype: str, quantize: str) -> tuple[float, int]:
+    """Seconds of a load, and bytes that it added to a process at most."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_load, args=(theirs, directory, dtype, quantize))
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise UserError("the process that loads ended before it had loaded") from None
+    finally:
+        child.join()
+
+
+def _load(pipe: Any, directory: Path, dtype: str, quantize: str) -> None:
+    jnp.zeros(1).block_until_ready()  # JAX itself takes memory and time
+    before, begin = _most_resident(), time.perf_counter()
+    base, _ = load_base(directory, dtype, quantize=quantize)
+    seconds = time.perf_counter() - begin
+    pipe.send((seconds, _most_resident() - before))
+    del base
+
+
+def _most_resident() -> int:
+    """Most bytes resident in this process so far; ``getrusage`` would count those of its parent as well."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(fields["VmHWM"].split()[0])
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m milora_jax.bench load", description=__doc__)
+    parser.add_argument("--path", default="", help="Hugging Face directory; default: one is written")
+    parser.add_argument("--shape", default="llama2-7b", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--stored", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--shard-bytes", type=int, default=2**29, help="of a written file, at least")
+    parser.add_argument("--scratch", default="", help="where files are written (default: the system's)")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--quantize", default="none", choices=QUANTIZE)
+    parser.add_argument("--repeats", type=int, default=7, help="at least 5; the median counts")
+    asked = parser.parse_args(argv)
+    require_least(asked, {"repeats": 5, "layers": 1, "shard_bytes": 1})
+    require_names("--shape", [asked.shape], list(SHAPES))
+    return asked
