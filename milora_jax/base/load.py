@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from milora_jax.base.hf import load_leaves
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.modules import Base
+from milora_jax.base.source import model_directory
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.errors import one_of, require
@@ -23,7 +24,7 @@ def load_base(
     """Load a frozen base from a Hugging Face directory of one of ``base.families``.
 
     Args:
-      path: directory with ``config.json`` and safetensors files.
+      path: directory with ``config.json`` and safetensors files, or ``hf://OWNER/NAME[@REVISION]``.
       dtype: dtype the leaves are kept and computed in, whatever the files hold.
       decode: in the layout that decoding reads, in which nothing can be trained; from the other one
         ``generate`` makes it, and both are in memory meanwhile.
@@ -35,8 +36,9 @@ def load_base(
     """
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     one_of("quantize", quantize, QUANTIZE)
-    config = read_model_config(Path(path))
-    return load_leaves(Path(path), config, dtype, decode=decode, quantize=quantize), config
+    directory = model_directory(path)
+    config = read_model_config(directory)
+    return load_leaves(directory, config, dtype, decode=decode, quantize=quantize), config
 
 
 def logits(base: Base, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

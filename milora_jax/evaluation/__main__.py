@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from milora_jax.base.load import load_base
+from milora_jax.base.source import model_directory
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.config import EvalSection
 from milora_jax.data.records import parse_sources, read_records
@@ -66,13 +67,13 @@ def main() -> None:
         raise UserError(
             f"--predictions {str(predictions)!r}: no such directory as {str(predictions.parent)!r}"
         )
-    adapter = None if arguments.base else load_adapter(arguments.workdir)
+    adapter, directory = None, model_directory(config.model.path)
+    if not arguments.base:
+        adapter = load_adapter(arguments.workdir)
     if adapter is not None:
-        require_its_base(arguments.workdir, Path(config.model.path))
-    base, model = load_base(
-        config.model.path, config.model.dtype, decode=True, quantize=config.model.quantize
-    )
-    tokenizer = load_tokenizer(config.model.path)
+        require_its_base(arguments.workdir, directory)
+    base, model = load_base(directory, config.model.dtype, decode=True, quantize=config.model.quantize)
+    tokenizer = load_tokenizer(str(directory))
     adapter = None if adapter is None else adapter_decode_layout(adapter, base)
     scores = []
     for task, records in tasks.items():

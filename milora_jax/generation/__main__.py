@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_jax.base.load import load_base
+from milora_jax.base.source import model_directory
 from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.data.chat import Message
 from milora_jax.data.conversations import chat_field, read_chat
@@ -47,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m milora_jax.generation", description=__doc__)
     parser.add_argument("--workdir", type=Path, help="workdir of train.py: its base and its best adapter")
-    parser.add_argument("--base", type=Path, help="Hugging Face directory of the base")
+    parser.add_argument("--base", help="Hugging Face directory of the base, or hf://OWNER/NAME")
     parser.add_argument(
         "--adapter", type=Path, help="exported adapter, or a workdir; default with --base: none"
     )
@@ -156,7 +157,7 @@ def main() -> None:
         from milora_jax.storage.workdir import read_workdir_config
 
         run = read_workdir_config(arguments.workdir)
-        directory, dtype = Path(run.model.path), arguments.dtype or run.model.dtype
+        directory, dtype = run.model.path, arguments.dtype or run.model.dtype
         adapter_path = arguments.adapter or arguments.workdir
         template = "chat" if arguments.chat else run.data.template
     if arguments.system is not None and template != "chat":
@@ -164,6 +165,7 @@ def main() -> None:
             "command line: --system is of chats: expected --chat, or a run with data.template=chat"
         )
     adapter, quantize = None, "none"
+    directory = model_directory(directory)
     if adapter_path is not None:
         from milora_jax.storage.adapters import load_adapter, require_its_base
 

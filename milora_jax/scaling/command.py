@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 
 from milora_jax.base.known import SHAPES
 from milora_jax.cli import parse_train_flags
@@ -72,9 +71,10 @@ def model_of(name: str, config: Config) -> ModelConfig:
         require(name in SHAPES, "--model", name, f"one of {', '.join(SHAPES)}")
         return SHAPES[name]
     from milora_jax.base.hf_config import read_model_config
+    from milora_jax.base.source import model_directory
 
     require(bool(config.model.path), "--model", name, f"one of {', '.join(SHAPES)}, or a config.model.path")
-    return read_model_config(Path(config.model.path))
+    return read_model_config(model_directory(config.model.path))
 
 
 def parse_mesh(text: str) -> MeshSection:

@@ -18,6 +18,7 @@ import numpy as np
 
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base
+from milora_jax.base.source import model_directory
 from milora_jax.config import METHODS, TEMPLATES, DataSection
 from milora_jax.data.records import Record, parse_sources, read_records
 from milora_jax.data.tokens import load_tokenizer
@@ -44,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     writer.add_argument("--workdir", required=True, type=Path, help="workdir of train.py, or an export")
     writer.add_argument("--out", required=True, type=Path, help="a new or an empty directory")
     writer.add_argument("--format", required=True, choices=FORMATS, help="see docs/adapters.md")
-    writer.add_argument("--base", type=Path, help="Hugging Face directory of the base (default: the run's)")
+    writer.add_argument("--base", help="directory or hf:// name of the base (default: the run's)")
     writer.add_argument("--base-name", default="", help="its name in PEFT's files (default: the path)")
     writer.add_argument("--calibration", default="", help="files whose prompts fix the route of a MiLoRA")
     writer.add_argument("--dev", default="", help="files that measure it (default: the same)")
@@ -56,13 +57,13 @@ def parse_arguments() -> argparse.Namespace:
     writer.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="largest file of merged weights")
     reader = commands.add_parser("import", help="make an adapter of what PEFT saved")
     reader.add_argument("--peft", required=True, type=Path, help="directory with adapter_config.json")
-    reader.add_argument("--base", required=True, type=Path, help="Hugging Face directory that it is for")
+    reader.add_argument("--base", required=True, help="directory or hf:// name of its base")
     reader.add_argument("--out", required=True, type=Path, help="a new or an empty directory")
     reader.add_argument("--method", default="", choices=METHODS, help="milora or midora: as experts")
     reader.add_argument("--seed", type=int, default=0, help="of what is fresh in it")
     checker = commands.add_parser("verify", help="check names, shapes, dtypes, values and hashes")
     checker.add_argument("path", type=Path)
-    checker.add_argument("--base", type=Path, help="Hugging Face directory that the adapter must be for")
+    checker.add_argument("--base", help="directory or hf:// name of the base that it must be for")
     return parser.parse_args()
 
 
@@ -138,10 +139,10 @@ def fixed_route(arguments: argparse.Namespace) -> tuple[np.ndarray | None, dict[
 def base_of(arguments: argparse.Namespace) -> Path:
     """The directory of the base: as given, or the run's."""
     if arguments.base is not None:
-        return arguments.base
+        return model_directory(arguments.base)
     if not (arguments.workdir / CONFIG_NAME).is_file():
         raise UserError(f"{str(arguments.workdir)!r} is no workdir that names its base: give --base")
-    return Path(read_workdir_config(arguments.workdir).model.path)
+    return model_directory(read_workdir_config(arguments.workdir).model.path)
 
 
 def _records(sources: str, limit: int) -> list[Record]:
@@ -157,11 +158,11 @@ def main() -> None:
     """Parse the command line and run it."""
     arguments = parse_arguments()
     if arguments.command == "verify":
-        verify(arguments.path, arguments.base)
+        verify(arguments.path, None if arguments.base is None else model_directory(arguments.base))
     elif arguments.command == "export":
         run_export(arguments)
     else:
-        source, base, out = arguments.peft, arguments.base, arguments.out
+        source, base, out = arguments.peft, model_directory(arguments.base), arguments.out
         for line in import_peft(source, base, out, arguments.method, arguments.seed):
             _say(line)
         print(f"written to {out}")

@@ -21,6 +21,7 @@ import numpy as np
 from milora_jax.adapters.protocol import Adapter, abstract_params, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import Base, frozen_kernels
+from milora_jax.base.source import model_directory
 from milora_jax.config import TrainSection
 from milora_jax.data.batches import batch_rows, collate
 from milora_jax.data.tokens import Example
@@ -242,7 +243,8 @@ class Trainer:
         if newest is None:
             # Sharded from birth: a state that changes its layout after step 1 compiles step 2 again.
             start = config.train.init_from
-            params = starting_params(start, self._method, shape, Path(config.model.path)) if start else None
+            base = model_directory(config.model.path)
+            params = starting_params(start, self._method, shape, base) if start else None
             return jax.jit(fresh, out_shardings=shardings)(self._run.base, params), Progress()
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

@@ -17,6 +17,7 @@ from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf import load_leaves
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.modules import Base
+from milora_jax.base.source import model_directory
 from milora_jax.config import Config
 from milora_jax.data.batches import padded_length
 from milora_jax.data.chat import template_source
@@ -90,7 +91,8 @@ def prepare_run(config: Config, workdir: Path | None, say: Callable[[str], None]
     config = dataclasses.replace(config, adapter=full_settings(method))
     require(bool(config.model.path), "model.path", config.model.path, "a Hugging Face directory")
     require(bool(config.data.train), "data.train", config.data.train, "at least one file")
-    model = read_model_config(Path(config.model.path))
+    directory = model_directory(config.model.path)
+    model = read_model_config(directory)
     rate, params = config.train.router_rate, abstract_params(method, adapter_shape(model))
     has_router = any(jax.tree.leaves(router_mask(method, params)))
     require(rate == 1 or has_router, "train.router_rate", rate, f"1, method {method.name!r} has no router")
@@ -111,7 +113,7 @@ def prepare_run(config: Config, workdir: Path | None, say: Callable[[str], None]
         {"train.batch_size": config.train.accumulate},
     )
     records = _read_records(config, say)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(str(directory))
     if len(tokenizer) > model.vocab_size:
         raise UserError(
             f"tokenizer of {config.model.path!r} has {len(tokenizer)} tokens: "
@@ -120,7 +122,7 @@ def prepare_run(config: Config, workdir: Path | None, say: Callable[[str], None]
     rows = _encode(records, tokenizer, config, model, say)
     rules = Rules()
     base = load_leaves(
-        Path(config.model.path),
+        directory,
         model,
         config.model.dtype,
         lambda path: base_sharding(mesh, rules, path),
@@ -133,7 +135,7 @@ def prepare_run(config: Config, workdir: Path | None, say: Callable[[str], None]
         tokenizer=tokenizer,
         mesh=mesh,
         rules=rules,
-        base_fingerprint=base_fingerprint(Path(config.model.path)),
+        base_fingerprint=base_fingerprint(directory),
         **rows,
     )
 

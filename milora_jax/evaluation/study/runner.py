@@ -15,6 +15,7 @@ from milora_jax.adapters.protocol import Shape
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
+from milora_jax.base.source import model_directory
 from milora_jax.cli import Console, stop_if
 from milora_jax.data.records import fingerprint, parse_sources, read_records
 from milora_jax.errors import UserError, require
@@ -73,7 +74,7 @@ def _identity(study: Study) -> dict[str, Any]:
         "base": without_paths(study.base),
         "methods": methods,
         "tasks": study.tasks,
-        "base_fingerprint": base_fingerprint(Path(study.base.model.path)),
+        "base_fingerprint": base_fingerprint(model_directory(study.base.model.path)),
         "rows_fingerprint": rows,
     }
 
@@ -121,7 +122,7 @@ class StudyRunner:
         self._study, self._console, self._preempted = study, console, preempted
         self._directory = directory
         self._cells = CellRunner(directory / CELLS_NAME, console.say)
-        require_equal_budgets(study, adapter_shape(read_model_config(Path(study.base.model.path))))
+        require_equal_budgets(study, adapter_shape(read_model_config(model_directory(study.base.model.path))))
 
     def run(self, cells: Sequence[Cell], title: str) -> None:
         """Run what is not finished yet; wait for what another process is running.
