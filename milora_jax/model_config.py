@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from milora_jax.errors import one_of, require
 from milora_jax.types import EXPERTS, GROUPS
 
-ACTIVATIONS = ("silu", "gelu_tanh")
+GATE_ACTIVATIONS = ("silu", "gelu_tanh")
 """Of the gate; ``gelu_tanh`` is GELU by its approximation with tanh."""
 
 
@@ -44,7 +43,7 @@ class ModelConfig:
       rope_scaling: of the rotary frequencies.
       tie_embeddings: whether the head is the embedding.
       biased: modules that have a bias.
-      activation: of the gate, one of :data:`ACTIVATIONS`.
+      activation: of the gate, one of :data:`GATE_ACTIVATIONS`.
       norm_unit_offset: norms multiply by ``1 + weight``, in float32 (Gemma).
       post_norms: a norm behind each sublayer as well, before it is added to the stream (Gemma 2 and 3).
       qk_norm: a norm over every head of queries and keys before the rotary embedding (Qwen3, Gemma 3).
@@ -98,7 +97,7 @@ class ModelConfig:
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary halves)")
         require(self.norm_eps > 0, "norm_eps", self.norm_eps, "above 0")
         require(self.rope_theta > 0, "rope_theta", self.rope_theta, "above 0")
-        one_of("activation", self.activation, ACTIVATIONS)
+        one_of("activation", self.activation, GATE_ACTIVATIONS)
         whole = all(len({name in self.biased for name in names}) == 1 for names in GROUPS)
         require(whole, "biased", self.biased, "all or none of the modules that share an input")
         for name in ("query_scalar", "attention_softcap", "final_softcap", "sliding_window"):
@@ -118,11 +117,6 @@ class ModelConfig:
     def score_scale(self) -> float:
         """What the product of a query and a key is multiplied by."""
         return (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
-
-    @property
-    def embedding_scale(self) -> float:
-        """What the embedding is multiplied by."""
-        return math.sqrt(self.hidden_size) if self.scale_embedding else 1.0
 
     @property
     def module_dims(self) -> dict[str, tuple[int, int]]:

@@ -48,8 +48,7 @@ class Family:
       slides: how layers slide where ``layer_types`` is missing: "none", "all", "late" (from
         ``max_window_layers`` on), or "every" (all but each n-th).
       every: n, unless ``sliding_window_pattern`` says otherwise.
-      within: a regular expression for what goes before the names of the language model's tensors in a model
-        of images, and ``beside`` for the names of the others.
+      in_images: whether its files may hold a model of images around the language model.
       fused: whether the files hold Q, K, V in one tensor, and gate and up in another.
     """
 
@@ -61,8 +60,7 @@ class Family:
     gelu_is_tanh: bool = False
     slides: str = "none"
     every: int = 0
-    within: str = "$^"
-    beside: str = "$^"
+    in_images: bool = False
     fused: bool = False
 
 
@@ -142,8 +140,7 @@ FAMILIES = {
         activation_keys=("hidden_activation",),
         slides="every",
         every=6,
-        within=r"^(language_model\.(?!model)|language_model\.model\.|model\.language_model\.)",
-        beside=r"(model\.)?(vision_tower|multi_modal_projector)\.",
+        in_images=True,
     ),
     "phi3": Family(
         "Phi3ForCausalLM",

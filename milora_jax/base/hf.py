@@ -11,7 +11,6 @@ tensor must be there, with the expected shape, and no other.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import pairwise
@@ -26,7 +25,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from milora_jax.base.families import FAMILIES
 from milora_jax.base.json_files import read_json_object
 from milora_jax.base.modules import Base
-from milora_jax.base.specs import Encoded, LeafSpec, Part, base_specs
+from milora_jax.base.specs import Encoded, LeafSpec, Part, base_specs, text_name
 from milora_jax.base.tensor_file import FLOATING, TensorFile
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
@@ -76,7 +75,9 @@ def load_leaves(
     Raises:
       UserError: for a missing, extra or misshapen tensor, a pickle, or a damaged file.
     """
-    files = _of_text(files_by_tensor(directory), config)
+    files = files_by_tensor(directory)
+    if FAMILIES[config.family].in_images:
+        files = _of_text(files)
     specs = base_specs(config, decode, quantize)
     expected = {part.name for spec in jax.tree.leaves(specs) for part in spec.parts}
     found = {name for name in files if not name.endswith(IGNORED_SUFFIX)}
@@ -153,17 +154,13 @@ def files_by_tensor(directory: Path) -> dict[str, TensorFile]:
     return files
 
 
-def _of_text(files: dict[str, TensorFile], config: ModelConfig) -> dict[str, TensorFile]:
-    """The tensors of the language model under its own names, where a model of images is around it."""
-    around = re.compile(FAMILIES[config.family].beside)
-    within = re.compile(FAMILIES[config.family].within)
-    found = {}
-    for name, file in files.items():
-        if around.match(name):
-            continue
-        plain = within.sub(lambda match: "" if match[0] == "language_model." else "model.", name)
-        found[plain] = TensorFile(file.path, {plain: file.entries[name]})
-    return found
+def _of_text(files: dict[str, TensorFile]) -> dict[str, TensorFile]:
+    """The tensors of the language model within a model of images, under the names that they have alone."""
+    return {
+        plain: TensorFile(file.path, {plain: file.entries[name]})
+        for name, file in files.items()
+        if (plain := text_name(name)) is not None
+    }
 
 
 def _weight_files(directory: Path) -> Iterator[tuple[Path, set[str] | None]]:

@@ -36,6 +36,11 @@ def softcap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+def softcap_slope(capped: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"] | float:
+    """The derivative of :func:`softcap`, from what it gave."""
+    return 1.0 if cap is None else 1.0 - (capped / cap) ** 2
+
+
 @dataclass(frozen=True)
 class Scoring:
     """How the product of a query and a key becomes a score.
@@ -54,7 +59,7 @@ class Scoring:
 
     def slope(self, scores: Float[Array, "*B"]) -> Float[Array, "*B"] | float:
         """The derivative for the products, from the scores."""
-        return self.scale if self.cap is None else self.scale * (1.0 - (scores / self.cap) ** 2)
+        return self.scale * softcap_slope(scores, self.cap)
 
 
 def rope_frequencies(
@@ -139,7 +144,7 @@ def cached_attention(
 
 
 def gated(gate: Float[Array, "*B F"], up: Float[Array, "*B F"], activation: str) -> Float[Array, "*B F"]:
-    """``act(gate) * up``: SwiGLU or GeGLU, by one of ``model_config.ACTIVATIONS``."""
+    """``act(gate) * up``: SwiGLU or GeGLU, by one of ``model_config.GATE_ACTIVATIONS``."""
     if activation == "silu":
         return jax.nn.silu(gate) * up
     return jax.nn.gelu(gate, approximate=True) * up

@@ -42,20 +42,19 @@ class Sight:
         prompts: int,
         prefix_length: int,
         cache: KVCache | BeamCache | None,
-        length: int,
     ) -> Sight:
-        """Of a pass over ``length`` tokens, see :func:`forward`."""
+        """Of a pass, see ``transformer.forward``."""
         frequencies = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         tables, local_tables = ops.rope_tables(positions, frequencies), None
         if config.local_rope_theta is not None:
             frequencies = ops.rope_frequencies(config.head_dim, config.local_rope_theta, None)
             local_tables = ops.rope_tables(positions, frequencies)
         size = config.sliding_window if any(config.slides) else None
+        rows, length = positions.shape
         if cache is not None:
             hides = size is not None and size < cache.reach
             mask = cache.mask(length)
             return cls(mask, cache.mask(length, size) if hides else mask, None, tables, local_tables)
-        rows = segment_ids.shape[0]
 
         def of_prefix(values: Array) -> Array:
             return jnp.broadcast_to(values.astype(jnp.int32)[None], (rows, values.size))

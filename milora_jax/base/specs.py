@@ -47,6 +47,20 @@ POST_NORM_PATHS = {
 HEAD_NORM_PATHS = {"query": "self_attn.q_norm", "key": "self_attn.k_norm"}
 
 
+OF_IMAGES = ("vision_tower.", "multi_modal_projector.")
+
+
+def text_name(name: str) -> str | None:
+    """The name that a tensor has in the files of a language model alone; None for one of an image model.
+
+    >>> text_name("language_model.model.norm.weight"), text_name("model.language_model.norm.weight")
+    ('model.norm.weight', 'model.norm.weight')
+    """
+    if name.removeprefix("model.").startswith(OF_IMAGES):
+        return None
+    return name.removeprefix("language_model.").replace("model.language_model.", "model.", 1)
+
+
 @dataclass(frozen=True)
 class Part:
     """One tensor of the files, and where it lies in a leaf.

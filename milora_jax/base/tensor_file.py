@@ -62,6 +62,11 @@ class Entry:
     start: int
     end: int
 
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor."""
+        return self.end - self.start
+
 
 def header_length(first: bytes, size: int, where: str) -> int:
     """Bytes of the header of a file.

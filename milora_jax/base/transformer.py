@@ -120,8 +120,8 @@ def forward(
     with jax.named_scope("embed"):
         hidden = jnp.take(base.embedding[...], tokens, axis=0, mode="clip")
         if config.scale_embedding:
-            hidden = hidden * jnp.asarray(config.embedding_scale, hidden.dtype)
-        sight = Sight.of(config, positions, segment_ids, prompts, prefix_length, cache, tokens.shape[1])
+            hidden = hidden * jnp.asarray(config.hidden_size**0.5, hidden.dtype)
+        sight = Sight.of(config, positions, segment_ids, prompts, prefix_length, cache)
     slides = config.slides
 
     def run_layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Route | None, Any]]:
@@ -165,7 +165,7 @@ def forward(
     if remat in POLICIES:
         layer_step = jax.checkpoint(run_layer, policy=POLICIES[remat], prevent_cse=base.unrolled)
     hidden, (route, layers) = _over_layers(layer_step, hidden, inputs, base.unrolled)
-    hidden = ops.rms_norm(hidden, base.final_norm[...], config.norm_eps, config.norm_unit_offset)
+    hidden = _norm(config, hidden, base.final_norm)
     if cache is not None:
         cache = cache.after(layers, tokens.shape[1])
     elif cache_slots:

@@ -11,15 +11,14 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from milora_jax.base.hf import INDEX_NAME, WEIGHTS_NAME, files_by_tensor
-from milora_jax.base.specs import FUSED_PATHS, MODULE_PATHS
-from milora_jax.base.tensor_file import FLOATING, TensorFile
+from milora_jax.base.specs import FUSED_PATHS, MODULE_PATHS, text_name
+from milora_jax.base.tensor_file import FLOATING, Entry, TensorFile
 from milora_jax.errors import UserError, require
 from milora_jax.storage.files import json_bytes
 from milora_jax.storage.fixed import FixedChange
@@ -40,18 +39,10 @@ _PLACES = {path: (module,) for module, path in MODULE_PATHS.items()} | {
 }
 """Which modules a weight holds, one after the other, by its path in a layer."""
 
-_WEIGHT = re.compile(r"(?:language_model\.)?model\.(?:language_model\.)?layers\.(\d+)\.(.+)\.weight")
-"""A weight of a layer; with images beside it, the language model has a name of its own."""
+_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor as its file's header describes it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    size: int
+Named = tuple[str, Entry]
+"""A tensor of the base and what its file's header says of it."""
 
 
 def write_merged(base: Path, out: Path, change: FixedChange, shard_bytes: int = SHARD_BYTES) -> None:
@@ -73,9 +64,9 @@ def write_merged(base: Path, out: Path, change: FixedChange, shard_bytes: int = 
     places = {}
     for name, shard in zip(names, shards, strict=True):
         _write_shard(out / name, shard, files, change)
-        places |= {tensor.name: name for tensor in shard}
+        places |= {tensor: name for tensor, _ in shard}
     if len(shards) > 1:
-        total = sum(tensor.size for shard in shards for tensor in shard)
+        total = sum(entry.size for shard in shards for _, entry in shard)
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (out / INDEX_NAME).write_bytes(json_bytes(index))
     for path in sorted({path for pattern in COPIED for path in base.glob(pattern)}):
@@ -85,7 +76,7 @@ def write_merged(base: Path, out: Path, change: FixedChange, shard_bytes: int = 
 
 def _place(name: str) -> tuple[int, tuple[str, ...]] | None:
     """Layer and modules of a weight that an adapter may change."""
-    match = _WEIGHT.fullmatch(name)
+    match = _WEIGHT.fullmatch(text_name(name) or "")
     return None if match is None or match[2] not in _PLACES else (int(match[1]), _PLACES[match[2]])
 
 
@@ -98,7 +89,7 @@ def _require_all(files: dict[str, TensorFile], change: FixedChange, base: Path) 
                 raise UserError(f"{base}: no weight of module {module!r} of layer {layer} to merge into")
 
 
-def _described(files: dict[str, TensorFile]) -> Iterator[_Tensor]:
+def _described(files: dict[str, TensorFile]) -> Iterator[Named]:
     """All tensors, in the order of their files."""
     for name, file in sorted(files.items(), key=lambda pair: (pair[1].path, pair[0])):
         entry = file.entries[name]
@@ -106,40 +97,41 @@ def _described(files: dict[str, TensorFile]) -> Iterator[_Tensor]:
             raise UserError(
                 f"{file.path}: tensor {name!r} has dtype {entry.dtype}, expected one of {', '.join(FLOATING)}"
             )
-        yield _Tensor(name, entry.dtype, entry.shape, entry.end - entry.start)
+        yield name, entry
 
 
-def _packed(tensors: Iterator[_Tensor], most: int) -> Iterator[list[_Tensor]]:
+def _packed(tensors: Iterator[Named], most: int) -> Iterator[list[Named]]:
     """Tensors shard by shard, each of at most so many bytes unless it is one tensor."""
-    shard: list[_Tensor] = []
-    for tensor in tensors:
-        if shard and sum(mine.size for mine in shard) + tensor.size > most:
+    shard: list[Named] = []
+    filled = 0
+    for name, entry in tensors:
+        if shard and filled + entry.size > most:
             yield shard
-            shard = []
-        shard.append(tensor)
+            shard, filled = [], 0
+        shard.append((name, entry))
+        filled += entry.size
     yield shard
 
 
-def _write_shard(path: Path, shard: list[_Tensor], files: dict[str, TensorFile], change: FixedChange) -> None:
+def _write_shard(path: Path, shard: list[Named], files: dict[str, TensorFile], change: FixedChange) -> None:
     """One safetensors file, tensor by tensor: the library's own writer wants all of them at once."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for tensor in shard:
-        offsets = [end, end + tensor.size]
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-        end += tensor.size
+    for name, entry in shard:
+        offsets = [end, end + entry.size]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        end += entry.size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in shard:
-            values = files[tensor.name].whole(tensor.name)
-            file.write(np.ascontiguousarray(_changed(tensor, values, change)).tobytes())
+        for name, _ in shard:
+            file.write(_changed(name, files[name].whole(name), change).tobytes())
 
 
-def _changed(tensor: _Tensor, values: np.ndarray, change: FixedChange) -> np.ndarray:
+def _changed(name: str, values: np.ndarray, change: FixedChange) -> np.ndarray:
     """A tensor of the base with the change in it, if it is one of a layer's seven weights."""
-    place = _place(tensor.name)
+    place = _place(name)
     if place is None:
         return values
     layer, modules = place
@@ -148,5 +140,5 @@ def _changed(tensor: _Tensor, values: np.ndarray, change: FixedChange) -> np.nda
         changed = [change.apply(layer, *pair) for pair in zip(modules, parts, strict=True)]
         merged = np.concatenate(changed).astype(values.dtype)
     if not np.isfinite(merged.astype(np.float32)).all():
-        raise UserError(f"merged tensor {tensor.name!r} has values that are not finite in {tensor.dtype}")
+        raise UserError(f"merged tensor {name!r} has values that are not finite in {values.dtype}")
     return merged

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from milora_jax.base.modules import Base
-from milora_jax.base.ops import softcap
+from milora_jax.base.ops import softcap, softcap_slope
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int
 
@@ -99,8 +99,7 @@ def _forward(of_logits: _OfLogits, hidden: Array, head: Array, targets: Array, c
         at_target = jax.lax.broadcasted_iota(wanted.dtype, logits.shape, 2) == wanted[..., None]
         # exp(logit - normaliser) is the softmax: the gradient, less one at the target.
         shares = jnp.exp(logits - normaliser[..., None]) - at_target.astype(jnp.float32)
-        if of_logits.cap is not None:
-            shares = shares * (1.0 - (logits / of_logits.cap) ** 2)
+        shares = shares * softcap_slope(logits, of_logits.cap)
         slope = jnp.where(counts[..., None], shares, 0.0).astype(head.dtype)
         gradient = jnp.einsum(back, slope, head, preferred_element_type=jnp.float32)
         return total + loss, gradient.astype(states.dtype)

@@ -12,10 +12,10 @@ import pytest
 from milora_jax.base.load import load_base
 from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.errors import UserError
+from milora_jax.storage.adapter_tensors import read_tensors, write_tensors
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.export import export_merged
 from milora_jax.storage.merged import SHARD_BYTES
-from milora_jax.storage.tensor_files import read_tensors, write_tensors
 from milora_jax.storage.verify import findings
 from milora_jax.types import EXPERTS
 from tests.families import FAMILY_CONFIGS
@@ -156,7 +156,7 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_left(model, tmp_path):
     cases = {
         "routed": (model, "method 'milora' routes every prompt: a fixed route needs calibration rows"),
         "ia3": (model, "method 'ia3' is more than one change of each weight"),
-        "huge": (small, "merged tensor .* has values that are not finite in F16"),
+        "huge": (small, "merged tensor .* has values that are not finite in float16"),
     }
     for name, (base, message) in cases.items():
         with pytest.raises(UserError, match=message):
