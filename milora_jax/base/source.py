@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from milora_jax.errors import UserError
@@ -23,8 +24,12 @@ def model_directory(path: str | Path) -> Path:
       UserError: for a name that is none, that the Hub does not have or does not give, or no connection to it.
     """
     text = str(path)
-    if not text.startswith("hf:"):
-        return Path(path)
+    return _fetched(text) if text.startswith("hf:") else Path(path)
+
+
+@functools.cache
+def _fetched(text: str) -> Path:
+    """Once in a process: a name without a revision means one model for as long as it lives."""
     name, _, revision = text.removeprefix(HUB).partition("@")
     if not text.startswith(HUB) or name.count("/") != 1 or not all(name.split("/")):
         raise UserError(f"model {text!r}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION")

@@ -242,9 +242,10 @@ class Trainer:
             )
         if newest is None:
             # Sharded from birth: a state that changes its layout after step 1 compiles step 2 again.
-            start = config.train.init_from
-            base = model_directory(config.model.path)
-            params = starting_params(start, self._method, shape, base) if start else None
+            params = None
+            if config.train.init_from:
+                base = model_directory(config.model.path)
+                params = starting_params(config.train.init_from, self._method, shape, base)
             return jax.jit(fresh, out_shardings=shardings)(self._run.base, params), Progress()
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

@@ -3,6 +3,7 @@
 import pytest
 
 from milora_jax import load_base
+from milora_jax.base import source
 from milora_jax.base.source import model_directory
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
@@ -15,6 +16,11 @@ ERRORS = {
     "no such name": ValueError(""),
     "no room": OSError("disk"),
 }
+
+
+@pytest.fixture(autouse=True)
+def nothing_fetched_yet():
+    source._fetched.cache_clear()
 
 
 @pytest.fixture
@@ -38,7 +44,9 @@ def test_a_name_on_the_hub_is_fetched(asked, tmp_path):
     assert config == WITH_TOKENIZER
     assert asked == [("meta-llama/Llama-3.2-1B", "abc"), ("meta-llama/Llama-3.2-1B", None)]
     pytest.importorskip("transformers")
-    assert load_tokenizer(str(model_directory("hf://a/b"))).bos_token_id == 1
+    for _ in range(2):
+        assert load_tokenizer(str(model_directory("hf://a/b"))).bos_token_id == 1
+    assert asked[2:] == [("a/b", None)], "a second look asks the Hub no more"
 
 
 def test_a_directory_is_itself(asked, tmp_path):
