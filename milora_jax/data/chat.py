@@ -66,16 +66,16 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return _encode(tokenizer, _render(tokenizer, messages, True))
 
 
-def encode_turn(
+def encode_exchange(
     tokenizer: Any, messages: Sequence[Message], content: str, eos_ids: Sequence[int]
-) -> list[int]:
-    """Ids of the assistant's turn that follows :func:`encode_chat` of ``messages``.
+) -> tuple[list[int], list[int]]:
+    """Ids of a chat, as :func:`encode_chat` gives them, and of the assistant's turn that follows.
 
-    They are what the template writes for the turn, up to the first token that ends an answer; what follows
-    that (a line break, mostly) would never be generated. A template that ends a turn with no such token gets
-    the first of ``eos_ids``. Some templates write a turn differently once it is history: DeepSeek-R1's
-    leaves the thoughts out, so its text does not go on from the prompt's. The turn is then ``content`` as
-    given, and the token that the template ends turns with.
+    Those of the turn are what the template writes for it, up to the first token that ends an answer; what
+    follows that (a line break, mostly) would never be generated. A template that ends a turn with no such
+    token gets the first of ``eos_ids``. Some templates write a turn differently once it is history:
+    DeepSeek-R1's leaves the thoughts out, so its text does not go on from the prompt's. The turn is then
+    ``content`` as given, and the token that the template ends turns with.
 
     Args:
       content: of the turn.
@@ -86,19 +86,18 @@ def encode_turn(
     """
     prompt = _render(tokenizer, messages, True)
     whole = _render(tokenizer, [*messages, Message("assistant", content)], False)
-    ids = _encode(tokenizer, whole)
+    before, ids = _encode(tokenizer, prompt), _encode(tokenizer, whole)
     if whole.startswith(prompt):
-        before = _encode(tokenizer, prompt)
         # Encoded in its place: a tokenizer may put a space before a text that stands alone.
         joined = ids[: len(before)] == before
         turn = ids[len(before) :] if joined else _encode(tokenizer, whole[len(prompt) :])
         ends = [i for i, token in enumerate(turn) if token in eos_ids]
         turn = turn[: ends[0] + 1] if ends else [*turn, eos_ids[0]]
         if len(turn) > 1:
-            return turn
+            return before, turn
     ends = [token for token in ids if token in eos_ids]
     marked = _controls_of(tokenizer).mark("assistant", content)
-    return [*_encode(tokenizer, marked), ends[-1] if ends else eos_ids[0]]
+    return before, [*_encode(tokenizer, marked), ends[-1] if ends else eos_ids[0]]
 
 
 def template_source(tokenizer: Any) -> str:

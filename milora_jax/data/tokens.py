@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from milora_jax.data.chat import encode_chat, encode_turn
+from milora_jax.data.chat import encode_chat, encode_exchange
 from milora_jax.data.prompts import prompt_messages, prompt_text
 from milora_jax.data.records import Record
 from milora_jax.errors import UserError
@@ -89,10 +89,10 @@ def encode_example(
     Raises:
       UserError: the record cannot be written in this template.
     """
-    prompt = encode_question(tokenizer, record, template)
     if template == "chat":
-        response = encode_turn(tokenizer, prompt_messages(record), record.output, eos_ids)
+        prompt, response = encode_exchange(tokenizer, prompt_messages(record), record.output, eos_ids)
     else:
+        prompt = encode_question(tokenizer, record, template)
         response = [*_encode_text(tokenizer, record.output), eos_ids[0]]
     tokens = np.array([*prompt, *response], np.int32)
     return Example(tokens, len(prompt)) if len(tokens) <= max_length else None

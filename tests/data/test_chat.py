@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from milora_jax.data import chat as chat_module
-from milora_jax.data.chat import Message, encode_chat, encode_turn, render_chat, template_source
+from milora_jax.data.chat import Message, encode_chat, encode_exchange, render_chat, template_source
 from milora_jax.data.prompts import prompt_messages, shown_prompt
 from milora_jax.data.records import Record
 from milora_jax.data.tokens import encode_example, encode_question, encode_records, load_tokenizer
@@ -117,14 +117,15 @@ def test_a_turn_goes_on_from_the_prompt_and_ends_where_an_answer_does(tokenizers
     (end,) = ids_of(tokenizer, ENDS.get(name, "<|im_end|>"))
     answer = "The answer is </s> 3."
     for messages in (HELLO, LONG):
-        turn = encode_turn(tokenizer, messages, answer, [tokenizer.eos_token_id, end])
+        before, turn = encode_exchange(tokenizer, messages, answer, [tokenizer.eos_token_id, end])
+        assert before == encode_chat(tokenizer, messages)
         assert turn[-1] == end
         assert set(turn[:-1]).isdisjoint(ids_of(tokenizer, *SPECIAL))
         assert tokenizer.decode(turn[:-1]).strip() == answer
         if name != "thinking":
             whole = theirs(tokenizer, [*messages, Message("assistant", "The answer is 3.")])
-            turn = encode_turn(tokenizer, messages, "The answer is 3.", [end])
-            ids = [*encode_chat(tokenizer, messages), *turn]
+            before, turn = encode_exchange(tokenizer, messages, "The answer is 3.", [end])
+            ids = [*before, *turn]
             assert tokenizer.decode(whole).rstrip() == tokenizer.decode(ids)
             if name != "llama3":  # where this tokenizer joins two line breaks only before nothing
                 assert whole[: len(ids)] == ids
@@ -132,7 +133,7 @@ def test_a_turn_goes_on_from_the_prompt_and_ends_where_an_answer_does(tokenizers
 
 def test_a_turn_without_an_end_gets_the_models(tokenizers):
     tokenizer = tokenizers["gemma"]
-    turn = encode_turn(tokenizer, HELLO, "Two.", [tokenizer.eos_token_id])
+    _, turn = encode_exchange(tokenizer, HELLO, "Two.", [tokenizer.eos_token_id])
     assert turn[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(turn[:-1]) == "Two.<end_of_turn>\n"
 
@@ -140,7 +141,7 @@ def test_a_turn_without_an_end_gets_the_models(tokenizers):
 def test_thoughts_are_learnt_although_history_leaves_them_out(tokenizers):
     tokenizer = tokenizers["thinking"]
     begin, end, stop = ids_of(tokenizer, "<think>", "</think>", "<|im_end|>")
-    turn = encode_turn(tokenizer, HELLO, "1 and 1\n</think>\n\n2.", [tokenizer.eos_token_id, stop])
+    _, turn = encode_exchange(tokenizer, HELLO, "1 and 1\n</think>\n\n2.", [tokenizer.eos_token_id, stop])
     assert encode_chat(tokenizer, HELLO).count(begin) == 1
     assert turn.count(end) == 1
     assert turn[-1] == stop
@@ -150,7 +151,7 @@ def test_thoughts_are_learnt_although_history_leaves_them_out(tokenizers):
 def test_a_template_that_writes_no_turn_of_the_assistant(tmp_path):
     template = "{% for m in messages if m.role == 'user' %}{{ m.content }}\n{% endfor %}"
     tokenizer = chat_tokenizer(tmp_path, template)
-    turn = encode_turn(tokenizer, HELLO, "Two.", [2])
+    _, turn = encode_exchange(tokenizer, HELLO, "Two.", [2])
     assert (tokenizer.decode(turn[:-1]), turn[-1]) == ("Two.", 2)
 
 
