@@ -16,10 +16,10 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,7 +29,7 @@ from milora_jax.base.known import SHAPES
 from milora_jax.base.load import load_base
 from milora_jax.base.specs import base_specs
 from milora_jax.bench import machine
-from milora_jax.bench.rounds import require_least, require_names
+from milora_jax.bench.rounds import in_turns, require_least, require_names
 from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
@@ -43,21 +43,18 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=asked.scratch or None) as scratch:
         directory = Path(asked.path or scratch)
         if not asked.path:
-            write_random(directory, _shape(asked), asked.stored, asked.shard_bytes)
+            config = dataclasses.replace(SHAPES[asked.shape], num_layers=asked.layers)
+            write_random(directory, config, asked.stored, asked.shard_bytes)
         files = sorted({file.path for file in files_by_tensor(directory).values()})
         size = sum(path.stat().st_size for path in files)
-        rounds: dict[str, list[float]] = {"disk": [], "load": []}
-        peaks = []
-        for repeat in range(asked.repeats):
-            for what in list(rounds)[:: 1 if repeat % 2 == 0 else -1]:
-                _forget(files)
-                if what == "disk":
-                    rounds[what].append(_read(files))
-                    continue
-                seconds, peak = _in_fresh_process(directory, asked.dtype, asked.quantize)
-                rounds[what].append(seconds)
-                peaks.append(peak)
-    rate = {what: size / statistics.median(seconds) for what, seconds in rounds.items()}
+        loads: list[tuple[float, int]] = []
+
+        def load(quantize: str) -> None:
+            _forget(files)
+            loads.append(_in_fresh_process(directory, asked.dtype, quantize))
+
+        disk_seconds = in_turns([asked.quantize], asked.repeats, load, lambda: _read(files))
+    load_seconds, peak = (statistics.median(values) for values in zip(*loads, strict=True))
     report = {
         "bench": "load",
         "bytes": size,
@@ -66,10 +63,10 @@ def main(argv: list[str]) -> None:
         "dtype": asked.dtype,
         "quantize": asked.quantize,
         "repeats": asked.repeats,
-        "disk_bytes_per_second": rate["disk"],
-        "load_bytes_per_second": rate["load"],
-        "share_of_disk": rate["load"] / rate["disk"],
-        "peak_bytes_over_file_bytes": statistics.median(peaks) / size,
+        "disk_bytes_per_second": size / disk_seconds,
+        "load_bytes_per_second": size / load_seconds,
+        "share_of_disk": disk_seconds / load_seconds,
+        "peak_bytes_over_file_bytes": peak / size,
         **machine.describe(),
     }
     print(json.dumps(report), flush=True)
@@ -89,7 +86,12 @@ def write_random(directory: Path, config: ModelConfig, dtype: str, shard_bytes: 
         places.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    for name, shape in _tensors(config):
+    shapes = {
+        part.name: spec.tensor_shape(part)[:: -1 if spec.transposed else 1]
+        for spec in jax.tree.leaves(base_specs(config, decode=True))  # layer by layer
+        for part in spec.parts
+    }
+    for name, shape in shapes.items():
         values = (0.02 * rng.standard_normal(shape, dtype=np.float32)).astype(jnp.dtype(dtype))
         shard[name] = values
         if sum(tensor.nbytes for tensor in shard.values()) >= shard_bytes:
@@ -98,22 +100,6 @@ def write_random(directory: Path, config: ModelConfig, dtype: str, shard_bytes: 
         write()
     (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (directory / "config.json").write_text(json.dumps(write_model_config(config, 1, dtype)))
-
-
-def _tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the files' tensors, layer by layer."""
-    import jax
-
-    shapes = {
-        part.name: spec.tensor_shape(part)[:: -1 if spec.transposed else 1]
-        for spec in jax.tree.leaves(base_specs(config, decode=True))
-        for part in spec.parts
-    }
-    yield from shapes.items()
-
-
-def _shape(asked: argparse.Namespace) -> ModelConfig:
-    return dataclasses.replace(SHAPES[asked.shape], num_layers=asked.layers)
 
 
 def _forget(files: list[Path]) -> None:
@@ -128,6 +114,8 @@ def _forget(files: list[Path]) -> None:
 
 
 def _read(files: list[Path]) -> float:
+    """Seconds that it takes to read the files once, in order."""
+    _forget(files)
     buffer = memoryview(bytearray(BLOCK))
     begin = time.perf_counter()
     for path in files:
@@ -154,17 +142,11 @@ def _in_fresh_process(directory: Path, dtype: str, quantize: str) -> tuple[float
 
 def _load(pipe: Any, directory: Path, dtype: str, quantize: str) -> None:
     jnp.zeros(1).block_until_ready()  # JAX itself takes memory and time
-    before, begin = _most_resident(), time.perf_counter()
+    before, begin = machine.peak_memory(), time.perf_counter()
     base, _ = load_base(directory, dtype, quantize=quantize)
     seconds = time.perf_counter() - begin
-    pipe.send((seconds, _most_resident() - before))
+    pipe.send((seconds, machine.peak_memory() - before))
     del base
-
-
-def _most_resident() -> int:
-    """Most bytes resident in this process so far; ``getrusage`` would count those of its parent as well."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(fields["VmHWM"].split()[0])
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
