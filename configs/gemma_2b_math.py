@@ -4,7 +4,7 @@
 
 DIR is a Hugging Face directory of google/gemma-2b; the default data is the Hub's openai/gsm8k.
 The base in bfloat16 takes 5.0 GB and lies whole on every device; the rows of a step are divided among
-them. Everything else is set as in ``llama7b_math.py``. Whether a step fits your chips:
+them. The settings are those of ``llama32_1b_math.py``. Whether a step fits your chips:
 
     python -m milora_jax.parallel aot --config configs/gemma_2b_math.py \
         --model gemma-2b --topology v5e:1x1
@@ -12,12 +12,6 @@ them. Everything else is set as in ``llama7b_math.py``. Whether a step fits your
 The paper has no GSM8K figure for this model, and this run has not been repeated by us on the real weights.
 """
 
-from configs import llama7b_math
+from configs.llama32_1b_math import get_config
 
-
-def get_config():
-    """The settings of the run."""
-    config = llama7b_math.get_config()
-    config.mesh.data, config.mesh.fsdp = -1, 1
-    config.train.loss_chunk = 1024  # of logits as wide as this vocabulary
-    return config
+__all__ = ["get_config"]

@@ -12,9 +12,6 @@ settings these are. Whether a step fits your chips:
 The paper has no GSM8K figure for this model, and this run has not been repeated by us on the real weights.
 """
 
-from configs import llama7b_math
+from configs.llama7b_math import get_config
 
-
-def get_config():
-    """The settings of the run."""
-    return llama7b_math.get_config()
+__all__ = ["get_config"]
