@@ -20,7 +20,7 @@ from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, run_command
 from milora_jax.evaluation.score import accuracies, score_task, write_predictions
 from milora_jax.evaluation.study.command import main as study_main
-from milora_jax.storage.adapters import load_adapter, require_its_base
+from milora_jax.storage.adapters import read_adapter, require_its_base
 from milora_jax.storage.workdir import read_workdir_config
 
 
@@ -69,9 +69,8 @@ def main() -> None:
         )
     adapter, directory = None, model_directory(config.model.path)
     if not arguments.base:
-        adapter = load_adapter(arguments.workdir)
-    if adapter is not None:
-        require_its_base(arguments.workdir, directory)
+        adapter, metadata = read_adapter(arguments.workdir)
+        require_its_base(metadata, arguments.workdir, directory)
     base, model = load_base(directory, config.model.dtype, decode=True, quantize=config.model.quantize)
     tokenizer = load_tokenizer(str(directory))
     adapter = None if adapter is None else adapter_decode_layout(adapter, base)

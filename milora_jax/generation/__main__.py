@@ -167,10 +167,10 @@ def main() -> None:
     adapter, quantize = None, "none"
     directory = model_directory(directory)
     if adapter_path is not None:
-        from milora_jax.storage.adapters import load_adapter, require_its_base
+        from milora_jax.storage.adapters import read_adapter, require_its_base
 
-        adapter = load_adapter(adapter_path)
-        quantize = require_its_base(adapter_path, directory)
+        adapter, metadata = read_adapter(adapter_path)
+        quantize = require_its_base(metadata, adapter_path, directory)
     tokenizer = load_tokenizer(str(directory))
     prompts = [in_template(tokenizer, each, template, arguments.system, arguments.raw) for each in given]
     base, config = load_base(directory, dtype, decode=True, quantize=arguments.quantize or quantize)

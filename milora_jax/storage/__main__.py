@@ -26,7 +26,7 @@ from milora_jax.errors import UserError, require, run_command
 from milora_jax.evaluation.score import limited
 from milora_jax.evaluation.static_route import Model, calibrated_route, report_json, static_report
 from milora_jax.storage import export
-from milora_jax.storage.adapters import load_adapter, require_its_base
+from milora_jax.storage.adapters import best_metadata, read_adapter, require_its_base
 from milora_jax.storage.files import require_new
 from milora_jax.storage.imported import import_peft
 from milora_jax.storage.merged import SHARD_BYTES
@@ -89,7 +89,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     if kind == "static" and not arguments.calibration:
         raise UserError("format static fixes the route of a MiLoRA: give --calibration FILE")
     if arguments.base is not None or kind in ("static", "merged"):
-        require_its_base(source, base_of(arguments))
+        require_its_base(best_metadata(source), source, base_of(arguments))
     named = arguments.base is not None or (source / CONFIG_NAME).is_file()
     if kind in ("peft", "static") and named:
         require_unfused(read_model_config(base_of(arguments)), base_of(arguments))
@@ -115,10 +115,10 @@ def fixed_route(arguments: argparse.Namespace) -> tuple[np.ndarray | None, dict[
         return None, {}
     calibration = _records(arguments.calibration, arguments.limit)
     dev = _records(arguments.dev, arguments.limit) if arguments.dev else calibration
-    adapter, folder = load_adapter(arguments.workdir), base_of(arguments)
+    (adapter, metadata), folder = read_adapter(arguments.workdir), base_of(arguments)
     if not adapter.method.routes:
         raise UserError(f"method {adapter.method.name!r} has no router: expected no --calibration")
-    quantize = require_its_base(arguments.workdir, folder)
+    quantize = require_its_base(metadata, arguments.workdir, folder)
     base, config = load_base(folder, arguments.dtype, decode=True, quantize=quantize)
     require(bool(config.eos_ids), "eos_token_id of the model", None, "a token that ends an answer")
     template = arguments.template

@@ -41,7 +41,12 @@ def adapter_metadata(method: Method, shape: Shape, base_fingerprint: str, quanti
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Load a trained adapter.
+    """Load a trained adapter; see :func:`read_adapter`."""
+    return read_adapter(path)[0]
+
+
+def read_adapter(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
+    """A trained adapter and what was stored beside it, every file read and checked once.
 
     Args:
       path: a workdir of ``train.py`` (its best adapter is taken), a copy of its ``best`` folder, or what
@@ -66,22 +71,23 @@ def load_adapter(path: str | Path) -> Adapter:
         if not bool(jnp.isfinite(leaf).all()):
             name = jax.tree_util.keystr(key_path)
             raise UserError(f"{str(root)!r}: adapter leaf {name} holds values that are not finite")
-    return Adapter(params=params, method=method, shape=shape)
+    return Adapter(params=params, method=method, shape=shape), metadata
 
 
 def best_metadata(path: str | Path) -> dict[str, Any]:
-    """What was stored beside the adapter that :func:`load_adapter` loads from the same ``path``."""
+    """What was stored beside the adapter that :func:`read_adapter` reads, whose parameters are not read."""
     if is_exported(Path(path)):
         return read_exported_metadata(Path(path))
     directory, step = newest_step(Path(path))
     return read_metadata(directory.root, step)
 
 
-def require_its_base(path: str | Path, base: Path) -> str:
+def require_its_base(metadata: dict[str, Any], path: str | Path, base: Path) -> str:
     """Refuse an adapter beside files other than those it was trained on.
 
     Args:
-      path: of the adapter, as :func:`load_adapter` takes it.
+      metadata: of the adapter, see :func:`read_adapter`.
+      path: of the adapter, for the error.
       base: directory of the base.
 
     Returns:
@@ -90,12 +96,11 @@ def require_its_base(path: str | Path, base: Path) -> str:
     Raises:
       UserError: the files of the base are others.
     """
-    stored = best_metadata(path)
-    if stored["base_fingerprint"] != base_fingerprint(base):
+    if metadata["base_fingerprint"] != base_fingerprint(base):
         raise UserError(
             f"the files of {str(base)!r} are not those that the adapter of {str(path)!r} was made on"
         )
-    return stored.get("quantize", "none")  # older adapters do not say
+    return metadata.get("quantize", "none")  # older adapters do not say
 
 
 def newest_step(path: Path) -> tuple[CheckpointDirectory, int]:

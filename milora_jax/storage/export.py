@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from milora_jax.storage.adapters import best_metadata, load_adapter, newest_step
+from milora_jax.storage.adapters import newest_step, read_adapter
 from milora_jax.storage.checkpoint import CheckpointDirectory
 from milora_jax.storage.exported import is_exported, write_exported
 from milora_jax.storage.files import json_bytes, new_directory
@@ -28,14 +28,14 @@ def export_milora(source: Path, out: Path) -> None:
     """Write the adapter of ``source`` in the form of ``storage.exported``.
 
     Args:
-      source: as ``load_adapter`` takes it; likewise in the functions below.
+      source: as ``read_adapter`` takes it; likewise in the functions below.
       out: a new or an empty directory.
 
     Raises:
       UserError: the adapter cannot be read, its method has no such form, or ``out`` is not empty; likewise
         in the functions below.
     """
-    adapter, metadata = load_adapter(source), best_metadata(source)
+    adapter, metadata = read_adapter(source)
     with new_directory(out) as partial:
         write_exported(partial, adapter, metadata)
 
@@ -46,7 +46,7 @@ def export_peft(source: Path, out: Path, base_name: str) -> None:
     Args:
       base_name: path or Hub name of the base, which PEFT's own loaders open.
     """
-    adapter, metadata = load_adapter(source), best_metadata(source)
+    adapter, metadata = read_adapter(source)
     with new_directory(out) as partial:
         write_peft(partial, adapter, base_name)
         seal(partial, metadata, {"format": "peft"})
@@ -54,7 +54,7 @@ def export_peft(source: Path, out: Path, base_name: str) -> None:
 
 def export_orbax(source: Path, out: Path) -> None:
     """Write the adapter of ``source`` as the one step of a directory of checkpoints, for any method."""
-    adapter, metadata = load_adapter(source), best_metadata(source)
+    adapter, metadata = read_adapter(source)
     step = 0 if is_exported(source) else newest_step(source)[1]
     with new_directory(out) as partial:
         directory = CheckpointDirectory(partial, None, print)
@@ -71,7 +71,7 @@ def export_static(
       weights: of the route, ``[L, E]``.
       origin: what to keep about it in ``export.json``.
     """
-    adapter, metadata = load_adapter(source), best_metadata(source)
+    adapter, metadata = read_adapter(source)
     with new_directory(out) as partial:
         write_peft(partial, static_lora(adapter, weights), base_name)
         seal(partial, metadata, {"format": "static", **origin})
@@ -88,7 +88,7 @@ def export_merged(
       origin: what to keep about it in ``export.json``.
       shard_bytes: of the largest file.
     """
-    adapter, metadata = load_adapter(source), best_metadata(source)
+    adapter, metadata = read_adapter(source)
     change = fixed_change(adapter, weights)
     with new_directory(out) as partial:
         write_merged(base, partial, change, shard_bytes)

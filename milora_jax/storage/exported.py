@@ -23,6 +23,7 @@ from milora_jax.adapters.router import NORMALIZE_EPS
 from milora_jax.base.json_files import parse_json_object
 from milora_jax.config import QUANTIZE, Config
 from milora_jax.errors import UserError
+from milora_jax.storage.adapter_tensors import parse_tensors, write_tensors
 from milora_jax.storage.files import json_bytes
 from milora_jax.storage.manifest import DamagedError, manifest_errors, read_verified, write_manifest
 from milora_jax.storage.pair_tensors import (
@@ -36,7 +37,6 @@ from milora_jax.storage.pair_tensors import (
     stacked_pairs,
     stacked_router,
 )
-from milora_jax.storage.tensor_files import parse_tensors, write_tensors
 from milora_jax.types import EXPERTS
 
 CONFIG_FILE = "milora_config.json"
@@ -92,14 +92,14 @@ def write_exported(directory: Path, adapter: Adapter, metadata: dict[str, Any]) 
     write_manifest(directory)
 
 
-def read_exported(directory: Path) -> Adapter:
-    """The adapter in a directory of this form, every byte of it checked.
+def read_exported(directory: Path) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter in a directory of this form, every byte of it checked, and its metadata.
 
     Raises:
       UserError: by name, for what is damaged, missing, unexpected, misshapen or not finite.
     """
     contents = read_verified(directory, FILES)
-    method, shape, _ = parse_config(_config_of(directory, contents), str(directory / CONFIG_FILE))
+    method, shape, metadata = parse_config(_config_of(directory, contents), str(directory / CONFIG_FILE))
     for error in _file_errors(directory, contents, method):
         raise error
     tensors = {}
@@ -111,7 +111,7 @@ def read_exported(directory: Path) -> Adapter:
     params = stacked_pairs(tensors[EXPERTS_FILE], shape, RECORDS[method.name])
     if isinstance(method, MiLoRA):
         params = MiLoRAParams(params, stacked_router(tensors[ROUTER_FILE], shape, method.router))
-    return Adapter(params=params, method=method, shape=shape)
+    return Adapter(params=params, method=method, shape=shape), metadata
 
 
 def read_exported_metadata(directory: Path) -> dict[str, Any]:

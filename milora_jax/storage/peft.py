@@ -27,6 +27,7 @@ from milora_jax.base.json_files import parse_json_object
 from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
+from milora_jax.storage.adapter_tensors import read_tensors, write_tensors
 from milora_jax.storage.files import read_bytes
 from milora_jax.storage.fixed import fixed_change
 from milora_jax.storage.pair_tensors import (
@@ -38,7 +39,6 @@ from milora_jax.storage.pair_tensors import (
     require_same,
     stacked_pairs,
 )
-from milora_jax.storage.tensor_files import read_tensors, write_tensors
 from milora_jax.types import EXPERTS, unstack_layers
 
 PEFT_CONFIG = "adapter_config.json"

@@ -38,7 +38,11 @@ MODULES = {
 
 
 def attach(model: Any, directory: str | Path) -> Reader:
-    """Put an exported MiLoRA or MiDoRA on a ``LlamaForCausalLM``; undone by ``Reader.detach``."""
+    """Put an exported MiLoRA or MiDoRA on a transformers model; undone by ``Reader.detach``.
+
+    Raises:
+      UserError: the model keeps several of the seven modules in one, as Phi-3 does, or the method is another.
+    """
     from safetensors.torch import load_file
 
     folder = Path(directory)
@@ -65,6 +69,12 @@ class Reader:
         alpha, rank = self.settings["alpha"], self.settings["rank"]
         self.scale = alpha / rank if alpha else 1.0
         self.hooks = []
+        names = {name for name, _ in model.model.layers[0].named_modules()}
+        for path in MODULES.values():
+            if path not in names:
+                raise UserError(
+                    f"the model has no module {path!r} in its layers: expected one for each expert"
+                )
         for i, layer in enumerate(model.model.layers):
             self.hooks.append(layer.register_forward_pre_hook(self._router_hook(i), with_kwargs=True))
             for place, path in enumerate(MODULES.values()):

@@ -15,6 +15,7 @@ from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.json_files import parse_json_object
 from milora_jax.errors import UserError
+from milora_jax.storage.adapter_tensors import read_tensors
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, verify_step
 from milora_jax.storage.export import ORIGIN_FILE
 from milora_jax.storage.exported import exported_findings, is_exported, read_exported_metadata, read_shape
@@ -22,7 +23,6 @@ from milora_jax.storage.files import read_bytes
 from milora_jax.storage.manifest import MANIFEST, DamagedError, manifest_errors
 from milora_jax.storage.pair_tensors import differences, pair_name
 from milora_jax.storage.peft import IA3_LEAF, PEFT_CONFIG, PEFT_DTYPES, PEFT_TENSORS, read_peft_settings
-from milora_jax.storage.tensor_files import read_tensors
 from milora_jax.types import EXPERTS
 
 _LAYER = re.compile(r"base_model\.model\.model\.layers\.([0-9]{1,4})\.")

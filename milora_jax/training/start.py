@@ -10,7 +10,7 @@ import numpy as np
 
 from milora_jax.adapters.protocol import Method, Shape
 from milora_jax.errors import UserError, require
-from milora_jax.storage.adapters import load_adapter, require_its_base
+from milora_jax.storage.adapters import read_adapter, require_its_base
 from milora_jax.types import PyTree
 
 OF_TRAINING = ("dropout", "load_balance", "coefficients")
@@ -21,15 +21,15 @@ def starting_params(path: str, method: Method, shape: Shape, base: Path) -> PyTr
     """The parameters of a stored adapter, on the host.
 
     Args:
-      path: as ``load_adapter`` takes it.
+      path: as ``read_adapter`` takes it.
       method, shape: of the run, which the adapter must have.
       base: directory of the run's base, on which it must have been made.
 
     Raises:
       UserError: it cannot be read, belongs to another base, or computes another function.
     """
-    require_its_base(path, base)
-    found = load_adapter(path)
+    found, metadata = read_adapter(path)
+    require_its_base(metadata, path, base)
     name = f"of the adapter in train.init_from {path!r}"
     if found.method.name != method.name:
         raise UserError(f"adapter.method is {method.name!r}: expected {found.method.name!r}, {name}")

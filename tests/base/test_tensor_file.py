@@ -14,7 +14,7 @@ from milora_jax.base.load import load_base
 from milora_jax.base.tensor_file import TensorFile
 from milora_jax.errors import UserError
 from tests.models import TINY, random_base, write_hf_directory
-from tests.storage.test_tensor_files import HOSTILE, WHOLE
+from tests.storage.test_adapter_tensors import HOSTILE, WHOLE
 from tests.test_architecture import ROOT
 
 OF_ADAPTERS = {"integers", "not a number", "bfloat16 infinity"}

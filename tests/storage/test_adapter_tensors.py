@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save
 
 from milora_jax.errors import UserError
-from milora_jax.storage.tensor_files import parse_tensors, read_tensors, write_tensors
+from milora_jax.storage.adapter_tensors import parse_tensors, read_tensors, write_tensors
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
 DATA = b"".join(TENSORS[name].tobytes() for name in sorted(TENSORS))

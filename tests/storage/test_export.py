@@ -13,13 +13,13 @@ from safetensors.numpy import load_file
 
 from milora_jax.errors import UserError
 from milora_jax.storage.__main__ import main
+from milora_jax.storage.adapter_tensors import write_tensors
 from milora_jax.storage.adapters import best_metadata, load_adapter, require_its_base
 from milora_jax.storage.export import ORIGIN_FILE, export_milora, export_orbax, export_peft
 from milora_jax.storage.exported import CONFIG_FILE, EXPERTS_FILE, ROUTER_FILE, write_exported
 from milora_jax.storage.files import new_directory
 from milora_jax.storage.manifest import MANIFEST, write_manifest
 from milora_jax.storage.peft import PEFT_CONFIG, PEFT_TENSORS
-from milora_jax.storage.tensor_files import write_tensors
 from milora_jax.storage.verify import findings
 from tests.models import TINY
 from tests.storage.adapters import STEP, assert_equal, flip, run_of
@@ -41,9 +41,9 @@ def test_the_portable_form_is_the_adapter_bit_for_bit(method, settings, model, o
     adapter = run_of(tmp_path / "run", model, method, **settings)
     export_milora(tmp_path / "run", tmp_path / "out")
     assert_equal(load_adapter(tmp_path / "out"), adapter)
-    assert require_its_base(tmp_path / "out", model) == "none"
+    assert require_its_base(best_metadata(tmp_path / "out"), tmp_path / "out", model) == "none"
     with pytest.raises(UserError, match="are not those that the adapter of"):
-        require_its_base(tmp_path / "out", other)
+        require_its_base(best_metadata(tmp_path / "out"), tmp_path / "out", other)
     assert findings(tmp_path / "out", model) == {tmp_path / "out": []}
     assert "made on another base" in findings(tmp_path / "out", other)[tmp_path / "out"][0]
     export_milora(tmp_path / "out", tmp_path / "again")

@@ -11,6 +11,7 @@ from milora_jax.base.load import load_base
 from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.data.tokens import encode_prompt, load_tokenizer
+from milora_jax.errors import UserError
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
 from milora_jax.storage.adapters import load_adapter
@@ -190,6 +191,14 @@ def test_torch_computes_the_route_and_the_logits_from_the_exported_files(
         assert_near(found, before, 1e-2)
     reader.detach()
     np.testing.assert_array_equal(their_logits(model, tokens), before)
+
+
+def test_torch_refuses_a_model_that_keeps_modules_together(tmp_path):
+    write_hf_directory(tmp_path / "phi", FAMILY_CONFIGS["phi3"], tokenizer=False)
+    run_of(tmp_path / "run", tmp_path / "phi", "milora")
+    export_milora(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(UserError, match=r"no 'self_attn.q_proj': expected a module for each expert"):
+        attach(torch_model(tmp_path / "phi"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(("method", "settings"), [("milora", {}), ("midora", {"gate": "softmax"})])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from milora_jax.errors import UserError
+from milora_jax.storage.adapter_tensors import read_tensors, write_tensors
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.exported import CONFIG_FILE, EXPERTS_FILE, ROUTER_FILE
 from milora_jax.storage.files import json_bytes
 from milora_jax.storage.manifest import MANIFEST, write_manifest
-from milora_jax.storage.tensor_files import read_tensors, write_tensors
 from milora_jax.storage.verify import findings
 from milora_jax.types import EXPERTS
 from tests.storage.adapters import flip

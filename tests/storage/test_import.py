@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from milora_jax.errors import UserError
-from milora_jax.storage.adapters import load_adapter, require_its_base
+from milora_jax.storage.adapter_tensors import read_tensors, write_tensors
+from milora_jax.storage.adapters import best_metadata, load_adapter, require_its_base
 from milora_jax.storage.export import export_peft
 from milora_jax.storage.imported import import_peft
 from milora_jax.storage.peft import PEFT_CONFIG, PEFT_TENSORS
-from milora_jax.storage.tensor_files import read_tensors, write_tensors
 from milora_jax.storage.verify import findings
 from milora_jax.types import EXPERTS
 from tests.families import FAMILY_CONFIGS
@@ -57,7 +57,7 @@ def test_an_imported_adapter_is_the_adapter(kind, adapters, model, tmp_path):
     folder, made = adapters
     assert import_peft(stranger(folder, tmp_path, kind), model, tmp_path / "out") == []
     assert_equal(load_adapter(tmp_path / "out"), made[kind])
-    assert require_its_base(tmp_path / "out", model) == "none"
+    assert require_its_base(best_metadata(tmp_path / "out"), tmp_path / "out", model) == "none"
     assert findings(tmp_path / "out", model) == {tmp_path / "out": []}
 
 
