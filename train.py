@@ -36,7 +36,8 @@ def main() -> None:
     # JAX takes SIGTERM for itself when it joins other processes: ours is noted after that.
     with together(cluster), sigterm_noted() as preempted:
         console = Console(silent=not is_first())
-        run = prepare_run(config, workdir, console.say)
+        with console.loading("base") as progress:
+            run = prepare_run(config, workdir, console.say, progress)
         with claimed(workdir, run.config):
             console.say(f"workdir {workdir}: {run.model.num_layers} layers, {config.adapter.method}")
             before = evaluate_base(run, workdir, console, preempted)

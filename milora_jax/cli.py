@@ -19,6 +19,12 @@ LINE_EVERY = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
 
 
+SHOWN_AFTER = 2.0
+"""Seconds after which it is shown how far a base has been read."""
+
+MEGABYTE = 10**6
+
+
 class TrainFlags(NamedTuple):
     """The command line of ``train.py``."""
 
@@ -180,3 +186,25 @@ class Console:
             yield bar
         finally:
             bar.close()
+
+    @contextmanager
+    def loading(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Show how much of something has been read, if it takes longer than :data:`SHOWN_AFTER`.
+
+        Yields:
+          A function that is told the bytes that are read, and of how many.
+        """
+        begin, bar = time.monotonic(), None
+
+        def progress(done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None and time.monotonic() - begin >= SHOWN_AFTER:
+                bar = Bar(name, total // MEGABYTE, "MB", self._stream)
+            if bar is not None:
+                bar.reach(done // MEGABYTE, "")
+
+        try:
+            yield progress
+        finally:
+            if bar is not None:
+                bar.close()

@@ -47,7 +47,7 @@ class ModelSection:
     """Where the frozen base lies, and how it is kept.
 
     Attributes:
-      path: a Hugging Face directory, or ``hf://OWNER/NAME[@REVISION]`` of the Hub.
+      path: a Hugging Face directory, ``hf://OWNER/NAME[@REVISION]`` of the Hub, or ``gs://BUCKET/PATH``.
       dtype: in which it is computed, and kept where it is not quantised.
       quantize: how the matrices of its layers are kept: none; int8, a scale per output; nf4, 4 bits and a
         scale per 64 inputs.

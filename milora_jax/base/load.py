@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from milora_jax.base.hf import load_leaves
+from milora_jax.base.hf import Progress, ignore, load_leaves
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.modules import Base
 from milora_jax.base.source import model_directory
@@ -19,17 +19,24 @@ from milora_jax.shapes import Array, Float, Int
 
 
 def load_base(
-    path: str | Path, dtype: str = "float32", *, decode: bool = False, quantize: str = "none"
+    path: str | Path,
+    dtype: str = "float32",
+    *,
+    decode: bool = False,
+    quantize: str = "none",
+    progress: Progress = ignore,
 ) -> tuple[Base, ModelConfig]:
     """Load a frozen base from a Hugging Face directory of one of ``base.families``.
 
     Args:
-      path: directory with ``config.json`` and safetensors files, or ``hf://OWNER/NAME[@REVISION]``.
+      path: directory with ``config.json`` and safetensors files, or ``hf://OWNER/NAME[@REVISION]``, or
+        ``gs://BUCKET/PATH``.
       dtype: dtype the leaves are kept and computed in, whatever the files hold.
       decode: in the layout that decoding reads, in which nothing can be trained; from the other one
         ``generate`` makes it, and both are in memory meanwhile.
       quantize: keep the matrices of the layers as int8 (a scale per output) or nf4 (a scale per block of
         64 inputs); norms, embedding and head stay in ``dtype``, in which everything is computed.
+      progress: told how many bytes of the base are read, and of how many.
 
     Raises:
       UserError: naming the file, tensor or setting that is wrong.
@@ -38,7 +45,8 @@ def load_base(
     one_of("quantize", quantize, QUANTIZE)
     directory = model_directory(path)
     config = read_model_config(directory)
-    return load_leaves(directory, config, dtype, decode=decode, quantize=quantize), config
+    base = load_leaves(directory, config, dtype, decode=decode, quantize=quantize, progress=progress)
+    return base, config
 
 
 def logits(base: Base, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:

@@ -1,30 +1,74 @@
-"""Where a model lies: in a local directory, or on the Hugging Face Hub."""
+"""Where a model lies: in a local directory, on the Hugging Face Hub, or in Google Cloud Storage.
+
+Whatever its name, a model is a local directory to its readers. One on the Hub is fetched into the Hub's
+cache. Of one in the cloud, config and tokenizer are fetched into a directory of this process; its weights
+stay where they are, and every process reads the ranges that its devices hold.
+"""
 
 from __future__ import annotations
 
+import atexit
+import fnmatch
 import functools
+import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+from milora_jax.base.byte_files import ByteFile, LocalFile
+from milora_jax.base.gcs import RemoteDirectory, RemoteFile
 from milora_jax.errors import UserError
 
 HUB = "hf://"
 
-WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-"""Files that are fetched: no pickles, and no code."""
+CLOUD = "gs://"
+
+WEIGHTS = ".safetensors"
+
+WANTED = ("*.json", "*.model", "*.txt", "*.jinja")
+"""Files that are fetched beside the weights: no pickles, and no code."""
+
+_REMOTE: dict[Path, dict[str, RemoteFile]] = {}
+"""The weights of the directories that this process made of models in the cloud. What lies in a directory
+cannot add to it: no model sends its reader to another place."""
 
 
 def model_directory(path: str | Path) -> Path:
-    """The local directory of a model; one on the Hub is fetched into the Hub's cache first.
+    """The local directory of a model.
 
     Args:
-      path: a directory, or ``hf://OWNER/NAME``, ``hf://OWNER/NAME@REVISION``. Runs and adapters keep a
-        fingerprint of the files, so that they are refused where a name has come to mean other weights.
+      path: a directory; ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION``; or ``gs://BUCKET/PATH``. Runs
+        and adapters keep a fingerprint of the files, so that they are refused where a name has come to mean
+        other weights.
 
     Raises:
-      UserError: for a name that is none, that the Hub does not have or does not give, or no connection to it.
+      UserError: for a name that is none, that the Hub or the cloud does not have or does not give, or no
+        connection to it.
     """
     text = str(path)
-    return _fetched(text) if text.startswith("hf:") else Path(path)
+    if text.startswith("hf:"):
+        return _fetched(text)
+    return _mirrored(text) if text.startswith("gs:") else Path(path)
+
+
+def weight_files(directory: Path) -> Mapping[str, ByteFile]:
+    """The safetensors files of a model by name, wherever they lie.
+
+    Args:
+      directory: from :func:`model_directory`.
+    """
+    if directory in _REMOTE:
+        return _REMOTE[directory]
+    return {path.name: LocalFile(path) for path in sorted(directory.glob(f"*{WEIGHTS}"))}
+
+
+def hub_name(path: str) -> str:
+    """What libraries of Hugging Face call a model: OWNER/NAME of one on the Hub, else the path as it is.
+
+    >>> hub_name("hf://meta-llama/Llama-3.2-1B@main"), hub_name("models/llama")
+    ('meta-llama/Llama-3.2-1B', 'models/llama')
+    """
+    return path.removeprefix(HUB).partition("@")[0] if path.startswith(HUB) else path
 
 
 @functools.cache
@@ -39,10 +83,24 @@ def _fetched(text: str) -> Path:
     except ImportError:
         raise UserError(f"model {text!r} needs the package huggingface_hub") from None
     try:
-        found = snapshot_download(name, revision=revision or None, allow_patterns=list(WANTED))
+        found = snapshot_download(name, revision=revision or None, allow_patterns=[*WANTED, f"*{WEIGHTS}"])
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(
             f"model {text!r} cannot be fetched: {reason[0] if reason else type(error).__name__}"
         ) from None
     return Path(str(found))
+
+
+@functools.cache
+def _mirrored(text: str) -> Path:
+    """Once in a process, as with the Hub."""
+    remote = RemoteDirectory(text)
+    names = remote.names()
+    directory = Path(tempfile.mkdtemp(prefix="milora_jax-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    for name in names:
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in WANTED):
+            (directory / name).write_bytes(remote.content(name))
+    _REMOTE[directory] = {name: remote.file(name) for name in names if name.endswith(WEIGHTS)}
+    return directory

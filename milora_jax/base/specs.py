@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -78,25 +77,26 @@ class Part:
     columns: tuple[int, int] | None = None
     outputs: tuple[int, int, int] | None = None
 
-    def within(self, box: tuple[slice, ...]) -> tuple[tuple[Any, ...], tuple[slice, ...]] | None:
+    def within(self, box: tuple[slice, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
         """What a box of the leaf, one slice per axis, holds of this tensor.
 
         Returns:
-          Where in the box, and which slices of the tensor as the leaf orders its axes; None where they
-          have nothing in common.
+          Where in the box, likewise one slice per axis, and which slices of the tensor as the leaf orders its
+          axes: one axis fewer for a layer of a stacked leaf. None where they have nothing in common.
         """
-        place: tuple[Any, ...] = ()
+        place = tuple(slice(0, side.stop - side.start) for side in box)
         if self.layer is not None:
             layers, *box_rest = box
             if not layers.start <= self.layer < layers.stop:
                 return None
-            place, box = (self.layer - layers.start,), tuple(box_rest)
+            at = self.layer - layers.start
+            place, box = (slice(at, at + 1), *place[1:]), tuple(box_rest)
         if self.columns is not None:
             *front, asked = box
             first, end = max(asked.start, self.columns[0]), min(asked.stop, self.columns[1])
             if first >= end:
                 return None
-            place = (..., slice(first - asked.start, end - asked.start))
+            place = (*place[:-1], slice(first - asked.start, end - asked.start))
             box = (*front, slice(first - self.columns[0], end - self.columns[0]))
         if self.outputs is not None:
             *front, mine = box

@@ -11,17 +11,15 @@ every tensor's dtype, shape and place; the tensors, without gaps (https://github
 from __future__ import annotations
 
 import math
-import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from milora_jax.base.byte_files import ByteFile, read_span
 from milora_jax.base.json_files import parse_json_object
 from milora_jax.errors import UserError
 
@@ -43,9 +41,6 @@ LARGEST_HEADER = 100_000_000
 """Bytes of the largest header, as in the safetensors library."""
 
 LONGEST_NAME, MOST_AXES = 256, 8
-
-CHUNK_BYTES = 2**19
-"""Read at a time: enough for a disk, and what is read is still in the cache when it is copied on."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +128,20 @@ def parse_header(text: bytes, size: int, where: str) -> dict[str, Entry]:
     return dict(ordered)
 
 
+def declared_bytes(text: bytes) -> int | None:
+    """Where the last tensor ends, in bytes behind the header, if the header says so; it is not checked."""
+    try:
+        header = parse_json_object(text, "header")
+    except UserError:
+        return None
+    ends = [0]
+    for name, values in header.items():
+        span = values.get("data_offsets") if isinstance(values, dict) else None
+        if name != "__metadata__" and isinstance(span, list) and span and type(span[-1]) is int:
+            ends.append(span[-1])
+    return max(ends)
+
+
 def _checked(values: Any, what: str) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     """Dtype, shape and place of one tensor."""
     if not isinstance(values, dict) or values.keys() != {"dtype", "shape", "data_offsets"}:
@@ -157,34 +166,32 @@ class TensorFile:
     """A safetensors file whose header has been checked.
 
     Attributes:
-      path: of the file, which is opened anew by every reader.
+      file: its bytes.
       entries: its tensors.
     """
 
-    path: Path
+    file: ByteFile
     entries: dict[str, Entry]
 
+    @property
+    def name(self) -> str:
+        """What errors call the file."""
+        return self.file.name
+
     @classmethod
-    def at(cls, path: Path) -> TensorFile:
-        """The file at ``path``.
+    def of(cls, file: ByteFile) -> TensorFile:
+        """A file, checked.
 
         Raises:
           UserError: it is not readable, not a regular file, or damaged.
         """
-        descriptor = _opened(path)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{path}: not a regular file")
-            first = os.pread(descriptor, LENGTH_BYTES, 0)
-            length = header_length(first, status.st_size, str(path))
-            text = os.pread(descriptor, length, LENGTH_BYTES)
-            return cls(path, parse_header(text, status.st_size, str(path)))
-        finally:
-            os.close(descriptor)
+        size = file.size()
+        length = header_length(read_span(file, 0, min(LENGTH_BYTES, size)), size, file.name)
+        text = read_span(file, LENGTH_BYTES, LENGTH_BYTES + length)
+        return cls(file, parse_header(text, size, file.name))
 
     def chunks(self, name: str, first: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Some rows of a tensor with a floating dtype, chunk by chunk, each in the same memory.
+        """Some rows of a tensor with a floating dtype, chunk by chunk, each until the next is asked for.
 
         Args:
           first, end: the rows, along the tensor's first axis.
@@ -198,17 +205,14 @@ class TensorFile:
         entry = self.entries[name]
         dtype, (_, *rest) = jnp.dtype(FLOATING[entry.dtype]), entry.shape
         row = math.prod(rest) * dtype.itemsize
-        count = max(1, CHUNK_BYTES // row)
-        buffer = np.empty((min(count, end - first), *rest), dtype)
-        raw = buffer.view(np.uint8).reshape(-1).data
-        descriptor = _opened(self.path)
-        try:
-            for start in range(first, end, count):
-                rows = min(count, end - start)
-                self._fill(descriptor, raw[: rows * row], entry.start + start * row, name)
-                yield start, buffer[:rows]
-        finally:
-            os.close(descriptor)
+        starts = range(first, end, max(1, self.file.block // row))
+        ends = [*starts[1:], end]
+        spans = (
+            (entry.start + start * row, entry.start + stop * row)
+            for start, stop in zip(starts, ends, strict=True)
+        )
+        for start, raw in zip(starts, self.file.read(spans), strict=True):
+            yield start, np.frombuffer(raw, np.uint8).view(dtype).reshape(-1, *rest)
 
     def whole(self, name: str) -> np.ndarray:
         """All of a tensor with a floating dtype."""
@@ -217,17 +221,3 @@ class TensorFile:
         for start, chunk in self.chunks(name, 0, entry.shape[0]):
             values[start : start + len(chunk)] = chunk
         return values
-
-    def _fill(self, descriptor: int, into: memoryview, offset: int, name: str) -> None:
-        while into:
-            got = os.preadv(descriptor, [into], offset)
-            if got == 0:
-                raise UserError(f"{self.path}: truncated while tensor {name!r} was read")
-            into, offset = into[got:], offset + got
-
-
-def _opened(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for a writer
-    except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror})") from None

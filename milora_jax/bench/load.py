@@ -1,9 +1,9 @@
 """``python -m milora_jax.bench load``: how fast a base is read from a disk, beside the disk itself.
 
 The files are those of ``--path``, or are written first with random values: a published shape at reduced
-depth. Each round reads all of them once in order, in blocks of 16 MiB into one buffer, and loads them once,
-the page cache emptied before either as far as the system lets one program do it (``posix_fadvise``). One
-JSON object.
+depth. Each round reads all of them once in order, in blocks of 16 MiB into one buffer; reads them so into
+fresh memory of their size, as whoever keeps them must; and loads them; the page cache emptied before each as
+far as the system lets one program do it (``posix_fadvise``). One JSON object.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,20 @@ def main(argv: list[str]) -> None:
         if not asked.path:
             config = dataclasses.replace(SHAPES[asked.shape], num_layers=asked.layers)
             write_random(directory, config, asked.stored, asked.shard_bytes)
-        files = sorted({file.path for file in files_by_tensor(directory).values()})
+        files = sorted({Path(file.name) for file in files_by_tensor(directory).values()})
         size = sum(path.stat().st_size for path in files)
-        loads: list[tuple[float, int]] = []
+        measured: dict[str, list[tuple[float, int]]] = {"keep": [], "load": []}
+        work = {"keep": (_keep, files), "load": (_load, directory, asked.dtype, asked.quantize)}
 
-        def load(quantize: str) -> None:
+        def measure(name: str) -> None:
             _forget(files)
-            loads.append(_in_fresh_process(directory, asked.dtype, quantize))
+            measured[name].append(_in_fresh_process(*work[name]))
 
-        disk_seconds = in_turns([asked.quantize], asked.repeats, load, lambda: _read(files))
-    load_seconds, peak = (statistics.median(values) for values in zip(*loads, strict=True))
+        disk_seconds = in_turns(list(work), asked.repeats, measure, lambda: _read(files))
+    keep_seconds, load_seconds = (
+        statistics.median(seconds for seconds, _ in measured[name]) for name in work
+    )
+    peak = statistics.median(size for _, size in measured["load"])
     report = {
         "bench": "load",
         "bytes": size,
@@ -64,8 +69,10 @@ def main(argv: list[str]) -> None:
         "quantize": asked.quantize,
         "repeats": asked.repeats,
         "disk_bytes_per_second": size / disk_seconds,
+        "keep_bytes_per_second": size / keep_seconds,
         "load_bytes_per_second": size / load_seconds,
         "share_of_disk": disk_seconds / load_seconds,
+        "share_of_keep": keep_seconds / load_seconds,
         "peak_bytes_over_file_bytes": peak / size,
         **machine.describe(),
     }
@@ -125,11 +132,11 @@ def _read(files: list[Path]) -> float:
     return time.perf_counter() - begin
 
 
-def _in_fresh_process(directory: Path, dtype: str, quantize: str) -> tuple[float, int]:
-    """Seconds of a load, and bytes that it added to a process at most."""
+def _in_fresh_process(work: Callable[..., Any], *given: Any) -> tuple[float, int]:
+    """Seconds of a piece of work, and bytes that it added to a process at most."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=_load, args=(theirs, directory, dtype, quantize))
+    child = context.Process(target=_measured, args=(theirs, work, *given))
     child.start()
     theirs.close()
     try:
@@ -140,13 +147,31 @@ def _in_fresh_process(directory: Path, dtype: str, quantize: str) -> tuple[float
         child.join()
 
 
-def _load(pipe: Any, directory: Path, dtype: str, quantize: str) -> None:
+def _measured(pipe: Any, work: Callable[..., Any], *given: Any) -> None:
     jnp.zeros(1).block_until_ready()  # JAX itself takes memory and time
     before, begin = machine.peak_memory(), time.perf_counter()
-    base, _ = load_base(directory, dtype, quantize=quantize)
+    made = work(*given)
     seconds = time.perf_counter() - begin
     pipe.send((seconds, machine.peak_memory() - before))
-    del base
+    del made
+
+
+def _load(directory: Path, dtype: str, quantize: str) -> Any:
+    return load_base(directory, dtype, quantize=quantize)
+
+
+def _keep(files: list[Path]) -> list[np.ndarray]:
+    """The contents of the files, in memory that was not used before."""
+    contents = []
+    for path in files:
+        content = np.empty(path.stat().st_size, np.uint8)
+        with open(path, "rb", buffering=0) as file:
+            for start in range(0, len(content), BLOCK):
+                part = content[start : start + BLOCK].data
+                while part:
+                    part = part[file.readinto(part) or 0 :]
+        contents.append(content)
+    return contents
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

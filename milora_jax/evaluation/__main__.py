@@ -14,6 +14,7 @@ from pathlib import Path
 from milora_jax.base.load import load_base
 from milora_jax.base.source import model_directory
 from milora_jax.base.transformer import adapter_decode_layout
+from milora_jax.cli import Console
 from milora_jax.config import EvalSection
 from milora_jax.data.records import parse_sources, read_records
 from milora_jax.data.tokens import load_tokenizer
@@ -71,7 +72,9 @@ def main() -> None:
     if not arguments.base:
         adapter, metadata = read_adapter(arguments.workdir)
         require_its_base(metadata, arguments.workdir, directory)
-    base, model = load_base(directory, config.model.dtype, decode=True, quantize=config.model.quantize)
+    dtype, quantize = config.model.dtype, config.model.quantize
+    with Console().loading("base") as progress:
+        base, model = load_base(directory, dtype, decode=True, quantize=quantize, progress=progress)
     tokenizer = load_tokenizer(str(directory))
     adapter = None if adapter is None else adapter_decode_layout(adapter, base)
     scores = []

@@ -18,6 +18,7 @@ from typing import Any
 
 from milora_jax.base.load import load_base
 from milora_jax.base.source import model_directory
+from milora_jax.cli import Console
 from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.data.chat import Message
 from milora_jax.data.conversations import chat_field, read_chat
@@ -48,7 +49,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m milora_jax.generation", description=__doc__)
     parser.add_argument("--workdir", type=Path, help="workdir of train.py: its base and its best adapter")
-    parser.add_argument("--base", help="Hugging Face directory of the base, or hf://OWNER/NAME")
+    parser.add_argument(
+        "--base", help="of the base: Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH"
+    )
     parser.add_argument(
         "--adapter", type=Path, help="exported adapter, or a workdir; default with --base: none"
     )
@@ -173,7 +176,9 @@ def main() -> None:
         quantize = require_its_base(metadata, adapter_path, directory)
     tokenizer = load_tokenizer(str(directory))
     prompts = [in_template(tokenizer, each, template, arguments.system, arguments.raw) for each in given]
-    base, config = load_base(directory, dtype, decode=True, quantize=arguments.quantize or quantize)
+    quantize = arguments.quantize or quantize
+    with Console().loading("base") as progress:
+        base, config = load_base(directory, dtype, decode=True, quantize=quantize, progress=progress)
     streams = len(prompts) == 1 and settings.num_samples == 1 and not arguments.json
     answers = generate(
         base,

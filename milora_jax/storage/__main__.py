@@ -18,7 +18,8 @@ import numpy as np
 
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base
-from milora_jax.base.source import model_directory
+from milora_jax.base.source import hub_name, model_directory
+from milora_jax.cli import Console
 from milora_jax.config import METHODS, TEMPLATES, DataSection
 from milora_jax.data.records import Record, parse_sources, read_records
 from milora_jax.data.tokens import load_tokenizer
@@ -45,8 +46,10 @@ def parse_arguments() -> argparse.Namespace:
     writer.add_argument("--workdir", required=True, type=Path, help="workdir of train.py, or an export")
     writer.add_argument("--out", required=True, type=Path, help="a new or an empty directory")
     writer.add_argument("--format", required=True, choices=FORMATS, help="see docs/adapters.md")
-    writer.add_argument("--base", help="directory or hf:// name of the base (default: the run's)")
-    writer.add_argument("--base-name", default="", help="its name in PEFT's files (default: the path)")
+    writer.add_argument("--base", help="of the base (default: the run's): directory, hf:// name or gs://")
+    writer.add_argument(
+        "--base-name", default="", help="its name in PEFT's files (default: its path or hf:// name)"
+    )
     writer.add_argument("--calibration", default="", help="files whose prompts fix the route of a MiLoRA")
     writer.add_argument("--dev", default="", help="files that measure it (default: the same)")
     writer.add_argument("--template", choices=TEMPLATES, help="of them (default: the run's, or alpaca)")
@@ -57,13 +60,13 @@ def parse_arguments() -> argparse.Namespace:
     writer.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="largest file of merged weights")
     reader = commands.add_parser("import", help="make an adapter of what PEFT saved")
     reader.add_argument("--peft", required=True, type=Path, help="directory with adapter_config.json")
-    reader.add_argument("--base", required=True, help="directory or hf:// name of its base")
+    reader.add_argument("--base", required=True, help="its base: directory, hf:// name or gs://")
     reader.add_argument("--out", required=True, type=Path, help="a new or an empty directory")
     reader.add_argument("--method", default="", choices=METHODS, help="milora or midora: as experts")
     reader.add_argument("--seed", type=int, default=0, help="of what is fresh in it")
     checker = commands.add_parser("verify", help="check names, shapes, dtypes, values and hashes")
     checker.add_argument("path", type=Path)
-    checker.add_argument("--base", help="directory or hf:// name of the base that it must be for")
+    checker.add_argument("--base", help="that it must be for: directory, hf:// name or gs://")
     return parser.parse_args()
 
 
@@ -98,13 +101,13 @@ def run_export(arguments: argparse.Namespace) -> None:
     elif kind == "orbax":
         export.export_orbax(source, out)
     elif kind == "peft":
-        export.export_peft(source, out, arguments.base_name or str(base_of(arguments)))
+        export.export_peft(source, out, arguments.base_name or name_of_base(arguments))
     else:
         weights, origin = fixed_route(arguments)
         if kind == "merged":
             export.export_merged(source, base_of(arguments), out, weights, origin, arguments.shard_bytes)
         elif weights is not None:
-            name = arguments.base_name or str(base_of(arguments))
+            name = arguments.base_name or name_of_base(arguments)
             export.export_static(source, out, name, weights, origin)
     print(f"written to {out}")
 
@@ -119,7 +122,8 @@ def fixed_route(arguments: argparse.Namespace) -> tuple[np.ndarray | None, dict[
     if not adapter.method.routes:
         raise UserError(f"method {adapter.method.name!r} has no router: expected no --calibration")
     quantize = require_its_base(metadata, arguments.workdir, folder)
-    base, config = load_base(folder, arguments.dtype, decode=True, quantize=quantize)
+    with Console().loading("base") as progress:
+        base, config = load_base(folder, arguments.dtype, decode=True, quantize=quantize, progress=progress)
     require(bool(config.eos_ids), "eos_token_id of the model", None, "a token that ends an answer")
     template = arguments.template
     if not template:
@@ -137,12 +141,22 @@ def fixed_route(arguments: argparse.Namespace) -> tuple[np.ndarray | None, dict[
 
 
 def base_of(arguments: argparse.Namespace) -> Path:
-    """The directory of the base: as given, or the run's."""
+    """The directory of the base."""
+    return model_directory(path_of_base(arguments))
+
+
+def path_of_base(arguments: argparse.Namespace) -> str:
+    """Where the base is: as given, or the run's."""
     if arguments.base is not None:
-        return model_directory(arguments.base)
+        return arguments.base
     if not (arguments.workdir / CONFIG_NAME).is_file():
         raise UserError(f"{str(arguments.workdir)!r} is no workdir that names its base: give --base")
-    return model_directory(read_workdir_config(arguments.workdir).model.path)
+    return read_workdir_config(arguments.workdir).model.path
+
+
+def name_of_base(arguments: argparse.Namespace) -> str:
+    """What other programs call the base: its path, or its name on the Hub."""
+    return hub_name(path_of_base(arguments))
 
 
 def _records(sources: str, limit: int) -> list[Record]:

@@ -91,11 +91,11 @@ def _require_all(files: dict[str, TensorFile], change: FixedChange, base: Path) 
 
 def _described(files: dict[str, TensorFile]) -> Iterator[Named]:
     """All tensors, in the order of their files."""
-    for name, file in sorted(files.items(), key=lambda pair: (pair[1].path, pair[0])):
+    for name, file in sorted(files.items(), key=lambda pair: (pair[1].name, pair[0])):
         entry = file.entries[name]
         if entry.dtype not in FLOATING:
             raise UserError(
-                f"{file.path}: tensor {name!r} has dtype {entry.dtype}, expected one of {', '.join(FLOATING)}"
+                f"{file.name}: tensor {name!r} has dtype {entry.dtype}, expected one of {', '.join(FLOATING)}"
             )
         yield name, entry
 

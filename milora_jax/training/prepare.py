@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from milora_jax.adapters.protocol import abstract_params, router_mask
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
 from milora_jax.base.fingerprint import base_fingerprint
-from milora_jax.base.hf import load_leaves
+from milora_jax.base.hf import Progress, ignore, load_leaves
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.modules import Base
 from milora_jax.base.source import model_directory
@@ -77,7 +77,9 @@ class Run:
         return place(batch, batch_sharding(self.mesh, self.rules))
 
 
-def prepare_run(config: Config, workdir: Path | None, say: Callable[[str], None]) -> Run:
+def prepare_run(
+    config: Config, workdir: Path | None, say: Callable[[str], None], progress: Progress = ignore
+) -> Run:
     """Read the rows, the tokenizer and the base that a config names; write nothing.
 
     The rows come first: a typo in a file name should not cost the minutes a 7B base takes to load.
@@ -86,6 +88,7 @@ def prepare_run(config: Config, workdir: Path | None, say: Callable[[str], None]
       workdir: where the run will write; refused here if another run is in it. None where the caller
         holds its lock already.
       say: receives one line per thing worth knowing (rows dropped, held out, loaded).
+      progress: told how many bytes of the base are read, and of how many.
     """
     method = build_method(config.adapter)
     config = dataclasses.replace(config, adapter=full_settings(method))
@@ -127,6 +130,7 @@ def prepare_run(config: Config, workdir: Path | None, say: Callable[[str], None]
         config.model.dtype,
         lambda path: base_sharding(mesh, rules, path),
         quantize=config.model.quantize,
+        progress=progress,
     )
     return Run(
         config=config,

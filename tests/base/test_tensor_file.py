@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from milora_jax.base import hf, tensor_file
+from milora_jax.base import hf, leaf_reading
+from milora_jax.base.byte_files import LocalFile
 from milora_jax.base.load import load_base
 from milora_jax.base.tensor_file import TensorFile
 from milora_jax.errors import UserError
@@ -27,7 +28,7 @@ def test_a_hostile_file_is_refused_by_name(name, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        TensorFile.at(path)
+        TensorFile.of(LocalFile(path))
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"{path}: ")
 
@@ -36,18 +37,18 @@ def test_a_directory_and_a_pipe_are_no_files_and_nobody_waits(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for name in ("fifo", "."):
         with pytest.raises(UserError, match="not a regular file"):
-            TensorFile.at(tmp_path / name)
+            TensorFile.of(LocalFile(tmp_path / name))
     with pytest.raises(UserError, match="No such file"):
-        TensorFile.at(tmp_path / "none")
+        TensorFile.of(LocalFile(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_chunks_of_any_size_make_the_tensor(dtype, tmp_path, monkeypatch):
     values = np.arange(35, dtype=np.float32).reshape(7, 5).astype(jnp.dtype(dtype))
     save_file({"a": values[:1], "t": values}, tmp_path / "x")
-    file = TensorFile.at(tmp_path / "x")
+    file = TensorFile.of(LocalFile(tmp_path / "x"))
     for size in (1, values.nbytes // 3, 2**20):
-        monkeypatch.setattr(tensor_file, "CHUNK_BYTES", size)
+        monkeypatch.setattr(LocalFile, "block", size)
         np.testing.assert_array_equal(file.whole("t"), values)
         rows = [(start, chunk.copy()) for start, chunk in file.chunks("t", 2, 6)]
         np.testing.assert_array_equal(np.concatenate([chunk for _, chunk in rows]), values[2:6])
@@ -57,18 +58,33 @@ def test_chunks_of_any_size_make_the_tensor(dtype, tmp_path, monkeypatch):
 def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(WHOLE)
-    file = TensorFile.at(path)
+    file = TensorFile.of(LocalFile(path))
     path.write_bytes(WHOLE[:-4])
-    with pytest.raises(UserError, match="truncated while tensor 'b' was read"):
+    with pytest.raises(UserError, match=r"ends at byte [0-9]+, where there were more"):
         file.whole("b")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 4), (4, 3), (35, 6), (36, 7), (64, 34)])
+def test_rows_become_columns(dtype, shape):
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) - 7.5
+    values = values.astype(jnp.dtype(dtype))
+    for rows in (values, np.repeat(values, 2, axis=1)[:, ::2]):
+        for offset in (0, 1):
+            around = np.zeros((shape[1], shape[0] + 3), values.dtype)
+            leaf_reading._transpose(rows, around[:, offset : offset + shape[0]])
+            np.testing.assert_array_equal(around[:, offset : offset + shape[0]], values.T)
+            assert not around[:, :offset].any()
+            assert not around[:, offset + shape[0] :].any()
 
 
 def test_tensors_in_many_pieces_by_many_threads_are_the_same(tmp_path, monkeypatch):
     write_hf_directory(tmp_path, TINY, tokenizer=False)
-    monkeypatch.setattr(hf, "PIECE_BYTES", 64)
+    monkeypatch.setattr(leaf_reading, "PIECE_BYTES", 64)
     monkeypatch.setattr(hf, "THREADS", 7)
-    monkeypatch.setattr(tensor_file, "CHUNK_BYTES", 300)
-    monkeypatch.setattr(hf, "TRANSPOSED_ROWS", 2)
+    monkeypatch.setattr(leaf_reading, "THREADS", 7)
+    monkeypatch.setattr(LocalFile, "block", 300)
+    monkeypatch.setattr(leaf_reading, "TRANSPOSED_ROWS", 2)
     found, expected = load_base(tmp_path)[0], random_base(TINY)
     for one, other in zip(*map(_leaves, (found, expected)), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -17,6 +17,9 @@ def test_a_report_has_every_figure(capsys, tmp_path):
     assert report["share_of_disk"] == pytest.approx(
         report["load_bytes_per_second"] / report["disk_bytes_per_second"]
     )
+    assert report["share_of_keep"] == pytest.approx(
+        report["load_bytes_per_second"] / report["keep_bytes_per_second"]
+    )
     assert report["peak_bytes_over_file_bytes"] > 0.5
     assert not list(tmp_path.iterdir()), "the files are taken away again"
 
