@@ -217,6 +217,7 @@ def test_a_damaged_adapter_is_refused_by_name(workdir, tmp_path, older):
         milora_jax.load_adapter(tmp_path / "best")
 
 
+@pytest.mark.slow
 def test_patience_stops_early_and_the_best_is_kept(folder, tmp_path, monkeypatch):
     settings = (
         "--config.train.learning_rate=0",

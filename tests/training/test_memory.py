@@ -77,6 +77,7 @@ def test_the_logits_of_all_tokens_never_exist():
         assert logits_at_once(compiled(ODD, loss_chunk=chunk)[0].as_text()) == chunk
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_and_nothing_else():
     found, memory = {}, {}
     for remat in REMAT:
@@ -95,6 +96,7 @@ def test_remat_changes_memory_and_nothing_else():
         )
 
 
+@pytest.mark.slow
 def test_parts_need_less_memory():
     whole, _ = compiled()
     parts, _ = compiled(accumulate=4)

@@ -63,8 +63,8 @@ def fit(run, steps, workdir, stop_after=None):
     return trainer.fit(lambda done, status: reached.append(done), lambda: len(reached) + 1 == stop_after)
 
 
-DEFAULT = ("milora", "ssp")
-"""One with a router and one with a memory; the others take the same paths and are run with the slow tests."""
+DEFAULT = ("milora",)
+"""The others take the same paths and are run with the slow tests."""
 
 
 @pytest.mark.parametrize(

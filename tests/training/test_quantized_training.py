@@ -40,7 +40,11 @@ def step(layout=None):
 
 @pytest.mark.parametrize(
     ("quantize", "method"),
-    [("int8", "milora"), ("nf4", "milora"), pytest.param("nf4", "midora", marks=pytest.mark.slow)],
+    [
+        ("nf4", "milora"),
+        pytest.param("int8", "milora", marks=pytest.mark.slow),
+        pytest.param("nf4", "midora", marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_is_that_on_the_decoded_kernels(quantize, method):
     base = quantized_base(QUANTIZABLE, quantize)
@@ -81,7 +85,8 @@ def continued(base, merge=False):
     return [request.tokens[0] for request in made]
 
 
-@pytest.mark.parametrize("quantize", KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
 def test_decoding_gives_the_tokens_of_the_decoded_kernels(quantize):
     base = quantized_base(QUANTIZABLE, quantize)
     expected = continued(decoded_base(base))
