@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import signal
 import sys
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 from milora_jax.cluster import Cluster
 from milora_jax.config import Config
@@ -17,6 +18,14 @@ from milora_jax.errors import Preempted, UserError
 
 LINE_EVERY = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the command."""
+        raise UserError(f"command line: {message} (--help lists what there is)")
 
 
 SHOWN_AFTER = 2.0
@@ -108,6 +117,22 @@ def sigterm_noted() -> Iterator[Callable[[], bool]]:
         yield lambda: came
     finally:
         signal.signal(signal.SIGTERM, old)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: what is half-written is taken away again."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    caught = (signal.SIGTERM, signal.SIGHUP)
+    old = [signal.signal(each, interrupt) for each in caught]
+    try:
+        yield
+    finally:
+        for each, handler in zip(caught, old, strict=True):
+            signal.signal(each, handler)
 
 
 def stop_if(preempted: Callable[[], bool], doing: str) -> None:

@@ -300,7 +300,10 @@ def _from_dict(cls: Any, values: Any, where: str) -> Any:
         elif dataclasses.is_dataclass(kind):
             parsed[name] = _from_dict(kind, value, label)
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-            parsed[name] = float(value)
+            try:
+                parsed[name] = float(value)
+            except OverflowError:
+                raise UserError(f"{label} has {len(str(value))} digits: expected a number") from None
         else:
             require(type(value) is kind, label, value, f"a value of type {kind.__name__}")
             parsed[name] = value

@@ -59,10 +59,19 @@ class Ending(NamedTuple):
     code: int
 
 
+def printable(text: str) -> str:
+    r"""Text of somebody else as one line: whatever would move a terminal's cursor is written out.
+
+    >>> print(printable("a\nb\x1b[31m"))
+    a\nb\x1b[31m
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def ending(error: UserError | OSError | KeyboardInterrupt) -> Ending:
     """The line and the exit code of a mistake, of what the file system refuses, or of Ctrl-C."""
     if isinstance(error, UserError):
-        return Ending(" ".join(str(error).split()), error.exit_code)
+        return Ending(printable(" ".join(str(error).split())), error.exit_code)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return Ending(f"{where}{error.strerror or error}", EXIT_BAD_INPUT)

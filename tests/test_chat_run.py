@@ -140,6 +140,7 @@ def test_a_run_on_chats(folder, tmp_path, monkeypatch, capsys):
         "adapter.dropout": 0.0,
         "mesh.data": -1,
         "train.batch_size": 8,
+        "train.learning_rate": 2e-2,
         "eval.batch_size": 8,
         "train.max_steps": 20,
         "train.eval_every": 10,

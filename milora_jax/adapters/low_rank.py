@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -45,6 +44,10 @@ class LowRank:
     b: Float[Array, "*L R d_out"]
 
 
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e9
+"""Between them a pair is neither nothing nor infinite in float32, whatever its rank."""
+
+
 @dataclass(frozen=True)
 class LowRankMethod(Method):
     """Settings that every method made of low-rank pairs has.
@@ -61,8 +64,9 @@ class LowRankMethod(Method):
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, "adapter.rank", self.rank, "at least 1")
-        alpha_fits = math.isfinite(self.alpha) and self.alpha >= 0
-        require(alpha_fits, "adapter.alpha", self.alpha, "0 (alpha = rank) or more")
+        fits = self.alpha == 0 or SMALLEST_ALPHA <= self.alpha <= LARGEST_ALPHA
+        expected = f"0 (alpha = rank), or from {SMALLEST_ALPHA:g} to {LARGEST_ALPHA:g}"
+        require(fits, "adapter.alpha", self.alpha, expected)
         require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "from 0 to below 1")
 
     @property

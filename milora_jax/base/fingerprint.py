@@ -7,6 +7,7 @@ from pathlib import Path
 
 from milora_jax.base.byte_files import ByteFile, LocalFile
 from milora_jax.base.source import weight_files
+from milora_jax.errors import UserError
 
 WHOLE_BELOW = 2**20
 """Files up to this many bytes are read whole; of larger ones, samples."""
@@ -30,8 +31,10 @@ def base_fingerprint(directory: Path) -> str:
     """SHA-256 over the names, sizes and contents of a Hugging Face directory's files, large ones sampled.
 
     Raises:
-      UserError: a file cannot be read.
+      UserError: there is no such directory, or a file cannot be read.
     """
+    if not directory.is_dir():
+        raise UserError(f"{str(directory)!r}: no such directory, expected a Hugging Face model")
     files: dict[str, ByteFile] = {
         path.name: LocalFile(path) for pattern in NAMES for path in directory.glob(pattern) if path.is_file()
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from milora_jax.base.byte_files import ByteFile, LocalFile
 from milora_jax.base.gcs import RemoteDirectory, RemoteFile
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, require
 
 HUB = "hf://"
 
@@ -46,6 +46,7 @@ def model_directory(path: str | Path) -> Path:
         connection to it.
     """
     text = str(path)
+    require(bool(text), "the path of a model", text, "a directory, hf://OWNER/NAME or gs://BUCKET/PATH")
     if text.startswith("hf:"):
         return _fetched(text)
     return _mirrored(text) if text.startswith("gs:") else Path(path)

@@ -36,6 +36,7 @@ from milora_jax.bench.models import (
 )
 from milora_jax.bench.peer import PEERS, started
 from milora_jax.bench.rounds import add_common, in_turns, names, numbers, require_least, require_names
+from milora_jax.cli import Parser
 from milora_jax.config import QUANTIZE, AdapterSection
 from milora_jax.errors import UserError, require
 from milora_jax.generation.bank import Bank
@@ -84,7 +85,7 @@ class Case:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m milora_jax.bench decode", description=__doc__)
+    parser = Parser(prog="python -m milora_jax.bench decode", description=__doc__)
 
     add_common(parser, PEERS)
     parser.add_argument("--method", type=names, default=["milora"], help=f"of {', '.join(METHODS)}")

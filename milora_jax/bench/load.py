@@ -31,6 +31,7 @@ from milora_jax.base.load import load_base
 from milora_jax.base.specs import base_specs
 from milora_jax.bench import machine
 from milora_jax.bench.rounds import in_turns, require_least, require_names
+from milora_jax.cli import Parser
 from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
@@ -175,7 +176,7 @@ def _keep(files: list[Path]) -> list[np.ndarray]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m milora_jax.bench load", description=__doc__)
+    parser = Parser(prog="python -m milora_jax.bench load", description=__doc__)
     parser.add_argument("--path", default="", help="Hugging Face directory; default: one is written")
     parser.add_argument("--shape", default="llama2-7b", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--layers", type=int, default=3)

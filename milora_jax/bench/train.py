@@ -30,6 +30,7 @@ from milora_jax.bench import machine
 from milora_jax.bench.models import load_model, peer_directory, random_adapter
 from milora_jax.bench.peer import Peer, started
 from milora_jax.bench.rounds import add_common, in_turns, names, numbers, require_least, require_names
+from milora_jax.cli import Parser
 from milora_jax.config import METHODS, QUANTIZE, REMAT, AdapterSection, TrainSection
 from milora_jax.data.batches import collate
 from milora_jax.data.packing import in_rows
@@ -95,7 +96,7 @@ class Case:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m milora_jax.bench train", description=__doc__)
+    parser = Parser(prog="python -m milora_jax.bench train", description=__doc__)
 
     add_common(parser, PEERS)
     methods = ", ".join((*METHODS, *PEERS))

@@ -97,7 +97,9 @@ def read_records(source: Source, scored: bool = False) -> list[Record]:
     else:
         path = Path(source.location)
         if not path.is_file():
-            raise UserError(f"{path}: no such file")
+            raise UserError(
+                f"{path}: {'a directory' if path.is_dir() else 'no such file'}, expected JSON or JSONL"
+            )
         if path.suffix == ".jsonl":
             rows = _jsonl_rows(path)
         elif path.suffix == ".json":

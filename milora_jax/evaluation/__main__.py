@@ -14,12 +14,12 @@ from pathlib import Path
 from milora_jax.base.load import load_base
 from milora_jax.base.source import model_directory
 from milora_jax.base.transformer import adapter_decode_layout
-from milora_jax.cli import Console
+from milora_jax.cli import Console, Parser
 from milora_jax.config import EvalSection
 from milora_jax.data.records import parse_sources, read_records
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, run_command
-from milora_jax.evaluation.score import accuracies, score_task, write_predictions
+from milora_jax.evaluation.score import accuracies, limited, score_task, write_predictions
 from milora_jax.evaluation.study.command import main as study_main
 from milora_jax.storage.adapters import read_adapter, require_its_base
 from milora_jax.storage.workdir import read_workdir_config
@@ -27,7 +27,7 @@ from milora_jax.storage.workdir import read_workdir_config
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m milora_jax.evaluation", description=__doc__)
+    parser = Parser(prog="python -m milora_jax.evaluation", description=__doc__)
     parser.add_argument("--workdir", required=True, type=Path, help="workdir of train.py")
     parser.add_argument(
         "--data", default="", help="files to score, comma-separated (default: the run's test files)"
@@ -79,7 +79,7 @@ def main() -> None:
     adapter = None if adapter is None else adapter_decode_layout(adapter, base)
     scores = []
     for task, records in tasks.items():
-        print(f"scoring {task} ({len(records)} rows)", file=sys.stderr, flush=True)
+        print(f"scoring {task} ({len(limited(records, settings.limit))} rows)", file=sys.stderr, flush=True)
         template = config.data.template
         scores.append(score_task(base, model, tokenizer, adapter, task, records, settings, template=template))
     rows = {score.task: len(score.predictions) for score in scores}

@@ -18,7 +18,7 @@ from typing import Any
 
 from milora_jax.base.load import load_base
 from milora_jax.base.source import model_directory
-from milora_jax.cli import Console
+from milora_jax.cli import Console, Parser
 from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.data.chat import Message
 from milora_jax.data.conversations import chat_field, read_chat
@@ -47,7 +47,7 @@ _HELP = {
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m milora_jax.generation", description=__doc__)
+    parser = Parser(prog="python -m milora_jax.generation", description=__doc__)
     parser.add_argument("--workdir", type=Path, help="workdir of train.py: its base and its best adapter")
     parser.add_argument(
         "--base", help="of the base: Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH"

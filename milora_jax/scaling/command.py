@@ -7,7 +7,7 @@ import dataclasses
 import sys
 
 from milora_jax.base.known import SHAPES
-from milora_jax.cli import parse_train_flags
+from milora_jax.cli import Parser, parse_train_flags
 from milora_jax.config import Config, MeshSection
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
@@ -17,7 +17,7 @@ from milora_jax.scaling.plan import plan
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what of it overrides the config."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         allow_abbrev=False,
         prog="python -m milora_jax.parallel aot",
         description="Compile a config's programs for chips that are not there, and say what they take.",

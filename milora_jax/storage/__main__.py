@@ -19,11 +19,11 @@ import numpy as np
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base
 from milora_jax.base.source import hub_name, model_directory
-from milora_jax.cli import Console
+from milora_jax.cli import Console, Parser, terminated_as_interrupted
 from milora_jax.config import METHODS, TEMPLATES, DataSection
 from milora_jax.data.records import Record, parse_sources, read_records
 from milora_jax.data.tokens import load_tokenizer
-from milora_jax.errors import UserError, require, run_command
+from milora_jax.errors import UserError, printable, require, run_command
 from milora_jax.evaluation.score import limited
 from milora_jax.evaluation.static_route import Model, calibrated_route, report_json, static_report
 from milora_jax.storage import export
@@ -37,10 +37,18 @@ from milora_jax.storage.workdir import CONFIG_NAME, read_workdir_config
 
 FORMATS = ("milora", "peft", "static", "orbax", "merged")
 
+ONLY_OF = {
+    "calibration": ("static", "merged"),
+    "dev": ("static", "merged"),
+    "limit": ("static", "merged"),
+    "base_name": ("peft", "static"),
+}
+"""Options that other formats would pass over."""
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m milora_jax.storage")
+    parser = Parser(prog="python -m milora_jax.storage")
     commands = parser.add_subparsers(dest="command", required=True)
     writer = commands.add_parser("export", help="write the best adapter of a run for other programs")
     writer.add_argument("--workdir", required=True, type=Path, help="workdir of train.py, or an export")
@@ -75,7 +83,7 @@ def verify(path: Path, base: Path | None) -> None:
     found = findings(path, base)
     for folder, lines in found.items():
         for line in lines or ["ok"]:
-            print(f"{folder}  {line}")
+            print(printable(f"{folder}  {line}"))
     wrong = sum(bool(lines) for lines in found.values())
     if wrong:
         kind = "adapters" if path in found else "steps"
@@ -89,12 +97,17 @@ def run_export(arguments: argparse.Namespace) -> None:
     for name in ("limit", "batch_size", "max_new_tokens", "shard_bytes"):
         least = 0 if name == "limit" else 1
         require(getattr(arguments, name) >= least, name, getattr(arguments, name), f"at least {least}")
-    if kind == "static" and not arguments.calibration:
-        raise UserError("format static fixes the route of a MiLoRA: give --calibration FILE")
-    if arguments.base is not None or kind in ("static", "merged"):
+    for name, formats in ONLY_OF.items():
+        if getattr(arguments, name) and kind not in formats:
+            raise UserError(f"--{name.replace('_', '-')} is of format {' or '.join(formats)}, not {kind}")
+    if kind == "static":
+        if not arguments.calibration:
+            raise UserError("format static fixes the route of a MiLoRA: give --calibration FILE")
+        method = best_metadata(source)["adapter"].get("method")
+        require(method == "milora", "the method", method, "milora, for format static")
+    if arguments.base is not None or kind in ("peft", "static", "merged"):
         require_its_base(best_metadata(source), source, base_of(arguments))
-    named = arguments.base is not None or (source / CONFIG_NAME).is_file()
-    if kind in ("peft", "static") and named:
+    if kind in ("peft", "static"):
         require_unfused(read_model_config(base_of(arguments)), base_of(arguments))
     if kind == "milora":
         export.export_milora(source, out)
@@ -125,6 +138,8 @@ def fixed_route(arguments: argparse.Namespace) -> tuple[np.ndarray | None, dict[
     with Console().loading("base") as progress:
         base, config = load_base(folder, arguments.dtype, decode=True, quantize=quantize, progress=progress)
     require(bool(config.eos_ids), "eos_token_id of the model", None, "a token that ends an answer")
+    longest, most = min(DataSection().max_length, config.max_positions), arguments.max_new_tokens
+    require(most < longest, "--max-new-tokens", most, f"below {longest}, which prompt and answer share")
     template = arguments.template
     if not template:
         is_run = (arguments.workdir / CONFIG_NAME).is_file()
@@ -134,7 +149,6 @@ def fixed_route(arguments: argparse.Namespace) -> tuple[np.ndarray | None, dict[
     print("\n".join(route.lines()))
     report = None
     if adapter.method.name == "milora":
-        longest = min(DataSection().max_length, config.max_positions)
         report = static_report(model, adapter, route, dev, longest, arguments.max_new_tokens, _say)
         print(report.line())
     return route.weights, {"static": report_json(route, report)}
@@ -182,5 +196,10 @@ def main() -> None:
         print(f"written to {out}")
 
 
+def _main() -> None:
+    with terminated_as_interrupted():
+        main()
+
+
 if __name__ == "__main__":
-    run_command(main)
+    run_command(_main)

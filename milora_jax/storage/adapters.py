@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from milora_jax.adapters.protocol import Adapter, Method, Shape, abstract_params
-from milora_jax.adapters.registry import build_method, full_settings
+from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
 from milora_jax.base.fingerprint import base_fingerprint
-from milora_jax.config import Config
-from milora_jax.errors import UserError
+from milora_jax.base.hf_config import read_model_config
+from milora_jax.config import QUANTIZE, Config
+from milora_jax.errors import UserError, one_of
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata
 from milora_jax.storage.exported import (
     is_exported,
@@ -58,7 +60,8 @@ def read_adapter(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
     if is_exported(Path(path)):
         return read_exported(Path(path))
     directory, step = newest_step(Path(path))
-    root, metadata = directory.root, read_metadata(directory.root, step)
+    root = directory.root
+    metadata = checked_metadata(read_metadata(root, step), str(root / str(step)))
     shape = read_shape(metadata["shape"], str(root))
     method = build_method(Config.from_dict({"adapter": metadata["adapter"]}).adapter)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -79,7 +82,7 @@ def best_metadata(path: str | Path) -> dict[str, Any]:
     if is_exported(Path(path)):
         return read_exported_metadata(Path(path))
     directory, step = newest_step(Path(path))
-    return read_metadata(directory.root, step)
+    return checked_metadata(read_metadata(directory.root, step), str(directory.root / str(step)))
 
 
 def require_its_base(metadata: dict[str, Any], path: str | Path, base: Path) -> str:
@@ -100,7 +103,33 @@ def require_its_base(metadata: dict[str, Any], path: str | Path, base: Path) -> 
         raise UserError(
             f"the files of {str(base)!r} are not those that the adapter of {str(path)!r} was made on"
         )
-    return metadata.get("quantize", "none")  # older adapters do not say
+    for line in misfits(metadata, base):
+        raise UserError(f"{str(path)!r}: {line}")
+    return metadata["quantize"]
+
+
+def misfits(metadata: Mapping[str, Any], base: Path) -> Iterator[str]:
+    """A line where an adapter, whatever it says of its base, has not that base's shape."""
+    found, expected = read_shape(metadata["shape"], "the adapter"), adapter_shape(read_model_config(base))
+    if found != expected:
+        yield f"made for a base of another shape: {found}, that of {str(base)!r} has {expected}"
+
+
+def checked_metadata(values: Any, where: str) -> dict[str, Any]:
+    """What was stored beside an adapter, if it is what :func:`adapter_metadata` gives and perhaps more.
+
+    Raises:
+      UserError: a field is missing or ill-typed.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: metadata is no object")
+    known = {"quantize": "none", **values}  # older adapters do not say
+    for name, kind in (("base_fingerprint", str), ("adapter", dict), ("quantize", str)):
+        if not isinstance(known.get(name), kind):
+            raise UserError(f"{where}: metadata has no {name}, or an ill-typed one")
+    one_of(f"{where}: quantize", known["quantize"], QUANTIZE)
+    read_shape(known.get("shape"), where)
+    return known
 
 
 def newest_step(path: Path) -> tuple[CheckpointDirectory, int]:

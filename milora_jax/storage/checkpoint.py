@@ -23,10 +23,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from milora_jax.base.json_files import read_json_object
 from milora_jax.errors import UserError
 from milora_jax.parallel.processes import is_first, place, wait_for_all
 from milora_jax.storage.failpoints import reach
-from milora_jax.storage.files import fsync_directory, json_bytes, read_json, write_atomic
+from milora_jax.storage.files import fsync_directory, json_bytes, write_atomic
 from milora_jax.storage.manifest import DamagedError, verify_manifest, write_manifest
 from milora_jax.types import PyTree
 
@@ -177,7 +178,11 @@ class CheckpointDirectory:
             for name, leaf in stored.items()
             if leaf.size
         }
-        loaded = _orbax().load(directory / TREE, asked) if asked else {}
+        try:
+            loaded = _orbax().load(directory / TREE, asked) if asked else {}
+        except Exception as error:  # a tree that somebody else has sealed may make Orbax raise anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DamagedError(directory, TREE, f"cannot be read ({reason[:200]})") from error
         values = []
         for name, leaf in wanted.items():
             if name in loaded:
@@ -273,14 +278,31 @@ def verify_step(directory: Path) -> dict[str, Any]:
     """
     verify_manifest(directory)
     try:
-        content = read_json(directory / METADATA)
+        content = read_json_object(directory / METADATA)
     except UserError as error:
         raise DamagedError(directory, METADATA, str(error)) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DamagedError(directory, METADATA, f"not a checkpoint of format {FORMAT}")
-    if str(content["step"]) != directory.name:
-        raise DamagedError(directory, METADATA, f"holds step {content['step']}, not {directory.name}")
+    if str(content.get("step")) != directory.name:
+        raise DamagedError(directory, METADATA, f"holds step {content.get('step')}, not {directory.name}")
+    leaves = content.get("leaves")
+    if not isinstance(leaves, dict) or not all(map(_is_described, leaves.values())):
+        raise DamagedError(directory, METADATA, "leaves is no object with shape, dtype and impl of each")
+    if not isinstance(content.get("metadata"), dict):
+        raise DamagedError(directory, METADATA, "metadata is no object")
     return content
+
+
+def _is_described(leaf: Any) -> bool:
+    if not isinstance(leaf, dict) or leaf.keys() != {"shape", "dtype", "impl"}:
+        return False
+    shape, impl = leaf["shape"], leaf["impl"]
+    return (
+        isinstance(shape, list)
+        and all(type(size) is int and size >= 0 for size in shape)
+        and isinstance(leaf["dtype"], str)
+        and (impl is None or isinstance(impl, str))
+    )
 
 
 def read_metadata(root: Path, step: int) -> dict[str, Any]:
@@ -289,7 +311,10 @@ def read_metadata(root: Path, step: int) -> dict[str, Any]:
     Raises:
       UserError: there is no such step, or its metadata cannot be read.
     """
-    return read_json(root / str(step) / METADATA)["metadata"]
+    content = read_json_object(root / str(step) / METADATA)
+    if not isinstance(content.get("metadata"), dict):
+        raise DamagedError(root / str(step), METADATA, "metadata is no object")
+    return content["metadata"]
 
 
 def _orbax() -> Any:

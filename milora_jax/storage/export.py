@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from milora_jax.storage.adapters import newest_step, read_adapter
+from milora_jax.base.json_files import parse_json_object
+from milora_jax.storage.adapters import checked_metadata, newest_step, read_adapter
 from milora_jax.storage.checkpoint import CheckpointDirectory
 from milora_jax.storage.exported import is_exported, write_exported
-from milora_jax.storage.files import json_bytes, new_directory
+from milora_jax.storage.files import json_bytes, new_directory, read_bytes
 from milora_jax.storage.fixed import fixed_change, static_lora
 from milora_jax.storage.manifest import write_manifest
 from milora_jax.storage.merged import write_merged
@@ -93,6 +94,16 @@ def export_merged(
     with new_directory(out) as partial:
         write_merged(base, partial, change, shard_bytes)
         seal(partial, metadata, {"format": "merged", **origin})
+
+
+def read_origin(directory: Path) -> dict[str, Any]:
+    """What :func:`seal` has said about an export.
+
+    Raises:
+      UserError: the file is missing, or is not what was written.
+    """
+    where = directory / ORIGIN_FILE
+    return checked_metadata(parse_json_object(read_bytes(where), str(where)), str(where))
 
 
 def seal(directory: Path, metadata: dict[str, Any], origin: dict[str, Any]) -> None:

@@ -27,11 +27,14 @@ from milora_jax.storage.adapter_tensors import parse_tensors, write_tensors
 from milora_jax.storage.files import json_bytes
 from milora_jax.storage.manifest import DamagedError, manifest_errors, read_verified, write_manifest
 from milora_jax.storage.pair_tensors import (
+    NOTHING,
     Record,
     Shapes,
+    changes_nothing,
     differences,
     pair_shapes,
     pair_tensors,
+    require_change,
     router_shapes,
     router_tensors,
     stacked_pairs,
@@ -84,7 +87,9 @@ def write_exported(directory: Path, adapter: Adapter, metadata: dict[str, Any]) 
     if isinstance(method, MiLoRA):
         experts = adapter.params.experts
         write_tensors(directory / ROUTER_FILE, router_tensors(adapter.params.router))
-    write_tensors(directory / EXPERTS_FILE, pair_tensors(experts))
+    tensors = pair_tensors(experts)
+    require_change(tensors, f"the adapter of method {method.name!r}")
+    write_tensors(directory / EXPERTS_FILE, tensors)
     kept = {name: metadata[name] for name in ("base_fingerprint", "adapter", "shape")}
     quantize = metadata.get("quantize", "none")  # older adapters do not say
     config = {"format": FORMAT, "normalize_eps": NORMALIZE_EPS, "quantize": quantize, **kept}
@@ -108,6 +113,7 @@ def read_exported(directory: Path) -> tuple[Adapter, dict[str, Any]]:
         tensors[name] = parse_tensors(contents[name], where)
         for line in differences(tensors[name], expected):
             raise UserError(f"{where}: {line}")
+    require_change(tensors[EXPERTS_FILE], str(directory / EXPERTS_FILE))
     params = stacked_pairs(tensors[EXPERTS_FILE], shape, RECORDS[method.name])
     if isinstance(method, MiLoRA):
         params = MiLoRAParams(params, stacked_router(tensors[ROUTER_FILE], shape, method.router))
@@ -147,6 +153,8 @@ def exported_findings(directory: Path) -> Iterator[str]:
             continue
         for line in () if found is None else differences(found, expected):
             yield f"{name}: {line}"
+        if name == EXPERTS_FILE and found is not None and changes_nothing(found):
+            yield f"{name}: {NOTHING}"
 
 
 def parse_config(values: dict[str, Any], where: str) -> tuple[LowRankMethod, Shape, dict[str, Any]]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,10 @@ from milora_jax.errors import UserError
 
 LARGEST_FILE = 2**36
 """Bytes of the largest file that is read into memory: 64 GiB."""
+
+
+UNFINISHED = ".milora-partial"
+"""End of the hidden names under which new directories are written."""
 
 
 def fsync_directory(directory: Path) -> None:
@@ -109,25 +116,68 @@ def new_directory(path: Path) -> Iterator[Path]:
     """A directory that appears at ``path`` with all that was written into it, or not at all.
 
     Gives a hidden sibling to write into, which is renamed into place when the ``with`` block ends well,
-    and removed when it does not.
+    and removed when it does not, like the parents that were made for it. Whoever writes holds a lock on the
+    sibling, so one that a killed process left behind is told from one that is being written. Of two who write
+    to one place the first to finish gets it.
 
     Raises:
       UserError: there is something at ``path`` already, unless it is an empty directory; or the sibling
         cannot be made or renamed.
     """
     require_new(path)
-    partial = temporary_name(Path(os.path.abspath(path)))
+    final = Path(os.path.abspath(path))
+    made = [parent for parent in final.parents if not parent.exists()]
+    partial = lock = None
     try:
-        if partial.exists():  # left by a killed run
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(final)
+        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=UNFINISHED, dir=final.parent))
+        lock = _locked(partial)
+        partial.chmod(final.stat().st_mode & 0o7777 if final.is_dir() else 0o777 & ~_umask())
         yield partial
-        os.replace(partial, path)
-        fsync_directory(partial.parent)
+        os.replace(partial, final)
+        fsync_directory(final.parent)
+        made = []
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Take away what killed processes left beside ``final``."""
+    for partial in final.parent.glob(f".{glob.escape(final.name)}.*{UNFINISHED}"):
+        lock = _locked(partial)
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(directory: Path) -> int | None:
+    """A lock on a directory, which ends with the process; None where another has it."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _umask() -> int:
+    """Of this process, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
@@ -149,4 +199,7 @@ def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
     with open(descriptor, "rb") as file:
         if status.st_size > largest:
             raise UserError(f"{path}: has {status.st_size} bytes, expected at most {largest}")
-        return file.read(status.st_size)
+        try:
+            return file.read(status.st_size)
+        except MemoryError:
+            raise UserError(f"{path}: has {status.st_size} bytes, more than there is memory for") from None

@@ -13,15 +13,26 @@ from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.config import AdapterSection
-from milora_jax.errors import UserError
-from milora_jax.storage.adapters import adapter_metadata
+from milora_jax.errors import UserError, require
+from milora_jax.storage.adapters import adapter_metadata, require_its_base
+from milora_jax.storage.export import ORIGIN_FILE, read_origin
 from milora_jax.storage.exported import write_exported
 from milora_jax.storage.files import new_directory
+from milora_jax.storage.manifest import MANIFEST, verify_manifest
 from milora_jax.storage.peft import read_peft, require_unfused
 from milora_jax.types import EXPERTS
 
+LARGEST_SEED = 2**32 - 1
+
 BECOMES = {"lora": ("lora", "milora"), "dora": ("dora", "midora")}
 """What a PEFT adapter of a kind may be imported as; the first is what it is."""
+
+
+def _require_ours_for(source: Path, base: Path) -> None:
+    """What we have exported ourselves must be as it was written, and be for this base."""
+    if (source / MANIFEST).exists() or (source / ORIGIN_FILE).exists():
+        verify_manifest(source)
+        require_its_base(read_origin(source), source, base)
 
 
 def import_peft(source: Path, base: Path, out: Path, method: str = "", seed: int = 0) -> list[str]:
@@ -43,9 +54,11 @@ def import_peft(source: Path, base: Path, out: Path, method: str = "", seed: int
     Raises:
       UserError: by name, for whatever in ``source`` is missing, unknown or does not fit the base.
     """
+    require(0 <= seed <= LARGEST_SEED, "--seed", seed, f"0 to {LARGEST_SEED}")
     model = read_model_config(base)
     require_unfused(model, base)
     shape = adapter_shape(model)
+    _require_ours_for(source, base)
     settings, pairs = read_peft(source, shape)
     name = method or settings.kind
     if name not in BECOMES[settings.kind]:

@@ -53,7 +53,8 @@ def write_merged(base: Path, out: Path, change: FixedChange, shard_bytes: int = 
       shard_bytes: of the tensors in one file; where one file does not hold all, an index says which does.
 
     Raises:
-      UserError: a file of the base is damaged, or a changed weight is not finite in its dtype.
+      UserError: a file of the base is damaged, a changed weight is not finite in its dtype, or no number
+        changes.
     """
     require(shard_bytes >= 1, "shard size", shard_bytes, "at least 1 byte")
     files = files_by_tensor(base)
@@ -62,9 +63,12 @@ def write_merged(base: Path, out: Path, change: FixedChange, shard_bytes: int = 
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     names = [WEIGHTS_NAME] if len(shards) == 1 else names
     places = {}
+    differs = False
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(out / name, shard, files, change)
+        differs |= _write_shard(out / name, shard, files, change)
         places |= {tensor: name for tensor, _ in shard}
+    if not differs:
+        raise UserError(f"merged into {str(base)!r} the adapter changes no number: it is lost in the dtype")
     if len(shards) > 1:
         total = sum(entry.size for shard in shards for _, entry in shard)
         index = {"metadata": {"total_size": total}, "weight_map": places}
@@ -113,8 +117,13 @@ def _packed(tensors: Iterator[Named], most: int) -> Iterator[list[Named]]:
     yield shard
 
 
-def _write_shard(path: Path, shard: list[Named], files: dict[str, TensorFile], change: FixedChange) -> None:
-    """One safetensors file, tensor by tensor: the library's own writer wants all of them at once."""
+def _write_shard(path: Path, shard: list[Named], files: dict[str, TensorFile], change: FixedChange) -> bool:
+    """One safetensors file, tensor by tensor: the library's own writer wants all of them at once.
+
+    Returns:
+      Whether any number in it differs from the base's.
+    """
+    differs = False
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, entry in shard:
@@ -126,7 +135,11 @@ def _write_shard(path: Path, shard: list[Named], files: dict[str, TensorFile], c
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, _ in shard:
-            file.write(_changed(name, files[name].whole(name), change).tobytes())
+            before = files[name].whole(name)
+            after = _changed(name, before, change)
+            differs = differs or (after is not before and bool(np.any(after != before)))
+            file.write(after.tobytes())
+    return differs
 
 
 def _changed(name: str, values: np.ndarray, change: FixedChange) -> np.ndarray:

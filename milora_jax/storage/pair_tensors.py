@@ -29,6 +29,8 @@ NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitud
 MATRICES = ("a", "b")
 """The leaves that files hold ``[out, in]`` and we ``[in, out]``."""
 
+NOTHING = "every product of lora_A and lora_B is zero: the adapter changes nothing"
+
 Record = LowRank | Decomposed
 """What a module's parameters are, stacked over layers."""
 
@@ -125,6 +127,25 @@ def stacked_router(tensors: Mapping[str, np.ndarray], shape: Shape, router: Rout
         numerator=leaves.get("numerator"),
         denominator=leaves.get("denominator"),
     )
+
+
+def changes_nothing(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether no pair among tensors has both matrices: every product is zero then, whatever the scale."""
+    ends = {leaf: f".{name}" for leaf, name in NAMES.items()}
+    firsts = (name for name in tensors if name.endswith(ends["a"]))
+    pairs = ((name, name.removesuffix(ends["a"]) + ends["b"]) for name in firsts)
+    return not any(np.any(tensors[a]) and b in tensors and np.any(tensors[b]) for a, b in pairs)
+
+
+def require_change(tensors: Mapping[str, np.ndarray], where: str) -> None:
+    """Refuse pairs of which every product is zero.
+
+    Raises:
+      UserError: they are such; of a DoRA nothing but magnitudes could change anything then, and none was
+        ever trained so.
+    """
+    if changes_nothing(tensors):
+        raise UserError(f"{where}: {NOTHING}")
 
 
 def differences(

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.adapters.dora import Decomposed, DoRA
 from milora_jax.adapters.ia3 import IA3
 from milora_jax.adapters.lora import TunedPairs
-from milora_jax.adapters.low_rank import LowRank
+from milora_jax.adapters.low_rank import LARGEST_ALPHA, SMALLEST_ALPHA, LowRank
 from milora_jax.adapters.protocol import Adapter, Shape
 from milora_jax.base.families import FAMILIES
 from milora_jax.base.json_files import parse_json_object
@@ -36,6 +35,7 @@ from milora_jax.storage.pair_tensors import (
     pair_name,
     pair_shapes,
     pair_tensors,
+    require_change,
     require_same,
     stacked_pairs,
 )
@@ -47,7 +47,7 @@ PEFT_TENSORS = "adapter_model.safetensors"
 LARGEST_CONFIG = 2**20
 """Bytes of an ``adapter_config.json``; a regular one has about a thousand."""
 
-LARGEST_RANK, LARGEST_ALPHA = 2**16, 1e9
+LARGEST_RANK = 2**16
 
 IA3_LEAF = "ia3_l"
 
@@ -173,7 +173,9 @@ def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]
     change = fixed_change(adapter)
     rank = change.pairs[EXPERTS[0]].a.shape[-1]
     alpha = change.scale * rank
-    return pair_tensors(change.pairs), {
+    tensors = pair_tensors(change.pairs)
+    require_change(tensors, f"the adapter of method {method.name!r}")
+    return tensors, {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha,
@@ -209,8 +211,7 @@ def read_peft(directory: Path, shape: Shape) -> tuple[PeftSettings, dict[str, Re
     tensors = read_tensors(path)
     require_same(tensors, settings.shapes(shape), str(path), PEFT_DTYPES)
     pairs = stacked_pairs(tensors, shape, settings.record, settings.modules)
-    if settings.kind == "lora" and not any(bool(jnp.any(pair.b)) for pair in pairs.values()):
-        raise UserError(f"{path}: every lora_B is zero: the adapter changes nothing")
+    require_change(tensors, str(path))
     return settings, pairs
 
 
@@ -237,10 +238,9 @@ def read_peft_settings(directory: Path) -> PeftSettings:
     rank, alpha, dropout = (values.get(name, 0.0) for name in ("r", "lora_alpha", "lora_dropout"))
     if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
         raise UserError(f"{where}: r is {rank!r}, expected a whole number from 1 to {LARGEST_RANK}")
-    if type(alpha) not in (int, float) or not 0 < alpha < LARGEST_ALPHA:
-        raise UserError(
-            f"{where}: lora_alpha is {alpha!r}, expected a finite number above 0 (0 changes nothing)"
-        )
+    if type(alpha) not in (int, float) or not SMALLEST_ALPHA <= alpha <= LARGEST_ALPHA:
+        expected = f"a number from {SMALLEST_ALPHA:g} to {LARGEST_ALPHA:g} (0 changes nothing)"
+        raise UserError(f"{where}: lora_alpha is {str(alpha)[:80]}, expected {expected}")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise UserError(f"{where}: lora_dropout is {dropout!r}, expected a number from 0 to below 1")
     # Rank-stabilised LoRA (arXiv 2312.03732) divides by the root of the rank, we by the rank.

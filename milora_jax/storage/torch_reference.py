@@ -41,12 +41,16 @@ def attach(model: Any, directory: str | Path) -> Reader:
     """Put an exported MiLoRA or MiDoRA on a transformers model; undone by ``Reader.detach``.
 
     Raises:
-      UserError: the model keeps several of the seven modules in one, as Phi-3 does, or the method is another.
+      UserError: the model keeps several of the seven modules in one, as Phi-3 does, or has other widths or
+        another depth than the adapter's base, or the method is another.
     """
     from safetensors.torch import load_file
 
     folder = Path(directory)
     config = json.loads((folder / "milora_config.json").read_text())
+    found = config["adapter"]["method"]
+    if found not in ("milora", "midora"):
+        raise UserError(f"method is {found!r}, expected milora or midora: PEFT reads what has no router")
     experts = load_file(folder / "experts.safetensors", device=str(model.device))
     router = load_file(folder / "router.safetensors", device=str(model.device))
     return Reader(model, config, experts, router)
@@ -61,9 +65,6 @@ class Reader:
 
     def __init__(self, model: Any, config: dict, experts: dict, router: dict) -> None:
         self.settings = config["adapter"]
-        if self.settings["method"] not in ("milora", "midora"):
-            found = self.settings["method"]
-            raise UserError(f"method is {found!r}, expected milora or midora: PEFT reads what has no router")
         self.eps, self.layers = config["normalize_eps"], config["shape"]["num_layers"]
         self.router, self.weights = router, {}
         alpha, rank = self.settings["alpha"], self.settings["rank"]
@@ -75,6 +76,10 @@ class Reader:
                 raise UserError(
                     f"the model has no module {path!r} in its layers: expected one for each expert"
                 )
+        if len(model.model.layers) != self.layers:
+            raise UserError(
+                f"the model has {len(model.model.layers)} layers, the adapter is for one of {self.layers}"
+            )
         for i, layer in enumerate(model.model.layers):
             self.hooks.append(layer.register_forward_pre_hook(self._router_hook(i), with_kwargs=True))
             for place, path in enumerate(MODULES.values()):
@@ -82,8 +87,13 @@ class Reader:
                 mine = {
                     name.removeprefix(prefix): t for name, t in experts.items() if name.startswith(prefix)
                 }
+                module = layer.get_submodule(path)
+                widths = tuple(mine["lora_B.weight"].shape[:1] + mine["lora_A.weight"].shape[1:])
+                if widths != tuple(module.weight.shape):
+                    found = tuple(module.weight.shape)
+                    raise UserError(f"module {path!r} of the model is {found}, of the adapter {widths}")
                 hook = self._expert_hook(i, place, mine)
-                self.hooks.append(layer.get_submodule(path).register_forward_hook(hook))
+                self.hooks.append(module.register_forward_hook(hook))
 
     def reset(self) -> None:
         """Forget the route: the next pass is a prompt, however short."""

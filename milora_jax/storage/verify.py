@@ -13,16 +13,22 @@ from milora_jax.adapters.protocol import Shape
 from milora_jax.adapters.registry import adapter_shape
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
-from milora_jax.base.json_files import parse_json_object
 from milora_jax.errors import UserError
 from milora_jax.storage.adapter_tensors import read_tensors
-from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, verify_step
-from milora_jax.storage.export import ORIGIN_FILE
+from milora_jax.storage.adapters import checked_metadata, misfits
+from milora_jax.storage.checkpoint import METADATA, CheckpointDirectory, read_metadata, verify_step
+from milora_jax.storage.export import ORIGIN_FILE, read_origin
 from milora_jax.storage.exported import exported_findings, is_exported, read_exported_metadata, read_shape
-from milora_jax.storage.files import read_bytes
 from milora_jax.storage.manifest import MANIFEST, DamagedError, manifest_errors
-from milora_jax.storage.pair_tensors import differences, pair_name
-from milora_jax.storage.peft import IA3_LEAF, PEFT_CONFIG, PEFT_DTYPES, PEFT_TENSORS, read_peft_settings
+from milora_jax.storage.pair_tensors import NOTHING, changes_nothing, differences, pair_name
+from milora_jax.storage.peft import (
+    IA3_LEAF,
+    PEFT_CONFIG,
+    PEFT_DTYPES,
+    PEFT_TENSORS,
+    read_peft_settings,
+    require_unfused,
+)
 from milora_jax.types import EXPERTS
 
 _LAYER = re.compile(r"base_model\.model\.model\.layers\.([0-9]{1,4})\.")
@@ -64,9 +70,14 @@ def _step_findings(folder: Path, base: Path | None) -> Iterator[str]:
     except DamagedError as error:
         yield f"damaged: {error.file}: {error.reason}"
         return
-    metadata = read_metadata(folder.parent, int(folder.name))
-    if "base_fingerprint" in metadata:  # of a training state the run's own files keep it
-        yield from _foreign(base, metadata)
+    try:
+        metadata = read_metadata(folder.parent, int(folder.name))
+        if metadata.keys() & {"adapter", "shape"}:  # else a training state, of which the run keeps the rest
+            metadata = checked_metadata(metadata, METADATA)
+    except UserError as error:
+        yield str(error)
+        return
+    yield from _foreign(base, metadata)
 
 
 def _exported_findings(path: Path, base: Path | None) -> Iterator[str]:
@@ -81,7 +92,10 @@ def _sealed_findings(path: Path, base: Path | None) -> Iterator[str]:
     found = [f"{error.file}: {error.reason}" for error in manifest_errors(path)]
     yield from found
     if not found:
-        yield from _foreign(base, _origin(path))
+        try:
+            yield from _foreign(base, read_origin(path))
+        except UserError as error:
+            yield str(error)
 
 
 def _peft_findings(path: Path, base: Path | None) -> Iterator[str]:
@@ -94,16 +108,16 @@ def _peft_findings(path: Path, base: Path | None) -> Iterator[str]:
         tensors = read_tensors(path / PEFT_TENSORS)
         shape = adapter_shape(read_model_config(base)) if base is not None else shape_of(tensors)
         if ours and not sealed:
-            shape = read_shape(_origin(path).get("shape"), ORIGIN_FILE)
+            shape = read_shape(read_origin(path)["shape"], ORIGIN_FILE)
+        if base is not None:
+            require_unfused(read_model_config(base), base)
     except UserError as error:
         yield str(error)
         return
     for line in differences(tensors, settings.shapes(shape), PEFT_DTYPES):
         yield f"{PEFT_TENSORS}: {line}"
-
-
-def _origin(path: Path) -> dict[str, Any]:
-    return parse_json_object(read_bytes(path / ORIGIN_FILE), str(path / ORIGIN_FILE))
+    if settings.kind != "ia3" and changes_nothing(tensors):
+        yield f"{PEFT_TENSORS}: {NOTHING}"
 
 
 def _foreign(base: Path | None, metadata: Mapping[str, Any]) -> Iterator[str]:
@@ -112,6 +126,8 @@ def _foreign(base: Path | None, metadata: Mapping[str, Any]) -> Iterator[str]:
     found, expected = base_fingerprint(base), metadata.get("base_fingerprint")
     if found != expected:
         yield f"made on another base: fingerprint {expected}, that of {str(base)!r} is {found}"
+    if "shape" in metadata:
+        yield from misfits(metadata, base)
 
 
 def shape_of(tensors: Mapping[str, np.ndarray]) -> Shape:
@@ -123,7 +139,7 @@ def shape_of(tensors: Mapping[str, np.ndarray]) -> Shape:
     dims = {}
     for module in EXPERTS:
         a, b, vector = (tensors.get(pair_name(0, module, leaf)) for leaf in ("a", "b", IA3_LEAF))
-        d_in = a.shape[-1] if a is not None else 1
+        d_in = a.shape[-1] if a is not None and a.ndim else 1
         out = b if b is not None else vector
-        dims[module] = (d_in, out.shape[0] if out is not None else 1)
+        dims[module] = (d_in, out.shape[0] if out is not None and out.ndim else 1)
     return Shape.of(dims, 1 + max(layers, default=0), dims["q"][0])

@@ -6,10 +6,9 @@ python -m milora_jax.tiny tasks --out DIR    # a few seconds
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from milora_jax.cli import Console
+from milora_jax.cli import Console, Parser
 from milora_jax.errors import require, run_command
 from milora_jax.tiny import MODEL_DIR, TASKS_DIR
 
@@ -19,7 +18,7 @@ SEED = 2410
 
 def main() -> None:
     """Parse the command line and run it."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m milora_jax.tiny", description="Make the embedded model or its tasks again."
     )
     parser.add_argument("what", nargs="?", choices=("model", "tasks"), default="model")

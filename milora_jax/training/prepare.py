@@ -29,6 +29,7 @@ from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.processes import place, several
 from milora_jax.parallel.rules import Rules, base_sharding, batch_sharding
+from milora_jax.training.start import starting_params
 from milora_jax.training.workdir import refuse_early
 from milora_jax.types import Batch
 
@@ -108,6 +109,8 @@ def prepare_run(
     require(bool(model.eos_ids), "eos_token_id of the model", None, "a token that ends an answer")
     if workdir is not None:
         refuse_early(workdir, config)
+    if config.train.init_from and (workdir is None or not (workdir / "checkpoints").is_dir()):
+        starting_params(config.train.init_from, method, adapter_shape(model), directory)
     mesh = make_mesh(config.mesh)
     check_divides(
         mesh,

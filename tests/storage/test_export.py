@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from milora_jax.storage.adapter_tensors import write_tensors
 from milora_jax.storage.adapters import best_metadata, load_adapter, require_its_base
 from milora_jax.storage.export import ORIGIN_FILE, export_milora, export_orbax, export_peft
 from milora_jax.storage.exported import CONFIG_FILE, EXPERTS_FILE, ROUTER_FILE, write_exported
-from milora_jax.storage.files import new_directory
+from milora_jax.storage.files import UNFINISHED, new_directory
 from milora_jax.storage.manifest import MANIFEST, write_manifest
 from milora_jax.storage.peft import PEFT_CONFIG, PEFT_TENSORS
 from milora_jax.storage.verify import findings
@@ -117,10 +118,53 @@ def test_nothing_is_written_over_and_a_failed_export_leaves_nothing(run, tmp_pat
         halfway(tmp_path / "new")
     assert sorted(tmp_path.iterdir()) == before
     (tmp_path / "empty").mkdir()
-    (tmp_path / ".empty.tmp" / "stale").mkdir(parents=True)  # of a killed run
+    (tmp_path / "empty").chmod(0o700)
+    stale, mine = tmp_path / f".empty.abc{UNFINISHED}", tmp_path / ".empty.tmp"
+    (stale / "of a killed run").mkdir(parents=True)
+    mine.mkdir()
     export_milora(run, tmp_path / "empty")
     assert findings(tmp_path / "empty", None) == {tmp_path / "empty": []}
-    assert not (tmp_path / ".empty.tmp").exists()
+    assert not stale.exists()
+    assert mine.exists(), "whatever is somebody else's stays"
+    assert (tmp_path / "empty").stat().st_mode & 0o777 == 0o700
+    with pytest.raises(UserError, match="disk full"):
+        halfway(tmp_path / "one" / "two" / "three")
+    assert not (tmp_path / "one").exists()
+
+
+def test_of_two_who_write_to_one_place_the_first_to_finish_gets_it(tmp_path):
+    with pytest.raises(UserError, match="cannot write"):
+        both(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["of the second"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def both(out):
+    with new_directory(out) as first:
+        (first / "of the first").write_text("x")
+        with new_directory(out) as second:
+            (second / "of the second").write_text("y")
+
+
+def test_an_export_that_is_ended_leaves_nothing(run, model, tmp_path):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        code = f"""
+import os, sys
+from milora_jax.storage import __main__ as command, export
+write = export.write_exported
+def slow(*given):
+    write(*given)
+    os.kill(os.getpid(), {int(number)})
+export.write_exported = slow
+sys.argv = ["x", "export", "--format", "milora"]
+sys.argv += ["--workdir", {str(run)!r}, "--out", {str(tmp_path / "out")!r}]
+command.run_command(command._main)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert (done.returncode, done.stderr, done.stdout) == (130, "error: interrupted\n", "")
+        assert list(tmp_path.iterdir()) == []
 
 
 def halfway(out):

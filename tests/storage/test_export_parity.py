@@ -197,7 +197,9 @@ def test_torch_refuses_a_model_that_keeps_modules_together(tmp_path):
     write_hf_directory(tmp_path / "phi", FAMILY_CONFIGS["phi3"], tokenizer=False)
     run_of(tmp_path / "run", tmp_path / "phi", "milora")
     export_milora(tmp_path / "run", tmp_path / "out")
-    with pytest.raises(UserError, match=r"no module 'self_attn.q_proj' in its layers: expected one for each expert"):
+    with pytest.raises(
+        UserError, match=r"no module 'self_attn.q_proj' in its layers: expected one for each expert"
+    ):
         attach(torch_model(tmp_path / "phi"), tmp_path / "out")
 
 

@@ -57,6 +57,17 @@ HOSTILE = {
     ),
     "settings left out": (lambda f: change_config(f, adapter={"method": "milora"}), "are not complete"),
     "settings are no object": (lambda f: change_config(f, adapter=[1]), "adapter is [1], expected an object"),
+    "alpha is all but nothing": (
+        lambda f: change_method(f, alpha=1e-320),
+        "adapter.alpha is 1e-320: expected 0 (alpha = rank), or from 1e-06 to 1e+09",
+    ),
+    "alpha of 401 digits": (lambda f: change_method(f, alpha=10**400), "adapter.alpha has 401 digits"),
+    "a silent no-op": (
+        lambda f: change_tensors(
+            f, EXPERTS_FILE, lambda t: t.update({n: v * 0 for n, v in t.items() if "lora_B" in n})
+        ),
+        "every product of lora_A and lora_B is zero: the adapter changes nothing",
+    ),
     "setting out of range": (lambda f: change_method(f, top_k=8), "adapter.top_k is 8"),
     "rank mismatch": (lambda f: change_method(f, rank=5), "has shape [4, 48], expected [5, 48]"),
     "giant rank": (lambda f: change_method(f, rank=10**12), "expected [1000000000000, 48]"),

@@ -119,7 +119,7 @@ def renamed(tensors):
 SETTINGS = {
     "peft_type": ("IA3", "peft_type is 'IA3', expected 'LORA'"),
     "r": (8, "has shape [4, 48], expected [8, 48]"),
-    "lora_alpha": (0, "lora_alpha is 0, expected a finite number above 0 (0 changes nothing)"),
+    "lora_alpha": (0, "lora_alpha is 0, expected a number from 1e-06 to 1e+09 (0 changes nothing)"),
     "lora_dropout": (1.0, "lora_dropout is 1.0"),
     "target_modules": (
         ["q_proj", "c_attn"],
@@ -147,6 +147,10 @@ ILL_TYPED = {
     "rank is a word": ({"r": "4"}, "r is '4', expected a whole number"),
     "rank is true": ({"r": True}, "r is True, expected a whole number"),
     "giant rank": ({"r": 10**9}, "r is 1000000000, expected a whole number from 1 to 65536"),
+    "alpha is all but nothing": (
+        {"lora_alpha": 1e-300},
+        "lora_alpha is 1e-300, expected a number from 1e-06",
+    ),
     "alpha is not finite": ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
     "alpha is no number": ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
     "targets by pattern": ({"target_modules": ".*_proj"}, "target_modules is '.*_proj', expected a list"),
@@ -205,7 +209,17 @@ CASES = {
     ),
     "a silent no-op": (
         lambda f: change_tensors(f, lambda t: t.update({n: v * 0 for n, v in t.items() if "lora_B" in n})),
-        "every lora_B is zero: the adapter changes nothing",
+        "every product of lora_A and lora_B is zero: the adapter changes nothing",
+    ),
+    "a silent no-op by A": (
+        lambda f: change_tensors(f, lambda t: t.update({n: v * 0 for n, v in t.items() if "lora_A" in n})),
+        "every product of lora_A and lora_B is zero: the adapter changes nothing",
+    ),
+    "a silent no-op by halves": (
+        lambda f: change_tensors(
+            f, lambda t: t.update({n: v * 0 for n, v in t.items() if ("q_proj" in n) == ("lora_A" in n)})
+        ),
+        "every product of lora_A and lora_B is zero: the adapter changes nothing",
     ),
 }
 
@@ -226,9 +240,31 @@ def test_an_adapter_of_a_base_of_another_shape_is_refused(adapters, tmp_path):
     config = TINY.__class__(**{**vars(TINY), "num_layers": 3})
     write_hf_directory(tmp_path / "base", config, tokenizer=False)
     with pytest.raises(UserError, match=r"unexpected tensor 'base_model.model.model.layers.3.mlp.down_proj"):
-        import_peft(adapters[0] / "lora", tmp_path / "base", tmp_path / "out")
+        import_peft(stranger(adapters[0], tmp_path / "x"), tmp_path / "base", tmp_path / "out")
     found = findings(stranger(adapters[0], tmp_path), tmp_path / "base")
     assert len(next(iter(found.values()))) == 14, "the pairs of seven modules of one layer"
+
+
+def test_our_own_export_is_taken_for_its_base_and_as_it_was_written(adapters, tmp_path):
+    theirs, other = tmp_path / "theirs", tmp_path / "other"
+    shutil.copytree(adapters[0] / "lora", theirs)
+    write_hf_directory(other, seed=5, tokenizer=False)
+    with pytest.raises(UserError, match="are not those that the adapter of"):
+        import_peft(theirs, other, tmp_path / "out")
+    with (theirs / PEFT_TENSORS).open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(UserError, match="content differs from its SHA-256"):
+        import_peft(theirs, other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
+def test_a_seed_out_of_range_is_refused(adapters, model, tmp_path, seed):
+    with pytest.raises(UserError, match=f"--seed is {seed}: expected 0 to 4294967295"):
+        import_peft(adapters[0] / "lora", model, tmp_path / "out", "milora", seed)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,10 @@ def newest_leaves(workdir, sharding):
     }
 
 
+def on_one(shape):
+    return SingleDeviceSharding(jax.devices()[0])
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):
     alone(inputs, tmp_path / "alone")
@@ -122,9 +126,19 @@ def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):
             np.testing.assert_allclose(value, other[name], rtol=1e-6, err_msg=name)
     assert said.count("written to") == 1, "only the first process speaks"
     first, second = load_adapter(tmp_path / "alone"), load_adapter(tmp_path / "whole")
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), first.params, second.params
-    )
+    close = [
+        np.isclose(*map(np.asarray, pair), rtol=1e-5, atol=1e-6)
+        for pair in zip(*map(jax.tree.leaves, (first.params, second.params)), strict=True)
+    ]
+    # Adam divides a gradient by its own size: where it is all but zero, its last bit decides the step. (On
+    # some processors none of these values is so, on others one in several thousand.)
+    others = sum(int((~leaf).sum()) for leaf in close)
+    assert others <= sum(leaf.size for leaf in close) / 2000
+    one, other = (newest_leaves(tmp_path / run, on_one)[1] for run in ("alone", "whole"))
+    moments = [name for name in one if "/mu/" in name]
+    assert moments
+    for name in moments:
+        np.testing.assert_allclose(one[name], other[name], atol=1e-5 * np.abs(one[name]).max(), err_msg=name)
 
     log = tmp_path / "killed-log"
     log.mkdir()
@@ -166,7 +180,7 @@ def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(inputs, tmp_path)
             mesh, PartitionSpec(*(["fsdp" if a == first else None for a in range(len(shape))]))
         )
 
-    step, whole = newest_leaves(tmp_path / "run", lambda _: SingleDeviceSharding(jax.devices()[0]))
+    step, whole = newest_leaves(tmp_path / "run", on_one)
     _, apart = newest_leaves(tmp_path / "run", split)
     jax.tree.map(np.testing.assert_array_equal, whole, apart)
     more = {"train.max_steps": 400, "mesh.fsdp": 8, "mesh.tensor": 1}

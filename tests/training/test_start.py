@@ -9,11 +9,12 @@ import pytest
 
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.load import load_base
-from milora_jax.config import AdapterSection
+from milora_jax.config import AdapterSection, Config
 from milora_jax.errors import UserError
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.export import export_milora, export_peft
 from milora_jax.storage.imported import import_peft
+from milora_jax.training import prepare
 from milora_jax.training.start import starting_params
 from tests.models import TINY, write_hf_directory
 from tests.storage.adapters import run_of
@@ -93,3 +94,17 @@ def test_a_run_goes_on_from_the_experts_of_another_program(inputs, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found.params, load_adapter(tmp_path / "start").params)
     moved = train(inputs, tmp_path / "moved", **same)
     assert float(np.abs(moved.params.experts["q"].b - lora.params["q"].b).max()) > 1e-4
+
+
+def test_a_start_that_is_not_there_is_told_before_anything_is_loaded(stored, tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "x", "output": "y"}\n' * 8)
+    values = {
+        "model": {"path": str(stored[0] / "model")},
+        "data": {"train": str(rows), "max_length": 64},
+        "train": {"init_from": str(tmp_path / "none")},
+    }
+    monkeypatch.setattr(prepare, "load_leaves", None)
+    with pytest.raises(UserError, match="no such directory, expected a workdir or an exported adapter"):
+        prepare.prepare_run(Config.from_dict(values), tmp_path / "w", print)
+    assert not (tmp_path / "w").exists()
