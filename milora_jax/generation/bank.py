@@ -79,14 +79,7 @@ class Bank:
           UserError: for an adapter of another base, method or rank, or a full bank; the bank is
             unchanged then.
         """
-        self._require_fit(adapter)
-        method = self.tenants.method
-        found = adapter.method.served(self.rank)
-        if found != method:
-            raise UserError(f"adapter {name!r} is {found}: this bank holds {method}")
-        rank = getattr(adapter.method, "rank", 0)
-        if rank > self.rank:
-            raise UserError(f"adapter {name!r} has rank {rank}: expected at most {self.rank}")
+        prepared = self.prepare(name, adapter)
         if slot is None:
             slot = self.names.get(name)
         if slot is None:
@@ -95,12 +88,31 @@ class Bank:
                 raise UserError(f"no slot is free for adapter {name!r}: the bank's {self.slots} are taken")
             slot = free[0]
         require(0 <= slot < self.slots, "slot", slot, f"0 to {self.slots - 1}")
-        prepared = self._prepared(adapter, self.tenants.path)
-        params = _write(self.tenants.params, prepared, jnp.asarray(slot, jnp.int32))
-        self.tenants = dataclasses.replace(self.tenants, params=params)
+        self.place(prepared, slot)
         self.names = {other: place for other, place in self.names.items() if place != slot}
         self.names[name] = slot
         return slot
+
+    def prepare(self, name: str, adapter: Adapter) -> PyTree:
+        """An adapter as a slot holds it, made beside the bank: another thread may do it.
+
+        Raises:
+          UserError: for an adapter of another base, method or rank.
+        """
+        self._require_fit(adapter)
+        method = self.tenants.method
+        found = adapter.method.served(self.rank)
+        if found != method:
+            raise UserError(f"adapter {name!r} is {found}: this bank holds {method}")
+        rank = getattr(adapter.method, "rank", 0)
+        if rank > self.rank:
+            raise UserError(f"adapter {name!r} has rank {rank}: expected at most {self.rank}")
+        return self._prepared(adapter, self.tenants.path)
+
+    def place(self, prepared: PyTree, slot: int) -> None:
+        """Write what :meth:`prepare` made into a slot."""
+        params = _write(self.tenants.params, prepared, jnp.asarray(slot, jnp.int32))
+        self.tenants = dataclasses.replace(self.tenants, params=params)
 
     def slot_of(self, name: str) -> int:
         """Where a tenant's adapter is.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from milora_jax.data.batches import collate_prompts
 from milora_jax.errors import UserError, require
 from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefill
 from milora_jax.generation.merge import merged_base
+from milora_jax.generation.request import Request, TokenLogprobs, require_served
 from milora_jax.generation.sampling import Choice, Plan, Sampler, make_sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.model_config import ModelConfig
@@ -44,54 +45,6 @@ def bucket_of(length: int, limit: int) -> int:
     while bucket < length:
         bucket *= 2
     return min(bucket, limit)
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities of one produced token, before penalties and temperature.
-
-    Attributes:
-      logprob: of the token.
-      top: ``(token, log-probability)`` of the most probable ones, falling.
-    """
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(eq=False)
-class Request:
-    """One prompt on its way through the engine.
-
-    Attributes:
-      prompt: token ids.
-      settings: how it is continued.
-      slot: of its adapter in the bank.
-      tokens: per sample what was produced so far.
-      logprobs: per sample and token, where asked for.
-      finish: per sample why it ended: "stop" (an end-of-sequence or stop token, or the caller said so),
-        "length", "cancelled"; None while it goes on.
-      route: routing weights ``[L, E]`` of the prompt, once it was prefilled; None without a router.
-    """
-
-    prompt: tuple[int, ...]
-    settings: GenerationSettings
-    slot: int = 0
-    tokens: list[list[int]] = field(default_factory=list)
-    logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
-    finish: list[str | None] = field(default_factory=list)
-    route: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        samples = range(self.settings.num_samples)
-        self.tokens = [[] for _ in samples]
-        self.logprobs = [[] for _ in samples]
-        self.finish = [None for _ in samples]
-
-    @property
-    def done(self) -> bool:
-        """Whether every sample has ended."""
-        return None not in self.finish
 
 
 @dataclass(eq=False)
@@ -124,18 +77,6 @@ class _Started:
     route: Any = None
 
 
-def require_served(config: ModelConfig, settings: GenerationSettings, rows: int) -> None:
-    """Refuse settings that no batch of ``rows`` rows of this model can serve, whatever the prompt.
-
-    Raises:
-      UserError: naming the setting.
-    """
-    wrong = [token for token in settings.stop_token_ids if token >= config.vocab_size]
-    require(not wrong, "stop_token_ids", wrong[:1], f"0 to {config.vocab_size - 1}")
-    samples = settings.num_samples
-    require(samples <= rows, "num_samples", samples, f"at most the batch's {rows} rows")
-
-
 class Engine:
     """A running batch.
 
@@ -148,6 +89,8 @@ class Engine:
       penalties: whether requests may have penalties, which cost two bits of memory per row and word.
       prefill_rows: prompts of one length bucket and one tenant that are prefilled together.
       merge: continue one prompt at a time, with its adapter folded into a copy of the weights.
+      plans: of which the first that does all that is asked is compiled; none makes one for every mixture of
+        requests, as small as can be.
       place: puts a prefill batch on the devices.
 
     Attributes:
@@ -166,6 +109,7 @@ class Engine:
         penalties: bool = True,
         prefill_rows: int = 1,
         merge: bool = False,
+        plans: Sequence[Plan] = (),
         place: Callable[[Batch], Batch] = jax.device_put,
     ) -> None:
         require(rows >= 1, "rows", rows, "at least 1")
@@ -176,19 +120,35 @@ class Engine:
         require(prefill_rows >= 1, "prefill_rows", prefill_rows, "at least 1")
         self.config, self.rows, self.slots, self.chunk = config, rows, slots, chunk
         self.tenants, self.prefill_rows = tenants, prefill_rows
-        self._base, self._place, self._penalties = base, place, penalties
+        self._base, self._place, self._penalties, self._plans = base, place, penalties, tuple(plans)
         self._spread = spread_over(base.devices)
         self._merges = merge and tenants is not None
         self._merged: Base | None = None
         prefix = 0 if tenants is None else tenants.method.prefix_length
         self._cache_slots = prefix + slots
         self._waiting: deque[Request] = deque()
-        self._seats: list[_Seat | None] = [None] * rows
+        self._clear()
+
+    def _clear(self) -> None:
+        """A batch in which nobody sits."""
+        self._seats: list[_Seat | None] = [None] * self.rows
         self._started: deque[_Started] = deque()
-        routed = tenants is not None and tenants.method.routes
-        self._state = empty_state(
-            config, base, self._sampler([GenerationSettings()], [0], [()]), rows, self._cache_slots, routed
-        )
+        routed = self.tenants is not None and self.tenants.method.routes
+        sampler = self._sampler([GenerationSettings()], [0], [()])
+        self._state = empty_state(self.config, self._base, sampler, self.rows, self._cache_slots, routed)
+
+    def fail(self) -> list[Request]:
+        """End all that was begun, after a step raised: what is on the device may be half-written.
+
+        Returns:
+          The requests that ended; those that wait are kept.
+        """
+        begun = [seat for seats in (self._seats, *(work.seats for work in self._started)) for seat in seats]
+        failed = {id(seat.request): seat.request for seat in begun if seat is not None}
+        for request in failed.values():
+            request.finish = [reason or "error" for reason in request.finish]
+        self._clear()
+        return list(failed.values())
 
     def check(self, prompt: Sequence[int], settings: GenerationSettings) -> None:
         """Refuse what cannot be decoded here.
@@ -236,6 +196,12 @@ class Engine:
                 self._seats[row] = None
         if request.done and request in self._waiting:
             self._waiting.remove(request)
+
+    @property
+    def free_rows(self) -> int:
+        """Rows that nobody has or waits for."""
+        wanted = sum(request.settings.num_samples for request in self._waiting)
+        return max(0, self._seats.count(None) - wanted)
 
     @property
     def idle(self) -> bool:
@@ -318,7 +284,7 @@ class Engine:
         if spread:
             prefilled = jax.tree.map(lambda leaf: leaf[:1], prefilled)
         tenant = np.full(count, first.slot, np.int32)
-        plan = Plan.of([request.settings for request in group])
+        plan = self._plan([request.settings for request in group])
         self._state, choice = admit(self._state, prefilled, places, tenant, sampler, plan)
         for row, seat in zip(rows, seats, strict=True):
             wanted = seat.request.finish[seat.sample] is None  # or it was ended while it waited
@@ -336,7 +302,7 @@ class Engine:
 
     def _start_chunk(self) -> None:
         seated = [seat for seat in self._seats if seat is not None]
-        plan = Plan.of([seat.request.settings for seat in seated])
+        plan = self._plan([seat.request.settings for seat in seated])
         weights = (self._base, self.tenants) if self._merged is None else (self._merged, None)
         self._state, choices, ended = decode_chunk(*weights, self._state, self.config, self.chunk, plan)
         for seat in seated:
@@ -357,11 +323,16 @@ class Engine:
                 if ended[step, row]:
                     break
                 self._hand_out(request, seat.sample, choices, step, row)
+                if request.finish[seat.sample] == "error":
+                    break
             touched.append(request)
         return touched
 
     def _hand_out(self, request: Request, sample: int, choices: Choice, step: int, row: int) -> None:
         """One token, and whether the sample ends with it."""
+        if not choices.finite[step, row]:
+            self.end(request, sample, "error")
+            return
         settings, token = request.settings, int(choices.token[step, row])
         request.tokens[sample].append(token)
         top_tokens, top_logprobs = choices.top_tokens, choices.top_logprobs
@@ -374,6 +345,10 @@ class Engine:
             self.end(request, sample, "stop")
         elif len(request.tokens[sample]) >= settings.max_new_tokens:
             self.end(request, sample, "length")
+
+    def _plan(self, settings: Sequence[GenerationSettings]) -> Plan:
+        least = Plan.of(settings)
+        return next((plan for plan in self._plans if plan.covers(least)), least)
 
     def _sampler(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import jax
@@ -37,6 +37,10 @@ class Plan:
     limited: bool = False
     penalized: bool = False
     logprobs: bool = False
+
+    def covers(self, other: Plan) -> bool:
+        """Whether this one can do all that the other can."""
+        return all(mine or not theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
 
     @classmethod
     def of(cls, settings: Sequence[GenerationSettings]) -> Plan:
@@ -80,11 +84,13 @@ class Choice:
 
     Attributes:
       token: chosen tokens.
+      finite: whether all of the row's logits are numbers; its token means nothing where they are not.
       logprob: their log-probabilities before penalties and temperature; None unless asked for.
       top_tokens, top_logprobs: the most probable tokens; None unless asked for.
     """
 
     token: Int[Array, " B"]
+    finite: Bool[Array, " B"]
     logprob: Float[Array, " B"] | None
     top_tokens: Int[Array, "B n"] | None
     top_logprobs: Float[Array, "B n"] | None
@@ -147,12 +153,13 @@ def choose(logits: Float[Array, "B V"], sampler: Sampler, position: Int[Array, "
             drawn = _drawn(scores, sampler.seed, position)
             token = jnp.where(sampler.temperature > 0, drawn, token)
         token = token.astype(jnp.int32)
+        finite = jnp.isfinite(logits).all(axis=-1)
         if not plan.logprobs:
-            return Choice(token, None, None, None)
+            return Choice(token, finite, None, None, None)
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         top_logprobs, top_tokens = jax.lax.top_k(logprobs, min(MOST_LOGPROBS, logits.shape[-1]))
         mine = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
-        return Choice(token, mine, top_tokens, top_logprobs)
+        return Choice(token, finite, mine, top_tokens, top_logprobs)
 
 
 def note(sampler: Sampler, token: Int[Array, " B"], live: Bool[Array, " B"]) -> Sampler:

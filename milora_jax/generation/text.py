@@ -18,7 +18,8 @@ from milora_jax.data.tokens import encode_prompt
 from milora_jax.errors import UserError, require
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.beam import Found, beam_search
-from milora_jax.generation.engine import Engine, Request, TokenLogprobs, bucket_of, require_served
+from milora_jax.generation.engine import Engine, bucket_of
+from milora_jax.generation.request import Request, TokenLogprobs, require_served
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.stream import TextStream
 from milora_jax.model_config import ModelConfig
