@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server for many tenants' adapters on one frozen base."""

@@ -1,0 +1,125 @@
+"""Who is let in: counted before a request is read, so that refusing costs nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from milora_jax.serving.keys import Tenant
+from milora_jax.serving.limits import Limits
+from milora_jax.serving.refusal import Refusal, overloaded, too_many
+
+BAD_KEYS_PER_SECOND = 10
+"""Of one address; a person mistypes slower."""
+
+MOST_ADDRESSES = 4096
+
+
+@dataclass
+class Bucket:
+    """A token bucket.
+
+    Attributes:
+      rate: units that come back in a second.
+      size: units that it holds, and begins with.
+    """
+
+    rate: float
+    size: float
+    clock: Callable[[], float] = time.monotonic
+    left: float = field(init=False)
+    seen: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left, self.seen = self.size, self.clock()
+
+    def take(self, count: int) -> bool:
+        """Take units, if as many are left; more than fit into the bucket are given when it is full."""
+        now = self.clock()
+        self.left = min(self.size, self.left + (now - self.seen) * self.rate)
+        self.seen = now
+        if self.left < min(count, self.size):
+            return False
+        self.left -= count
+        return True
+
+
+@dataclass
+class _Visits:
+    under_way: int = 0
+    bucket: Bucket | None = None
+
+
+class Door:
+    """The limits of all requests together and of each tenant. Used by the event loop's thread alone."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits, self._clock = limits, clock
+        self._visits: dict[str, _Visits] = {}
+        self._mistakes: dict[str, Bucket] = {}
+        self.under_way = 0
+        self.waiting_tokens = 0
+        self.closed = False
+
+    @contextmanager
+    def entered(self, tenant: Tenant) -> Iterator[None]:
+        """For as long as a request is under way.
+
+        Raises:
+          Refusal: the tenant or the server has too many, or the server is stopping.
+        """
+        visits = self._visits.setdefault(tenant.name, _Visits())
+        if self.closed:
+            raise overloaded("The server is stopping.")
+        if visits.under_way >= tenant.concurrency:
+            raise too_many(f"Too many requests at a time: at most {tenant.concurrency}.")
+        if self.under_way >= self._limits.queue + self._limits.rows:
+            raise overloaded()
+        visits.under_way += 1
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            visits.under_way -= 1
+            self.under_way -= 1
+
+    @contextmanager
+    def waiting(self, tokens: int) -> Iterator[None]:
+        """For as long as the tokens of a prompt wait.
+
+        Raises:
+          Refusal: too many wait already.
+        """
+        if self.waiting_tokens and self.waiting_tokens + tokens > self._limits.queue_tokens:
+            raise overloaded()
+        self.waiting_tokens += tokens
+        try:
+            yield
+        finally:
+            self.waiting_tokens -= tokens
+
+    def spend(self, tenant: Tenant, tokens: int) -> None:
+        """Count what a request may cost.
+
+        Raises:
+          Refusal: the tenant has used up what it may in a minute.
+        """
+        if not tenant.tokens_per_minute:
+            return
+        visits = self._visits.setdefault(tenant.name, _Visits())
+        if visits.bucket is None:
+            per_minute = tenant.tokens_per_minute
+            visits.bucket = Bucket(per_minute / 60, per_minute, self._clock)
+        if not visits.bucket.take(tokens):
+            raise too_many(f"Too many tokens: at most {tenant.tokens_per_minute} a minute.")
+
+    def wrong_key(self, address: str) -> Refusal | None:
+        """Note a wrong key; a refusal for an address that tries too many."""
+        if address not in self._mistakes and len(self._mistakes) >= MOST_ADDRESSES:
+            self._mistakes.pop(next(iter(self._mistakes)))
+        bucket = self._mistakes.setdefault(
+            address, Bucket(BAD_KEYS_PER_SECOND, BAD_KEYS_PER_SECOND, self._clock)
+        )
+        return None if bucket.take(1) else too_many("Too many wrong keys.")

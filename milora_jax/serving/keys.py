@@ -1,0 +1,189 @@
+"""Who may use what: API keys, kept as SHA-256 digests and compared in constant time.
+
+A file of keys is one JSON object::
+
+    {"tenants": [{"name": "acme", "sha256": "9f86...", "adapters": ["math", "law"],
+                  "concurrency": 8, "tokens_per_minute": 60000}],
+     "admin": ["ab12..."]}
+
+``adapters`` of ``"*"`` are all. ``python -m milora_jax.serving hash-key`` makes a digest of a key that it
+reads from standard input. A key itself is in no file of the server's, and in no argument.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milora_jax.base.json_files import read_json_object
+from milora_jax.errors import UserError, require
+
+KEY_VARIABLE, ADMIN_VARIABLE = "MILORA_API_KEY", "MILORA_ADMIN_KEY"
+"""Environment variables with the key of a single tenant who may use all adapters, and with the admin's."""
+
+DIGEST = re.compile("[0-9a-f]{64}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Of tenants and of adapters: it is a label in metrics and a part of no path."""
+
+SHORTEST_KEY = 16
+"""Characters of a key that is no joke; what is shorter can be guessed."""
+
+EVERY = "*"
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A customer.
+
+    Attributes:
+      adapters: those that it may use; None for all, and the base alone.
+      concurrency: requests that it may have under way or waiting.
+      tokens_per_minute: of prompts and continuations together; 0 is no limit.
+    """
+
+    name: str
+    adapters: frozenset[str] | None = None
+    concurrency: int = 32
+    tokens_per_minute: int = 0
+
+    def may_use(self, adapter: str) -> bool:
+        """Whether an adapter is this tenant's to use."""
+        return self.adapters is None or adapter in self.adapters
+
+
+LOCAL = Tenant("local")
+"""Whoever asks a server without keys, which listens to its own machine only."""
+
+
+@dataclass(frozen=True)
+class Keyring:
+    """The keys of a server.
+
+    Attributes:
+      tenants: by the digest of the key.
+      admins: digests of the keys for loading and unloading adapters; none switches these calls off.
+      open: no key is needed: everybody is :data:`LOCAL`.
+    """
+
+    tenants: tuple[tuple[bytes, Tenant], ...] = ()
+    admins: tuple[bytes, ...] = ()
+    open: bool = False
+
+    def tenant_of(self, key: bytes | None) -> Tenant | None:
+        """Whose key this is; None for nobody's."""
+        if self.open:
+            return LOCAL
+        found = None
+        digest = _digest(key or b"")
+        for known, tenant in self.tenants:  # all of them, whichever it is: time tells nothing
+            if hmac.compare_digest(known, digest):
+                found = tenant
+        return None if key is None else found
+
+    def is_admin(self, key: bytes | None) -> bool:
+        """Whether this is an admin's key."""
+        digest = _digest(key or b"")
+        found = False
+        for known in self.admins:
+            found |= hmac.compare_digest(known, digest)
+        return found and key is not None
+
+    @classmethod
+    def of(cls, path: Path | None, environment: Mapping[str, str] = os.environ) -> Keyring:
+        """The keys of a file and of the environment; open if there are none.
+
+        Raises:
+          UserError: the file is not as described above, or a key of the environment is too short.
+        """
+        tenants: list[tuple[bytes, Tenant]] = []
+        admins: list[bytes] = []
+        if path is not None:
+            values = read_json_object(path)
+            _require_fields(values, {"tenants", "admin"}, str(path))
+            tenants = [_tenant(each, f"{path}: a tenant") for each in _listed(values, "tenants", path)]
+            admins = [_known_digest(each, f"{path}: admin") for each in _listed(values, "admin", path)]
+        for variable in (KEY_VARIABLE, ADMIN_VARIABLE):
+            key = environment.get(variable)
+            if key is None:
+                continue
+            if len(key) < SHORTEST_KEY:
+                raise UserError(f"{variable} has {len(key)} characters: expected at least {SHORTEST_KEY}")
+            if variable == KEY_VARIABLE:
+                tenants.append((_digest(key.encode()), Tenant("default")))
+            else:
+                admins.append(_digest(key.encode()))
+        _require_distinct((tenant.name for _, tenant in tenants), "tenant")
+        _require_distinct((*(digest.hex() for digest, _ in tenants), *map(bytes.hex, admins)), "key")
+        return cls(tuple(tenants), tuple(admins), open=not tenants)
+
+
+def digest_of(key: str) -> str:
+    """What stands in a file for a key.
+
+    Raises:
+      UserError: the key is too short.
+    """
+    require(len(key) >= SHORTEST_KEY, "a key's length", len(key), f"at least {SHORTEST_KEY}")
+    return _digest(key.encode()).hex()
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _listed(values: dict[str, Any], name: str, path: Path) -> list[Any]:
+    found = values.get(name, [])
+    if not isinstance(found, list):
+        raise UserError(f"{path}: {name} is no list")
+    return found
+
+
+def _require_fields(values: dict[str, Any], allowed: set[str], where: str) -> None:
+    unknown = sorted(values.keys() - allowed)
+    if unknown:
+        raise UserError(f"{where} has a field {unknown[0]!r}: expected {', '.join(sorted(allowed))}")
+
+
+def _require_distinct(values: Iterable[str], what: str) -> None:
+    seen: set[str] = set()
+    for value in values:
+        if value in seen:
+            raise UserError(f"a {what} is given twice" + (f": {value!r}" if what == "tenant" else ""))
+        seen.add(value)
+
+
+def _known_digest(value: Any, where: str) -> bytes:
+    if not isinstance(value, str) or not DIGEST.fullmatch(value):
+        raise UserError(
+            f"{where}: a sha256 is no 64 digits of 0-9a-f; see python -m milora_jax.serving hash-key"
+        )
+    return bytes.fromhex(value)
+
+
+def _tenant(values: Any, where: str) -> tuple[bytes, Tenant]:
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is no object")
+    _require_fields(values, {"name", "sha256", "adapters", "concurrency", "tokens_per_minute"}, where)
+    name = values.get("name")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(f"{where} has name {name!r}: expected letters, digits, '.', '_', '-', at most 64")
+    where = f"{where.removesuffix('a tenant')}tenant {name!r}"
+    adapters = values.get("adapters", EVERY)
+    named = isinstance(adapters, list) and all(isinstance(each, str) for each in adapters)
+    if adapters != EVERY and not named:
+        raise UserError(f"{where}: adapters is {adapters!r}: expected '*' or a list of names")
+    numbers = {}
+    for field, least in (("concurrency", 1), ("tokens_per_minute", 0)):
+        value = values.get(field, getattr(LOCAL, field))
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < least:
+            raise UserError(f"{where}: {field} is {value!r}: expected a whole number from {least}")
+        numbers[field] = value
+    allowed = None if adapters == EVERY else frozenset(adapters)
+    return _known_digest(values.get("sha256"), where), Tenant(name, allowed, **numbers)

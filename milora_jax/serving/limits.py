@@ -1,0 +1,60 @@
+"""Every number that bounds a server, in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from milora_jax.errors import require
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on, and how long it waits.
+
+    Attributes:
+      rows: continuations decoded together; its programs are compiled for this number and no other.
+      context: tokens of a prompt and its continuation together; 0 is what the model has.
+      chunk: decode steps between two looks at who has ended: the longest that a new request waits for the
+        device, and the tokens that a stream gets at a time.
+      adapters_on_device: adapters that can be used at the same time.
+      queue: requests that wait, of all tenants.
+      queue_tokens: tokens of the prompts that wait.
+      body_bytes, body_seconds: of a request's body.
+      header_bytes, header_seconds: of its request line and headers.
+      headers: of a request.
+      messages: of one chat.
+      stops, stop_characters: stop strings of a request, and the length of each.
+      samples: continuations of one request.
+      unread_bytes: that one response may hold for a client who does not read.
+      write_seconds: in which a client who does not read must take some of it.
+      grace_seconds: after SIGTERM, for what was begun.
+      stalled_seconds: without an end of a step while there is work, after which a server is not ready.
+    """
+
+    rows: int = 8
+    context: int = 0
+    chunk: int = 8
+    adapters_on_device: int = 8
+    queue: int = 64
+    queue_tokens: int = 65536
+    body_bytes: int = 2**20
+    body_seconds: float = 30.0
+    header_bytes: int = 2**14
+    header_seconds: float = 10.0
+    headers: int = 64
+    messages: int = 256
+    stops: int = 4
+    stop_characters: int = 64
+    samples: int = 4
+    unread_bytes: int = 2**16
+    write_seconds: float = 20.0
+    grace_seconds: float = 30.0
+    stalled_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("context", "grace_seconds") else 1
+            require(value >= least, field.name, value, f"at least {least}")
+        require(self.samples <= self.rows, "samples", self.samples, f"at most the {self.rows} rows")

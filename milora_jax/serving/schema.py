@@ -1,0 +1,212 @@
+"""Bodies of requests: their fields, checked to the last one, and the settings that they ask for.
+
+Field names and meanings are those of OpenAI's API; ``top_k``, ``min_p``, ``repetition_penalty``,
+``ignore_eos`` and ``stop_token_ids`` are vLLM's. A field that is not known is refused: a typo must not be
+a default.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from milora_jax.base.json_files import parse_json_object
+from milora_jax.data.chat import UNWRITABLE, Message
+from milora_jax.errors import UserError
+from milora_jax.generation.settings import LARGEST_SEED, MOST_LOGPROBS, GenerationSettings
+from milora_jax.serving.limits import Limits
+from milora_jax.serving.refusal import bad_request
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StreamOptions(_Body):
+    """What a stream says besides text."""
+
+    include_usage: bool | None = None
+
+
+class MiloraOptions(_Body):
+    """What this server can tell that others cannot."""
+
+    return_route: bool = False
+
+
+class Sampled(_Body):
+    """What both kinds of requests have."""
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[Whole], Field(max_length=16)] | None = None
+    milora: MiloraOptions | None = None
+
+    @property
+    def counts_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def tells_route(self) -> bool:
+        """Whether the answer has the prompt's route."""
+        return bool(self.milora and self.milora.return_route)
+
+    def alternatives(self) -> int:
+        """How many most probable tokens are asked for beside each; 0 is no log-probabilities at all."""
+        raise NotImplementedError
+
+    def settings(self, limits: Limits, prompt_tokens: int, context: int, default: int) -> GenerationSettings:
+        """What the engine is asked for.
+
+        Args:
+          prompt_tokens: length of the prompt.
+          context: tokens of a prompt and its continuation together.
+          default: longest continuation where none is given; 0 is what the context leaves.
+
+        Raises:
+          Refusal: naming the field.
+        """
+        room = context - prompt_tokens
+        wanted = self.max_tokens or min(default or room, room)
+        if room < 1 or wanted > room:
+            raise bad_request(
+                f"This model has a context of {context} tokens: the prompt has {prompt_tokens} and "
+                f"{max(wanted, 1)} were asked for.",
+                "max_tokens" if self.max_tokens else "prompt",
+                "context_length_exceeded",
+            )
+        if (self.n or 1) > limits.samples:
+            raise bad_request(f"n is {self.n}: at most {limits.samples}.", "n")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > limits.stops or any(not 0 < len(s) <= limits.stop_characters for s in stops):
+            raise bad_request(
+                f"stop: at most {limits.stops} strings of 1 to {limits.stop_characters} characters.", "stop"
+            )
+        sampled = self.temperature is None or self.temperature > 0
+        seed = secrets.randbelow(LARGEST_SEED) if self.seed is None else self.seed % (LARGEST_SEED + 1)
+        try:
+            return GenerationSettings(
+                max_new_tokens=wanted,
+                temperature=1.0 if self.temperature is None else self.temperature,
+                top_k=max(0, self.top_k or 0) if sampled else 0,
+                top_p=(self.top_p or 1.0) if sampled else 1.0,
+                min_p=(self.min_p or 0.0) if sampled else 0.0,
+                repetition_penalty=self.repetition_penalty or 1.0,
+                presence_penalty=self.presence_penalty or 0.0,
+                seed=seed,
+                stop=tuple(stops),
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                ignore_eos=bool(self.ignore_eos),
+                logprobs=self.alternatives(),
+                num_samples=self.n or 1,
+            )
+        except UserError as error:
+            raise bad_request(f"{error}.") from None
+
+
+class Completion(Sampled):
+    """``/v1/completions``."""
+
+    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Whole], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+
+    def alternatives(self) -> int:
+        """At least one where any are asked for: 0 of OpenAI's is the token's own."""
+        return 0 if self.logprobs is None else max(1, self.logprobs)
+
+
+class Said(_Body):
+    """A message."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+    name: Annotated[str, Field(max_length=64)] | None = None
+
+
+class Chat(Sampled):
+    """``/v1/chat/completions``."""
+
+    messages: Annotated[list[Said], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    def alternatives(self) -> int:
+        """At least one where any are asked for."""
+        return max(1, self.top_logprobs or 0) if self.logprobs else 0
+
+    def chat(self, limits: Limits) -> list[Message]:
+        """The messages.
+
+        Raises:
+          Refusal: there are too many.
+        """
+        if len(self.messages) > limits.messages:
+            raise bad_request(f"messages has {len(self.messages)}: at most {limits.messages}.", "messages")
+        return [Message(message.role, message.content) for message in self.messages]
+
+
+class NamedAdapter(_Body):
+    """``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``."""
+
+    lora_name: Annotated[str, Field(max_length=64)]
+
+
+Parsed = TypeVar("Parsed", bound=_Body)
+
+
+def parse(kind: type[Parsed], content: bytes) -> Parsed:
+    """A body of a kind.
+
+    Raises:
+      Refusal: it is no such JSON; naming the field.
+    """
+    try:
+        values = parse_json_object(content, "The body")
+    except UserError:
+        raise bad_request("The body is not a JSON object without doubled names.") from None
+    _require_text(values)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"] if str(part) in kind.model_fields)[:80]
+        if first["type"] == "extra_forbidden":
+            unknown = str(first["loc"][-1])[:80]
+            raise bad_request(f"Unrecognized request argument supplied: {unknown!r}.", unknown) from None
+        raise bad_request(f"{place}: {first['msg']}.", place or None) from None
+
+
+def _require_text(values: Any) -> None:
+    """Refuse characters that no tokenizer can take, wherever they are."""
+    waiting = [values]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str) and UNWRITABLE.search(value):
+            raise bad_request("The body holds a lone surrogate or a NUL character.")
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            waiting += value

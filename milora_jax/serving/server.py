@@ -1,0 +1,228 @@
+"""A server put together, and run by uvicorn until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from milora_jax.base.hf import Progress, ignore
+from milora_jax.base.load import load_base
+from milora_jax.base.source import model_directory
+from milora_jax.data.tokens import load_tokenizer
+from milora_jax.errors import UserError
+from milora_jax.generation.engine import Engine
+from milora_jax.serving.app import App
+from milora_jax.serving.keys import Keyring
+from milora_jax.serving.limits import Limits
+from milora_jax.serving.loop import PLANS, DeviceLoop
+from milora_jax.serving.metrics import COMPILATIONS, Metrics
+from milora_jax.serving.registry import Registry
+from milora_jax.serving.service import Service
+from milora_jax.serving.store import AdapterStore, Model
+
+log = logging.getLogger("milora_jax.serving")
+
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+"""What a server without keys may be called: a page of another site cannot ask it under a name of its own."""
+
+CONNECTIONS = 1024
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a server serves.
+
+    Attributes:
+      base: path of the model, as ``base.source`` takes it.
+      name: under which the base alone is offered.
+    """
+
+    base: str
+    name: str
+    dtype: str = "float32"
+    quantize: str = "none"
+
+
+def build_service(offer: Offer, registry: Registry, limits: Limits, progress: Progress = ignore) -> Service:
+    """Load the base and its adapters, and compile all programs; the loop is started by whoever serves.
+
+    Raises:
+      UserError: naming the file or the setting that is wrong.
+    """
+    directory = model_directory(offer.base)
+    tokenizers = load_tokenizer(str(directory)), load_tokenizer(str(directory))
+    base, config = load_base(directory, offer.dtype, decode=True, quantize=offer.quantize, progress=progress)
+    adapters = registry.to_load()
+    store = None
+    if offer.name in adapters:
+        raise UserError(f"the base is called {offer.name!r}, and so is an adapter: give it another --name")
+    if adapters:
+        store = AdapterStore(
+            Model(base, config, directory, offer.quantize),
+            {name: each.path for name, each in adapters.items()},
+            limits.adapters_on_device,
+            ThreadPoolExecutor(1, thread_name_prefix="adapters"),
+            pinned=frozenset(name for name, each in adapters.items() if each.pinned),
+        )
+    engine = Engine(
+        base,
+        config,
+        None if store is None else store.bank.tenants,
+        rows=limits.rows,
+        slots=limits.context,
+        chunk=limits.chunk,
+        plans=PLANS,
+    )
+    loop = DeviceLoop(engine, store, limits)
+    loop.warm_up()
+    metrics = Metrics()
+    COMPILATIONS.tell(metrics.compiled)
+    name = offer.name if store is None or store.has_base else ""
+    service = Service(engine, loop, store, tokenizers, name, limits, metrics)
+    metrics.gauge("milora_running", "Requests in the batch", lambda: loop.running)
+    metrics.gauge("milora_under_way", "Requests that were let in", lambda: service.door.under_way)
+    metrics.gauge("milora_steps", "Steps of the device loop", lambda: loop.counts.steps)
+    metrics.gauge("milora_step_failures", "Steps that raised", lambda: loop.counts.failures)
+    return service
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def protocol_for(limits: Limits) -> type[H11Protocol]:
+    """uvicorn's HTTP/1.1 with a deadline for the head of a request, counted from its first byte.
+
+    uvicorn itself waits for ever for a client who sends a byte now and then.
+    """
+
+    class Deadlined(H11Protocol):
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            transport.set_write_buffer_limits(high=limits.unread_bytes)
+            self._expect_head()
+
+        def data_received(self, data: bytes) -> None:
+            if self.conn.their_state is h11.IDLE and self._deadline is None:
+                self._expect_head()
+            super().data_received(data)
+            if self.conn.their_state is not h11.IDLE:
+                self._forget()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(exc)
+
+        def _expect_head(self) -> None:
+            self._deadline = self.loop.call_later(limits.header_seconds, self._late)
+
+        def _forget(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def _late(self) -> None:
+            self._deadline = None
+            if self.conn.their_state is h11.IDLE:
+                self.transport.abort()
+
+    return Deadlined
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which refuses new requests from the moment it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, closing: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._closing = closing
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop."""
+        self._closing()
+        super().handle_exit(sig, frame)
+
+
+def make_server(
+    service: Service, keys: Keyring, registry: Registry, host: str, port: int
+) -> tuple[uvicorn.Server, socket.socket]:
+    """A server, and the socket that it is to listen to.
+
+    Raises:
+      UserError: the address is not to be served without keys, or is taken.
+    """
+    if keys.open and not is_loopback(host):
+        raise UserError(f"host {host!r} is not this machine alone, and there are no keys: give --keys FILE")
+    limits = service.limits
+    app = App(service, keys, registry, LOOPBACK_NAMES if keys.open else frozenset())
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=protocol_for(limits),
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=limits.header_bytes,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, int(limits.grace_seconds)),
+    )
+    server = _Server(config, service.close)
+    try:
+        listening = config.bind_socket()
+    except (OSError, SystemExit):
+        raise UserError(
+            f"port {port} of {host!r} cannot be listened to: it is in use or not allowed"
+        ) from None
+    return server, listening
+
+
+def serve(service: Service, keys: Keyring, registry: Registry, host: str, port: int) -> int:
+    """Serve until SIGTERM or SIGINT.
+
+    Returns:
+      The exit code: 0, or 1 where the device loop died, so that a supervisor starts anew.
+
+    Raises:
+      UserError: as :func:`make_server`.
+    """
+    server, listening = make_server(service, keys, registry, host, port)
+    service.loop.start()
+    threading.Thread(target=_watch, args=(service, server), daemon=True).start()
+    names = ", ".join(service.store.names()) if service.store is not None else "no adapters"
+    what = f"{service.base_name or 'adapters'} ({names})"
+    print(f"serving {what} on http://{host}:{listening.getsockname()[1]}", file=sys.stderr, flush=True)
+    server.run(sockets=[listening])
+    died = service.loop.error is not None
+    service.loop.stop()
+    return 1 if died else 0
+
+
+def _watch(service: Service, server: uvicorn.Server) -> None:
+    """Stop the server when the device loop dies: nothing it could answer would be true."""
+    while service.loop.error is None and not server.should_exit:
+        time.sleep(0.2)
+    server.should_exit = True

@@ -1,0 +1,81 @@
+"""Serve adapters on one frozen base, as OpenAI's API.
+
+    python serve.py --base DIR --adapter math=runs/math --adapter law=runs/law --port 8000
+    python serve.py --demo
+
+docs/serving.md says what can be asked, who may ask, and what is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+
+from milora_jax.cli import Console
+from milora_jax.config import DTYPES, QUANTIZE
+from milora_jax.errors import UserError, run_command
+from milora_jax.serving.demo import demo_adapters
+from milora_jax.serving.keys import Keyring
+from milora_jax.serving.limits import Limits
+from milora_jax.serving.registry import Registered, Registry
+from milora_jax.serving.server import Offer, build_service, serve
+from milora_jax.tiny import MODEL_DIR
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="serve.py")
+    add = parser.add_argument
+    add("--demo", action="store_true", help="the embedded model with two adapters, trained first")
+    add("--base", default="", help="Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH")
+    add("--name", default="base", help="under which the base alone is offered")
+    add("--adapter", action="append", default=[], metavar="NAME=DIR", help="to load; as often as wanted")
+    add("--pin", action="append", default=[], metavar="NAME", help="an adapter that stays on the device")
+    add("--registry", type=Path, help="file that keeps adapters' names and what is loaded")
+    add("--keys", type=Path, help="file of tenants' keys, see docs/serving.md")
+    add("--host", default="127.0.0.1", help="address to listen to")
+    add("--port", type=int, default=8000, help="0 takes any that is free")
+    add("--dtype", default="float32", choices=DTYPES, help="of the base")
+    add("--quantize", default="none", choices=QUANTIZE, help="how the base is kept")
+    for field in dataclasses.fields(Limits):
+        kind = int if isinstance(field.default, int) else float
+        flag = f"--{field.name.replace('_', '-')}"
+        add(flag, type=kind, default=field.default, help="see serving/limits.py")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Load, compile, serve."""
+    asked = parse_arguments()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
+    limits = Limits(**{field.name: getattr(asked, field.name) for field in dataclasses.fields(Limits)})
+    keys = Keyring.of(asked.keys)
+    given = dict(_named(each) for each in asked.adapter)
+    base = asked.base
+    if asked.demo:
+        base, given = str(MODEL_DIR), {**demo_adapters(Path("runs")), **given}
+    if not base:
+        raise UserError("--base is missing: expected a model, or --demo")
+    unknown = sorted(set(asked.pin) - given.keys())
+    if unknown:
+        raise UserError(f"--pin {unknown[0]!r}: expected the name of an --adapter")
+    registered = {name: Registered(path, pinned=name in asked.pin) for name, path in given.items()}
+    registry = Registry(asked.registry, registered)
+    offer = Offer(base, asked.name, asked.dtype, asked.quantize)
+    with Console().loading("base") as progress:
+        service = build_service(offer, registry, limits, progress)
+    raise SystemExit(serve(service, keys, registry, asked.host, asked.port))
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise UserError(f"--adapter {text!r}: expected NAME=DIR")
+    return name, Path(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

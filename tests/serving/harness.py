@@ -1,0 +1,116 @@
+"""A small model with three adapters, and a server of it in a thread."""
+
+import dataclasses
+import hashlib
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from milora_jax.serving.keys import Keyring
+from milora_jax.serving.limits import Limits
+from milora_jax.serving.registry import Registered, Registry
+from milora_jax.serving.server import Offer, build_service, make_server
+from tests.models import WITH_TOKENIZER, write_hf_directory
+from tests.storage.adapters import run_of
+
+LIMITS = Limits(
+    rows=4,
+    context=96,
+    chunk=4,
+    adapters_on_device=2,
+    queue=16,
+    samples=2,
+    header_seconds=2.0,
+    body_seconds=2.0,
+)
+ADAPTERS = ("math", "law", "art")
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def write_model(folder: Path) -> dict[str, Path]:
+    """A model with a chat template, and workdirs of adapters on it by name."""
+    model = folder / "model"
+    # No token ends a text by itself: the length of an answer is the asked one.
+    write_hf_directory(model, dataclasses.replace(WITH_TOKENIZER, eos_ids=(2,)))
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE}))
+    adapters = {}
+    for name in ADAPTERS:
+        adapters[name] = folder / name
+        run_of(adapters[name], model, "milora", seed=len(adapters))
+    return adapters
+
+
+def service_of(folder: Path, adapters: dict[str, Path], limits: Limits = LIMITS, path: Path | None = None):
+    """A service, whose loop has not begun, and its registry."""
+    registry = Registry(path, {name: Registered(directory) for name, directory in adapters.items()})
+    return build_service(Offer(str(folder / "model"), "base"), registry, limits), registry
+
+
+@contextmanager
+def running(service):
+    """The loop of a service at work."""
+    service.loop.start()
+    try:
+        yield service
+    finally:
+        service.loop.stop()
+
+
+@contextmanager
+def serving(service, registry, keys: Keyring):
+    """The address of a server of a service whose loop is at work."""
+    server, listening = make_server(service, keys, registry, "127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+KEYS = {"one": "sk-one-" + "a" * 20, "two": "sk-two-" + "b" * 20, "admin": "sk-admin-" + "c" * 20}
+
+
+def digest(name):
+    """Of somebody's key."""
+    return hashlib.sha256(KEYS[name].encode()).hexdigest()
+
+
+def client_of(served, name):
+    """A client with somebody's key, or with none."""
+    headers = {"Authorization": f"Bearer {KEYS[name]}"} if name else {}
+    return httpx.Client(base_url=served[1], headers=headers, timeout=60)
+
+
+def ask(client, **more):
+    """A completion; a field that is ``...`` is left out."""
+    body = {"model": "math", "prompt": "What is 3 * 7?", "max_tokens": 8, "temperature": 0, **more}
+    return client.post("/v1/completions", json={k: v for k, v in body.items() if v is not ...})
+
+
+def raw(address, *lines, body=b""):
+    """The answer to a request that no library would send."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+        connection.settimeout(30)
+        return connection.recv(65536).decode("latin-1")
+
+
+def status(answer):
+    """Of a raw answer; 0 where there was none."""
+    return int(answer.split(" ", 2)[1]) if answer else 0

@@ -1,0 +1,92 @@
+"""Who is let in, and who is told to come again."""
+
+import pytest
+
+from milora_jax.serving.door import BAD_KEYS_PER_SECOND, Door
+from milora_jax.serving.keys import Tenant
+from milora_jax.serving.limits import Limits
+from milora_jax.serving.refusal import Refusal
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def status_of(entering):
+    with pytest.raises(Refusal) as caught, entering:
+        pass
+    return caught.value.status, caught.value.retry_after
+
+
+def test_a_tenant_has_so_many_requests_at_a_time():
+    door, one, two = Door(Limits()), Tenant("one", concurrency=2), Tenant("two", concurrency=1)
+    with door.entered(one), door.entered(one):
+        assert status_of(door.entered(one)) == (429, 1)
+        with door.entered(two):
+            assert door.under_way == 3
+    with door.entered(one), door.entered(one):
+        pass
+    assert door.under_way == 0
+
+
+def test_a_server_has_so_many_of_all():
+    door = Door(Limits(rows=4, queue=1))
+    many = [door.entered(Tenant(f"t{i}")) for i in range(5)]
+    for each in many:
+        each.__enter__()
+    assert status_of(door.entered(Tenant("late"))) == (503, 1)
+    for each in many:
+        each.__exit__(None, None, None)
+    with door.entered(Tenant("late")):
+        pass
+
+
+def test_long_prompts_that_wait_are_counted_and_one_is_always_let_in():
+    door = Door(Limits(queue_tokens=100))
+    with door.waiting(1000):
+        assert status_of(door.waiting(1)) == (503, 1)
+    with door.waiting(60), door.waiting(40):
+        assert status_of(door.waiting(1)) == (503, 1)
+    assert door.waiting_tokens == 0
+
+
+def test_a_closed_door_lets_nobody_in():
+    door = Door(Limits())
+    door.closed = True
+    assert status_of(door.entered(Tenant("one"))) == (503, 1)
+
+
+def test_tokens_come_back_with_time():
+    clock = Clock()
+    door, tenant = Door(Limits(), clock), Tenant("one", tokens_per_minute=600)
+    door.spend(tenant, 600)
+    with pytest.raises(Refusal, match="at most 600 a minute"):
+        door.spend(tenant, 1)
+    clock.now += 30
+    door.spend(tenant, 300)
+    with pytest.raises(Refusal):
+        door.spend(tenant, 1)
+    clock.now += 3600
+    door.spend(tenant, 5000)  # more than a bucket holds is given when it is full
+    door.spend(Tenant("two"), 10**9)
+
+
+def test_an_address_with_many_wrong_keys_is_told_to_wait():
+    clock = Clock()
+    door = Door(Limits(), clock)
+    answers = [door.wrong_key("1.2.3.4") for _ in range(BAD_KEYS_PER_SECOND + 1)]
+    assert answers[:-1] == [None] * BAD_KEYS_PER_SECOND
+    assert answers[-1].status == 429
+    assert door.wrong_key("5.6.7.8") is None
+    clock.now += 1
+    assert door.wrong_key("1.2.3.4") is None
+
+
+def test_a_flood_of_addresses_takes_no_memory():
+    door = Door(Limits())
+    for i in range(5000):
+        door.wrong_key(str(i))
+    assert len(door._mistakes) <= 4096

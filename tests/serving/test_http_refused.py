@@ -1,0 +1,190 @@
+"""What is refused, in OpenAI's shape, naming the field."""
+
+import contextlib
+import json
+import random
+
+import httpx
+import pytest
+
+BAD = {
+    "no model": ({"model": ...}, "model"),
+    "no prompt": ({"prompt": ...}, "prompt"),
+    "an empty prompt": ({"prompt": ""}, "prompt"),
+    "an empty list": ({"prompt": []}, "prompt"),
+    "several prompts": ({"prompt": ["a", "b"]}, "prompt"),
+    "a token that is none": ({"prompt": [5, 99999]}, None),
+    "a negative token": ({"prompt": [-1]}, "prompt"),
+    "no tokens": ({"max_tokens": 0}, "max_tokens"),
+    "a truth as a number": ({"max_tokens": True}, "max_tokens"),
+    "a fraction of tokens": ({"max_tokens": 1.5}, "max_tokens"),
+    "too many tokens": ({"max_tokens": 97}, "max_tokens"),
+    "more tokens than there are": ({"max_tokens": 2**63}, "max_tokens"),
+    "text as a temperature": ({"temperature": "hot"}, "temperature"),
+    "a cold below zero": ({"temperature": -0.1}, "temperature"),
+    "top_p of nothing": ({"top_p": 0}, "top_p"),
+    "too many samples": ({"n": 3}, "n"),
+    "many samples": ({"n": 10**9}, "n"),
+    "best_of": ({"best_of": 4}, "best_of"),
+    "echo": ({"echo": True}, "echo"),
+    "many log-probabilities": ({"logprobs": 6}, "logprobs"),
+    "an unknown field": ({"temprature": 1}, "temprature"),
+    "a path": ({"lora_path": "/etc"}, "lora_path"),
+    "a template": ({"chat_template": "{{ 1 }}"}, "chat_template"),
+    "many stops": ({"stop": ["a"] * 5}, "stop"),
+    "a long stop": ({"stop": "a" * 65}, "stop"),
+    "an empty stop": ({"stop": ""}, "stop"),
+    "a stop token that is none": ({"stop_token_ids": [99999]}, None),
+    "a bias": ({"logit_bias": {"5": 1}}, "logit_bias"),
+    "frequency": ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    "a seed that is too large": ({"seed": 2**70}, "seed"),
+    "a surrogate": ({"prompt": "\ud800"}, None),
+    "a NUL": ({"prompt": "a\0b"}, None),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_field_is_named(client, name):
+    more, field = BAD[name]
+    body = {"model": "math", "prompt": "x", "max_tokens": 4, **more}
+    content = json.dumps({k: v for k, v in body.items() if v is not ...})
+    answer = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    error = answer.json()["error"]
+    assert answer.status_code == 400, answer.text
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    if field:
+        assert error["param"] == field
+
+
+BODIES = {
+    "nothing": b"",
+    "half": b'{"model": "math"',
+    "a list": b"[]",
+    "a number": b"1",
+    "not a number": b'{"model": "math", "prompt": "x", "temperature": NaN}',
+    "infinity": b'{"model": "math", "prompt": "x", "temperature": 1e999}',
+    "doubled": b'{"model": "math", "model": "law", "prompt": "x"}',
+    "bad UTF-8": b'{"model": "math", "prompt": "\xff"}',
+    "deep": b'{"model": ' + b"[" * 20000 + b"]" * 20000 + b"}",
+    "endless digits": b'{"model": "math", "prompt": "x", "seed": ' + b"9" * 9999 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_body_that_is_none_is_refused(client, name):
+    answer = client.post(
+        "/v1/completions", content=BODIES[name], headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert "error" in answer.json()
+
+
+def test_other_kinds_of_bodies_are_refused(client):
+    for headers in ({"Content-Type": "text/plain"}, {}, {"Content-Type": "multipart/form-data"}):
+        assert client.post("/v1/completions", content=b"{}", headers=headers).status_code == 415
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert client.post("/v1/completions", content=b"{}", headers=headers).status_code == 415
+
+
+def test_paths_and_methods_that_are_none(client):
+    assert client.get("/v1/completions").status_code == 405
+    assert client.get("/v1/nothing").status_code == 404
+    assert client.post("/v1/models").status_code == 405
+    assert client.request("OPTIONS", "/v1/models").status_code == 405
+
+
+def test_a_body_is_so_long_and_no_longer(client, monkeypatch):
+    def trickle():
+        for _ in range(40):
+            yield b" " * 2**15
+
+    headers = {"Content-Type": "application/json"}
+    with contextlib.suppress(httpx.WriteError, httpx.ReadError):
+        assert client.post("/v1/completions", content=trickle(), headers=headers).status_code == 413
+    assert client.post("/v1/completions", content=b" " * (2**20 + 1), headers=headers).status_code == 413
+
+
+def test_chats_are_checked(client):
+    good = {"model": "math", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    assert client.post("/v1/chat/completions", json=good).status_code == 200
+    for messages in (
+        [],
+        [{"role": "tool", "content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],
+        [{"role": "user", "content": "x"}] * 257,
+    ):
+        answer = client.post("/v1/chat/completions", json={**good, "messages": messages})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"].startswith("messages")
+    for extra in ({"tools": []}, {"response_format": {"type": "json_object"}}, {"functions": []}):
+        assert client.post("/v1/chat/completions", json={**good, **extra}).status_code == 400
+
+
+def test_five_hundred_mutated_bodies_are_answered_and_none_breaks_anything(client):
+    rng = random.Random(0)
+    fields = [
+        "model",
+        "prompt",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "n",
+        "stream",
+        "stop",
+        "seed",
+        "logprobs",
+    ]
+    fields += [
+        "presence_penalty",
+        "top_k",
+        "min_p",
+        "stop_token_ids",
+        "milora",
+        "user",
+        "stream_options",
+        "echo",
+    ]
+    values = [
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2,
+        2**31,
+        2**64,
+        -(2**64),
+        0.5,
+        1e308,
+        -0.0,
+        "",
+        "x",
+        "\u202e",
+        "math",
+    ]
+    values += [
+        [],
+        {},
+        [1],
+        ["a"],
+        [[1]],
+        {"return_route": True},
+        {"include_usage": True},
+        [None],
+        "a" * 300,
+        "😀",
+    ]
+    seen = set()
+    for _ in range(500):
+        body = {"model": "math", "prompt": "x", "max_tokens": 2}
+        for _ in range(rng.randint(1, 3)):
+            body[rng.choice(fields)] = rng.choice(values)
+        answer = client.post("/v1/completions", json=body)
+        seen.add(answer.status_code)
+        assert answer.status_code in (200, 400, 404), (body, answer.text)
+        if answer.status_code != 200:
+            assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert seen == {200, 400, 404}

@@ -1,0 +1,109 @@
+"""Keys: only whole and right ones open, none is stored, and every mistake in a file is one line."""
+
+import hashlib
+import hmac
+import json
+
+import pytest
+
+from milora_jax.errors import UserError
+from milora_jax.serving import keys
+from milora_jax.serving.keys import LOCAL, Keyring, digest_of
+
+KEY, OTHER = "sk-" + "a" * 20, "sk-" + "b" * 20
+
+
+def ring(tmp_path, environment=None, **values):
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps(values))
+    return Keyring.of(path, environment or {})
+
+
+def tenant(name, key, **more):
+    return {"name": name, "sha256": digest_of(key), **more}
+
+
+def test_a_key_is_its_tenants(tmp_path):
+    found = ring(
+        tmp_path,
+        tenants=[
+            tenant("one", KEY, adapters=["math"], concurrency=2),
+            tenant("two", OTHER, tokens_per_minute=9),
+        ],
+        admin=[digest_of("c" * 16)],
+    )
+    one, two = found.tenant_of(KEY.encode()), found.tenant_of(OTHER.encode())
+    assert (one.name, one.concurrency, one.may_use("math"), one.may_use("law")) == ("one", 2, True, False)
+    assert (two.name, two.tokens_per_minute, two.may_use("law")) == ("two", 9, True)
+    assert found.is_admin(b"c" * 16)
+    assert not found.is_admin(KEY.encode())
+    assert found.tenant_of(b"c" * 16) is None
+    assert not found.open
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, b"", KEY.encode()[:-1], KEY.encode() + b" ", KEY.upper().encode(), b"\xff"]
+)
+def test_what_is_no_key_opens_nothing(tmp_path, wrong):
+    found = ring(tmp_path, tenants=[tenant("one", KEY)], admin=[digest_of(OTHER)])
+    assert found.tenant_of(wrong) is None
+    assert not found.is_admin(wrong)
+
+
+def test_the_digest_of_nothing_is_not_nothing(tmp_path):
+    empty = hashlib.sha256(b"").hexdigest()
+    found = ring(tmp_path, tenants=[{"name": "one", "sha256": empty}], admin=[])
+    assert found.tenant_of(None) is None
+    assert not Keyring(admins=(bytes.fromhex(empty),)).is_admin(None)
+
+
+def test_all_keys_are_compared_whichever_is_right(tmp_path, monkeypatch):
+    found = ring(tmp_path, tenants=[tenant(f"t{i}", f"{i}" * 16) for i in range(5)])
+    compared = []
+    monkeypatch.setattr(keys.hmac, "compare_digest", lambda a, b: (compared.append(a), a == b)[1])
+    for key in (b"0" * 16, b"4" * 16, b"nobody's"):
+        compared.clear()
+        found.tenant_of(key)
+        assert len(compared) == 5
+    assert keys.hmac is hmac
+
+
+def test_the_environment_has_keys_too(tmp_path):
+    found = Keyring.of(None, {"MILORA_API_KEY": KEY, "MILORA_ADMIN_KEY": OTHER})
+    assert found.tenant_of(KEY.encode()).name == "default"
+    assert found.is_admin(OTHER.encode())
+    with pytest.raises(UserError, match="MILORA_API_KEY has 3 characters: expected at least 16"):
+        Keyring.of(None, {"MILORA_API_KEY": "abc"})
+
+
+def test_without_keys_a_server_is_open_but_for_administrators():
+    found = Keyring.of(None, {})
+    assert found.open
+    assert found.tenant_of(None) is LOCAL
+    assert not found.is_admin(None)
+
+
+BAD = {
+    "tenants is no list": {"tenants": {}},
+    "admin: a sha256 is no 64 digits": {"admin": ["abc"]},
+    "a tenant is no object": {"tenants": ["x"]},
+    "a tenant has name '../x'": {"tenants": [{"name": "../x", "sha256": "0" * 64}]},
+    "tenant 'x': a sha256 is no 64 digits": {"tenants": [{"name": "x", "sha256": "A" * 64}]},
+    "tenant 'x': adapters is 3": {"tenants": [{"name": "x", "sha256": "0" * 64, "adapters": 3}]},
+    "tenant 'x': concurrency is True": {"tenants": [{"name": "x", "sha256": "0" * 64, "concurrency": True}]},
+    "tenant 'x': concurrency is 0": {"tenants": [{"name": "x", "sha256": "0" * 64, "concurrency": 0}]},
+    "a tenant has a field 'key'": {"tenants": [{"name": "x", "key": "secret"}]},
+    "has a field 'tenant'": {"tenant": []},
+    "a tenant is given twice: 'x'": {
+        "tenants": [{"name": "x", "sha256": "0" * 64}, {"name": "x", "sha256": "1" * 64}]
+    },
+    "a key is given twice": {"tenants": [{"name": "x", "sha256": "0" * 64}], "admin": ["0" * 64]},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_mistake_in_a_file_is_one_line(tmp_path, message):
+    with pytest.raises(UserError) as caught:
+        ring(tmp_path, **BAD[message])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

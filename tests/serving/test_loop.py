@@ -1,0 +1,263 @@
+"""The device loop: a request's tokens are its own, whoever else is there, comes, leaves or fails."""
+
+import queue
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from milora_jax.generation.settings import GenerationSettings
+from milora_jax.serving.limits import Limits
+from milora_jax.serving.loop import Job
+from milora_jax.serving.metrics import COMPILATIONS, Metrics
+from tests.serving.harness import LIMITS, running, service_of, write_model
+
+pytest.importorskip("transformers")
+
+WAIT = 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def adapters(folder):
+    return write_model(folder)
+
+
+@pytest.fixture(scope="module")
+def service(folder, adapters):
+    built, _ = service_of(folder, adapters)
+    with running(built):
+        yield built
+
+
+class Listener:
+    """A job and what is heard of it."""
+
+    def __init__(self, service, name, prompt, **settings):
+        self.service, self.news = service, queue.Queue()
+        entry = None if name == "base" else service.store.hold(name)
+        settings = GenerationSettings(**{"max_new_tokens": 6, "ignore_eos": True, **settings})
+        self.job = Job("tenant", entry, tuple(prompt), settings, self.news.put)
+        service.loop.submit(self.job)
+        if entry is not None:
+            service.store.release(entry)
+
+    def end(self):
+        """Tokens, log-probabilities and endings of all samples."""
+        count = self.job.settings.num_samples
+        tokens, logprobs, finish = [[] for _ in range(count)], [[] for _ in range(count)], [None] * count
+        self.route = None
+        while None in finish:
+            news = self.news.get(timeout=WAIT)
+            tokens[news.sample] += news.tokens
+            logprobs[news.sample] += news.logprobs
+            finish[news.sample] = news.finish
+            self.route = news.route if news.route is not None else self.route
+        assert self.news.empty()
+        return tokens, logprobs, finish
+
+
+def random_request(rng):
+    settings = {"max_new_tokens": int(rng.integers(1, 20)), "seed": int(rng.integers(1000))}
+    if rng.random() < 0.5:
+        settings |= {"temperature": 1.3, "top_p": 0.9}
+    if rng.random() < 0.3:
+        settings |= {"presence_penalty": 0.5}
+    if rng.random() < 0.5:
+        settings |= {"logprobs": 3}
+    if rng.random() < 0.2:
+        settings |= {"num_samples": 2}
+    name = ("base", "math", "law", "art")[rng.integers(4)]
+    return name, rng.integers(4, 320, int(rng.integers(1, 60))).tolist(), settings
+
+
+def isolated(service, count, seed):
+    """Requests alone, and among each other."""
+    rng = np.random.default_rng(seed)
+    requests = [random_request(rng) for _ in range(count)]
+    alone = [Listener(service, name, prompt, **more).end() for name, prompt, more in requests]
+    order = rng.permutation(count)
+    listeners = {i: Listener(service, *requests[i][:2], **requests[i][2]) for i in order}
+    together = [listeners[i].end() for i in range(count)]
+    return alone, together
+
+
+def test_a_request_is_bit_for_bit_the_same_alone_and_in_company(service):
+    alone, together = isolated(service, 40, 0)
+    assert alone == together
+    assert any(len(logprobs[0]) for _, logprobs, _ in alone)
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_are_the_same_alone_and_in_company(service):
+    alone, together = isolated(service, 1000, 1)
+    assert alone == together
+
+
+def test_adapters_differ_and_the_base_is_the_plain_model(service, folder):
+    prompt = list(range(10, 40))
+    found = {name: Listener(service, name, prompt).end()[0][0] for name in ("base", "math", "law", "art")}
+    assert len({tuple(tokens) for tokens in found.values()}) == 4
+    from milora_jax import load_base
+    from milora_jax.generation.text import generate
+
+    base, config = load_base(folder / "model")
+    settings = GenerationSettings(max_new_tokens=6, ignore_eos=True)
+    (expected,) = generate(base, config, service._decoder, [prompt], settings=settings)
+    assert tuple(found["base"]) == expected.tokens
+
+
+def test_the_route_comes_once_with_the_first_tokens(service):
+    listener = Listener(service, "math", range(10, 20))
+    listener.end()
+    assert listener.route.shape == (4, 7)
+    assert ((listener.route > 0).sum(axis=1) <= 3).all()
+
+
+def test_more_adapters_than_the_device_holds_take_turns(service):
+    expected = {name: Listener(service, name, [7, 8, 9]).end() for name in ("math", "law", "art")}
+    listeners = [(name, Listener(service, name, [7, 8, 9])) for name in ("math", "law", "art") * 5]
+    for name, listener in listeners:
+        assert listener.end() == expected[name]
+    assert len(service.store.on_device()) <= LIMITS.adapters_on_device
+    assert all(entry.users == 0 for entry in service.store._entries.values())
+
+
+def test_nothing_is_compiled_after_the_start(service):
+    metrics = Metrics()
+    COMPILATIONS.tell(metrics.compiled)
+    rng = np.random.default_rng(5)
+    for listener in [Listener(service, n, p, **s) for n, p, s in (random_request(rng) for _ in range(30))]:
+        listener.end()
+    COMPILATIONS.forget(metrics.compiled)
+    assert b"milora_compiled_programs_total 0.0" in metrics.text()
+
+
+def test_one_who_leaves_frees_the_row_and_disturbs_nobody(service):
+    expected = Listener(service, "law", [5, 6], max_new_tokens=40).end()
+    stayed = Listener(service, "law", [5, 6], max_new_tokens=40)
+    left = Listener(service, "math", [5], max_new_tokens=90)
+    left.news.get(timeout=WAIT)
+    before = service.loop.counts.steps
+    service.loop.end(left.job, 0, "cancelled")
+    while (news := left.news.get(timeout=WAIT)).finish is None:
+        pass
+    assert news.finish == "cancelled"
+    assert service.loop.counts.steps - before <= 2
+    assert stayed.end() == expected
+    waiting = [Listener(service, "math", [i], max_new_tokens=40) for i in range(12)]
+    for listener in waiting[6:]:
+        service.loop.end(listener.job, 0, "cancelled")
+    for listener in waiting[:6]:
+        listener.end()
+    eventually(lambda: service.loop.idle)
+    assert all(entry.users == 0 for entry in service.store._entries.values())
+
+
+def eventually(holds):
+    done = threading.Event()
+    for _ in range(600):
+        if holds():
+            return
+        done.wait(0.05)
+    raise AssertionError("it never came to hold")
+
+
+def test_a_step_that_fails_ends_those_on_the_device_and_nobody_else(service, monkeypatch):
+    expected = Listener(service, "law", [5, 6]).end()
+    engine, fail = service.engine, threading.Event()
+    step = engine.step
+
+    def failing():
+        if fail.is_set():
+            fail.clear()
+            raise RuntimeError("out of memory at 0x7f00")
+        return step()
+
+    monkeypatch.setattr(engine, "step", failing)
+    running = [Listener(service, "math", [i], max_new_tokens=80) for i in range(4)]
+    for listener in running:
+        listener.news.get(timeout=WAIT)
+    waiting = [Listener(service, "law", [5, 6]) for _ in range(3)]
+    fail.set()
+    for listener in running:
+        *_, finish = listener.end()
+        assert finish == ["error"]
+    for listener in waiting:
+        assert listener.end() == expected
+    assert service.loop.alive
+    assert service.loop.counts.failures == 1
+
+
+def test_logits_that_are_no_numbers_end_their_own_request_alone(service):
+    expected = Listener(service, "law", [5, 6]).end()
+    entry = service.store.hold("art")
+    import jax
+
+    whole = entry.prepared
+    entry.prepared = jax.tree.map(
+        lambda leaf: np.full_like(leaf, np.nan) if np.issubdtype(leaf.dtype, np.floating) else leaf, whole
+    )
+    service.store.release(entry)
+    if entry.slot is not None:  # written anew with the next request
+        Listener(service, "math", [1]).end(), Listener(service, "law", [1]).end()
+    spoilt, healthy = Listener(service, "art", [5, 6]), Listener(service, "law", [5, 6])
+    assert spoilt.end()[2] == ["error"]
+    assert healthy.end() == expected
+    entry.prepared = whole
+    Listener(service, "math", [1]).end(), Listener(service, "law", [1]).end()
+    assert Listener(service, "art", [5, 6]).end()[2] == ["length"]
+    assert jnp.isfinite(jnp.asarray(expected[1] or [0])).all()
+
+
+def test_one_that_is_replaced_or_unloaded_goes_on_for_who_holds_it(service, adapters):
+    math, law = (Listener(service, name, [9], max_new_tokens=60).end() for name in ("math", "law"))
+    old = Listener(service, "math", [9], max_new_tokens=60)
+    old.news.get(timeout=WAIT)
+    service.store.load("math", adapters["law"])
+    new = Listener(service, "math", [9], max_new_tokens=60)
+    assert old.job.entry is not new.job.entry
+    assert new.end() == law
+    old_tokens = old.job.request.tokens
+    eventually(lambda: old.job.request.done)
+    assert old_tokens == math[0]
+    goes = Listener(service, "math", [9], max_new_tokens=60)
+    assert service.store.unload("math")
+    assert service.store.hold("math") is None
+    assert goes.end() == law
+    eventually(lambda: goes.job.entry.prepared is None)
+    service.store.load("math", adapters["math"])
+    assert Listener(service, "math", [9], max_new_tokens=60).end() == math
+
+
+def test_those_that_are_not_in_host_memory_are_read_again(service, folder, adapters):
+    expected = Listener(service, "art", [9]).end()
+    for name in ("math", "law"):
+        Listener(service, name, [9]).end()
+    entry = service.store._entries["art"]
+    eventually(lambda: entry.slot is None and entry.users == 0)
+    entry.prepared = None
+    assert Listener(service, "art", [9]).end() == expected
+    for name in ("math", "law"):
+        Listener(service, name, [9]).end()
+    entry.prepared, entry.directory = None, folder / "nowhere"
+    assert Listener(service, "art", [9]).end()[2] == ["error"]
+    service.store.load("art", adapters["art"])
+    assert Listener(service, "art", [9]).end() == expected
+
+
+def test_a_loop_that_stops_tells_everybody(folder, adapters):
+    service, _ = service_of(folder, {"math": adapters["math"]}, Limits(**{**vars(LIMITS), "rows": 2}))
+    service.loop.start()
+    listeners = [Listener(service, "math", [i], max_new_tokens=90) for i in range(6)]
+    service.loop.stop()
+    for listener in listeners:
+        assert listener.end()[2] == ["error"]
+    with pytest.raises(RuntimeError, match="has ended"):
+        Listener(service, "math", [1])
+    assert not service.loop.alive
