@@ -299,7 +299,8 @@ class DeviceLoop:
             tokens = tuple(request.tokens[sample][first:])
             if job.ended[sample] or not (tokens or finish):
                 continue
-            route = request.route if first == 0 else None
+            # The base alone has no router: what its slot of zeros chose says nothing.
+            route = request.route if first == 0 and job.entry is not None else None
             logprobs = tuple(request.logprobs[sample][first:])
             job.told[sample] += len(tokens)
             job.ended[sample] = finish is not None

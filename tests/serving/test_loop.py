@@ -117,6 +117,9 @@ def test_the_route_comes_once_with_the_first_tokens(service):
     listener.end()
     assert listener.route.shape == (4, 7)
     assert ((listener.route > 0).sum(axis=1) <= 3).all()
+    alone = Listener(service, "base", range(10, 20))
+    alone.end()
+    assert alone.route is None
 
 
 def test_more_adapters_than_the_device_holds_take_turns(service):

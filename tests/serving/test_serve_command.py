@@ -27,13 +27,15 @@ def start(folder, *more):
     """A server and its address."""
     command = [sys.executable, "serve.py", "--base", folder / "model", "--port", "0", "--rows", "2"]
     command += ["--samples", "1", "--context", "64", "--registry", folder / "registry.json", *more]
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ}
-    )
-    for line in process.stderr:
-        if line.startswith("serving "):
-            return process, line.split()[-1]
-    raise AssertionError(f"the server ended with {process.wait()}")
+    log = folder / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=file, env={**os.environ})
+    while process.poll() is None:
+        for line in log.read_text().splitlines():
+            if line.startswith("serving "):
+                return process, line.split()[-1]
+        time.sleep(0.1)
+    raise AssertionError(f"the server ended: {log.read_text()}")
 
 
 @pytest.mark.slow
