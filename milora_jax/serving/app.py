@@ -11,9 +11,12 @@ import base64
 import binascii
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from milora_jax.data.prompts import prompt_text
+from milora_jax.data.records import Record
 from milora_jax.errors import UserError
 from milora_jax.serving.answers import Writer, as_json
 from milora_jax.serving.keys import Keyring, Tenant
@@ -37,6 +40,24 @@ OPEN_PATH = b"/health/live"
 
 Route = Callable[[Scope, Receive, Send, Tenant], Awaitable[int]]
 """Answers, and tells the status."""
+
+PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+FOLDER = Path(__file__).parent / "page"
+
+PAGE = {
+    "/": ("index.html", b"text/html; charset=utf-8"),
+    "/page.css": ("page.css", b"text/css; charset=utf-8"),
+    "/page.js": ("page.js", b"text/javascript; charset=utf-8"),
+}
+"""The page for trying adapters, by path: the files of a fixed list, whatever is asked for."""
+
+PAGE_HEADERS = [
+    (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+]
 
 DONE = b"data: [DONE]\n\n"
 
@@ -66,6 +87,7 @@ class App:
             ("GET", "/health/live"): self._live,
             ("GET", "/health/ready"): self._ready,
             ("GET", "/metrics"): self._metrics,
+            **{("GET", path): self._page for path in PAGE},
             ("GET", "/v1/models"): self._models,
             ("POST", "/v1/completions"): self._completions,
             ("POST", "/v1/chat/completions"): self._chat,
@@ -164,6 +186,15 @@ class App:
     async def _metrics(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
         text = self.service.metrics.text()
         return await _reply(send, 200, text, b"text/plain; version=0.0.4; charset=utf-8")
+
+    async def _page(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
+        name, kind = PAGE[scope["raw_path"].decode("latin-1")]
+        content = await asyncio.to_thread((FOLDER / name).read_bytes)
+        if name == "page.js":
+            # The words that train.py puts around an instruction are the records' own, not the page's.
+            before, _, after = prompt_text(Record(PLACE, "", "", "")).partition(PLACE)
+            content = b"const INSTRUCTION = " + as_json([before, after]) + b";\n" + content
+        return await _reply(send, 200, content, kind, more=PAGE_HEADERS)
 
     async def _models(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
         models = [
@@ -300,10 +331,15 @@ def _key_of(headers: list[tuple[bytes, bytes]]) -> bytes | None:
 
 
 async def _reply(
-    send: Send, status: int, value: Any, kind: bytes = b"application/json", retry: int = 0
+    send: Send,
+    status: int,
+    value: Any,
+    kind: bytes = b"application/json",
+    retry: int = 0,
+    more: Sequence[tuple[bytes, bytes]] = (),
 ) -> int:
     body = value if isinstance(value, bytes) else as_json(value)
-    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *more]
     if retry:
         headers.append((b"retry-after", str(retry).encode()))
     if status == 401:
