@@ -180,6 +180,7 @@ CORE_ALONE = """
 """
 
 
+@pytest.mark.slow
 def test_the_core_runs_with_jax_flax_optax_numpy_and_safetensors_alone(tmp_path):
     write_hf_directory(tmp_path / "model", tokenizer=False)
     blocked = {*HEAVY, "orbax", "tensorstore", "jaxtyping", "beartype", "jinja2", "pandas", "pyarrow", "peft"}

@@ -66,6 +66,7 @@ def test_of_the_weights_every_byte_comes_once(storage, model):
 
 
 def test_shards_and_a_tokenizer(storage, tmp_path):
+    pytest.importorskip("transformers")
     write_hf_directory(tmp_path, WITH_TOKENIZER)
     expected, _ = load_base(tmp_path)
     shard(tmp_path)
@@ -73,7 +74,6 @@ def test_shards_and_a_tokenizer(storage, tmp_path):
     base, config = load_base(URL)
     assert config == WITH_TOKENIZER
     jax.tree.map(np.testing.assert_array_equal, base, expected)
-    pytest.importorskip("transformers")
     from milora_jax.data.tokens import load_tokenizer
 
     assert load_tokenizer(str(model_directory(URL))).bos_token_id == 1

@@ -37,6 +37,7 @@ def bench(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_one_object_per_variant_with_its_figures(folder):
     found = bench(
         *("decode", "--model", folder, "--method", "none,milora,dora-recomputed", "--batch", "1,2"),

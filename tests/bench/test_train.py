@@ -21,6 +21,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_one_object_per_variant_with_its_figures(folder, capsys):
     common = ["--model", str(folder), "--batch", "2", "--rank", "4", "--repeats", "2"]
     train.main([*common, "--method", "milora,bitfit", "--seq", "16", "--remat", "none,full"])

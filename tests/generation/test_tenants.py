@@ -119,6 +119,7 @@ def test_loading_an_adapter_compiles_nothing_and_changes_one_slot():
     del adapters
 
 
+@pytest.mark.slow
 def test_lower_ranks_and_other_scales_share_a_bank():
     one = make_adapter(rank=3, alpha=6.0)
     two = make_adapter(seed=5, rank=5, dropout=0.1)

@@ -168,6 +168,7 @@ def test_the_bytes_of_a_quantised_base():
         assert base_bytes(config, LLAMA2_7B) == 2 * apart + expected
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_a_gpu_is_found_by_its_numbers():
     """Its compiler would only warn."""
     topology = host()

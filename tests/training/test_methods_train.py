@@ -63,13 +63,8 @@ def fit(run, steps, workdir, stop_after=None):
     return trainer.fit(lambda done, status: reached.append(done), lambda: len(reached) + 1 == stop_after)
 
 
-DEFAULT = ("milora",)
-"""The others take the same paths and are run with the slow tests."""
-
-
-@pytest.mark.parametrize(
-    "method", [m if m in DEFAULT else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_is_the_undisturbed_one_and_its_adapter_generates(method, prepared, tmp_path):
     run, steps = prepared
     settings = AdapterSection(method=method, **SMALL[method])

@@ -68,7 +68,7 @@ def close(one, other, **tolerances):
     "settings",
     [
         {"pooler": "attention"},
-        {"method": "iapt"},
+        pytest.param({"method": "iapt"}, marks=pytest.mark.slow),
         pytest.param({"pooler": "max", "gate": "softmax"}, marks=pytest.mark.slow),
         pytest.param({"method": "lora"}, marks=pytest.mark.slow),
         pytest.param({"pooler": "mean", "gate": "straight_through"}, marks=pytest.mark.slow),

@@ -24,7 +24,6 @@ from tests.training.test_equalities import text
 from tests.training.test_step import SETTINGS, rows
 
 TOTAL = 20
-KINDS = [pytest.param("int8", marks=pytest.mark.slow), "nf4"]
 
 
 def fresh(base, method="milora"):
@@ -54,7 +53,8 @@ def test_a_step_is_that_on_the_decoded_kernels(quantize, method):
     np.testing.assert_allclose(found[1].loss, expected[1].loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize("quantize", KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
 def test_a_step_writes_no_whole_kernel(monkeypatch, quantize):
     """In tiles of 128, of the widest matrices no decoded copy is in the compiled step."""
     monkeypatch.setattr(quantized, "TILE_BYTES", 1)
