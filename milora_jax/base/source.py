@@ -21,8 +21,6 @@ from milora_jax.errors import UserError, require
 
 HUB = "hf://"
 
-CLOUD = "gs://"
-
 WEIGHTS = ".safetensors"
 
 WANTED = ("*.json", "*.model", "*.txt", "*.jinja")

@@ -33,7 +33,7 @@ class Continuation:
     Attributes:
       text: decoded, without special tokens and without the stop string.
       tokens: new token ids up to and including the one that ended it.
-      finish: why it ended: "stop" or "length".
+      finish: why it ended: "stop" or "length"; "error" where a logit was not finite.
       logprobs: of every token, where asked for.
     """
 

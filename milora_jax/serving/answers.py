@@ -46,6 +46,7 @@ class Writer:
     say: Callable[[int], str]
     samples: list[Sample] = field(init=False)
     route: np.ndarray | None = None
+    new_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.samples = [Sample() for _ in range(self.asked.n or 1)]
@@ -53,6 +54,7 @@ class Writer:
     def add(self, piece: Piece) -> None:
         """Take a piece of a whole answer."""
         sample = self.samples[piece.sample]
+        self.new_tokens += len(piece.tokens)
         sample.text.append(piece.text)
         sample.tokens += piece.tokens
         sample.logprobs += piece.logprobs
@@ -85,6 +87,7 @@ class Writer:
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """A piece of a stream."""
+        self.new_tokens += len(piece.tokens)
         delta = {"content": piece.text} if piece.text or not piece.finish else {}
         said = {"delta": delta} if self._chats else {"text": piece.text}
         choice = _choice(piece.sample, said, self._logprobs(piece.tokens, piece.logprobs), piece.finish)
@@ -99,7 +102,7 @@ class Writer:
 
     def usage(self) -> dict[str, int]:
         """Tokens of prompt and samples."""
-        prompt, new = self.turn.prompt_tokens, self.turn.new_tokens
+        prompt, new = self.turn.prompt_tokens, self.new_tokens
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     @property

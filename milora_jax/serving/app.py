@@ -204,13 +204,16 @@ class App:
         return await _reply(send, 200, {"object": "list", "data": models})
 
     async def _completions(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
-        return await self._answer(parse(Completion, await self._body(scope, receive)), receive, send, tenant)
+        with self.service.door.entered(tenant):
+            asked = parse(Completion, await self._body(scope, receive))
+            return await self._answer(asked, receive, send, tenant)
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
-        asked = parse(Chat, await self._body(scope, receive))
-        if asked.max_completion_tokens is not None:
-            asked = asked.model_copy(update={"max_tokens": asked.max_completion_tokens})
-        return await self._answer(asked, receive, send, tenant)
+        with self.service.door.entered(tenant):
+            asked = parse(Chat, await self._body(scope, receive))
+            if asked.max_completion_tokens is not None:
+                asked = asked.model_copy(update={"max_tokens": asked.max_completion_tokens})
+            return await self._answer(asked, receive, send, tenant)
 
     async def _answer(self, asked: Completion | Chat, receive: Receive, send: Send, tenant: Tenant) -> int:
         async with self.service.turn(tenant, asked) as turn:
@@ -244,8 +247,9 @@ class App:
         try:
             await _event(send, writer.chunk(first))
             async for piece in pieces:
+                chunk = writer.chunk(piece)  # its tokens count, whether or not there is a text to send
                 if piece.text or piece.finish or piece.logprobs:
-                    await _event(send, writer.chunk(piece))
+                    await _event(send, chunk)
             for event in writer.last():
                 await _event(send, event)
             await send({"type": "http.response.body", "body": DONE, "more_body": False})

@@ -88,12 +88,6 @@ class FairQueue(Generic[Item]):
             line.served = False
             self._lines.move_to_end(tenant)
 
-    def each(self, tell: Callable[[Item], None]) -> None:
-        """Tell something of every item."""
-        for line in self._lines.values():
-            for _, item in line.waiting:
-                tell(item)
-
     def drain(self) -> list[Item]:
         """Take all out."""
         items = [item for line in self._lines.values() for _, item in line.waiting]

@@ -62,7 +62,7 @@ class Job:
       tenant: whose turn it takes.
       entry: the adapter that it holds; None is the base alone.
       sink: takes its news; must not wait.
-      passed: how often others were begun because its adapter had no slot.
+      queued: how many jobs the loop had begun when this one came.
     """
 
     tenant: str
@@ -75,7 +75,7 @@ class Job:
     ended: list[bool] = field(default_factory=list)
     seated: bool = False
     released: bool = False
-    passed: int = 0
+    queued: int = 0
 
     def __post_init__(self) -> None:
         self.told = [0] * self.settings.num_samples
@@ -114,6 +114,7 @@ class DeviceLoop:
         self._held: Job | None = None
         self._starving: Job | None = None
         self._running: dict[Request, Job] = {}
+        self._begun = 0
         self._stopping = self._blocked = False
         self.counts = Counts()
         self.error: BaseException | None = None
@@ -134,7 +135,7 @@ class DeviceLoop:
                 raise RuntimeError("the device loop has ended")
             if self._store is not None and job.entry is not None:
                 self._store.hold_again(job.entry)
-            self._mail.append(lambda: self._queue.push(job.tenant, job.cost, job))
+            self._mail.append(lambda: self._line_up(job))
             self._wake.notify()
 
     def end(self, job: Job, sample: int, reason: str) -> None:
@@ -226,6 +227,10 @@ class DeviceLoop:
         waiting = self._held is not None or len(self._queue) > 0
         return not self._engine.idle or (waiting and not self._blocked)
 
+    def _line_up(self, job: Job) -> None:
+        job.queued = self._begun
+        self._queue.push(job.tenant, job.cost, job)
+
     def _fill(self) -> None:
         """Give free rows to those whose turn it is."""
         self._blocked = False
@@ -240,21 +245,17 @@ class DeviceLoop:
                 self._held = job  # the next rows are its, or smaller ones would be served for ever
                 return
             self._begin(job)
-            self._queue.each(self._pass)
-
-    @staticmethod
-    def _pass(job: Job) -> None:
-        job.passed += 1
 
     def _seatable(self, job: Job) -> bool:
         if self._store is None or job.entry is None:
             return True
         seatable = self._store.seatable(job.entry, self.poke)
-        if not seatable and job.entry.prepared is not None and job.passed > PATIENCE:
+        if not seatable and job.entry.prepared is not None and self._begun - job.queued > PATIENCE:
             self._starving = self._starving or job
         return seatable and self._starving in (None, job)
 
     def _begin(self, job: Job) -> None:
+        self._begun += 1
         if self._starving is job:
             self._starving = None
         try:

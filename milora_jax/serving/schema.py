@@ -8,6 +8,7 @@ a default.
 from __future__ import annotations
 
 import secrets
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -71,9 +72,9 @@ class Sampled(_Body):
         """Whether the answer has the prompt's route."""
         return bool(self.milora and self.milora.return_route)
 
+    @abstractmethod
     def alternatives(self) -> int:
         """How many most probable tokens are asked for beside each; 0 is no log-probabilities at all."""
-        raise NotImplementedError
 
     def settings(self, limits: Limits, prompt_tokens: int, context: int, default: int) -> GenerationSettings:
         """What the engine is asked for.

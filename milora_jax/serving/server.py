@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import logging
 import signal
 import socket
 import sys
@@ -34,8 +33,6 @@ from milora_jax.serving.metrics import COMPILATIONS, Metrics
 from milora_jax.serving.registry import Registry
 from milora_jax.serving.service import Service
 from milora_jax.serving.store import AdapterStore, Model
-
-log = logging.getLogger("milora_jax.serving")
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 """What a server without keys may be called: a page of another site cannot ask it under a name of its own."""

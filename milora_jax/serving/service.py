@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,14 +53,13 @@ class Piece:
     route: np.ndarray | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Turn:
-    """A request that has been let in.
+    """A request that has been begun.
 
     Attributes:
       model: as it was asked for.
       prompt_tokens: of the prompt.
-      new_tokens: of all samples, so far.
       pieces: what comes; to be read to its end.
     """
 
@@ -69,7 +68,6 @@ class Turn:
     prompt_tokens: int
     pieces: AsyncIterator[Piece]
     created: int = field(default_factory=lambda: int(time.time()))
-    new_tokens: int = 0
 
 
 class Service:
@@ -104,14 +102,12 @@ class Service:
 
     @asynccontextmanager
     async def turn(self, tenant: Tenant, asked: Completion | Chat) -> AsyncIterator[Turn]:
-        """Let a request in and begin it; leaving ends whatever of it still goes on.
+        """Begin a request that the door has let in; leaving ends whatever of it still goes on.
 
         Raises:
           Refusal: it is not served.
         """
-        async with AsyncExitStack() as stack:
-            stack.enter_context(self.door.entered(tenant))
-            entry = stack.enter_context(self._held(tenant, asked.model))
+        with self._held(tenant, asked.model) as entry:
             ids = await asyncio.get_running_loop().run_in_executor(self._encoding, self._encode, asked)
             default = COMPLETION_TOKENS if isinstance(asked, Completion) else 0
             settings = asked.settings(self.limits, len(ids), self.engine.slots, default)
@@ -121,12 +117,8 @@ class Service:
                 raise bad_request(f"{error}.") from None
             self.door.spend(tenant, len(ids) + settings.max_new_tokens * settings.num_samples)
             kind = "chatcmpl" if isinstance(asked, Chat) else "cmpl"
-            turn = Turn(f"{kind}-{secrets.token_hex(16)}", asked.model, len(ids), _nothing())
-            turn.pieces = self._pieces(turn, tenant, entry, ids, settings)
-            try:
-                yield turn
-            finally:
-                await turn.pieces.aclose()  # type: ignore[attr-defined]
+            async with aclosing(self._pieces(tenant, entry, ids, settings)) as pieces:
+                yield Turn(f"{kind}-{secrets.token_hex(16)}", asked.model, len(ids), pieces)
 
     def say(self, token: int) -> str:
         """The text of one token."""
@@ -165,12 +157,11 @@ class Service:
 
     async def _pieces(
         self,
-        turn: Turn,
         tenant: Tenant,
         entry: Entry | None,
         ids: Sequence[int],
         settings: GenerationSettings,
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece]:
         """Submit, and turn what comes into text until every sample has ended."""
         events = asyncio.get_running_loop()
         came: asyncio.Queue[News] = asyncio.Queue()
@@ -183,7 +174,7 @@ class Service:
         )
         samples = range(settings.num_samples)
         texts = [TextStream(self._decoder, settings.stop) for _ in samples]
-        open_samples = set(samples)
+        open_samples, new_tokens = set(samples), 0
         begun, last = time.monotonic(), 0.0
         try:
             self.loop.submit(job)
@@ -204,7 +195,7 @@ class Service:
                     self._note_route(news.route)
                 if news.sample in open_samples:
                     piece = self._piece(job, texts[news.sample], news)
-                    turn.new_tokens += len(piece.tokens)
+                    new_tokens += len(piece.tokens)
                     if piece.finish is not None:
                         open_samples.discard(news.sample)
                     yield piece
@@ -215,7 +206,7 @@ class Service:
             for sample in open_samples:
                 self.loop.end(job, sample, "cancelled")
             self.metrics.tokens.labels(tenant.name, "prompt").inc(len(ids))
-            self.metrics.tokens.labels(tenant.name, "completion").inc(turn.new_tokens)
+            self.metrics.tokens.labels(tenant.name, "completion").inc(new_tokens)
 
     def _note_route(self, route: np.ndarray) -> None:
         for layer, weights in enumerate(route):
@@ -234,8 +225,3 @@ class Service:
             self.loop.end(job, news.sample, "stop")
         kept = len(text.tokens) - before
         return Piece(news.sample, fresh, news.tokens[:kept], news.logprobs[:kept], "stop", news.route)
-
-
-async def _nothing() -> AsyncIterator[Piece]:
-    for piece in ():
-        yield piece

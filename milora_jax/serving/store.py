@@ -46,6 +46,8 @@ class Entry:
       pinned: never taken off the device.
       draining: unloaded or replaced: no new request gets it.
       used: when it was last wanted, as a running number.
+      failed: why it could not be read again; empty where it could.
+      reading: whether it is being read again.
     """
 
     name: str

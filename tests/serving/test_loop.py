@@ -131,6 +131,17 @@ def test_more_adapters_than_the_device_holds_take_turns(service):
     assert all(entry.users == 0 for entry in service.store._entries.values())
 
 
+def test_one_whose_adapter_finds_no_slot_is_not_passed_over_for_ever(service, monkeypatch):
+    monkeypatch.setattr("milora_jax.serving.loop.PATIENCE", 3)
+    others = [Listener(service, ("math", "law")[i % 2], [i], max_new_tokens=40) for i in range(8)]
+    waiting = Listener(service, "art", [9], max_new_tokens=4)
+    others += [Listener(service, ("math", "law")[i % 2], [i], max_new_tokens=40) for i in range(40)]
+    waiting.end()
+    assert sum(other.job.request is None for other in others) > 20
+    for other in others:
+        other.end()
+
+
 def test_nothing_is_compiled_after_the_start(service):
     metrics = Metrics()
     COMPILATIONS.tell(metrics.compiled)

@@ -14,15 +14,7 @@ from milora_jax.storage.export import export_orbax, export_peft
 from milora_jax.storage.files import json_bytes
 from milora_jax.storage.manifest import MANIFEST, write_manifest
 from milora_jax.storage.verify import findings
-from tests.models import TINY, write_hf_directory
 from tests.storage.adapters import STEP, run_of, write_run
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_hf_directory(folder, TINY, tokenizer=False)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,7 @@ function bodyOf(model) {
   };
   const wording = byId("wording").value;
   if (wording === "chat") return ["/v1/chat/completions", { ...body, messages: [{ role: "user", content: prompt }] }];
-  const before = wording === "instruction" ? [INSTRUCTION[0] + prompt + INSTRUCTION[1]] : [prompt];
-  return ["/v1/completions", { ...body, prompt: before[0] }];
+  return ["/v1/completions", { ...body, prompt: wording === "instruction" ? INSTRUCTION.join(prompt) : prompt }];
 }
 
 // The text of server-sent events as it comes: an event ends with an empty line, wherever the network cuts it.
