@@ -10,13 +10,15 @@ row's tokens cannot depend on its neighbours' tenants:
 one        a single adapter: plain matrix products
 one_hot    a few slots: one product with all slots' matrices, of which a row keeps its own
 tpu, gpu   many slots there: a kernel that reads and multiplies only what a row chose
-gathered   many slots elsewhere: each row's matrices are copied together once per chunk of steps
+gathered   many slots elsewhere: each row's matrices are copied together once per chunk of steps, or once
+           for as long as somebody has the row, see :class:`Seats`
 =========  ===============================================================================================
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +111,46 @@ class Tenants:
             method = OneHot(self.method) if self.path == "one_hot" else Kernel(self.method, self.path)
             params = tuple(Slots(layer, tenant) for layer in self.params)
         return Adapter(params=params, method=method, shape=self.shape)
+
+
+@struct.dataclass
+class Seats:
+    """The adapters of a batch's rows, copied out of a bank when somebody takes the row.
+
+    What a row has it keeps, whatever becomes of its slot in the bank. Stands where a :class:`Tenants` of path
+    "gathered" does, and treats rows as that would.
+
+    Attributes:
+      params: leaves with a leading row axis.
+    """
+
+    params: tuple[PyTree, ...]
+    method: Method = struct.field(pytree_node=False)
+    shape: Shape = struct.field(pytree_node=False)
+
+    @classmethod
+    def empty(cls, tenants: Tenants, rows: int) -> Seats:
+        """Rows that nobody has taken."""
+
+        def vacant(leaf: Array) -> Array:
+            return jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype, device=leaf.sharding)
+
+        return cls(jax.tree.map(vacant, tenants.params), tenants.method, tenants.shape)
+
+    def for_rows(self, tenant: Int[Array, " B"]) -> Adapter:
+        """An adapter for rows that each have their own."""
+        del tenant
+        return Adapter(params=self.params, method=PerRow(self.method), shape=self.shape)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def take_seats(seats: Seats, tenants: Tenants, rows: Int[Array, " n"], slot: Int[Array, ""]) -> Seats:
+    """Copy the adapter of a slot to some rows; rows beyond the batch are left out."""
+
+    def put(mine: Array, bank: Array) -> Array:
+        return mine.at[rows].set(jax.lax.dynamic_index_in_dim(bank, slot, 0, False), mode="drop")
+
+    return dataclasses.replace(seats, params=jax.tree.map(put, seats.params, tenants.params))
 
 
 @struct.dataclass

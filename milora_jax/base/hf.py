@@ -58,7 +58,8 @@ def load_leaves(
 
     Args:
       sharding_of: where the leaf at a key path goes; None puts all on the first device of this process.
-      decode: in the layout of ``modules.decode_layout``, which then need not be made of another.
+      decode: in the layout of ``modules.decode_layout``, which then need not be made of another: modules with
+        a common input joined, or apart where ``sharding_of`` says where they go.
       quantize: how the kernels of the layers are kept, one of ``config.QUANTIZE``. Of a quantised kernel a
         process reads all rows of the columns that its devices hold, once: they share scales.
       progress: told how many bytes of the leaves are read, and of how many, by this thread.
@@ -69,7 +70,7 @@ def load_leaves(
     files = files_by_tensor(directory)
     if FAMILIES[config.family].in_images:
         files = _of_text(files)
-    specs = base_specs(config, decode, quantize)
+    specs = base_specs(config, decode, quantize, joined=sharding_of is None)
     expected = {part.name for spec in jax.tree.leaves(specs) for part in spec.parts}
     found = {name for name in files if not name.endswith(IGNORED_SUFFIX)}
     if config.tie_embeddings:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, Sharding
 
 from milora_jax.adapters.protocol import Frozen, Kernels
 from milora_jax.base import quantized
@@ -159,6 +160,12 @@ class Base(nnx.Module):
     def devices(self) -> set[Any]:
         """Those that hold the leaves."""
         return self.embedding[...].devices()
+
+    @property
+    def everywhere(self) -> Sharding:
+        """Of a leaf that every device that holds some of the base is to hold whole."""
+        sharding = self.embedding[...].sharding
+        return NamedSharding(sharding.mesh, jax.P()) if isinstance(sharding, NamedSharding) else sharding
 
     @property
     def unrolled(self) -> bool:

@@ -158,11 +158,14 @@ class LeafSpec:
         return shape if part.outputs is None else (*shape[:-1], part.outputs[2])
 
 
-def base_specs(config: ModelConfig, decode: bool = False, quantize: str = "none") -> Base:
+def base_specs(
+    config: ModelConfig, decode: bool = False, quantize: str = "none", joined: bool = True
+) -> Base:
     """A Base whose leaves are LeafSpecs: the one table of names and shapes.
 
     Args:
-      decode: a tuple of joined layers, as ``modules.decode_layout`` makes it, instead of a stacked one.
+      decode: a tuple of layers, as ``modules.decode_layout`` makes it, instead of a stacked one.
+      joined: whether those are joined ones, as for one device, or have their modules apart.
       quantize: how the kernels of the layers are kept, one of ``config.QUANTIZE``.
 
     Raises:
@@ -173,9 +176,10 @@ def base_specs(config: ModelConfig, decode: bool = False, quantize: str = "none"
     head = None
     if not config.tie_embeddings:
         head = LeafSpec((width, vocab), (Part("lm_head.weight"),), transposed=True)
+    a_layer = table.joined_layer if joined else table.layer
     return Base(
         LeafSpec((vocab, width), (Part("model.embed_tokens.weight"),)),
-        tuple(map(table.joined_layer, range(config.num_layers))) if decode else table.stacked_layer(),
+        tuple(map(a_layer, range(config.num_layers))) if decode else table.stacked_layer(),
         LeafSpec((width,), (Part("model.norm.weight"),)),
         head,
     )
@@ -227,10 +231,27 @@ class _Table:
             groups.append(self.linear(joined("weight", d_in), bias))
             widths.append(outputs)
 
+        return JoinedLayer(self.norms_of(layer), tuple(groups), tuple(widths))
+
+    def layer(self, number: int) -> Layer:
+        """One layer, its modules apart."""
+        modules = {}
+        for name in EXPERTS:
+            d_in, d_out = self.config.module_dims[name]
+            bias = None
+            if name in self.config.biased:
+                bias = LeafSpec((d_out,), (self.part(number, name, "bias"),))
+            weight = LeafSpec((d_in, d_out), (self.part(number, name, "weight"),), transposed=True)
+            modules[name] = self.linear(weight, bias)
+        return Layer(self.norms_of(number), modules)
+
+    def norms_of(self, layer: int) -> Norms:
+        """The norms of one layer."""
+
         def norm(suffix: str, width: int) -> LeafSpec:
             return LeafSpec((width,), (Part(f"model.layers.{layer}.{suffix}.weight"),))
 
-        return JoinedLayer(self.norms(norm), tuple(groups), tuple(widths))
+        return self.norms(norm)
 
     def norms(self, norm: Callable[[str, int], LeafSpec]) -> Norms:
         """The norms of a layer, or of all, each made by its path and its width."""

@@ -62,7 +62,9 @@ class Bank:
         require(path in PATHS and path != "one", "path", path, f"one of {', '.join(PATHS[1:])}")
         self.slots, self.rank, self.names = slots, rank, dict[str, int]()
         one = jax.eval_shape(lambda: self._prepared(like, path))
-        empty = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), one)
+        empty = jax.tree.map(
+            lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype, device=base.everywhere), one
+        )
         self.tenants = Tenants(params=empty, method=method, shape=self._shape, path=path)
 
     def load(self, name: str, adapter: Adapter, slot: int | None = None) -> int:

@@ -17,9 +17,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import NamedSharding
 
 from milora_jax.adapters.protocol import Adapter
-from milora_jax.adapters.tenants import Tenants
+from milora_jax.adapters.tenants import Seats, Tenants
 from milora_jax.base.attention import Spread, attention
 from milora_jax.base.cache import KVCache, LayerCache
 from milora_jax.base.modules import Base
@@ -117,7 +118,7 @@ def prefill(
     return prefilled, output.route
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("plan", "spread"), donate_argnames="state")
 def admit(
     state: DecodeState,
     prefilled: Prefilled,
@@ -125,6 +126,7 @@ def admit(
     tenant: Int[Array, " n"],
     sampler: Sampler,
     plan: Plan,
+    spread: Spread | None = None,
 ) -> tuple[DecodeState, Choice]:
     """Put prefilled prompts into rows of the batch and choose their first tokens.
 
@@ -132,13 +134,14 @@ def admit(
       prefilled: n prompts, or one that is to be continued in n ways.
       rows: where they go; a prompt whose row is beyond the batch is dropped.
       sampler: of the n rows.
+      spread: of the state.
     """
     count = rows.shape[0]
 
-    def spread(leaf: Array) -> Array:
+    def repeated(leaf: Array) -> Array:
         return jnp.broadcast_to(leaf, (count, *leaf.shape[1:]))
 
-    prefilled = jax.tree.map(spread, prefilled)
+    prefilled = jax.tree.map(repeated, prefilled)
     choice = choose(prefilled.logits, sampler, prefilled.position, plan)
     sampler = note(sampler, choice.token, jnp.ones_like(rows, bool))
     new = DecodeState(
@@ -154,7 +157,7 @@ def admit(
     def put(old: Array, leaf: Array) -> Array:
         return old.at[rows].set(leaf.astype(old.dtype), mode="drop", unique_indices=True)
 
-    return jax.tree.map(put, state, new), choice
+    return spread_out(jax.tree.map(put, state, new), spread), choice
 
 
 def decode_step(
@@ -188,19 +191,21 @@ def decode_step(
     return state, choice
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps", "plan"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("config", "steps", "plan", "spread"), donate_argnames="state")
 def decode_chunk(
     base: Base,
-    tenants: Tenants | None,
+    tenants: Tenants | Seats | None,
     state: DecodeState,
     config: ModelConfig,
     steps: int,
     plan: Plan,
+    spread: Spread | None = None,
 ) -> tuple[DecodeState, Choice, Bool[Array, "steps B"]]:
     """``steps`` decode steps as one scan.
 
     Args:
       tenants: whose adapters act on the rows; what depends on who sits where is done once per chunk.
+      spread: of the state.
 
     Returns:
       The state, the choices of every step, and which rows had ended before each step.
@@ -214,7 +219,22 @@ def decode_chunk(
 
     state = dataclasses.replace(state, cache=state.cache.squeezed())
     state, (choices, ended) = jax.lax.scan(step, state, None, length=steps)
-    return dataclasses.replace(state, cache=state.cache.unsqueezed()), choices, ended
+    state = dataclasses.replace(state, cache=state.cache.unsqueezed())
+    return spread_out(state, spread), choices, ended
+
+
+def spread_out(state: DecodeState, spread: Spread | None) -> DecodeState:
+    """The state as it lies over devices: keys and values by rows and heads, all else by rows.
+
+    Left to itself XLA would choose anew for every program, and every choice would be one more program.
+    """
+    if spread is None or spread.mesh is None:
+        return state
+    by_row = NamedSharding(spread.mesh, jax.P(spread.rows))
+    by_head = NamedSharding(spread.mesh, jax.P(spread.rows, spread.heads))
+    places = jax.tree.map(lambda _: by_row, state)
+    cache = jax.tree.map(lambda leaf: by_head if leaf.ndim == 4 else by_row, state.cache)
+    return jax.lax.with_sharding_constraint(state, dataclasses.replace(places, cache=cache))
 
 
 def empty_state(

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from milora_jax.adapters.tenants import Tenants
-from milora_jax.base.attention import spread_over
+from milora_jax.adapters.tenants import Seats, Tenants, take_seats
+from milora_jax.base.attention import Spread, spread_over
 from milora_jax.base.modules import Base
 from milora_jax.data.batches import collate_prompts
 from milora_jax.errors import UserError, require
-from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefill
+from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefill, spread_out
 from milora_jax.generation.merge import merged_base
 from milora_jax.generation.request import Request, TokenLogprobs, require_served
 from milora_jax.generation.sampling import Choice, Plan, Sampler, make_sampler
@@ -92,6 +92,7 @@ class Engine:
       plans: of which the first that does all that is asked is compiled; none makes one for every mixture of
         requests, as small as can be.
       place: puts a prefill batch on the devices.
+      spread: how rows and heads lie over several devices; None lets XLA decide.
 
     Attributes:
       tenants: to be set again after a bank has loaded an adapter, whose old buffers are gone then.
@@ -111,6 +112,7 @@ class Engine:
         merge: bool = False,
         plans: Sequence[Plan] = (),
         place: Callable[[Batch], Batch] = jax.device_put,
+        spread: Spread | None = None,
     ) -> None:
         require(rows >= 1, "rows", rows, "at least 1")
         slots = slots or config.max_positions
@@ -121,7 +123,7 @@ class Engine:
         self.config, self.rows, self.slots, self.chunk = config, rows, slots, chunk
         self.tenants, self.prefill_rows = tenants, prefill_rows
         self._base, self._place, self._penalties, self._plans = base, place, penalties, tuple(plans)
-        self._spread = spread_over(base.devices)
+        self._spread = spread or spread_over(base.devices)
         self._merges = merge and tenants is not None
         self._merged: Base | None = None
         prefix = 0 if tenants is None else tenants.method.prefix_length
@@ -133,9 +135,12 @@ class Engine:
         """A batch in which nobody sits."""
         self._seats: list[_Seat | None] = [None] * self.rows
         self._started: deque[_Started] = deque()
+        gathers = self.tenants is not None and self.tenants.path == "gathered"
+        self._mine = Seats.empty(self.tenants, self.rows) if gathers and self.tenants else None
         routed = self.tenants is not None and self.tenants.method.routes
         sampler = self._sampler([GenerationSettings()], [0], [()])
-        self._state = empty_state(self.config, self._base, sampler, self.rows, self._cache_slots, routed)
+        state = empty_state(self.config, self._base, sampler, self.rows, self._cache_slots, routed)
+        self._state = jax.jit(spread_out, static_argnums=1)(state, self._spread)
 
     def fail(self) -> list[Request]:
         """End all that was begun, after a step raised: what is on the device may be half-written.
@@ -285,10 +290,12 @@ class Engine:
             prefilled = jax.tree.map(lambda leaf: leaf[:1], prefilled)
         tenant = np.full(count, first.slot, np.int32)
         plan = self._plan([request.settings for request in group])
-        self._state, choice = admit(self._state, prefilled, places, tenant, sampler, plan)
+        self._state, choice = admit(self._state, prefilled, places, tenant, sampler, plan, self._spread)
+        if self._mine is not None and self.tenants is not None:
+            self._mine = take_seats(self._mine, self.tenants, places, slot)
         for row, seat in zip(rows, seats, strict=True):
             wanted = seat.request.finish[seat.sample] is None  # or it was ended while it waited
-            self._seats[row] = seat if wanted else None
+            self._seats[row] = seat if wanted and self._stays(seat) else None
         if self._merges and self.tenants is not None:
             adapter = self.tenants.of_slot(jnp.asarray(slot))
             chosen = None if route is None else np.asarray(route.weights[:, 0, 0])
@@ -303,11 +310,24 @@ class Engine:
     def _start_chunk(self) -> None:
         seated = [seat for seat in self._seats if seat is not None]
         plan = self._plan([seat.request.settings for seat in seated])
-        weights = (self._base, self.tenants) if self._merged is None else (self._merged, None)
-        self._state, choices, ended = decode_chunk(*weights, self._state, self.config, self.chunk, plan)
-        for seat in seated:
-            seat.left -= self.chunk
+        tenants = self.tenants if self._mine is None else self._mine
+        weights = (self._base, tenants) if self._merged is None else (self._merged, None)
+        self._state, choices, ended = decode_chunk(
+            *weights, self._state, self.config, self.chunk, plan, self._spread
+        )
         self._started.append(_Started(tuple(self._seats), choices, ended))
+        for row, seat in enumerate(self._seats):
+            if seat is not None:
+                seat.left -= self.chunk
+                self._seats[row] = seat if self._stays(seat) else None
+
+    def _stays(self, seat: _Seat) -> bool:
+        """Whether a row is needed for longer than what has been started for it.
+
+        One whose last token is being computed goes to the next request now, without anybody having looked:
+        the device does one thing after the other. Only a merged base serves one request to its end.
+        """
+        return seat.left > 0 or self._merges
 
     def _look(self, started: _Started) -> list[Request]:
         """Hand out the tokens of finished work, and free the rows of those who ended."""

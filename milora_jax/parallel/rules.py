@@ -141,11 +141,20 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(rules.rows))
 
 
+def spread_on(mesh: Mesh, rules: Rules, cudnn: bool | None = None) -> Spread:
+    """How rows and heads lie on a mesh.
+
+    Args:
+      cudnn: whether the devices have cuDNN's kernels; None looks at them, which needs devices that are there.
+    """
+    found = has_cudnn(mesh.devices.flat[0]) if cudnn is None else cudnn
+    return Spread(mesh, rules.rows, rules.heads, found)
+
+
 def attend_over(mesh: Mesh, rules: Rules, cudnn: bool | None = None) -> Attend:
     """Attention with kernels where the platform has them, each device on its own rows and heads.
 
     Args:
-      cudnn: whether the devices have cuDNN's; None looks at them, which needs devices that are there.
+      cudnn: see :func:`spread_on`.
     """
-    found = has_cudnn(mesh.devices.flat[0]) if cudnn is None else cudnn
-    return functools.partial(attention, spread=Spread(mesh, rules.rows, rules.heads, found))
+    return functools.partial(attention, spread=spread_on(mesh, rules, cudnn))

@@ -12,6 +12,7 @@ import pytest
 from milora_jax.base.modules import unroll
 from milora_jax.base.transformer import adapter_decode_layout, forward, unembed
 from milora_jax.data.batches import collate_prompts
+from milora_jax.generation import engine as engine_module
 from milora_jax.generation.decode import admit, decode_chunk, prefill
 from milora_jax.generation.engine import bucket_of
 from milora_jax.generation.sampling import Plan
@@ -208,3 +209,24 @@ def test_one_trace_per_bucket():
     lengths = {bucket_of(n, 100) for n in (5, 9, 31, 40, 60, 12)}
     after = prefill._cache_size(), admit._cache_size(), decode_chunk._cache_size()
     assert [b - a for a, b in zip(before, after, strict=True)] == [len(lengths), 1, 1]
+
+
+def test_a_row_is_given_away_while_its_last_tokens_are_computed(monkeypatch):
+    """Two chunks do for three prompts, two of which share a row: nobody waits for a look at the first."""
+    chunks = []
+
+    def counted(*given):
+        chunks.append(1)
+        return decode_chunk(*given)
+
+    monkeypatch.setattr(engine_module, "decode_chunk", counted)
+    engine = make_engine(rows=2, chunk=4)
+    prompts, lengths = ([5, 6], [7, 8, 9], [10]), (5, 9, 5)
+    made = [
+        engine.submit(prompt, GenerationSettings(max_new_tokens=new, ignore_eos=True))
+        for prompt, new in zip(prompts, lengths, strict=True)
+    ]
+    engine.run()
+    assert len(chunks) == 2
+    for request, prompt, new in zip(made, prompts, lengths, strict=True):
+        assert request.tokens[0] == decoded(None, [prompt], new, ignore_eos=True)[0]
