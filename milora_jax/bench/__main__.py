@@ -1,4 +1,4 @@
-"""``python -m milora_jax.bench decode|train|load|serve ...``: one JSON object per line."""
+"""``python -m milora_jax.bench decode|train|load|serve|overhead|files ...``: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 from milora_jax.errors import UserError, run_command
 
-WHAT = ("decode", "train", "load", "serve")
+WHAT = ("decode", "train", "load", "serve", "overhead", "files")
 
 
 def main() -> None:

@@ -20,21 +20,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from milora_jax.base.hf import INDEX_NAME, files_by_tensor
-from milora_jax.base.hf_config import write_model_config
+from milora_jax.base.hf import files_by_tensor
 from milora_jax.base.known import SHAPES
 from milora_jax.base.load import load_base
-from milora_jax.base.specs import base_specs
 from milora_jax.bench import machine
+from milora_jax.bench.files import write_random
 from milora_jax.bench.rounds import in_turns, require_least, require_names
 from milora_jax.cli import Parser
 from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.errors import UserError
-from milora_jax.model_config import ModelConfig
 
 BLOCK = 2**24
 
@@ -78,36 +75,6 @@ def main(argv: list[str]) -> None:
         **machine.describe(),
     }
     print(json.dumps(report), flush=True)
-
-
-def write_random(directory: Path, config: ModelConfig, dtype: str, shard_bytes: int) -> None:
-    """A Hugging Face directory with random values, shard by shard."""
-    from safetensors.numpy import save_file
-
-    rng, shard, places, number = np.random.default_rng(0), {}, {}, 0
-
-    def write() -> None:
-        nonlocal number
-        number += 1
-        name = f"model-{number:05d}.safetensors"
-        save_file(shard, directory / name, metadata={"format": "pt"})
-        places.update(dict.fromkeys(shard, name))
-        shard.clear()
-
-    shapes = {
-        part.name: spec.tensor_shape(part)[:: -1 if spec.transposed else 1]
-        for spec in jax.tree.leaves(base_specs(config, decode=True))  # layer by layer
-        for part in spec.parts
-    }
-    for name, shape in shapes.items():
-        values = (0.02 * rng.standard_normal(shape, dtype=np.float32)).astype(jnp.dtype(dtype))
-        shard[name] = values
-        if sum(tensor.nbytes for tensor in shard.values()) >= shard_bytes:
-            write()
-    if shard:
-        write()
-    (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    (directory / "config.json").write_text(json.dumps(write_model_config(config, 1, dtype)))
 
 
 def _forget(files: list[Path]) -> None:

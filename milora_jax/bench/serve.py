@@ -1,8 +1,13 @@
-"""``python -m milora_jax.bench serve``: a server under load that does not wait for it.
+"""``python -m milora_jax.bench serve``: a running server under load, and what became of every request.
 
-Requests come at random times (a Poisson process of a given rate), whether or not earlier ones have been
-answered, from several tenants for several adapters. One JSON object: what became of them, tokens per second,
-and latencies to the first token, between tokens and to the end, over all and by tenant.
+``--rate`` sends requests at random times (a Poisson process), whether or not earlier ones have been answered;
+``--clients`` lets so many clients wait for one answer before they ask for the next. ``--overload X`` first
+finds out how many requests the server can answer, with ``--clients``, and then sends X times as many for
+``--seconds``. ``--leave`` lets a share of the clients go away in the middle.
+
+One JSON object: what became of the requests, tokens per second, latencies to the first token, between pieces
+and to the end, over all and by tenant; and what the server says of its own memory, files, tasks and programs
+before and after.
 """
 
 from __future__ import annotations
@@ -11,86 +16,139 @@ import argparse
 import asyncio
 import json
 import os
-import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from milora_jax.bench import machine
 from milora_jax.bench.rounds import names, require_least
+from milora_jax.bench.traffic import (
+    FIRST_ID,
+    LAST_ID,
+    Asking,
+    Outcome,
+    Watch,
+    closed_loop,
+    connected,
+    open_loop,
+    poisson,
+)
 from milora_jax.cli import Parser
 from milora_jax.errors import UserError
 
 PERCENTILES = (50, 90, 99)
 
-FIRST_ID, LAST_ID = 10, 200
-"""Token ids of random prompts: no tokenizer has so few, and the control tokens of most come before."""
+WATCHED = {
+    "memory_mb": ("process_resident_memory_bytes", 1e6),
+    "files": ("process_open_fds", 1),
+    "tasks": ("milora_tasks", 1),
+    "compiled": ("milora_compiled_programs_total", 1),
+    "steps": ("milora_steps", 1),
+}
+"""What is told of the server: the metric and its unit."""
 
-
-@dataclass
-class Outcome:
-    """What became of one request.
-
-    Attributes:
-      status: of HTTP; 0 where the connection broke.
-      first, between, whole: seconds to the first piece, between two pieces, and to the end.
-      late: seconds after its time at which it was sent: large ones say that this program is the bottleneck.
-    """
-
-    tenant: int
-    status: int = 0
-    tokens: int = 0
-    first: float = 0.0
-    between: list[float] = field(default_factory=list)
-    whole: float = 0.0
-    late: float = 0.0
-    finished: bool = False
+IDLE_SECONDS = 60.0
+"""A server that has work for longer, after everything was answered, is not becoming idle."""
 
 
 def main(argv: list[str]) -> None:
     """Send, wait, print."""
     asked = _parse(argv)
     keys = [os.environ[name] for name in asked.key] or [""]
-    outcomes, seconds = asyncio.run(_load(asked, keys))
-    print(json.dumps(report(asked, outcomes, seconds)), flush=True)
+    print(json.dumps(asyncio.run(_measure(asked, keys))), flush=True)
 
 
-def report(asked: argparse.Namespace, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+async def _measure(asked: argparse.Namespace, keys: list[str]) -> dict[str, Any]:
+    rng = np.random.default_rng(asked.seed)
+    found: dict[str, Any] = {"bench": "serve"}
+    async with connected(asked.url, asked.timeout) as watching:
+        watch = Watch(watching, keys[0])
+        rate = asked.rate
+        if asked.overload:
+            found["capacity"] = await _capacity(asked, keys, rng)
+            rate = asked.overload * found["capacity"]["complete_per_second"]
+        count = int(rate * asked.seconds) if asked.overload else asked.requests
+        asking = askings(asked, keys, rng, count)
+        before = await watch.figures()
+        async with connected(asked.url, asked.timeout) as session:
+            if asked.clients and not asked.overload:
+                seconds, outcomes = await _timed(closed_loop(session, asking, asked.clients))
+            else:
+                found["rate"] = rate
+                seconds, outcomes = await _timed(open_loop(session, asking, poisson(rng, rate, count)))
+            found["idle_after_s"] = await watch.seconds_to_idle(IDLE_SECONDS)
+        await asyncio.sleep(1.0)  # our connections are closed now: the server sees it a moment later
+        after = await watch.figures()
+    server = {
+        name: {"before": before[metric] / unit, "after": after[metric] / unit}
+        for name, (metric, unit) in WATCHED.items()
+        if metric in before and metric in after
+    }
+    return {**found, **report(outcomes, seconds), "server": server, **machine.describe()}
+
+
+async def _capacity(asked: argparse.Namespace, keys: list[str], rng: np.random.Generator) -> dict[str, Any]:
+    """What the server does for clients who wait."""
+    async with connected(asked.url, asked.timeout) as session:
+        asking = askings(asked, keys, rng, asked.requests)
+        seconds, outcomes = await _timed(closed_loop(session, asking, asked.clients))
+    found = report(outcomes, seconds)
+    kept = ("complete", "statuses", "seconds", "tokens_per_second", "first_token_ms", "whole_ms")
+    return {"complete_per_second": found["complete"] / seconds, **{name: found[name] for name in kept}}
+
+
+async def _timed(work: Any) -> tuple[float, list[Outcome]]:
+    loop = asyncio.get_running_loop()
+    begin = loop.time()
+    outcomes = await work
+    return loop.time() - begin, outcomes
+
+
+def report(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
     """The figures of a run.
 
     Args:
       seconds: from the first request to the last answer.
     """
-    served = [outcome for outcome in outcomes if outcome.status == 200 and outcome.finished]
-    tenants = sorted({outcome.tenant for outcome in outcomes})
+    complete = [outcome for outcome in outcomes if outcome.complete]
+    stayed = [outcome for outcome in outcomes if not outcome.left]
+    identities = Counter(outcome.identity for outcome in outcomes if outcome.identity)
+    answers = defaultdict(set)
+    for outcome in complete:
+        answers[outcome.asking.question].add(outcome.answer)
+    tenants = sorted({outcome.asking.tenant for outcome in outcomes})
     return {
-        "bench": "serve",
         "requests": len(outcomes),
-        "rate": asked.rate,
-        "statuses": dict(sorted(Counter(str(outcome.status) for outcome in outcomes).items())),
-        "unfinished": sum(outcome.status == 200 and not outcome.finished for outcome in outcomes),
+        "statuses": dict(sorted(Counter(str(outcome.status) for outcome in stayed).items())),
+        "complete": len(complete),
+        "left": len(outcomes) - len(stayed),
+        "broken": sum(outcome.status == 200 and not outcome.complete for outcome in stayed),
+        "doubled": sum(count - 1 for count in identities.values())
+        + sum(outcome.ends > 1 for outcome in outcomes),
+        "questions": len(answers),
+        "questions_with_several_answers": sum(len(found) > 1 for found in answers.values()),
         "seconds": seconds,
-        "tokens_per_second": sum(outcome.tokens for outcome in served) / seconds,
+        "tokens_per_second": sum(outcome.tokens for outcome in complete) / seconds,
         "sent_late_ms": percentiles([outcome.late for outcome in outcomes]),
-        **figures(served),
+        "refused_ms": percentiles([outcome.whole for outcome in outcomes if outcome.refused]),
+        **latencies(complete),
         "by_tenant": {
             str(tenant): {
-                "served": sum(outcome.tenant == tenant for outcome in served),
-                **figures([outcome for outcome in served if outcome.tenant == tenant]),
+                "complete": sum(outcome.asking.tenant == tenant for outcome in complete),
+                "refused": sum(outcome.asking.tenant == tenant and outcome.refused for outcome in outcomes),
+                **latencies([outcome for outcome in complete if outcome.asking.tenant == tenant]),
             }
             for tenant in tenants
         },
-        **machine.describe(),
     }
 
 
-def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Latencies of some requests, in milliseconds."""
+def latencies(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Of some requests that were answered, in milliseconds."""
     return {
-        "first_token_ms": percentiles([outcome.first for outcome in outcomes]),
+        "first_token_ms": percentiles([outcome.first for outcome in outcomes if outcome.first]),
         "between_pieces_ms": percentiles([gap for outcome in outcomes for gap in outcome.between]),
         "whole_ms": percentiles([outcome.whole for outcome in outcomes]),
     }
@@ -108,27 +166,29 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {f"p{name}": round(float(value), 3) for name, value in zip(PERCENTILES, values, strict=True)}
 
 
-async def _load(asked: argparse.Namespace, keys: list[str]) -> tuple[list[Outcome], float]:
-    import httpx
+def askings(asked: argparse.Namespace, keys: list[str], rng: np.random.Generator, count: int) -> list[Asking]:
+    """Random requests: of ``--questions`` different ones, half of them streamed unless all are to be."""
+    questions = [_question(asked, rng) for _ in range(asked.questions)]
+    tenants = rng.choice(len(keys), count, p=_shares(asked, len(keys)))
+    found = []
+    for tenant in tenants.tolist():
+        number = int(rng.integers(len(questions)))
+        body = dict(questions[number])
+        if rng.random() >= asked.whole:
+            body.update(stream=True, stream_options={"include_usage": True})
+        leaves = rng.uniform(0.0, asked.leave_within) if rng.random() < asked.leave else None
+        found.append(Asking(tenant, keys[tenant], number, body, leaves))
+    return found
 
-    rng = np.random.default_rng(asked.seed)
-    times = np.cumsum(rng.exponential(1 / asked.rate, asked.requests))
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=asked.url, limits=limits, timeout=asked.timeout) as client:
-        try:
-            (await client.get("/health/live")).raise_for_status()
-        except httpx.HTTPError as error:
-            raise UserError(f"no server at {asked.url!r} ({type(error).__name__})") from None
-        begin = time.perf_counter()
-        bodies = [_body(asked, rng) for _ in range(asked.requests)]
-        tenants = rng.choice(len(keys), asked.requests, p=_shares(asked, len(keys)))
-        outcomes = await asyncio.gather(
-            *(
-                _one(client, keys[tenant], int(tenant), body, begin + moment)
-                for body, tenant, moment in zip(bodies, tenants, times, strict=True)
-            )
-        )
-        return list(outcomes), time.perf_counter() - begin
+
+def _question(asked: argparse.Namespace, rng: np.random.Generator) -> dict[str, Any]:
+    return {
+        "model": asked.models[rng.integers(len(asked.models))],
+        "prompt": rng.integers(FIRST_ID, LAST_ID, asked.prompt).tolist(),
+        "max_tokens": asked.new,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
 
 
 def _shares(asked: argparse.Namespace, count: int) -> list[float]:
@@ -138,71 +198,36 @@ def _shares(asked: argparse.Namespace, count: int) -> list[float]:
     return [asked.first_share, *[(1 - asked.first_share) / (count - 1)] * (count - 1)]
 
 
-def _body(asked: argparse.Namespace, rng: np.random.Generator) -> dict[str, Any]:
-    prompt = rng.integers(FIRST_ID, LAST_ID, asked.prompt).tolist()
-    return {
-        "model": asked.models[rng.integers(len(asked.models))],
-        "prompt": prompt,
-        "max_tokens": asked.new,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-
-
-async def _one(client: Any, key: str, tenant: int, body: dict[str, Any], moment: float) -> Outcome:
-    """One request, sent at its time whatever has become of the others."""
-    import httpx
-
-    outcome = Outcome(tenant)
-    await asyncio.sleep(max(0.0, moment - time.perf_counter()))
-    begin = last = time.perf_counter()
-    outcome.late = begin - moment
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        async with client.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
-            outcome.status = answer.status_code
-            async for line in answer.aiter_lines():
-                if answer.status_code != 200 or not line.startswith("data: "):
-                    continue
-                if line == "data: [DONE]":
-                    outcome.finished = True
-                    break
-                now = time.perf_counter()
-                event = json.loads(line.removeprefix("data: "))
-                if event.get("usage"):
-                    outcome.tokens = event["usage"]["completion_tokens"]
-                elif outcome.first == 0.0:
-                    outcome.first = now - begin
-                else:
-                    outcome.between.append(now - last)
-                last = now
-    except httpx.HTTPError:
-        outcome.finished = False
-    outcome.whole = time.perf_counter() - begin
-    return outcome
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m milora_jax.bench serve", description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of a running server")
-    parser.add_argument("--models", type=names, required=True, help="names of adapters, asked for alike")
-    parser.add_argument(
-        "--key", type=names, default=[], help="environment variables with the tenants' keys; default: none"
-    )
-    parser.add_argument("--first-share", type=float, default=0.5, help="of the first tenant, of two or more")
-    parser.add_argument("--rate", type=float, default=4.0, help="requests in a second")
-    parser.add_argument("--requests", type=int, default=100)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one request")
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000", help="of a running server")
+    add("--models", type=names, required=True, help="names of adapters, asked for alike")
+    add("--key", type=names, default=[], help="environment variables with the tenants' keys; default: none")
+    add("--first-share", type=float, default=0.5, help="of the first tenant, of two or more")
+    add("--rate", type=float, default=4.0, help="requests in a second, sent at random times")
+    add("--clients", type=int, default=0, help="who wait for one answer before they ask again, instead")
+    add("--overload", type=float, default=0.0, help="times what --clients can get answered, for --seconds")
+    add("--seconds", type=float, default=60.0, help="of the overload")
+    add("--requests", type=int, default=100)
+    add("--questions", type=int, default=50, help="different requests: each has one answer, however often")
+    add("--whole", type=float, default=0.0, help="share of requests whose answer is not streamed")
+    add("--leave", type=float, default=0.0, help="share of clients who go away before the end")
+    add("--leave-within", type=float, default=1.0, help="seconds, at random, after which they do")
+    add("--prompt", type=int, default=64, help="tokens of a prompt")
+    add("--new", type=int, default=32, help="tokens of an answer")
+    add("--seed", type=int, default=0)
+    add("--timeout", type=float, default=600.0, help="seconds for one request")
     asked = parser.parse_args(argv)
-    require_least(asked, {"requests": 1, "prompt": 1, "new": 1})
+    require_least(asked, {"requests": 1, "prompt": 1, "new": 1, "clients": 0, "questions": 1})
     for name in asked.key:
         if name not in os.environ:
             raise UserError(f"--key {name!r}: there is no such environment variable")
-    if not 0 < asked.rate < 1e6 or not 0 <= asked.first_share <= 1:
-        raise UserError("--rate is above 0, --first-share from 0 to 1")
+    if not 0 < asked.rate < 1e6 or not 0 <= asked.overload < 1e3 or asked.seconds <= 0:
+        raise UserError("--rate and --seconds are above 0, --overload from 0 to 1000")
+    for name in ("first_share", "whole", "leave"):
+        if not 0 <= getattr(asked, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} is a share, from 0 to 1")
+    if asked.overload and not asked.clients:
+        raise UserError("--overload needs --clients, who find out what the server can do")
     return asked

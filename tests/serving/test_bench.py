@@ -1,39 +1,127 @@
-"""The load generator tells what became of every request."""
+"""The load generator tells what became of every request; the model that is served for it is a whole one."""
 
+import dataclasses
 import json
 
 import pytest
 
-from milora_jax.bench.serve import main
+from milora_jax.bench import files, overhead
+from milora_jax.bench.serve import main, report
+from milora_jax.bench.traffic import Asking, Outcome
 from milora_jax.errors import UserError
 from tests.serving.harness import KEYS
 
+SMALL = ["--prompt", "20", "--new", "6"]
 
-def test_a_report_counts_every_request(served, capsys, monkeypatch):
+
+@pytest.fixture
+def keys(monkeypatch):
     for name in ("one", "two"):
         monkeypatch.setenv(f"KEY_{name}", KEYS[name])
-    more = ["--models", "math,base", "--key", "KEY_one,KEY_two", "--rate", "200", "--requests", "40"]
-    main(["--url", served[1], *more, "--prompt", "20", "--new", "6"])
-    report = json.loads(capsys.readouterr().out)
-    served_ok, refused = report["statuses"]["200"], report["statuses"].get("429", 0)
-    refused += report["statuses"].get("503", 0)
-    assert served_ok + refused == report["requests"] == 40
-    assert served_ok > 0
-    assert report["unfinished"] == 0
-    assert sum(tenant["served"] for tenant in report["by_tenant"].values()) == served_ok
-    assert report["tokens_per_second"] == pytest.approx(6 * served_ok / report["seconds"])
-    assert report["first_token_ms"]["p50"] <= report["whole_ms"]["p50"]
+    return "KEY_one,KEY_two"
+
+
+def run(capsys, served, *more):
+    main(["--url", served[1], "--models", "math,base", *SMALL, *more])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_requests_that_do_not_wait(served, capsys, keys):
+    found = run(capsys, served, "--key", keys, "--rate", "200", "--requests", "40", "--whole", "0.3")
+    refused = found["statuses"].get("429", 0) + found["statuses"].get("503", 0)
+    assert found["complete"] + refused == found["requests"] == 40
+    assert found["complete"] > 0
+    assert found["broken"] == found["doubled"] == found["questions_with_several_answers"] == 0
+    tenants = found["by_tenant"].values()
+    assert sum(tenant["complete"] for tenant in tenants) == found["complete"]
+    assert sum(tenant["refused"] for tenant in tenants) == refused
+    assert found["tokens_per_second"] == pytest.approx(6 * found["complete"] / found["seconds"])
+    assert found["first_token_ms"]["p50"] <= found["whole_ms"]["p50"]
+    assert found["idle_after_s"] is not None
+    assert found["server"]["memory_mb"]["after"] > 10
+
+
+def test_clients_who_wait_and_those_who_leave(served, capsys, keys):
+    more = ["--clients", "4", "--requests", "40", "--questions", "5"]
+    found = run(capsys, served, "--key", "KEY_one", *more)
+    assert found["complete"] == 40
+    assert found["questions"] <= 5
+    assert found["questions_with_several_answers"] == 0
+    found = run(capsys, served, "--key", "KEY_one", *more, "--leave", "0.5", "--leave-within", "0.05")
+    assert found["left"] > 0
+    assert found["complete"] + found["left"] == 40
+
+
+def test_more_than_the_server_can_do(served, capsys, keys):
+    more = ["--clients", "4", "--requests", "16", "--overload", "5", "--seconds", "1"]
+    found = run(capsys, served, "--key", "KEY_one", *more)
+    assert found["capacity"]["complete"] == 16
+    assert found["rate"] == pytest.approx(5 * found["capacity"]["complete_per_second"])
+    assert set(found["statuses"]) <= {"200", "429", "503"}
+    assert sum(found["statuses"].values()) == found["requests"]
+
+
+def test_a_request_that_ends_twice_or_never_is_told():
+    asking = Asking(0, "", 0, {})
+    outcomes = [
+        Outcome(asking, 200, ends=1, identity="a", answer="x"),
+        Outcome(asking, 200, ends=1, identity="a", answer="y"),
+        Outcome(asking, 200, ends=2, identity="b"),
+        Outcome(asking, 200, ends=0, identity="c"),
+        Outcome(asking, 0),
+    ]
+    found = report(outcomes, 1.0)
+    assert (found["complete"], found["broken"], found["doubled"]) == (2, 2, 2)
+    assert found["questions_with_several_answers"] == 1
+    assert found["statuses"] == {"0": 1, "200": 4}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--url", "http://127.0.0.1:9", "--models", "x"], "no server at 'http://127.0.0.1:9'"),
-        (["--models", "x", "--rate", "0"], "--rate is above 0"),
+        (["--models", "x", "--rate", "0"], "--rate and --seconds are above 0"),
         (["--models", "x", "--key", "NOTHING_THERE"], "there is no such environment variable"),
+        (["--models", "x", "--leave", "2"], "--leave is a share"),
+        (["--models", "x", "--overload", "10"], "--overload needs --clients"),
         ([], "the following arguments are required: --models"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         main(arguments)
+
+
+def test_a_random_model_with_a_tokenizer_of_all_its_words(tmp_path, capsys, monkeypatch):
+    """And with adapters: all that the engine beside a server needs."""
+    from milora_jax.data.tokens import load_tokenizer
+    from tests.models import TINY
+
+    monkeypatch.setitem(files.SHAPES, "tiny", dataclasses.replace(TINY, vocab_size=400))
+    into = tmp_path / "served"
+    files.main(["--into", str(into), "--shape", "tiny", "--rank", "8", "--adapters", "2"])
+    written = json.loads(capsys.readouterr().out)
+    tokenizer = load_tokenizer(written["model"])
+    texts = [tokenizer.decode([i]) for i in range(4, 400)]
+    assert all(texts)
+    with pytest.raises(UserError, match="exists: expected a new directory"):
+        files.main(["--into", str(into), "--shape", "tiny"])
+    with pytest.raises(UserError, match="expected NAME=DIR"):
+        overhead.main(["--model", written["model"], "--adapters", "x"])
+    places = ",".join(f"a{i}={path}" for i, path in enumerate(written["adapters"]))
+    sizes = ["--context", "64", "--requests", "2", "--prompt", "8", "--new", "4", "--rows", "2"]
+    more = ["--adapters", places, "--url", "http://127.0.0.1:9", *sizes]
+    with pytest.raises(UserError, match="no server at"):
+        overhead.main(["--model", written["model"], *more])
+
+
+def test_a_server_beside_its_engine(served, capsys, keys):
+    _, address, folder = served
+    sizes = ["--context", "96", "--requests", "8", "--new", "6", "--rows", "4", "--slots", "2"]
+    more = ["--adapters", f"math={folder / 'math'}", "--url", address, "--key", "KEY_one"]
+    repeats = ["--firsts", "1", "--repeats", "5"]
+    overhead.main(["--model", str(folder / "model"), *sizes, "--prompt", "20", *more, *repeats])
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["cases"]) == {"engine, one adapter", "engine, bank", "server"}
+    assert all(case["tokens_per_second"] > 0 for case in found["cases"].values())
+    assert found["cases"]["server"]["server_over_it"] == 1.0

@@ -1,0 +1,254 @@
+"""Requests to a server of OpenAI's API, and what became of each of them.
+
+The client is aiohttp, which costs a fraction of what the requests cost the server: both have to live on the
+same few cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from milora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import aiohttp
+
+REFUSED = (429, 503)
+"""Statuses of a request that is to be sent again later."""
+
+FIRST_ID, LAST_ID = 10, 200
+"""Token ids of random prompts: no tokenizer has so few, and the control tokens of most come before."""
+
+BACKLOG_SECONDS = 0.05
+"""Between two looks at whether a server has become idle."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What one request asks, of whom, and whether it waits for the end.
+
+    Attributes:
+      tenant: who asks, as a number.
+      question: the same number has the same body but for ``stream``: it must have the same answer.
+      leaves: seconds after which the client goes away; None stays.
+      marked: whether the server marks the end of a stream; not all do.
+    """
+
+    tenant: int
+    key: str
+    question: int
+    body: dict[str, Any]
+    leaves: float | None = None
+    marked: bool = True
+
+
+@dataclass
+class Outcome:
+    """What became of one request.
+
+    Attributes:
+      status: of HTTP; 0 where the connection broke.
+      begun: when it was sent, of ``time.perf_counter``.
+      first, between, whole: seconds to the first piece, between two pieces, and to the end.
+      late: seconds after its time at which it was sent: large ones say that this program is the bottleneck.
+      ends: how often it was told that it ended; of a whole answer 1, of a stream one and no other.
+      answer: digest of the text.
+    """
+
+    asking: Asking
+    status: int = 0
+    begun: float = 0.0
+    tokens: int = 0
+    first: float = 0.0
+    between: list[float] = field(default_factory=list)
+    whole: float = 0.0
+    late: float = 0.0
+    ends: int = 0
+    left: bool = False
+    identity: str = ""
+    answer: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it was answered to its end."""
+        return self.status == 200 and self.ends == 1
+
+    @property
+    def refused(self) -> bool:
+        """Whether it was told to come again."""
+        return self.status in REFUSED
+
+
+@asynccontextmanager
+async def connected(url: str, timeout: float, connections: int = 0):
+    """A session with a server.
+
+    Args:
+      timeout: seconds for one request.
+      connections: at most so many; 0 for any number.
+
+    Raises:
+      UserError: there is none.
+    """
+    import aiohttp
+
+    async with aiohttp.ClientSession(
+        url,
+        connector=aiohttp.TCPConnector(limit=connections),
+        timeout=aiohttp.ClientTimeout(total=timeout),
+    ) as session:
+        try:
+            async with session.get("/health/live"):
+                pass
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise UserError(f"no server at {url!r} ({type(error).__name__})") from None
+        yield session
+
+
+async def send(session: aiohttp.ClientSession, asking: Asking, path: str = "/v1/completions") -> Outcome:
+    """Send one request and follow it to its end."""
+    import aiohttp
+
+    outcome = Outcome(asking, begun=time.perf_counter())
+    headers = {"Authorization": f"Bearer {asking.key}"} if asking.key else {}
+    try:
+        async with (
+            asyncio.timeout(asking.leaves),
+            session.post(path, json=asking.body, headers=headers) as answer,
+        ):
+            outcome.status = answer.status
+            if answer.status == 200 and asking.body.get("stream"):
+                await _follow(outcome, answer)
+            else:
+                whole = await answer.read()
+                if answer.status == 200:
+                    _take_whole(outcome, json.loads(whole))
+    except TimeoutError:
+        outcome.left = asking.leaves is not None
+        outcome.status = outcome.status if outcome.left else 0
+    except (aiohttp.ClientError, OSError, ValueError):
+        outcome.status = 0
+    outcome.whole = time.perf_counter() - outcome.begun
+    return outcome
+
+
+async def _follow(outcome: Outcome, answer: aiohttp.ClientResponse) -> None:
+    """Read a stream of events. It has ended once if every sample ended once, and the mark came once."""
+    last, text, finishes, marks = outcome.begun, hashlib.sha256(), 0, 0
+    async for line in answer.content:
+        if not line.startswith(b"data: "):
+            continue
+        payload = line[6:].strip()
+        if payload == b"[DONE]":
+            marks += 1
+            continue
+        event = json.loads(payload)
+        outcome.identity = event.get("id", "")
+        if event.get("usage"):
+            outcome.tokens = event["usage"]["completion_tokens"]
+        for choice in event.get("choices", ()):
+            now = time.perf_counter()
+            if outcome.first == 0.0:
+                outcome.first = now - outcome.begun
+            else:
+                outcome.between.append(now - last)
+            last = now
+            text.update(choice.get("text", "").encode())
+            finishes += choice.get("finish_reason") is not None
+    outcome.ends = finishes if marks == outcome.asking.marked else 0
+    outcome.answer = text.hexdigest()
+
+
+def _take_whole(outcome: Outcome, value: dict[str, Any]) -> None:
+    outcome.identity, outcome.tokens = value["id"], value["usage"]["completion_tokens"]
+    outcome.ends = sum(choice["finish_reason"] is not None for choice in value["choices"])
+    text = "".join(choice["text"] for choice in value["choices"])
+    outcome.answer = hashlib.sha256(text.encode()).hexdigest()
+
+
+async def open_loop(
+    session: aiohttp.ClientSession, askings: Sequence[Asking], moments: Iterable[float]
+) -> list[Outcome]:
+    """Send requests at their times, whatever has become of the others.
+
+    Args:
+      moments: seconds from now, ascending.
+    """
+    start = time.perf_counter()
+
+    async def at(asking: Asking, moment: float) -> Outcome:
+        outcome = await send(session, asking)
+        outcome.late = outcome.begun - start - moment
+        return outcome
+
+    tasks = []
+    for asking, moment in zip(askings, moments, strict=True):
+        await asyncio.sleep(max(0.0, start + moment - time.perf_counter()))
+        tasks.append(asyncio.ensure_future(at(asking, moment)))
+    return await asyncio.gather(*tasks)
+
+
+async def closed_loop(
+    session: aiohttp.ClientSession, askings: Sequence[Asking], clients: int
+) -> list[Outcome]:
+    """Send requests from so many clients, each the next one when its last is answered."""
+    waiting = iter(askings)
+
+    async def client() -> list[Outcome]:
+        return [await send(session, asking) for asking in waiting]
+
+    found = await asyncio.gather(*(client() for _ in range(clients)))
+    return [outcome for each in found for outcome in each]
+
+
+def poisson(rng: np.random.Generator, rate: float, count: int) -> list[float]:
+    """Times of a Poisson process, in seconds."""
+    return np.cumsum(rng.exponential(1 / rate, count)).tolist()
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Looks at a server's own figures: those of its ``/metrics`` and whether it has work.
+
+    Args:
+      key: of any tenant.
+    """
+
+    session: aiohttp.ClientSession
+    key: str
+
+    async def figures(self) -> dict[str, float]:
+        """Values without labels, by name; empty of a server that has no metrics."""
+        text = await self._get("/metrics", lambda answer: answer.text())
+        found = {}
+        for line in (text or "").splitlines():
+            name, _, value = line.partition(" ")
+            if not name.startswith("#") and "{" not in name:
+                found[name] = float(value)
+        return found
+
+    async def seconds_to_idle(self, limit: float) -> float | None:
+        """How long it takes until nothing is under way; None where it takes longer than ``limit``."""
+        start = time.perf_counter()
+        while time.perf_counter() - start < limit:
+            state = await self._get("/health/ready", lambda answer: answer.json())
+            if state is None:
+                return None
+            if state["under_way"] == 0:
+                return time.perf_counter() - start
+            await asyncio.sleep(BACKLOG_SECONDS)
+        return None
+
+    async def _get(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[Any]]) -> Any:
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        async with self.session.get(path, headers=headers) as answer:
+            return await read(answer) if answer.status == 200 else None
