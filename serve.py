@@ -17,11 +17,12 @@ from pathlib import Path
 from milora_jax.cli import Console
 from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.errors import UserError, run_command
+from milora_jax.serving.build import Offer, build_service
 from milora_jax.serving.demo import demo_adapters
 from milora_jax.serving.keys import Keyring
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.registry import Registered, Registry
-from milora_jax.serving.server import Offer, build_service, serve
+from milora_jax.serving.server import serve
 from milora_jax.tiny import MODEL_DIR
 
 
@@ -40,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--port", type=int, default=8000, help="0 takes any that is free")
     add("--dtype", default="float32", choices=DTYPES, help="of the base")
     add("--quantize", default="none", choices=QUANTIZE, help="how the base is kept")
+    add("--tensor", type=int, default=1, help="devices that share the work of every layer")
     for field in dataclasses.fields(Limits):
         kind = int if isinstance(field.default, int) else float
         flag = f"--{field.name.replace('_', '-')}"
@@ -64,7 +66,7 @@ def main() -> None:
         raise UserError(f"--pin {unknown[0]!r}: expected the name of an --adapter")
     registered = {name: Registered(path, pinned=name in asked.pin) for name, path in given.items()}
     registry = Registry(asked.registry, registered)
-    offer = Offer(base, asked.name, asked.dtype, asked.quantize)
+    offer = Offer(base, asked.name, asked.dtype, asked.quantize, asked.tensor)
     with Console().loading("base") as progress:
         service = build_service(offer, registry, limits, progress)
     raise SystemExit(serve(service, keys, registry, asked.host, asked.port))

@@ -214,15 +214,17 @@ class Console:
 
     @contextmanager
     def loading(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """Show how much of something has been read, if it takes longer than :data:`SHOWN_AFTER`.
+        """Show how much of something has been read, if reading takes longer than :data:`SHOWN_AFTER`.
 
         Yields:
           A function that is told the bytes that are read, and of how many.
         """
-        begin, bar = time.monotonic(), None
+        begin: float | None = None
+        bar: Bar | None = None
 
         def progress(done: int, total: int) -> None:
-            nonlocal bar
+            nonlocal begin, bar
+            begin = begin or time.monotonic()  # what is done before anything is read is not reading
             if bar is None and time.monotonic() - begin >= SHOWN_AFTER:
                 bar = Bar(name, total // MEGABYTE, "MB", self._stream)
             if bar is not None:

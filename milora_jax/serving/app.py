@@ -7,11 +7,8 @@ before anything else looks at it: every path but ``/health/live`` needs a key.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import contextlib
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +17,27 @@ from milora_jax.data.records import Record
 from milora_jax.errors import UserError
 from milora_jax.serving.answers import Writer, as_json
 from milora_jax.serving.keys import Keyring, Tenant
+from milora_jax.serving.openapi import document
 from milora_jax.serving.refusal import Refusal, bad_request, internal, no_key
 from milora_jax.serving.registry import Registry
 from milora_jax.serving.schema import Chat, Completion, NamedAdapter, parse
-from milora_jax.serving.service import Service, Turn
+from milora_jax.serving.service import Backend, Turn
 from milora_jax.serving.trace import log_error
+from milora_jax.serving.wire import (
+    Gone,
+    Receive,
+    Scope,
+    Send,
+    headers_of,
+    key_of,
+    left,
+    read_body,
+    reply,
+    send_event,
+    try_to_refuse,
+)
 
 log = logging.getLogger("milora_jax.serving")
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 NOBODY, ADMIN = Tenant("nobody"), Tenant("admin")
 """Who asks for what is open, and an administrator who is no tenant."""
@@ -62,10 +69,6 @@ PAGE_HEADERS = [
 DONE = b"data: [DONE]\n\n"
 
 
-class Gone(Exception):
-    """The client has left, or does not read what it asked for."""
-
-
 class App:
     """The application.
 
@@ -77,7 +80,7 @@ class App:
 
     def __init__(
         self,
-        service: Service,
+        service: Backend,
         keys: Keyring,
         registry: Registry,
         hosts: frozenset[str] = frozenset(),
@@ -87,6 +90,7 @@ class App:
             ("GET", "/health/live"): self._live,
             ("GET", "/health/ready"): self._ready,
             ("GET", "/metrics"): self._metrics,
+            ("GET", "/openapi.json"): self._document,
             **{("GET", path): self._page for path in PAGE},
             ("GET", "/v1/models"): self._models,
             ("POST", "/v1/completions"): self._completions,
@@ -118,12 +122,12 @@ class App:
             status = 499
         except Refusal as refusal:
             status = refusal.status
-            await _try(watched, refusal)
+            await try_to_refuse(watched, refusal)
         except Exception as error:
             log_error("a request failed", error)
             status = 500
             if not began:
-                await _try(watched, internal())
+                await try_to_refuse(watched, internal())
         self.service.metrics.requests.labels(tenant.name, str(status)).inc()
 
     def _allowed(self, scope: Scope) -> tuple[Tenant, Route]:
@@ -132,7 +136,7 @@ class App:
         Raises:
           Refusal: whoever it is may not, or there is nothing of that name.
         """
-        headers = _headers(scope)
+        headers = headers_of(scope)
         size = len(scope["raw_path"]) + sum(len(name) + len(value) + 4 for name, value in headers)
         limits = self.service.limits
         # uvicorn bounds a head that comes bit by bit; one that comes at once it takes whatever its size.
@@ -143,7 +147,7 @@ class App:
         asked = (scope["method"], raw.decode("latin-1"))
         tenant, admin = NOBODY, False
         if raw != OPEN_PATH:
-            key = _key_of(headers)
+            key = key_of(headers)
             found, admin = self._keys.tenant_of(key), self._keys.is_admin(key)
             if found is None and not admin:
                 client = scope.get("client") or ("", 0)
@@ -171,21 +175,25 @@ class App:
             raise bad_request("The Host header names another server.")
 
     async def _live(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
-        return await _reply(send, 200, {"status": "alive"})
+        return await reply(send, 200, {"status": "alive"})
 
     async def _ready(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
-        service = self.service
-        ready = service.loop.alive and not service.door.closed
+        alive, free = await self.service.state()
+        door = self.service.door
+        ready = alive and not door.closed
         state = {
             "status": "ready" if ready else "not ready",
-            "free_slots": max(0, service.limits.rows - service.loop.running),
-            "under_way": service.door.under_way,
+            "free_slots": free,
+            "under_way": door.under_way,
         }
-        return await _reply(send, 200 if ready else 503, state)
+        return await reply(send, 200 if ready else 503, state)
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
-        text = self.service.metrics.text()
-        return await _reply(send, 200, text, b"text/plain; version=0.0.4; charset=utf-8")
+        text = await self.service.figures()
+        return await reply(send, 200, text, b"text/plain; version=0.0.4; charset=utf-8")
+
+    async def _document(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
+        return await reply(send, 200, document())
 
     async def _page(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
         name, kind = PAGE[scope["raw_path"].decode("latin-1")]
@@ -194,23 +202,23 @@ class App:
             # The words that train.py puts around an instruction are the records' own, not the page's.
             before, _, after = prompt_text(Record(PLACE, "", "", "")).partition(PLACE)
             content = b"const INSTRUCTION = " + as_json([before, after]) + b";\n" + content
-        return await _reply(send, 200, content, kind, more=PAGE_HEADERS)
+        return await reply(send, 200, content, kind, more=PAGE_HEADERS)
 
     async def _models(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
         models = [
             {"id": name, "object": "model", "created": 0, "owned_by": "milora_jax"}
             for name in self.service.models(tenant)
         ]
-        return await _reply(send, 200, {"object": "list", "data": models})
+        return await reply(send, 200, {"object": "list", "data": models})
 
     async def _completions(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
         with self.service.door.entered(tenant):
-            asked = parse(Completion, await self._body(scope, receive))
+            asked = parse(Completion, await read_body(scope, receive, self.service.limits))
             return await self._answer(asked, receive, send, tenant)
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
         with self.service.door.entered(tenant):
-            asked = parse(Chat, await self._body(scope, receive))
+            asked = parse(Chat, await read_body(scope, receive, self.service.limits))
             if asked.max_completion_tokens is not None:
                 asked = asked.model_copy(update={"max_tokens": asked.max_completion_tokens})
             return await self._answer(asked, receive, send, tenant)
@@ -220,7 +228,7 @@ class App:
             writer = Writer(asked, turn, self.service.say)
             answering = self._stream if asked.stream else self._whole
             work = asyncio.ensure_future(answering(writer, turn, send))
-            leaving = asyncio.ensure_future(_left(receive))
+            leaving = asyncio.ensure_future(left(receive))
             try:
                 await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
                 if not work.done():
@@ -234,7 +242,7 @@ class App:
     async def _whole(self, writer: Writer, turn: Turn, send: Send) -> int:
         async for piece in turn.pieces:
             writer.add(piece)
-        return await _reply(send, 200, writer.whole())
+        return await reply(send, 200, writer.whole())
 
     async def _stream(self, writer: Writer, turn: Turn, send: Send) -> int:
         """Events as they come. An error after the first one is an event too: the status has been sent."""
@@ -243,122 +251,38 @@ class App:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         for event in writer.first():
-            await _event(send, event)
+            await send_event(send, event)
         try:
-            await _event(send, writer.chunk(first))
+            await send_event(send, writer.chunk(first))
             async for piece in pieces:
                 chunk = writer.chunk(piece)  # its tokens count, whether or not there is a text to send
                 if piece.text or piece.finish or piece.logprobs:
-                    await _event(send, chunk)
+                    await send_event(send, chunk)
             for event in writer.last():
-                await _event(send, event)
+                await send_event(send, event)
             await send({"type": "http.response.body", "body": DONE, "more_body": False})
         except Refusal as refusal:
-            await _event(send, refusal.body)
+            await send_event(send, refusal.body)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             return refusal.status
         return 200
 
     async def _load(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
-        name = parse(NamedAdapter, await self._body(scope, receive)).lora_name
-        store, registered = self.service.store, self._registry.get(name)
-        if store is None or registered is None:
+        name = parse(NamedAdapter, await read_body(scope, receive, self.service.limits)).lora_name
+        registered = self._registry.get(name)
+        if registered is None:
             raise Refusal(404, f"No adapter is registered as {name!r}.", code="adapter_not_found")
         try:
-            await asyncio.to_thread(store.load, name, registered.path, registered.pinned)
+            await self.service.load(name, registered)
             await asyncio.to_thread(self._registry.note, name, True)
         except (UserError, OSError) as error:
             log.warning("adapter %s was not loaded: %s", name, error)
             raise bad_request("The adapter cannot be loaded; the server's log says why.") from None
-        return await _reply(send, 200, {"status": "loaded", "lora_name": name})
+        return await reply(send, 200, {"status": "loaded", "lora_name": name})
 
     async def _unload(self, scope: Scope, receive: Receive, send: Send, tenant: Tenant) -> int:
-        name = parse(NamedAdapter, await self._body(scope, receive)).lora_name
-        store = self.service.store
-        if store is None or not store.unload(name):
+        name = parse(NamedAdapter, await read_body(scope, receive, self.service.limits)).lora_name
+        if not await self.service.unload(name):
             raise Refusal(404, f"No adapter is loaded as {name!r}.", code="adapter_not_found")
         await asyncio.to_thread(self._registry.note, name, False)
-        return await _reply(send, 200, {"status": "unloaded", "lora_name": name})
-
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """A body within its limits.
-
-        Raises:
-          Refusal: it is too long, or does not come in time, or is not JSON by its headers.
-          Gone: the client left.
-        """
-        limits, headers = self.service.limits, dict(_headers(scope))
-        if headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
-            raise Refusal(415, "Expected the header Content-Type: application/json.")
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise Refusal(415, "Expected a body without Content-Encoding.")
-        content = b""
-        try:
-            async with asyncio.timeout(limits.body_seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise Gone
-                    content += message.get("body", b"")
-                    if len(content) > limits.body_bytes:
-                        raise Refusal(413, f"The body is longer than {limits.body_bytes} bytes.")
-                    if not message.get("more_body", False):
-                        return content
-        except TimeoutError:
-            raise Refusal(408, f"The body took longer than {limits.body_seconds:g} s.") from None
-
-
-async def _left(receive: Receive) -> None:
-    """Until the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _headers(scope: Scope) -> list[tuple[bytes, bytes]]:
-    return [(name.lower(), value) for name, value in scope["headers"]]
-
-
-def _key_of(headers: list[tuple[bytes, bytes]]) -> bytes | None:
-    """The key of a request: a bearer's, or the password of a browser."""
-    found = [value for name, value in headers if name == b"authorization"]
-    if len(found) != 1:
-        return None
-    scheme, _, value = found[0].partition(b" ")
-    if scheme.lower() == b"bearer":
-        return value
-    if scheme.lower() == b"basic":
-        try:
-            return base64.b64decode(value, validate=True).partition(b":")[2]
-        except (ValueError, binascii.Error):
-            return None
-    return None
-
-
-async def _reply(
-    send: Send,
-    status: int,
-    value: Any,
-    kind: bytes = b"application/json",
-    retry: int = 0,
-    more: Sequence[tuple[bytes, bytes]] = (),
-) -> int:
-    body = value if isinstance(value, bytes) else as_json(value)
-    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *more]
-    if retry:
-        headers.append((b"retry-after", str(retry).encode()))
-    if status == 401:
-        headers.append((b"www-authenticate", b'Basic realm="milora_jax", charset="UTF-8"'))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-    return status
-
-
-async def _try(send: Send, refusal: Refusal) -> None:
-    with contextlib.suppress(Gone):
-        await _reply(send, refusal.status, refusal.body, retry=refusal.retry_after)
-
-
-async def _event(send: Send, value: Any) -> None:
-    await send(
-        {"type": "http.response.body", "body": b"data: " + as_json(value) + b"\n\n", "more_body": True}
-    )
+        return await reply(send, 200, {"status": "unloaded", "lora_name": name})

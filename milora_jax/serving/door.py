@@ -16,6 +16,11 @@ BAD_KEYS_PER_SECOND = 10
 
 MOST_ADDRESSES = 4096
 
+SHARE = 4
+"""Places, of requests or of waiting tokens, that one tenant may have for every one that is still free: one
+who floods leaves a fifth of them to others, two leave a ninth (the dynamic thresholds of Choudhury and Hahne,
+IEEE/ACM ToN 1998)."""
+
 
 @dataclass
 class Bucket:
@@ -46,9 +51,13 @@ class Bucket:
         return True
 
 
+BUSY = "Too many requests at a time while the server is busy."
+
+
 @dataclass
 class _Visits:
     under_way: int = 0
+    waiting_tokens: int = 0
     bucket: Bucket | None = None
 
 
@@ -75,8 +84,11 @@ class Door:
             raise overloaded("The server is stopping.")
         if visits.under_way >= tenant.concurrency:
             raise too_many(f"Too many requests at a time: at most {tenant.concurrency}.")
-        if self.under_way >= self._limits.queue + self._limits.rows:
+        free = self._limits.queue + self._limits.rows - self.under_way
+        if free <= 0:
             raise overloaded()
+        if visits.under_way >= SHARE * free:
+            raise too_many(BUSY)
         visits.under_way += 1
         self.under_way += 1
         try:
@@ -86,18 +98,24 @@ class Door:
             self.under_way -= 1
 
     @contextmanager
-    def waiting(self, tokens: int) -> Iterator[None]:
+    def waiting(self, tenant: Tenant, tokens: int) -> Iterator[None]:
         """For as long as the tokens of a prompt wait.
 
         Raises:
-          Refusal: too many wait already.
+          Refusal: too many wait already, of this tenant or of all.
         """
-        if self.waiting_tokens and self.waiting_tokens + tokens > self._limits.queue_tokens:
+        visits = self._visits.setdefault(tenant.name, _Visits())
+        free = self._limits.queue_tokens - self.waiting_tokens
+        if self.waiting_tokens and tokens > free:
             raise overloaded()
+        if visits.waiting_tokens and visits.waiting_tokens + tokens > SHARE * free:
+            raise too_many(BUSY)
+        visits.waiting_tokens += tokens
         self.waiting_tokens += tokens
         try:
             yield
         finally:
+            visits.waiting_tokens -= tokens
             self.waiting_tokens -= tokens
 
     def spend(self, tenant: Tenant, tokens: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from milora_jax.errors import require
+from milora_jax.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,21 @@ class Limits:
             least = 0 if field.name in ("context", "grace_seconds") else 1
             require(value >= least, field.name, value, f"at least {least}")
         require(self.samples <= self.rows, "samples", self.samples, f"at most the {self.rows} rows")
+
+    @classmethod
+    def of(cls, values: Mapping[str, str]) -> Limits:
+        """Limits by name, as a command line has them.
+
+        Raises:
+          UserError: there is no such limit, or it is no number.
+        """
+        kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        found = {}
+        for name, text in values.items():
+            if name not in kinds:
+                raise UserError(f"{name!r} is no setting: expected one of {', '.join(kinds)}")
+            try:
+                found[name] = kinds[name](text)
+            except ValueError:
+                raise UserError(f"{name} is {text!r}: expected a number") from None
+        return cls(**found)

@@ -33,6 +33,15 @@ class Refusal(Exception):
             "error": {"message": message, "type": kind, "param": param, "code": code}
         }
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For sending it to another process: an exception is taken apart into its message alone."""
+        return _again, (self.status, self.retry_after, self.body["error"])
+
+
+def _again(status: int, retry_after: int, error: dict[str, Any]) -> Refusal:
+    kept = {"kind": error["type"], "code": error["code"], "param": error["param"]}
+    return Refusal(status, error["message"], retry_after=retry_after, **kept)
+
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> Refusal:
     """What the client can mend."""

@@ -1,4 +1,4 @@
-"""A server put together, and run by uvicorn until it is told to stop."""
+"""HTTP by uvicorn around an application, until it is told to stop."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -19,83 +17,17 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from milora_jax.base.hf import Progress, ignore
-from milora_jax.base.load import load_base
-from milora_jax.base.source import model_directory
-from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
-from milora_jax.generation.engine import Engine
 from milora_jax.serving.app import App
 from milora_jax.serving.keys import Keyring
 from milora_jax.serving.limits import Limits
-from milora_jax.serving.loop import PLANS, DeviceLoop
-from milora_jax.serving.metrics import COMPILATIONS, Metrics
 from milora_jax.serving.registry import Registry
 from milora_jax.serving.service import Service
-from milora_jax.serving.store import AdapterStore, Model
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 """What a server without keys may be called: a page of another site cannot ask it under a name of its own."""
 
 CONNECTIONS = 1024
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What a server serves.
-
-    Attributes:
-      base: path of the model, as ``base.source`` takes it.
-      name: under which the base alone is offered.
-    """
-
-    base: str
-    name: str
-    dtype: str = "float32"
-    quantize: str = "none"
-
-
-def build_service(offer: Offer, registry: Registry, limits: Limits, progress: Progress = ignore) -> Service:
-    """Load the base and its adapters, and compile all programs; the loop is started by whoever serves.
-
-    Raises:
-      UserError: naming the file or the setting that is wrong.
-    """
-    directory = model_directory(offer.base)
-    tokenizers = load_tokenizer(str(directory)), load_tokenizer(str(directory))
-    base, config = load_base(directory, offer.dtype, decode=True, quantize=offer.quantize, progress=progress)
-    adapters = registry.to_load()
-    store = None
-    if offer.name in adapters:
-        raise UserError(f"the base is called {offer.name!r}, and so is an adapter: give it another --name")
-    if adapters:
-        store = AdapterStore(
-            Model(base, config, directory, offer.quantize),
-            {name: each.path for name, each in adapters.items()},
-            limits.adapters_on_device,
-            ThreadPoolExecutor(1, thread_name_prefix="adapters"),
-            pinned=frozenset(name for name, each in adapters.items() if each.pinned),
-        )
-    engine = Engine(
-        base,
-        config,
-        None if store is None else store.bank.tenants,
-        rows=limits.rows,
-        slots=limits.context,
-        chunk=limits.chunk,
-        plans=PLANS,
-    )
-    loop = DeviceLoop(engine, store, limits)
-    loop.warm_up()
-    metrics = Metrics()
-    COMPILATIONS.tell(metrics.compiled)
-    name = offer.name if store is None or store.has_base else ""
-    service = Service(engine, loop, store, tokenizers, name, limits, metrics)
-    metrics.gauge("milora_running", "Requests in the batch", lambda: loop.running)
-    metrics.gauge("milora_under_way", "Requests that were let in", lambda: service.door.under_way)
-    metrics.gauge("milora_steps", "Steps of the device loop", lambda: loop.counts.steps)
-    metrics.gauge("milora_step_failures", "Steps that raised", lambda: loop.counts.failures)
-    return service
 
 
 def is_loopback(host: str) -> bool:

@@ -7,9 +7,9 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from milora_jax.serving.limits import Limits
 from milora_jax.serving.loop import DeviceLoop, Job, News
 from milora_jax.serving.metrics import Metrics
 from milora_jax.serving.refusal import bad_request, internal, no_such_model, overloaded
+from milora_jax.serving.registry import Registered
 from milora_jax.serving.schema import Chat, Completion
 from milora_jax.serving.store import AdapterStore, Entry
 from milora_jax.types import EXPERTS
@@ -68,6 +69,55 @@ class Turn:
     prompt_tokens: int
     pieces: AsyncIterator[Piece]
     created: int = field(default_factory=lambda: int(time.time()))
+
+
+class Backend(Protocol):
+    """What stands behind HTTP: a :class:`Service` of this process, or several of others.
+
+    Attributes:
+      door: who is let in here.
+      metrics: where requests are counted here.
+    """
+
+    limits: Limits
+    door: Door
+    metrics: Metrics
+
+    def models(self, tenant: Tenant) -> list[str]:
+        """Names that a tenant may ask for."""
+        ...
+
+    def turn(self, tenant: Tenant, asked: Completion | Chat) -> AbstractAsyncContextManager[Turn]:
+        """Begin a request that the door has let in; leaving ends whatever of it still goes on.
+
+        Raises:
+          Refusal: it is not served.
+        """
+        ...
+
+    def say(self, token: int) -> str:
+        """The text of one token."""
+        ...
+
+    async def load(self, name: str, registered: Registered) -> None:
+        """Offer an adapter.
+
+        Raises:
+          UserError, OSError: it cannot be; what was offered before stays so.
+        """
+        ...
+
+    async def unload(self, name: str) -> bool:
+        """Offer an adapter no more; False if none of that name was."""
+        ...
+
+    async def state(self) -> tuple[bool, int]:
+        """Whether requests can be served, and how many rows are free."""
+        ...
+
+    async def figures(self) -> bytes:
+        """All counters, in Prometheus' format."""
+        ...
 
 
 class Service:
@@ -123,6 +173,24 @@ class Service:
     def say(self, token: int) -> str:
         """The text of one token."""
         return self._decoder.decode([token])
+
+    async def load(self, name: str, registered: Registered) -> None:
+        """Read an adapter, check it, and offer it: see ``AdapterStore.load``."""
+        if self.store is None:
+            raise UserError("a server that was started without adapters has no place for one")
+        await asyncio.to_thread(self.store.load, name, registered.path, registered.pinned)
+
+    async def unload(self, name: str) -> bool:
+        """Offer an adapter no more; False if none of that name was."""
+        return self.store is not None and self.store.unload(name)
+
+    async def state(self) -> tuple[bool, int]:
+        """Whether the device loop runs, and how many rows are free."""
+        return self.loop.alive, max(0, self.limits.rows - self.loop.running)
+
+    async def figures(self) -> bytes:
+        """All counters, in Prometheus' format."""
+        return self.metrics.text()
 
     def close(self) -> None:
         """Let nobody in any more."""
@@ -181,7 +249,7 @@ class Service:
         except RuntimeError:
             raise overloaded("The server is stopping.") from None
         try:
-            with self.door.waiting(len(ids)):
+            with self.door.waiting(tenant, len(ids)):
                 news = await came.get()
             self.metrics.first_token.observe(time.monotonic() - begun)
             while True:

@@ -114,6 +114,10 @@ class AdapterStore:
         self.bank = Bank(model.base, model.config, widest, len(self._seats))
         for name, adapter in read.items():
             self._add(name, first[name], adapter, name in pinned)
+        # The device has some from the start, and the program that writes them has been compiled.
+        for entry in sorted(self._entries.values(), key=lambda entry: not entry.pinned)[:slots]:
+            self.seat(entry)
+            self.leave(entry)
 
     @property
     def has_base(self) -> bool:

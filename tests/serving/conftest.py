@@ -13,6 +13,7 @@ def ring(tmp_path_factory):
     tenants = [
         {"name": "one", "sha256": digest("one"), "adapters": ["math", "base"], "concurrency": 20},
         {"name": "two", "sha256": digest("two"), "concurrency": 2},
+        {"name": "many", "sha256": digest("many"), "concurrency": 10**6},
     ]
     path = tmp_path_factory.mktemp("keys") / "keys.json"
     path.write_text(json.dumps({"tenants": tenants, "admin": [digest("admin")]}))

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import httpx
 
+from milora_jax.serving.build import Offer, build_service
 from milora_jax.serving.keys import Keyring
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.registry import Registered, Registry
-from milora_jax.serving.server import Offer, build_service, make_server
+from milora_jax.serving.server import make_server
 from tests.models import WITH_TOKENIZER, write_hf_directory
 from tests.storage.adapters import run_of
 
@@ -23,7 +24,7 @@ LIMITS = Limits(
     context=96,
     chunk=4,
     adapters_on_device=2,
-    queue=16,
+    queue=300,
     samples=2,
     header_seconds=2.0,
     body_seconds=2.0,
@@ -82,7 +83,12 @@ def serving(service, registry, keys: Keyring):
         assert not thread.is_alive()
 
 
-KEYS = {"one": "sk-one-" + "a" * 20, "two": "sk-two-" + "b" * 20, "admin": "sk-admin-" + "c" * 20}
+KEYS = {
+    "one": "sk-one-" + "a" * 20,
+    "two": "sk-two-" + "b" * 20,
+    "admin": "sk-admin-" + "c" * 20,
+    "many": "sk-many-" + "d" * 20,
+}
 
 
 def digest(name):

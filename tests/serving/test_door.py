@@ -1,5 +1,7 @@
 """Who is let in, and who is told to come again."""
 
+import contextlib
+
 import pytest
 
 from milora_jax.serving.door import BAD_KEYS_PER_SECOND, Door
@@ -44,12 +46,33 @@ def test_a_server_has_so_many_of_all():
         pass
 
 
+def test_one_who_floods_leaves_places_to_others():
+    door, flood = Door(Limits(rows=8, queue=64)), Tenant("flood", concurrency=1000)
+    with contextlib.ExitStack() as stack:
+        had = 0
+        with contextlib.suppress(Refusal):
+            for _ in range(1000):
+                stack.enter_context(door.entered(flood))
+                had += 1
+        assert had == 58, "of 72: four for each of those that are left"
+        assert status_of(door.entered(flood)) == (429, 1)
+        for _ in range(10):
+            stack.enter_context(door.entered(Tenant("one")))
+        assert status_of(door.entered(Tenant("flood"))) == (429, 1)
+        stack.enter_context(door.entered(Tenant("two")))
+    assert door.under_way == 0
+
+
 def test_long_prompts_that_wait_are_counted_and_one_is_always_let_in():
-    door = Door(Limits(queue_tokens=100))
-    with door.waiting(1000):
-        assert status_of(door.waiting(1)) == (503, 1)
-    with door.waiting(60), door.waiting(40):
-        assert status_of(door.waiting(1)) == (503, 1)
+    door, one, two = Door(Limits(queue_tokens=100)), Tenant("one"), Tenant("two")
+    with door.waiting(one, 1000):
+        assert status_of(door.waiting(two, 1)) == (503, 1)
+    with door.waiting(one, 60), door.waiting(two, 40):
+        assert status_of(door.waiting(one, 1)) == (503, 1)
+    with door.waiting(one, 60), door.waiting(one, 20):
+        assert status_of(door.waiting(one, 1)) == (429, 1)
+        with door.waiting(two, 20):
+            assert door.waiting_tokens == 100
     assert door.waiting_tokens == 0
 
 

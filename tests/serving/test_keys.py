@@ -3,7 +3,9 @@
 import hashlib
 import hmac
 import json
+import time
 
+import numpy as np
 import pytest
 
 from milora_jax.errors import UserError
@@ -107,3 +109,20 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path, message):
         ring(tmp_path, **BAD[message])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_how_wrong_a_key_is_takes_no_time(tmp_path):
+    """Keys that differ in their first letter and in their last one, in random order: Welch's t below 4.5."""
+    found = ring(tmp_path, tenants=[tenant(f"t{i}", f"sk-{i:020d}") for i in range(20)])
+    right = b"sk-%020d" % 7
+    wrong = (b"x" + right[1:], right[:-1] + b"x")
+    rng, taken = np.random.default_rng(0), ([], [])
+    for which in rng.integers(0, 2, 40000):
+        begin = time.perf_counter_ns()
+        found.tenant_of(wrong[which])
+        taken[which].append(time.perf_counter_ns() - begin)
+    # What the scheduler did to a few calls says nothing of ours.
+    first, last = (np.sort(each)[: int(0.95 * len(each))] for each in taken)
+    spread = (first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last)) ** 0.5
+    assert abs(first.mean() - last.mean()) / spread < 4.5

@@ -1,0 +1,137 @@
+"""A service put together: the base, its adapters, the engine, all programs compiled."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh, Sharding
+
+from milora_jax.base.hf import Progress, ignore
+from milora_jax.base.load import load_base
+from milora_jax.base.source import model_directory
+from milora_jax.config import MeshSection
+from milora_jax.data.tokens import load_tokenizer
+from milora_jax.errors import UserError, require
+from milora_jax.generation.engine import Engine
+from milora_jax.model_config import ModelConfig
+from milora_jax.parallel.mesh import check_divides, make_mesh
+from milora_jax.parallel.rules import Rules, base_sharding, spread_on
+from milora_jax.serving.limits import Limits
+from milora_jax.serving.loop import PLANS, DeviceLoop
+from milora_jax.serving.metrics import COMPILATIONS, Metrics
+from milora_jax.serving.registry import Registry
+from milora_jax.serving.service import Service
+from milora_jax.serving.store import AdapterStore, Model
+from milora_jax.serving.template import require_tame_template
+
+RULES = Rules()
+"""How a base is divided over the devices of an engine: as training divides it."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a server serves.
+
+    Attributes:
+      base: path of the model, as ``base.source`` takes it.
+      name: under which the base alone is offered.
+      tensor: devices that share the work of every layer.
+    """
+
+    base: str
+    name: str
+    dtype: str = "float32"
+    quantize: str = "none"
+    tensor: int = 1
+
+
+def build_service(offer: Offer, registry: Registry, limits: Limits, progress: Progress = ignore) -> Service:
+    """Load the base and its adapters, and compile all programs; the loop is started by whoever serves.
+
+    Raises:
+      UserError: naming the file or the setting that is wrong.
+    """
+    directory = model_directory(offer.base)
+    require_tame_template(directory)
+    tokenizers = load_tokenizer(str(directory)), load_tokenizer(str(directory))
+    mesh = _mesh(offer.tensor)
+    base, config = load_base(
+        directory,
+        offer.dtype,
+        decode=True,
+        quantize=offer.quantize,
+        sharding_of=None if mesh is None else functools.partial(_places, mesh),
+        progress=progress,
+    )
+    adapters = registry.to_load()
+    store = None
+    if offer.name in adapters:
+        raise UserError(f"the base is called {offer.name!r}, and so is an adapter: give it another --name")
+    if adapters:
+        store = AdapterStore(
+            Model(base, config, directory, offer.quantize),
+            {name: each.path for name, each in adapters.items()},
+            limits.adapters_on_device,
+            ThreadPoolExecutor(1, thread_name_prefix="adapters"),
+            pinned=frozenset(name for name, each in adapters.items() if each.pinned),
+        )
+    engine = Engine(
+        base,
+        config,
+        None if store is None else store.bank.tenants,
+        rows=limits.rows,
+        slots=limits.context,
+        chunk=limits.chunk,
+        plans=PLANS,
+        spread=None if mesh is None else spread_on(mesh, RULES),
+    )
+    loop = DeviceLoop(engine, store, limits)
+    loop.warm_up()
+    metrics = Metrics()
+    COMPILATIONS.tell(metrics.compiled)
+    name = offer.name if store is None or store.has_base else ""
+    service = Service(engine, loop, store, tokenizers, name, limits, metrics)
+    metrics.gauge("milora_running", "Requests in the batch", lambda: loop.running)
+    metrics.gauge("milora_under_way", "Requests that were let in", lambda: service.door.under_way)
+    metrics.gauge("milora_waiting_tokens", "Of prompts that wait", lambda: service.door.waiting_tokens)
+    metrics.gauge("milora_rows", "Rows of the batch", lambda: limits.rows)
+    metrics.gauge("milora_tasks", "Of the event loop", _tasks)
+    metrics.gauge("milora_steps", "Steps of the device loop", lambda: loop.counts.steps)
+    metrics.gauge("milora_step_failures", "Steps that raised", lambda: loop.counts.failures)
+    return service
+
+
+def _tasks() -> int:
+    """Of the event loop that asks; none where no loop does."""
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:
+        return 0
+
+
+def _mesh(tensor: int) -> Mesh | None:
+    """The devices of an engine; None for one.
+
+    Raises:
+      UserError: there are not as many.
+    """
+    devices = jax.devices()
+    require(1 <= tensor <= len(devices), "tensor", tensor, f"1 to the {len(devices)} devices that are here")
+    if tensor == 1:
+        return None
+    return make_mesh(MeshSection(data=1, fsdp=1, tensor=tensor), devices[:tensor])
+
+
+def _places(mesh: Mesh, config: ModelConfig) -> Callable[[tuple], Sharding]:
+    """Where the leaves of a model go.
+
+    Raises:
+      UserError: its heads or widths cannot be divided so.
+    """
+    check_divides(mesh, config, {})
+    return lambda path: base_sharding(mesh, RULES, path)
