@@ -151,7 +151,7 @@ class Replicas:
         return self._tokenizer.decode([token])
 
     async def load(self, name: str, registered: Registered) -> None:
-        """Offer an adapter on all engines, or on none: where one refuses, the others give it back.
+        """Offer an adapter on all engines; a new name that one refuses is taken back from the others.
 
         Raises:
           UserError: it cannot be.
