@@ -133,6 +133,8 @@ class Engine:
 
     def _clear(self) -> None:
         """A batch in which nobody sits."""
+        self._admitting: list[Request] = []
+        self._touched: dict[int, Request] = {}
         self._seats: list[_Seat | None] = [None] * self.rows
         self._started: deque[_Started] = deque()
         gathers = self.tenants is not None and self.tenants.path == "gathered"
@@ -146,14 +148,16 @@ class Engine:
         """End all that was begun, after a step raised: what is on the device may be half-written.
 
         Returns:
-          The requests that ended; those that wait are kept.
+          The requests that ended, and those that had got tokens before it raised; those that wait are kept.
         """
         begun = [seat for seats in (self._seats, *(work.seats for work in self._started)) for seat in seats]
         failed = {id(seat.request): seat.request for seat in begun if seat is not None}
+        failed |= {id(request): request for request in self._admitting}
+        touched = {**self._touched, **failed}
         for request in failed.values():
             request.finish = [reason or "error" for reason in request.finish]
         self._clear()
-        return list(failed.values())
+        return list(touched.values())
 
     def check(self, prompt: Sequence[int], settings: GenerationSettings) -> None:
         """Refuse what cannot be decoded here.
@@ -229,10 +233,12 @@ class Engine:
         if any(seat is not None and seat.left > 0 for seat in self._seats):
             self._start_chunk()
             unlooked = 1  # the device computes it while the host looks at the one before
-        touched: dict[int, Request] = {}
         while len(self._started) > unlooked:
-            for request in self._look(self._started.popleft()):
-                touched[id(request)] = request
+            # Taken out when it has been looked at: if that raises, ``fail`` must know who was there.
+            for request in self._look(self._started[0]):
+                self._touched[id(request)] = request
+            self._started.popleft()
+        touched, self._touched = self._touched, {}
         return list(touched.values())
 
     def _admit(self) -> None:
@@ -246,7 +252,7 @@ class Engine:
             wanted = min(self.prefill_rows, len(self._waiting), self.rows)
             if len(free) < max(wanted, first.settings.num_samples):
                 return
-            group = [self._waiting.popleft()]
+            group = self._admitting = [self._waiting.popleft()]
             if first.settings.num_samples > 1:
                 self._prefill(group, free[: first.settings.num_samples])
                 continue
@@ -262,7 +268,7 @@ class Engine:
         return len(buckets) == 1 and one.slot == other.slot and other.settings.num_samples == 1
 
     def _prefill(self, group: list[Request], rows: list[int]) -> None:
-        """Seat some requests, or the samples of one."""
+        """Seat some requests, or the samples of one; until they sit they are being admitted."""
         first = group[0]
         seats = [
             _Seat(request, sample, request.settings.max_new_tokens - 1)
@@ -306,6 +312,7 @@ class Engine:
             weights = weights[:, :1].repeat(count, axis=1)
         choices = jax.tree.map(lambda leaf: leaf[None], choice)
         self._started.append(_Started((*seats, *nobody), choices, np.zeros((1, count), bool), weights))
+        self._admitting = []
 
     def _start_chunk(self) -> None:
         seated = [seat for seat in self._seats if seat is not None]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from milora_jax.errors import UserError
-from milora_jax.generation.engine import SMALLEST_BUCKET, Engine, bucket_of
+from milora_jax.generation.engine import Engine, bucket_of
 from milora_jax.generation.request import Request, TokenLogprobs
 from milora_jax.generation.sampling import Plan
 from milora_jax.generation.settings import GenerationSettings
@@ -173,16 +173,16 @@ class DeviceLoop:
     def warm_up(self) -> None:
         """Compile every program that requests will need; before :meth:`start`."""
         engine, limits = self._engine, self._limits
-        lengths, bucket = [], SMALLEST_BUCKET
-        while not lengths or lengths[-1] < engine.slots - 2:
-            lengths.append(min(bucket, engine.slots - 2))
-            bucket *= 2
-        for length in lengths:
-            if bucket_of(length, engine.slots) < engine.slots or length == lengths[-1]:
-                self._try([0] * length, GenerationSettings(max_new_tokens=2, ignore_eos=True))
+        longest = engine.slots - 1  # one place is for what comes
+        buckets, length = {}, 1
+        while length <= longest:
+            buckets[bucket_of(length, engine.slots)] = length
+            length = length + 1 if length == longest else min(2 * length, longest)
+        for length in buckets.values():
+            self._try([0] * length, GenerationSettings(max_new_tokens=1, ignore_eos=True))
         samples = range(1, limits.samples + 1)
         for number, plan in itertools.product(samples, PLANS):
-            self._try([0], _settings_for(plan, number))
+            self._try([0], _settings_for(plan, number, min(2, longest)))
 
     def _try(self, prompt: Sequence[int], settings: GenerationSettings) -> None:
         self._engine.submit(prompt, settings, 0)
@@ -216,6 +216,7 @@ class DeviceLoop:
         with self._wake:
             while not (self._mail or self._stopping or self._busy()):
                 self._wake.wait()
+                self.counts.last = time.monotonic()  # nothing was late: there was nothing to do
             if self._stopping:
                 return False
             mail, self._mail = self._mail, deque()
@@ -269,6 +270,10 @@ class DeviceLoop:
             job.request = self._engine.submit(job.prompt, job.settings, slot)
         except UserError as error:
             log.warning("a request could not be begun: %s", error)
+            self._tell_end(job, "error")
+            return
+        except Exception as error:
+            log_error("a request could not be begun", error)
             self._tell_end(job, "error")
             return
         self.counts.prompt_tokens += len(job.prompt)
@@ -352,10 +357,10 @@ class DeviceLoop:
                 self._release(job)
 
 
-def _settings_for(plan: Plan, samples: int) -> GenerationSettings:
+def _settings_for(plan: Plan, samples: int, new: int) -> GenerationSettings:
     """Settings that need a plan."""
     return GenerationSettings(
-        max_new_tokens=2,
+        max_new_tokens=new,
         ignore_eos=True,
         temperature=1.0 if plan.sampled else 0.0,
         top_p=0.9 if plan.limited else 1.0,

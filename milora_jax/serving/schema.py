@@ -11,7 +11,7 @@ import secrets
 from abc import abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from milora_jax.base.json_files import parse_json_object
 from milora_jax.data.chat import UNWRITABLE, Message
@@ -21,6 +21,21 @@ from milora_jax.serving.limits import Limits
 from milora_jax.serving.refusal import bad_request
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _FirstMistake(FailFast):
+    """pydantic's, which can stand in a union: those must be hashable."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+FIRST = _FirstMistake()
+"""Of a list the first wrong entry ends the check: a megabyte of wrong ones is not looked through."""
+
+MANY = Field(max_length=4096)
+"""Entries of a list whose own limit is in ``serving.limits``."""
+
 Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
@@ -50,7 +65,7 @@ class Sampled(_Body):
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], MANY, FIRST] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=0, le=0)] | None = None
@@ -59,7 +74,7 @@ class Sampled(_Body):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[Whole], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[Whole], Field(max_length=16), FIRST] | None = None
     milora: MiloraOptions | None = None
 
     @property
@@ -128,7 +143,7 @@ class Sampled(_Body):
 class Completion(Sampled):
     """``/v1/completions``."""
 
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Whole], Field(min_length=1)]
+    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Whole], Field(min_length=1), FIRST]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -149,7 +164,7 @@ class Said(_Body):
 class Chat(Sampled):
     """``/v1/chat/completions``."""
 
-    messages: Annotated[list[Said], Field(min_length=1)]
+    messages: Annotated[list[Said], Field(min_length=1), MANY, FIRST]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None

@@ -39,13 +39,15 @@ def is_loopback(host: str) -> bool:
 
 
 def protocol_for(limits: Limits) -> type[H11Protocol]:
-    """uvicorn's HTTP/1.1 with a deadline for the head of a request, counted from its first byte.
+    """uvicorn's HTTP/1.1 with a deadline for the head of a request, counted from its first byte, and one for
+    clients who do not read.
 
-    uvicorn itself waits for ever for a client who sends a byte now and then.
+    uvicorn itself waits for ever for a client who sends a byte now and then, or who takes none.
     """
 
     class Deadlined(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+        _unread: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -56,12 +58,44 @@ def protocol_for(limits: Limits) -> type[H11Protocol]:
             if self.conn.their_state is h11.IDLE and self._deadline is None:
                 self._expect_head()
             super().data_received(data)
-            if self.conn.their_state is not h11.IDLE:
+            if self.conn.their_state is not h11.IDLE and not self._answered():
                 self._forget()
+            elif self._deadline is None and self.timeout_keep_alive_task is None:
+                # uvicorn forgets its own deadline with every byte, those of a body that nobody reads too.
+                self._expect_head()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget()
+            self._read()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._read()
+            self._wait_for_reader(self.transport.get_write_buffer_size())
+
+        def resume_writing(self) -> None:
+            self._read()
+            super().resume_writing()
+
+        def _wait_for_reader(self, unread: int) -> None:
+            self._unread = self.loop.call_later(limits.write_seconds, self._look_at_unread, unread)
+
+        def _look_at_unread(self, before: int) -> None:
+            """Cut a client who has taken nothing; also of an answer that is over for everybody else."""
+            left = self.transport.get_write_buffer_size()
+            if left >= before:
+                self.transport.abort()
+            else:
+                self._wait_for_reader(left)
+
+        def _read(self) -> None:
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
+
+        def _answered(self) -> bool:
+            return self.cycle is not None and self.cycle.response_complete
 
         def _expect_head(self) -> None:
             self._deadline = self.loop.call_later(limits.header_seconds, self._late)
@@ -73,7 +107,7 @@ def protocol_for(limits: Limits) -> type[H11Protocol]:
 
         def _late(self) -> None:
             self._deadline = None
-            if self.conn.their_state is h11.IDLE:
+            if self.conn.their_state is h11.IDLE or self._answered():
                 self.transport.abort()
 
     return Deadlined

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -142,6 +142,9 @@ class Service:
         self.metrics, self.base_name = metrics, base_name
         self.door = Door(limits)
         self._encoder, self._decoder = tokenizers
+        self._said: dict[int, str] = {}  # at most the vocabulary
+        longest = max(map(len, self._encoder.get_vocab()), default=1)
+        self._most_characters = longest * engine.slots
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
     def models(self, tenant: Tenant) -> list[str]:
@@ -158,6 +161,7 @@ class Service:
           Refusal: it is not served.
         """
         with self._held(tenant, asked.model) as entry:
+            self._require_short(asked)
             ids = await asyncio.get_running_loop().run_in_executor(self._encoding, self._encode, asked)
             default = COMPLETION_TOKENS if isinstance(asked, Completion) else 0
             settings = asked.settings(self.limits, len(ids), self.engine.slots, default)
@@ -165,14 +169,19 @@ class Service:
                 self.engine.check(ids, settings)
             except UserError as error:
                 raise bad_request(f"{error}.") from None
-            self.door.spend(tenant, len(ids) + settings.max_new_tokens * settings.num_samples)
             kind = "chatcmpl" if isinstance(asked, Chat) else "cmpl"
-            async with aclosing(self._pieces(tenant, entry, ids, settings)) as pieces:
-                yield Turn(f"{kind}-{secrets.token_hex(16)}", asked.model, len(ids), pieces)
+            with ExitStack() as waiting:
+                waiting.enter_context(self.door.waiting(tenant, len(ids)))
+                self.door.spend(tenant, len(ids) + settings.max_new_tokens * settings.num_samples)
+                async with aclosing(self._pieces(tenant, entry, ids, settings, waiting.close)) as pieces:
+                    yield Turn(f"{kind}-{secrets.token_hex(16)}", asked.model, len(ids), pieces)
 
     def say(self, token: int) -> str:
         """The text of one token."""
-        return self._decoder.decode([token])
+        text = self._said.get(token)
+        if text is None:
+            text = self._said[token] = self._decoder.decode([token])
+        return text
 
     async def load(self, name: str, registered: Registered) -> None:
         """Read an adapter, check it, and offer it: see ``AdapterStore.load``."""
@@ -214,6 +223,16 @@ class Service:
             self.store.release(entry)
             self.loop.poke()
 
+    def _require_short(self, asked: Completion | Chat) -> None:
+        """Refuse what cannot fit, whatever tokens it is made of, before it is cut into tokens."""
+        texts = [message.content for message in asked.messages] if isinstance(asked, Chat) else [asked.prompt]
+        if sum(len(text) for text in texts if isinstance(text, str)) > self._most_characters:
+            raise bad_request(
+                f"This model has a context of {self.engine.slots} tokens: the prompt is far longer.",
+                "messages" if isinstance(asked, Chat) else "prompt",
+                "context_length_exceeded",
+            )
+
     def _encode(self, asked: Completion | Chat) -> list[int]:
         try:
             if isinstance(asked, Chat):
@@ -229,8 +248,13 @@ class Service:
         entry: Entry | None,
         ids: Sequence[int],
         settings: GenerationSettings,
+        begun: Callable[[], None],
     ) -> AsyncGenerator[Piece]:
-        """Submit, and turn what comes into text until every sample has ended."""
+        """Submit, and turn what comes into text until every sample has ended.
+
+        Args:
+          begun: called when the prompt waits no more.
+        """
         events = asyncio.get_running_loop()
         came: asyncio.Queue[News] = asyncio.Queue()
         job = Job(
@@ -243,15 +267,15 @@ class Service:
         samples = range(settings.num_samples)
         texts = [TextStream(self._decoder, settings.stop) for _ in samples]
         open_samples, new_tokens = set(samples), 0
-        begun, last = time.monotonic(), 0.0
+        start, last = time.monotonic(), 0.0
         try:
             self.loop.submit(job)
         except RuntimeError:
             raise overloaded("The server is stopping.") from None
         try:
-            with self.door.waiting(tenant, len(ids)):
-                news = await came.get()
-            self.metrics.first_token.observe(time.monotonic() - begun)
+            news = await came.get()
+            begun()
+            self.metrics.first_token.observe(time.monotonic() - start)
             while True:
                 if news.finish in ("error", "cancelled"):
                     raise internal()

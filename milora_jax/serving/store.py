@@ -147,6 +147,8 @@ class AdapterStore:
         """Say that a request that held a version is done."""
         with self._lock:
             entry.users -= 1
+            if not entry.users:
+                entry.failed = ""  # the next who wants it reads it again: a disk can come back
             self._forget_if_gone(entry)
 
     def load(self, name: str, directory: Path, pinned: bool = False) -> Entry:
@@ -192,8 +194,8 @@ class AdapterStore:
         Written if the adapter is not there. The loop's alone, like :meth:`leave`.
         """
         with self._lock:
-            entry.running += 1
             if entry.slot is not None:
+                entry.running += 1
                 return entry.slot
             slot = self._seat_for()
             if slot is None or entry.prepared is None:
@@ -203,7 +205,14 @@ class AdapterStore:
                 before.slot = None
             self._seats[slot], entry.slot = entry, slot
             prepared = entry.prepared
-        self.bank.place(prepared, slot)
+        try:
+            self.bank.place(prepared, slot)
+        except BaseException:
+            with self._lock:
+                self._seats[slot] = entry.slot = None  # nobody knows what it holds
+            raise
+        with self._lock:
+            entry.running += 1
         return slot
 
     def leave(self, entry: Entry) -> None:
@@ -237,7 +246,8 @@ class AdapterStore:
         prepared = self._prepared(name, adapter)
         entry = Entry(name, directory, version_of(adapter), prepared, pinned)
         with self._lock:
-            if pinned and sum(other.pinned for other in self._entries.values()) >= len(self._seats) - 2:
+            pins = sum(other.pinned for other in self._entries.values() if other.name != name)
+            if pinned and pins >= len(self._seats) - 2:
                 raise UserError(f"adapter {name!r} cannot be pinned: one slot must stay free for the others")
             before = self._entries.get(name)
             entry.used = next(self._clock)

@@ -3,9 +3,14 @@
 import contextlib
 import json
 import random
+import socket
 
 import httpx
 import pytest
+from pydantic import ValidationError
+
+from milora_jax.serving.schema import Chat
+from tests.serving.harness import ask
 
 BAD = {
     "no model": ({"model": ...}, "model"),
@@ -188,3 +193,29 @@ def test_five_hundred_mutated_bodies_are_answered_and_none_breaks_anything(clien
         if answer.status_code != 200:
             assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
     assert seen == {200, 400, 404}
+
+
+def test_a_connection_with_a_body_that_nobody_reads_is_not_kept(served):
+    """The refusal comes before the body; then a byte of it, and nothing more."""
+    host, port = served[1].removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n")
+        connection.settimeout(10)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 401")
+        connection.sendall(b"x")
+        while connection.recv(4096):
+            pass
+    served[0].door._mistakes.clear()
+
+
+@pytest.mark.parametrize("field", ["messages", "stop"])
+def test_of_many_wrong_entries_the_first_is_told(field):
+    values = {"model": "m", "messages": [{"role": "user", "content": "x"}], field: [{}] * 4000}
+    with pytest.raises(ValidationError) as caught:
+        Chat.model_validate(values)
+    assert caught.value.error_count() < 10
+
+
+def test_a_text_that_cannot_fit_is_not_cut_into_tokens(served, client, monkeypatch):
+    monkeypatch.setattr(served[0], "_encode", None)
+    assert ask(client, prompt="x" * 900_000).json()["error"]["code"] == "context_length_exceeded"

@@ -275,3 +275,25 @@ def test_a_loop_that_stops_tells_everybody(folder, adapters):
     with pytest.raises(RuntimeError, match="has ended"):
         Listener(service, "math", [1])
     assert not service.loop.alive
+
+
+@pytest.mark.parametrize("where", ["_look", "_prefill"])
+def test_an_error_that_shows_late_or_early_ends_those_it_concerns_and_nobody_waits(
+    service, monkeypatch, where
+):
+    """When results are fetched, of a request whose row has been given away; and before one has a row."""
+    expected = Listener(service, "law", [5, 6]).end()
+    real, times = getattr(service.engine, where), iter([True])
+
+    def broken(*given):
+        if next(times, False):
+            raise RuntimeError("out of memory")
+        return real(*given)
+
+    monkeypatch.setattr(service.engine, where, broken)
+    lost = Listener(service, "math", [7, 8], max_new_tokens=1)
+    assert lost.end()[2] == ["error"]
+    monkeypatch.undo()
+    eventually(lambda: service.loop.idle)
+    assert all(entry.users == entry.running == 0 for entry in service.store._entries.values())
+    assert Listener(service, "law", [5, 6]).end() == expected

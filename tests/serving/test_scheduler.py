@@ -27,6 +27,7 @@ from milora_jax.adapters.protocol import Adapter, Shape  # noqa: E402
 from milora_jax.adapters.registry import build_method  # noqa: E402
 from milora_jax.config import AdapterSection  # noqa: E402
 from milora_jax.errors import UserError  # noqa: E402
+from milora_jax.generation.engine import bucket_of  # noqa: E402
 from milora_jax.generation.request import Request  # noqa: E402
 from milora_jax.generation.settings import GenerationSettings  # noqa: E402
 from milora_jax.serving import store as store_module  # noqa: E402
@@ -268,6 +269,18 @@ class Scheduler(RuleBasedStateMachine):
         assert all(entry.users == entry.running == 0 for entry in self.entries)
         assert all(entry.slot is None for entry in self.entries if entry.draining)
         self.patch.undo()
+
+
+@pytest.mark.parametrize("slots", [2, 3, 33, 34, 64, 66, 96])
+def test_every_length_is_warmed_up(slots):
+    engine, asked = PaperEngine(), []
+    engine.slots = slots
+    engine.run = lambda: None
+    engine.submit = lambda prompt, settings, slot: asked.append((len(prompt), settings.max_new_tokens))
+    DeviceLoop(engine, None, Limits(rows=ROWS, samples=2)).warm_up()
+    assert all(length >= 1 and length + new <= slots for length, new in asked)
+    warm = {bucket_of(length, slots) for length, _ in asked}
+    assert warm == {bucket_of(length, slots) for length in range(1, slots)}
 
 
 def run(examples, steps):
