@@ -27,7 +27,6 @@ from typing import Any
 from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from ray import serve
 
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
@@ -63,6 +62,8 @@ class Engine:
     """
 
     def __init__(self, offer: Offer, registered: dict[str, Registered], limits: Limits) -> None:
+        from ray import serve
+
         self._service = build_service(offer, Registry(None, registered), limits)
         self._service.loop.start()
         # Ray asks who has which adapter: it hears of those that were wanted last, as the bank keeps them.
@@ -268,7 +269,7 @@ def _with_lifespan(app: App) -> Any:
     return whole
 
 
-def build(arguments: dict[str, str]) -> serve.Application:
+def build(arguments: dict[str, str]) -> Any:
     """The application, for ``serve run`` and for Ray's config files.
 
     Args:
@@ -279,6 +280,8 @@ def build(arguments: dict[str, str]) -> serve.Application:
     Raises:
       UserError: naming the argument that is wrong.
     """
+    from ray import serve
+
     given = dict(arguments)
 
     def take(name: str, default: str) -> str:

@@ -16,6 +16,9 @@ from hypothesis import strategies as st  # noqa: E402
 
 from tests.serving.hostile import requests  # noqa: E402
 
+# Other threads of a server draw random numbers while hypothesis draws its own.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the .random. module:Warning")
+
 LONGEST = 10
 """Seconds for one request: longer is a hang."""
 
