@@ -14,7 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
-from milora_jax.cli import Console
+from milora_jax.cli import Console, named_directory
 from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.errors import UserError, run_command
 from milora_jax.serving.build import Offer, build_service
@@ -55,7 +55,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
     limits = Limits(**{field.name: getattr(asked, field.name) for field in dataclasses.fields(Limits)})
     keys = Keyring.of(asked.keys)
-    given = dict(_named(each) for each in asked.adapter)
+    given = dict(named_directory("--adapter", each) for each in asked.adapter)
     base = asked.base
     if asked.demo:
         base, given = str(MODEL_DIR), {**demo_adapters(Path("runs")), **given}
@@ -70,13 +70,6 @@ def main() -> None:
     with Console().loading("base") as progress:
         service = build_service(offer, registry, limits, progress)
     raise SystemExit(serve(service, keys, registry, asked.host, asked.port))
-
-
-def _named(text: str) -> tuple[str, Path]:
-    name, _, path = text.partition("=")
-    if not name or not path:
-        raise UserError(f"--adapter {text!r}: expected NAME=DIR")
-    return name, Path(path)
 
 
 if __name__ == "__main__":

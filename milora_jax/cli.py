@@ -188,6 +188,18 @@ class _Nowhere(io.TextIOBase):
         return len(text)
 
 
+def named_directory(option: str, text: str) -> tuple[str, Path]:
+    """The parts of ``NAME=DIR``.
+
+    Raises:
+      UserError: it is none.
+    """
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise UserError(f"{option} {text!r}: expected NAME=DIR")
+    return name, Path(path)
+
+
 class Console:
     """Where a command talks to its user: standard error, so that standard output stays data."""
 

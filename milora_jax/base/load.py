@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
 
 from milora_jax.base.hf import Progress, ignore, load_leaves
 from milora_jax.base.hf_config import read_model_config
@@ -19,9 +17,6 @@ from milora_jax.errors import one_of, require
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float, Int
 
-ShardingOf = Callable[[ModelConfig], Callable[[tuple], Sharding]]
-"""Decides, once the model is known, where the leaf at a key path goes."""
-
 
 def load_base(
     path: str | Path,
@@ -29,7 +24,6 @@ def load_base(
     *,
     decode: bool = False,
     quantize: str = "none",
-    sharding_of: ShardingOf | None = None,
     progress: Progress = ignore,
 ) -> tuple[Base, ModelConfig]:
     """Load a frozen base from a Hugging Face directory of one of ``base.families``.
@@ -42,8 +36,6 @@ def load_base(
         ``generate`` makes it, and both are in memory meanwhile.
       quantize: keep the matrices of the layers as int8 (a scale per output) or nf4 (a scale per block of
         64 inputs); norms, embedding and head stay in ``dtype``, in which everything is computed.
-      sharding_of: given the model's config, where the leaf at a key path goes; None puts all on the first
-        device of this process.
       progress: told how many bytes of the base are read, and of how many.
 
     Raises:
@@ -53,8 +45,7 @@ def load_base(
     one_of("quantize", quantize, QUANTIZE)
     directory = model_directory(path)
     config = read_model_config(directory)
-    places = None if sharding_of is None else sharding_of(config)
-    base = load_leaves(directory, config, dtype, places, decode, quantize, progress)
+    base = load_leaves(directory, config, dtype, decode=decode, quantize=quantize, progress=progress)
     return base, config
 
 

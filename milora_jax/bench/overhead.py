@@ -34,8 +34,8 @@ from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.bench import machine
 from milora_jax.bench.peer import PEERS, Peer, started
 from milora_jax.bench.rounds import in_turns, names, require_least, require_names
-from milora_jax.bench.traffic import FIRST_ID, LAST_ID, Asking, Outcome, closed_loop, connected
-from milora_jax.cli import Parser
+from milora_jax.bench.traffic import FIRST_ID, LAST_ID, Asking, Outcome, closed_loop, completion, connected
+from milora_jax.cli import Parser, named_directory
 from milora_jax.config import DTYPES
 from milora_jax.errors import UserError
 from milora_jax.generation.bank import Bank
@@ -69,7 +69,10 @@ def main(argv: list[str]) -> None:
     """Measure and print."""
     asked = _parse(argv)
     base, config = load_base(asked.model, asked.dtype, decode=True)
-    adapters = {name: load_adapter(path) for name, path in map(_named, asked.adapters)}
+    adapters = {
+        name: load_adapter(path)
+        for name, path in (named_directory("--adapters", text) for text in asked.adapters)
+    }
     rng = np.random.default_rng(0)
     prompts = rng.integers(FIRST_ID, LAST_ID, (asked.requests, asked.prompt)).tolist()
     with ExitStack() as stack:
@@ -171,19 +174,11 @@ def _engine(
 def _server(
     name: str, url: str, models: list[str], prompts: list[list[int]], asked: argparse.Namespace
 ) -> Case:
-    def body(i: int) -> dict[str, Any]:
-        return {
-            "model": models[i % len(models)],
-            "prompt": prompts[i],
-            "max_tokens": asked.new,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-
     key = os.environ.get(asked.key, "")
-    askings = [Asking(0, key, i, body(i)) for i in range(len(prompts))]
+    askings = [
+        Asking(0, key, i, completion(models[i % len(models)], prompt, asked.new, stream=True))
+        for i, prompt in enumerate(prompts)
+    ]
 
     def all_of_them() -> int:
         outcomes = asyncio.run(_send(url, askings, CLIENTS_PER_ROW * asked.rows))
@@ -249,13 +244,6 @@ def _peer(stack: ExitStack, method: str, batch: int, asked: argparse.Namespace) 
         return rounds * batch * asked.new
 
     return Case(f"{method} loop of {batch}", all_of_them)
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, _, path = text.partition("=")
-    if not name or not path:
-        raise UserError(f"--adapters {text!r}: expected NAME=DIR")
-    return name, path
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

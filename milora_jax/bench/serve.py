@@ -31,6 +31,7 @@ from milora_jax.bench.traffic import (
     Outcome,
     Watch,
     closed_loop,
+    completion,
     connected,
     open_loop,
     poisson,
@@ -167,28 +168,22 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def askings(asked: argparse.Namespace, keys: list[str], rng: np.random.Generator, count: int) -> list[Asking]:
-    """Random requests: of ``--questions`` different ones, half of them streamed unless all are to be."""
-    questions = [_question(asked, rng) for _ in range(asked.questions)]
+    """Random requests: of ``--questions`` different ones, streamed but for a share of ``--whole``."""
+    questions = [
+        (
+            asked.models[rng.integers(len(asked.models))],
+            rng.integers(FIRST_ID, LAST_ID, asked.prompt).tolist(),
+        )
+        for _ in range(asked.questions)
+    ]
     tenants = rng.choice(len(keys), count, p=_shares(asked, len(keys)))
     found = []
     for tenant in tenants.tolist():
         number = int(rng.integers(len(questions)))
-        body = dict(questions[number])
-        if rng.random() >= asked.whole:
-            body.update(stream=True, stream_options={"include_usage": True})
+        body = completion(*questions[number], asked.new, stream=rng.random() >= asked.whole)
         leaves = rng.uniform(0.0, asked.leave_within) if rng.random() < asked.leave else None
         found.append(Asking(tenant, keys[tenant], number, body, leaves))
     return found
-
-
-def _question(asked: argparse.Namespace, rng: np.random.Generator) -> dict[str, Any]:
-    return {
-        "model": asked.models[rng.integers(len(asked.models))],
-        "prompt": rng.integers(FIRST_ID, LAST_ID, asked.prompt).tolist(),
-        "max_tokens": asked.new,
-        "temperature": 0,
-        "ignore_eos": True,
-    }
 
 
 def _shares(asked: argparse.Namespace, count: int) -> list[float]:

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ REFUSED = (429, 503)
 FIRST_ID, LAST_ID = 10, 200
 """Token ids of random prompts: no tokenizer has so few, and the control tokens of most come before."""
 
-BACKLOG_SECONDS = 0.05
+LOOK_SECONDS = 0.05
 """Between two looks at whether a server has become idle."""
 
 
@@ -88,13 +88,18 @@ class Outcome:
         return self.status in REFUSED
 
 
+def completion(model: str, prompt: list[int], new: int, *, stream: bool) -> dict[str, Any]:
+    """The body of a request for so many tokens, which are always the same."""
+    body = {"model": model, "prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True}
+    return {**body, "stream": True, "stream_options": {"include_usage": True}} if stream else body
+
+
 @asynccontextmanager
-async def connected(url: str, timeout: float, connections: int = 0):
-    """A session with a server.
+async def connected(url: str, timeout: float) -> AsyncIterator[aiohttp.ClientSession]:
+    """A session with a server, of as many connections as there are requests.
 
     Args:
       timeout: seconds for one request.
-      connections: at most so many; 0 for any number.
 
     Raises:
       UserError: there is none.
@@ -103,7 +108,7 @@ async def connected(url: str, timeout: float, connections: int = 0):
 
     async with aiohttp.ClientSession(
         url,
-        connector=aiohttp.TCPConnector(limit=connections),
+        connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=timeout),
     ) as session:
         try:
@@ -114,7 +119,7 @@ async def connected(url: str, timeout: float, connections: int = 0):
         yield session
 
 
-async def send(session: aiohttp.ClientSession, asking: Asking, path: str = "/v1/completions") -> Outcome:
+async def send(session: aiohttp.ClientSession, asking: Asking) -> Outcome:
     """Send one request and follow it to its end."""
     import aiohttp
 
@@ -123,7 +128,7 @@ async def send(session: aiohttp.ClientSession, asking: Asking, path: str = "/v1/
     try:
         async with (
             asyncio.timeout(asking.leaves),
-            session.post(path, json=asking.body, headers=headers) as answer,
+            session.post("/v1/completions", json=asking.body, headers=headers) as answer,
         ):
             outcome.status = answer.status
             if answer.status == 200 and asking.body.get("stream"):
@@ -245,7 +250,7 @@ class Watch:
                 return None
             if state["under_way"] == 0:
                 return time.perf_counter() - start
-            await asyncio.sleep(BACKLOG_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
         return None
 
     async def _get(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[Any]]) -> Any:

@@ -28,7 +28,7 @@ from milora_jax.base.transformer import forward, unembed
 from milora_jax.generation.sampling import Choice, Plan, Sampler, choose, is_end, note
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int
-from milora_jax.types import Batch, Route
+from milora_jax.types import Batch, PyTree, Route
 
 
 @struct.dataclass
@@ -224,17 +224,22 @@ def decode_chunk(
 
 
 def spread_out(state: DecodeState, spread: Spread | None) -> DecodeState:
-    """The state as it lies over devices: keys and values by rows and heads, all else by rows.
+    """The state of a program as :func:`places_of` says.
 
     Left to itself XLA would choose anew for every program, and every choice would be one more program.
     """
+    places = places_of(state, spread)
+    return state if places is None else jax.lax.with_sharding_constraint(state, places)
+
+
+def places_of(state: DecodeState, spread: Spread | None) -> PyTree | None:
+    """Shardings like the state: keys and values by rows and heads, all else by rows; None on one device."""
     if spread is None or spread.mesh is None:
-        return state
+        return None
     by_row = NamedSharding(spread.mesh, jax.P(spread.rows))
     by_head = NamedSharding(spread.mesh, jax.P(spread.rows, spread.heads))
-    places = jax.tree.map(lambda _: by_row, state)
     cache = jax.tree.map(lambda leaf: by_head if leaf.ndim == 4 else by_row, state.cache)
-    return jax.lax.with_sharding_constraint(state, dataclasses.replace(places, cache=cache))
+    return dataclasses.replace(jax.tree.map(lambda _: by_row, state), cache=cache)
 
 
 def empty_state(

@@ -21,7 +21,7 @@ from milora_jax.base.attention import Spread, spread_over
 from milora_jax.base.modules import Base
 from milora_jax.data.batches import collate_prompts
 from milora_jax.errors import UserError, require
-from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefill, spread_out
+from milora_jax.generation.decode import admit, decode_chunk, empty_state, places_of, prefill
 from milora_jax.generation.merge import merged_base
 from milora_jax.generation.request import Request, TokenLogprobs, require_served
 from milora_jax.generation.sampling import Choice, Plan, Sampler, make_sampler
@@ -137,12 +137,14 @@ class Engine:
         self._touched: dict[int, Request] = {}
         self._seats: list[_Seat | None] = [None] * self.rows
         self._started: deque[_Started] = deque()
-        gathers = self.tenants is not None and self.tenants.path == "gathered"
-        self._mine = Seats.empty(self.tenants, self.rows) if gathers and self.tenants else None
+        self._mine: Seats | None = None
+        if self.tenants is not None and self.tenants.path == "gathered":
+            self._mine = Seats.empty(self.tenants, self.rows)
         routed = self.tenants is not None and self.tenants.method.routes
         sampler = self._sampler([GenerationSettings()], [0], [()])
         state = empty_state(self.config, self._base, sampler, self.rows, self._cache_slots, routed)
-        self._state = jax.jit(spread_out, static_argnums=1)(state, self._spread)
+        places = places_of(state, self._spread)
+        self._state = state if places is None else jax.device_put(state, places)
 
     def fail(self) -> list[Request]:
         """End all that was begun, after a step raised: what is on the device may be half-written.

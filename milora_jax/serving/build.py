@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 
-from milora_jax.base.hf import Progress, ignore
-from milora_jax.base.load import load_base
+from milora_jax.base.hf import Progress, ignore, load_leaves
+from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.source import model_directory
-from milora_jax.config import MeshSection
+from milora_jax.config import DTYPES, QUANTIZE, MeshSection
 from milora_jax.data.tokens import load_tokenizer
-from milora_jax.errors import UserError, require
+from milora_jax.errors import UserError, one_of, require
 from milora_jax.generation.engine import Engine
-from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.rules import Rules, base_sharding, spread_on
 from milora_jax.serving.limits import Limits
@@ -40,6 +38,7 @@ class Offer:
     Attributes:
       base: path of the model, as ``base.source`` takes it.
       name: under which the base alone is offered.
+      dtype, quantize: how it is kept.
       tensor: devices that share the work of every layer.
     """
 
@@ -48,6 +47,10 @@ class Offer:
     dtype: str = "float32"
     quantize: str = "none"
     tensor: int = 1
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("quantize", self.quantize, QUANTIZE)
 
 
 def build_service(offer: Offer, registry: Registry, limits: Limits, progress: Progress = ignore) -> Service:
@@ -59,15 +62,12 @@ def build_service(offer: Offer, registry: Registry, limits: Limits, progress: Pr
     directory = model_directory(offer.base)
     require_tame_template(directory)
     tokenizers = load_tokenizer(str(directory)), load_tokenizer(str(directory))
-    mesh = _mesh(offer.tensor)
-    base, config = load_base(
-        directory,
-        offer.dtype,
-        decode=True,
-        quantize=offer.quantize,
-        sharding_of=None if mesh is None else functools.partial(_places, mesh),
-        progress=progress,
-    )
+    mesh, config = _mesh(offer.tensor), read_model_config(directory)
+    places = None
+    if mesh is not None:
+        check_divides(mesh, config, {})
+        places = functools.partial(base_sharding, mesh, RULES)
+    base = load_leaves(directory, config, offer.dtype, places, True, offer.quantize, progress)
     adapters = registry.to_load()
     store = None
     if offer.name in adapters:
@@ -125,13 +125,3 @@ def _mesh(tensor: int) -> Mesh | None:
     if tensor == 1:
         return None
     return make_mesh(MeshSection(data=1, fsdp=1, tensor=tensor), devices[:tensor])
-
-
-def _places(mesh: Mesh, config: ModelConfig) -> Callable[[tuple], Sharding]:
-    """Where the leaves of a model go.
-
-    Raises:
-      UserError: its heads or widths cannot be divided so.
-    """
-    check_divides(mesh, config, {})
-    return lambda path: base_sharding(mesh, RULES, path)

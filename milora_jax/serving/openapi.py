@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -69,12 +70,11 @@ ROUTE: dict[str, Any] = {
 }
 
 
+@functools.cache
 def document() -> dict[str, Any]:
     """The document."""
-    bodies = {"completion": Completion, "chat": Chat, "adapter": NamedAdapter}
-    _, found = models_json_schema(
-        [(model, "validation") for model in bodies.values()], ref_template=REFERENCE
-    )
+    bodies = (Completion, Chat, NamedAdapter)
+    _, found = models_json_schema([(model, "validation") for model in bodies], ref_template=REFERENCE)
     text = {"type": "string"}
     said = {"type": "object", "required": ["role", "content"], "properties": {"role": text, "content": text}}
     return {

@@ -28,6 +28,7 @@ from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from milora_jax.cli import named_directory
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.serving.app import App
@@ -36,10 +37,10 @@ from milora_jax.serving.door import Door
 from milora_jax.serving.keys import Keyring, Tenant
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.metrics import Metrics
-from milora_jax.serving.refusal import Refusal, internal
+from milora_jax.serving.refusal import Refusal, internal, no_such_model
 from milora_jax.serving.registry import Registered, Registry
 from milora_jax.serving.schema import Chat, Completion
-from milora_jax.serving.server import CONNECTIONS, LOOPBACK_NAMES
+from milora_jax.serving.server import CONNECTIONS
 from milora_jax.serving.service import Piece, Turn
 from milora_jax.serving.wire import Receive, Scope, Send
 
@@ -137,6 +138,8 @@ class Replicas:
     @asynccontextmanager
     async def turn(self, tenant: Tenant, asked: Completion | Chat) -> AsyncIterator[Turn]:
         """Begin a request on an engine; leaving ends it there."""
+        if asked.model not in self.models(tenant):
+            raise no_such_model(asked.model)  # before Ray is asked who has it: that takes time that tells
         engine = self._engines.options(method_name="answer", stream=True, multiplexed_model_id=asked.model)
         coming = engine.remote(tenant, asked)
         try:
@@ -247,7 +250,7 @@ class Front:
     ) -> None:
         known = Registry(registry, adapters)
         behind = Replicas(engines, offer, set(known.to_load()), limits)
-        self._app = App(behind, keys, known, LOOPBACK_NAMES if keys.open else frozenset())
+        self._app = App(behind, keys, known)
 
     def __serve_build_asgi_app__(self) -> Any:
         """What Ray serves."""
@@ -275,7 +278,8 @@ def build(arguments: dict[str, str]) -> Any:
     Args:
       arguments: ``base`` (a Hugging Face directory that every node has), ``adapters`` (NAME=DIR,...), and
         if wanted ``name``, ``dtype``, ``quantize``, ``tensor``, ``replicas``, ``cpus`` and ``gpus`` of each,
-        ``keys`` and ``registry`` (files of the front's node), and any limit of ``serving/limits.py``.
+        ``keys`` and ``registry`` (files of the front's node), and any limit of ``serving/limits.py``. Without
+        a file the keys are those of the environment; without any nothing is served.
 
     Raises:
       UserError: naming the argument that is wrong.
@@ -296,11 +300,14 @@ def build(arguments: dict[str, str]) -> Any:
     )
     if not offer.base:
         raise UserError("base is missing: expected a Hugging Face directory")
-    adapters = dict(_named(text) for text in take("adapters", "").split(",") if text)
+    adapters = dict(named_directory("adapters", text) for text in take("adapters", "").split(",") if text)
     keys, path = (Path(text) if text else None for text in (take("keys", ""), take("registry", "")))
     replicas, cpus, gpus = int(take("replicas", "1")), float(take("cpus", "1")), float(take("gpus", "0"))
     limits, ring = Limits.of(given), Keyring.of(keys)
-    registered = {name: Registered(directory) for name, directory in adapters.items()}
+    if ring.open:
+        # What Ray listens to is Ray's affair: its config files begin with all addresses.
+        raise UserError("there are no keys: give keys=FILE, or MILORA_API_KEY in the environment")
+    registered = {name: Registered(directory.resolve()) for name, directory in adapters.items()}
     engines = serve.deployment(Engine).options(
         name="engines",
         num_replicas=replicas,
@@ -313,10 +320,3 @@ def build(arguments: dict[str, str]) -> Any:
         name="front", num_replicas=1, max_ongoing_requests=CONNECTIONS
     )
     return front.bind(engines.bind(offer, first, limits), offer, path, registered, ring, limits)
-
-
-def _named(text: str) -> tuple[str, Path]:
-    name, _, path = text.partition("=")
-    if not name or not path:
-        raise UserError(f"adapters: {text!r}: expected NAME=DIR")
-    return name, Path(path).resolve()

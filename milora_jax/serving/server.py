@@ -66,16 +66,16 @@ def protocol_for(limits: Limits) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget()
-            self._read()
+            self._forget_reader()
             super().connection_lost(exc)
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._read()
+            self._forget_reader()
             self._wait_for_reader(self.transport.get_write_buffer_size())
 
         def resume_writing(self) -> None:
-            self._read()
+            self._forget_reader()
             super().resume_writing()
 
         def _wait_for_reader(self, unread: int) -> None:
@@ -89,7 +89,7 @@ def protocol_for(limits: Limits) -> type[H11Protocol]:
             else:
                 self._wait_for_reader(left)
 
-        def _read(self) -> None:
+        def _forget_reader(self) -> None:
             if self._unread is not None:
                 self._unread.cancel()
                 self._unread = None

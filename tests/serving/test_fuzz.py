@@ -6,15 +6,11 @@ import threading
 from collections import Counter
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from tests.serving.harness import KEYS, ask
-
-hypothesis = pytest.importorskip("hypothesis")
-
-from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-
-from tests.serving.hostile import requests  # noqa: E402
+from tests.serving.hostile import requests
 
 # Other threads of a server draw random numbers while hypothesis draws its own.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the .random. module:Warning")

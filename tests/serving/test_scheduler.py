@@ -8,12 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-hypothesis = pytest.importorskip("hypothesis")
-
-from hypothesis import HealthCheck, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from hypothesis.stateful import (  # noqa: E402
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
     initialize,
@@ -23,17 +20,17 @@ from hypothesis.stateful import (  # noqa: E402
     run_state_machine_as_test,
 )
 
-from milora_jax.adapters.protocol import Adapter, Shape  # noqa: E402
-from milora_jax.adapters.registry import build_method  # noqa: E402
-from milora_jax.config import AdapterSection  # noqa: E402
-from milora_jax.errors import UserError  # noqa: E402
-from milora_jax.generation.engine import bucket_of  # noqa: E402
-from milora_jax.generation.request import Request  # noqa: E402
-from milora_jax.generation.settings import GenerationSettings  # noqa: E402
-from milora_jax.serving import store as store_module  # noqa: E402
-from milora_jax.serving.limits import Limits  # noqa: E402
-from milora_jax.serving.loop import DeviceLoop, Job  # noqa: E402
-from milora_jax.serving.store import AdapterStore, Model  # noqa: E402
+from milora_jax.adapters.protocol import Adapter, Shape
+from milora_jax.adapters.registry import build_method
+from milora_jax.config import AdapterSection
+from milora_jax.errors import UserError
+from milora_jax.generation.engine import bucket_of
+from milora_jax.generation.request import Request
+from milora_jax.generation.settings import GenerationSettings
+from milora_jax.serving import store as store_module
+from milora_jax.serving.limits import Limits
+from milora_jax.serving.loop import DeviceLoop, Job
+from milora_jax.serving.store import AdapterStore, Model
 
 ROWS = 3
 NAMES = ("a", "b", "c", "d")

@@ -1,9 +1,13 @@
 """An engine whose layers are divided over devices: the same tokens, and no program is compiled late."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
+from milora_jax.base.hf import load_leaves
+from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base
 from milora_jax.base.modules import unroll
 from milora_jax.config import MeshSection
@@ -78,12 +82,9 @@ def test_two_devices_say_what_one_says_and_compile_nothing_late(folder, adapters
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_a_base_is_read_apart_as_it_is_unrolled(folder, adapters, quantize):
     mesh = make_mesh(MeshSection(data=1, fsdp=1, tensor=2), jax.devices()[:2])
-    read, _ = load_base(
-        folder / "model",
-        decode=True,
-        quantize=quantize,
-        sharding_of=lambda config: lambda path: base_sharding(mesh, Rules(), path),
-    )
+    model = folder / "model"
+    places = functools.partial(base_sharding, mesh, Rules())
+    read = load_leaves(model, read_model_config(model), "float32", places, decode=True, quantize=quantize)
     made = unroll(load_base(folder / "model", quantize=quantize)[0])
     assert jax.tree.structure(read) == jax.tree.structure(made)
     jax.tree.map(np.testing.assert_array_equal, read, made)
