@@ -65,7 +65,7 @@ async def _measure(asked: argparse.Namespace, keys: list[str]) -> dict[str, Any]
     rng = np.random.default_rng(asked.seed)
     found: dict[str, Any] = {"bench": "serve"}
     async with connected(asked.url, asked.timeout) as watching:
-        watch = Watch(watching, keys[0])
+        watch = Watch(watching, os.environ[asked.watch_key] if asked.watch_key else keys[0])
         rate = asked.rate
         if asked.overload:
             found["capacity"] = await _capacity(asked, keys, rng)
@@ -199,6 +199,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--url", default="http://127.0.0.1:8000", help="of a running server")
     add("--models", type=names, required=True, help="names of adapters, asked for alike")
     add("--key", type=names, default=[], help="environment variables with the tenants' keys; default: none")
+    add("--watch-key", default="", help="variable with a monitor's key (default: the first tenant's)")
     add("--first-share", type=float, default=0.5, help="of the first tenant, of two or more")
     add("--rate", type=float, default=4.0, help="requests in a second, sent at random times")
     add("--clients", type=int, default=0, help="who wait for one answer before they ask again, instead")
@@ -215,9 +216,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--timeout", type=float, default=600.0, help="seconds for one request")
     asked = parser.parse_args(argv)
     require_least(asked, {"requests": 1, "prompt": 1, "new": 1, "clients": 0, "questions": 1})
-    for name in asked.key:
-        if name not in os.environ:
-            raise UserError(f"--key {name!r}: there is no such environment variable")
+    for option, variables in (("--key", asked.key), ("--watch-key", [asked.watch_key])):
+        for name in variables:
+            if name and name not in os.environ:
+                raise UserError(f"{option} {name!r}: there is no such environment variable")
     if not 0 < asked.rate < 1e6 or not 0 <= asked.overload < 1e3 or asked.seconds <= 0:
         raise UserError("--rate and --seconds are above 0, --overload from 0 to 1000")
     for name in ("first_share", "whole", "leave"):

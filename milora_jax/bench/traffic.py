@@ -225,14 +225,14 @@ class Watch:
     """Looks at a server's own figures: those of its ``/metrics`` and whether it has work.
 
     Args:
-      key: of any tenant.
+      key: of whoever may read them.
     """
 
     session: aiohttp.ClientSession
     key: str
 
     async def figures(self) -> dict[str, float]:
-        """Values without labels, by name; empty of a server that has no metrics."""
+        """Values without labels, by name; empty of a server that does not show its metrics."""
         text = await self._get("/metrics", lambda answer: answer.text())
         found = {}
         for line in (text or "").splitlines():

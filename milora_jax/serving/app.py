@@ -18,7 +18,7 @@ from milora_jax.errors import UserError
 from milora_jax.serving.answers import Writer, as_json
 from milora_jax.serving.keys import Keyring, Tenant
 from milora_jax.serving.openapi import document
-from milora_jax.serving.refusal import Refusal, bad_request, internal, no_key
+from milora_jax.serving.refusal import Refusal, bad_request, forbidden, internal, no_key
 from milora_jax.serving.registry import Registry
 from milora_jax.serving.schema import Chat, Completion, NamedAdapter, parse
 from milora_jax.serving.service import Backend, Turn
@@ -39,11 +39,17 @@ from milora_jax.serving.wire import (
 
 log = logging.getLogger("milora_jax.serving")
 
-NOBODY, ADMIN = Tenant("nobody"), Tenant("admin")
-"""Who asks for what is open, and an administrator who is no tenant."""
+NOBODY, ADMIN, MONITOR = Tenant("nobody"), Tenant("admin"), Tenant("monitor")
+"""Who asks for what is open, and an administrator and a monitor who are no tenants."""
 
 OPEN_PATH = b"/health/live"
 """The one path that needs no key."""
+
+FIGURES = "/metrics"
+"""The path that not every tenant may ask for."""
+
+WATCHED = (FIGURES, "/health/ready", "/health/live")
+"""All that a monitor may ask for."""
 
 Route = Callable[[Scope, Receive, Send, Tenant], Awaitable[int]]
 """Answers, and tells the status."""
@@ -89,7 +95,7 @@ class App:
         self.routes: dict[tuple[str, str], Route] = {
             ("GET", "/health/live"): self._live,
             ("GET", "/health/ready"): self._ready,
-            ("GET", "/metrics"): self._metrics,
+            ("GET", FIGURES): self._metrics,
             ("GET", "/openapi.json"): self._document,
             **{("GET", path): self._page for path in PAGE},
             ("GET", "/v1/models"): self._models,
@@ -148,14 +154,21 @@ class App:
         tenant, admin = NOBODY, False
         if raw != OPEN_PATH:
             key = key_of(headers)
-            found, admin = self._keys.tenant_of(key), self._keys.is_admin(key)
-            if found is None and not admin:
+            found, admin, monitor = (
+                self._keys.tenant_of(key),
+                self._keys.is_admin(key),
+                self._keys.is_monitor(key),
+            )
+            if found is None and not admin and not monitor:
                 client = scope.get("client") or ("", 0)
                 raise self.service.door.wrong_key(client[0]) or no_key()
-            tenant = found or ADMIN
+            tenant = found or (ADMIN if admin else MONITOR)
+            hidden = asked[1] == FIGURES and not self._keys.may_watch(key)
+            if hidden or (tenant is MONITOR and asked[1] not in WATCHED):
+                raise forbidden()
         if asked in self.admin_routes:
             if not admin:
-                raise Refusal(403, "This call is for administrators.", kind="permission_error")
+                raise forbidden()
             return tenant, self.admin_routes[asked]
         if asked in self.routes:
             return tenant, self.routes[asked]

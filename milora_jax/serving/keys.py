@@ -4,7 +4,7 @@ A file of keys is one JSON object::
 
     {"tenants": [{"name": "acme", "sha256": "9f86...", "adapters": ["math", "law"],
                   "concurrency": 8, "tokens_per_minute": 60000}],
-     "admin": ["ab12..."]}
+     "admin": ["ab12..."], "monitor": ["cd34..."]}
 
 ``adapters`` of ``"*"`` are all. ``python -m milora_jax.serving hash-key`` makes a digest of a key that it
 reads from standard input. A key itself is in no file of the server's, and in no argument.
@@ -68,11 +68,13 @@ class Keyring:
     Attributes:
       tenants: by the digest of the key.
       admins: digests of the keys for loading and unloading adapters; none switches these calls off.
+      monitors: digests of the keys that read the server's figures and can do nothing else.
       open: no key is needed: everybody is :data:`LOCAL`.
     """
 
     tenants: tuple[tuple[bytes, Tenant], ...] = ()
     admins: tuple[bytes, ...] = ()
+    monitors: tuple[bytes, ...] = ()
     open: bool = False
 
     def tenant_of(self, key: bytes | None) -> Tenant | None:
@@ -88,11 +90,19 @@ class Keyring:
 
     def is_admin(self, key: bytes | None) -> bool:
         """Whether this is an admin's key."""
-        digest = _digest(key or b"")
-        found = False
-        for known in self.admins:
-            found |= hmac.compare_digest(known, digest)
-        return found and key is not None
+        return _is_among(self.admins, key)
+
+    def is_monitor(self, key: bytes | None) -> bool:
+        """Whether this is a monitor's key."""
+        return _is_among(self.monitors, key)
+
+    def may_watch(self, key: bytes | None) -> bool:
+        """Whether this key may read figures, which name all tenants and say how much each has asked for.
+
+        A monitor's and an admin's may, and that of a tenant who is alone: there is nobody to hide.
+        """
+        alone = len(self.tenants) == 1 and self.tenant_of(key) is not None
+        return self.is_monitor(key) | self.is_admin(key) | alone | self.open
 
     @classmethod
     def of(cls, path: Path | None, environment: Mapping[str, str] = os.environ) -> Keyring:
@@ -103,11 +113,15 @@ class Keyring:
         """
         tenants: list[tuple[bytes, Tenant]] = []
         admins: list[bytes] = []
+        monitors: list[bytes] = []
         if path is not None:
             values = read_json_object(path)
-            _require_fields(values, {"tenants", "admin"}, str(path))
+            _require_fields(values, {"tenants", "admin", "monitor"}, str(path))
             tenants = [_tenant(each, f"{path}: a tenant") for each in _listed(values, "tenants", path)]
-            admins = [_known_digest(each, f"{path}: admin") for each in _listed(values, "admin", path)]
+            admins, monitors = (
+                [_known_digest(each, f"{path}: {role}") for each in _listed(values, role, path)]
+                for role in ("admin", "monitor")
+            )
         for variable in (KEY_VARIABLE, ADMIN_VARIABLE):
             key = environment.get(variable)
             if key is None:
@@ -119,8 +133,9 @@ class Keyring:
             else:
                 admins.append(_digest(key.encode()))
         _require_distinct((tenant.name for _, tenant in tenants), "tenant")
-        _require_distinct((*(digest.hex() for digest, _ in tenants), *map(bytes.hex, admins)), "key")
-        return cls(tuple(tenants), tuple(admins), open=not tenants)
+        digests = (*(digest for digest, _ in tenants), *admins, *monitors)
+        _require_distinct(map(bytes.hex, digests), "key")
+        return cls(tuple(tenants), tuple(admins), tuple(monitors), open=not tenants)
 
 
 def digest_of(key: str) -> str:
@@ -135,6 +150,14 @@ def digest_of(key: str) -> str:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+def _is_among(digests: Iterable[bytes], key: bytes | None) -> bool:
+    digest = _digest(key or b"")
+    found = False
+    for known in digests:  # all of them, whichever it is: time tells nothing
+        found |= hmac.compare_digest(known, digest)
+    return found and key is not None
 
 
 def _listed(values: dict[str, Any], name: str, path: Path) -> list[Any]:

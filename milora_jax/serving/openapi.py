@@ -15,7 +15,7 @@ REFERENCE = "#/components/schemas/{model}"
 REFUSALS = {
     "400": "The request is not as described, or not served.",
     "401": "No key, or a wrong one.",
-    "403": "The call is for administrators.",
+    "403": "The key may not make this call.",
     "404": "There is no such model, adapter or path.",
     "405": "The path has no such method.",
     "408": "The body took too long.",
@@ -27,7 +27,7 @@ REFUSALS = {
     "503": "The server is overloaded, or stops.",
 }
 
-REFUSALS_OF_HEADS = ("400", "401", "429", "431")
+REFUSALS_OF_HEADS = ("400", "401", "403", "429", "431")
 """Those of a request without a body."""
 
 NULLABLE_TEXT = {"type": ["string", "null"]}

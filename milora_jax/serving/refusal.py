@@ -53,6 +53,11 @@ def no_such_model(name: str) -> Refusal:
     return Refusal(404, f"The model {name[:80]!r} does not exist.", param="model", code="model_not_found")
 
 
+def forbidden() -> Refusal:
+    """A key that is right, for a call that it may not make."""
+    return Refusal(403, "This key may not make this call.", kind="permission_error")
+
+
 def no_key() -> Refusal:
     """The answer to whoever has no key, or a wrong one."""
     return Refusal(401, "Incorrect API key provided.", kind="authentication_error", code="invalid_api_key")

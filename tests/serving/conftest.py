@@ -16,7 +16,8 @@ def ring(tmp_path_factory):
         {"name": "many", "sha256": digest("many"), "concurrency": 10**6},
     ]
     path = tmp_path_factory.mktemp("keys") / "keys.json"
-    path.write_text(json.dumps({"tenants": tenants, "admin": [digest("admin")]}))
+    others = {"admin": [digest("admin")], "monitor": [digest("monitor")]}
+    path.write_text(json.dumps({"tenants": tenants, **others}))
     return Keyring.of(path, {})
 
 

@@ -88,6 +88,7 @@ KEYS = {
     "two": "sk-two-" + "b" * 20,
     "admin": "sk-admin-" + "c" * 20,
     "many": "sk-many-" + "d" * 20,
+    "monitor": "sk-monitor-" + "e" * 20,
 }
 
 

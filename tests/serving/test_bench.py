@@ -16,7 +16,7 @@ SMALL = ["--prompt", "20", "--new", "6"]
 
 @pytest.fixture
 def keys(monkeypatch):
-    for name in ("one", "two"):
+    for name in ("one", "two", "monitor"):
         monkeypatch.setenv(f"KEY_{name}", KEYS[name])
     return "KEY_one,KEY_two"
 
@@ -27,7 +27,8 @@ def run(capsys, served, *more):
 
 
 def test_requests_that_do_not_wait(served, capsys, keys):
-    found = run(capsys, served, "--key", keys, "--rate", "200", "--requests", "40", "--whole", "0.3")
+    more = ["--rate", "200", "--requests", "40", "--whole", "0.3", "--watch-key", "KEY_monitor"]
+    found = run(capsys, served, "--key", keys, *more)
     refused = found["statuses"].get("429", 0) + found["statuses"].get("503", 0)
     assert found["complete"] + refused == found["requests"] == 40
     assert found["complete"] > 0
@@ -39,6 +40,7 @@ def test_requests_that_do_not_wait(served, capsys, keys):
     assert found["first_token_ms"]["p50"] <= found["whole_ms"]["p50"]
     assert found["idle_after_s"] is not None
     assert found["server"]["memory_mb"]["after"] > 10
+    assert run(capsys, served, "--key", keys, *more[:4])["server"] == {}, "a tenant is not told"
 
 
 def test_clients_who_wait_and_those_who_leave(served, capsys, keys):
@@ -82,6 +84,7 @@ def test_a_request_that_ends_twice_or_never_is_told():
         (["--url", "http://127.0.0.1:9", "--models", "x"], "no server at 'http://127.0.0.1:9'"),
         (["--models", "x", "--rate", "0"], "--rate and --seconds are above 0"),
         (["--models", "x", "--key", "NOTHING_THERE"], "there is no such environment variable"),
+        (["--models", "x", "--watch-key", "NOTHING_THERE"], "--watch-key 'NOTHING_THERE': there is no such"),
         (["--models", "x", "--leave", "2"], "--leave is a share"),
         (["--models", "x", "--overload", "10"], "--overload needs --clients"),
         ([], "the following arguments are required: --models"),

@@ -190,8 +190,9 @@ def test_adapters_come_and_go_by_their_registered_names(served):
         assert ask(two, model="art").json()["choices"] == expected, "what was offered before stays so"
 
 
-def test_figures_are_there_for_who_has_a_key(served, client):
-    text = client.get("/metrics").text
+def test_figures_are_there_for_who_watches(served):
+    with client_of(served, "monitor") as watching:
+        text = watching.get("/metrics").text
     for name in ("requests_total", "tokens_total", "time_to_first_token_seconds", "expert_weight_total"):
         assert f"milora_{name}" in text
     assert 'tenant="one"' in text

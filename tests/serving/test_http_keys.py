@@ -38,6 +38,21 @@ def test_a_tenant_is_no_administrator(served):
         assert status(raw(address, f"POST {path} HTTP/1.1", *headers)) == 403
 
 
+def test_what_each_key_may_ask_for(served):
+    """Figures name all tenants: a tenant does not see them, and who watches sees nothing else."""
+    service, address, _ = served
+    app = App(service, Keyring(), None)
+    open_to = {"admin": set(app.routes) | set(app.admin_routes), "one": set(app.routes)}
+    open_to["one"] -= {("GET", "/metrics")}
+    open_to["monitor"] = {("GET", "/metrics"), ("GET", "/health/ready"), ("GET", "/health/live")}
+    for name, allowed in open_to.items():
+        for method, path in [*app.routes, *app.admin_routes]:
+            headers = ["Host: localhost", f"Authorization: Bearer {KEYS[name]}"]
+            found = status(raw(address, f"{method} {path} HTTP/1.1", *headers))
+            assert (found != 403) == ((method, path) in allowed), (name, method, path, found)
+            assert found != 401
+
+
 @pytest.mark.parametrize(
     "target",
     [

@@ -43,6 +43,21 @@ def test_a_key_is_its_tenants(tmp_path):
     assert not found.open
 
 
+def test_who_may_watch(tmp_path):
+    watcher = "d" * 16
+    alone = ring(tmp_path, tenants=[tenant("one", KEY)], admin=[digest_of(OTHER)])
+    assert alone.may_watch(KEY.encode()), "there is nobody else"
+    assert alone.may_watch(OTHER.encode())
+    assert not alone.may_watch(None)
+    both = ring(tmp_path, tenants=[tenant("one", KEY), tenant("two", OTHER)], monitor=[digest_of(watcher)])
+    assert both.is_monitor(watcher.encode())
+    assert both.may_watch(watcher.encode())
+    assert both.tenant_of(watcher.encode()) is None
+    assert not both.is_admin(watcher.encode())
+    assert not any(both.may_watch(key) for key in (KEY.encode(), OTHER.encode(), b"nobody's", None))
+    assert Keyring(open=True).may_watch(None)
+
+
 @pytest.mark.parametrize(
     "wrong", [None, b"", KEY.encode()[:-1], KEY.encode() + b" ", KEY.upper().encode(), b"\xff"]
 )
@@ -88,6 +103,7 @@ def test_without_keys_a_server_is_open_but_for_administrators():
 BAD = {
     "tenants is no list": {"tenants": {}},
     "admin: a sha256 is no 64 digits": {"admin": ["abc"]},
+    "monitor: a sha256 is no 64 digits": {"monitor": ["abc"]},
     "a tenant is no object": {"tenants": ["x"]},
     "a tenant has name '../x'": {"tenants": [{"name": "../x", "sha256": "0" * 64}]},
     "tenant 'x': a sha256 is no 64 digits": {"tenants": [{"name": "x", "sha256": "A" * 64}]},

@@ -63,10 +63,12 @@ def ask(client, path="/v1/completions", **more):
     return client.post(path, json={"model": "math", "prompt": "What is 3 * 7?", "max_tokens": 8, **more})
 
 
-def engine_tokens(client):
+def engine_tokens(deployed):
     """Tokens that each engine has made, by its number."""
     found = {}
-    for line in client.get("/metrics").text.splitlines():
+    with client_of(deployed, "admin") as client:
+        text = client.get("/metrics").text
+    for line in text.splitlines():
         if line.startswith("milora_tokens_total{") and 'kind="completion"' in line:
             process = line.split('process="')[1].split('"')[0]
             found[process] = found.get(process, 0.0) + float(line.rsplit(" ", 1)[1])
@@ -86,8 +88,7 @@ def test_two_replicas_answer_alike(deployed):
     for thread in threads:
         thread.join()
     assert len({answer["choices"][0]["text"] for answer in answers}) == 1
-    with client_of(deployed, "one") as client:
-        tokens = engine_tokens(client)
+    tokens = engine_tokens(deployed)
     assert len(tokens) == 2, tokens
     assert sum(tokens.values()) == 16 * 64
 

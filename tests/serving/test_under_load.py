@@ -11,10 +11,11 @@ from tests.serving.harness import KEYS
 
 @pytest.fixture
 def load(served, capsys, monkeypatch):
-    monkeypatch.setenv("KEY_many", KEYS["many"])
+    for name in ("many", "monitor"):
+        monkeypatch.setenv(f"KEY_{name}", KEYS[name])
 
     def run(*more):
-        sizes = ["--prompt", "20", "--key", "KEY_many"]
+        sizes = ["--prompt", "20", "--key", "KEY_many", "--watch-key", "KEY_monitor"]
         main(["--url", served[1], "--models", "math,law,art,base", *sizes, *more])
         return json.loads(capsys.readouterr().out)
 
