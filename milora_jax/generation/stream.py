@@ -12,6 +12,10 @@ CONTEXT = 8
 """Tokens decoded again before new ones: a token's text may depend on those just before it."""
 
 
+CHARACTER = 4
+"""Bytes of the longest character, and so the most tokens that it can be cut into."""
+
+
 class TextStream:
     """The text of one continuation.
 
@@ -62,13 +66,25 @@ class TextStream:
 
     def _whole(self) -> str:
         """The text of all tokens, from what is settled and the tokens since."""
+        whole = self._up_to(len(self.tokens))
+        if len(self.tokens) - self._settled_tokens > 4 * CONTEXT:
+            self._settle(whole)
+        return whole
+
+    def _up_to(self, count: int) -> str:
         start = max(0, self._settled_tokens - CONTEXT)
         before = self._decode(self.tokens[start : self._settled_tokens])
-        window = self._decode(self.tokens[start:])
-        whole = self._settled + window[len(before) :]
-        if len(self.tokens) - self._settled_tokens > 4 * CONTEXT and not whole.endswith(UNFINISHED):
-            self._settled, self._settled_tokens = whole, len(self.tokens)
-        return whole
+        return self._settled + self._decode(self.tokens[start:count])[len(before) :]
+
+    def _settle(self, whole: str) -> None:
+        """Decode the older tokens no more, where the text between two of them is whole."""
+        for count in range(len(self.tokens), len(self.tokens) - CHARACTER, -1):
+            text = whole if count == len(self.tokens) else self._up_to(count)
+            if not text.endswith(UNFINISHED):
+                self._settled, self._settled_tokens = text, count
+                return
+        # No character is that long: these bytes are none, and would be decoded again for every token.
+        self._settled, self._settled_tokens = whole, len(self.tokens)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)

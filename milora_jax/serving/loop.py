@@ -89,12 +89,13 @@ class Job:
 
 @dataclass
 class Counts:
-    """What a loop has done; read by other threads, written by the loop alone."""
+    """What a loop has done, and the rows that are free; read by other threads, written by the loop alone."""
 
     steps: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
     failures: int = 0
+    free_rows: int = 0
     last: float = field(default_factory=time.monotonic)
 
 
@@ -116,7 +117,7 @@ class DeviceLoop:
         self._running: dict[Request, Job] = {}
         self._begun = 0
         self._stopping = self._blocked = False
-        self.counts = Counts()
+        self.counts = Counts(free_rows=engine.free_rows)
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
@@ -198,6 +199,7 @@ class DeviceLoop:
             while self._open_mail():
                 self._fill()
                 self._step()
+                self.counts.free_rows = self._engine.free_rows
                 self.counts.last = time.monotonic()
         except BaseException as error:  # the thread must not die in silence
             self.error = error

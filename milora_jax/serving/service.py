@@ -195,7 +195,7 @@ class Service:
 
     async def state(self) -> tuple[bool, int]:
         """Whether the device loop runs, and how many rows are free."""
-        return self.loop.alive, max(0, self.limits.rows - self.loop.running)
+        return self.loop.alive, self.loop.counts.free_rows
 
     async def figures(self) -> bytes:
         """All counters, in Prometheus' format."""

@@ -117,6 +117,22 @@ def test_a_long_stream_is_decoded_piece_by_piece_and_equals_the_whole():
     assert shown + stream.add([], last=True) == data.decode()
 
 
+def test_bytes_that_are_no_character_are_not_decoded_again_for_ever():
+    class Counting(Bytes):
+        longest = 0
+
+        def decode(self, tokens, skip_special_tokens):
+            self.longest = max(self.longest, len(tokens))
+            return super().decode(tokens, skip_special_tokens)
+
+    tokenizer = Counting()
+    data = b"\xff" * 500 + "and \N{SNOWMAN} after".encode() * 20
+    stream = TextStream(tokenizer)
+    shown = "".join(stream.add([byte], last=False) for byte in data)
+    assert shown + stream.add([], last=True) == data.decode(errors="replace")
+    assert tokenizer.longest < 64
+
+
 def test_a_prompt_that_cannot_be_served_has_an_error_and_the_others_are_as_without_it(model):
     settings = [GenerationSettings(max_new_tokens=6)] * 4
     good = model(settings=settings)

@@ -1,5 +1,6 @@
 """The device loop: a request's tokens are its own, whoever else is there, comes, leaves or fails."""
 
+import dataclasses
 import queue
 import threading
 
@@ -36,16 +37,20 @@ def service(folder, adapters):
 
 
 class Listener:
-    """A job and what is heard of it."""
+    """A job and what is heard of it, with what the loop had counted at the time."""
 
     def __init__(self, service, name, prompt, **settings):
-        self.service, self.news = service, queue.Queue()
+        self.service, self.news, self.counted = service, queue.Queue(), []
         entry = None if name == "base" else service.store.hold(name)
         settings = GenerationSettings(**{"max_new_tokens": 6, "ignore_eos": True, **settings})
-        self.job = Job("tenant", entry, tuple(prompt), settings, self.news.put)
+        self.job = Job("tenant", entry, tuple(prompt), settings, self._hear)
         service.loop.submit(self.job)
         if entry is not None:
             service.store.release(entry)
+
+    def _hear(self, news):
+        self.counted.append(dataclasses.replace(self.service.loop.counts))
+        self.news.put(news)
 
     def end(self):
         """Tokens, log-probabilities and endings of all samples."""
@@ -152,17 +157,24 @@ def test_nothing_is_compiled_after_the_start(service):
     assert b"milora_compiled_programs_total 0.0" in metrics.text()
 
 
+def test_every_sample_has_a_row(service):
+    listener = Listener(service, "math", [5, 6], max_new_tokens=40, num_samples=2)
+    listener.end()
+    assert listener.counted[2].free_rows == service.limits.rows - 2, "after the first token of both"
+
+
 def test_one_who_leaves_frees_the_row_and_disturbs_nobody(service):
     expected = Listener(service, "law", [5, 6], max_new_tokens=40).end()
     stayed = Listener(service, "law", [5, 6], max_new_tokens=40)
     left = Listener(service, "math", [5], max_new_tokens=90)
     left.news.get(timeout=WAIT)
-    before = service.loop.counts.steps
+    before = []
+    service.loop._post(lambda: before.append(service.loop.counts.steps))
     service.loop.end(left.job, 0, "cancelled")
     while (news := left.news.get(timeout=WAIT)).finish is None:
         pass
     assert news.finish == "cancelled"
-    assert service.loop.counts.steps - before <= 2
+    assert left.counted[-1].steps - before[0] <= 2
     assert stayed.end() == expected
     waiting = [Listener(service, "math", [i], max_new_tokens=40) for i in range(12)]
     for listener in waiting[6:]:
