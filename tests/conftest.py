@@ -34,8 +34,13 @@ LONGEST = ("training/test_faults.py", "test_end_to_end.py", "training/test_metho
 """Files that take minutes: they go first, or one worker would run them last while the other waits."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that nobody asked for are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; all others, and the tests of a file, in their order."""
+    """Sort out the sweeps; the longest files first, all others, and the tests of a file, in their order."""
+    for item in items:
+        sweep = item.get_closest_marker("sweep")
+        if sweep is not None and not any(word in item.name.partition("[")[2] for word in sweep.args):
+            item.add_marker(pytest.mark.thorough)
     first = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path, len(first)))
 

@@ -33,6 +33,7 @@ def test_the_budget_falls_by_a_cubic():
     assert found == [100, 100, 50 + 50 * 0.75**3 // 1, 50 + 50 * 0.5**3 // 1, 50, 50]
 
 
+@pytest.mark.thorough
 def test_adalora_ends_with_its_budget_and_what_is_out_stays_out():
     state, steps = prepare(
         TOTAL, method="adalora", rank=2, prune_start=0.1, prune_end=0.5, prune_every=5, initial_rank=6
@@ -151,6 +152,7 @@ def test_ssp_decides_within_the_budget_and_sticks_to_it():
     np.testing.assert_array_equal(again.adapter.method.settle(again.adapter.params).openness, decided)
 
 
+@pytest.mark.thorough
 def test_ssp_searches_by_the_gradient_of_the_dev_rows():
     """Before the decision the gates differ, and a more open gate has more effect."""
     state, _ = train("ssp", 4, search_share=0.9, rank=2)

@@ -40,6 +40,7 @@ def inputs(length, prefix, seed=0):
     return q, k, v, ops.attention_mask(segments, keys, prefix)
 
 
+@pytest.mark.sweep("130-7")
 @pytest.mark.parametrize(
     ("length", "prefix", "size", "scoring"),
     [

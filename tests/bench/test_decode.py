@@ -132,6 +132,7 @@ def test_a_mistake_is_one_line():
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.thorough
 def test_random_weights_have_the_shape_of_the_model():
     abstract = jax.eval_shape(lambda: random_base(LLAMA2_7B, "bfloat16", decode=True))
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == 6_738_415_616

@@ -75,6 +75,7 @@ def command(inputs, monkeypatch):
     return run
 
 
+@pytest.mark.thorough
 def test_a_static_export_is_the_adapter_on_its_modal_route(inputs, command, tmp_path, capsys):
     rows = inputs / "rows.jsonl"
     command(tmp_path / "static", "static", "--calibration", rows, "--limit", 4, "--max-new-tokens", 6)

@@ -104,6 +104,7 @@ def test_cells_and_studies_are_known_by_content_not_by_place(tmp_path):
         claim_study(tmp_path / "study", moved)
 
 
+@pytest.mark.thorough
 def test_compiled_programs_make_room_before_a_process_has_too_many(monkeypatch, tmp_path):
     from milora_jax.evaluation.study import cells
 
@@ -197,6 +198,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(name, tmp_path):
     arguments, message = MISTAKES[name]

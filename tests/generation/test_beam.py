@@ -32,6 +32,7 @@ def log_probability(adapter, prompt, tokens):
     return sum(logprobs[len(prompt) - 1 + i, token] for i, token in enumerate(tokens))
 
 
+@pytest.mark.thorough
 def test_one_beam_is_greedy():
     prompts = [text(i, 5 + i) for i in range(3)]
     for found, expected in zip(
@@ -40,6 +41,7 @@ def test_one_beam_is_greedy():
         assert list(found.tokens) == expected
 
 
+@pytest.mark.sweep("milora")
 @pytest.mark.parametrize("method", [None, "milora", "moelora", "iapt"])
 def test_the_score_is_that_of_the_tokens(method):
     """Ancestry, positions and masks are right: a full forward pass gives the same log-probability."""
@@ -80,6 +82,7 @@ def test_a_beam_as_wide_as_everything_finds_the_best_of_all():
     np.testing.assert_allclose(found.score, scores[best], rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_prompts_do_not_see_each_other():
     prompts = [text(i, 4 + i) for i in range(3)]
     together = search(make_adapter(), prompts)

@@ -50,6 +50,7 @@ def one_step(base, adapter, token, position, route, cache):
     return forward(base, TINY, token, position, ones, adapter=adapter, route_weights=route, cache=cache)
 
 
+@pytest.mark.sweep("milora")
 @pytest.mark.parametrize("method", [None, "milora", "lora"])
 def test_cached_decode_equals_the_full_forward(method):
     adapter, prompt = None if method is None else make_adapter(method=method), text(0, 9)
@@ -192,6 +193,7 @@ def dots(program):
     return len(re.findall(r" dot\(", program))
 
 
+@pytest.mark.sweep("milora")
 @pytest.mark.parametrize("method", ["lora", "milora", "moelora", "dora", "midora"])
 def test_few_more_products_than_the_base(method):
     """At most 8 per layer; MOELoRA's own routers, which run at every token, come on top."""

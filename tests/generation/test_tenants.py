@@ -39,6 +39,7 @@ def together(bank, work, rows=4, new=8):
     return [request.tokens[0] for request in made]
 
 
+@pytest.mark.sweep("milora-gathered", "milora-tpu")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", ["milora", "lora"])
 def test_every_path_gives_each_row_its_own_adapter(path, method):
@@ -50,6 +51,7 @@ def test_every_path_gives_each_row_its_own_adapter(path, method):
     assert len({tuple(tokens) for tokens in together(bank, [(text(0, 6), i) for i in range(SLOTS)])}) == SLOTS
 
 
+@pytest.mark.sweep("dora")
 @pytest.mark.parametrize(
     "method",
     [
@@ -160,6 +162,7 @@ def test_the_path_follows_from_bank_and_machine():
     assert choose_path(dora, 64, "gpu") == "gathered"
 
 
+@pytest.mark.sweep("-0", "-1", "-5")
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("platform", ["tpu interpreted", "gpu interpreted"])
 def test_the_kernel_equals_its_reference(seed, platform):

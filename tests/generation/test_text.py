@@ -176,6 +176,7 @@ def test_tenants_by_name(model):
             np.testing.assert_allclose(answer.route, alone.route, atol=1e-6)
 
 
+@pytest.mark.sweep("milora")
 @pytest.mark.parametrize("method", ["milora", "lora", "adalora"])
 def test_merging_gives_the_same_tokens(model, method):
     adapter = model.adapter(method=method)
@@ -191,6 +192,7 @@ def test_what_is_more_than_pairs_is_not_merged(model):
         model(adapter=model.adapter(method="dora"), merge=True)
 
 
+@pytest.mark.thorough
 def test_beams_and_others_in_one_call(model):
     settings = [GenerationSettings(max_new_tokens=6, num_beams=beams) for beams in (1, 3, 3, 1)]
     found = model(adapter=model.adapter(), settings=settings)
@@ -212,6 +214,7 @@ def command(*arguments, given=""):
     )
 
 
+@pytest.mark.thorough
 def test_the_command_takes_prompts_files_and_standard_input(model, tmp_path):
     limits = ["--base", model.folder, "--max-new-tokens", 5, "--json"]
     rows = tmp_path / "rows.jsonl"
@@ -226,6 +229,7 @@ def test_the_command_takes_prompts_files_and_standard_input(model, tmp_path):
     assert shown.stdout == again["samples"][0]["text"] + "\n"
 
 
+@pytest.mark.sweep("nowhere")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

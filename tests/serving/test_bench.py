@@ -95,6 +95,7 @@ def test_what_cannot_be_measured_is_refused(arguments, message):
         main(arguments)
 
 
+@pytest.mark.thorough
 def test_a_random_model_with_a_tokenizer_of_all_its_words(tmp_path, capsys, monkeypatch):
     """And with adapters: all that the engine beside a server needs."""
     from milora_jax.data.tokens import load_tokenizer

@@ -89,6 +89,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.sweep("open to all")
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(folder, name, monkeypatch, capsys):
     import serve

@@ -51,6 +51,7 @@ def logprobs(answer):
     return [each.logprob for sample in answer[1] for each in sample]
 
 
+@pytest.mark.thorough
 def test_two_devices_say_what_one_says_and_compile_nothing_late(folder, adapters):
     rng = np.random.default_rng(3)
     requests = [(*each, {**more, "num_samples": 1}) for *each, more in map(random_request, [rng] * 16)]
@@ -90,6 +91,7 @@ def test_a_base_is_read_apart_as_it_is_unrolled(folder, adapters, quantize):
     jax.tree.map(np.testing.assert_array_equal, read, made)
 
 
+@pytest.mark.sweep("num_heads")
 @pytest.mark.parametrize(
     ("devices", "message"), [(0, "tensor is 0"), (9, "tensor is 9"), (8, "num_heads is 4")]
 )

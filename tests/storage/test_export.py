@@ -146,6 +146,7 @@ def both(out):
             (second / "of the second").write_text("y")
 
 
+@pytest.mark.thorough
 def test_an_export_that_is_ended_leaves_nothing(run, model, tmp_path):
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         code = f"""

@@ -111,6 +111,7 @@ def test_a_route_moves_with_the_prompt():
     assert len({(route != 0).tobytes() for route in routes}) > 1
 
 
+@pytest.mark.sweep("straight_through-3")
 @pytest.mark.parametrize(("gate", "top_k"), [*((gate, 3) for gate in GATES), (GATES[0], 1), (GATES[0], 6)])
 def test_unchosen_experts_get_no_gradient(gate, top_k):
     adapter = make_adapter(gate=gate, top_k=top_k)
@@ -161,6 +162,7 @@ def test_a_router_needs_a_prompt_or_a_route():
         run(adapter, batch, key=None)
 
 
+@pytest.mark.sweep("attention")
 @pytest.mark.parametrize("pooler", POOLERS)
 def test_packed_equals_unpacked(pooler):
     adapter = make_adapter(pooler=pooler, gate="softmax")

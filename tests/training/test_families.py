@@ -52,6 +52,7 @@ def logits_of(base, config, adapter, batch):
     return unembed(base, config, output.hidden)
 
 
+@pytest.mark.sweep("milora")
 @pytest.mark.parametrize("name", [pytest.param("gemma2", marks=pytest.mark.slow), "gemma3_text"])
 @pytest.mark.parametrize("method", ["milora", "p_tuning_v2"])
 def test_packed_equals_unpacked(name, method):
@@ -74,6 +75,7 @@ def test_packed_equals_unpacked(name, method):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), one_grads, many_grads)
 
 
+@pytest.mark.sweep("milora")
 @pytest.mark.parametrize(("name", "method"), [("gemma3_text", "milora"), ("gemma2", "p_tuning_v2")])
 def test_decoding_past_the_window_equals_the_full_forward(name, method):
     base, config, adapter = ready(name, method)
@@ -89,6 +91,7 @@ def test_decoding_past_the_window_equals_the_full_forward(name, method):
         np.testing.assert_array_equal(np.argmax(found, axis=-1), new)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["gemma3_text"])
 def test_beams_past_the_window_have_the_score_of_their_tokens(name):
     base, config, adapter = ready(name, "milora")

@@ -86,10 +86,15 @@ def undisturbed(inputs, tmp_path_factory):
     return workdir
 
 
-def test_kill_nine_anywhere_in_a_save_and_resume_bit_for_bit(inputs, undisturbed, tmp_path):
+EVERYWHERE = tuple(f"{name}:{count}" for count in (2, 3) for name in FAILPOINTS)
+"""Every point of a save, in the second and in the third one of a life."""
+
+
+@pytest.mark.sweep("once")
+@pytest.mark.parametrize("kills", [EVERYWHERE[5:6], EVERYWHERE], ids=["once", "everywhere"])
+def test_kill_nine_in_a_save_and_resume_bit_for_bit(inputs, undisturbed, tmp_path, kills):
     workdir = tmp_path / "killed"
-    kills = [f"{name}:{count}" for count in (2, 3) for name in FAILPOINTS]
-    assert len(kills) >= 12
+    assert len(EVERYWHERE) >= 12
     for failpoint in kills:
         before = steps_of(workdir)[-1:] or [0]
         result = life(inputs, workdir, failpoint)
@@ -114,6 +119,7 @@ def wait_for_step(workdir, step):
     raise AssertionError(f"step {step} never came")
 
 
+@pytest.mark.thorough
 def test_sigterm_saves_and_a_second_run_is_refused(inputs, undisturbed, tmp_path):
     workdir = tmp_path / "preempted"
     slow = {"train.save_every": 1000}
@@ -134,6 +140,7 @@ def test_sigterm_saves_and_a_second_run_is_refused(inputs, undisturbed, tmp_path
     assert_same_end(workdir, undisturbed)
 
 
+@pytest.mark.thorough
 def test_non_finite_updates_stop_the_run_and_spoil_nothing(inputs, tmp_path):
     workdir = tmp_path / "poisoned"
     result = life(inputs, workdir, **{"train.learning_rate": 1e38, "train.clip_norm": 0.0})
@@ -153,6 +160,7 @@ def test_updates_of_theta_that_are_never_finite_stop_the_run(inputs, tmp_path):
     assert result.stderr.splitlines()[-1].startswith("error: 5 updates in a row")
 
 
+@pytest.mark.thorough
 def test_sigterm_while_scoring_ends_with_the_code_that_asks_for_more(inputs, tmp_path):
     workdir = tmp_path / "scoring"
     settings = {"data.test": inputs / "rows.jsonl", "eval.batch_size": 2, "eval.max_new_tokens": 40}
@@ -177,6 +185,7 @@ def damage(step):
         file.write(b" ")
 
 
+@pytest.mark.thorough
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(inputs, undisturbed, tmp_path):
     workdir = tmp_path / "damaged"
     shutil.copytree(undisturbed, workdir)
@@ -188,6 +197,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(inputs, un
     assert (workdir / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
 
 
+@pytest.mark.thorough
 def test_a_run_whose_best_adapter_is_damaged_says_so(inputs, undisturbed, tmp_path):
     workdir = tmp_path / "damaged"
     shutil.copytree(undisturbed, workdir)
@@ -198,6 +208,7 @@ def test_a_run_whose_best_adapter_is_damaged_says_so(inputs, undisturbed, tmp_pa
     assert f"best/{best} is damaged: metadata.json" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.thorough
 def test_another_base_under_the_same_name_is_refused(inputs, undisturbed):
     path = inputs / "model" / "model.safetensors"
     content = path.read_bytes()
@@ -210,6 +221,7 @@ def test_another_base_under_the_same_name_is_refused(inputs, undisturbed):
     assert "the files of the base changed since step 30" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.thorough
 def test_another_config_is_refused_and_the_same_one_is_not_trained_again(inputs, undisturbed):
     before = (undisturbed / "metrics.jsonl").read_text()
     other = life(inputs, undisturbed, **{"adapter.top_k": 2})
@@ -219,6 +231,7 @@ def test_another_config_is_refused_and_the_same_one_is_not_trained_again(inputs,
     assert (undisturbed / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.thorough
 def test_changed_rows_are_refused(inputs, undisturbed):
     path = inputs / "rows.jsonl"
     text = path.read_text()

@@ -72,6 +72,7 @@ def logits_at_once(program):
     return max(math.prod(shape[:-1]) for shape in with_vocabulary)
 
 
+@pytest.mark.thorough
 def test_the_logits_of_all_tokens_never_exist():
     for chunk in (ODD.tokens.size, 20):
         assert logits_at_once(compiled(ODD, loss_chunk=chunk)[0].as_text()) == chunk

@@ -90,6 +90,7 @@ def test_a_resumed_run_is_the_undisturbed_one_and_its_adapter_generates(method, 
     assert (answers[0].route is None) == (not adapter.method.routes)
 
 
+@pytest.mark.thorough
 def test_the_health_of_the_routes_is_logged_and_survives_a_resume(prepared, tmp_path):
     run, steps = prepared
     run = dataclasses.replace(
@@ -111,6 +112,7 @@ def test_the_health_of_the_routes_is_logged_and_survives_a_resume(prepared, tmp_
         assert all(margin >= 0 for margin in line["route_margin"])
 
 
+@pytest.mark.thorough
 def test_the_next_rows_are_placed_before_anything_waits(prepared, tmp_path, monkeypatch):
     """While the devices take a step; after it they would wait for the host."""
     run, steps = prepared

@@ -105,6 +105,7 @@ def test_a_router_that_ignored_segments_would_be_seen():
     assert any(differ)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("settings", [{}, pytest.param({"method": "lora"}, marks=pytest.mark.slow)], ids=str)
 def test_a_step_in_parts_is_the_whole_step(settings):
     whole = TrainSection(learning_rate=1e-2, coefficient_learning_rate=1e-2)

@@ -37,6 +37,7 @@ def step(layout=None):
     return make_steps(QUANTIZABLE, SETTINGS, TOTAL, 1, layout).train
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("quantize", "method"),
     [

@@ -48,6 +48,7 @@ def same(one, other):
     return jax.tree.map(lambda a, b: bool((a == b).all()), one, other)
 
 
+@pytest.mark.sweep("milora")
 @pytest.mark.parametrize("method", ["milora", "lora", "adalora", "iapt", "ia3"])
 def test_steps_compile_once_and_lower_the_loss(method):
     state, steps = prepare(method=method)
@@ -66,6 +67,7 @@ def test_steps_compile_once_and_lower_the_loss(method):
         assert float(metrics.load_balance) >= 1 - 1e-5  # its minimum, reached by an even load
 
 
+@pytest.mark.thorough
 def test_the_load_balance_term_is_weighed_by_lambda():
     found = {}
     for weight in (0.0, 0.5):
@@ -117,6 +119,7 @@ def test_the_two_optimisers_change_what_is_theirs():
     assert int(state.step) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["milora", pytest.param("moelora", marks=pytest.mark.slow)])
 def test_routers_have_their_own_multiple_of_the_learning_rate(method):
     """Adam's first update is the learning rate itself, up to the sign: once as far, and ten times."""
@@ -141,6 +144,7 @@ def test_routers_have_their_own_multiple_of_the_learning_rate(method):
         assert not routes or 5 * once < ten < 20 * once, path
 
 
+@pytest.mark.thorough
 def test_the_rate_of_theta_is_no_routers_rate():
     def update(factor):
         state, steps = prepare(settings=dataclasses.replace(SETTINGS, router_rate=factor))
@@ -150,6 +154,7 @@ def test_the_rate_of_theta_is_no_routers_rate():
     np.testing.assert_array_equal(update(1.0), update(10.0))
 
 
+@pytest.mark.sweep("joint")
 @pytest.mark.parametrize("coefficients", ["joint", "frozen"])
 def test_coefficients_may_be_trained_with_the_rest_or_not_at_all(coefficients):
     state, steps = prepare(coefficients=coefficients)
@@ -218,6 +223,7 @@ def poisoned(base):
     return type(base)(base.embedding[...], base.layers, bad, base.head[...])
 
 
+@pytest.mark.sweep("train")
 @pytest.mark.parametrize("which", ["train", "coefficients"])
 def test_an_update_that_is_not_finite_is_skipped_and_counted(which):
     state, steps = prepare()
