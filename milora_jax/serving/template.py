@@ -14,6 +14,9 @@ from milora_jax.errors import UserError, printable
 CPU_SECONDS, BYTES = 20, 4 * 2**30
 """Of the process, most of both for reading the tokenizer: a template itself takes a millisecond."""
 
+PATIENCE = 15
+"""Times CPU_SECONDS that are waited for: on a busy machine a process gets a small part of its time."""
+
 TRIAL = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
@@ -47,7 +50,7 @@ def require_tame_template(directory: Path) -> None:
             [sys.executable, "-c", program, str(directory)],
             capture_output=True,
             text=True,
-            timeout=2 * CPU_SECONDS,
+            timeout=PATIENCE * CPU_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:

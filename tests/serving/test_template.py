@@ -1,7 +1,6 @@
 """A model's chat template is tried before it is served."""
 
 import json
-import time
 
 import pytest
 
@@ -44,7 +43,5 @@ def test_an_ordinary_one_and_none_are_served(model, text):
 @pytest.mark.parametrize("name", BOMBS)
 def test_one_that_takes_too_much_is_refused(model, name, monkeypatch):
     monkeypatch.setattr(template, "CPU_SECONDS", 8)
-    begin = time.monotonic()
     with pytest.raises(UserError, match="the chat template is not"):
         require_tame_template(with_template(model, BOMBS[name]))
-    assert time.monotonic() - begin < 60
