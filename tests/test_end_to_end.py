@@ -103,10 +103,10 @@ def test_the_evaluation_command_repeats_the_accuracy(workdir, folder, monkeypatc
     assert found["accuracy"] == summary["accuracy"]["adapter"]
     again = (tmp_path / "p.jsonl").read_text()
     assert again == (workdir / "predictions.jsonl").read_text()
-    one = ["--data", str(folder / "maths.jsonl"), "--task", "aqua", "--limit", "2"]
+    one = ["--data", str(folder / "maths.jsonl"), "--task", "svamp", "--limit", "2"]
     monkeypatch.setattr(sys, "argv", ["evaluation", *where[:4], *one])
     evaluation.main()
-    assert json.loads(capsys.readouterr().out)["rows"] == {"aqua": 2}
+    assert json.loads(capsys.readouterr().out)["rows"] == {"SVAMP": 2}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_evaluation_command_repeats_the_accuracy(workdir, folder, monkeypatc
         (["--workdir", "nowhere"], "'nowhere' is no workdir"),
         (["--workdir", "{workdir}", "--data", "no.jsonl"], "no.jsonl: no such file"),
         (["--workdir", "{workdir}", "--limit", "-1"], "eval.limit is -1"),
-        (["--workdir", "{workdir}", "--task", "x"], "--task 'x' names one task"),
+        (["--workdir", "{workdir}", "--task", "x"], "no task is called 'x'"),
         (["--workdir", "{workdir}", "--predictions", "no/p.jsonl"], "no such directory as 'no'"),
     ],
 )

@@ -1,7 +1,8 @@
 """How an answer is read out of generated text: the rules of the LLM-Adapters project.
 
-Choices take the first match anywhere in the text, case-sensitively; numbers the last number. ``letter``
-is the project's rule for AQuA, which reads "Because" as B; ``letter_strict`` reads "answer is (X)" only.
+Choices take the first match anywhere in the text, case-sensitively; numbers the last number. A strict rule
+stands beside each choice: whole words only; and beside the project's rule for letters, which reads "Because"
+as B, one that reads "answer is (X)" only. docs/evaluation.md has them in a table.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ class Rule:
     Attributes:
       extract: generated text to the answer in it, "" where there is none.
       matches: whether an extracted answer equals a gold answer.
+      is_gold: whether a text is, as a whole, an answer that this rule can read.
     """
 
     name: str
     extract: Callable[[str], str]
     matches: Callable[[str, str], bool]
+    is_gold: Callable[[str], bool]
 
 
 def _first(pattern: str) -> Callable[[str], str]:
@@ -38,9 +41,16 @@ def _first(pattern: str) -> Callable[[str], str]:
     return extract
 
 
+_NUMBER = re.compile(r"-?\d+\.?\d*")
+
+
 def _last_number(text: str) -> str:
-    found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
+    found = _NUMBER.findall(text.replace(",", ""))
     return found[-1] if found else ""
+
+
+def _is_number(text: str) -> bool:
+    return _NUMBER.fullmatch(text.strip().replace(",", "")) is not None
 
 
 def _same_text(prediction: str, gold: str) -> bool:
@@ -54,59 +64,52 @@ def _same_number(prediction: str, gold: str) -> bool:
     return abs(float(prediction) - float(expected)) <= NUMBER_TOLERANCE
 
 
-def _choice(name: str, options: Sequence[str]) -> Rule:
-    return Rule(name, _first("|".join(options)), _same_text)
+def _choice(name: str, options: Sequence[str], pattern: str) -> Rule:
+    return Rule(name, _first(pattern), _same_text, lambda gold: gold.strip() in options)
 
+
+CHOICES = {
+    "true_false": ("true", "false"),
+    "solution": ("solution1", "solution2"),
+    "answer": tuple(f"answer{i}" for i in range(1, 6)),
+    "ending": tuple(f"ending{i}" for i in range(1, 5)),
+    "option": ("option1", "option2"),
+    "letter": tuple("ABCDE"),
+}
+"""The answers among which each rule for choices looks."""
+
+STRICT_PATTERNS = {
+    **{name: rf"\b(?:{'|'.join(options)})\b" for name, options in CHOICES.items()},
+    "letter": r"answer is \(?([A-E])\b",
+}
 
 RULES = {
-    rule.name: rule
-    for rule in (
-        _choice("true_false", ("true", "false")),
-        _choice("solution", ("solution1", "solution2")),
-        _choice("answer", tuple(f"answer{i}" for i in range(1, 6))),
-        _choice("ending", tuple(f"ending{i}" for i in range(1, 5))),
-        _choice("option", ("option1", "option2")),
-        Rule("number", _last_number, _same_number),
-        _choice("letter", tuple("ABCDE")),
-        Rule("letter_strict", _first(r"answer is \(?([A-E])\b"), _same_text),
-        Rule("text", str.strip, _same_text),
-    )
+    **{name: _choice(name, options, "|".join(options)) for name, options in CHOICES.items()},
+    "number": Rule("number", _last_number, _same_number, _is_number),
+    "text": Rule("text", str.strip, _same_text, lambda gold: bool(gold.strip())),
 }
-"""Every rule by name, narrowest first."""
+"""The rules of LLM-Adapters by name, and ``text``, which compares all of an answer."""
 
-TASK_RULES = {
-    "boolq": "true_false",
-    "piqa": "solution",
-    "social_i_qa": "answer",
-    "arc-easy": "answer",
-    "arc-challenge": "answer",
-    "openbookqa": "answer",
-    "hellaswag": "ending",
-    "winogrande": "option",
-    "gsm8k": "number",
-    "svamp": "number",
-    "mawps": "number",
-    "addsub": "number",
-    "multiarith": "number",
-    "singleeq": "number",
-    "aqua": "letter",
-    "aqua-strict": "letter_strict",
-}
-"""Rules of the LLM-Adapters tasks, by lower-case name."""
+NARROWEST_FIRST = ("true_false", "solution", "answer", "ending", "option", "number", "letter", "text")
+"""The order in which a rule is looked for by the gold answers."""
 
 
-def rule_for(task: str, golds: Sequence[str]) -> Rule:
-    """The rule of a known task, else the narrowest one that reads every gold answer as itself.
+def strict(rule: Rule) -> Rule:
+    """The strict rule beside one of :data:`RULES`; numbers and texts have none, and are their own.
 
-    >>> rule_for("mine", ["true", "false"]).name, rule_for("mine", ["12", "3.5"]).name
+    >>> RULES["letter"].extract("Because it is (A)"), strict(RULES["letter"]).extract("the answer is (A)")
+    ('B', 'A')
+    """
+    if rule.name not in STRICT_PATTERNS:
+        return rule
+    return _choice(f"{rule.name}_strict", CHOICES[rule.name], STRICT_PATTERNS[rule.name])
+
+
+def narrowest_rule(golds: Sequence[str]) -> Rule:
+    """The narrowest rule by which every gold answer is an answer.
+
+    >>> narrowest_rule(["true", "false"]).name, narrowest_rule(["12", "3.5"]).name
     ('true_false', 'number')
     """
-    known = TASK_RULES.get(task.lower())
-    if known is not None:
-        return RULES[known]
-    fits = (
-        rule
-        for rule in RULES.values()
-        if rule.name != "letter_strict" and all(rule.extract(gold) == gold.strip() for gold in golds)
-    )
-    return next(fits)
+    fits = (name for name in NARROWEST_FIRST if all(RULES[name].is_gold(gold) for gold in golds))
+    return RULES[next(fits, "text")]

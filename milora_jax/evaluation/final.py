@@ -17,7 +17,14 @@ from milora_jax.cli import Console, stop_if
 from milora_jax.data.prompts import shown_prompt
 from milora_jax.data.records import fingerprint
 from milora_jax.evaluation.report import accuracy_table, plot_health, plot_routing
-from milora_jax.evaluation.score import TaskScore, accuracies, limited, score_task, write_predictions
+from milora_jax.evaluation.score import (
+    PREFILL_ROWS,
+    TaskScore,
+    accuracies,
+    limited,
+    score_task,
+    write_predictions,
+)
 from milora_jax.parallel.rules import state_shardings
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.checkpoint import read_metadata
@@ -28,9 +35,6 @@ from milora_jax.training.workdir import METRICS_NAME
 from milora_jax.types import EXPERTS
 
 BASE_SCORES_NAME = "base_accuracy.json"
-
-PREFILL_ROWS = 8
-"""Prompts prefilled together; on more devices than this, one each."""
 
 
 def evaluate_base(
@@ -95,7 +99,7 @@ def score_tests(
     if adapter is not None:
         placed: Adapter = jax.device_put(adapter, state_shardings(run.mesh, run.rules, adapter))
         adapter = adapter_decode_layout(placed, base)
-    # Every device takes as many prompts as the others.
+    # Every device takes as many prompts as the others; on more devices than PREFILL_ROWS, one each.
     prefill_rows = run.mesh.size * max(1, PREFILL_ROWS // run.mesh.size)
     return [
         score_task(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,23 @@ def accuracy_table(base: dict[str, float], adapter: dict[str, float]) -> str:
     lines += [f"{task:<{width}}  {100 * base[task]:5.1f}%  {100 * adapter[task]:6.1f}%" for task in adapter]
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def score_table(scores: Sequence[TaskScore]) -> str:
+    """Accuracy of each task in percent with its Wilson interval, rows, and answers that were not read."""
+    width = max(len("task"), *(len(score.task) for score in scores))
+    lines = [f"{'task':<{width}}  {'right':>6}  {'95 % interval':>15}  {'rows':>6}  {'unread':>6}"]
+    for score in scores:
+        low, high = 100 * score.interval.low, 100 * score.interval.high
+        between = f"{low:.1f} to {high:.1f}%"
+        lines.append(
+            f"{score.task:<{width}}  {100 * score.accuracy:5.1f}%  {between:>15}  "
+            f"{len(score.predictions):>6}  {score.unread:>6}"
+        )
+    if len(scores) > 1:
+        mean = sum(score.accuracy for score in scores) / len(scores)
+        lines.append(f"{'mean':<{width}}  {100 * mean:5.1f}%")
+    return "\n".join(lines)
 
 
 def plot_routing(path: Path, scores: list[TaskScore]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,38 +17,113 @@ from milora_jax.config import EvalSection
 from milora_jax.data.records import Record
 from milora_jax.data.tokens import encode_question
 from milora_jax.errors import UserError
-from milora_jax.evaluation.extraction import rule_for
-from milora_jax.generation.text import generate
+from milora_jax.evaluation.extraction import Rule
+from milora_jax.evaluation.statistics import Interval, wilson_interval
+from milora_jax.evaluation.tasks import rule_for
+from milora_jax.generation.text import Answer, generate
 from milora_jax.model_config import ModelConfig
 from milora_jax.storage.files import write_atomic
-from milora_jax.types import Batch
+from milora_jax.types import EXPERTS, Batch
+
+LETTERS = tuple(name[0].upper() for name in EXPERTS)
+"""The paper's names of the experts, Q K V O G U D, in their order."""
+
+PREFILL_ROWS = 8
+"""Prompts prefilled together."""
+
+CompactRoute = list[dict[str, float]]
+"""For each layer the letters of the experts that the prompt chose, each with its weight."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One scored row."""
+    """One scored row: a line of the predictions file.
+
+    Attributes:
+      row: its place in the task's file, from 0.
+      gold: the right answer.
+      generated: what the model wrote.
+      rule: by which the answer was read, see ``evaluation.extraction``.
+      extracted: what it read; "" where it found nothing.
+      unread: it found nothing; such a row counts as wrong.
+      route: None without a router.
+    """
 
     task: str
+    row: int
     instruction: str
     gold: str
     generated: str
+    rule: str
     extracted: str
+    unread: bool
     correct: bool
+    route: CompactRoute | None
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task's result.
-
-    Attributes:
-      accuracy: share of correct rows, 0 to 1.
-      expert_share: share of the prompts that chose each expert, ``[L, E]``; None without a router.
-    """
+    """One task's result."""
 
     task: str
-    accuracy: float
     predictions: list[Prediction]
-    expert_share: np.ndarray | None
+
+    @property
+    def correct(self) -> int:
+        """Rows answered right."""
+        return sum(prediction.correct for prediction in self.predictions)
+
+    @property
+    def unread(self) -> int:
+        """Rows in whose answer the rule found nothing."""
+        return sum(prediction.unread for prediction in self.predictions)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct rows, 0 to 1."""
+        return self.correct / len(self.predictions)
+
+    @property
+    def interval(self) -> Interval:
+        """The accuracy and its Wilson interval."""
+        return wilson_interval(self.correct, len(self.predictions))
+
+    @property
+    def expert_share(self) -> np.ndarray | None:
+        """Share of the prompts that chose each expert, ``[L, E]``; None without a router."""
+        routes = [prediction.route for prediction in self.predictions if prediction.route is not None]
+        if not routes:
+            return None
+        chosen = [[[letter in layer for letter in LETTERS] for layer in route] for route in routes]
+        return np.mean(chosen, axis=0)
+
+
+def compact_route(route: np.ndarray) -> CompactRoute:
+    """A route ``[L, E]`` with the chosen experts only; weights to six decimals.
+
+    >>> compact_route(np.array([[0, 0, 1.0, 0, 0, 0, 0.25]]))
+    [{'V': 1.0, 'D': 0.25}]
+    """
+    return [
+        {letter: round(float(w), 6) for letter, w in zip(LETTERS, layer, strict=True) if w} for layer in route
+    ]
+
+
+def judge(task: str, row: int, record: Record, rule: Rule, answer: Answer) -> Prediction:
+    """Read an answer and compare it with the gold one."""
+    extracted = rule.extract(answer.text)
+    return Prediction(
+        task=task,
+        row=row,
+        instruction=record.instruction,
+        gold=record.answer,
+        generated=answer.text,
+        rule=rule.name,
+        extracted=extracted,
+        unread=not extracted,
+        correct=rule.matches(extracted, record.answer),
+        route=None if answer.route is None else compact_route(answer.route),
+    )
 
 
 def limited(records: list[Record], limit: int) -> list[Record]:
@@ -91,20 +166,11 @@ def score_task(
         place=place,
         progress=progress,
     )
-    predictions = []
-    for record, answer in zip(records, answers, strict=True):
-        extracted = rule.extract(answer.text)
-        correct = rule.matches(extracted, record.answer)
-        predictions.append(
-            Prediction(task, record.instruction, record.answer, answer.text, str(extracted), correct)
-        )
-    routes = [answer.route for answer in answers if answer.route is not None]
-    share = np.mean([route != 0 for route in routes], axis=0) if routes else None
-    accuracy = sum(p.correct for p in predictions) / len(predictions)
-    return TaskScore(task, accuracy, predictions, share)
+    pairs = enumerate(zip(records, answers, strict=True))
+    return TaskScore(task, [judge(task, row, record, rule, answer) for row, (record, answer) in pairs])
 
 
-def accuracies(scores: list[TaskScore]) -> dict[str, float]:
+def accuracies(scores: Sequence[TaskScore]) -> dict[str, float]:
     """Accuracy by task, and their unweighted mean as ``mean``."""
     by_task = {score.task: score.accuracy for score in scores}
     if "mean" in by_task:
@@ -112,11 +178,12 @@ def accuracies(scores: list[TaskScore]) -> dict[str, float]:
     return {**by_task, "mean": sum(by_task.values()) / len(by_task)}
 
 
-def write_predictions(path: Path, scores: list[TaskScore]) -> None:
+def prediction_line(prediction: Prediction) -> str:
+    """A line of the predictions file, without its end."""
+    return json.dumps(asdict(prediction), ensure_ascii=False)
+
+
+def write_predictions(path: Path, scores: Sequence[TaskScore]) -> None:
     """One JSON object a line, one per scored row."""
-    lines = [
-        json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
-        for score in scores
-        for prediction in score.predictions
-    ]
+    lines = [prediction_line(prediction) + "\n" for score in scores for prediction in score.predictions]
     write_atomic(path, "".join(lines).encode())

@@ -2,8 +2,7 @@
 
 import pytest
 
-from milora_jax.data.records import Source, read_records
-from milora_jax.evaluation.extraction import RULES, rule_for
+from milora_jax.evaluation.extraction import CHOICES, NARROWEST_FIRST, RULES, narrowest_rule, strict
 
 CASES = [
     ("true_false", "the correct answer is true", "true"),
@@ -20,8 +19,6 @@ CASES = [
     ("number", "none", ""),
     ("letter", "Because it is B", "B"),
     ("letter", "answer is (D)", "D"),
-    ("letter_strict", "Because the answer is (D)", "D"),
-    ("letter_strict", "D", ""),
     ("text", "  dog, cat \n", "dog, cat"),
 ]
 
@@ -49,23 +46,56 @@ def test_what_counts_as_right(rule, prediction, gold, right):
     assert RULES[rule].matches(prediction, gold) is right
 
 
-def test_a_rule_is_found_by_name_or_by_the_golds():
-    assert rule_for("GSM8K", ["x"]).name == "number"
-    assert rule_for("ARC-Challenge", ["answer1"]).name == "answer"
-    assert rule_for("mine", ["ending1", "ending4"]).name == "ending"
-    assert rule_for("mine", ["12", "word"]).name == "text"
+@pytest.mark.parametrize(
+    ("rule", "text", "original", "read"),
+    [
+        ("letter", "Because the answer is (D)", "B", "D"),
+        ("letter", "the answer is D.", "D", "D"),
+        ("letter", "the answer is Dry", "D", ""),
+        ("letter", "Answer: D", "A", ""),
+        ("true_false", "a falsehood, so true", "false", "true"),
+        ("true_false", "untrue", "true", ""),
+        ("answer", "the correct answer is answer12", "answer1", ""),
+        ("answer", "the correct answer is answer2.", "answer2", "answer2"),
+        ("ending", "ending45, ending3", "ending4", "ending3"),
+        ("solution", "solution20", "solution2", ""),
+        ("option", "myoption1 or option2", "option1", "option2"),
+    ],
+)
+def test_where_the_strict_rule_reads_something_else(rule, text, original, read):
+    assert RULES[rule].extract(text) == original
+    assert strict(RULES[rule]).extract(text) == read
 
 
-@pytest.mark.parametrize("task", ["boolq", "ARC-Easy", "openbookqa"])
-def test_every_real_gold_output_scores_as_right(shared_data, task):
-    records = read_records(Source(task, str(shared_data / "llm_adapters" / task / "test.json")), scored=True)
-    rule = rule_for(task, [record.answer for record in records])
-    assert all(rule.matches(rule.extract(record.output), record.answer) for record in records)
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_strict_rule_reads_the_answers_of_the_data_as_the_original_does(name):
+    sentence = "the answer is ({})" if name == "letter" else "the correct answer is {}"
+    for rule in (RULES[name], strict(RULES[name])):
+        for option in CHOICES[name]:
+            assert rule.extract(sentence.format(option)) == option
+            assert rule.is_gold(option)
+            assert not rule.is_gold(f"{option}x")
 
 
-@pytest.mark.parametrize("task", ["AQuA", "gsm8k"])
-def test_every_real_gold_answer_scores_as_right(shared_data, task):
-    """Their outputs are rationales of another model, many of them wrong."""
-    records = read_records(Source(task, str(shared_data / "llm_adapters" / task / "test.json")), scored=True)
-    rule = rule_for(task, [record.answer for record in records])
-    assert all(rule.matches(rule.extract(record.answer), record.answer) for record in records)
+def test_numbers_and_texts_have_no_strict_rule():
+    assert strict(RULES["number"]) is RULES["number"]
+    assert strict(RULES["text"]) is RULES["text"]
+
+
+@pytest.mark.parametrize(
+    ("golds", "name"),
+    [
+        (["true", "false"], "true_false"),
+        (["ending1", "ending4"], "ending"),
+        (["12", "-3.5", "1,234", " 7. "], "number"),
+        (["12", "word"], "text"),
+        (["A", "E"], "letter"),
+        (["A", "F"], "text"),
+    ],
+)
+def test_a_rule_is_found_by_the_golds(golds, name):
+    assert narrowest_rule(golds).name == name
+
+
+def test_every_rule_is_looked_for():
+    assert sorted(NARROWEST_FIRST) == sorted(RULES)

@@ -11,12 +11,12 @@ import pytest
 
 from milora_jax.config import METHODS, AdapterSection
 from milora_jax.errors import UserError
+from milora_jax.evaluation.statistics import paired_difference
 from milora_jax.evaluation.study import plans
 from milora_jax.evaluation.study.plots import plot_bars, plot_lines, plot_shares
 from milora_jax.evaluation.study.reports import COMPARISONS
 from milora_jax.evaluation.study.runner import claim_study, require_equal_budgets
 from milora_jax.evaluation.study.settings import MIXED, load_study, narrowed, quick
-from milora_jax.evaluation.study.statistics import paired_difference
 from milora_jax.evaluation.study.tables import Results, comparison, mixing, tuned
 from tests.evaluation.commands import ROOT, study_command
 

@@ -10,7 +10,7 @@ from milora_jax.base.hf_config import read_model_config
 from milora_jax.cli import Console
 from milora_jax.data.records import Source, read_records
 from milora_jax.data.tokens import encode_records, load_tokenizer
-from milora_jax.evaluation.extraction import rule_for
+from milora_jax.evaluation.tasks import rule_for
 from milora_jax.tiny import MODEL_DIR, TASKS, TASKS_DIR, corpus, wide
 from milora_jax.tiny.__main__ import SEED
 from milora_jax.tiny.pretrain import CONFIG, STAGES, batches, pretrain

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from milora_jax.evaluation.statistics import Interval, paired_difference
 from milora_jax.evaluation.study.cells import Row
 from milora_jax.evaluation.study.settings import MIXED, Study
-from milora_jax.evaluation.study.statistics import Interval, paired_difference
 
 Place = tuple[str, str]
 """What a model was trained on, and the task it is scored on."""

@@ -1,0 +1,192 @@
+"""What is asked of which model, with what settings; and the answers to one batch of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from milora_jax.adapters.protocol import Adapter
+from milora_jax.base.modules import Base
+from milora_jax.data.records import Record, fingerprint, parse_sources, read_records
+from milora_jax.data.tokens import encode_question
+from milora_jax.errors import UserError
+from milora_jax.evaluation.extraction import Rule
+from milora_jax.evaluation.hub import hub_records
+from milora_jax.evaluation.predictions import TaskBatch, batches_by_length
+from milora_jax.evaluation.score import PREFILL_ROWS, Prediction, judge, limited
+from milora_jax.evaluation.subject import Subject
+from milora_jax.evaluation.tasks import Task, find_task, require_golds, rule_for
+from milora_jax.generation.settings import GenerationSettings
+from milora_jax.generation.text import generate
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The rows of one task that are scored.
+
+    Attributes:
+      rule: by which their answers are read.
+      max_new_tokens: longest answer in tokens.
+    """
+
+    records: list[Record]
+    rule: Rule
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One evaluation.
+
+    Attributes:
+      questions: by task.
+      prompts: token ids of every question, by task.
+      beams: width of the search; 1 is greedy.
+      batch_size: prompts decoded together.
+    """
+
+    subject: Subject
+    questions: Mapping[str, Questions]
+    prompts: Mapping[str, list[list[int]]]
+    beams: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, subject: Subject, questions: Mapping[str, Questions], beams: int, batch_size: int) -> Plan:
+        """Write every question in the subject's template.
+
+        Raises:
+          UserError: a prompt leaves no room for its answer, or cannot be written in the template.
+        """
+        prompts = {task: _encoded(subject, task, asked) for task, asked in questions.items()}
+        return cls(subject, questions, prompts, beams, batch_size)
+
+    @property
+    def rows(self) -> int:
+        """Of all tasks."""
+        return sum(len(asked.records) for asked in self.questions.values())
+
+    def batches(self) -> list[TaskBatch]:
+        """All rows, task by task, like lengths together."""
+        return [
+            batch
+            for task, ids in self.prompts.items()
+            for batch in batches_by_length(task, [len(each) for each in ids], self.batch_size)
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """All that the predictions depend on, as JSON."""
+        subject = self.subject
+        return {
+            "adapter": subject.fingerprint,
+            "base": subject.base_fingerprint,
+            "dtype": subject.named.dtype,
+            "quantize": subject.quantize,
+            "template": subject.named.template,
+            "beams": self.beams,
+            "batch_size": self.batch_size,
+            "tasks": {
+                task: {
+                    "rows": len(asked.records),
+                    "rule": asked.rule.name,
+                    "max_new_tokens": asked.max_new_tokens,
+                    "records": fingerprint(asked.records, subject.chat_template),
+                }
+                for task, asked in self.questions.items()
+            },
+        }
+
+    def answer(self, base: Base, adapter: Adapter | None, batch: TaskBatch) -> list[Prediction]:
+        """Generate the answers of a batch and judge them.
+
+        Args:
+          base, adapter: in the decode layout, from ``Subject.load``.
+        """
+        asked = self.questions[batch.task]
+        answers = generate(
+            base,
+            self.subject.config,
+            self.subject.tokenizer,
+            [self.prompts[batch.task][row] for row in batch.rows],
+            adapter=adapter,
+            settings=GenerationSettings(max_new_tokens=asked.max_new_tokens, num_beams=self.beams),
+            batch_size=self.batch_size,
+            prefill_rows=PREFILL_ROWS,
+        )
+        return [
+            judge(batch.task, row, asked.records[row], asked.rule, answer)
+            for row, answer in zip(batch.rows, answers, strict=True)
+        ]
+
+
+def read_rows(tasks: Sequence[Task], data: str, say: Callable[[str], None]) -> dict[str, list[Record]]:
+    """The rows to score, by the name of their task.
+
+    Args:
+      tasks: that the rows are of; without ``data`` their rows come from the Hub.
+      data: comma-separated sources, see ``data.records``.
+
+    Raises:
+      UserError: there are none, there is another number of files than of tasks, or a row is incomplete.
+    """
+    if not data:
+        if not tasks:
+            raise UserError("nothing to score: give --data FILE or --task NAME")
+        rows = {}
+        for task in tasks:
+            say(f"loading {task.name} from the Hub")
+            rows[task.name] = hub_records(task)
+        return rows
+    sources = parse_sources(data)
+    if not tasks:
+        return {source.name: read_records(source, scored=True) for source in sources}
+    if len(sources) != len(tasks):
+        raise UserError(f"--task names {len(tasks)} tasks, --data has {len(sources)} files")
+    pairs = zip(tasks, sources, strict=True)
+    return {
+        task.name: read_records(dataclasses.replace(source, name=task.name), scored=True)
+        for task, source in pairs
+    }
+
+
+def questions_of(
+    rows: Mapping[str, list[Record]],
+    strict: bool,
+    limit: int,
+    longest: Callable[[Task | None], int],
+    say: Callable[[str], None],
+) -> dict[str, Questions]:
+    """The rows of every task with the rule by which they are scored.
+
+    Args:
+      strict: take the strict rules.
+      limit: rows of each task; 0 means all.
+      longest: longest answer in tokens to the rows of a task of LLM-Adapters, or to others.
+
+    Raises:
+      UserError: the rows of a task are not of that task, or one is called ``mean``.
+    """
+    if "mean" in rows:
+        raise UserError("a task must not be called 'mean': expected NAME=FILE with another name")
+    found = {}
+    for name, records in rows.items():
+        golds = [record.answer for record in records]
+        rule = rule_for(name, golds, strict)
+        if unusual := require_golds(name, golds, rule):
+            say(f"note: {unusual}")
+        found[name] = Questions(limited(records, limit), rule, longest(find_task(name)))
+    return found
+
+
+def _encoded(subject: Subject, task: str, asked: Questions) -> list[list[int]]:
+    template, room = subject.named.template, subject.config.max_positions - asked.max_new_tokens
+    prompts = [encode_question(subject.tokenizer, record, template) for record in asked.records]
+    for row, ids in enumerate(prompts):
+        if len(ids) > room:
+            raise UserError(
+                f"{task}: the prompt of row {row} has {len(ids)} tokens, expected at most {room} "
+                f"({subject.config.max_positions} positions less --max-new-tokens {asked.max_new_tokens})"
+            )
+    return prompts

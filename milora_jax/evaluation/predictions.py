@@ -1,0 +1,200 @@
+"""A predictions file that grows batch by batch and is taken up again by the same command.
+
+Beside ``NAME.jsonl`` lies ``NAME.result.json``: what the predictions were made with, and at the end what
+came out. The rows are appended batch by batch, in an order that depends on the settings only, so that an
+interrupted evaluation computes the same batches as an undisturbed one; when all are there the file is put
+into the order of the rows.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from milora_jax.errors import UserError
+from milora_jax.evaluation.score import Prediction, TaskScore, prediction_line, write_predictions
+from milora_jax.storage.files import read_json, write_json_atomic
+
+FIELDS = {field.name for field in fields(Prediction)}
+
+AGAIN = "give --fresh to begin again, or another --predictions FILE"
+
+
+class TaskBatch(NamedTuple):
+    """Rows of one task that are answered together."""
+
+    task: str
+    rows: tuple[int, ...]
+
+
+def batches_by_length(task: str, lengths: Sequence[int], size: int) -> list[TaskBatch]:
+    """All rows of a task, those of like length together, the shortest first.
+
+    >>> batches_by_length("sums", [5, 9, 2], 2)
+    [TaskBatch(task='sums', rows=(2, 0)), TaskBatch(task='sums', rows=(1,))]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [TaskBatch(task, tuple(order[start : start + size])) for start in range(0, len(order), size)]
+
+
+def result_path(path: Path) -> Path:
+    """Where the settings and the result of a predictions file are."""
+    return path.with_name(f"{path.stem}.result.json")
+
+
+class PredictionFile:
+    """Predictions on the disk, held by one process for as long as the ``with`` block.
+
+    Attributes:
+      done: predictions that were there when it was opened, and those appended since.
+    """
+
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], batches: Sequence[TaskBatch], fresh: bool
+    ) -> None:
+        """Name the file.
+
+        Args:
+          settings: all that the predictions depend on, as JSON.
+          batches: of all rows, in the order in which they are answered.
+          fresh: begin again, whatever is there.
+        """
+        self.path, self._settings, self._fresh = path, dict(settings), fresh
+        self._batches = list(batches)
+        self._file: Any = None
+        self.done: dict[tuple[str, int], Prediction] = {}
+
+    def __enter__(self) -> PredictionFile:
+        """Open it, dropping what a kill has left of a batch.
+
+        Raises:
+          UserError: another process holds it, or its predictions are of other settings or other rows.
+        """
+        if not self._fresh and self.path.exists():
+            self._require_same_settings()
+        self._file = open(self.path, "a+b")
+        try:
+            self._hold()
+            self._take_up()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    @property
+    def missing(self) -> list[TaskBatch]:
+        """The batches that are still to be answered."""
+        return [b for b in self._batches if any((b.task, row) not in self.done for row in b.rows)]
+
+    def append(self, predictions: Sequence[Prediction]) -> None:
+        """Add the predictions of a batch; they are on the disk when this returns."""
+        self._file.write("".join(prediction_line(each) + "\n" for each in predictions).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.done.update({(each.task, each.row): each for each in predictions})
+
+    def scores(self) -> list[TaskScore]:
+        """The result of every task, rows in their order."""
+        tasks = dict.fromkeys(batch.task for batch in self._batches)
+        return [
+            TaskScore(task, [self.done[key] for key in sorted(self.done) if key[0] == task]) for task in tasks
+        ]
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Put the rows into their order and write the result beside them."""
+        write_predictions(self.path, self.scores())
+        write_json_atomic(result_path(self.path), {"settings": self._settings, "result": dict(result)})
+
+    def _hold(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path} is being written by another evaluation") from None
+
+    def _take_up(self) -> None:
+        if self._fresh:
+            self._file.truncate(0)
+        self._file.seek(0)
+        kept = 0
+        for batch, size in self._whole_batches(self._file.read()):
+            self.done.update({(each.task, each.row): each for each in batch})
+            kept += size
+        self._file.truncate(kept)
+        if not self.done:
+            write_json_atomic(result_path(self.path), {"settings": self._settings, "result": None})
+
+    def _whole_batches(self, content: bytes) -> Iterator[tuple[list[Prediction], int]]:
+        """The predictions of every batch that is there whole, and their bytes."""
+        *lines, _ = content.split(b"\n")  # a torn line has no end
+        found = [self._parse(line, number) for number, line in enumerate(lines, 1)]
+        sizes = [len(line) + 1 for line in lines]
+        keys = [(each.task, each.row) for each in found]
+        every = [(batch.task, row) for batch in self._batches for row in batch.rows]
+        if sorted(keys) == sorted(every):
+            yield found, sum(sizes)
+            return
+        if keys != every[: len(keys)]:
+            raise UserError(f"{self.path} holds other rows than this command has written: {AGAIN}")
+        start = 0
+        for batch in self._batches:
+            end = start + len(batch.rows)
+            if end > len(found):
+                return
+            yield found[start:end], sum(sizes[start:end])
+            start = end
+
+    def _parse(self, line: bytes, number: int) -> Prediction:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if not isinstance(values, dict) or values.keys() != FIELDS:
+            raise UserError(f"{self.path}:{number}: not a prediction of this version: {AGAIN}")
+        return Prediction(**values)
+
+    def _require_same_settings(self) -> None:
+        beside = result_path(self.path)
+        if not beside.is_file():
+            raise UserError(
+                f"{self.path} is there without {beside.name}, so its settings are unknown: {AGAIN}"
+            )
+        read = read_json(beside)
+        before = read.get("settings") if isinstance(read, dict) else None
+        if before == self._settings:
+            return
+        old, new = _flat(before), _flat(self._settings)
+        name = next(key for key in {**new, **old} if old.get(key) != new.get(key))
+        raise UserError(
+            f"{self.path} was made with {name} {_said(old.get(name))}, this command has "
+            f"{_said(new.get(name))}: {AGAIN}"
+        )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name."""
+    if not isinstance(values, dict):
+        return {prefix.rstrip("."): values}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.")
+    return found
+
+
+def _said(value: Any) -> str:
+    """A setting for people; hashes are shortened."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[1:13]}..."
