@@ -55,4 +55,6 @@ def wilson_interval(correct: int, total: int) -> Interval:
     share, shrink = correct / total, 1 + z * z / total
     middle = (share + z * z / (2 * total)) / shrink
     half = z / shrink * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+    # At the edges the formula gives 0 and 1 up to rounding.
+    low, high = 0.0 if correct == 0 else middle - half, 1.0 if correct == total else middle + half
+    return Interval(share, low, high)

@@ -100,7 +100,7 @@ def named_subject(
     if workdir is None:
         if base is None:
             missing = (
-                "--adapter needs --base DIR" if adapter else "--workdir DIR, or --adapter DIR --base DIR"
+                "--base DIR beside --adapter" if adapter else "--workdir DIR, or --adapter DIR --base DIR"
             )
             raise UserError(f"command line: expected {missing}")
         return Named(

@@ -16,6 +16,11 @@ def test_its_ends_are_where_the_score_test_just_rejects(correct, total):
         assert abs(found.mean - end) == pytest.approx(Z * (end * (1 - end) / total) ** 0.5, rel=1e-9)
 
 
+def test_none_and_all_are_exact_ends():
+    assert wilson_interval(0, 40).low == 0
+    assert wilson_interval(40, 40).high == 1
+
+
 def test_it_is_the_published_one():
     """Newcombe 1998, Table I, method 3."""
     for (correct, total), (low, high) in {

@@ -1,0 +1,252 @@
+"""``python -m milora_jax.evaluation``: what it asks, keeps, prints and refuses."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from milora_jax.base.load import load_base
+from milora_jax.data.records import Source, read_records
+from milora_jax.errors import EXIT_PREEMPTED, Preempted, UserError
+from milora_jax.evaluation import plan
+from milora_jax.evaluation.score_command import main
+from milora_jax.evaluation.subject import Subject
+from milora_jax.generation.text import Answer, Continuation
+from milora_jax.storage.export import export_milora
+from tests.models import write_hf_directory
+from tests.storage.adapters import run_of
+
+ROWS = 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a run on it, the run's export, and files of rows."""
+    folder = tmp_path_factory.mktemp("scored")
+    write_hf_directory(folder / "model")
+    run_of(folder / "run", folder / "model", "milora")
+    export_milora(folder / "run", folder / "export")
+    sums = [
+        {"instruction": f"{'add ' * i}{i}", "output": f"It is {i}", "answer": f"{i}"} for i in range(ROWS)
+    ]
+    truths = [{"instruction": f"Is {i} even?", "output": "", "answer": "true"} for i in range(3)]
+    for name, rows in {"sums": sums, "truths": truths, "torn": [*sums[:1], {"input": ""}]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return load_base(folder / "model", decode=True)[0]
+
+
+@pytest.fixture
+def answered(base, monkeypatch):
+    """Prompts and settings that a ``generate`` without a model was asked; row 5 is not answered."""
+    asked = []
+
+    def generate(base, config, tokenizer, prompts, *, adapter, settings, batch_size, prefill_rows):
+        asked.append((len(prompts), settings))
+        texts = [tokenizer.decode(ids).split("Instruction:\n")[1].split("\n")[0] for ids in prompts]
+        route = np.tile(np.array([1.0, 0, 0, 0, 0, 0, 0.5], np.float32), (2, 1))
+        words = ["none" if text.endswith(" 5") else f"It is {text.split()[-1]}" for text in texts]
+        return [Answer((Continuation(word, (4,), "stop"),), route) for word in words]
+
+    monkeypatch.setattr(plan, "generate", generate)
+    monkeypatch.setattr(Subject, "load", lambda self: (base, None))
+    return asked
+
+
+@pytest.fixture
+def command(folder, tmp_path, capsys, monkeypatch):
+    """Run the command on the run; gives its JSON and what it told."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, subject=("--workdir", folder / "run")):
+        try:
+            main([str(argument) for argument in (*subject, *arguments)])
+        finally:
+            told = capsys.readouterr()
+        return json.loads(told.out), told.err
+
+    return run
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_an_export_scores_as_the_run_it_is_of(folder, command, tmp_path):
+    more = ("--data", folder / "sums.jsonl", "--dtype", "float32", "--max-new-tokens", 3, "--batch-size", 4)
+    expected, _ = command(*more, "--predictions", "run.jsonl")
+    export = ("--adapter", folder / "export", "--base", folder / "model")
+    found, told = command(*more, subject=export)
+    assert found == expected
+    own = tmp_path / "evaluation-sums.jsonl"
+    assert own.read_text() == (tmp_path / "run.jsonl").read_text()
+    assert all(line["route"] is not None for line in lines_of(own))
+    assert "predictions: evaluation-sums.jsonl" in told
+    assert "--no-adapter" in told
+    command(*more, subject=("--base", folder / "model"))
+    assert all(line["route"] is None for line in lines_of(tmp_path / "evaluation-base-sums.jsonl"))
+
+
+def test_what_it_prints_and_keeps(folder, command, answered, tmp_path):
+    found, told = command("--data", folder / "sums.jsonl", "--batch-size", 3, "--predictions", "p.jsonl")
+    assert found["accuracy"] == {"sums": 6 / 7, "mean": 6 / 7}
+    assert found["rows"] == {"sums": 7}
+    assert found["unread"] == {"sums": 1}
+    assert found["rule"] == {"sums": "number"}
+    assert found["interval"]["sums"] == pytest.approx([0.4869, 0.9743], abs=1e-4)
+    assert [count for count, _ in answered] == [3, 3, 1]
+    assert "scoring 7/7 rows: 85.7% right, " in told
+    assert " rows/s, 0 s left" in told
+    assert " 85.7%    48.7 to 97.4%       7       1" in told
+    lines = lines_of(tmp_path / "p.jsonl")
+    assert [line["row"] for line in lines] == list(range(ROWS))
+    assert [line["unread"] for line in lines] == [row == 5 for row in range(ROWS)]
+    assert [line["correct"] for line in lines] == [row != 5 for row in range(ROWS)]
+    assert lines[5]["extracted"] == ""
+    assert lines[3]["rule"] == "number"
+    assert lines[3]["route"] == [{"Q": 1.0, "D": 0.5}] * 2
+    assert json.loads((tmp_path / "p.result.json").read_text())["result"] == found
+
+
+def test_an_interrupted_evaluation_ends_as_an_undisturbed_one(
+    folder, command, answered, tmp_path, monkeypatch
+):
+    more = ("--data", folder / "sums.jsonl", "--batch-size", 2)
+    expected, _ = command(*more, "--predictions", "whole.jsonl")
+    whole, generate = len(answered), plan.generate
+
+    def interrupted(*given, **named):
+        if len(answered) == whole + 2:
+            raise KeyboardInterrupt
+        return generate(*given, **named)
+
+    monkeypatch.setattr(plan, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command(*more, "--predictions", "cut.jsonl")
+    monkeypatch.setattr(plan, "generate", generate)
+    with open(tmp_path / "cut.jsonl", "ab") as file:
+        file.write(b'{"task": "sums", "row"')
+    found, told = command(*more, "--predictions", "cut.jsonl")
+    assert "4 of 7 rows are in cut.jsonl already" in told
+    assert len(answered) == whole + 4
+    assert found == expected
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert (tmp_path / "cut.result.json").read_bytes() == (tmp_path / "whole.result.json").read_bytes()
+
+
+def test_sigterm_keeps_the_batch_that_was_under_way(folder, command, answered, tmp_path, monkeypatch):
+    generate = plan.generate
+
+    def terminated(*given, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return generate(*given, **named)
+
+    monkeypatch.setattr(plan, "generate", terminated)
+    with pytest.raises(Preempted, match="run the same command again to continue") as caught:
+        command("--data", folder / "sums.jsonl", "--batch-size", 2, "--predictions", "p.jsonl")
+    assert caught.value.exit_code == EXIT_PREEMPTED
+    assert len(lines_of(tmp_path / "p.jsonl")) == 2
+
+
+def test_a_finished_evaluation_asks_nothing_and_reads_no_base(folder, command, answered, monkeypatch):
+    more = ("--data", folder / "sums.jsonl", "--predictions", "p.jsonl")
+    expected, _ = command(*more)
+    asked = len(answered)
+    monkeypatch.setattr(Subject, "load", None)
+    assert command(*more)[0] == expected
+    assert len(answered) == asked
+
+
+@pytest.mark.parametrize(
+    ("more", "difference"),
+    [
+        (("--beams", 3), "beams 1, this command has 3"),
+        (("--limit", 4), "tasks.sums.rows 7, this command has 4"),
+        (("--no-adapter",), "adapter "),
+        (("--max-new-tokens", 9), "tasks.sums.max_new_tokens 64, this command has 9"),
+    ],
+)
+def test_predictions_of_other_settings_are_not_mixed(folder, command, answered, more, difference):
+    same = ("--data", folder / "sums.jsonl", "--predictions", "p.jsonl")
+    command(*same)
+    with pytest.raises(UserError, match="give --fresh to begin again") as caught:
+        command(*same, *more)
+    assert f"p.jsonl was made with {difference}" in str(caught.value)
+    command(*same, *more, "--fresh")
+
+
+def test_whoever_names_a_task_gets_its_protocol(folder, command, answered, monkeypatch):
+    found, told = command("--task", "SVAMP", "--data", folder / "sums.jsonl", "--beams", 4)
+    assert found["max_new_tokens"] == {"SVAMP": 256}
+    assert {(s.max_new_tokens, s.num_beams) for _, s in answered} == {(256, 4)}
+    assert "note: SVAMP: 7 rows, LLM-Adapters' test file has 1000" in told
+    answered.clear()
+    command("--data", f"svamp={folder / 'sums.jsonl'}")
+    assert {(s.max_new_tokens, s.num_beams) for _, s in answered} == {(64, 1)}
+    answered.clear()
+    records = read_records(Source("truths", str(folder / "truths.jsonl")), scored=True)
+    monkeypatch.setattr(plan, "hub_records", lambda task: records)
+    found, told = command("--task", "boolq")
+    assert found["rows"] == {"boolq": 3}
+    assert {(s.max_new_tokens, s.num_beams) for _, s in answered} == {(32, 1)}
+    assert "loading boolq from the Hub" in told
+
+
+def test_strict_rules_are_asked_for(folder, command, answered):
+    found, _ = command("--data", folder / "truths.jsonl", "--strict")
+    assert found["rule"] == {"truths": "true_false_strict"}
+    assert found["unread"] == {"truths": 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "bolq"], "no task is called 'bolq'"),
+        (["--task", "bolq"], "(did you mean 'boolq'?)"),
+        (["--data", "{folder}/torn.jsonl"], "torn.jsonl:2: field 'output' holds nothing, expected text"),
+        (["--beams", "5"], "--beams is 5: expected 1 to 4"),
+        (["--beams", "0"], "--beams is 0: expected 1 to 4"),
+        (
+            ["--task", "boolq", "--data", "{folder}/sums.jsonl"],
+            "none of the 7 answers is one of task",
+        ),
+        (["--task", "boolq,piqa", "--data", "{folder}/sums.jsonl"], "names 2 tasks, --data has 1 files"),
+        (["--data", "mean={folder}/sums.jsonl"], "a task must not be called 'mean'"),
+        (["--data", "{folder}/sums.jsonl", "--max-new-tokens", "500"], "sums: the prompt of row 0 has "),
+        (["--data", "{folder}/sums.jsonl", "--predictions", "no/p.jsonl"], "no such directory as 'no'"),
+        (["--adapter", "{folder}/export"], "expected --workdir or --adapter, not both"),
+        ([], "nothing to score: give --data FILE or --task NAME"),
+    ],
+)
+def test_bad_input_is_one_line(folder, command, answered, tmp_path, arguments, message):
+    with pytest.raises(UserError) as caught:
+        command(*(argument.format(folder=folder) for argument in arguments))
+    assert message in str(caught.value)
+    assert not answered
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("subject", "message"),
+    [
+        ((), "expected --workdir DIR, or --adapter DIR --base DIR"),
+        (("--adapter", "{folder}/export"), "expected --base DIR beside --adapter"),
+        (("--adapter", "{folder}/export", "--base", "{folder}/other"), "are not those that the adapter of"),
+        (("--adapter", "{folder}/none", "--base", "{folder}/model"), "no such directory, expected a workdir"),
+        (("--workdir", "{folder}/none"), "is no workdir"),
+    ],
+)
+def test_what_cannot_be_scored_is_one_line(folder, command, subject, message):
+    if not (folder / "other").is_dir():
+        write_hf_directory(folder / "other", seed=1)
+    given = [argument.format(folder=folder) for argument in subject]
+    with pytest.raises(UserError) as caught:
+        command("--data", folder / "sums.jsonl", subject=given)
+    assert message in str(caught.value)
