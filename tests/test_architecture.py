@@ -23,7 +23,7 @@ FLOORS = (
     ("storage", "data"),
     ("training", "generation"),
     ("evaluation", "tiny", "bench", "scaling"),
-    ("serving",),
+    ("serving", "doctor"),
     ("command",),
 )
 """From the cellar to the roof; a room imports from floors below its own, and from itself."""

@@ -68,16 +68,26 @@ def refuse_early(workdir: Path, config: Config) -> None:
 def _require_same(workdir: Path, config: Config) -> None:
     path = workdir / CONFIG_NAME
     if path.is_file():
-        old = leaves_by_path(Config.from_dict(read_json(path)).to_dict())
-        new = leaves_by_path(config.to_dict())
-        for name, value in new.items():
-            if name[:1] in CHANGEABLE or name in CHANGEABLE:
-                continue
-            if old[name] != value:
-                raise UserError(
-                    f"workdir {str(workdir)!r} holds another run: {'.'.join(name)} is {old[name]!r} there "
-                    f"and {value!r} now; use another --workdir"
-                )
+        for name, old, new in differences(Config.from_dict(read_json(path)), config):
+            raise UserError(
+                f"workdir {str(workdir)!r} holds another run: {name} is {old!r} there "
+                f"and {new!r} now; use another --workdir"
+            )
+
+
+def differences(kept: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that must not differ where a run is continued, and do.
+
+    Args:
+      kept, given: of the workdir and of now, with every setting of the method written out.
+
+    Yields:
+      Name, value in the workdir, value now.
+    """
+    old = leaves_by_path(kept.to_dict())
+    for name, value in leaves_by_path(given.to_dict()).items():
+        if name[:1] not in CHANGEABLE and name not in CHANGEABLE and old[name] != value:
+            yield ".".join(name), old[name], value
 
 
 class MetricsLog:

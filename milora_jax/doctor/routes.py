@@ -1,0 +1,205 @@
+"""Do training and decoding take the same route? Asked of real rows, real weights and the real programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from milora_jax.adapters.protocol import Adapter, init_adapter
+from milora_jax.adapters.registry import adapter_shape
+from milora_jax.adapters.tenants import Tenants
+from milora_jax.base.attention import spread_over
+from milora_jax.base.hf import Progress, load_leaves
+from milora_jax.base.modules import Base, decode_layout, frozen_kernels
+from milora_jax.base.transformer import adapter_decode_layout, prompt_members
+from milora_jax.cli import Console
+from milora_jax.data.batches import collate, collate_prompts
+from milora_jax.data.packing import in_rows
+from milora_jax.data.tokens import Example
+from milora_jax.doctor.findings import FAIL, OK, WARN, Finding
+from milora_jax.doctor.rows import sample
+from milora_jax.doctor.subject import Subject
+from milora_jax.errors import UserError
+from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefill
+from milora_jax.generation.sampling import Plan, make_sampler
+from milora_jax.generation.settings import GenerationSettings
+from milora_jax.parallel.processes import place, to_host
+from milora_jax.parallel.rules import Rules, attend_over, base_sharding, batch_sharding, state_shardings
+from milora_jax.shapes import Bool, Float
+from milora_jax.storage.adapters import newest_step, read_adapter, require_its_base
+from milora_jax.training.loss import run_batch
+from milora_jax.types import Batch, Route
+
+ROWS = 8
+"""Real rows whose routes are compared, or more where the devices divide no fewer."""
+
+STEPS = 4
+"""Decode steps after which the route must be what it was."""
+
+EXACT, ROUNDED = 1e-5, 2e-2
+"""Largest difference of two router probabilities: of float32 on a CPU, and where products are rounded to
+fewer bits, of which the two programs do not the same number in the same order."""
+
+MULTIPLE = 8
+"""Rows are padded to a multiple of so many tokens."""
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The routes of N prompts.
+
+    Attributes:
+      probs: router softmax.
+      weights: of the experts, 0 for those that were not chosen.
+    """
+
+    probs: Float[np.ndarray, "L N E"]
+    weights: Float[np.ndarray, "L N E"]
+
+    @classmethod
+    def of(cls, route: Route, present: Bool[np.ndarray, "B Z"]) -> Routes:
+        """Those of the prompts that are present, row by row."""
+        host = to_host(route)
+        return cls(host.probs[:, present], host.weights[:, present])
+
+
+def routing_findings(subject: Subject) -> Iterator[Finding]:
+    """Compare the route of a training pass over prompt and answer, that of prefill, and that of decoding."""
+    if not subject.method.routes:
+        yield Finding(OK, "routing", f"method {subject.method.name} has no router")
+        return
+    config, model, rules = subject.config, subject.model, Rules()
+    rows = in_rows(sample(subject, ROWS), config.data.max_length if config.data.pack else None)
+    examples = [example for row in rows for example in row]
+    with Console().loading("base") as progress:
+        base = _load(subject, rules, progress)
+    adapter, origin = _adapter(subject, base)
+    placed: Adapter = jax.device_put(adapter, state_shardings(subject.mesh, rules, adapter))
+    trained = _trained(subject, placed, base, rows)
+    prefilled, before, after = _decoded(subject, placed, decode_layout(base), examples)
+    exact = config.model.dtype == "float32" and jax.default_backend() == "cpu"
+    yield parity_finding(trained, prefilled, EXACT if exact else ROUNDED, f"{len(examples)} rows, {origin}")
+    yield carried_finding(before, after, model.num_layers)
+
+
+def parity_finding(trained: Routes, prefilled: Routes, tolerance: float, what: str) -> Finding:
+    """Whether two passes chose the same experts with the same probabilities.
+
+    Args:
+      tolerance: largest difference of two probabilities; a choice between two experts that are closer than
+        twice this is a tie.
+    """
+    chosen = trained.weights != 0
+    differs = (chosen != (prefilled.weights != 0)).any(axis=-1)
+    distance = float(np.abs(trained.probs - prefilled.probs).max())
+    falling = -np.sort(-trained.probs, axis=-1)
+    k = int(chosen[0, 0].sum())
+    margin = falling[..., k - 1] - falling[..., min(k, falling.shape[-1] - 1)]
+    tied = margin <= 2 * tolerance
+    said = f"{what}: training and prefill differ by {distance:.1e} in probability, at most {tolerance:.0e}"
+    wrong = int((differs & ~tied).sum())
+    if wrong or not distance <= tolerance:
+        do = "prompts, padding or layout are not the same in both; report it with this line"
+        return Finding(FAIL, "routing", f"{said}, and in {wrong} of {differs.size} choices of experts: {do}")
+    if differs.any():
+        return Finding(WARN, "routing", f"{said}; {int(differs.sum())} of {differs.size} choices are ties")
+    return Finding(OK, "routing", f"{said}; the same experts in all {differs.size} choices")
+
+
+def carried_finding(
+    before: Float[np.ndarray, "L N E"], after: Float[np.ndarray, "L N E"], layers: int
+) -> Finding:
+    """Whether decoding left the route as prefill gave it, to the bit."""
+    if not np.array_equal(before, after):
+        said = f"decoding changed the route of {int((before != after).any(axis=(0, 2)).sum())} rows"
+        return Finding(FAIL, "routing", f"{said}: it must read it only; report it with this line")
+    return Finding(OK, "routing", f"decoding carries the route of {layers} layers unchanged, {STEPS} steps")
+
+
+def _load(subject: Subject, rules: Rules, progress: Progress) -> Base:
+    """The base as ``train.py`` lays it out."""
+    return load_leaves(
+        subject.directory,
+        subject.model,
+        subject.config.model.dtype,
+        lambda path: base_sharding(subject.mesh, rules, path),
+        quantize=subject.config.model.quantize,
+        progress=progress,
+    )
+
+
+def _adapter(subject: Subject, base: Base) -> tuple[Adapter, str]:
+    """The best adapter of the workdir, or a fresh one, and which of them it is."""
+    if subject.workdir is not None:
+        try:
+            step = newest_step(subject.workdir)[1]
+        except UserError:
+            pass  # told by the check of the workdir
+        else:
+            adapter, metadata = read_adapter(subject.workdir)
+            require_its_base(metadata, subject.workdir, subject.directory)
+            return adapter, f"the adapter of step {step}"
+    key, shape = jax.random.key(subject.config.train.seed), adapter_shape(subject.model)
+    return init_adapter(subject.method, key, shape, frozen_kernels(base)), "a fresh adapter"
+
+
+def _rows_of(subject: Subject, count: int) -> int:
+    """As many rows as asked for, and more where the devices divide no fewer."""
+    parts = subject.mesh.shape["data"] * subject.mesh.shape["fsdp"]
+    return -(-count // parts) * parts
+
+
+def _trained(subject: Subject, adapter: Adapter, base: Base, rows: Sequence[Sequence[Example]]) -> Routes:
+    """The routes of a training pass over prompts and answers, packed if the run packs."""
+    longest = max(sum(len(example.tokens) for example in row) for row in rows)
+    prompts, model = max(map(len, rows)), subject.model
+    batch = collate(rows, -(-longest // MULTIPLE) * MULTIPLE, 0, _rows_of(subject, len(rows)))
+    present = prompt_members(batch.segment_ids, batch.prompt_mask, prompts).any(axis=-1)
+    attend = attend_over(subject.mesh, Rules())
+
+    def routed(adapter: Adapter, base: Base, batch: Batch) -> Route | None:
+        return run_batch(adapter, base, model, batch, prompts, None, attend=attend).route
+
+    route = jax.jit(routed)(adapter, base, place(batch, batch_sharding(subject.mesh, Rules())))
+    if route is None:
+        raise AssertionError("a method that routes gives a route in training")
+    return Routes.of(route, np.asarray(present))
+
+
+def _decoded(
+    subject: Subject, adapter: Adapter, base: Base, examples: Sequence[Example]
+) -> tuple[Routes, np.ndarray, np.ndarray]:
+    """The routes of prefill over the prompts alone, and the carried ones before and after some steps.
+
+    Args:
+      base: in the decode layout.
+    """
+    model, count = subject.model, len(examples)
+    prompts = [example.tokens[: example.prompt_length].tolist() for example in examples]
+    longest, rows = max(map(len, prompts)), _rows_of(subject, count)
+    tenants, spread = Tenants.single(adapter_decode_layout(adapter, base)), spread_over(base.devices)
+    slots = tenants.method.prefix_length + longest + STEPS + 1
+    batch = place(collate_prompts(prompts, longest, 0, rows), batch_sharding(subject.mesh, Rules()))
+    prefilled, route = prefill(base, tenants, np.int32(0), batch, model, slots, spread)
+    if route is None:
+        raise AssertionError("a method that routes gives a route in prefill")
+    settings = [GenerationSettings(max_new_tokens=STEPS + 1, ignore_eos=True)] * rows
+    every = prompts + [[0]] * (rows - count)
+    sampler = make_sampler(settings, [0] * rows, every, model.eos_ids, model.vocab_size, False)
+    state = empty_state(model, base, sampler, rows, slots, routed=True)
+    places, plan = np.arange(rows, dtype=np.int32), Plan.of(settings)
+    state, _ = admit(state, prefilled, places, np.zeros(rows, np.int32), sampler, plan, spread)
+    before = _carried(state.route, count)
+    state, _, _ = decode_chunk(base, tenants, state, model, STEPS, plan, spread)
+    present = np.arange(rows)[:, None] < count
+    return Routes.of(route, present), before, _carried(state.route, count)
+
+
+def _carried(route: tuple | None, count: int) -> np.ndarray:
+    """The weights that decoding carries, ``[L, N, E]``."""
+    if route is None:
+        raise AssertionError("a method that routes carries a route")
+    return np.stack([np.asarray(layer)[:count, 0] for layer in to_host(route)])

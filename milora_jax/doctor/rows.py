@@ -1,0 +1,182 @@
+"""The data: are the rows there, do they fit, and does what is learned from them make sense."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from milora_jax.cli import Console
+from milora_jax.data.batches import collate
+from milora_jax.data.records import HOLDOUT_STREAM, Record, Source, parse_sources, read_records
+from milora_jax.data.tokens import Example, encode_example, encode_question
+from milora_jax.doctor.findings import FAIL, OK, WARN, Finding, guarded
+from milora_jax.doctor.subject import Subject
+
+SPLITS = ("train", "dev", "test")
+
+LARGE = 20_000
+"""Rows from which on it is shown how far the encoding is."""
+
+MARKS = ("### Instruction:", "### Response:")
+"""Of the alpaca template: a field that holds one has been put into a template already."""
+
+
+def row_findings(subject: Subject) -> Iterator[Finding]:
+    """Read every source and say how many rows it has; one that cannot be read hides no other."""
+    if not subject.config.data.train:
+        yield Finding(FAIL, "data.train", "no training rows: --config.data.train=FILE.jsonl")
+    for split in SPLITS:
+        found = subject.records[split] = {}
+        for source in parse_sources(getattr(subject.config.data, split)):
+            yield from guarded(f"data.{split}", functools.partial(_read, source, split == "test", found))
+        if found:
+            counts = ", ".join(f"{name} {len(records)}" for name, records in found.items())
+            yield Finding(OK, f"data.{split}", f"rows read: {counts}")
+
+
+def _read(source: Source, scored: bool, found: dict[str, list[Record]]) -> Iterator[Finding]:
+    """Add the rows of a source to those found; there is nothing to say of them alone."""
+    found[source.name] = read_records(source, scored)
+    yield from ()
+
+
+def token_findings(subject: Subject) -> Iterator[Finding]:
+    """Encode every row as training and scoring do, and look at what came out."""
+    config, model = subject.config, subject.model
+    total = sum(len(rows) for split in subject.records.values() for rows in split.values())
+    with contextlib.ExitStack() as stack:
+        # Progress of a small data set would only part the lines of the report.
+        bar = stack.enter_context(Console(total < LARGE).progress("encoding", total, "rows"))
+        for split in ("train", "dev"):
+            encoded = []
+            for record in _all_of(subject, split):
+                # However long: it is told how long the rows are that are dropped.
+                made = encode_example(
+                    subject.tokenizer, record, model.eos_ids, sys.maxsize, config.data.template
+                )
+                encoded += [made] if made is not None else []
+                bar.advance(1)
+            subject.examples[split] = encoded
+            if encoded:
+                yield length_finding(split, [len(e.tokens) for e in encoded], config.data.max_length)
+                yield from example_findings(split, encoded, subject.tokenizer.bos_token_id)
+        room = model.max_positions - config.eval.max_new_tokens
+        prompts = []
+        for record in _all_of(subject, "test"):
+            prompts.append(len(encode_question(subject.tokenizer, record, config.data.template)))
+            bar.advance(1)
+        if prompts:
+            yield prompt_finding(prompts, room)
+
+
+def length_finding(split: str, lengths: Sequence[int], max_length: int) -> Finding:
+    """How long the rows are, and how many ``data.max_length`` drops."""
+    median, high, most = np.percentile(lengths, (50, 99, 100)).round().astype(int)
+    dropped = sum(length > max_length for length in lengths)
+    said = f"tokens p50 {median}, p99 {high}, max {most} of data.max_length {max_length}; "
+    said += f"{dropped} of {len(lengths)} rows dropped"
+    if not dropped:
+        return Finding(OK, f"data.{split}", said)
+    level = FAIL if dropped == len(lengths) else WARN
+    return Finding(level, f"data.{split}", f"{said}: --config.data.max_length={most} keeps all")
+
+
+def example_findings(split: str, examples: Sequence[Example], bos: int | None) -> Iterator[Finding]:
+    """Rows from which nothing can be learned, or that a model has never seen the like of.
+
+    Args:
+      bos: the beginning-of-sequence token; None without.
+    """
+    length = max(len(example.tokens) for example in examples)
+    unasked = unlearned = bare = doubled = 0
+    for example in examples:
+        batch = collate([[example]], length, 0, 1)
+        unasked += not batch.prompt_mask.any()
+        # The first token of a row is never predicted.
+        unlearned += not batch.loss_mask[:, 1:].any()
+        bare += len(example.tokens) - example.prompt_length == 1
+        doubled += bos is not None and example.tokens[:2].tolist() == [bos, bos]
+    of = f"of {len(examples)} rows"
+    name = f"data.{split}"
+    if unasked:
+        do = "the template or the tokenizer leaves nothing of it, and the router would see nothing"
+        yield Finding(FAIL, name, f"{unasked} {of} have a prompt without tokens: {do}")
+    if unlearned:
+        do = "remove them, or correct the tokenizer"
+        yield Finding(FAIL, name, f"{unlearned} {of} have no token to learn (all-zero loss mask): {do}")
+    if bare:
+        do = "write an answer, or remove them"
+        yield Finding(WARN, name, f"{bare} {of} have an answer of the end token alone: {do}")
+    if doubled:
+        do = "it or the template adds a second one; take that out of tokenizer.json or of the template"
+        yield Finding(FAIL, name, f"{doubled} {of} begin with two beginning-of-sequence tokens: {do}")
+    if not (unasked or unlearned or bare or doubled):
+        yield Finding(OK, name, "every row has a prompt, tokens to learn and at most one beginning")
+
+
+def prompt_finding(lengths: Sequence[int], room: int) -> Finding:
+    """Whether the prompts of the test rows leave room for their answers.
+
+    Args:
+      room: the model's positions less ``eval.max_new_tokens``.
+    """
+    longest = max(lengths)
+    said = f"prompts of {min(lengths)} to {longest} tokens"
+    if longest <= room and min(lengths) > 0:
+        return Finding(OK, "data.test", said)
+    if longest <= room:
+        return Finding(FAIL, "data.test", f"{said}: expected at least one, correct the template")
+    do = "remove the longest rows, or lower --config.eval.max_new_tokens"
+    return Finding(FAIL, "data.test", f"{said}: expected at most {room}, to have room for an answer; {do}")
+
+
+def overlap_findings(subject: Subject) -> Iterator[Finding]:
+    """Rows that are trained on and judged by, and rows that hold a template's words already."""
+    trained = {_asked(record) for record in _all_of(subject, "train")}
+    clean = True
+    for split in ("dev", "test"):
+        for name, records in subject.records[split].items():
+            twice = sum(_asked(record) in trained for record in records)
+            if twice:
+                clean = False
+                said = f"{name}: {twice} of {len(records)} prompts are in the training rows as well"
+                yield Finding(WARN, f"data.{split}", f"{said}: what is measured on them is memory")
+    marks = _marks(subject)
+    for split in SPLITS:
+        records = _all_of(subject, split)
+        worded = sum(any(mark in text for text in _texts(record) for mark in marks) for record in records)
+        if worded:
+            clean = False
+            said = f"{worded} of {len(records)} rows hold a template's words or control tokens as text"
+            yield Finding(WARN, f"data.{split}", f"{said}: give the fields without a template")
+    if clean:
+        yield Finding(OK, "overlap", "no prompt of dev or test is in the training rows, no row was templated")
+
+
+def sample(subject: Subject, count: int) -> list[Example]:
+    """Training rows that the run would take, spread over the data: as many as asked for, or all."""
+    fitting = [e for e in subject.examples["train"] if len(e.tokens) <= subject.config.data.max_length]
+    order = np.random.default_rng([subject.config.train.seed, HOLDOUT_STREAM]).permutation(len(fitting))
+    return [fitting[i] for i in order[:count]]
+
+
+def _all_of(subject: Subject, split: str) -> list[Record]:
+    return [record for records in subject.records[split].values() for record in records]
+
+
+def _asked(record: Record) -> tuple:
+    """What makes two prompts the same."""
+    return record.messages or (record.instruction.strip(), record.input.strip())
+
+
+def _texts(record: Record) -> tuple[str, ...]:
+    return (record.instruction, record.input, record.output)
+
+
+def _marks(subject: Subject) -> tuple[str, ...]:
+    special = [text for text in subject.tokenizer.all_special_tokens if len(text) > 2]
+    return (*MARKS, *special)

@@ -1,0 +1,64 @@
+"""The workdir: is everything in it as it was written, and is it this run's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from milora_jax.adapters.registry import build_method, full_settings
+from milora_jax.config import Config
+from milora_jax.doctor.findings import FAIL, OK, WARN, Finding, guarded
+from milora_jax.doctor.subject import Subject
+from milora_jax.errors import UserError
+from milora_jax.storage.adapters import best_metadata, newest_step
+from milora_jax.storage.verify import findings, step_folders
+from milora_jax.training.workdir import differences
+
+
+def workdir_findings(subject: Subject) -> Iterator[Finding]:
+    """Checkpoints and adapters byte by byte, the base that they are for, and the settings of the run."""
+    workdir = subject.workdir
+    if workdir is None:
+        return
+    if subject.kept is not None and subject.given is not None:
+        yield settings_finding(subject.kept, subject.given)
+    if not step_folders(workdir):
+        said = f"{workdir} holds no checkpoint yet: python train.py begins at step 0"
+        yield Finding(WARN, "checkpoints", said)
+        return
+    base = None
+    try:
+        base = subject.directory if subject.model else None
+    except UserError:
+        yield Finding(WARN, "checkpoints", "the base cannot be read: not compared with the steps")
+    for folder, lines in findings(workdir, base).items():
+        name = f"{folder.parent.name}/{folder.name}"
+        if not lines:
+            yield Finding(OK, "checkpoints", f"{name} verifies" + (", on this base" if base else ""))
+        for line in lines:
+            do = f"put a good copy back, or delete {folder}"
+            yield Finding(FAIL, "checkpoints", f"{name}: {line}; {do}")
+    yield from guarded("best", lambda: _best_findings(subject))
+
+
+def _best_findings(subject: Subject) -> Iterator[Finding]:
+    """The adapter that evaluation, generation and exports take."""
+    workdir = subject.workdir
+    if workdir is None or not (workdir / "best").is_dir():
+        yield Finding(
+            WARN, "best", "no dev evaluation yet, so no adapter to evaluate, generate with or export"
+        )
+        return
+    perplexity = best_metadata(workdir).get("dev_perplexity")
+    step = newest_step(workdir)[1]
+    yield Finding(OK, "best", f"the adapter of step {step}, dev perplexity {perplexity}")
+
+
+def settings_finding(kept: Config, given: Config) -> Finding:
+    """Whether ``--config`` continues the run of the workdir."""
+    written = dataclasses.replace(given, adapter=full_settings(build_method(given.adapter)))
+    found = [f"{name} is {old!r} there and {new!r} now" for name, old, new in differences(kept, written)]
+    if found:
+        said = "; ".join(found)
+        return Finding(FAIL, "settings", f"the workdir holds another run: {said}; use another --workdir")
+    return Finding(OK, "settings", "--config continues the run of the workdir")
