@@ -38,6 +38,7 @@ POOLERS = ("attention", "mean", "max", "last")
 ACTIVATIONS = ("rational", "gelu", "relu", "relu-gelu", "gelu-relu")
 GATES = ("softmax", "renormalized", "straight_through")
 COEFFICIENTS = ("bilevel", "joint", "frozen")
+TRACKERS = ("tensorboard", "wandb")
 REMAT = ("none", "products", "full")
 """What a training step computes again, from the least to the most; see :class:`TrainSection`."""
 
@@ -169,6 +170,8 @@ class TrainSection:
       patience: dev evaluations without improvement before the run stops early; 0 never stops.
       max_bad_steps: non-finite steps in a row that stop the run.
       seed: seed of initialisation, row order and dropout.
+      trackers: where figures go beside ``metrics.jsonl``: tensorboard, wandb, or both, comma-separated; see
+        docs/logging.md.
       init_from: a workdir or an exported or imported adapter, of the same method and base, whose parameters
         training starts from; empty for fresh ones.
     """
@@ -192,6 +195,7 @@ class TrainSection:
     patience: int = 10
     max_bad_steps: int = 5
     seed: int = 0
+    trackers: str = ""
     init_from: str = ""
 
     def __post_init__(self) -> None:
@@ -201,11 +205,22 @@ class TrainSection:
         for name in "max_steps patience seed".split():
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         one_of("train.remat", self.remat, REMAT)
+        for name in tracker_names(self.trackers):
+            one_of("train.trackers", name, TRACKERS)
         require(self.seed < 2**32, "train.seed", self.seed, "below 2**32")
         for name in "learning_rate router_rate coefficient_learning_rate weight_decay clip_norm".split():
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"train.{name}", value, "0 or more")
         require(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "from 0 to below 1")
+
+
+def tracker_names(trackers: str) -> tuple[str, ...]:
+    """The names in ``train.trackers``, each once.
+
+    >>> tracker_names("wandb, tensorboard,wandb")
+    ('wandb', 'tensorboard')
+    """
+    return tuple(dict.fromkeys(filter(None, (part.strip() for part in trackers.split(",")))))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ FLOORS = (
 SIDEWAYS = {("model_config", "types"), ("cli", "config"), ("cli", "cluster"), ("cluster", "config")}
 """The imports within a floor: flags become a Config and a Cluster."""
 
-HEAVY = ("torch", "transformers", "tokenizers", "datasets", "ml_collections", "absl", "matplotlib", "tqdm")
+HEAVY = (
+    *("torch", "transformers", "tokenizers", "datasets", "ml_collections", "absl", "matplotlib", "tqdm"),
+    *("tensorboardX", "wandb"),
+)
 """Libraries that are imported inside the functions that need them."""
 
 TORCH_IN = ("peer_worker.py", "torch_reference.py")

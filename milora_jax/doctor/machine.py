@@ -75,7 +75,7 @@ def memory_findings(subject: Subject) -> Iterator[Finding]:
     """Whether base and training state fit, by arithmetic; activations are not counted."""
     config, shards = subject.config, subject.mesh.shape["fsdp"] * subject.mesh.shape["tensor"]
     base = base_bytes(config, subject.model) / shards
-    state = STATE_BYTES * subject.method.tunable_parameters(adapter_shape(subject.model))
+    state = float(STATE_BYTES) * subject.method.tunable_parameters(adapter_shape(subject.model))
     yield fit_finding(base, state, memory_per_device(), scored=bool(config.data.test))
 
 

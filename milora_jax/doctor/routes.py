@@ -14,7 +14,7 @@ from milora_jax.adapters.tenants import Tenants
 from milora_jax.base.attention import spread_over
 from milora_jax.base.hf import Progress, load_leaves
 from milora_jax.base.modules import Base, decode_layout, frozen_kernels
-from milora_jax.base.transformer import adapter_decode_layout, prompt_members
+from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.cli import Console
 from milora_jax.data.batches import collate, collate_prompts
 from milora_jax.data.packing import in_rows
@@ -156,8 +156,10 @@ def _trained(subject: Subject, adapter: Adapter, base: Base, rows: Sequence[Sequ
     """The routes of a training pass over prompts and answers, packed if the run packs."""
     longest = max(sum(len(example.tokens) for example in row) for row in rows)
     prompts, model = max(map(len, rows)), subject.model
-    batch = collate(rows, -(-longest // MULTIPLE) * MULTIPLE, 0, _rows_of(subject, len(rows)))
-    present = prompt_members(batch.segment_ids, batch.prompt_mask, prompts).any(axis=-1)
+    count = _rows_of(subject, len(rows))
+    batch = collate(rows, -(-longest // MULTIPLE) * MULTIPLE, 0, count)
+    filled = [len(row) for row in rows] + [0] * (count - len(rows))
+    present = np.arange(prompts) < np.array(filled)[:, None]
     attend = attend_over(subject.mesh, Rules())
 
     def routed(adapter: Adapter, base: Base, batch: Batch) -> Route | None:
@@ -166,7 +168,7 @@ def _trained(subject: Subject, adapter: Adapter, base: Base, rows: Sequence[Sequ
     route = jax.jit(routed)(adapter, base, place(batch, batch_sharding(subject.mesh, Rules())))
     if route is None:
         raise AssertionError("a method that routes gives a route in training")
-    return Routes.of(route, np.asarray(present))
+    return Routes.of(route, present)
 
 
 def _decoded(

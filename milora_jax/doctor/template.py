@@ -43,10 +43,13 @@ def chat_findings(tokenizer: Any, eos_ids: tuple[int, ...]) -> Iterator[Finding]
     if not encode_chat(tokenizer, asked):
         yield Finding(FAIL, "template", "the chat template gives a prompt of no tokens: correct it")
         return
-    tail = whole[whole.rindex(ANSWER) + len(ANSWER) :]
+    at = whole.rindex(ANSWER)
+    tail = whole[at + len(ANSWER) :]
+    # Some open a turn with nothing: what ends the question is what the answer follows.
+    follows = whole.startswith(prompt) and not whole[len(prompt) : at].strip()
     ids = tokenizer.encode(tail, add_special_tokens=False)
     good = True
-    if prompt == closed and not whole.startswith(prompt):
+    if prompt == closed and not follows:
         good = False
         said = "the chat template writes no generation prompt: the model must guess that it is its turn"
         yield Finding(WARN, "template", f"{said}; add one under add_generation_prompt")

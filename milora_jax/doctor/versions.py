@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 import milora_jax
-from milora_jax.config import Config
+from milora_jax.config import Config, tracker_names
 from milora_jax.doctor.findings import FAIL, OK, Finding
 
 PYTHONS = ((3, 11), (3, 14))
@@ -32,6 +32,9 @@ FLOORS = {
 }
 """The oldest version of each package that we run with, as ``pyproject.toml`` says."""
 
+TRACKER_FLOORS = {"tensorboardX": "2.6", "wandb": "0.19"}
+"""The same of the packages of ``train.trackers``, which come with extras."""
+
 CORE = ("jax", "flax", "optax", "numpy", "safetensors")
 """Nothing works without these."""
 
@@ -42,10 +45,13 @@ KNOWN_BAD = (("jax", "0.11.1", "flax", "0.12.8"),)
 """(package, from this version on, other package, up to this version): pairs that do not work together."""
 
 
+EVERY = FLOORS | TRACKER_FLOORS
+
+
 def installed_versions() -> dict[str, str | None]:
     """The version of every package that we may need; None where it is missing."""
     found: dict[str, str | None] = {}
-    for name in (*FLOORS, "tensorboardX", "wandb"):
+    for name in EVERY:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -60,12 +66,11 @@ def needed_by(config: Config | None) -> dict[str, str]:
     needed = {**dict.fromkeys(CORE, "everything"), **dict.fromkeys(OF_TRAINING, "training")}
     if config.data.template == "chat":
         needed["jinja2"] = "data.template=chat"
-    if any(
-        part.strip().partition("=")[2].startswith("hf:") or part.strip().startswith("hf:")
-        for text in (config.data.train, config.data.dev, config.data.test)
-        for part in text.split(",")
-    ):
+    sources = ",".join((config.data.train, config.data.dev, config.data.test)).split(",")
+    if any(source.strip().startswith("hf:") or "=hf:" in source for source in sources):
         needed["datasets"] = "data sets of the Hub"
+    for tracker in tracker_names(config.train.trackers):
+        needed["tensorboardX" if tracker == "tensorboard" else tracker] = f"train.trackers={tracker}"
     if config.model.path.startswith("hf:"):
         needed["huggingface_hub"] = "models of the Hub"
     return needed
@@ -77,7 +82,8 @@ def numbers(version: str) -> tuple[int, ...]:
     >>> numbers("0.11.1") > numbers("0.11"), numbers("2.9.0rc1")
     (True, (2, 9, 0))
     """
-    return tuple(int(part) for part in re.match(r"[0-9.]*", version)[0].split(".") if part)  # type: ignore[index]
+    release = re.match(r"[0-9.]*", version)
+    return tuple(int(part) for part in (release[0] if release else "").split(".") if part)
 
 
 def version_findings(
@@ -98,8 +104,8 @@ def version_findings(
     for name, purpose in needed_by(config).items():
         if installed.get(name) is None:
             good = False
-            yield _failed(f"{name} is missing, which {purpose} needs: pip install '{name}>={FLOORS[name]}'")
-    for name, floor in FLOORS.items():
+            yield _failed(f"{name} is missing, which {purpose} needs: pip install '{name}>={EVERY[name]}'")
+    for name, floor in EVERY.items():
         version = installed.get(name)
         if version is not None and numbers(version) < numbers(floor):
             good = False

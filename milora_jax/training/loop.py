@@ -7,12 +7,10 @@ the checkpoint that mentions it.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -22,7 +20,6 @@ from milora_jax.adapters.protocol import Adapter, abstract_params, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import Base, frozen_kernels
 from milora_jax.base.source import model_directory
-from milora_jax.config import TrainSection
 from milora_jax.data.batches import batch_rows, collate
 from milora_jax.data.tokens import Example
 from milora_jax.errors import NonFiniteError, Preempted, UserError
@@ -33,77 +30,14 @@ from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, ve
 from milora_jax.training.health import RoutingHealth, pack_routes, routing_health, unpack_routes
 from milora_jax.training.optim import learning_rate_schedule, split_params
 from milora_jax.training.prepare import Run
+from milora_jax.training.progress import Fit, Progress, planned_steps
 from milora_jax.training.start import starting_params
 from milora_jax.training.step import Steps, TrainState, init_state, make_steps
-from milora_jax.training.workdir import MetricsLog
+from milora_jax.training.trackers import RunLog
 from milora_jax.types import Batch, Metrics, PyTree
 
 KEPT_CHECKPOINTS = 2
 """The newest and one to fall back on."""
-
-
-@dataclass
-class Progress:
-    """What the host remembers between steps; saved with every checkpoint.
-
-    Attributes:
-      best_step, best_perplexity: the dev evaluation with the lowest perplexity so far.
-      stale: evaluations since then.
-      skipped: updates skipped because something was not finite.
-      bad_theta: updates of Theta skipped in a row.
-      stopped: whether patience ran out.
-      tokens: tokens trained on, padding left out, counted over all lives of the run.
-      seconds: time spent in :meth:`Trainer.fit`, over all lives of the run.
-      dev_routes: the routes of the dev prompts at the last evaluation, packed; empty without.
-    """
-
-    best_step: int = 0
-    best_perplexity: float = math.inf
-    stale: int = 0
-    skipped: int = 0
-    bad_theta: int = 0
-    stopped: bool = False
-    tokens: int = 0
-    seconds: float = 0.0
-    dev_routes: str = ""
-
-    def to_json(self) -> dict:
-        """Plain values; an infinite perplexity, which JSON cannot carry, becomes null."""
-        values = dataclasses.asdict(self)
-        values["best_perplexity"] = self.best_perplexity if math.isfinite(self.best_perplexity) else None
-        return values
-
-    @classmethod
-    def from_json(cls, values: dict) -> Progress:
-        """Inverse of :meth:`to_json`."""
-        perplexity = values["best_perplexity"]
-        return cls(**{**values, "best_perplexity": math.inf if perplexity is None else perplexity})
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What training gives back.
-
-    Attributes:
-      steps: optimiser steps taken.
-      earlier_seconds: training time of the run's earlier lives.
-    """
-
-    state: TrainState
-    steps: int
-    progress: Progress
-    earlier_seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens of all rows, padding left out, over the training time of all lives."""
-        return self.progress.tokens / self.progress.seconds
-
-
-def planned_steps(settings: TrainSection, rows: int) -> int:
-    """Optimiser steps of a whole run: the shorter of ``epochs`` and ``max_steps``."""
-    by_epochs = max(1, settings.epochs * rows // settings.batch_size)
-    return min(by_epochs, settings.max_steps) if settings.max_steps else by_epochs
 
 
 class Trainer:
@@ -158,10 +92,28 @@ class Trainer:
             is not finite.
         """
         state, progress = self._restore_or_init()
-        start = int(state.step)
-        log = MetricsLog(self._workdir, start, self._say)
-        earlier_seconds, clock = progress.seconds, time.monotonic()
+        earlier_seconds = progress.seconds
+        log = RunLog(self._workdir, self._run.config, int(state.step), self._say)
+        try:
+            state = self._take_steps(state, progress, log, advance, preempted)
+        finally:
+            log.close()
+        self._checkpoints.wait()
+        self._best.wait()
+        return Fit(state, int(state.step), progress, earlier_seconds)
+
+    def _take_steps(
+        self,
+        state: TrainState,
+        progress: Progress,
+        log: RunLog,
+        advance: Callable[[int, str], None],
+        preempted: Callable[[], bool],
+    ) -> TrainState:
+        """The loop of :meth:`fit`."""
+        start, earlier_seconds, clock = int(state.step), progress.seconds, time.monotonic()
         waiting: tuple[Metrics, Metrics | None] | None = None
+        trained = judged = ""
         batch, tokens = self._training_batch(start)
         for step in range(start, self._total):
             if progress.stopped:
@@ -178,11 +130,11 @@ class Trainer:
             self._count_bad(waiting, progress, done)
             waiting = metrics, theta_metrics
             progress.seconds = earlier_seconds + time.monotonic() - clock
-            status = ""
+            shown = trained, judged
             if done % self._settings.log_every == 0 or done == self._total:
-                status = self._log_step(log, done, metrics, progress.tokens / progress.seconds)
+                trained = self._log_step(log, done, metrics, progress.tokens / progress.seconds)
             if done % self._settings.eval_every == 0 or done == self._total:
-                status = self._evaluate(log, done, state.adapter, progress)
+                judged = self._evaluate(log, done, state.adapter, progress)
             last = done == self._total or progress.stopped
             stop = self._asked_to_stop(done, preempted)
             if last or stop or done % self._settings.save_every == 0:
@@ -191,13 +143,12 @@ class Trainer:
                 self._save(state, done, progress)
             self._checkpoints.poll()
             self._best.poll()
-            advance(done, status)
+            # What is not new need not be drawn again.
+            advance(done, "" if shown == (trained, judged) else ", ".join(filter(None, (trained, judged))))
             if stop:
                 self._checkpoints.wait()
                 raise Preempted(f"SIGTERM: saved step {done}, run the same command again to continue")
-        self._checkpoints.wait()
-        self._best.wait()
-        return Fit(state, int(state.step), progress, earlier_seconds)
+        return state
 
     def _asked_to_stop(self, done: int, preempted: Callable[[], bool]) -> bool:
         """Whether any process was asked to; several ask each other at logged steps only, as it makes them
@@ -295,9 +246,9 @@ class Trainer:
                 f"stopped before step {done} was saved, nothing was spoiled; lower train.learning_rate"
             )
 
-    def _log_step(self, log: MetricsLog, done: int, metrics: Metrics, speed: float) -> str:
+    def _log_step(self, log: RunLog, done: int, metrics: Metrics, speed: float) -> str:
         loss = float(metrics.loss)
-        log.write(
+        log.log(
             done,
             {
                 "loss": loss,
@@ -312,10 +263,10 @@ class Trainer:
         )
         return f"loss {loss:.3f}, {speed:,.0f} tokens/s"
 
-    def _evaluate(self, log: MetricsLog, done: int, adapter: Adapter, progress: Progress) -> str:
+    def _evaluate(self, log: RunLog, done: int, adapter: Adapter, progress: Progress) -> str:
         """Dev perplexity; keeps the adapter if it is the best so far."""
         perplexity, health = self.dev_perplexity(adapter, progress)
-        log.write(done, {"dev_perplexity": perplexity, **({} if health is None else health.to_json())})
+        log.log(done, {"dev_perplexity": perplexity, **({} if health is None else health.to_json())})
         if not math.isfinite(perplexity):
             raise NonFiniteError(
                 f"the dev perplexity of step {done} is not finite; stopped before it was saved; "

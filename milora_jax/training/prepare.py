@@ -30,6 +30,7 @@ from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.processes import place, several
 from milora_jax.parallel.rules import Rules, base_sharding, batch_sharding
 from milora_jax.training.start import starting_params
+from milora_jax.training.trackers import require_installed
 from milora_jax.training.workdir import refuse_early
 from milora_jax.types import Batch
 
@@ -95,6 +96,7 @@ def prepare_run(
     config = dataclasses.replace(config, adapter=full_settings(method))
     require(bool(config.model.path), "model.path", config.model.path, "a Hugging Face directory")
     require(bool(config.data.train), "data.train", config.data.train, "at least one file")
+    require_installed(config.train.trackers)
     directory = model_directory(config.model.path)
     model = read_model_config(directory)
     rate, params = config.train.router_rate, abstract_params(method, adapter_shape(model))

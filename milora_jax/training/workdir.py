@@ -21,7 +21,10 @@ CHANGEABLE = {
     ("eval",),
     ("mesh",),
     ("data", "test"),
-    *(("train", name) for name in ("log_every", "save_every", "accumulate", "remat", "loss_chunk")),
+    *(
+        ("train", name)
+        for name in ("log_every", "save_every", "accumulate", "remat", "loss_chunk", "trackers")
+    ),
 }
 """What may differ when a run is continued: settings that do not enter the trained parameters, but for the
 order of sums."""
@@ -91,7 +94,11 @@ def differences(kept: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object a line, in step order even after a resume."""
+    """``metrics.jsonl``: one JSON object a line, in step order even after a resume.
+
+    Attributes:
+      last_step: the last step of which an earlier life of the run has logged something; 0 where none has.
+    """
 
     def __init__(self, workdir: Path, resume_step: int, warn: Callable[[str], None]) -> None:
         """Open the log and drop the lines of steps that will be taken again.
@@ -102,10 +109,12 @@ class MetricsLog:
           warn: receives one line if a power cut left lines that cannot be read; they are dropped too.
         """
         self._path = workdir / METRICS_NAME
+        self.last_step = 0
         if not is_first():
             return
         lines = self._old_lines()
         steps = [_step_of(line) for line in lines]
+        self.last_step = max((step for step in steps if step is not None), default=0)
         if None in steps:
             warn(f"{self._path}: {steps.count(None)} unreadable line(s) dropped")
         kept = [
