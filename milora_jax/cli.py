@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import io
 import signal
 import sys
@@ -146,11 +147,16 @@ def stop_if(preempted: Callable[[], bool], doing: str) -> None:
 
 
 class Bar:
-    """Progress of one long job: a tqdm bar on a terminal, plain lines elsewhere."""
+    """Progress of one long job, with the time that is left: a tqdm bar on a terminal, plain lines elsewhere.
+
+    Time is counted from the first report on: what comes before it is compilation, or an earlier life of the
+    job, and says nothing of its speed.
+    """
 
     def __init__(self, name: str, total: int, unit: str, stream: IO[str] | io.TextIOBase) -> None:
         self._name, self._total, self._unit, self._stream = name, total, unit, stream
         self._reached, self._printed, self._status = 0, time.monotonic(), ""
+        self._begun: tuple[int, float] | None = None
         self._bar: Any = None
         if stream.isatty():
             from tqdm import tqdm
@@ -165,14 +171,33 @@ class Bar:
         """Note that ``done`` units are done, with a status worth showing (or none)."""
         step, self._reached = done - self._reached, done
         self._status = status or self._status
-        if self._bar is not None:
+        if self._begun is None:
+            self._begin(done)
+        elif self._bar is not None:
             self._bar.update(step)
+        if self._bar is not None:
             if status:
                 self._bar.set_postfix_str(status)
         elif done == self._total or time.monotonic() - self._printed >= LINE_EVERY:
             self._printed = time.monotonic()
-            tail = f": {self._status}" if self._status else ""
+            said = ", ".join(filter(None, (self._status, self._left())))
+            tail = f": {said}" if said else ""
             print(f"{self._name} {done}/{self._total} {self._unit}{tail}", file=self._stream, flush=True)
+
+    def _begin(self, done: int) -> None:
+        self._begun = done, time.monotonic()
+        if self._bar is not None:
+            self._bar.initial = self._bar.n = self._bar.last_print_n = done
+            self._bar.unpause()
+            self._bar.refresh()
+
+    def _left(self) -> str:
+        """The time left at the speed so far; nothing where there is no speed yet, or nothing left."""
+        if self._begun is None or not self._begun[0] < self._reached < self._total:
+            return ""
+        done, since = self._begun
+        seconds = (time.monotonic() - since) / (self._reached - done) * (self._total - self._reached)
+        return f"{datetime.timedelta(seconds=round(seconds))} left"
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -16,6 +16,7 @@ from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.cli import Console, stop_if
 from milora_jax.data.prompts import shown_prompt
 from milora_jax.data.records import fingerprint
+from milora_jax.evaluation.closing import closing_lines
 from milora_jax.evaluation.report import accuracy_table, plot_health, plot_routing
 from milora_jax.evaluation.score import (
     PREFILL_ROWS,
@@ -181,4 +182,4 @@ def write_report(
         f"{fit.progress.best_perplexity:.3f}), {summary['tunable_parameters']:,} tunable parameters, "
         f"{summary['mean_active_parameters']:,.0f} active per token, {wall_seconds:.0f} s"
     )
-    print(f"written to {workdir}")
+    print("\n".join(closing_lines(workdir, run.config)))

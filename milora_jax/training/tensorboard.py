@@ -20,7 +20,7 @@ class TensorBoard:
         Args:
           resume_step: TensorBoard is told to forget what earlier files say of later steps.
         """
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
 
         self._writer = SummaryWriter(
             str(workdir / FOLDER),

@@ -31,7 +31,7 @@ class WeightsAndBiases:
             up to this one are not told twice.
           say: receives one line that says where the run is.
         """
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._logged, self._picture = logged, wandb.Image
         self._run = wandb.init(
@@ -45,8 +45,8 @@ class WeightsAndBiases:
                 silent=True, console="off", init_timeout=PATIENCE, login_timeout=PATIENCE
             ),
         )
-        offline = f"wandb sync {workdir / 'wandb'}/offline-run-* sends it"
-        say(f"Weights & Biases: {self._run.url or offline}")
+        later = f"wandb sync {workdir / 'wandb'}/offline-run-* sends it"
+        say(f"Weights & Biases: {later if self._run.offline else self._run.url}")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Tell curves and pictures of a step."""
