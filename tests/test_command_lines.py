@@ -17,6 +17,8 @@ COMMANDS = {
     "storage without a command": ["-m", "milora_jax.storage"],
     "bench": ["-m", "milora_jax.bench", "decode"],
     "parallel": ["-m", "milora_jax.parallel", "aot", "--nothing"],
+    "package": ["-m", "milora_jax", "docter"],
+    "doctor": ["-m", "milora_jax", "doctor", "--nothing"],
     "tiny": ["-m", "milora_jax.tiny", "--nothing"],
 }
 

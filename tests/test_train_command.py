@@ -68,6 +68,7 @@ REFUSED = {
     "unknown dtype": ("--config.model.dtype=int8", "model.dtype is 'int8'"),
     "unknown quantisation": ("--config.model.quantize=int4", "model.quantize is 'int4'"),
     "too narrow for its blocks": ("--config.model.quantize=nf4", "is 32: expected a multiple of 64 for NF4"),
+    "unknown tracker": ("--config.train.trackers=tensorbord", "did you mean 'tensorboard'?"),
     "infinite rate": ("--config.train.learning_rate=inf", "train.learning_rate is inf"),
     "negative rate": ("--config.train.learning_rate=-1.0", "train.learning_rate is -1.0"),
     "unknown flag": ("--wrokdir=x", "wrokdir"),

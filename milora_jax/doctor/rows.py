@@ -11,7 +11,7 @@ import numpy as np
 
 from milora_jax.cli import Console
 from milora_jax.data.batches import collate
-from milora_jax.data.records import HOLDOUT_STREAM, Record, Source, parse_sources, read_records
+from milora_jax.data.records import Record, Source, parse_sources, read_records
 from milora_jax.data.tokens import Example, encode_example, encode_question
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding, guarded
 from milora_jax.doctor.subject import Subject
@@ -160,8 +160,7 @@ def overlap_findings(subject: Subject) -> Iterator[Finding]:
 def sample(subject: Subject, count: int) -> list[Example]:
     """Training rows that the run would take, spread over the data: as many as asked for, or all."""
     fitting = [e for e in subject.examples["train"] if len(e.tokens) <= subject.config.data.max_length]
-    order = np.random.default_rng([subject.config.train.seed, HOLDOUT_STREAM]).permutation(len(fitting))
-    return [fitting[i] for i in order[:count]]
+    return fitting[:: max(1, len(fitting) // count)][:count]
 
 
 def _all_of(subject: Subject, split: str) -> list[Record]:
@@ -178,5 +177,5 @@ def _texts(record: Record) -> tuple[str, ...]:
 
 
 def _marks(subject: Subject) -> tuple[str, ...]:
-    special = [text for text in subject.tokenizer.all_special_tokens if len(text) > 2]
+    special = [text for text in map(str, subject.tokenizer.all_special_tokens) if len(text) > 2]
     return (*MARKS, *special)

@@ -17,6 +17,8 @@ from milora_jax.training.trackers import SHARES, TAGS, RunLog, heat_map, require
 from tests.training.test_methods_train import STEPS, STOP, fit, prepared  # noqa: F401  # a fixture
 
 SHARE = np.linspace(0, 1, 14).reshape(2, 7).tolist()
+BLOCK, WHOLE, LAST = 32768, 1, 4
+"""Of LevelDB's log format: bytes of a block, and the kinds of pieces with which a record ends."""
 DEV = {"dev_perplexity": 2.0, "expert_share": SHARE, "route_entropy": [1.0, 1.5], "route_margin": None}
 
 
@@ -226,13 +228,18 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
 
 
 def steps_of(path):
-    """The steps in a file of wandb's."""
+    """The steps in a file of wandb's: a head of 7 bytes, then records in LevelDB's log format."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store = DataStore()
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record.FromString(data)
-        if record.WhichOneof("record_type") == "history":
-            yield record.history.step.num
+    content, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if (left := BLOCK - at % BLOCK) < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, at)
+        whole, at = whole + content[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (WHOLE, LAST):
+            record = wandb_internal_pb2.Record.FromString(whole)
+            whole = b""
+            if record.WhichOneof("record_type") == "history":
+                yield record.history.step.num
