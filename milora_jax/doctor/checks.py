@@ -48,7 +48,7 @@ def look_at(subject: Subject, has_settings: bool) -> Iterator[Finding]:
     Args:
       has_settings: whether the subject has settings; without, only the machine is looked at.
     """
-    yield from guarded("devices", lambda: device_findings())
+    yield from guarded("devices", device_findings)
     failed: set[str] = set()
     for check in CHECKS if has_settings else ():
         missing = [name for name in check.needs if name in failed]

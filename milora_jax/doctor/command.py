@@ -67,8 +67,8 @@ def examine(path: str, overrides: list[str], workdir: Path | None) -> Iterator[F
         yield from guarded("workdir", lambda: _settings("workdir", settings, lambda: kept_config(workdir)))
     given, kept = settings.get("config"), settings.get("workdir")
     config = given if path else kept
-    look = version_findings(config, installed_versions(), sys.version_info[:2])
-    yield from guarded("versions", lambda: look)
+    python = sys.version_info[:2]
+    yield from guarded("versions", lambda: version_findings(config, installed_versions(), python))
     try:
         # Hangs on JAX and Flax, which may be what is broken.
         from milora_jax.doctor.checks import look_at

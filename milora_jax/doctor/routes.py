@@ -71,7 +71,7 @@ def routing_findings(subject: Subject) -> Iterator[Finding]:
     if not subject.method.routes:
         yield Finding(OK, "routing", f"method {subject.method.name} has no router")
         return
-    config, model, rules = subject.config, subject.model, Rules()
+    config, rules = subject.config, Rules()
     rows = in_rows(sample(subject, ROWS), config.data.max_length if config.data.pack else None)
     examples = [example for row in rows for example in row]
     with Console().loading("base") as progress:
@@ -79,10 +79,10 @@ def routing_findings(subject: Subject) -> Iterator[Finding]:
     adapter, origin = _adapter(subject, base)
     placed: Adapter = jax.device_put(adapter, state_shardings(subject.mesh, rules, adapter))
     trained = _trained(subject, placed, base, rows)
-    prefilled, before, after = _decoded(subject, placed, decode_layout(base), examples)
+    prefilled, after = _decoded(subject, placed, decode_layout(base), examples)
     exact = config.model.dtype == "float32" and jax.default_backend() == "cpu"
     yield parity_finding(trained, prefilled, EXACT if exact else ROUNDED, f"{len(examples)} rows, {origin}")
-    yield carried_finding(before, after, model.num_layers)
+    yield carried_finding(prefilled.weights, after)
 
 
 def parity_finding(trained: Routes, prefilled: Routes, tolerance: float, what: str) -> Finding:
@@ -90,32 +90,32 @@ def parity_finding(trained: Routes, prefilled: Routes, tolerance: float, what: s
 
     Args:
       tolerance: largest difference of two probabilities; a choice between two experts that are closer than
-        twice this is a tie.
+        twice this is a tie, and the layers after one that fell differently see other inputs.
     """
     chosen = trained.weights != 0
     differs = (chosen != (prefilled.weights != 0)).any(axis=-1)
-    distance = float(np.abs(trained.probs - prefilled.probs).max())
     falling = -np.sort(-trained.probs, axis=-1)
     k = int(chosen[0, 0].sum())
     margin = falling[..., k - 1] - falling[..., min(k, falling.shape[-1] - 1)]
-    tied = margin <= 2 * tolerance
+    ties = differs & (margin <= 2 * tolerance)
+    comparable = np.cumsum(ties, axis=0) - ties == 0
+    distance = float(np.abs(trained.probs - prefilled.probs)[comparable].max())
+    wrong = int((differs & ~ties & comparable).sum())
     said = f"{what}: training and prefill differ by {distance:.1e} in probability, at most {tolerance:.0e}"
-    wrong = int((differs & ~tied).sum())
     if wrong or not distance <= tolerance:
         do = "prompts, padding or layout are not the same in both; report it with this line"
         return Finding(FAIL, "routing", f"{said}, and in {wrong} of {differs.size} choices of experts: {do}")
-    if differs.any():
-        return Finding(WARN, "routing", f"{said}; {int(differs.sum())} of {differs.size} choices are ties")
+    if ties.any():
+        return Finding(WARN, "routing", f"{said}; {int(ties.sum())} of {differs.size} choices are ties")
     return Finding(OK, "routing", f"{said}; the same experts in all {differs.size} choices")
 
 
-def carried_finding(
-    before: Float[np.ndarray, "L N E"], after: Float[np.ndarray, "L N E"], layers: int
-) -> Finding:
-    """Whether decoding left the route as prefill gave it, to the bit."""
-    if not np.array_equal(before, after):
-        said = f"decoding changed the route of {int((before != after).any(axis=(0, 2)).sum())} rows"
+def carried_finding(given: Float[np.ndarray, "L N E"], after: Float[np.ndarray, "L N E"]) -> Finding:
+    """Whether decoding still carries the route that prefill gave, to the bit."""
+    if not np.array_equal(given, after):
+        said = f"decoding changed the route of {int((given != after).any(axis=(0, 2)).sum())} rows"
         return Finding(FAIL, "routing", f"{said}: it must read it only; report it with this line")
+    layers = len(given)
     return Finding(OK, "routing", f"decoding carries the route of {layers} layers unchanged, {STEPS} steps")
 
 
@@ -173,8 +173,8 @@ def _trained(subject: Subject, adapter: Adapter, base: Base, rows: Sequence[Sequ
 
 def _decoded(
     subject: Subject, adapter: Adapter, base: Base, examples: Sequence[Example]
-) -> tuple[Routes, np.ndarray, np.ndarray]:
-    """The routes of prefill over the prompts alone, and the carried ones before and after some steps.
+) -> tuple[Routes, np.ndarray]:
+    """The routes of prefill over the prompts alone, and the weights that decoding carries after some steps.
 
     Args:
       base: in the decode layout.
@@ -194,14 +194,8 @@ def _decoded(
     state = empty_state(model, base, sampler, rows, slots, routed=True)
     places, plan = np.arange(rows, dtype=np.int32), Plan.of(settings)
     state, _ = admit(state, prefilled, places, np.zeros(rows, np.int32), sampler, plan, spread)
-    before = _carried(state.route, count)
     state, _, _ = decode_chunk(base, tenants, state, model, STEPS, plan, spread)
-    present = np.arange(rows)[:, None] < count
-    return Routes.of(route, present), before, _carried(state.route, count)
-
-
-def _carried(route: tuple | None, count: int) -> np.ndarray:
-    """The weights that decoding carries, ``[L, N, E]``."""
-    if route is None:
+    if state.route is None:
         raise AssertionError("a method that routes carries a route")
-    return np.stack([np.asarray(layer)[:count, 0] for layer in to_host(route)])
+    carried = np.stack([np.asarray(layer)[:count, 0] for layer in to_host(state.route)])
+    return Routes.of(route, np.arange(rows)[:, None] < count), carried

@@ -41,20 +41,24 @@ def test_routes_that_differ_are_told():
 
 
 def test_a_tie_is_no_failure():
-    probs = np.full((1, 1, 7), 0.1, np.float32)
+    """Nor is what follows from one in later layers."""
+    probs = np.full((2, 1, 7), 0.1, np.float32)
     probs[..., :2] = 0.25
-    one, other = np.zeros_like(probs), np.zeros_like(probs)
+    one, other, later = np.zeros_like(probs), np.zeros_like(probs), probs.copy()
     one[..., :3], other[..., [0, 1, 5]] = 1, 1
-    found = parity_finding(Routes(probs, one), Routes(probs, other), 1e-5, "1 row")
-    assert (found.level, found.text.endswith("1 of 1 choices are ties")) == ("warn", True)
+    later[1] = later[1, :, ::-1]
+    found = parity_finding(Routes(probs, one), Routes(later, other), 1e-5, "1 row")
+    assert (found.level, found.text.endswith("2 of 2 choices are ties")) == ("warn", True)
+    swapped = Routes(later[::-1], other)
+    assert parity_finding(Routes(probs, one), swapped, 1e-5, "1 row").level == "fail", "before any tie"
 
 
 def test_a_route_that_decoding_changes_is_told():
     weights = some_routes().weights
     changed = weights.copy()
     changed[1, 2] += 1e-7
-    assert carried_finding(weights, weights, 3).level == "ok"
-    assert "changed the route of 1 rows" in carried_finding(weights, changed, 3).text
+    assert carried_finding(weights, weights).level == "ok"
+    assert "changed the route of 1 rows" in carried_finding(weights, changed).text
 
 
 @pytest.mark.parametrize("pack", [False, True])
