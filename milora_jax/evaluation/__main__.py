@@ -1,6 +1,7 @@
 """``python -m milora_jax.evaluation --workdir DIR --data FILE``: accuracy as JSON, predictions as JSONL.
 
-``python -m milora_jax.evaluation study NAME --config FILE`` compares methods, see ``evaluation.study``.
+``study NAME --config FILE`` compares methods, see ``evaluation.study``; ``lm-eval`` is lm-evaluation-harness
+with a tuned model, see ``evaluation.harness_command``.
 """
 
 from __future__ import annotations
@@ -8,16 +9,21 @@ from __future__ import annotations
 import sys
 
 from milora_jax.errors import run_command
+from milora_jax.evaluation.harness_command import main as harness_main
 from milora_jax.evaluation.score_command import main as score_main
 from milora_jax.evaluation.study.command import main as study_main
 
+COMMANDS = {"study": study_main, "lm-eval": harness_main}
+"""By their names; without one, answers are scored."""
+
 
 def main() -> None:
-    """Score answers, see ``evaluation.score_command``; or one of the other commands, by its name."""
-    if sys.argv[1:2] == ["study"]:
-        study_main(sys.argv[2:])
-        return
-    score_main(sys.argv[1:])
+    """Score answers, see ``evaluation.score_command``; or one of the other commands."""
+    command = COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    if command is None:
+        score_main(sys.argv[1:])
+    else:
+        command(sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,192 @@
+"""Log-likelihoods of given texts: how probable the model finds the last tokens of a passage.
+
+The router reads the passage's prompt and nothing else, as in training and in generation: whatever follows
+the prompt leaves the route as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from milora_jax.adapters.protocol import Adapter
+from milora_jax.base.attention import Spread, attention, spread_over
+from milora_jax.base.modules import Base
+from milora_jax.base.transformer import forward, unembed
+from milora_jax.errors import require
+from milora_jax.generation.engine import bucket_of
+from milora_jax.model_config import ModelConfig
+from milora_jax.shapes import Array, Bool, Float, Int
+from milora_jax.types import Batch
+
+CHUNK = 1024
+"""Tokens whose logits exist at a time; of every row the same number."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens of which the last are scored.
+
+    Attributes:
+      tokens: at least two.
+      prompt: how many of them, from the first, are the prompt: the route is theirs.
+      scored: how many, up to the last, are scored; none of them is prompt.
+    """
+
+    tokens: tuple[int, ...]
+    prompt: int
+    scored: int
+
+    def __post_init__(self) -> None:
+        length = len(self.tokens)
+        require(1 <= self.prompt <= length - 1, "prompt", self.prompt, f"1 to {length - 1} tokens")
+        most = length - self.prompt
+        require(1 <= self.scored <= most, "scored", self.scored, f"1 to {most} tokens")
+
+
+class Likelihood(NamedTuple):
+    """Of the scored tokens of a passage.
+
+    Attributes:
+      log_probability: of all of them together, in nats.
+      greedy: whether each is the most probable token at its place.
+    """
+
+    log_probability: float
+    greedy: bool
+
+
+def rolling_passages(tokens: Sequence[int], prefix: int, width: int, led: bool) -> list[Passage]:
+    """The windows of a whole text, in which each of its tokens is predicted once: those of lm_eval's
+    ``loglikelihood_rolling``.
+
+    Args:
+      prefix: the token that the first one follows.
+      width: tokens that the model sees at most, at least 2.
+      led: the prefix leads every window and is its prompt, and takes the place of one token of context;
+        otherwise a later window's prompt is what of the text comes before its scored tokens.
+
+    >>> [passage.tokens for passage in rolling_passages([5, 6, 7, 8, 9], 1, 3, led=False)]
+    [(1, 5, 6, 7), (6, 7, 8, 9)]
+    >>> [passage.tokens for passage in rolling_passages([5, 6, 7, 8, 9], 1, 3, led=True)]
+    [(1, 5, 6, 7), (1, 7, 8, 9)]
+    """
+    ends = [*range(width, len(tokens), width - 1 if led else width), len(tokens)]
+    windows = []
+    for begin, end in pairwise([0, *ends]):
+        lead, first = ((prefix,), end - width) if led or not begin else ((), end - width - 1)
+        whole = (*lead, *tokens[max(first, 0) : end])
+        scored = end - begin
+        if scored:  # an empty text has no window
+            windows.append(Passage(whole, 1 if led else len(whole) - scored, scored))
+    return windows
+
+
+def log_likelihoods(
+    base: Base,
+    config: ModelConfig,
+    adapter: Adapter | None,
+    passages: Sequence[Passage],
+    rows: int,
+) -> Iterator[dict[int, Likelihood]]:
+    """Score passages, the longest first, batch by batch.
+
+    Every batch has ``rows`` rows, whose length is rounded up by ``generation.engine.bucket_of``: one program
+    is compiled for each length that occurs.
+
+    Args:
+      base: in the decode layout.
+      adapter: in the decode layout; None scores with the plain base.
+      passages: each at most one token longer than ``config.max_positions``: the last is only predicted.
+
+    Yields:
+      What became of the passages of a batch, by their place in ``passages``.
+    """
+    spread = spread_over(base.devices)
+    order = sorted(range(len(passages)), key=lambda i: (-len(passages[i].tokens), passages[i].tokens))
+    for start in range(0, len(order), rows):
+        places = order[start : start + rows]
+        group = [passages[i] for i in places]
+        length = bucket_of(len(group[0].tokens) - 1, config.max_positions)
+        # A batch that is not full repeats its last passage: a row without a prompt has no route.
+        batch, targets = _collate([*group, *[group[-1]] * (rows - len(group))], length)
+        sums, greedy = jax.device_get(score(base, adapter, batch, targets, config=config, spread=spread))
+        yield {i: Likelihood(float(sums[n]), bool(greedy[n])) for n, i in enumerate(places)}
+
+
+def _collate(passages: Sequence[Passage], length: int) -> tuple[Batch, Int[Array, "B T"]]:
+    """Passages without their last tokens as rows, and the token that follows each token."""
+    shape = (len(passages), length)
+    tokens, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    prompt, scored = np.zeros(shape, bool), np.zeros(shape, bool)
+    for row, passage in enumerate(passages):
+        size = len(passage.tokens) - 1
+        tokens[row, :size], targets[row, :size] = passage.tokens[:-1], passage.tokens[1:]
+        segments[row, :size] = 1
+        prompt[row, : passage.prompt] = True
+        scored[row, size - passage.scored : size] = True
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape) * segments
+    return Batch(*map(jnp.asarray, (tokens, segments, positions, prompt, scored))), jnp.asarray(targets)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "spread"))
+def score(
+    base: Base,
+    adapter: Adapter | None,
+    batch: Batch,
+    targets: Int[Array, "B T"],
+    config: ModelConfig,
+    spread: Spread | None = None,
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """Of each row, the log-probability of the targets where ``batch.loss_mask`` is true, in nats, and
+    whether each of them is the most probable token.
+
+    Args:
+      targets: the token that each token is to predict.
+    """
+    output = forward(
+        base,
+        config,
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        adapter=adapter,
+        prompt_mask=batch.prompt_mask,
+        attend=functools.partial(attention, spread=spread),
+    )
+    rows, length = targets.shape
+    width = max(1, min(length, CHUNK // rows))
+    chunks = -(-length // width)
+    padding = ((0, 0), (0, chunks * width - length))
+
+    def in_chunks(array: Array) -> Array:
+        padded = jnp.pad(array, padding + ((0, 0),) * (array.ndim - 2))
+        return padded.reshape(rows, chunks, width, *array.shape[2:]).swapaxes(0, 1)
+
+    def of_chunk(hidden: Array, wanted: Array, counted: Array) -> tuple[Array, Array]:
+        logits = unembed(base, config, hidden)
+        chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1, mode="clip")[..., 0]
+        losses = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
+        best = (jnp.argmax(logits, axis=-1).astype(wanted.dtype) == wanted) | ~counted
+        return losses.sum(axis=1), best.all(axis=1)
+
+    def of_nothing(hidden: Array, wanted: Array, counted: Array) -> tuple[Array, Array]:
+        return jnp.zeros(rows, jnp.float32), jnp.ones(rows, bool)
+
+    def add(carry: tuple[Array, Array], chunk: tuple) -> tuple[tuple[Array, Array], None]:
+        # Most tokens are context: their logits are not computed.
+        losses, best = jax.lax.cond(chunk[2].any(), of_chunk, of_nothing, *chunk)
+        return (carry[0] - losses, carry[1] & best), None
+
+    start = (jnp.zeros(rows, jnp.float32), jnp.ones(rows, bool))
+    (sums, greedy), _ = jax.lax.scan(
+        add, start, (in_chunks(output.hidden), in_chunks(targets), in_chunks(batch.loss_mask))
+    )
+    return sums, greedy
