@@ -1,7 +1,8 @@
 """``python -m milora_jax.evaluation --workdir DIR --data FILE``: accuracy as JSON, predictions as JSONL.
 
 ``study NAME --config FILE`` compares methods, see ``evaluation.study``; ``lm-eval`` is lm-evaluation-harness
-with a tuned model, see ``evaluation.harness_command``.
+with a tuned model, see ``evaluation.harness_command``; ``mt-bench`` answers and judges MT-Bench, see
+``evaluation.mt_bench_command``.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import sys
 
 from milora_jax.errors import run_command
 from milora_jax.evaluation.harness_command import main as harness_main
+from milora_jax.evaluation.mt_bench_command import main as mt_bench_main
 from milora_jax.evaluation.score_command import main as score_main
 from milora_jax.evaluation.study.command import main as study_main
 
-COMMANDS = {"study": study_main, "lm-eval": harness_main}
+COMMANDS = {"study": study_main, "lm-eval": harness_main, "mt-bench": mt_bench_main}
 """By their names; without one, answers are scored."""
 
 

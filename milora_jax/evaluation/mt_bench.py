@@ -1,0 +1,267 @@
+"""MT-Bench (Zheng et al. 2023, arXiv 2306.05685): questions of two turns, answered by a tuned model.
+
+Files are those of FastChat: questions with ``question_id``, ``category``, ``turns`` and perhaps
+``reference``; answers with ``question_id``, ``model_id`` and ``choices``, and the question beside them, so
+that a judge needs no other file. The questions themselves are no part of this package.
+
+Each turn is a prompt of its own: the second holds the first with its answer, and has its own route.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from milora_jax.data.chat import Message, encode_chat
+from milora_jax.data.prompts import prompt_text
+from milora_jax.data.records import Record
+from milora_jax.data.tokens import encode_prompt
+from milora_jax.errors import UserError
+from milora_jax.evaluation.tuned import Tuned
+from milora_jax.generation.settings import GenerationSettings
+from milora_jax.generation.text import Answer, generate
+from milora_jax.storage.files import write_atomic
+
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+"""Of the categories, as FastChat has them; of the others it is 0, which is greedy."""
+
+NEXT_TURN = "\n\n### Instruction:\n{question}\n\n### Response:\n"
+"""How a further turn goes on from an answer in the ``alpaca`` template."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+      turns: what the user says, turn by turn.
+      reference: good answers to the turns, or to some of them from the first; they are for the judge.
+    """
+
+    question_id: int | str
+    category: str
+    turns: tuple[str, ...]
+    reference: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question with a model's answers to its turns."""
+
+    question: Question
+    model_id: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How answers are made.
+
+    Attributes:
+      temperature: of all categories; None takes each one's of :data:`TEMPERATURES`.
+      seed: of sampled answers.
+    """
+
+    max_new_tokens: int = 1024
+    temperature: float | None = None
+    seed: int = 0
+
+    def settings(self, question: Question, room: int) -> GenerationSettings:
+        """Of the answer to one turn of a question.
+
+        Args:
+          room: tokens that the context leaves.
+        """
+        own = TEMPERATURES.get(question.category, 0.0)
+        return GenerationSettings(
+            max_new_tokens=max(1, min(self.max_new_tokens, room)),
+            temperature=own if self.temperature is None else self.temperature,
+            seed=self.seed,
+        )
+
+
+def answer_questions(
+    tuned: Tuned,
+    questions: Sequence[Question],
+    asked: Asked,
+    model_id: str,
+    out: Path,
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Answer what ``out`` has no answers to yet; it is written anew after every few questions.
+
+    Args:
+      progress: told how many more questions are done.
+
+    Raises:
+      UserError: ``out`` holds answers made otherwise; or questions have no room for an answer, after all
+        others are answered.
+    """
+    made_by = {"model_id": model_id, "settings": {**asdict(asked), "template": tuned.template}}
+    rows = {row["question_id"]: row for row in _earlier(out, made_by)}
+    progress(sum(question.question_id in rows for question in questions))
+    left = [question for question in questions if question.question_id not in rows]
+    problems = []
+    for start in range(0, len(left), 2 * batch_size):
+        group = left[start : start + 2 * batch_size]
+        for question, answers in zip(group, _answers(tuned, group, asked, batch_size), strict=True):
+            if isinstance(answers, str):
+                problems.append(f"question {question.question_id}: {answers}")
+                continue
+            said = {"question_id": question.question_id, "category": question.category}
+            choices = [{"index": 0, "turns": answers}]
+            rows[question.question_id] = {
+                **said,
+                **made_by,
+                "questions": question.turns,
+                "reference": question.reference,
+                "choices": choices,
+            }
+        kept = [rows[question.question_id] for question in questions if question.question_id in rows]
+        write_rows(out, kept)
+        progress(len(group))
+    if problems:
+        raise UserError(
+            f"{len(problems)} of {len(questions)} questions have no answer ({problems[0]}); "
+            f"the others are in {out}"
+        )
+
+
+def _answers(tuned: Tuned, group: Sequence[Question], asked: Asked, batch_size: int) -> list[list[str] | str]:
+    """Of each question its answers, or the line that says why there is none."""
+    done: list[list[str] | str] = [[] for _ in group]
+    for turn in range(max(len(question.turns) for question in group)):
+        places = [i for i, said in enumerate(done) if isinstance(said, list) and turn < len(group[i].turns)]
+        prompts = [turn_prompt(tuned, group[i].turns[: turn + 1], done[i]) for i in places]
+        rooms = [tuned.config.max_positions - len(prompt) for prompt in prompts]
+        found: list[Answer] = generate(
+            tuned.base,
+            tuned.config,
+            tuned.tokenizer,
+            prompts,
+            adapter=tuned.adapter,
+            settings=[asked.settings(group[i], room) for i, room in zip(places, rooms, strict=True)],
+            batch_size=batch_size,
+            return_errors=True,
+        )
+        for i, answer in zip(places, found, strict=True):
+            said = done[i]
+            if answer.error:
+                done[i] = f"turn {turn + 1}: {answer.error}"
+            elif isinstance(said, list):
+                said.append(answer.text.strip())
+    return done
+
+
+def turn_prompt(tuned: Tuned, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
+    """Ids of the prompt of the last of ``turns``: all that was said before, in the model's template.
+
+    Args:
+      answers: to the turns before.
+    """
+    if tuned.template == "chat":
+        messages = [Message("user", turns[0])]
+        for answer, question in zip(answers, turns[1:], strict=True):
+            messages += [Message("assistant", answer), Message("user", question)]
+        return encode_chat(tuned.tokenizer, messages)
+    text = prompt_text(Record(turns[0], "", "", ""))
+    for answer, question in zip(answers, turns[1:], strict=True):
+        text += answer + NEXT_TURN.format(question=question)
+    return encode_prompt(tuned.tokenizer, text)
+
+
+def _earlier(out: Path, made_by: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is answered already, in the same way."""
+    if not out.exists():
+        return []
+    rows = []
+    for row, where in read_rows(out):
+        if "question_id" not in row or any(row.get(name) != value for name, value in made_by.items()):
+            raise UserError(f"{where}: an answer of another model or with other settings, give another --out")
+        rows.append(row)
+    return rows
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a file.
+
+    Raises:
+      UserError: naming the line that holds none.
+    """
+    questions = [_question(row, row.get("turns"), where) for row, where in read_rows(path)]
+    if not questions:
+        raise UserError(f"{path}: holds no question")
+    if len({question.question_id for question in questions}) < len(questions):
+        raise UserError(f"{path}: a question_id is there twice")
+    return questions
+
+
+def read_answers(path: Path) -> list[Answered]:
+    """The answers of a file that :func:`answer_questions` wrote.
+
+    Raises:
+      UserError: naming the line that holds none.
+    """
+    found = []
+    for row, where in read_rows(path):
+        question = _question(row, row.get("questions"), where)
+        choices, model = row.get("choices"), row.get("model_id")
+        first = choices[0] if isinstance(choices, list) and choices else None
+        turns = first.get("turns", []) if isinstance(first, dict) else []
+        if not _texts(turns) or len(turns) != len(question.turns) or not isinstance(model, str):
+            raise UserError(
+                f"{where}: expected model_id, and choices whose first has an answer for each turn"
+            )
+        found.append(Answered(question, model, tuple(turns)))
+    if not found:
+        raise UserError(f"{path}: holds no answer")
+    return found
+
+
+def _question(row: Mapping[str, Any], turns: Any, where: str) -> Question:
+    number, reference = row.get("question_id"), row.get("reference") or []
+    if not isinstance(number, (int, str)) or not _texts(turns) or not turns or not _texts(reference):
+        raise UserError(
+            f"{where}: expected question_id, category and the turns of a question, a list of texts"
+        )
+    return Question(number, str(row.get("category", "")), tuple(turns), tuple(reference))
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def read_rows(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """The objects of a JSONL file, each with where it stands.
+
+    Raises:
+      UserError: the file is missing, or a line holds no object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"{path}: {(error.strerror or 'not readable').lower()}, expected JSON lines"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: expected UTF-8 text") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row = line
+        if row is not None and not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object")
+        if row is not None:
+            rows.append((row, f"{path}:{number}"))
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write objects as JSON lines, all or nothing."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
