@@ -47,6 +47,8 @@ def parse_train_flags() -> TrainFlags:
     """Read ``--config FILE``, ``--config.group.field=value``, ``--workdir DIR`` and, where the environment
     does not tell, ``--coordinator HOST:PORT --processes N --process I`` from ``sys.argv``.
 
+    ``--config FILE:WORDS`` hands the words to the file's ``get_config``.
+
     ml_collections looks for overrides in ``sys.argv`` itself, so no other list can be read.
 
     Raises:
@@ -59,7 +61,7 @@ def parse_train_flags() -> TrainFlags:
     if any(argument in ("-h", "--help") for argument in argv[1:]):
         print(sys.modules["__main__"].__doc__)
         raise SystemExit(0)
-    path = _config_path(argv)
+    path, words = _config_path(argv)
     if not path.is_file():
         raise UserError(f"--config {str(path)!r}: no such file, expected for example configs/tiny.py")
     values = flags.FlagValues()
@@ -71,7 +73,9 @@ def parse_train_flags() -> TrainFlags:
     try:
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"command line: {error}") from None
+        # Of what get_config() raised, ml_collections gives the whole traceback: its last line says it.
+        reason = str(error).splitlines()[-1] if "Traceback" in str(error) else error
+        raise UserError(f"command line: {reason}") from None
     except (SyntaxError, ImportError, NameError) as error:
         raise UserError(f"--config {str(path)!r}: {type(error).__name__}: {error}") from None
     if len(rest) > 1:
@@ -85,23 +89,26 @@ def parse_train_flags() -> TrainFlags:
             f"--config {str(path)!r}: get_config() gives a {kind}, expected to_config_dict(Config(...))"
         )
     config = Config.from_dict(overridden.to_dict())
-    workdir = Path(values["workdir"].value or Path("runs") / path.stem)
+    named_after = "-".join([path.stem, *filter(None, words.split(","))])
+    workdir = Path(values["workdir"].value or Path("runs") / named_after)
     named: dict[str, Any] = {name: values[name].value for name in ("coordinator", "processes", "process")}
     return TrainFlags(config, workdir, Cluster(**named))
 
 
-def _config_path(argv: list[str]) -> Path:
+def _config_path(argv: list[str]) -> tuple[Path, str]:
+    """The config file, and what comes after its colon."""
     found = []
     for i, argument in enumerate(argv):
         if argument in ("--config", "-config") and i + 1 < len(argv):
-            found.append(Path(argv[i + 1]))
+            found.append(argv[i + 1])
         if argument.startswith(("--config=", "-config=")):
-            found.append(Path(argument.split("=", 1)[1]))
+            found.append(argument.split("=", 1)[1])
     if not found:
         raise UserError("--config is missing, expected for example --config configs/tiny.py")
     if len(found) > 1:
         raise UserError(f"--config is given {len(found)} times, expected once")
-    return found[0]
+    path, _, words = found[0].partition(":")
+    return Path(path), words
 
 
 @contextmanager
