@@ -120,8 +120,10 @@ class DataSection:
     """Where the records come from.
 
     Attributes:
-      train, dev, test: files or Hub data sets, comma-separated, each ``[NAME=]SOURCE``; see
-        ``milora_jax.data.records``. Every entry of ``test`` is one task of the final table.
+      train: files or Hub data sets, comma-separated, each ``[NAME=]SOURCE``; see
+        ``milora_jax.data.records``.
+      dev: the same; where it is empty, ``dev_share`` of the training rows.
+      test: the same; every entry is one task of the final table.
       dev_share: share of the training rows held out as dev rows when ``dev`` is empty.
       template: how a prompt is worded: alpaca, see ``milora_jax.data.prompts``; chat, by the tokenizer's own
         template, see ``milora_jax.data.chat``.
@@ -225,7 +227,13 @@ def tracker_names(trackers: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class MeshSection:
-    """Devices along each axis of the mesh; -1 on one axis means all that remain."""
+    """Devices along each axis of the mesh; -1 on one axis means all that remain.
+
+    Attributes:
+      data: devices that divide the rows of a step among them, each with the whole base.
+      fsdp: devices that divide the rows, and the base as well.
+      tensor: devices that divide the work of every layer among them.
+    """
 
     data: int = -1
     fsdp: int = 1

@@ -1,0 +1,100 @@
+"""The pages say all there is: every setting and every command line is in them, every link leads somewhere."""
+
+import dataclasses
+import importlib
+import importlib.util
+import re
+import typing
+
+import pytest
+
+from milora_jax.adapters.registry import METHOD_CLASSES
+from milora_jax.config import AdapterSection, Config
+from milora_jax.data.records import Source, read_records
+from tests.test_architecture import PACKAGE, ROOT
+
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def generated():
+    spec = importlib.util.spec_from_file_location("generated", DOCS / "generated.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sections():
+    hints = typing.get_type_hints(Config)
+    return [(field.name, hints[field.name]) for field in dataclasses.fields(Config)]
+
+
+def test_every_setting_of_a_run_is_described(generated):
+    text = generated.settings_markdown()
+    for name, cls in sections():
+        for row in generated.described(cls):
+            assert f"| `{name}.{row.name}` |" in text, "no row in the table"
+            assert cls is AdapterSection or len(row.meaning) > 10, f"say what {name}.{row.name} means"
+
+
+@pytest.mark.parametrize("method", METHOD_CLASSES)
+def test_every_setting_of_a_method_is_described(generated, method):
+    for row in generated.described(METHOD_CLASSES[method]):
+        assert len(row.meaning) > 5, f"say in {METHOD_CLASSES[method].__name__} what {row.name} means"
+
+
+def test_a_setting_is_told_as_the_program_has_it(generated):
+    rows = {row.name: row for row in generated.described(dict(sections())["train"])}
+    assert rows["remat"][1:4] == ("str", "'products'", "one of none, products, full")
+    assert rows["batch_size"][1:4] == ("int", "16", "at least 1")
+    of_methods = [row for row in generated.method_rows() if row[0] == "`adapter.top_k`"]
+    assert [row[1] for row in of_methods] == ["milora, midora (`3`)", "moelora (`4`)"]
+
+
+def test_every_command_line_is_told(generated):
+    told = {part for command in generated.COMMANDS for part in command}
+    for path in PACKAGE.rglob("__main__.py"):
+        module = ".".join(path.parent.relative_to(ROOT).parts)
+        assert module in told, f"add {module} to COMMANDS of docs/generated.py"
+        for what in getattr(importlib.import_module(f"{module}.__main__"), "WHAT", ()):
+            assert ("-m", module, what) in generated.COMMANDS, f"add {module} {what}"
+    for name in ("train.py", "serve.py"):
+        assert (name,) in generated.COMMANDS
+
+
+def test_a_command_is_asked_for_its_help(generated):
+    text = generated.help_text(("-m", "milora_jax.serving"))
+    assert text.startswith("usage: python -m milora_jax.serving")
+    with pytest.raises(RuntimeError, match="exit code 2"):
+        generated.help_text(("-m", "milora_jax.serving", "nothing"))
+
+
+def test_the_pages_have_the_markers_that_are_filled(generated):
+    text = "\n".join(page.read_text() for page in PAGES)
+    for marker in generated.MARKERS:
+        assert text.count(marker) == 1, marker
+    filled = generated.on_page_markdown("<!-- settings -->", None, None, None)
+    assert filled == generated.settings_markdown()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file(page):
+    """As GitHub reads them; the site's build looks at its own."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if "://" in target or target.startswith("#"):
+            continue
+        path = (page.parent / target.partition("#")[0]).resolve()
+        assert path.is_file(), f"{page.name}: {target}"
+        # The site has no files from outside docs/.
+        assert page.name == "README.md" or DOCS in path.parents, f"{page.name}: {target}"
+
+
+def test_the_rows_of_the_data_page_are_rows(tmp_path):
+    """Its example is a file that can be read, and every schema is in it."""
+    blocks = re.findall(r"```\n(.*?)```", (DOCS / "data.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "rows.jsonl").write_text(next(block for block in blocks if block.startswith("{")))
+    records = read_records(Source("rows", str(tmp_path / "rows.jsonl")))
+    assert [record.answer for record in records] == ["true", "7", "Hi.", "Bye.", "Hi."]
+    assert [len(record.messages) for record in records] == [0, 0, 2, 4, 1]
