@@ -2,9 +2,11 @@
 
     python train.py --config configs/tiny.py
     python train.py --config configs/llama7b_math.py --config.model.path=DIR --workdir runs/math
+    python train.py --config configs/paper.py:lora,boolq --config.model.path=DIR
 
 Any setting of the config can be given as ``--config.group.field=value``; ``milora_jax/config.py`` says
-what each means. On a cluster the same command is run on every host (docs/scaling.md).
+what each means. What follows a colon is handed to the config file. On a cluster the same command is run
+on every host (docs/scaling.md).
 
 Everything is written under the workdir, and the same command run again resumes:
 

@@ -3,6 +3,7 @@
 MkDocs calls :func:`on_page_markdown` for every page (``hooks`` in ``mkdocs.yml``). By hand:
 
     python docs/generated.py settings
+    python docs/generated.py limits
     python docs/generated.py commands
 """
 
@@ -153,6 +154,17 @@ def method_rows() -> list[tuple[str, ...]]:
     return rows
 
 
+def limits_markdown() -> str:
+    """A table of what bounds a server, as the flags of ``serve.py``."""
+    from milora_jax.serving.limits import Limits
+
+    rows = [
+        (f"`--{row.name.replace('_', '-')}`", f"`{row.default}`", row.allowed, row.meaning)
+        for row in described(Limits)
+    ]
+    return _table(("flag", "default", "allowed", "meaning"), rows)
+
+
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
@@ -166,7 +178,7 @@ def shown(command: tuple[str, ...]) -> str:
 @functools.cache
 def help_text(command: tuple[str, ...]) -> str:
     """What a command prints for ``--help``."""
-    environment = {**os.environ, "COLUMNS": "100", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "COLUMNS": "92", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, *command, "--help"],
         cwd=ROOT,
@@ -192,7 +204,11 @@ def commands_markdown() -> str:
         )
 
 
-MARKERS = {"<!-- settings -->": settings_markdown, "<!-- commands -->": commands_markdown}
+MARKERS = {
+    "<!-- settings -->": settings_markdown,
+    "<!-- limits -->": limits_markdown,
+    "<!-- commands -->": commands_markdown,
+}
 """What stands in a page, and what takes its place on the site."""
 
 
@@ -206,4 +222,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 if __name__ == "__main__":
-    print({"settings": settings_markdown, "commands": commands_markdown}[sys.argv[1]]())
+    print(MARKERS[f"<!-- {sys.argv[1]} -->"]())

@@ -11,6 +11,7 @@ import pytest
 from milora_jax.adapters.registry import METHOD_CLASSES
 from milora_jax.config import AdapterSection, Config
 from milora_jax.data.records import Source, read_records
+from milora_jax.serving.limits import Limits
 from tests.test_architecture import PACKAGE, ROOT
 
 DOCS = ROOT / "docs"
@@ -42,6 +43,13 @@ def test_every_setting_of_a_run_is_described(generated):
 def test_every_setting_of_a_method_is_described(generated, method):
     for row in generated.described(METHOD_CLASSES[method]):
         assert len(row.meaning) > 5, f"say in {METHOD_CLASSES[method].__name__} what {row.name} means"
+
+
+def test_every_limit_of_a_server_is_described(generated):
+    rows = generated.described(Limits)
+    assert all(len(row.meaning) > 5 and row.allowed for row in rows)
+    table = generated.limits_markdown()
+    assert all(f"| `--{row.name.replace('_', '-')}` |" in table for row in rows)
 
 
 def test_a_setting_is_told_as_the_program_has_it(generated):
