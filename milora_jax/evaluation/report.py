@@ -12,6 +12,9 @@ import numpy as np
 from milora_jax.evaluation.score import TaskScore
 from milora_jax.types import EXPERTS
 
+LETTERS: tuple[str, ...] = tuple(name[0].upper() for name in EXPERTS)
+"""The paper's names of the experts: Q K V O G U D."""
+
 
 def accuracy_table(base: dict[str, float], adapter: dict[str, float]) -> str:
     """Accuracy in percent before and after, one line per task and one for the mean."""
@@ -63,12 +66,15 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def draw_shares(path: Path, shares: Mapping[str, np.ndarray], label: str, top: float) -> None:
+def draw_shares(
+    path: Path, shares: Mapping[str, np.ndarray], label: str, top: float, title: str = "", caption: str = ""
+) -> None:
     """One panel per entry: ``[L, E]`` shares as colours and percentages.
 
     Args:
       label: what a share is.
       top: the share of the brightest colour.
+      title, caption: lines above and below the panels.
     """
     layers = next(iter(shares.values())).shape[0]
     columns = min(3, len(shares))
@@ -76,11 +82,11 @@ def draw_shares(path: Path, shares: Mapping[str, np.ndarray], label: str, top: f
     height = max(2.4, 0.28 * layers + 1.3)
     figure = new_figure(3.9 * columns + 1.0, height * rows)
     panels = figure.subplots(rows, columns, squeeze=False)
-    for panel, (title, share) in zip(panels.flat, shares.items(), strict=False):
+    for panel, (name, share) in zip(panels.flat, shares.items(), strict=False):
         image = panel.imshow(share, vmin=0.0, vmax=top, cmap="viridis", aspect="auto", origin="lower")
-        panel.set_title(title, fontsize=10)
-        panel.set_xticks(range(len(EXPERTS)), EXPERTS, fontsize=8)
-        panel.set_yticks(_layer_ticks(layers))
+        panel.set_title(name, fontsize=10)
+        panel.set_xticks(range(len(EXPERTS)), LETTERS, fontsize=8)
+        panel.set_yticks(layer_ticks(layers))
         panel.set_ylabel("layer")
         panel.set_xlabel("expert")
         if layers <= 12:
@@ -88,7 +94,16 @@ def draw_shares(path: Path, shares: Mapping[str, np.ndarray], label: str, top: f
     for panel in panels.flat[len(shares) :]:
         panel.set_visible(False)
     figure.colorbar(image, ax=panels, label=label, shrink=0.8)
+    entitle(figure, title, caption)
     figure.savefig(path, dpi=120)
+
+
+def entitle(figure: Any, title: str, caption: str) -> None:
+    """Put a title above all panels of a figure and a caption below them, where there are any."""
+    if title:
+        figure.suptitle(title, fontsize=12)
+    if caption:
+        figure.supxlabel(caption, fontsize=8)
 
 
 def plot_health(path: Path, metrics: Path) -> bool:
@@ -135,12 +150,12 @@ def plot_health(path: Path, metrics: Path) -> bool:
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
     scale = ScalarMappable(Normalize(0, max(1, layers - 1)), ListedColormap(colors))
-    figure.colorbar(scale, ax=panels, label="layer", shrink=0.8, ticks=_layer_ticks(layers))
+    figure.colorbar(scale, ax=panels, label="layer", shrink=0.8, ticks=layer_ticks(layers))
     figure.savefig(path, dpi=120)
     return True
 
 
-def _layer_ticks(layers: int) -> list[int]:
+def layer_ticks(layers: int) -> list[int]:
     """At most about eight ticks, so that the labels of a 32-layer model do not touch."""
     return list(range(0, layers, max(1, -(-layers // 8))))
 
