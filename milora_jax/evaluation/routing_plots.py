@@ -118,6 +118,6 @@ def plot_strips(path: Path, routes: Mapping[str, Routes], most: int = STRIPS) ->
     entitle(
         figure,
         "The route of single prompts",
-        f"The first prompts of each file; white squares are the experts in force. {MODULES}",
+        f"The first prompts of each file; white squares are the experts in force.\n{MODULES}",
     )
     figure.savefig(path, dpi=120)
