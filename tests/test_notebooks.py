@@ -16,7 +16,7 @@ from tests.test_architecture import ROOT
 FOLDER = ROOT / "notebooks"
 NAMES = ("finetune_gemma_or_llama", "latency", "quickstart", "routing_maps", "serve_many_tenants")
 
-NOT_RUN = ("finetune_gemma_or_llama", "serve_many_tenants")
+NOT_RUN = ("serve_many_tenants",)
 """Those that are kept without outputs, as docs/notebooks.md says."""
 
 MOST_BYTES = 300_000
