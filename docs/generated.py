@@ -24,10 +24,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 COMMANDS = (
+    ("-m", "milora_jax"),
+    ("-m", "milora_jax", "doctor"),
     ("train.py",),
     ("serve.py",),
     ("-m", "milora_jax.evaluation"),
     ("-m", "milora_jax.evaluation", "study"),
+    ("-m", "milora_jax.evaluation", "routing"),
+    ("-m", "milora_jax.evaluation", "mt-bench", "answer"),
+    ("-m", "milora_jax.evaluation", "mt-bench", "judge"),
     ("-m", "milora_jax.generation"),
     ("-m", "milora_jax.storage"),
     ("-m", "milora_jax.storage", "export"),

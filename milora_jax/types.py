@@ -35,6 +35,9 @@ from milora_jax.shapes import Array, Bool, Float, Int
 EXPERTS: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 """The seven linear modules of a layer, each one expert: the paper's Q K V O G U D (section 3)."""
 
+LETTERS = tuple(name[0].upper() for name in EXPERTS)
+"""The paper's names of the experts, Q K V O G U D, in their order."""
+
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 """Projection groups: modules that share an input, in the order a layer evaluates them."""
 

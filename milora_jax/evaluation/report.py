@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 
 from milora_jax.evaluation.score import TaskScore
-from milora_jax.types import EXPERTS
-
-LETTERS: tuple[str, ...] = tuple(name[0].upper() for name in EXPERTS)
-"""The paper's names of the experts: Q K V O G U D."""
+from milora_jax.types import EXPERTS, LETTERS
 
 
 def accuracy_table(base: dict[str, float], adapter: dict[str, float]) -> str:

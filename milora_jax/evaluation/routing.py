@@ -21,13 +21,12 @@ from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout, forward
 from milora_jax.data.batches import collate_prompts
 from milora_jax.errors import UserError, require
-from milora_jax.evaluation.report import LETTERS
 from milora_jax.evaluation.static_route import modal_route
 from milora_jax.generation.engine import bucket_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float
 from milora_jax.training.health import routing_health
-from milora_jax.types import EXPERTS, Batch
+from milora_jax.types import EXPERTS, LETTERS, Batch
 
 PAPER_LIMIT = 0.30
 """Of all choices made in a layer, the share that no expert exceeds in the paper's Figure 2."""

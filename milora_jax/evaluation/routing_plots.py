@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from milora_jax.evaluation.report import LETTERS, draw_shares, entitle, layer_ticks, new_figure
+from milora_jax.evaluation.report import draw_shares, entitle, layer_ticks, new_figure
 from milora_jax.evaluation.routing import PAPER_LIMIT, Routes, TaskRouting
 from milora_jax.shapes import Float
-from milora_jax.types import EXPERTS
+from milora_jax.types import EXPERTS, LETTERS
 
 STRIPS = 6
 """Prompts of a task that are drawn one by one."""

@@ -23,10 +23,7 @@ from milora_jax.evaluation.tasks import rule_for
 from milora_jax.generation.text import Answer, generate
 from milora_jax.model_config import ModelConfig
 from milora_jax.storage.files import write_atomic
-from milora_jax.types import EXPERTS, Batch
-
-LETTERS = tuple(name[0].upper() for name in EXPERTS)
-"""The paper's names of the experts, Q K V O G U D, in their order."""
+from milora_jax.types import LETTERS, Batch
 
 PREFILL_ROWS = 8
 """Prompts prefilled together."""

@@ -82,7 +82,7 @@ OTHERS = (None, "midora", "moelora", "iapt", "p_tuning_v2")
 
 
 @pytest.mark.parametrize(
-    "method", ["milora", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+    "method", ["milora", *(pytest.param(name, marks=pytest.mark.thorough) for name in OTHERS)]
 )
 def test_they_are_those_of_single_unpadded_texts(folder, method):
     found = scored(folder, method, PASSAGES, ROWS)

@@ -111,7 +111,7 @@ def run(folder, *command):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_it_evaluates_a_run_offline_and_without_torch(folder):
     arguments = f"workdir={folder / 'run'},batch_size=4"
     made = run(folder, "-c", EVALUATE, folder, "milora_jax", arguments, "choice,answer,text")
@@ -129,7 +129,7 @@ def test_it_evaluates_a_run_offline_and_without_torch(folder):
     assert float(found["results"]["text"]["word_perplexity,none"]) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_command_hands_over_and_says_in_one_line_what_is_wrong(folder):
     command = ("-m", "milora_jax.evaluation", "lm-eval", "--include_path", folder)
     given = (*command, "--model_args", f"workdir={folder / 'run'},batch_size=4")

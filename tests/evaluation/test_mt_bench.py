@@ -74,7 +74,7 @@ def judged(*more):
     mt_bench_command.main(["judge", "--judge-model", "judge", "--wait", "0.01", *map(str, more)])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_questions_are_answered_turn_by_turn_and_once(folder, tmp_path):
     out = tmp_path / "answers.jsonl"
     answer(folder, out)

@@ -156,7 +156,7 @@ def test_the_command_draws_and_tells(folder, tmp_path, monkeypatch, capsys):
         assert [len(route.split()) for route in first["routes"][task]] == [WITH_TOKENIZER.num_layers] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_export_has_the_routes_of_its_run(folder, tmp_path, monkeypatch):
     out, data = tmp_path / "out", ["--data", folder / "sums.jsonl", folder / "words.jsonl"]
     run(monkeypatch, "--workdir", folder / "milora", *data, "--out", out)

@@ -78,7 +78,7 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_export_scores_as_the_run_it_is_of(folder, command, tmp_path):
     more = ("--data", folder / "sums.jsonl", "--dtype", "float32", "--max-new-tokens", 3, "--batch-size", 4)
     expected, _ = command(*more, "--predictions", "run.jsonl")

@@ -190,7 +190,7 @@ def test_other_processes_track_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_that_is_stopped_and_resumed_is_one_run_in_tensorboard(prepared, tmp_path):  # noqa: F811
     """Every figure of metrics.jsonl has a name, and every step is there once."""
     pytest.importorskip("tensorboardX")
@@ -208,7 +208,7 @@ def test_a_run_that_is_stopped_and_resumed_is_one_run_in_tensorboard(prepared, t
     assert [step for step, tag in found if tag == "routing/expert_share"] == [2, 4, 6]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
     """The real client: two lives of one run, read back from what it wrote."""
     pytest.importorskip("wandb", reason="needs pip install 'milora-jax[wandb]'")
