@@ -16,9 +16,6 @@ from tests.test_architecture import ROOT
 FOLDER = ROOT / "notebooks"
 NAMES = ("finetune_gemma_or_llama", "latency", "quickstart", "routing_maps", "serve_many_tenants")
 
-NOT_RUN = ("serve_many_tenants",)
-"""Those that are kept without outputs, as docs/notebooks.md says."""
-
 MOST_BYTES = 300_000
 """Of a notebook with its outputs."""
 
@@ -76,7 +73,7 @@ def test_the_first_cell_installs_and_shows_the_device():
     assert "jax.devices()" in source
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_RUN])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_outputs_are_those_of_a_run_from_top_to_bottom(name):
     code = cells(name, "code")
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
