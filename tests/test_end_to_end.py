@@ -103,7 +103,7 @@ def test_the_evaluation_command_repeats_the_accuracy(workdir, folder, monkeypatc
     assert found["accuracy"] == summary["accuracy"]["adapter"]
     again = (tmp_path / "p.jsonl").read_text()
     assert again == (workdir / "predictions.jsonl").read_text()
-    one = ["--data", str(folder / "maths.jsonl"), "--task", "svamp", "--limit", "2"]
+    one = ["--data", str(folder / "maths.jsonl"), "--task", "svamp", "--limit", "2", "--fresh"]
     monkeypatch.setattr(sys, "argv", ["evaluation", *where[:4], *one])
     evaluation.main()
     assert json.loads(capsys.readouterr().out)["rows"] == {"SVAMP": 2}

@@ -233,7 +233,7 @@ class Watch:
 
     async def figures(self) -> dict[str, float]:
         """Values without labels, by name; empty of a server that does not show its metrics."""
-        text = await self._get("/metrics", lambda answer: answer.text())
+        _, text = await self._get("/metrics", lambda answer: answer.text())
         found = {}
         for line in (text or "").splitlines():
             name, _, value = line.partition(" ")
@@ -242,18 +242,24 @@ class Watch:
         return found
 
     async def seconds_to_idle(self, limit: float) -> float | None:
-        """How long it takes until nothing is under way; None where it takes longer than ``limit``."""
+        """How long it takes until nothing is under way; None where it takes longer than ``limit``.
+
+        A server that is still too busy to say so is not idle; one that has no such path is not waited for.
+        """
         start = time.perf_counter()
         while time.perf_counter() - start < limit:
-            state = await self._get("/health/ready", lambda answer: answer.json())
-            if state is None:
+            status, state = await self._get("/health/ready", lambda answer: answer.json())
+            if status == 404:
                 return None
-            if state["under_way"] == 0:
+            if state is not None and state["under_way"] == 0:
                 return time.perf_counter() - start
             await asyncio.sleep(LOOK_SECONDS)
         return None
 
-    async def _get(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[Any]]) -> Any:
+    async def _get(
+        self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[Any]]
+    ) -> tuple[int, Any]:
+        """Status, and what is read of a good answer."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         async with self.session.get(path, headers=headers) as answer:
-            return await read(answer) if answer.status == 200 else None
+            return answer.status, await read(answer) if answer.status == 200 else None

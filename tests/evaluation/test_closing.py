@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from milora_jax.config import Config
-from milora_jax.evaluation import __main__ as evaluation
+from milora_jax.evaluation import score_command
 from milora_jax.evaluation.closing import closing_lines
 from milora_jax.generation import __main__ as generation
 from milora_jax.storage import __main__ as storage
 
 PARSERS = {
     "milora_jax.generation": generation.parse_arguments,
-    "milora_jax.evaluation": evaluation.parse_arguments,
+    "milora_jax.evaluation": lambda: score_command.parse_arguments(sys.argv[1:]),
     "milora_jax.storage": storage.parse_arguments,
 }
 
