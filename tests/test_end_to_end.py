@@ -170,6 +170,7 @@ def test_a_run_on_a_quantised_base(folder, tmp_path, monkeypatch, capsys):
         run_training(folder, workdir, monkeypatch, "--config.model.quantize=none")
 
 
+@pytest.mark.thorough
 def test_the_verbs_of_the_package(workdir, folder, tmp_path):
     base, config = milora_jax.load_base(folder / "model")
     adapter = milora_jax.load_adapter(workdir)

@@ -136,6 +136,7 @@ def test_ssp_fills_the_budget_in_the_order_of_its_gates():
     np.testing.assert_array_equal(chosen, [[True, False, True, False]])
 
 
+@pytest.mark.thorough
 def test_ssp_decides_within_the_budget_and_sticks_to_it():
     state, steps = train("ssp", 12, search_share=0.5, rank=2)
     assert not state.adapter.method.ready(6, 12)

@@ -35,6 +35,7 @@ def workdir(inputs, tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 def test_a_healthy_run_is_all_ok(inputs, workdir, monkeypatch, capsys):
     """Routing included: real rows, the stored adapter, the programs of training and of decoding."""
     run_command_line(monkeypatch, "--workdir", workdir, "--json")

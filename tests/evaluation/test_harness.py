@@ -65,6 +65,7 @@ def scored(model, *passages):
     return [tuple(found[i]) for i in range(len(passages))]
 
 
+@pytest.mark.thorough
 def test_a_context_is_tokenised_as_a_prompt_of_training(harness):
     tokenizer = harness.tokenizer
     text = "Write a </s> response"
@@ -101,6 +102,7 @@ def test_what_is_too_long_is_cut_on_the_left(folder, harness, caplog):
         short.generate_until(requests(("text", {"max_gen_toks": 8})))
 
 
+@pytest.mark.thorough
 def test_a_whole_text_has_the_route_of_the_prefix_token(folder, harness):
     """Equal to passes that are given that route: there is no router in them."""
     model = Harness(workdir=str(folder / "run"), batch_size=4, max_length=16)
@@ -133,6 +135,7 @@ def _logs_under_route(base, adapter, tokens, weights, config):
     return jax.nn.log_softmax(unembed(base, config, hidden)[0])
 
 
+@pytest.mark.thorough
 def test_texts_are_continued_up_to_a_stop_string(harness):
     tuned, noted = harness.tuned, Noted()
     harness.cache_hook = noted

@@ -61,6 +61,7 @@ def one_hot(*chosen, prompts=1):
     return Routes(weights, 0.4 * weights + 0.6 / 7)
 
 
+@pytest.mark.thorough
 def test_the_routes_are_those_of_generation(folder):
     base, config = load_base(folder / "model", decode=True)
     adapter = load_adapter(folder / "milora")
@@ -138,6 +139,7 @@ def test_the_summary_says_whether_the_papers_limit_holds():
     assert "most different routes: even and odd, distance 1.000 bits" in lines
 
 
+@pytest.mark.thorough
 def test_the_command_draws_and_tells(folder, tmp_path, monkeypatch, capsys):
     out, data = tmp_path / "out", ["--data", folder / "sums.jsonl", f"text={folder / 'words.jsonl'}"]
     run(monkeypatch, "--workdir", folder / "milora", *data, "--limit", 2, "--out", out)

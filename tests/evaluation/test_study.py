@@ -83,6 +83,7 @@ def test_the_same_run_at_another_rate_or_seed_is_another_cell():
     assert not names(3, 1e-3) & names(3, 2e-3)
 
 
+@pytest.mark.thorough
 def test_cells_and_studies_are_known_by_content_not_by_place(tmp_path):
     """A clone that moves keeps its finished cells; other rows under the old name are another study."""
     data = STUDY.base.data
@@ -210,6 +211,7 @@ def test_a_mistake_is_one_line(name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_a_directory_of_another_study_is_refused_and_kept(tmp_path):
     claim_study(tmp_path, STUDY)
     (tmp_path / "cells").mkdir()

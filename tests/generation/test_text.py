@@ -160,6 +160,7 @@ def test_a_prompt_may_be_token_ids(model):
     ]
 
 
+@pytest.mark.thorough
 def test_tenants_by_name(model):
     adapters = {"one": model.adapter(1), "two": model.adapter(2)}
     bank = Bank(model.base, model.config, adapters["one"], 2)

@@ -119,6 +119,7 @@ def test_a_random_model_with_a_tokenizer_of_all_its_words(tmp_path, capsys, monk
         overhead.main(["--model", written["model"], *more])
 
 
+@pytest.mark.thorough
 def test_a_server_beside_its_engine(served, capsys, keys):
     _, address, folder = served
     sizes = ["--context", "96", "--requests", "8", "--new", "6", "--rows", "4", "--slots", "2"]

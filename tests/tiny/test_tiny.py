@@ -69,6 +69,7 @@ def test_the_answers_follow_from_the_world():
         assert row["answer"] == str(int(a) + int(b) if sign == "+" else int(a) - int(b))
 
 
+@pytest.mark.thorough
 def test_the_corpus_holds_no_instruction_and_no_reserved_question():
     rng = np.random.default_rng(1)
     plain = [corpus.document(rng) for _ in range(3000)]

@@ -26,6 +26,7 @@ def dense(base, hidden, targets, counted, config=TINY):
     return jnp.where(counted, losses, 0.0).sum()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 15, 42, 1000])

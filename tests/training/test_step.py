@@ -102,6 +102,7 @@ def test_the_base_gets_no_gradient():
     assert frozen_shaped_dots(with_gradient), "the search above would not see a gradient of the base"
 
 
+@pytest.mark.thorough
 def test_the_two_optimisers_change_what_is_theirs():
     state, steps = prepare()
     is_theta = coefficient_mask(state.adapter)
