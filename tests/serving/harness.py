@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import queue
 import socket
 import threading
 import time
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import httpx
 
+from milora_jax.generation.settings import GenerationSettings
 from milora_jax.serving.build import Offer, build_service
 from milora_jax.serving.keys import Keyring
 from milora_jax.serving.limits import Limits
+from milora_jax.serving.loop import Job
 from milora_jax.serving.registry import Registered, Registry
 from milora_jax.serving.server import make_server
 from tests.models import WITH_TOKENIZER, write_hf_directory
@@ -81,6 +84,56 @@ def serving(service, registry, keys: Keyring):
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+WAIT = 60
+"""Seconds for a piece of news of a job: longer is a hang."""
+
+
+class Listener:
+    """A job and what is heard of it, with what the loop had counted at the time."""
+
+    def __init__(self, service, name, prompt, **settings):
+        self.service, self.news, self.counted = service, queue.Queue(), []
+        entry = None if name == "base" else service.store.hold(name)
+        settings = GenerationSettings(**{"max_new_tokens": 6, "ignore_eos": True, **settings})
+        self.job = Job("tenant", entry, tuple(prompt), settings, self._hear)
+        service.loop.submit(self.job)
+        if entry is not None:
+            service.store.release(entry)
+
+    def _hear(self, news):
+        self.counted.append(dataclasses.replace(self.service.loop.counts))
+        self.news.put(news)
+
+    def end(self):
+        """Tokens, log-probabilities and endings of all samples."""
+        count = self.job.settings.num_samples
+        tokens, logprobs, finish = [[] for _ in range(count)], [[] for _ in range(count)], [None] * count
+        self.route = None
+        while None in finish:
+            news = self.news.get(timeout=WAIT)
+            tokens[news.sample] += news.tokens
+            logprobs[news.sample] += news.logprobs
+            finish[news.sample] = news.finish
+            self.route = news.route if news.route is not None else self.route
+        assert self.news.empty()
+        return tokens, logprobs, finish
+
+
+def random_request(rng):
+    """Adapter, prompt and settings of a request."""
+    settings = {"max_new_tokens": int(rng.integers(1, 20)), "seed": int(rng.integers(1000))}
+    if rng.random() < 0.5:
+        settings |= {"temperature": 1.3, "top_p": 0.9}
+    if rng.random() < 0.3:
+        settings |= {"presence_penalty": 0.5}
+    if rng.random() < 0.5:
+        settings |= {"logprobs": 3}
+    if rng.random() < 0.2:
+        settings |= {"num_samples": 2}
+    name = ("base", "math", "law", "art")[rng.integers(4)]
+    return name, rng.integers(4, 320, int(rng.integers(1, 60))).tolist(), settings
 
 
 KEYS = {

@@ -1,7 +1,5 @@
 """The device loop: a request's tokens are its own, whoever else is there, comes, leaves or fails."""
 
-import dataclasses
-import queue
 import threading
 
 import jax.numpy as jnp
@@ -9,14 +7,10 @@ import numpy as np
 import pytest
 
 from milora_jax.generation.settings import GenerationSettings
-from milora_jax.serving.limits import Limits
-from milora_jax.serving.loop import Job
 from milora_jax.serving.metrics import COMPILATIONS, Metrics
-from tests.serving.harness import LIMITS, running, service_of, write_model
+from tests.serving.harness import LIMITS, WAIT, Listener, random_request, running, service_of, write_model
 
 pytest.importorskip("transformers")
-
-WAIT = 60
 
 
 @pytest.fixture(scope="module")
@@ -34,51 +28,6 @@ def service(folder, adapters):
     built, _ = service_of(folder, adapters)
     with running(built):
         yield built
-
-
-class Listener:
-    """A job and what is heard of it, with what the loop had counted at the time."""
-
-    def __init__(self, service, name, prompt, **settings):
-        self.service, self.news, self.counted = service, queue.Queue(), []
-        entry = None if name == "base" else service.store.hold(name)
-        settings = GenerationSettings(**{"max_new_tokens": 6, "ignore_eos": True, **settings})
-        self.job = Job("tenant", entry, tuple(prompt), settings, self._hear)
-        service.loop.submit(self.job)
-        if entry is not None:
-            service.store.release(entry)
-
-    def _hear(self, news):
-        self.counted.append(dataclasses.replace(self.service.loop.counts))
-        self.news.put(news)
-
-    def end(self):
-        """Tokens, log-probabilities and endings of all samples."""
-        count = self.job.settings.num_samples
-        tokens, logprobs, finish = [[] for _ in range(count)], [[] for _ in range(count)], [None] * count
-        self.route = None
-        while None in finish:
-            news = self.news.get(timeout=WAIT)
-            tokens[news.sample] += news.tokens
-            logprobs[news.sample] += news.logprobs
-            finish[news.sample] = news.finish
-            self.route = news.route if news.route is not None else self.route
-        assert self.news.empty()
-        return tokens, logprobs, finish
-
-
-def random_request(rng):
-    settings = {"max_new_tokens": int(rng.integers(1, 20)), "seed": int(rng.integers(1000))}
-    if rng.random() < 0.5:
-        settings |= {"temperature": 1.3, "top_p": 0.9}
-    if rng.random() < 0.3:
-        settings |= {"presence_penalty": 0.5}
-    if rng.random() < 0.5:
-        settings |= {"logprobs": 3}
-    if rng.random() < 0.2:
-        settings |= {"num_samples": 2}
-    name = ("base", "math", "law", "art")[rng.integers(4)]
-    return name, rng.integers(4, 320, int(rng.integers(1, 60))).tolist(), settings
 
 
 def isolated(service, count, seed):
@@ -277,11 +226,10 @@ def test_those_that_are_not_in_host_memory_are_read_again(service, folder, adapt
     assert Listener(service, "art", [9]).end() == expected
 
 
-@pytest.mark.thorough
 def test_a_loop_that_stops_tells_everybody(folder, adapters):
-    service, _ = service_of(folder, {"math": adapters["math"]}, Limits(**{**vars(LIMITS), "rows": 2}))
+    service, _ = service_of(folder, {"math": adapters["math"]})  # the other service's programs serve this one
     service.loop.start()
-    listeners = [Listener(service, "math", [i], max_new_tokens=90) for i in range(6)]
+    listeners = [Listener(service, "math", [i], max_new_tokens=90) for i in range(3 * LIMITS.rows)]
     service.loop.stop()
     for listener in listeners:
         assert listener.end()[2] == ["error"]

@@ -18,8 +18,7 @@ from milora_jax.serving.build import Offer, build_service
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.metrics import COMPILATIONS, Metrics
 from milora_jax.serving.registry import Registered, Registry
-from tests.serving.harness import running, write_model
-from tests.serving.test_loop import Listener, random_request
+from tests.serving.harness import Listener, random_request, running, write_model
 
 pytest.importorskip("transformers")
 
