@@ -22,7 +22,8 @@ from milora_jax.data.records import Record
 from milora_jax.data.tokens import encode_prompt
 from milora_jax.errors import UserError, one_of, require
 from milora_jax.evaluation.likelihood import Passage, log_likelihoods, rolling_passages
-from milora_jax.evaluation.tuned import load_tuned
+from milora_jax.evaluation.score import PREFILL_ROWS
+from milora_jax.evaluation.subject import named_subject, read_subject
 from milora_jax.generation.settings import LARGEST_SEED, GenerationSettings
 from milora_jax.generation.text import generate
 
@@ -39,15 +40,12 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 GROUP = 8
 """Batches of prompts that are generated in one call; after each, lm_eval's cache has the answers."""
 
-PREFILL_ROWS = 8
-"""Prompts prefilled together, at most."""
-
 
 class Harness:
     """The methods of ``lm_eval.api.model.TemplateLM``; :func:`harness_class` adds that base class.
 
     Args:
-      workdir, base, adapter, dtype, quantize: see ``evaluation.tuned.load_tuned``.
+      workdir, base, adapter, dtype, quantize: see ``evaluation.subject.named_subject``.
       batch_size: rows of a batch.
       max_length: longest context and continuation in tokens; 0 is the model's positions. More is cut on the
         left, as lm_eval does.
@@ -74,7 +72,8 @@ class Harness:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_gen_toks", max_gen_toks, 1)):
             require(isinstance(value, int) and value >= least, name, value, f"a whole number from {least}")
-        self.tuned = load_tuned(str(workdir), str(base), str(adapter), dtype, quantize)
+        named = named_subject(workdir, adapter, base, dtype=dtype, quantize=quantize)
+        self.tuned = read_subject(named).load()
         most = self.tuned.config.max_positions
         fits = isinstance(max_length, int) and (max_length == 0 or 2 <= max_length <= most)
         require(fits, "max_length", max_length, f"2 to the model's {most} positions")

@@ -20,7 +20,7 @@ from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
 from milora_jax.data.tokens import encode_prompt
 from milora_jax.errors import UserError
-from milora_jax.evaluation.tuned import Tuned
+from milora_jax.evaluation.subject import Model
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import Answer, generate
 from milora_jax.storage.files import write_atomic
@@ -84,7 +84,7 @@ class Asked:
 
 
 def answer_questions(
-    tuned: Tuned,
+    model: Model,
     questions: Sequence[Question],
     asked: Asked,
     model_id: str,
@@ -101,14 +101,14 @@ def answer_questions(
       UserError: ``out`` holds answers made otherwise; or questions have no room for an answer, after all
         others are answered.
     """
-    made_by = {"model_id": model_id, "settings": {**asdict(asked), "template": tuned.template}}
+    made_by = {"model_id": model_id, "settings": {**asdict(asked), "template": model.template}}
     rows = {row["question_id"]: row for row in _earlier(out, made_by)}
     progress(sum(question.question_id in rows for question in questions))
     left = [question for question in questions if question.question_id not in rows]
     problems = []
     for start in range(0, len(left), 2 * batch_size):
         group = left[start : start + 2 * batch_size]
-        for question, answers in zip(group, _answers(tuned, group, asked, batch_size), strict=True):
+        for question, answers in zip(group, _answers(model, group, asked, batch_size), strict=True):
             if isinstance(answers, str):
                 problems.append(f"question {question.question_id}: {answers}")
                 continue
@@ -131,19 +131,19 @@ def answer_questions(
         )
 
 
-def _answers(tuned: Tuned, group: Sequence[Question], asked: Asked, batch_size: int) -> list[list[str] | str]:
+def _answers(model: Model, group: Sequence[Question], asked: Asked, batch_size: int) -> list[list[str] | str]:
     """Of each question its answers, or the line that says why there is none."""
     done: list[list[str] | str] = [[] for _ in group]
     for turn in range(max(len(question.turns) for question in group)):
         places = [i for i, said in enumerate(done) if isinstance(said, list) and turn < len(group[i].turns)]
-        prompts = [turn_prompt(tuned, group[i].turns[: turn + 1], done[i]) for i in places]
-        rooms = [tuned.config.max_positions - len(prompt) for prompt in prompts]
+        prompts = [turn_prompt(model, group[i].turns[: turn + 1], done[i]) for i in places]
+        rooms = [model.config.max_positions - len(prompt) for prompt in prompts]
         found: list[Answer] = generate(
-            tuned.base,
-            tuned.config,
-            tuned.tokenizer,
+            model.base,
+            model.config,
+            model.tokenizer,
             prompts,
-            adapter=tuned.adapter,
+            adapter=model.adapter,
             settings=[asked.settings(group[i], room) for i, room in zip(places, rooms, strict=True)],
             batch_size=batch_size,
             return_errors=True,
@@ -157,21 +157,21 @@ def _answers(tuned: Tuned, group: Sequence[Question], asked: Asked, batch_size: 
     return done
 
 
-def turn_prompt(tuned: Tuned, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
+def turn_prompt(model: Model, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
     """Ids of the prompt of the last of ``turns``: all that was said before, in the model's template.
 
     Args:
       answers: to the turns before.
     """
-    if tuned.template == "chat":
+    if model.template == "chat":
         messages = [Message("user", turns[0])]
         for answer, question in zip(answers, turns[1:], strict=True):
             messages += [Message("assistant", answer), Message("user", question)]
-        return encode_chat(tuned.tokenizer, messages)
+        return encode_chat(model.tokenizer, messages)
     text = prompt_text(Record(turns[0], "", "", ""))
     for answer, question in zip(answers, turns[1:], strict=True):
         text += answer + NEXT_TURN.format(question=question)
-    return encode_prompt(tuned.tokenizer, text)
+    return encode_prompt(model.tokenizer, text)
 
 
 def _earlier(out: Path, made_by: Mapping[str, Any]) -> list[dict[str, Any]]:

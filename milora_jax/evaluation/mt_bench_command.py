@@ -19,7 +19,7 @@ from milora_jax.errors import UserError, require
 from milora_jax.evaluation.judge import grade_tasks, judge, pair_tasks, summary
 from milora_jax.evaluation.judge_client import JudgeClient
 from milora_jax.evaluation.mt_bench import Asked, answer_questions, read_answers, read_questions
-from milora_jax.evaluation.tuned import load_tuned
+from milora_jax.evaluation.subject import named_subject, read_subject
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -78,11 +78,12 @@ def _answer(arguments: argparse.Namespace) -> None:
     asked = Asked(arguments.max_new_tokens, arguments.temperature, arguments.seed)
     for question in questions:
         asked.settings(question, asked.max_new_tokens)  # what is wrong in it is said before a base is read
-    tuned = load_tuned(arguments.workdir, arguments.base, arguments.adapter, arguments.dtype)
+    named = named_subject(arguments.workdir, arguments.adapter, arguments.base, dtype=arguments.dtype)
+    model = read_subject(named).load()
     model_id = arguments.model_id or Path(arguments.workdir or arguments.base).name
     console = Console()
     with console.progress("answering", len(questions), "questions") as bar:
-        answer_questions(tuned, questions, asked, model_id, arguments.out, arguments.batch_size, bar.advance)
+        answer_questions(model, questions, asked, model_id, arguments.out, arguments.batch_size, bar.advance)
     console.say(f"wrote {arguments.out}")
 
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milora_jax.adapters.protocol import Adapter
-from milora_jax.base.modules import Base
+from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.data.records import Record, fingerprint, parse_sources, read_records
 from milora_jax.data.tokens import encode_question
 from milora_jax.errors import UserError
@@ -16,7 +15,7 @@ from milora_jax.evaluation.extraction import Rule
 from milora_jax.evaluation.hub import hub_records
 from milora_jax.evaluation.predictions import TaskBatch, batches_by_length
 from milora_jax.evaluation.score import PREFILL_ROWS, Prediction, judge, limited
-from milora_jax.evaluation.subject import Subject
+from milora_jax.evaluation.subject import Model, Subject
 from milora_jax.evaluation.tasks import Task, find_task, require_golds, rule_for
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
@@ -80,11 +79,11 @@ class Plan:
         """All that the predictions depend on, as JSON."""
         subject = self.subject
         return {
-            "adapter": subject.fingerprint,
-            "base": subject.base_fingerprint,
+            "adapter": subject.fingerprint(),
+            "base": base_fingerprint(subject.directory),
             "dtype": subject.named.dtype,
             "quantize": subject.quantize,
-            "template": subject.named.template,
+            "template": subject.template,
             "beams": self.beams,
             "batch_size": self.batch_size,
             "tasks": {
@@ -98,19 +97,19 @@ class Plan:
             },
         }
 
-    def answer(self, base: Base, adapter: Adapter | None, batch: TaskBatch) -> list[Prediction]:
+    def answer(self, model: Model, batch: TaskBatch) -> list[Prediction]:
         """Generate the answers of a batch and judge them.
 
         Args:
-          base, adapter: in the decode layout, from ``Subject.load``.
+          model: the subject's, loaded.
         """
         asked = self.questions[batch.task]
         answers = generate(
-            base,
-            self.subject.config,
-            self.subject.tokenizer,
+            model.base,
+            model.config,
+            model.tokenizer,
             [self.prompts[batch.task][row] for row in batch.rows],
-            adapter=adapter,
+            adapter=model.adapter,
             settings=GenerationSettings(max_new_tokens=asked.max_new_tokens, num_beams=self.beams),
             batch_size=self.batch_size,
             prefill_rows=PREFILL_ROWS,
@@ -181,7 +180,7 @@ def questions_of(
 
 
 def _encoded(subject: Subject, task: str, asked: Questions) -> list[list[int]]:
-    template, room = subject.named.template, subject.config.max_positions - asked.max_new_tokens
+    template, room = subject.template, subject.config.max_positions - asked.max_new_tokens
     prompts = [encode_question(subject.tokenizer, record, template) for record in asked.records]
     for row, ids in enumerate(prompts):
         if len(ids) > room:

@@ -12,14 +12,11 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from milora_jax.base.load import load_base
-from milora_jax.base.source import model_directory
 from milora_jax.cli import Console, Parser
-from milora_jax.config import DTYPES
+from milora_jax.config import DTYPES, TEMPLATES
 from milora_jax.data.records import Source, parse_sources, read_records
-from milora_jax.data.tokens import encode_question, load_tokenizer
+from milora_jax.data.tokens import encode_question
 from milora_jax.errors import UserError, require
 from milora_jax.evaluation.routing import (
     Routes,
@@ -33,23 +30,11 @@ from milora_jax.evaluation.routing import (
 )
 from milora_jax.evaluation.routing_plots import plot_decisions, plot_distances, plot_shares, plot_strips
 from milora_jax.evaluation.score import limited
-from milora_jax.storage.adapters import read_adapter, require_its_base
+from milora_jax.evaluation.subject import Named, named_subject, read_subject
 from milora_jax.storage.files import write_json_atomic
-from milora_jax.storage.workdir import read_workdir_config
 from milora_jax.types import EXPERTS
 
 REPORT = "routing.json"
-
-
-class Subject(NamedTuple):
-    """What is looked at."""
-
-    adapter: Path
-    base: str
-    dtype: str
-    template: str
-    data: str
-    out: Path
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -63,7 +48,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--adapter", type=Path, help="exported adapter, or a workdir, beside --base")
     parser.add_argument("--base", help="Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base; default: the run's, or float32")
-    parser.add_argument("--chat", action="store_true", help="with --base: the tokenizer's chat template")
+    parser.add_argument("--template", choices=TEMPLATES, help="of prompts (default: the run's, or alpaca)")
     parser.add_argument(
         "--data",
         nargs="+",
@@ -82,60 +67,45 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv)
     require(arguments.limit >= 0, "--limit", arguments.limit, "0 or more")
     require(arguments.batch_size >= 1, "--batch-size", arguments.batch_size, "at least 1")
-    subject = _subject(arguments)
-    sources = parse_sources(subject.data)
+    named = named_subject(
+        arguments.workdir,
+        arguments.adapter,
+        arguments.base,
+        template=arguments.template or (None if arguments.workdir else TEMPLATES[0]),
+        dtype=arguments.dtype,
+    )
+    sources = parse_sources(",".join(arguments.data) or named.tests)
     if not sources:
         raise UserError("there are no prompts to route: give --data FILE")
-    routes = _route(subject, sources, arguments.limit, arguments.batch_size)
+    out = arguments.out or (arguments.workdir or Path()) / "routing"
+    routes = _route(named, sources, arguments.limit, arguments.batch_size)
     found = [measure(task, each) for task, each in routes.items()]
     table = distances(routes)
-    write_report(subject.out, routes, found)
+    write_report(out, routes, found)
     print("\n".join(summary_lines(found, table)))
-    print(f"written to {subject.out}")
+    print(f"written to {out}")
 
 
-def _subject(arguments: argparse.Namespace) -> Subject:
-    """What the command line names."""
-    named = bool(arguments.workdir), bool(arguments.base and arguments.adapter)
-    if sum(named) != 1 or (arguments.workdir and (arguments.base or arguments.adapter)):
-        raise UserError("command line: expected --workdir DIR, or --adapter DIR and --base DIR")
-    data = ",".join(arguments.data)
-    if not arguments.workdir:
-        template = "chat" if arguments.chat else "alpaca"
-        out = arguments.out or Path("routing")
-        return Subject(arguments.adapter, arguments.base, arguments.dtype or "float32", template, data, out)
-    require(not arguments.chat, "--chat", "given", "none with --workdir, whose template is the run's")
-    run = read_workdir_config(arguments.workdir)
-    return Subject(
-        arguments.workdir,
-        run.model.path,
-        arguments.dtype or run.model.dtype,
-        run.data.template,
-        data or run.data.test,
-        arguments.out or arguments.workdir / "routing",
-    )
-
-
-def _route(subject: Subject, sources: Sequence[Source], limit: int, rows: int) -> dict[str, Routes]:
+def _route(named: Named, sources: Sequence[Source], limit: int, rows: int) -> dict[str, Routes]:
     """The routes of every task's prompts."""
     records = {source.name: limited(read_records(source, scored=True), limit) for source in sources}
-    adapter, metadata = read_adapter(subject.adapter)
-    require_router(adapter, subject.adapter)
-    directory = model_directory(subject.base)
-    quantize = require_its_base(metadata, subject.adapter, directory)
-    tokenizer = load_tokenizer(str(directory))
+    subject = read_subject(named)
+    adapter = subject.adapter
+    if adapter is None:
+        raise UserError("a plain base has no routes: expected --workdir DIR, or --adapter DIR and --base DIR")
+    require_router(adapter, named.adapter)
     prompts = {
-        task: [encode_question(tokenizer, record, subject.template) for record in mine]
+        task: [encode_question(subject.tokenizer, record, subject.template) for record in mine]
         for task, mine in records.items()
     }
-    console = Console()
-    with console.loading("base") as progress:
-        base, config = load_base(directory, subject.dtype, decode=True, quantize=quantize, progress=progress)
+    console, model = Console(), subject.load()
     routes = {}
     for task, mine in prompts.items():
         with console.progress(f"routing {task}", len(mine), "prompts") as bar:
             try:
-                routes[task] = route_prompts(base, config, adapter, mine, rows=rows, progress=bar.advance)
+                routes[task] = route_prompts(
+                    model.base, model.config, adapter, mine, rows=rows, progress=bar.advance
+                )
             except UserError as error:
                 raise UserError(f"{task}: {error}") from None
     return routes

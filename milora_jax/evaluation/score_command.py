@@ -65,9 +65,10 @@ def main(argv: Sequence[str]) -> None:
         arguments.workdir,
         arguments.adapter,
         arguments.base,
-        arguments.template,
-        arguments.dtype,
-        arguments.no_adapter,
+        # Where no run speaks for a model it is the protocol's template, whatever its tokenizer has.
+        template=arguments.template or (None if arguments.workdir else TEMPLATES[0]),
+        dtype=arguments.dtype,
+        plain=arguments.no_adapter,
     )
     run = named.eval or EvalSection()
     given = EvalSection(
@@ -126,12 +127,12 @@ def answer_missing(plan: Plan, file: PredictionFile, console: Console, preempted
     missing = file.missing
     if not missing:
         return
-    base, adapter = plan.subject.load()
+    model = plan.subject.load()
     with console.progress("scoring", plan.rows, "rows") as bar:
         shown = _Shown(bar, plan.rows, list(file.done.values()))
         for batch in missing:
             stop_if(preempted, f"scoring {batch.task}")
-            predictions = plan.answer(base, adapter, batch)
+            predictions = plan.answer(model, batch)
             file.append(predictions)
             shown.answered(predictions)
 

@@ -1,9 +1,15 @@
-"""What is scored: a run, an exported adapter on its base, or a plain base."""
+"""What is evaluated: a run, an exported adapter on its base, or a plain base.
+
+Read in three steps, so that each mistake is told before time is spent on it: what options name
+(:func:`named_subject`), all files but the base's weights (:func:`read_subject`), and those
+(:meth:`Subject.load`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +18,13 @@ import jax
 import numpy as np
 
 from milora_jax.adapters.protocol import Adapter
-from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base
 from milora_jax.base.modules import Base
 from milora_jax.base.source import model_directory
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.cli import Console
-from milora_jax.config import TEMPLATES, EvalSection
+from milora_jax.config import EvalSection
 from milora_jax.data.chat import template_source
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
@@ -30,14 +35,14 @@ from milora_jax.storage.workdir import read_workdir_config
 
 @dataclass(frozen=True)
 class Named:
-    """What a command line names, with what a run says of itself filled in.
+    """What options name, with what a run says of itself filled in.
 
     Attributes:
-      adapter: a workdir or an export; None scores the plain base.
+      adapter: a workdir or an export; None is the plain base.
       base: directory or name of the base, see ``base.source``.
       dtype: of the base.
-      quantize: of the base, where there is no adapter that says.
-      template: one of ``config.TEMPLATES``.
+      quantize: of the base; "" is as the adapter's was when it was trained, and none without an adapter.
+      template: one of ``config.TEMPLATES``; "" is the tokenizer's own where it has one, else ``alpaca``.
       tests: the run's ``data.test``.
       eval: the run's settings of evaluations; None where there is no run.
     """
@@ -52,14 +57,31 @@ class Named:
 
 
 @dataclass(frozen=True)
+class Model:
+    """What answers.
+
+    Attributes:
+      name: of the base, as it was given.
+      base, adapter: in the decode layout; without an adapter the plain base.
+      template: that prompts are worded with, one of ``config.TEMPLATES``.
+    """
+
+    name: str
+    base: Base
+    config: ModelConfig
+    tokenizer: Any
+    adapter: Adapter | None
+    template: str
+
+
+@dataclass(frozen=True)
 class Subject:
     """A model whose adapter and tokenizer are read, and whose base is not yet.
 
     Attributes:
       adapter: as it is stored, in the stacked layout.
-      fingerprint: SHA-256 of the adapter's settings and parameters; "" without one.
-      base_fingerprint: see ``base.fingerprint``.
-      chat_template: program text of the chat template that words prompts; "" where none does.
+      settings: of the adapter; empty without one.
+      template: one of ``config.TEMPLATES``.
     """
 
     named: Named
@@ -67,62 +89,82 @@ class Subject:
     config: ModelConfig
     tokenizer: Any
     adapter: Adapter | None
+    settings: Mapping[str, Any]
     quantize: str
-    fingerprint: str
-    base_fingerprint: str
-    chat_template: str
+    template: str
 
-    def load(self) -> tuple[Base, Adapter | None]:
-        """Base and adapter in the decode layout."""
+    @property
+    def chat_template(self) -> str:
+        """Program text of the chat template that words prompts; "" where none does."""
+        return template_source(self.tokenizer) if self.template == "chat" else ""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the adapter's settings and parameters; "" without one."""
+        if self.adapter is None:
+            return ""
+        digest = hashlib.sha256(json.dumps(dict(self.settings), sort_keys=True).encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.adapter.params):
+            values = np.asarray(leaf)
+            digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}".encode())
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+    def load(self) -> Model:
+        """Read the base."""
+        named = self.named
         with Console().loading("base") as progress:
-            base, _ = load_base(
-                self.directory, self.named.dtype, decode=True, quantize=self.quantize, progress=progress
+            base, config = load_base(
+                self.directory, named.dtype, decode=True, quantize=self.quantize, progress=progress
             )
-        return base, None if self.adapter is None else adapter_decode_layout(self.adapter, base)
+        adapter = None if self.adapter is None else adapter_decode_layout(self.adapter, base)
+        return Model(named.base, base, config, self.tokenizer, adapter, self.template)
 
 
 def named_subject(
-    workdir: Path | None,
-    adapter: Path | None,
-    base: str | None,
-    template: str | None,
-    dtype: str | None,
-    plain: bool,
+    workdir: str | Path | None = None,
+    adapter: str | Path | None = None,
+    base: str | None = None,
+    *,
+    template: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    plain: bool = False,
 ) -> Named:
-    """What the options name together.
+    """What options name together; one that is None or empty is not given.
 
     Args:
+      workdir: of ``train.py``: its base, its best adapter, its template.
+      adapter: instead of it, an export or a workdir on ``base``.
+      base: directory or name; of a workdir, where its base is now.
+      template, dtype, quantize: default: the run's; without a run see :class:`Named`, and ``float32``.
       plain: leave the adapter away.
 
     Raises:
       UserError: options that do not go together, or a workdir that is none.
     """
-    if workdir is None:
-        if base is None:
-            missing = (
-                "--base DIR beside --adapter" if adapter else "--workdir DIR, or --adapter DIR --base DIR"
-            )
-            raise UserError(f"command line: expected {missing}")
+    if workdir and adapter:
+        raise UserError("expected a workdir or an adapter, not both: an adapter is given with its base")
+    if workdir:
+        run = read_workdir_config(Path(workdir))
         return Named(
-            adapter=None if plain else adapter,
-            base=base,
-            dtype=dtype or "float32",
-            quantize="none",
-            template=template or TEMPLATES[0],
-            tests="",
-            eval=None,
+            adapter=None if plain else Path(workdir),
+            base=base or run.model.path,
+            dtype=dtype or run.model.dtype,
+            quantize=quantize or (run.model.quantize if plain else ""),
+            template=template or run.data.template,
+            tests=run.data.test,
+            eval=run.eval,
         )
-    if adapter is not None:
-        raise UserError("command line: expected --workdir or --adapter, not both")
-    run = read_workdir_config(workdir)
+    if not base:
+        raise UserError("there is no base: expected a workdir, or a base and perhaps an adapter on it")
     return Named(
-        adapter=None if plain else workdir,
-        base=base or run.model.path,
-        dtype=dtype or run.model.dtype,
-        quantize=run.model.quantize,
-        template=template or run.data.template,
-        tests=run.data.test,
-        eval=run.eval,
+        adapter=None if plain or not adapter else Path(adapter),
+        base=str(base),
+        dtype=dtype or "float32",
+        quantize=quantize or "",
+        template=template or "",
+        tests="",
+        eval=None,
     )
 
 
@@ -133,11 +175,10 @@ def read_subject(named: Named) -> Subject:
       UserError: a file is missing, damaged, or of another base than the adapter's.
     """
     directory = model_directory(named.base)
-    adapter, quantize, fingerprint = None, named.quantize, ""
+    adapter, settings, kept = None, {}, "none"
     if named.adapter is not None:
         adapter, metadata = read_adapter(named.adapter)
-        quantize = require_its_base(metadata, named.adapter, directory)
-        fingerprint = _fingerprint(adapter, metadata["adapter"])
+        kept, settings = require_its_base(metadata, named.adapter, directory), metadata["adapter"]
     tokenizer = load_tokenizer(str(directory))
     return Subject(
         named=named,
@@ -145,17 +186,7 @@ def read_subject(named: Named) -> Subject:
         config=read_model_config(directory),
         tokenizer=tokenizer,
         adapter=adapter,
-        quantize=quantize,
-        fingerprint=fingerprint,
-        base_fingerprint=base_fingerprint(directory),
-        chat_template=template_source(tokenizer) if named.template == "chat" else "",
+        settings=settings,
+        quantize=named.quantize or kept,
+        template=named.template or ("chat" if tokenizer.chat_template else "alpaca"),
     )
-
-
-def _fingerprint(adapter: Adapter, settings: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(adapter.params):
-        values = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}".encode())
-        digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()

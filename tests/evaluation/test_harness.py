@@ -213,8 +213,9 @@ def test_the_arguments_of_lm_eval(folder):
     for arguments, line in [
         ({"workdr": "x"}, r"an argument of the model is 'workdr': .*did you mean 'workdir'\?"),
         ({"workdir": str(folder / "no")}, "is no workdir"),
-        ({"workdir": str(folder / "run"), "base": "x"}, "expected either workdir=DIR, or base=DIR"),
-        ({"workdir": str(folder / "run"), "adapter": "x"}, "adapter is of a base"),
+        ({}, "there is no base: expected a workdir, or a base and perhaps an adapter on it"),
+        ({"workdir": str(folder / "run"), "base": "x"}, "'x': no such directory"),
+        ({"workdir": str(folder / "run"), "adapter": "x"}, "expected a workdir or an adapter, not both"),
         ({"base": str(folder / "model"), "batch_size": "auto"}, "batch_size is 'auto': expected a whole"),
         (
             {"base": str(folder / "model"), "max_length": 513},

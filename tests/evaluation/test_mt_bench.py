@@ -17,7 +17,7 @@ from milora_jax.evaluation import mt_bench_command
 from milora_jax.evaluation.judge import pair_tasks, summary, verdict
 from milora_jax.evaluation.judge_client import JudgeClient
 from milora_jax.evaluation.mt_bench import read_answers, read_questions, turn_prompt
-from milora_jax.evaluation.tuned import load_tuned
+from milora_jax.evaluation.subject import named_subject, read_subject
 from tests.models import write_hf_directory
 from tests.serving.harness import TEMPLATE
 from tests.storage.adapters import run_of
@@ -101,7 +101,7 @@ def test_a_question_without_room_leaves_the_others(folder, tmp_path):
 
 
 def test_the_second_prompt_holds_the_first_answer(folder, tmp_path):
-    tuned = load_tuned(folder / "run")
+    tuned = read_subject(named_subject(folder / "run")).load()
     first = encode_prompt(tuned.tokenizer, prompt_text(Record("one", "", "", "")))
     assert turn_prompt(tuned, ["one"], []) == first
     second = turn_prompt(tuned, ["one", "three"], ["two"])

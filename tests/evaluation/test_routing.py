@@ -175,19 +175,20 @@ def test_an_export_has_the_routes_of_its_run(folder, tmp_path, monkeypatch):
 
 
 MISTAKES = {
-    "no subject": ([], "expected --workdir DIR, or --adapter DIR and --base DIR"),
-    "two subjects": (
-        ["--workdir", "{run}", "--base", "x"],
-        "expected --workdir DIR, or --adapter DIR and --base DIR",
+    "no subject": ([], "there is no base: expected a workdir, or a base and perhaps an adapter on it"),
+    "two subjects": (["--workdir", "{run}", "--adapter", "{run}"], "a workdir or an adapter, not both"),
+    "half a subject": (["--adapter", "{run}"], "there is no base: expected a workdir, or a base and perhaps"),
+    "a base alone": (
+        ["--base", "{model}", "--data", "{sums}"],
+        "a plain base has no routes: expected --workdir DIR, or --adapter DIR and --base DIR",
     ),
-    "half a subject": (["--adapter", "{run}"], "expected --workdir DIR, or --adapter DIR and --base DIR"),
+    "no such base": (["--workdir", "{run}", "--base", "x", "--data", "{sums}"], "'x': no such directory"),
     "no run": (["--workdir", "nowhere"], "'nowhere' is no workdir"),
     "no data": (["--workdir", "{run}"], "there are no prompts to route: give --data FILE"),
     "no file": (["--workdir", "{run}", "--data", "no.jsonl"], "no.jsonl: no such file"),
     "no router": (["--workdir", "{lora}", "--data", "{sums}"], "method 'lora' has no router"),
     "a limit": (["--workdir", "{run}", "--limit", "-1"], "--limit is -1: expected 0 or more"),
     "no rows": (["--workdir", "{run}", "--batch-size", "0"], "--batch-size is 0: expected at least 1"),
-    "a chat of a run": (["--workdir", "{run}", "--chat"], "none with --workdir"),
     "a file for a folder": (
         ["--workdir", "{run}", "--data", "{sums}", "--limit", "1", "--out", "{sums}"],
         "cannot write",
@@ -199,6 +200,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line(folder, monkeypatch, name):
     arguments, message = MISTAKES[name]
     paths = {"run": folder / "milora", "lora": folder / "lora", "sums": folder / "sums.jsonl"}
+    paths["model"] = folder / "model"
     with pytest.raises(UserError) as caught:
         run(monkeypatch, *(argument.format(**paths) for argument in arguments))
     assert message in str(caught.value)

@@ -12,7 +12,7 @@ from milora_jax.data.records import Source, read_records
 from milora_jax.errors import EXIT_PREEMPTED, Preempted, UserError
 from milora_jax.evaluation import plan
 from milora_jax.evaluation.score_command import main
-from milora_jax.evaluation.subject import Subject
+from milora_jax.evaluation.subject import Model, Subject
 from milora_jax.generation.text import Answer, Continuation
 from milora_jax.storage.export import export_milora
 from tests.models import write_hf_directory
@@ -55,7 +55,11 @@ def answered(base, monkeypatch):
         return [Answer((Continuation(word, (4,), "stop"),), route) for word in words]
 
     monkeypatch.setattr(plan, "generate", generate)
-    monkeypatch.setattr(Subject, "load", lambda self: (base, None))
+
+    def load(self):
+        return Model(self.named.base, base, self.config, self.tokenizer, None, self.template)
+
+    monkeypatch.setattr(Subject, "load", load)
     return asked
 
 
@@ -221,7 +225,7 @@ def test_strict_rules_are_asked_for(folder, command, answered):
         (["--data", "mean={folder}/sums.jsonl"], "a task must not be called 'mean'"),
         (["--data", "{folder}/sums.jsonl", "--max-new-tokens", "500"], "sums: the prompt of row 0 has "),
         (["--data", "{folder}/sums.jsonl", "--predictions", "no/p.jsonl"], "no such directory as 'no'"),
-        (["--adapter", "{folder}/export"], "expected --workdir or --adapter, not both"),
+        (["--adapter", "{folder}/export"], "expected a workdir or an adapter, not both"),
         ([], "nothing to score: give --data FILE or --task NAME"),
     ],
 )
@@ -236,8 +240,11 @@ def test_bad_input_is_one_line(folder, command, answered, tmp_path, arguments, m
 @pytest.mark.parametrize(
     ("subject", "message"),
     [
-        ((), "expected --workdir DIR, or --adapter DIR --base DIR"),
-        (("--adapter", "{folder}/export"), "expected --base DIR beside --adapter"),
+        ((), "there is no base: expected a workdir, or a base and perhaps an"),
+        (
+            ("--adapter", "{folder}/export"),
+            "there is no base: expected a workdir, or a base and perhaps an",
+        ),
         (("--adapter", "{folder}/export", "--base", "{folder}/other"), "are not those that the adapter of"),
         (("--adapter", "{folder}/none", "--base", "{folder}/model"), "no such directory, expected a workdir"),
         (("--workdir", "{folder}/none"), "is no workdir"),
