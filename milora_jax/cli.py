@@ -95,6 +95,24 @@ def parse_train_flags() -> TrainFlags:
     return TrainFlags(config, workdir, Cluster(**named))
 
 
+def read_config_file(path: str, overrides: list[str]) -> Config:
+    """A config file with the flags of ``train.py``, for other commands.
+
+    Args:
+      overrides: such as ``--config.train.seed=1``.
+
+    Raises:
+      UserError: as :func:`parse_train_flags`.
+    """
+    argv = sys.argv
+    try:
+        # ml_collections reads overrides from there and from nowhere else.
+        sys.argv = [argv[0], "--config", path, *overrides]
+        return parse_train_flags().config
+    finally:
+        sys.argv = argv
+
+
 def _config_path(argv: list[str]) -> tuple[Path, str]:
     """The config file, and what comes after its colon."""
     found = []

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from milora_jax.cli import Parser, parse_train_flags
+from milora_jax.cli import Parser, read_config_file
 from milora_jax.config import Config
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding, guarded
 from milora_jax.doctor.versions import installed_versions, version_findings
@@ -61,7 +61,7 @@ def examine(path: str, overrides: list[str], workdir: Path | None) -> Iterator[F
     settings: dict[str, Config] = {}
     if path:
         yield from guarded(
-            "config", lambda: _settings("config", settings, lambda: config_of(path, overrides))
+            "config", lambda: _settings("config", settings, lambda: read_config_file(path, overrides))
         )
     if workdir is not None:
         yield from guarded("workdir", lambda: _settings("workdir", settings, lambda: kept_config(workdir)))
@@ -78,17 +78,6 @@ def examine(path: str, overrides: list[str], workdir: Path | None) -> Iterator[F
         yield Finding(FAIL, "import", f"{said}; nothing else was looked at, mend the installation first")
         return
     yield from look_at(Subject(given, kept, workdir), has_settings=config is not None)
-
-
-def config_of(path: str, overrides: list[str]) -> Config:
-    """A config file with the flags of ``train.py``."""
-    argv = sys.argv
-    try:
-        # ml_collections reads overrides from there and from nowhere else.
-        sys.argv = [argv[0], "--config", path, *overrides]
-        return parse_train_flags().config
-    finally:
-        sys.argv = argv
 
 
 def kept_config(workdir: Path) -> Config:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 
 from milora_jax.base.known import SHAPES
-from milora_jax.cli import Parser, parse_train_flags
+from milora_jax.cli import Parser, read_config_file
 from milora_jax.config import Config, MeshSection
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
@@ -37,7 +36,7 @@ def main(arguments: list[str]) -> None:
     """Compile, and say what it takes."""
     asked, overrides = parse(arguments)
     require(asked.prompts >= 1, "--prompts", asked.prompts, "at least 1")
-    config = config_of(asked.config, overrides)
+    config = read_config_file(asked.config, overrides)
     if asked.mesh:
         config = dataclasses.replace(config, mesh=parse_mesh(asked.mesh))
     model = model_of(asked.model, config)
@@ -52,17 +51,6 @@ def main(arguments: list[str]) -> None:
         print(line)
     if not found.fits:
         raise UserError(f"{asked.what} does not fit {asked.topology}")
-
-
-def config_of(path: str, overrides: list[str]) -> Config:
-    """A config file with the flags of ``train.py``."""
-    argv = sys.argv
-    try:
-        # ml_collections reads overrides from there and from nowhere else.
-        sys.argv = [argv[0], "--config", path, *overrides]
-        return parse_train_flags().config
-    finally:
-        sys.argv = argv
 
 
 def model_of(name: str, config: Config) -> ModelConfig:

@@ -70,7 +70,10 @@ def test_a_fresh_adapter_routes_alike_in_both(inputs, pack):
 
 def test_a_prompt_that_prefill_is_not_given_whole_is_found(inputs, monkeypatch):
     whole = routes.collate_prompts
-    cut = lambda prompts, *more: whole([ids[:-1] for ids in prompts], *more)  # noqa: E731
+
+    def cut(prompts, *more):
+        return whole([ids[:-1] for ids in prompts], *more)
+
     monkeypatch.setattr(routes, "collate_prompts", cut)
     found = looked_at("routing", config_of(inputs), after=["rows", "tokens"])
     assert [f.level for f in found] == ["fail", "ok"]

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from milora_jax.base.known import SHAPES
+from milora_jax.cli import read_config_file
 from milora_jax.config import (
     AdapterSection,
     Config,
@@ -33,7 +34,7 @@ from milora_jax.scaling.aot import (
     step_flops,
 )
 from milora_jax.scaling.chips import GIB, Chip
-from milora_jax.scaling.command import config_of, model_of, parse_mesh
+from milora_jax.scaling.command import model_of, parse_mesh
 from milora_jax.scaling.gpus import GPUS, layout_of
 from milora_jax.scaling.plan import base_bytes, estimate, meshes, plan
 from milora_jax.scaling.programs import decode_program, prefill_program
@@ -216,8 +217,8 @@ def test_meshes_divide_the_batch_and_the_heads():
         (lambda: model_of("llama9", CONFIG), "--model is 'llama9'"),
         (lambda: model_of("", CONFIG), "or a config.model.path"),
         (lambda: host().compile(CONFIG, MODEL, "run"), "--what is 'run'"),
-        (lambda: config_of("nowhere.py", []), "no such file"),
-        (lambda: config_of(str(ROOT / "configs/tiny.py"), ["--config.train.steps=3"]), "command line"),
+        (lambda: read_config_file("nowhere.py", []), "no such file"),
+        (lambda: read_config_file(str(ROOT / "configs/tiny.py"), ["--config.train.steps=3"]), "command line"),
     ],
 )
 def test_a_mistake_is_one_line(make, message):
@@ -229,7 +230,7 @@ def test_a_mistake_is_one_line(make, message):
 
 def test_the_config_takes_the_flags_of_training():
     argv = list(sys.argv)
-    config = config_of(str(ROOT / "configs/llama7b_math.py"), ["--config.train.batch_size=64"])
+    config = read_config_file(str(ROOT / "configs/llama7b_math.py"), ["--config.train.batch_size=64"])
     assert (config.train.batch_size, config.mesh.fsdp) == (64, -1)
     assert sys.argv == argv
 

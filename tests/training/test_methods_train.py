@@ -6,61 +6,15 @@ import json
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from milora_jax.base.modules import decode_layout
-from milora_jax.config import METHODS, AdapterSection, Config, DataSection, ModelSection, TrainSection
+from milora_jax.config import METHODS, AdapterSection
 from milora_jax.errors import Preempted
 from milora_jax.generation.text import generate
-from milora_jax.parallel.rules import base_shardings
 from milora_jax.storage.adapters import best_metadata, load_adapter
-from milora_jax.training.loop import Trainer, planned_steps
-from milora_jax.training.prepare import prepare_run
-from milora_jax.training.step import make_steps
-from tests.models import SMALL, WITH_TOKENIZER, write_hf_directory
-
-SHALLOW = dataclasses.replace(WITH_TOKENIZER, num_layers=2)
-STEPS, STOP = 6, 3
-
-
-def silent(line):
-    pass
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """A run on a small base, and the programs that all methods' runs share."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_hf_directory(folder / "model", SHALLOW)
-    rows = [{"instruction": f"say {i}", "input": "", "output": f"{i} {i}"} for i in range(20)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = TrainSection(
-        max_steps=STEPS,
-        epochs=30,
-        batch_size=8,
-        learning_rate=1e-2,
-        eval_every=2,
-        save_every=100,
-        coefficient_every=2,
-    )
-    config = Config(
-        model=ModelSection(path=str(folder / "model")),
-        data=DataSection(train=str(folder / "rows.jsonl"), dev_share=0.2, max_length=360, pack=True),
-        train=settings,
-    )
-    run = prepare_run(config, folder / "none", silent)
-    assert run.prompts > 1, "no row is packed"
-    one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), run.mesh.axis_names)  # compiles faster than 8
-    base = jax.device_put(run.base, base_shardings(one, run.rules, run.base))
-    run = dataclasses.replace(run, mesh=one, base=base)
-    return run, make_steps(run.model, settings, planned_steps(settings, len(run.train)), run.prompts)
-
-
-def fit(run, steps, workdir, stop_after=None):
-    reached = []
-    workdir.mkdir(exist_ok=True)
-    trainer = Trainer(run, workdir, silent, steps)
-    return trainer.fit(lambda done, status: reached.append(done), lambda: len(reached) + 1 == stop_after)
+from milora_jax.training.loop import Trainer
+from tests.models import SMALL
+from tests.training.short_runs import STEPS, STOP, fit
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from milora_jax.errors import Preempted, UserError
 from milora_jax.training import trackers
 from milora_jax.training.tensorboard import FOLDER
 from milora_jax.training.trackers import SHARES, TAGS, RunLog, heat_map, require_installed, scalars
-from tests.training.test_methods_train import STEPS, STOP, fit, prepared  # noqa: F401  # a fixture
+from tests.training.short_runs import STEPS, STOP, fit
 
 SHARE = np.linspace(0, 1, 14).reshape(2, 7).tolist()
 BLOCK, WHOLE, LAST = 32768, 1, 4
@@ -191,7 +191,7 @@ def test_other_processes_track_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.thorough
-def test_a_run_that_is_stopped_and_resumed_is_one_run_in_tensorboard(prepared, tmp_path):  # noqa: F811
+def test_a_run_that_is_stopped_and_resumed_is_one_run_in_tensorboard(prepared, tmp_path):
     """Every figure of metrics.jsonl has a name, and every step is there once."""
     pytest.importorskip("tensorboardX")
     run, steps = prepared
