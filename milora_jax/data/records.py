@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -219,17 +220,34 @@ def _hub_rows(location: str) -> Iterator[tuple[Any, str]]:
     if not parts[0] or len(parts) > 3:
         raise UserError(f"data source {location!r}: expected hf:NAME[:CONFIG[:SPLIT]]")
     name, config, split = (*parts, *("", "")[: 3 - len(parts)])[:3]
+    for number, row in enumerate(hub_rows(name, config, split or "train"), 1):
+        yield row, f"{location} (row {number})"
+
+
+def hub_rows(name: str, config: str, split: str) -> Iterable[Any]:
+    """The rows of a Hub data set as they are.
+
+    Args:
+      config: "" is the data set's only one.
+
+    Raises:
+      UserError: there is no package ``datasets``, no network, or no such data set.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UserError(f"data source {location!r} needs the package datasets") from None
+        raise UserError(f"data set {name!r} needs the package datasets: pip install datasets") from None
+    # It retries for half a minute and logs each time; one line says as much.
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        rows = load_dataset(name, config or None, split=split or "train")
+        return load_dataset(name, config or None, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data source {location!r} cannot be loaded: {reason}") from None
-    for number, row in enumerate(rows, 1):
-        yield row, f"{location} (row {number})"
+        raise UserError(f"data set {name!r} cannot be loaded from the Hub: {reason}") from None
+    finally:
+        logger.setLevel(level)
 
 
 def _records(row: Any, where: str, scored: bool) -> list[Record]:

@@ -5,12 +5,11 @@ The identifiers are of data sets without loading scripts, which ``datasets`` has
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milora_jax.data.records import Record
+from milora_jax.data.records import Record, hub_rows
 from milora_jax.errors import UserError
 from milora_jax.evaluation.tasks import Task
 
@@ -19,7 +18,7 @@ Question = tuple[str, str]
 """Instruction and gold answer."""
 
 OUTPUT = "the correct answer is {}"
-"""How LLM-Adapters' commonsense rows answer."""
+"""How LLM-Adapters' commonsense rows answer; no output is looked at where a row is scored."""
 
 
 def options(word: str, texts: Sequence[str], separator: str = " ") -> str:
@@ -144,7 +143,10 @@ def hub_records(task: Task) -> list[Record]:
     source = SOURCES.get(task.name)
     if source is None:
         raise UserError(f"task {task.name!r} has no rows on the Hub: {instead}")
-    rows = _load(source, f"task {task.name!r}", instead)
+    try:
+        rows = hub_rows(source.name, source.config, source.split)
+    except UserError as error:
+        raise UserError(f"task {task.name!r}: {error}; or {instead}") from None
     return [as_record(task, source, row, number) for number, row in enumerate(rows, 1)]
 
 
@@ -160,21 +162,3 @@ def as_record(task: Task, source: HubSource, row: Row, number: int) -> Record:
         reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{source.name} (row {number}): not a row of task {task.name!r}: {reason}") from None
     return Record(instruction, "", OUTPUT.format(answer), answer)
-
-
-def _load(source: HubSource, what: str, instead: str) -> Any:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(f"{what} needs the package datasets: pip install datasets, or {instead}") from None
-    # It retries for half a minute and logs each time; one line says as much.
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        return load_dataset(source.name, source.config or None, split=source.split)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{what} cannot be loaded from the Hub ({reason}): {instead}") from None
-    finally:
-        logger.setLevel(level)

@@ -191,14 +191,15 @@ def test_without_a_network_one_line_names_the_file(monkeypatch):
     with pytest.raises(UserError) as caught:
         hub_records(task_named("boolq"))
     assert str(caught.value) == (
-        "task 'boolq' cannot be loaded from the Hub (Couldn't reach 'google/boolq' on the Hub): "
-        "give --data FILE, which is dataset/boolq/test.json of the LLM-Adapters repository"
+        "task 'boolq': data set 'google/boolq' cannot be loaded from the Hub: "
+        "Couldn't reach 'google/boolq' on the Hub; or give --data FILE, which is "
+        "dataset/boolq/test.json of the LLM-Adapters repository"
     )
 
 
 def test_without_the_package_one_line_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="needs the package datasets: pip install datasets, or give --data"):
+    with pytest.raises(UserError, match="needs the package datasets: pip install datasets; or give --data"):
         hub_records(task_named("boolq"))
 
 
