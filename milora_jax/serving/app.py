@@ -117,7 +117,9 @@ class App:
             nonlocal began
             began = True
             try:
-                await asyncio.wait_for(send(message), self.service.limits.write_seconds)
+                # Not wait_for: Python 3.11's forgets that it was cancelled where the sending is just done.
+                async with asyncio.timeout(self.service.limits.write_seconds):
+                    await send(message)
             except (TimeoutError, OSError):
                 raise Gone from None
 
