@@ -14,7 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
-from milora_jax.cli import Console, named_directory
+from milora_jax.cli import Console, Parser, meanings_of, named_directory
 from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.errors import UserError, run_command
 from milora_jax.serving.build import Offer, build_service
@@ -28,7 +28,9 @@ from milora_jax.tiny import MODEL_DIR
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="serve.py")
+    parser = Parser(
+        prog="serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--demo", action="store_true", help="the embedded model with two adapters, trained first")
     add("--base", default="", help="Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH")
@@ -42,10 +44,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", default="float32", choices=DTYPES, help="of the base")
     add("--quantize", default="none", choices=QUANTIZE, help="how the base is kept")
     add("--tensor", type=int, default=1, help="devices that share the work of every layer")
+    meanings = meanings_of(Limits)
     for field in dataclasses.fields(Limits):
         kind = int if isinstance(field.default, int) else float
         flag = f"--{field.name.replace('_', '-')}"
-        add(flag, type=kind, default=field.default, help="see serving/limits.py")
+        meaning = meanings.get(field.name, "").rstrip(".")  # without docstrings (python -OO) there is none
+        add(flag, type=kind, default=field.default, help=f"{meaning} (default: %(default)s)")
     return parser.parse_args()
 
 

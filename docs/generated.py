@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 import typing
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,32 +71,11 @@ class Described(typing.NamedTuple):
     meaning: str
 
 
-def documented(cls: type) -> dict[str, str]:
-    """The ``Attributes:`` of a class and of those that it extends, by name."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if base.__doc__ and dataclasses.is_dataclass(base):
-            found.update(_attributes(inspect.cleandoc(base.__doc__)))
-    return found
-
-
-def _attributes(text: str) -> Iterator[tuple[str, str]]:
-    entries: list[str] = []
-    for line in text.partition("Attributes:\n")[2].splitlines():
-        if line.startswith("    ") and entries:
-            entries[-1] += " " + line.strip()
-        elif line.startswith("  "):
-            entries.append(line.strip())
-        elif line.strip():
-            break
-    for entry in entries:
-        names, _, meaning = entry.partition(": ")
-        yield from ((name.strip(), meaning) for name in names.split(","))
-
-
 def described(cls: Any) -> list[Described]:
     """Every field of a dataclass of settings, in its order."""
-    hints, meanings = typing.get_type_hints(cls), documented(cls)
+    from milora_jax.cli import meanings_of
+
+    hints, meanings = typing.get_type_hints(cls), meanings_of(cls)
     rows = []
     for field in dataclasses.fields(cls):
         kind = getattr(hints[field.name], "__name__", str(hints[field.name]))

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
+import inspect
 import io
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
 from milora_jax.cluster import Cluster
 from milora_jax.config import Config
-from milora_jax.errors import Preempted, UserError
+from milora_jax.errors import Preempted, UserError, one_of
 
 LINE_EVERY = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
@@ -27,6 +29,51 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End the command."""
         raise UserError(f"command line: {message} (--help lists what there is)")
+
+
+def chosen_command(program: str, arguments: Sequence[str], commands: Mapping[str, str]) -> str:
+    """The command that the first argument names; asked for help, or for nothing, list them and end.
+
+    Args:
+      program: what is typed before the command.
+      commands: by their names, what each does.
+
+    Raises:
+      UserError: there is no such command.
+      SystemExit: they have been listed.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, commands))
+        print(f"usage: {program} COMMAND ...\n")
+        for name, what in commands.items():
+            print(f"  {name:<{width}}  {what}")
+        print("\neach has --help")
+        raise SystemExit(0)
+    one_of("the command", arguments[0], tuple(commands))
+    return arguments[0]
+
+
+def meanings_of(cls: type) -> dict[str, str]:
+    """The ``Attributes:`` of a dataclass of settings and of those that it extends, by name."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        if each.__doc__ and dataclasses.is_dataclass(each):
+            found.update(_attributes(inspect.cleandoc(each.__doc__)))
+    return found
+
+
+def _attributes(text: str) -> Iterator[tuple[str, str]]:
+    entries: list[str] = []
+    for line in text.partition("Attributes:\n")[2].splitlines():
+        if line.startswith("    ") and entries:
+            entries[-1] += " " + line.strip()
+        elif line.startswith("  "):
+            entries.append(line.strip())
+        elif line.strip():
+            break
+    for entry in entries:
+        names, _, meaning = entry.partition(": ")
+        yield from ((name.strip(), meaning) for name in names.split(","))
 
 
 SHOWN_AFTER = 2.0

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from milora_jax.cli import chosen_command
+from milora_jax.errors import UserError
 from tests.test_architecture import ROOT
 
 pytest.importorskip("ml_collections", reason="train.py reads its configs with it")
@@ -17,10 +19,12 @@ COMMANDS = {
     "storage": ["-m", "milora_jax.storage", "export", "--format", "other"],
     "storage without a command": ["-m", "milora_jax.storage"],
     "bench": ["-m", "milora_jax.bench", "decode"],
+    "bench misspelt": ["-m", "milora_jax.bench", "deocde"],
     "parallel": ["-m", "milora_jax.parallel", "aot", "--nothing"],
     "package": ["-m", "milora_jax", "docter"],
     "doctor": ["-m", "milora_jax", "doctor", "--nothing"],
     "tiny": ["-m", "milora_jax.tiny", "--nothing"],
+    "serve": ["serve.py", "--nothing"],
 }
 
 
@@ -32,3 +36,21 @@ def test_a_mistake_is_one_line(name):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help", "one"]])
+def test_commands_are_listed_for_who_asks(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        chosen_command("program", arguments, {"one": "does this", "another": "does that"})
+    assert ended.value.code == 0
+    usage, *lines = capsys.readouterr().out.splitlines()
+    assert usage == "usage: program COMMAND ..."
+    assert "  one      does this" in lines
+    assert "  another  does that" in lines
+
+
+def test_a_command_is_chosen_by_its_name():
+    commands = {"one": "", "another": ""}
+    assert chosen_command("program", ["another", "one"], commands) == "another"
+    with pytest.raises(UserError, match=r"'onne': expected one of one, another \(did you mean 'one'"):
+        chosen_command("program", ["onne"], commands)

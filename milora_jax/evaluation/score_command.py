@@ -4,6 +4,10 @@
 exported one, ``--base DIR`` a plain model. ``--data FILE`` names rows, ``--task NAME`` a task of
 LLM-Adapters, whose rows come from the Hub unless ``--data`` gives them. The same command goes on where it
 was stopped. docs/evaluation.md has the protocol and the formats of the files.
+
+Other commands, each with --help: ``study`` compares methods, ``lm-eval`` runs tasks of
+lm-evaluation-harness, ``mt-bench`` answers and judges MT-Bench, ``routing`` draws which experts prompts
+choose.
 """
 
 from __future__ import annotations

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from milora_jax.errors import UserError, run_command
+from milora_jax.cli import chosen_command
+from milora_jax.errors import run_command
 
-WHAT = ("aot",)
+WHAT = {"aot": "compile a config's programs for chips that are not here, and say what they take"}
 
 
 def main() -> None:
     """Run what the first argument names."""
-    what = sys.argv[1] if len(sys.argv) > 1 else ""
-    if what not in WHAT:
-        raise UserError(f"command line: {what!r}: expected one of {', '.join(WHAT)}")
+    chosen_command("python -m milora_jax.parallel", sys.argv[1:], WHAT)
     from milora_jax.scaling.command import main as aot
 
     aot(sys.argv[2:])

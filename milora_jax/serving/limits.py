@@ -21,11 +21,14 @@ class Limits:
       adapters_on_device: adapters that can be used at the same time.
       queue: requests that wait, of all tenants.
       queue_tokens: tokens of the prompts that wait.
-      body_bytes, body_seconds: of a request's body.
-      header_bytes, header_seconds: of its request line and headers.
+      body_bytes: of a request's body.
+      body_seconds: in which a request's body must have come.
+      header_bytes: of a request's first line and headers.
+      header_seconds: in which they must have come.
       headers: of a request.
       messages: of one chat.
-      stops, stop_characters: stop strings of a request, and the length of each.
+      stops: stop strings of a request.
+      stop_characters: of each of them.
       samples: continuations of one request.
       unread_bytes: that one response may hold for a client who does not read.
       write_seconds: in which a client who does not read must take some of it.

@@ -18,7 +18,7 @@ from milora_jax.errors import UserError
 from milora_jax.parallel.processes import is_first
 from milora_jax.shapes import Float, UInt
 from milora_jax.training.workdir import MetricsLog
-from milora_jax.types import EXPERTS
+from milora_jax.types import EXPERTS, LETTERS
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 """What each tracker needs; the extra that installs it has the tracker's name."""
@@ -151,7 +151,7 @@ def heat_map(share: Float[np.ndarray, "L E"]) -> UInt[np.ndarray, "height width 
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     image = axes.imshow(share, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", origin="lower")
-    axes.set_xticks(range(len(EXPERTS)), EXPERTS)
+    axes.set_xticks(range(len(EXPERTS)), LETTERS)
     axes.set_yticks(range(0, layers, max(1, -(-layers // 8))))
     axes.set(xlabel="expert", ylabel="layer")
     figure.colorbar(image, ax=axes, label="share of dev prompts")

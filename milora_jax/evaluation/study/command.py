@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from milora_jax.cli import Console, sigterm_noted
-from milora_jax.errors import UserError, require
+from milora_jax.cli import Console, Parser, sigterm_noted
+from milora_jax.errors import require
 from milora_jax.evaluation.study.reports import COMPARISONS, labels_of, report
 from milora_jax.evaluation.study.runner import StudyRunner, claim_study, study_lock
 from milora_jax.evaluation.study.settings import load_study, narrowed, quick
@@ -22,14 +21,9 @@ from milora_jax.storage.files import write_atomic
 ALL = "all"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}")
-
-
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m milora_jax.evaluation study",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
