@@ -33,16 +33,34 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 LONGEST = ("training/test_faults.py", "test_end_to_end.py", "training/test_methods_train.py")
 """Files that take minutes: they go first, or one worker would run them last while the other waits."""
 
+IDLE_WORDS = pytest.StashKey[list[tuple[str, str]]]()
+"""(test, word) of sweeps none of whose cases has the word in its id."""
+
 
 @pytest.hookimpl(tryfirst=True)  # before those that nobody asked for are left out
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sort out the sweeps; the longest files first, all others, and the tests of a file, in their order."""
+    used: dict[tuple[str, str], bool] = {}
     for item in items:
         sweep = item.get_closest_marker("sweep")
-        if sweep is not None and not any(word in item.name.partition("[")[2] for word in sweep.args):
+        if sweep is None:
+            continue
+        test, _, case = item.nodeid.partition("[")
+        chosen = [word for word in sweep.args if word in case]
+        if not chosen:
             item.add_marker(pytest.mark.thorough)
+        for word in sweep.args:
+            used[test, word] = used.get((test, word), False) or word in chosen
+    by_hand = any("[" in argument for argument in config.args)
+    config.stash[IDLE_WORDS] = [] if by_hand else [key for key, was_used in used.items() if not was_used]
     first = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path, len(first)))
+
+
+@pytest.fixture
+def idle_words(pytestconfig: pytest.Config) -> list[tuple[str, str]]:
+    """What of the sweeps that were collected chooses no case."""
+    return pytestconfig.stash[IDLE_WORDS]
 
 
 @pytest.fixture(scope="session")

@@ -213,6 +213,7 @@ def test_importing_the_package_is_quick_and_starts_no_device():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.thorough
 def test_it_runs_the_same_without_flax_graph_mode(tmp_path):
     write_hf_directory(tmp_path / "model", tokenizer=False)
     code = """
@@ -226,3 +227,8 @@ def test_it_runs_the_same_without_flax_graph_mode(tmp_path):
     sums = {mode: run_python(code, tmp_path / "model", mode) for mode in ("true", "false")}
     assert all(result.returncode == 0 for result in sums.values()), sums
     assert sums["true"].stdout == sums["false"].stdout != ""
+
+
+def test_every_sweep_has_a_case_for_each_of_its_words(idle_words):
+    """A renamed case would leave the default tests unnoticed."""
+    assert idle_words == []

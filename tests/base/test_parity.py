@@ -8,6 +8,7 @@ from tests.base.reference import GOLDEN, reference
 from tests.models import write_hf_directory
 
 
+@pytest.mark.sweep("grouped")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pieces_equal_the_stored_values_of_hugging_face(name, tmp_path):
     write_hf_directory(tmp_path, CONFIGS[name], tokenizer=False)

@@ -188,6 +188,7 @@ def test_merging_gives_the_same_tokens(model, method):
     assert apart[0].tokens != model(settings=settings)[0].tokens
 
 
+@pytest.mark.thorough
 def test_what_is_more_than_pairs_is_not_merged(model):
     with pytest.raises(UserError, match="method 'dora' cannot be merged"):
         model(adapter=model.adapter(method="dora"), merge=True)

@@ -59,6 +59,7 @@ def host():
     return found
 
 
+@pytest.mark.thorough
 def test_a_step_is_compiled_and_measured():
     found = host().compile(CONFIG, MODEL, "train")
     assert found.fits

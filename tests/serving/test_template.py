@@ -34,7 +34,8 @@ def with_template(model, text):
     return model
 
 
-@pytest.mark.parametrize("text", [None, TEMPLATE])
+@pytest.mark.sweep("named")
+@pytest.mark.parametrize("text", [None, TEMPLATE], ids=["none", "named"])
 def test_an_ordinary_one_and_none_are_served(model, text):
     require_tame_template(with_template(model, text))
 

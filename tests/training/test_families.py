@@ -52,7 +52,7 @@ def logits_of(base, config, adapter, batch):
     return unembed(base, config, output.hidden)
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [pytest.param("gemma2", marks=pytest.mark.slow), "gemma3_text"])
 @pytest.mark.parametrize("method", ["milora", "p_tuning_v2"])
 def test_packed_equals_unpacked(name, method):

@@ -90,7 +90,7 @@ EVERYWHERE = tuple(f"{name}:{count}" for count in (2, 3) for name in FAILPOINTS)
 """Every point of a save, in the second and in the third one of a life."""
 
 
-@pytest.mark.sweep("once")
+@pytest.mark.thorough
 @pytest.mark.parametrize("kills", [EVERYWHERE[5:6], EVERYWHERE], ids=["once", "everywhere"])
 def test_kill_nine_in_a_save_and_resume_bit_for_bit(inputs, undisturbed, tmp_path, kills):
     workdir = tmp_path / "killed"
@@ -244,6 +244,7 @@ def test_changed_rows_are_refused(inputs, undisturbed):
     assert "rows changed since step 30" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.thorough
 def test_the_saved_state_holds_no_base(undisturbed):
     names = final_leaves(undisturbed)
     assert not any("embedding" in name or "kernel" in name for name in names)

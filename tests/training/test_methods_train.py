@@ -17,8 +17,9 @@ from tests.models import SMALL
 from tests.training.short_runs import STEPS, STOP, fit
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["milora", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])]
+)
 def test_a_resumed_run_is_the_undisturbed_one_and_its_adapter_generates(method, prepared, tmp_path):
     run, steps = prepared
     settings = AdapterSection(method=method, **SMALL[method])

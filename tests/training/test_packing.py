@@ -64,6 +64,7 @@ def close(one, other, **tolerances):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerances), one, other)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [
