@@ -30,7 +30,7 @@ from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, ve
 from milora_jax.training.health import RoutingHealth, pack_routes, routing_health, unpack_routes
 from milora_jax.training.optim import learning_rate_schedule, split_params
 from milora_jax.training.prepare import Run
-from milora_jax.training.progress import Fit, Progress, planned_steps
+from milora_jax.training.progress import Fit, Pace, Progress, planned_steps
 from milora_jax.training.start import starting_params
 from milora_jax.training.step import Steps, TrainState, init_state, make_steps
 from milora_jax.training.trackers import RunLog
@@ -114,11 +114,13 @@ class Trainer:
         start, earlier_seconds, clock = int(state.step), progress.seconds, time.monotonic()
         waiting: tuple[Metrics, Metrics | None] | None = None
         trained = judged = ""
+        pace, compiled = Pace(), set[bool]()
         batch, tokens = self._training_batch(start)
         for step in range(start, self._total):
             if progress.stopped:
                 break
             progress.tokens += tokens
+            pace.count(tokens)
             state, metrics = self._steps.train(state, self._run.base, batch)
             # The devices are at work now: the next rows go to them before anything here waits.
             batch, tokens = self._training_batch(step + 1)
@@ -129,18 +131,28 @@ class Trainer:
             # One step late, so that the device never waits for the host to look.
             self._count_bad(waiting, progress, done)
             waiting = metrics, theta_metrics
+            if (with_theta := theta_metrics is not None) not in compiled:
+                compiled.add(with_theta)  # the first of its kind: most of its time was the compiler's
+                jax.block_until_ready(waiting)
+                pace.start()
             progress.seconds = earlier_seconds + time.monotonic() - clock
             shown = trained, judged
             if done % self._settings.log_every == 0 or done == self._total:
-                trained = self._log_step(log, done, metrics, progress.tokens / progress.seconds)
+                jax.block_until_ready(waiting)
+                trained = self._log_step(
+                    log, done, metrics, pace.look() or progress.tokens / progress.seconds
+                )
             if done % self._settings.eval_every == 0 or done == self._total:
-                judged = self._evaluate(log, done, state.adapter, progress)
+                jax.block_until_ready(waiting)
+                with pace.aside():
+                    judged = self._evaluate(log, done, state.adapter, progress)
             last = done == self._total or progress.stopped
             stop = self._asked_to_stop(done, preempted)
             if last or stop or done % self._settings.save_every == 0:
                 self._count_bad(waiting, progress, done)
                 waiting = None
-                self._save(state, done, progress)
+                with pace.aside():
+                    self._save(state, done, progress)
             self._checkpoints.poll()
             self._best.poll()
             # What is not new need not be drawn again.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from milora_jax.config import TrainSection
@@ -66,6 +69,43 @@ class Fit:
     def tokens_per_second(self) -> float:
         """Tokens of all rows, padding left out, over the training time of all lives."""
         return self.progress.tokens / self.progress.seconds
+
+
+class Pace:
+    """Tokens per second of the steps since the last look: without compilation, evaluations and saves."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin with nothing counted.
+
+        Args:
+          clock: seconds from any beginning.
+        """
+        self._clock, self._since = clock, clock()
+        self._tokens, self._seconds = 0, 0.0
+
+    def start(self) -> None:
+        """Forget what has been counted: it was the first step, which compiles."""
+        self._tokens, self._seconds, self._since = 0, 0.0, self._clock()
+
+    def count(self, tokens: int) -> None:
+        """Note that a step with so many tokens was begun."""
+        self._tokens += tokens
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Do not count the time of a ``with`` block; the steps so far must have ended."""
+        self._seconds += self._clock() - self._since
+        try:
+            yield
+        finally:
+            self._since = self._clock()
+
+    def look(self) -> float | None:
+        """The speed of the steps since the last look, which must have ended; None where there was none."""
+        seconds = self._seconds + self._clock() - self._since
+        tokens = self._tokens
+        self.start()
+        return tokens / seconds if tokens and seconds else None
 
 
 def planned_steps(settings: TrainSection, rows: int) -> int:

@@ -1,0 +1,57 @@
+"""The speed that is shown is that of steps, and of nothing else that happens between them."""
+
+import json
+
+from milora_jax.training.progress import Pace
+from tests.training.short_runs import STEPS, fit
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_only_steps_are_counted():
+    clock = Clock()
+    pace = Pace(clock)
+    pace.count(1000)
+    clock.now += 60  # the compiler
+    pace.start()
+    assert pace.look() is None, "nothing has been measured yet"
+    for _ in range(4):
+        pace.count(50)
+        clock.now += 0.5
+    with pace.aside():
+        clock.now += 30  # an evaluation
+    pace.count(100)
+    clock.now += 1
+    assert pace.look() == 300 / 3
+    pace.count(10)
+    clock.now += 0.1
+    assert round(pace.look()) == 100, "a look begins anew"
+
+
+def test_an_evaluation_that_fails_is_not_counted_either():
+    clock = Clock()
+    pace = Pace(clock)
+    try:
+        with pace.aside():
+            clock.now += 5
+            raise ValueError
+    except ValueError:
+        pace.count(7)
+        clock.now += 1
+    assert pace.look() == 7
+
+
+def test_every_logged_step_of_a_run_has_a_speed(prepared, tmp_path):
+    run, steps = prepared
+    fit(run, steps, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line["tokens_per_second"] for line in lines if "loss" in line]
+    assert 1 <= len(speeds) <= STEPS
+    assert all(speed > 0 for speed in speeds)
