@@ -22,7 +22,7 @@ from milora_jax.serving.demo import demo_adapters
 from milora_jax.serving.keys import Keyring
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.registry import Registered, Registry
-from milora_jax.serving.server import serve
+from milora_jax.serving.server import bound_socket, serve
 from milora_jax.tiny import MODEL_DIR
 
 
@@ -60,20 +60,21 @@ def main() -> None:
     limits = Limits(**{field.name: getattr(asked, field.name) for field in dataclasses.fields(Limits)})
     keys = Keyring.of(asked.keys)
     given = dict(named_directory("--adapter", each) for each in asked.adapter)
-    base = asked.base
-    if asked.demo:
-        base, given = str(MODEL_DIR), {**demo_adapters(Path("runs")), **given}
-    if not base:
+    if not asked.base and not asked.demo:
         raise UserError("--base is missing: expected a model, or --demo")
-    unknown = sorted(set(asked.pin) - given.keys())
-    if unknown:
-        raise UserError(f"--pin {unknown[0]!r}: expected the name of an --adapter")
-    registered = {name: Registered(path, pinned=name in asked.pin) for name, path in given.items()}
-    registry = Registry(asked.registry, registered)
-    offer = Offer(base, asked.name, asked.dtype, asked.quantize, asked.tensor)
-    with Console().loading("base") as progress:
-        service = build_service(offer, registry, limits, progress)
-    raise SystemExit(serve(service, keys, registry, asked.host, asked.port))
+    with bound_socket(keys, asked.host, asked.port) as bound:
+        base = asked.base
+        if asked.demo:
+            base, given = str(MODEL_DIR), {**demo_adapters(Path("runs")), **given}
+        unknown = sorted(set(asked.pin) - given.keys())
+        if unknown:
+            raise UserError(f"--pin {unknown[0]!r}: expected the name of an --adapter")
+        registered = {name: Registered(path, pinned=name in asked.pin) for name, path in given.items()}
+        registry = Registry(asked.registry, registered)
+        offer = Offer(base, asked.name, asked.dtype, asked.quantize, asked.tensor)
+        with Console().loading("base") as progress:
+            service = build_service(offer, registry, limits, progress)
+        raise SystemExit(serve(service, keys, registry, bound))
 
 
 if __name__ == "__main__":

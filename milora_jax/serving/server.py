@@ -130,22 +130,41 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(
-    service: Service, keys: Keyring, registry: Registry, host: str, port: int
-) -> tuple[uvicorn.Server, socket.socket]:
-    """A server, and the socket that it is to listen to.
+def bound_socket(keys: Keyring, host: str, port: int) -> socket.socket:
+    """A socket that has its address and does not listen yet: taken before a base is loaded for minutes.
 
     Raises:
       UserError: the address is not to be served without keys, or is taken.
     """
     if keys.open and not is_loopback(host):
         raise UserError(f"host {host!r} is not this machine alone, and there are no keys: give --keys FILE")
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of a server that has just ended
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise _unusable(host, port, error) from None
+    return bound
+
+
+def _unusable(host: str, port: int, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(
+        f"port {port} of {host!r} cannot be listened to: {reason}; give another --port or --host"
+    )
+
+
+def make_server(service: Service, keys: Keyring, registry: Registry, bound: socket.socket) -> uvicorn.Server:
+    """A server, which listens to a socket from now on.
+
+    Raises:
+      UserError: somebody else has begun to listen to the address since it was bound.
+    """
     limits = service.limits
     app = App(service, keys, registry, LOOPBACK_NAMES if keys.open else frozenset())
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=protocol_for(limits),
         ws="none",
         lifespan="off",
@@ -158,18 +177,19 @@ def make_server(
         timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, int(limits.grace_seconds)),
     )
-    server = _Server(config, service.close)
     try:
-        listening = config.bind_socket()
-    except (OSError, SystemExit):
-        raise UserError(
-            f"port {port} of {host!r} cannot be listened to: it is in use or not allowed"
-        ) from None
-    return server, listening
+        bound.listen(config.backlog)
+    except OSError as error:
+        host, port, *_ = bound.getsockname()
+        raise _unusable(host, port, error) from None
+    return _Server(config, service.close)
 
 
-def serve(service: Service, keys: Keyring, registry: Registry, host: str, port: int) -> int:
+def serve(service: Service, keys: Keyring, registry: Registry, bound: socket.socket) -> int:
     """Serve until SIGTERM or SIGINT.
+
+    Args:
+      bound: of :func:`bound_socket`.
 
     Returns:
       The exit code: 0, or 1 where the device loop died, so that a supervisor starts anew.
@@ -177,13 +197,15 @@ def serve(service: Service, keys: Keyring, registry: Registry, host: str, port: 
     Raises:
       UserError: as :func:`make_server`.
     """
-    server, listening = make_server(service, keys, registry, host, port)
+    server = make_server(service, keys, registry, bound)
     service.loop.start()
     threading.Thread(target=_watch, args=(service, server), daemon=True).start()
     names = ", ".join(service.store.names()) if service.store is not None else "no adapters"
     what = f"{service.base_name or 'adapters'} ({names})"
-    print(f"serving {what} on http://{host}:{listening.getsockname()[1]}", file=sys.stderr, flush=True)
-    server.run(sockets=[listening])
+    host, port, *_ = bound.getsockname()
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {what} on http://{shown}:{port}", file=sys.stderr, flush=True)
+    server.run(sockets=[bound])
     died = service.loop.error is not None
     service.loop.stop()
     return 1 if died else 0

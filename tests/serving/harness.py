@@ -18,7 +18,7 @@ from milora_jax.serving.keys import Keyring
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.loop import Job
 from milora_jax.serving.registry import Registered, Registry
-from milora_jax.serving.server import make_server
+from milora_jax.serving.server import bound_socket, make_server
 from tests.models import WITH_TOKENIZER, write_hf_directory
 from tests.storage.adapters import run_of
 
@@ -73,13 +73,14 @@ def running(service):
 @contextmanager
 def serving(service, registry, keys: Keyring):
     """The address of a server of a service whose loop is at work."""
-    server, listening = make_server(service, keys, registry, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    bound = bound_socket(keys, "127.0.0.1", 0)
+    server = make_server(service, keys, registry, bound)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(30)

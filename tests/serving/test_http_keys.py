@@ -6,7 +6,7 @@ from milora_jax.errors import UserError
 from milora_jax.serving.app import App
 from milora_jax.serving.keys import Keyring
 from milora_jax.serving.registry import Registry
-from milora_jax.serving.server import make_server
+from milora_jax.serving.server import bound_socket, make_server
 from tests.serving.harness import KEYS, client_of, raw, serving, status
 
 
@@ -99,7 +99,23 @@ def service_registry(service):
     return Registry(None, {})
 
 
-def test_other_addresses_are_refused_without_keys(served):
-
+def test_other_addresses_are_refused_without_keys():
     with pytest.raises(UserError, match="is not this machine alone, and there are no keys"):
-        make_server(served[0], Keyring(open=True), service_registry(served[0]), "0.0.0.0", 0)
+        bound_socket(Keyring(open=True), "0.0.0.0", 0)
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded(served):
+    port = int(served[1].rpartition(":")[2])
+    with pytest.raises(
+        UserError, match=f"port {port} of '127.0.0.1' cannot be listened to: Address already in"
+    ):
+        bound_socket(Keyring(open=True), "127.0.0.1", port)
+
+
+def test_of_two_that_load_at_the_same_time_the_second_is_told(served):
+    first = bound_socket(Keyring(open=True), "127.0.0.1", 0)
+    port = first.getsockname()[1]
+    with first, bound_socket(Keyring(open=True), "127.0.0.1", port) as second:
+        first.listen()
+        with pytest.raises(UserError, match=f"port {port} of '127.0.0.1' cannot be listened to"):
+            make_server(served[0], Keyring(open=True), service_registry(served[0]), second)

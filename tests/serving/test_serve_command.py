@@ -85,11 +85,12 @@ MISTAKES = {
     "an adapter of another base": (["--base", "{other}", "--adapter", "x={math}"], "other files than those"),
     "open to all": (["--base", "{model}", "--host", "0.0.0.0"], "there are no keys: give --keys FILE"),
     "a limit of nothing": (["--base", "x", "--rows", "0"], "rows is 0: expected at least 1"),
+    "no port": (["--base", "x", "--port", "70000"], "port 70000 of '127.0.0.1' cannot be listened to"),
     "a name taken": (["--base", "{model}", "--adapter", "base={math}"], "give it another --name"),
 }
 
 
-@pytest.mark.sweep("open to all")
+@pytest.mark.sweep("open to all", "no port")
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(folder, name, monkeypatch, capsys):
     import serve
@@ -101,7 +102,8 @@ def test_a_mistake_is_one_line(folder, name, monkeypatch, capsys):
     if "{other}" in str(arguments) and not other.exists():
         write_hf_directory(other, seed=9)
     paths = {"model": folder / "model", "math": folder / "math", "other": other}
-    monkeypatch.setattr(sys, "argv", ["serve.py", *(argument.format(**paths) for argument in arguments)])
+    given = [argument.format(**paths) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--port=0", *given])
     monkeypatch.setattr("milora_jax.serving.loop.DeviceLoop.warm_up", lambda loop: None)
     with pytest.raises(SystemExit) as caught:
         run_command(serve.main)
