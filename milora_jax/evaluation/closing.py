@@ -13,11 +13,13 @@ SCORED = "predictions.jsonl, routing.png"
 
 def closing_lines(workdir: Path, config: Config) -> list[str]:
     """Paths, and the commands that use what a finished run has written."""
-    place = shlex.quote(str(workdir))
+    place, base = shlex.quote(str(workdir)), shlex.quote(config.model.path)
+    scored = "--beams 3" if config.data.test else "--data FILE.jsonl"
     commands = [
         f'python -m milora_jax.generation --workdir {place} --prompt "..."',
-        f"python -m milora_jax.evaluation --workdir {place} --data FILE.jsonl",
+        f"python -m milora_jax.evaluation --workdir {place} {scored}",
         f"python -m milora_jax.storage export --workdir {place} --out {place}/export --format milora",
+        f"python serve.py --base {base} --adapter mine={place}",
     ]
     if "tensorboard" in tracker_names(config.train.trackers):
         commands.append(f"tensorboard --logdir {place}")

@@ -19,16 +19,20 @@ PARSERS = {
 }
 
 
-def test_every_command_is_one_that_there_is(monkeypatch):
-    written, *commands = closing_lines(Path("runs/my run"), Config())
+@pytest.mark.parametrize("test", ["", "rows.jsonl"])
+def test_every_command_is_one_that_there_is(monkeypatch, test):
+    config = Config.from_dict({"model": {"path": "a base"}, "data": {"test": test}})
+    written, *commands = closing_lines(Path("runs/my run"), config)
     assert written.startswith("written to runs/my run: best/ (the adapter), summary.json")
     assert commands[0].startswith("next: python -m milora_jax.generation")
-    assert len(commands) == len(PARSERS)
-    for line in commands:
-        words = shlex.split(line.removeprefix("next:"))
-        assert words[:2] == ["python", "-m"]
+    told = [shlex.split(line.removeprefix("next:")) for line in commands]
+    assert [words[:2] for words in told[:-1]] == [["python", "-m"]] * len(PARSERS)
+    for words in told[:-1]:
         monkeypatch.setattr(sys, "argv", words[2:])
         assert PARSERS[words[2]]().workdir == Path("runs/my run")
+    assert told[-1] == ["python", "serve.py", "--base", "a base", "--adapter", "mine=runs/my run"]
+    scored = next(words for words in told if words[2] == "milora_jax.evaluation")
+    assert ("--data" in scored) == (not test), "a run knows its own test files"
 
 
 @pytest.mark.parametrize(("trackers", "shown"), [("wandb", False), ("wandb,tensorboard", True)])
