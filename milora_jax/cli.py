@@ -120,9 +120,7 @@ def parse_train_flags() -> TrainFlags:
     try:
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        # Of what get_config() raised, ml_collections gives the whole traceback: its last line says it.
-        reason = str(error).splitlines()[-1] if "Traceback" in str(error) else error
-        raise UserError(f"command line: {reason}") from None
+        raise UserError(f"command line: {_reason(error)}") from None
     except (SyntaxError, ImportError, NameError) as error:
         raise UserError(f"--config {str(path)!r}: {type(error).__name__}: {error}") from None
     if len(rest) > 1:
@@ -158,6 +156,18 @@ def read_config_file(path: str, overrides: list[str]) -> Config:
         return parse_train_flags().config
     finally:
         sys.argv = argv
+
+
+def _reason(error: Exception) -> str:
+    """One line of what absl and ml_collections say of a flag."""
+    inner = error.args[0] if error.args else error
+    unknown = next((each for each in (error, inner) if isinstance(each, KeyError) and each.args), None)
+    if unknown is not None:  # 'name', and perhaps a second line: Did you mean ...?
+        name, *hint = str(unknown.args[0]).splitlines()
+        return f"no setting is called {name}" + "".join(f" ({each})" for each in hint)
+    lines = str(error).splitlines()
+    # Of what get_config() raised, ml_collections gives the whole traceback: its last line says it.
+    return lines[-1] if "Traceback" in str(error) else "; ".join(lines)
 
 
 def _config_path(argv: list[str]) -> tuple[Path, str]:

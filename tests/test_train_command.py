@@ -58,8 +58,12 @@ def arguments(inputs, workdir, *more):
 REFUSED = {
     "top-k above seven": ("--config.adapter.top_k=8", "adapter.top_k is 8: expected 1 to 7"),
     "no top-k": ("--config.adapter.top_k=0", "adapter.top_k is 0"),
-    "unknown field": ("--config.adapter.rnak=8", "rnak"),
-    "unknown group": ("--config.adaptor.rank=8", "adaptor"),
+    "unknown field": (
+        "--config.adapter.rnak=8",
+        """no setting is called 'rnak' (Did you mean "rank" instead of "rnak"?)""",
+    ),
+    "unknown group": ("--config.adaptor.rank=8", "no setting is called 'adaptor' (Did you mean"),
+    "nothing like any": ("--config.zzz=1", "no setting is called 'zzz'"),
     "ill-typed number": ("--config.adapter.rank=many", "rank"),
     "ill-typed flag": ("--config.adapter.normalize=maybe", "normalize"),
     "fraction for a whole number": ("--config.train.max_steps=2.5", "max_steps"),
