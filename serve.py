@@ -72,8 +72,9 @@ def main() -> None:
         registered = {name: Registered(path, pinned=name in asked.pin) for name, path in given.items()}
         registry = Registry(asked.registry, registered)
         offer = Offer(base, asked.name, asked.dtype, asked.quantize, asked.tensor)
-        with Console().loading("base") as progress:
-            service = build_service(offer, registry, limits, progress)
+        console = Console()
+        with console.loading("base") as progress:
+            service = build_service(offer, registry, limits, progress, console.say)
         raise SystemExit(serve(service, keys, registry, bound))
 
 

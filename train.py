@@ -4,7 +4,7 @@
     python train.py --config configs/llama7b_math.py --config.model.path=DIR --workdir runs/math
     python train.py --config configs/paper.py:lora,boolq --config.model.path=DIR
 
-Any setting of the config can be given as ``--config.group.field=value``; ``milora_jax/config.py`` says
+Any setting of the config can be given as ``--config.group.field=value``; ``docs/configuration.md`` says
 what each means. What follows a colon is handed to the config file. On a cluster the same command is run
 on every host (docs/scaling.md).
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 
-from milora_jax.cli import Console, parse_train_flags, sigterm_noted
+from milora_jax.cli import Console, parse_train_flags, stop_noted
 from milora_jax.errors import run_command
 from milora_jax.evaluation.final import evaluate_adapter, evaluate_base, write_report
 from milora_jax.parallel.processes import is_first, together
@@ -36,7 +36,7 @@ def main() -> None:
     started = time.monotonic()
     config, workdir, cluster = parse_train_flags()
     # JAX takes SIGTERM for itself when it joins other processes: ours is noted after that.
-    with together(cluster), sigterm_noted() as preempted:
+    with together(cluster), stop_noted() as preempted:
         console = Console(silent=not is_first())
         with console.loading("base") as progress:
             run = prepare_run(config, workdir, console.say, progress)

@@ -1,10 +1,9 @@
 """What the pages of the site say of settings and command lines, made from the program itself.
 
-MkDocs calls :func:`on_page_markdown` for every page (``hooks`` in ``mkdocs.yml``). By hand:
+    python docs/generated.py             # the tables of docs/configuration.md made anew
+    python docs/generated.py commands    # every command line with its --help
 
-    python docs/generated.py settings
-    python docs/generated.py limits
-    python docs/generated.py commands
+MkDocs calls :func:`on_page_markdown` for every page (``hooks`` in ``mkdocs.yml``).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "configuration.md"
 
 COMMANDS = (
     ("-m", "milora_jax"),
@@ -187,22 +187,42 @@ def commands_markdown() -> str:
         )
 
 
-MARKERS = {
-    "<!-- settings -->": settings_markdown,
-    "<!-- limits -->": limits_markdown,
-    "<!-- commands -->": commands_markdown,
-}
-"""What stands in a page, and what takes its place on the site."""
+WRITTEN = {"settings": settings_markdown, "limits": limits_markdown}
+"""Tables that stand in ``docs/configuration.md``, for who reads it in a checkout; a test keeps them true."""
+
+COMMANDS_MARKER = "<!-- commands -->"
+"""What takes its place when the site is built: the text depends on the version of Python."""
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """MkDocs' hook: a page with its markers filled."""
-    del page, config, files
-    for marker, make in MARKERS.items():
-        if marker in markdown:
-            markdown = markdown.replace(marker, make())
+def with_tables(markdown: str) -> str:
+    """The page of settings with its tables made anew.
+
+    Raises:
+      ValueError: a table has no place between ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
+    """
+    for name, make in WRITTEN.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        head, _, rest = markdown.partition(begin)
+        _, found, tail = rest.partition(end)
+        if not found:
+            raise ValueError(f"no {begin} ... {end}")
+        markdown = f"{head}{begin}\n\n{make()}\n\n{end}{tail}"
     return markdown
 
 
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """MkDocs' hook: the page of commands with their ``--help``."""
+    del page, config, files
+    return markdown.replace(COMMANDS_MARKER, commands_markdown()) if COMMANDS_MARKER in markdown else markdown
+
+
+def main(what: str) -> None:
+    """Print the commands, or write the tables of settings."""
+    if what == "commands":
+        print(commands_markdown())
+        return
+    PAGE.write_text(with_tables(PAGE.read_text()))
+
+
 if __name__ == "__main__":
-    print(MARKERS[f"<!-- {sys.argv[1]} -->"]())
+    main(sys.argv[1] if len(sys.argv) > 1 else "settings")

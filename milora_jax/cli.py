@@ -7,11 +7,12 @@ import dataclasses
 import datetime
 import inspect
 import io
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
@@ -186,20 +187,36 @@ def _config_path(argv: list[str]) -> tuple[Path, str]:
     return Path(path), words
 
 
+STOPPING = b"\nstopping as soon as nothing is lost; Ctrl-C again stops at once\n"
+
+
 @contextmanager
-def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Note SIGTERM instead of dying of it; yields a function that tells whether it came."""
+def stop_noted() -> Iterator[Callable[[], bool]]:
+    """Note SIGTERM and a first Ctrl-C instead of dying of them; a second Ctrl-C interrupts.
+
+    Yields:
+      A function that tells whether one of them came.
+    """
     came = False
 
     def note(signum: int, frame: object) -> None:
         nonlocal came
         came = True
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, old[signal.SIGINT])
+            with suppress(OSError, ValueError):  # where standard error is no file
+                os.write(sys.stderr.fileno(), STOPPING)  # a print may be under way
 
-    old = signal.signal(signal.SIGTERM, note)
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    if old[signal.SIGINT] is not signal.default_int_handler:  # a job in the background ignores it
+        del old[signal.SIGINT]
+    for number in old:
+        signal.signal(number, note)
     try:
         yield lambda: came
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -219,13 +236,13 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 
 def stop_if(preempted: Callable[[], bool], doing: str) -> None:
-    """End a command at a place where nothing is lost, if SIGTERM came.
+    """End a command at a place where nothing is lost, if it was asked to stop.
 
     Raises:
       Preempted: naming what was being done.
     """
     if preempted():
-        raise Preempted(f"SIGTERM while {doing}: nothing is lost, run the same command again to continue")
+        raise Preempted(f"stopped while {doing}: nothing is lost, run the same command again to continue")
 
 
 class Bar:

@@ -14,7 +14,7 @@ EXIT_NON_FINITE = 3
 """Exit code of training after too many non-finite steps in a row."""
 
 EXIT_PREEMPTED = 75
-"""Exit code after SIGTERM: state is saved, run the same command again (sysexits.h EX_TEMPFAIL)."""
+"""Exit code after SIGTERM or Ctrl-C: state is saved, run the same command again (sysexits.h EX_TEMPFAIL)."""
 
 
 class UserError(Exception):
@@ -30,7 +30,7 @@ class NonFiniteError(UserError):
 
 
 class Preempted(UserError):
-    """SIGTERM was received and a checkpoint was written."""
+    """The command was asked to stop, and all that it had done is saved."""
 
     exit_code = EXIT_PREEMPTED
 

@@ -2,11 +2,13 @@
 
 import io
 import re
+import signal
 
 import pytest
 
 from milora_jax import cli
-from milora_jax.cli import Console
+from milora_jax.cli import Console, stop_if, stop_noted
+from milora_jax.errors import Preempted
 
 
 def test_a_quick_load_says_nothing(capsys):
@@ -67,3 +69,36 @@ def _half():
     with Console().loading("base") as progress:
         progress(1, 2)
         raise OSError("gone")
+
+
+@pytest.fixture
+def interruptible():
+    """A job in the background ignores SIGINT: whoever runs the tests so too."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_is_asked_to_stop_where_nothing_is_lost(interruptible, number):
+    with stop_noted() as stopping:
+        stop_if(stopping, "nothing happened")
+        signal.raise_signal(number)
+        with pytest.raises(Preempted, match="stopped while training: nothing is lost"):
+            stop_if(stopping, "training")
+
+
+def test_a_second_interrupt_stops_at_once(interruptible):
+    with stop_noted() as stopping:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert stopping()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_job_that_ignores_interrupts_goes_on_ignoring_them(interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_noted() as stopping:
+        signal.raise_signal(signal.SIGINT)
+        assert not stopping()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_jax.cli import Bar, Console, Parser, sigterm_noted, stop_if
+from milora_jax.cli import Bar, Console, Parser, stop_if, stop_noted
 from milora_jax.config import DTYPES, TEMPLATES, EvalSection
 from milora_jax.data.records import parse_sources
 from milora_jax.errors import UserError, require
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     questions = questions_of(rows, arguments.strict, arguments.limit, longest, console.say)
     plan = Plan.of(read_subject(named), questions, arguments.beams, given.batch_size)
     with (
-        sigterm_noted() as preempted,
+        stop_noted() as preempted,
         PredictionFile(path, plan.settings(), plan.batches(), arguments.fresh) as file,
     ):
         answer_missing(plan, file, console, preempted)

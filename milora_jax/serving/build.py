@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -53,8 +54,22 @@ class Offer:
         one_of("quantize", self.quantize, QUANTIZE)
 
 
-def build_service(offer: Offer, registry: Registry, limits: Limits, progress: Progress = ignore) -> Service:
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def build_service(
+    offer: Offer,
+    registry: Registry,
+    limits: Limits,
+    progress: Progress = ignore,
+    say: Callable[[str], None] = _say_nothing,
+) -> Service:
     """Load the base and its adapters, and compile all programs; the loop is started by whoever serves.
+
+    Args:
+      progress: told how far the base is read.
+      say: told what takes long after that.
 
     Raises:
       UserError: naming the file or the setting that is wrong.
@@ -91,6 +106,7 @@ def build_service(offer: Offer, registry: Registry, limits: Limits, progress: Pr
         spread=None if mesh is None else spread_on(mesh, RULES),
     )
     loop = DeviceLoop(engine, store, limits)
+    say(f"compiling for {limits.rows} rows, {limits.context or 'all'} tokens each: a minute, or several")
     loop.warm_up()
     metrics = Metrics()
     COMPILATIONS.tell(metrics.compiled)

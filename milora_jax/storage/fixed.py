@@ -78,7 +78,7 @@ def fixed_change(adapter: Adapter, weights: Float[np.ndarray, "L E"] | None = No
     if isinstance(method, MiLoRA):
         if weights is None:
             raise UserError(
-                f"method {method.name!r} routes every prompt: a fixed route needs calibration rows"
+                f"method {method.name!r} routes every prompt: a fixed route needs --calibration FILE"
             )
         return FixedChange(params.experts, method.scale, weights)
     ones = np.ones((adapter.shape.num_layers, len(EXPERTS)), np.float32)

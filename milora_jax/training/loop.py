@@ -20,6 +20,7 @@ from milora_jax.adapters.protocol import Adapter, abstract_params, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import Base, frozen_kernels
 from milora_jax.base.source import model_directory
+from milora_jax.cli import LINE_EVERY
 from milora_jax.data.batches import batch_rows, collate
 from milora_jax.data.tokens import Example
 from milora_jax.errors import NonFiniteError, Preempted, UserError
@@ -159,7 +160,7 @@ class Trainer:
             advance(done, "" if shown == (trained, judged) else ", ".join(filter(None, (trained, judged))))
             if stop:
                 self._checkpoints.wait()
-                raise Preempted(f"SIGTERM: saved step {done}, run the same command again to continue")
+                raise Preempted(f"stopped: saved step {done}, run the same command again to continue")
         return state
 
     def _asked_to_stop(self, done: int, preempted: Callable[[], bool]) -> bool:
@@ -313,7 +314,11 @@ class Trainer:
         """
         size, total, count = self._settings.batch_size, 0.0, 0
         probs, chosen = [], []
+        said = time.monotonic()
         for start in range(0, len(self._run.dev), size):
+            if time.monotonic() - said >= LINE_EVERY:
+                said = time.monotonic()
+                self._say(f"dev evaluation: {start} of {len(self._run.dev)} rows")
             packed = self._run.dev[start : start + size]
             answer = self._steps.evaluate(adapter, self._run.base, self._batch(packed))
             loss, tokens, route = to_host(answer)

@@ -109,7 +109,11 @@ def test_a_static_export_is_the_adapter_on_its_modal_route(inputs, command, tmp_
     ("kind", "more", "message"),
     [
         ("static", [], "format static fixes the route of a MiLoRA: give --calibration FILE"),
-        ("merged", [], "method 'milora' routes every prompt: a fixed route needs calibration rows"),
+        (
+            "merged",
+            [],
+            "method 'milora' routes every prompt: a fixed route needs --calibration FILE",
+        ),
         ("static", ["--calibration", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         ("static", ["--calibration", "x.jsonl", "--limit", -1], "limit is -1: expected at least 0"),
         ("merged", ["--shard-bytes", 0], "shard_bytes is 0: expected at least 1"),

@@ -154,7 +154,10 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_left(model, tmp_path):
     huge = run_of(tmp_path / "huge", small, "lora", alpha=4e6)
     assert huge.method.scale == 1e6
     cases = {
-        "routed": (model, "method 'milora' routes every prompt: a fixed route needs calibration rows"),
+        "routed": (
+            model,
+            "method 'milora' routes every prompt: a fixed route needs --calibration FILE",
+        ),
         "ia3": (model, "method 'ia3' is more than one change of each weight"),
         "huge": (small, "merged tensor .* has values that are not finite in float16"),
     }

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_jax.cli import Console, Parser, sigterm_noted
+from milora_jax.cli import Console, Parser, stop_noted
 from milora_jax.errors import require
 from milora_jax.evaluation.study.reports import COMPARISONS, labels_of, report
 from milora_jax.evaluation.study.runner import StudyRunner, claim_study, study_lock
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     folder = arguments.config.stem + ("_quick" if arguments.quick else "")
     directory, console = arguments.workdir or Path("runs") / folder, Console()
     names = list(COMPARISONS) if arguments.name == ALL else [arguments.name]
-    with sigterm_noted() as preempted:
+    with stop_noted() as preempted:
         runner = StudyRunner(study, directory, console, preempted)
         claim_study(directory, study)
         rates, losses = runner.choose_rates(labels_of(study, names))
