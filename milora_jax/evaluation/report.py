@@ -12,6 +12,14 @@ import numpy as np
 from milora_jax.evaluation.score import TaskScore
 from milora_jax.types import EXPERTS, LETTERS
 
+MODULES = "Experts are the linear modules of a layer: Q, K, V, O of attention; G (gate), U (up), D (down)."
+ROUTES_TITLE = "Which experts the prompts of each task choose, in percent"
+HEALTH_CAPTION = """\
+Over the dev prompts, at every dev evaluation. Entropy: 0 is sure, the dotted line is no preference. Leading
+expert: the largest share of prompts with one and the same first choice; the dotted line is an even spread, 1
+a router that has collapsed. Margin: by how much of the probability the last chosen expert is ahead of the
+first left out. Changed: choices, of a layer for a prompt, that were others the time before."""
+
 
 def accuracy_table(base: dict[str, float], adapter: dict[str, float]) -> str:
     """Accuracy in percent before and after, one line per task and one for the mean."""
@@ -49,7 +57,12 @@ def plot_routing(path: Path, scores: list[TaskScore]) -> bool:
     if not drawn:
         return False
     shares = {f"{score.task} ({len(score.predictions)} prompts)": share for score, share in drawn}
-    draw_shares(path, shares, "share of prompts that chose the expert", top=1.0)
+    chosen = round(float(drawn[0][1].sum(axis=1).mean()))
+    caption = (
+        f"{MODULES}\nA cell is the percent of a task's prompts that chose the expert; a prompt chooses "
+        f"{chosen} of {len(EXPERTS)} in every layer."
+    )
+    draw_shares(path, shares, "share of prompts that chose the expert", 1.0, ROUTES_TITLE, caption)
     return True
 
 
@@ -126,7 +139,7 @@ def plot_health(path: Path, metrics: Path) -> bool:
     changed = [line["route_changed"] for line in seen]
     curves = (
         (panels[0, 0], [line["route_entropy"] for line in seen], "entropy (nats)", 2.0),
-        (panels[0, 1], largest, "first choices of the leading expert", 1.0),
+        (panels[0, 1], largest, "share of the leading expert", 1.0),
     )
     for panel, values, label, top in curves:
         for layer in range(layers):
@@ -148,6 +161,7 @@ def plot_health(path: Path, metrics: Path) -> bool:
         panel.grid(alpha=0.3)
     scale = ScalarMappable(Normalize(0, max(1, layers - 1)), ListedColormap(colors))
     figure.colorbar(scale, ax=panels, label="layer", shrink=0.8, ticks=layer_ticks(layers))
+    entitle(figure, "How open, how even and how settled the choice of experts is", HEALTH_CAPTION)
     figure.savefig(path, dpi=120)
     return True
 

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from milora_jax.evaluation.report import draw_shares, entitle, layer_ticks, new_figure
+from milora_jax.evaluation.report import MODULES, ROUTES_TITLE, draw_shares, entitle, layer_ticks, new_figure
 from milora_jax.evaluation.routing import PAPER_LIMIT, Routes, TaskRouting
 from milora_jax.shapes import Float
 from milora_jax.types import EXPERTS, LETTERS
 
 STRIPS = 6
 """Prompts of a task that are drawn one by one."""
-
-MODULES = "Experts are the linear modules of a layer: Q, K, V, O of attention; G (gate), U (up), D (down)."
 
 
 def plot_shares(path: Path, found: Sequence[TaskRouting]) -> None:
@@ -27,7 +25,7 @@ def plot_shares(path: Path, found: Sequence[TaskRouting]) -> None:
         shares,
         "share of the layer's choices",
         top=1.0 / top_k,
-        title="Which experts the prompts of each task choose, in percent",
+        title=ROUTES_TITLE,
         caption=f"{MODULES}\nA prompt chooses {top_k} of 7 in every layer, so a row sums to 100 and no cell "
         f"exceeds {100 / top_k:.0f};\nwithout preference every cell is 14. In the paper none exceeds "
         f"{100 * PAPER_LIMIT:.0f}.",
