@@ -13,7 +13,10 @@ SCORED = "predictions.jsonl, routing.png"
 
 def closing_lines(workdir: Path, config: Config) -> list[str]:
     """Paths, and the commands that use what a finished run has written."""
-    place, base = shlex.quote(str(workdir)), shlex.quote(config.model.path)
+    here, path = Path.cwd(), config.model.path
+    if Path(path).is_relative_to(here):
+        path = str(Path(path).relative_to(here))
+    place, base = shlex.quote(str(workdir)), shlex.quote(path)
     scored = "--beams 3" if config.data.test else "--data FILE.jsonl"
     commands = [
         f'python -m milora_jax.generation --workdir {place} --prompt "..."',

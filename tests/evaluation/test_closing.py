@@ -41,3 +41,10 @@ def test_tensorboard_is_named_where_there_is_something_to_see(trackers, shown):
     lines = closing_lines(Path("runs/a"), config)
     assert ("      tensorboard --logdir runs/a" in lines) == shown
     assert "predictions.jsonl" in lines[0]
+
+
+def test_a_base_in_this_folder_is_named_from_here(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for path, shown in ((f"{tmp_path}/a/model", "a/model"), ("/elsewhere/model", "/elsewhere/model")):
+        *_, serving = closing_lines(Path("runs/a"), Config.from_dict({"model": {"path": path}}))
+        assert shlex.split(serving)[3] == shown
