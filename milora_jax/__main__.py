@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from milora_jax.cli import list_commands
 from milora_jax.errors import one_of, run_command
 
 COMMANDS = {
@@ -23,10 +24,7 @@ COMMANDS = {
 def main() -> None:
     """Run what the first argument names; without one, list what there is."""
     if len(sys.argv) == 1 or sys.argv[1] in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        for command, what in COMMANDS.items():
-            print(f"{command:<{width}}  {what}")
-        print("\neach has --help")
+        list_commands(COMMANDS)
         return
     one_of("the command", sys.argv[1], ("doctor",))
     from milora_jax.doctor.command import main as doctor

@@ -32,6 +32,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message} (--help lists what there is)")
 
 
+def list_commands(commands: Mapping[str, str]) -> None:
+    """Print what each command does, by its name."""
+    width = max(map(len, commands))
+    for name, what in commands.items():
+        print(f"  {name:<{width}}  {what}")
+    print("\neach has --help")
+
+
 def chosen_command(program: str, arguments: Sequence[str], commands: Mapping[str, str]) -> str:
     """The command that the first argument names; asked for help, or for nothing, list them and end.
 
@@ -44,11 +52,8 @@ def chosen_command(program: str, arguments: Sequence[str], commands: Mapping[str
       SystemExit: they have been listed.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        width = max(map(len, commands))
         print(f"usage: {program} COMMAND ...\n")
-        for name, what in commands.items():
-            print(f"  {name:<{width}}  {what}")
-        print("\neach has --help")
+        list_commands(commands)
         raise SystemExit(0)
     one_of("the command", arguments[0], tuple(commands))
     return arguments[0]

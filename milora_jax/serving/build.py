@@ -106,7 +106,7 @@ def build_service(
         spread=None if mesh is None else spread_on(mesh, RULES),
     )
     loop = DeviceLoop(engine, store, limits)
-    say(f"compiling for {limits.rows} rows, {limits.context or 'all'} tokens each: a minute, or several")
+    say(f"compiling for {engine.rows} rows of {engine.slots} tokens: a minute, or several")
     loop.warm_up()
     metrics = Metrics()
     COMPILATIONS.tell(metrics.compiled)
