@@ -28,9 +28,7 @@ from milora_jax.tiny import MODEL_DIR
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = Parser(
-        prog="serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="serve.py", description=__doc__)
     add = parser.add_argument
     add("--demo", action="store_true", help="the embedded model with two adapters, trained first")
     add("--base", default="", help="Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH")
@@ -49,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
         kind = int if isinstance(field.default, int) else float
         flag = f"--{field.name.replace('_', '-')}"
         meaning = meanings.get(field.name, "").rstrip(".")  # without docstrings (python -OO) there is none
-        add(flag, type=kind, default=field.default, help=f"{meaning} (default: %(default)s)")
+        add(flag, type=kind, default=field.default, help=meaning)
     return parser.parse_args()
 
 

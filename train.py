@@ -4,9 +4,9 @@
     python train.py --config configs/llama7b_math.py --config.model.path=DIR --workdir runs/math
     python train.py --config configs/paper.py:lora,boolq --config.model.path=DIR
 
-Any setting of the config can be given as ``--config.group.field=value``; ``docs/configuration.md`` says
-what each means. What follows a colon is handed to the config file. On a cluster the same command is run
-on every host (docs/scaling.md).
+Any setting of the config can be given as ``--config.group.field=value``: ``--help`` lists them, and
+``docs/configuration.md`` has what those of ``adapter`` mean for each method. What follows a colon is handed
+to the config file. On a cluster the same command is run on every host (docs/scaling.md).
 
 Everything is written under the workdir, and the same command run again resumes:
 
@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import time
 
-from milora_jax.cli import Console, parse_train_flags, stop_noted
+from milora_jax.cli import Console, stop_noted
 from milora_jax.errors import run_command
 from milora_jax.evaluation.final import evaluate_adapter, evaluate_base, write_report
 from milora_jax.parallel.processes import is_first, together
+from milora_jax.train_flags import parse_train_flags
 from milora_jax.training.loop import Trainer
 from milora_jax.training.prepare import prepare_run
 from milora_jax.training.workdir import claimed

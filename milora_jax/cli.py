@@ -1,4 +1,4 @@
-"""What the command lines share: flags into a Config, progress bars, plain log lines."""
+"""What the command lines share: how they parse, what they say while they work, how they are stopped."""
 
 from __future__ import annotations
 
@@ -14,18 +14,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NoReturn
 
-from milora_jax.cluster import Cluster
-from milora_jax.config import Config
 from milora_jax.errors import Preempted, UserError, one_of
 
 LINE_EVERY = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and after the help of an option its default, if there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        given = default is not None and default is not False and default not in ("", [], argparse.SUPPRESS)
+        if not action.option_strings or not given or "default" in text:
+            return text
+        shown = ",".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line like all others."""
+    """argparse's, whose errors are one line like all others, and whose help names the defaults."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Begin without options; ``settings`` are those of argparse."""
+        super().__init__(**{"formatter_class": _Help, **settings})
 
     def error(self, message: str) -> NoReturn:
         """End the command."""
@@ -88,111 +102,10 @@ SHOWN_AFTER = 2.0
 MEGABYTE = 10**6
 
 
-class TrainFlags(NamedTuple):
-    """The command line of ``train.py``."""
-
-    config: Config
-    workdir: Path
-    cluster: Cluster
-
-
-def parse_train_flags() -> TrainFlags:
-    """Read ``--config FILE``, ``--config.group.field=value``, ``--workdir DIR`` and, where the environment
-    does not tell, ``--coordinator HOST:PORT --processes N --process I`` from ``sys.argv``.
-
-    ``--config FILE:WORDS`` hands the words to the file's ``get_config``.
-
-    ml_collections looks for overrides in ``sys.argv`` itself, so no other list can be read.
-
-    Raises:
-      UserError: for a missing config file, an unknown flag or setting, or a value of another type.
-    """
-    from absl import flags
-    from ml_collections import config_flags
-
-    argv = sys.argv
-    if any(argument in ("-h", "--help") for argument in argv[1:]):
-        print(sys.modules["__main__"].__doc__)
-        raise SystemExit(0)
-    path, words = _config_path(argv)
-    if not path.is_file():
-        raise UserError(f"--config {str(path)!r}: no such file, expected for example configs/tiny.py")
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values)
-    flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=values)
-    flags.DEFINE_string("coordinator", "", "HOST:PORT of the first process.", flag_values=values)
-    flags.DEFINE_integer("processes", 0, "How many processes.", flag_values=values)
-    flags.DEFINE_integer("process", -1, "Which of them this is.", flag_values=values)
-    try:
-        rest = values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"command line: {_reason(error)}") from None
-    except (SyntaxError, ImportError, NameError) as error:
-        raise UserError(f"--config {str(path)!r}: {type(error).__name__}: {error}") from None
-    if len(rest) > 1:
-        raise UserError(
-            f"command line: unexpected argument {rest[1]!r}, settings are --config.group.field=value"
-        )
-    overridden: Any = values["config"].value
-    if not hasattr(overridden, "to_dict"):
-        kind = type(overridden).__name__
-        raise UserError(
-            f"--config {str(path)!r}: get_config() gives a {kind}, expected to_config_dict(Config(...))"
-        )
-    config = Config.from_dict(overridden.to_dict())
-    named_after = "-".join([path.stem, *filter(None, words.split(","))])
-    workdir = Path(values["workdir"].value or Path("runs") / named_after)
-    named: dict[str, Any] = {name: values[name].value for name in ("coordinator", "processes", "process")}
-    return TrainFlags(config, workdir, Cluster(**named))
-
-
-def read_config_file(path: str, overrides: list[str]) -> Config:
-    """A config file with the flags of ``train.py``, for other commands.
-
-    Args:
-      overrides: such as ``--config.train.seed=1``.
-
-    Raises:
-      UserError: as :func:`parse_train_flags`.
-    """
-    argv = sys.argv
-    try:
-        # ml_collections reads overrides from there and from nowhere else.
-        sys.argv = [argv[0], "--config", path, *overrides]
-        return parse_train_flags().config
-    finally:
-        sys.argv = argv
-
-
-def _reason(error: Exception) -> str:
-    """One line of what absl and ml_collections say of a flag."""
-    inner = error.args[0] if error.args else error
-    unknown = next((each for each in (error, inner) if isinstance(each, KeyError) and each.args), None)
-    if unknown is not None:  # 'name', and perhaps a second line: Did you mean ...?
-        name, *hint = str(unknown.args[0]).splitlines()
-        return f"no setting is called {name}" + "".join(f" ({each})" for each in hint)
-    lines = str(error).splitlines()
-    # Of what get_config() raised, ml_collections gives the whole traceback: its last line says it.
-    return lines[-1] if "Traceback" in str(error) else "; ".join(lines)
-
-
-def _config_path(argv: list[str]) -> tuple[Path, str]:
-    """The config file, and what comes after its colon."""
-    found = []
-    for i, argument in enumerate(argv):
-        if argument in ("--config", "-config") and i + 1 < len(argv):
-            found.append(argv[i + 1])
-        if argument.startswith(("--config=", "-config=")):
-            found.append(argument.split("=", 1)[1])
-    if not found:
-        raise UserError("--config is missing, expected for example --config configs/tiny.py")
-    if len(found) > 1:
-        raise UserError(f"--config is given {len(found)} times, expected once")
-    path, _, words = found[0].partition(":")
-    return Path(path), words
-
-
-STOPPING = b"\nstopping as soon as nothing is lost; Ctrl-C again stops at once\n"
+STOPPING = {
+    signal.SIGTERM: b"\nstopping as soon as nothing is lost\n",
+    signal.SIGINT: b"\nstopping as soon as nothing is lost; Ctrl-C again stops at once\n",
+}
 
 
 @contextmanager
@@ -209,8 +122,8 @@ def stop_noted() -> Iterator[Callable[[], bool]]:
         came = True
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, old[signal.SIGINT])
-            with suppress(OSError, ValueError):  # where standard error is no file
-                os.write(sys.stderr.fileno(), STOPPING)  # a print may be under way
+        with suppress(OSError, ValueError):  # where standard error is no file
+            os.write(sys.stderr.fileno(), STOPPING[signal.Signals(signum)])  # a print may be under way
 
     old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     if old[signal.SIGINT] is not signal.default_int_handler:  # a job in the background ignores it

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "milora_jax"
 
 FLOORS = (
     ("errors", "shapes"),
-    ("types", "model_config", "config", "cluster", "cli"),
+    ("types", "model_config", "config", "cluster", "cli", "train_flags"),
     ("adapters",),
     ("base",),
     ("parallel",),
@@ -28,7 +28,10 @@ FLOORS = (
 )
 """From the cellar to the roof; a room imports from floors below its own, and from itself."""
 
-SIDEWAYS = {("model_config", "types"), ("cli", "config"), ("cli", "cluster"), ("cluster", "config")}
+SIDEWAYS = {
+    *(("model_config", "types"), ("cluster", "config")),
+    *(("train_flags", name) for name in ("cli", "cluster", "config")),
+}
 """The imports within a floor: flags become a Config and a Cluster."""
 
 HEAVY = (

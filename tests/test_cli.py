@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from milora_jax import cli
-from milora_jax.cli import Console, stop_if, stop_noted
+from milora_jax.cli import Console, Parser, stop_if, stop_noted
 from milora_jax.errors import Preempted
 
 
@@ -71,6 +71,28 @@ def _half():
         raise OSError("gone")
 
 
+def test_the_help_of_an_option_names_its_default():
+    parser = Parser(prog="x", description="What it does.\n\n    x --seed 1")
+    parser.add_argument("word", nargs="?", default="w", help="a word")
+    parser.add_argument("--seed", type=int, default=0, help="of rows")
+    parser.add_argument("--sizes", default=[1, 2], help="in turns")
+    parser.add_argument("--share", default="5%", help="at most 100%%")
+    parser.add_argument("--told", default=3, help="default: the machine's")
+    parser.add_argument("--flag", action="store_true", help="or not")
+    parser.add_argument("--none", help="at all")
+    lines = [" ".join(line.split()) for line in parser.format_help().splitlines()]
+    assert {
+        "x --seed 1",
+        "word a word",
+        "--seed SEED of rows (default: 0)",
+        "--sizes SIZES in turns (default: 1,2)",
+        "--share SHARE at most 100% (default: 5%)",
+        "--told TOLD default: the machine's",
+        "--flag or not",
+        "--none NONE at all",
+    } <= set(lines)
+
+
 @pytest.fixture
 def interruptible():
     """A job in the background ignores SIGINT: whoever runs the tests so too."""
@@ -80,10 +102,11 @@ def interruptible():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_command_is_asked_to_stop_where_nothing_is_lost(interruptible, number):
+def test_a_command_is_asked_to_stop_where_nothing_is_lost(interruptible, number, capfd):
     with stop_noted() as stopping:
         stop_if(stopping, "nothing happened")
         signal.raise_signal(number)
+        assert capfd.readouterr().err.strip().startswith("stopping as soon as nothing is lost")
         with pytest.raises(Preempted, match="stopped while training: nothing is lost"):
             stop_if(stopping, "training")
 

@@ -6,10 +6,10 @@ import pytest
 
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.known import SHAPES
-from milora_jax.cli import parse_train_flags
 from milora_jax.config import METHODS
 from milora_jax.data.records import parse_sources, read_records
 from milora_jax.errors import UserError
+from milora_jax.train_flags import parse_train_flags
 from tests.test_architecture import ROOT
 
 pytest.importorskip("ml_collections", reason="train.py reads its configs with it")

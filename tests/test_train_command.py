@@ -1,6 +1,7 @@
 """The command line of train.py: what it refuses, in one line, before anything is written."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,11 @@ import pytest
 
 import train
 from milora_jax.adapters.registry import build_method
-from milora_jax.cli import parse_train_flags
 from milora_jax.config import AdapterSection, Config, DataSection, TrainSection
 from milora_jax.data.records import Record
 from milora_jax.errors import UserError, run_command
 from milora_jax.evaluation.study.settings import load_study
+from milora_jax.train_flags import parse_train_flags
 from milora_jax.training.loop import planned_steps
 from milora_jax.training.workdir import MetricsLog
 from tests.models import write_hf_directory
@@ -64,9 +65,13 @@ REFUSED = {
     ),
     "unknown group": ("--config.adaptor.rank=8", "no setting is called 'adaptor' (Did you mean"),
     "nothing like any": ("--config.zzz=1", "no setting is called 'zzz'"),
-    "ill-typed number": ("--config.adapter.rank=many", "rank"),
-    "ill-typed flag": ("--config.adapter.normalize=maybe", "normalize"),
-    "fraction for a whole number": ("--config.train.max_steps=2.5", "max_steps"),
+    "ill-typed number": ("--config.adapter.rank=many", "adapter.rank=many: expected a whole number"),
+    "ill-typed rate": ("--config.train.learning_rate=x", "train.learning_rate=x: expected a number"),
+    "ill-typed flag": ("--config.adapter.normalize=maybe", "adapter.normalize=maybe: expected true or false"),
+    "fraction for a whole number": (
+        "--config.train.max_steps=2.5",
+        "train.max_steps=2.5: expected a whole number",
+    ),
     "unknown method": ("--config.adapter.method=milora2", "did you mean 'milora'?"),
     "unknown pooler": ("--config.adapter.pooler=atention", "did you mean 'attention'?"),
     "unknown dtype": ("--config.model.dtype=int8", "model.dtype is 'int8'"),
@@ -108,6 +113,21 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(case, input
         train.main()
     assert message in str(caught.value)
     assert not (tmp_path / "w").exists()
+
+
+def test_help_lists_every_setting_with_its_default(parse, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        parse("--help")
+    assert not ended.value.code
+    told = capsys.readouterr().out
+    for section, settings in Config().to_dict().items():
+        for name in settings:
+            assert re.search(rf"^  --config\.{section}\.{name}\s", told, re.MULTILINE), name
+    assert max(map(len, told.partition("flags:")[2].splitlines())) <= 100
+    entry = r"--config\.eval\.limit +rows scored per task; 0 means all \(default: 0\)\n"
+    assert re.search(entry, told)
+    assert "``" not in told.partition("flags:")[2]
 
 
 @pytest.mark.parametrize(

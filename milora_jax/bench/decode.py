@@ -92,7 +92,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=numbers, default=[1], help="prompts")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of a continuation")
-    parser.add_argument("--beams", type=numbers, default=[1])
+    parser.add_argument("--beams", type=numbers, default=[1], help="width of the search; 1 is greedy")
     parser.add_argument("--tenants", type=numbers, default=[1], help="adapters in the batch")
     parser.add_argument("--rank", type=numbers, default=[32], help="of every module's matrices together")
     parser.add_argument("--top-k", type=numbers, default=[3], help="experts that MiLoRA and MiDoRA choose")

@@ -256,7 +256,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--rows", type=int, default=8, help="the server's --rows")
     add("--slots", type=int, default=8, help="the server's --adapters-on-device")
     add("--context", type=int, default=0, help="the server's --context")
-    add("--dtype", default="float32", choices=DTYPES)
+    add("--dtype", default="float32", choices=DTYPES, help="of the engine's base")
     add("--requests", type=int, default=32, help="in a round")
     add("--prompt", type=int, default=64, help="tokens of a prompt")
     add("--new", type=int, default=64, help="tokens of an answer")

@@ -31,7 +31,7 @@ def add_common(parser: argparse.ArgumentParser, peers: Sequence[str]) -> None:
       peers: values of ``--method`` that another Python runs.
     """
     parser.add_argument("--model", required=True, help="Hugging Face directory, or random:llama2-7b")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base")
     parser.add_argument(
         "--quantize", type=names, default=["none"], help=f"how the base is kept: of {', '.join(QUANTIZE)}"
     )

@@ -110,7 +110,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="records of GSM8K's lengths, padded and packed, instead of full rows",
     )
-    parser.add_argument("--loss-chunk", type=int, default=TrainSection().loss_chunk)
+    parser.add_argument(
+        "--loss-chunk", type=int, default=TrainSection().loss_chunk, help="as train.loss_chunk"
+    )
     return parser.parse_args(arguments)
 
 

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from milora_jax.cli import Parser, read_config_file
+from milora_jax.cli import Parser
 from milora_jax.config import Config
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding, guarded
 from milora_jax.doctor.versions import installed_versions, version_findings
 from milora_jax.errors import UserError
+from milora_jax.train_flags import read_config_file
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -27,7 +27,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m milora_jax.evaluation mt-bench",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     answer = commands.add_parser("answer", help="answer the questions")
@@ -42,10 +41,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     answer.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer")
     answer.add_argument("--temperature", type=float, help="default: each category's, as FastChat has them")
-    answer.add_argument("--seed", type=int, default=0)
+    answer.add_argument("--seed", type=int, default=0, help="of the sampling")
     answer.add_argument("--batch-size", type=int, default=8, help="answers written together")
     grading = commands.add_parser("judge", help="have the answers judged")
-    grading.add_argument("--answers", type=Path, required=True)
+    grading.add_argument("--answers", type=Path, required=True, help="JSONL file that `answer` has written")
     grading.add_argument("--against", type=Path, help="another model's answers: compare instead of grading")
     grading.add_argument("--judge-url", required=True, help="of OpenAI's API: http://HOST:PORT/v1")
     grading.add_argument("--judge-model", required=True, help="the judge's name there")

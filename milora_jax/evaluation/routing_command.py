@@ -42,7 +42,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m milora_jax.evaluation routing",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workdir", type=Path, help="workdir of train.py: its base and its best adapter")
     parser.add_argument("--adapter", type=Path, help="exported adapter, or a workdir, beside --base")

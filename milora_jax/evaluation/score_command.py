@@ -38,7 +38,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m milora_jax.evaluation",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--workdir", type=Path, help="workdir of train.py: its base and its best adapter")
@@ -142,7 +141,7 @@ def answer_missing(plan: Plan, file: PredictionFile, console: Console, preempted
 
 
 class _Shown:
-    """What the bar says: the accuracy so far; in a log also speed and time left, which tqdm shows itself."""
+    """What the bar says: the accuracy so far; in a log also the speed, which tqdm shows itself."""
 
     def __init__(self, bar: Bar, rows: int, before: Sequence[Prediction]) -> None:
         self._bar, self._rows, self._before = bar, rows, len(before)
@@ -158,7 +157,7 @@ class _Shown:
         status = f"{100 * self._correct / reached:.1f}% right"
         if not sys.stderr.isatty():
             rate = self._done / max(time.monotonic() - self._began, 1e-6)
-            status += f", {rate:.2f} rows/s, {(self._rows - reached) / rate:.0f} s left"
+            status += f", {rate:.2f} rows/s"
         self._bar.reach(reached, status)
 
 

@@ -6,12 +6,13 @@ import argparse
 import dataclasses
 
 from milora_jax.base.known import SHAPES
-from milora_jax.cli import Parser, read_config_file
+from milora_jax.cli import Parser
 from milora_jax.config import Config, MeshSection
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
 from milora_jax.scaling.aot import WHAT, Topology, describe
 from milora_jax.scaling.plan import plan
+from milora_jax.train_flags import read_config_file
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

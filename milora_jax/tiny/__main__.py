@@ -23,7 +23,7 @@ def main() -> None:
     )
     parser.add_argument("what", nargs="?", choices=("model", "tasks"), default="model")
     parser.add_argument("--out", type=Path, help="folder to write, by default the one in the package")
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--seed", type=int, default=SEED, help="of the rows and of the training")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps of the model")
     arguments = parser.parse_args()
     require(arguments.steps >= 1, "--steps", arguments.steps, "at least 1")

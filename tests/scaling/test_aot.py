@@ -11,7 +11,6 @@ import jax
 import pytest
 
 from milora_jax.base.known import SHAPES
-from milora_jax.cli import read_config_file
 from milora_jax.config import (
     AdapterSection,
     Config,
@@ -38,6 +37,7 @@ from milora_jax.scaling.command import model_of, parse_mesh
 from milora_jax.scaling.gpus import GPUS, layout_of
 from milora_jax.scaling.plan import base_bytes, estimate, meshes, plan
 from milora_jax.scaling.programs import decode_program, prefill_program
+from milora_jax.train_flags import read_config_file
 from tests.models import TINY
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,11 +26,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m milora_jax.evaluation study",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=[*COMPARISONS, ALL], help="table or figure; 'all' makes every one")
     parser.add_argument("--config", required=True, type=Path, help="file with get_study()")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each cell")
     parser.add_argument("--workdir", type=Path, help="default: runs/NAME_OF_THE_CONFIG")
     parser.add_argument("--tasks", default="", help="comma-separated; all by default")
     parser.add_argument("--methods", default="", help="comma-separated; all by default")
