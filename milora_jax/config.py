@@ -72,7 +72,7 @@ class AdapterSection:
     refused. In brackets the methods that read each, where not all of a kind do:
 
     Attributes:
-      method: one of METHODS.
+      method: the fine-tuning method, one of METHODS.
       rank, alpha, dropout: of low-rank pairs. [all made of them]
       top_k, pooler, activation, normalize, gate, load_balance: the router. [milora, midora; moelora has
         top_k]
@@ -122,9 +122,11 @@ class DataSection:
     Attributes:
       train: files or Hub data sets, comma-separated, each ``[NAME=]SOURCE``; see
         ``milora_jax.data.records``.
-      dev: the same; where it is empty, ``dev_share`` of the training rows.
-      test: the same; every entry is one task of the final table.
+      dev: as ``train``; where it is empty, ``dev_share`` of the training rows.
+      test: as ``train``; every entry is one task of the final table.
       dev_share: share of the training rows held out as dev rows when ``dev`` is empty.
+      dev_limit: most dev rows, for quick evaluations: the first ones of every entry of ``dev``, or how many
+        are held out; 0 means no limit.
       template: how a prompt is worded: alpaca, see ``milora_jax.data.prompts``; chat, by the tokenizer's own
         template, see ``milora_jax.data.chat``.
       max_length: longest row in tokens, prompt and response together.
@@ -136,6 +138,7 @@ class DataSection:
     dev: str = ""
     test: str = ""
     dev_share: float = 0.05
+    dev_limit: int = 0
     template: str = "alpaca"
     max_length: int = 768
     pack: bool = False
@@ -144,6 +147,7 @@ class DataSection:
         one_of("data.template", self.template, TEMPLATES)
         require(self.max_length >= 8, "data.max_length", self.max_length, "at least 8 tokens")
         require(0 < self.dev_share < 1, "data.dev_share", self.dev_share, "between 0 and 1")
+        require(self.dev_limit >= 0, "data.dev_limit", self.dev_limit, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ class TrainSection:
       batch_size: rows of a step, over all devices together; a packed row holds several records.
       learning_rate: peak, reached after the warm-up and then falling linearly to 0.
       router_rate: learning rate of the routers' parameters as a multiple of ``learning_rate``.
-      coefficient_learning_rate: the same for the rational coefficients (paper: 1e-6).
+      coefficient_learning_rate: learning rate of the rational coefficients (paper: 1e-6).
       coefficient_every: steps between two bi-level updates on a dev batch (paper: 1).
       warmup_share: share of all steps spent warming up.
       accumulate: parts that a step's rows are divided into and computed one after the other, for memory;
@@ -230,7 +234,8 @@ class MeshSection:
     """Devices along each axis of the mesh; -1 on one axis means all that remain.
 
     Attributes:
-      data: devices that divide the rows of a step among them, each with the whole base.
+      data: devices that divide the rows of a step among them, each with the whole base; -1 means all that
+        remain, on any one axis.
       fsdp: devices that divide the rows, and the base as well.
       tensor: devices that divide the work of every layer among them.
     """

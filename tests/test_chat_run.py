@@ -1,12 +1,13 @@
 """A run on chats: trained, scored and continued with the tokenizer's own template."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
 
 import train
-from milora_jax.config import Config
+from milora_jax.config import Config, EvalSection
 from milora_jax.data.chat import Message, encode_chat
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
@@ -40,6 +41,20 @@ def config_of(folder, model="model", **data):
     files = {name: str(folder / "rows.jsonl") for name in ("train", "test")}
     values = {"template": "chat", "max_length": 128, **files, **data}
     return Config.from_dict({"model": {"path": str(folder / model)}, "data": values})
+
+
+@pytest.mark.parametrize(
+    ("more", "rows"), [({}, "38 train, 2 dev"), ({"dev": True, "dev_limit": 3}, "40 train, 6 dev")]
+)
+def test_dev_rows_are_limited_by_whole_chats(folder, more, rows):
+    said = []
+    more = {"dev_limit": 1, "dev_share": 0.5, **more}
+    if more.pop("dev", False):
+        more["dev"] = str(folder / "rows.jsonl")
+    config = dataclasses.replace(config_of(folder, **more), eval=EvalSection(limit=4))
+    run = prepare_run(config, None, said.append)
+    assert f"{len(run.train)} train, {len(run.dev)} dev" == rows
+    assert said[-1].endswith(" 40 test (at most 4 of a task are scored)")
 
 
 def taken_by(monkeypatch, module):

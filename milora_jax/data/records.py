@@ -113,10 +113,16 @@ def read_records(source: Source, scored: bool = False) -> list[Record]:
     return records
 
 
-def holdout(records: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
+def holdout(
+    records: list[Record], share: float, seed: int, limit: int = 0
+) -> tuple[list[Record], list[Record]]:
     """Split off dev records: a pure function of the records and the seed.
 
     The turns of a chat stay together: the prompt of a later one holds the answer of an earlier one.
+
+    Args:
+      share: of the rows; at least one is held out, and one is left.
+      limit: most rows that are held out; 0 means as many as ``share`` gives.
 
     Returns:
       Training records in their order, and at least one dev record.
@@ -124,11 +130,16 @@ def holdout(records: list[Record], share: float, seed: int) -> tuple[list[Record
     rows = _by_row(records)
     if len(rows) < 2:
         raise UserError("one training row is too few to hold out dev rows: give data.dev")
-    count = min(max(1, round(share * len(rows))), len(rows) - 1)
+    count = min(max(1, round(share * len(rows))), len(rows) - 1, limit or len(rows))
     order = np.random.default_rng([seed, HOLDOUT_STREAM]).permutation(len(rows))
     held = set(order[:count].tolist())
     train = [record for i, row in enumerate(rows) if i not in held for record in row]
     return train, [record for i in sorted(held) for record in rows[i]]
+
+
+def first_rows(records: list[Record], limit: int) -> list[Record]:
+    """The first ``limit`` rows, a chat with all of its turns; all of them where it is 0."""
+    return [record for row in _by_row(records)[:limit] for record in row] if limit else records
 
 
 def _by_row(records: list[Record]) -> list[list[Record]]:

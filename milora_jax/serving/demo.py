@@ -48,5 +48,6 @@ def _train(task: str, workdir: Path) -> None:
         "--config.eval.limit=20",
         *data,
     ]
-    if subprocess.run(command, check=False).returncode:
+    # Its report is of a run that ends there; what goes wrong, and how far it is, is on standard error.
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         raise UserError(f"the adapter {task!r} could not be trained, see above")

@@ -228,7 +228,8 @@ class Trainer:
         progress = Progress.from_json(metadata["progress"])
         if progress.best_step:
             verify_step(self._best.root / str(progress.best_step))
-        self._say(f"resuming at step {newest}")
+        ended = newest >= self._total or progress.stopped
+        self._say(f"trained already: ended at step {newest}" if ended else f"resuming at step {newest}")
         return state, progress
 
     def _train_coefficients(self, state: TrainState, done: int) -> tuple[TrainState, Metrics]:

@@ -22,7 +22,7 @@ from milora_jax.config import Config
 from milora_jax.data.batches import padded_length
 from milora_jax.data.chat import template_source
 from milora_jax.data.packing import in_rows
-from milora_jax.data.records import Record, fingerprint, holdout, parse_sources, read_records
+from milora_jax.data.records import Record, fingerprint, first_rows, holdout, parse_sources, read_records
 from milora_jax.data.tokens import Example, encode_question, encode_records, load_tokenizer
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
@@ -165,9 +165,9 @@ def _read_records(
     """Training, dev and test records."""
     train = _read_all(config.data.train)
     if config.data.dev:
-        dev = _read_all(config.data.dev)
+        dev = _read_all(config.data.dev, config.data.dev_limit)
     else:
-        train, dev = holdout(train, config.data.dev_share, config.train.seed)
+        train, dev = holdout(train, config.data.dev_share, config.train.seed, config.data.dev_limit)
         say(f"no dev file: {len(dev)} of the training rows are held out")
     sources = parse_sources(config.data.test)
     if sources and several():
@@ -192,6 +192,7 @@ def _encode(
     say(
         f"rows: {len(train)} train ({dropped} longer than {limit} tokens dropped), "
         f"{len(dev)} dev ({dev_dropped} dropped), {sum(map(len, tests.values()))} test"
+        + (f" (at most {config.eval.limit} of a task are scored)" if tests and config.eval.limit else "")
     )
     _require_room(tests, tokenizer, config, model)
     capacity = limit if config.data.pack else None
@@ -222,5 +223,5 @@ def _require_room(tests: dict[str, list[Record]], tokenizer: Any, config: Config
             )
 
 
-def _read_all(sources: str) -> list[Record]:
-    return [record for source in parse_sources(sources) for record in read_records(source)]
+def _read_all(sources: str, limit: int = 0) -> list[Record]:
+    return [record for source in parse_sources(sources) for record in first_rows(read_records(source), limit)]

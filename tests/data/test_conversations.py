@@ -8,7 +8,7 @@ import pytest
 
 from milora_jax.data.chat import Message
 from milora_jax.data.conversations import read_chat
-from milora_jax.data.records import Record, Source, fingerprint, holdout, read_records
+from milora_jax.data.records import Record, Source, fingerprint, first_rows, holdout, read_records
 from milora_jax.errors import UserError
 
 SYSTEM, ASK, SAY, MORE, END = (
@@ -115,6 +115,13 @@ def test_the_turns_of_a_chat_are_held_out_together():
     assert {record.messages[1] for record in train}.isdisjoint(record.messages[1] for record in dev)
     with pytest.raises(UserError, match="too few"):
         holdout(records[:2], 0.5, seed=0)
+
+
+def test_the_first_rows_are_whole_chats():
+    ask = Message("user", "1 + 1?")
+    records = [*RECORDS, *(make(r, ask) for make, r in zip((first_of, second_of), RECORDS, strict=True))]
+    assert first_rows(records, 1) == records[:2]
+    assert first_rows(records, 0) == first_rows(records, 9) == records
 
 
 def first_of(record, ask):

@@ -138,6 +138,14 @@ def test_held_out_rows_depend_on_the_seed_alone():
         holdout(records[:1], 0.5, seed=0)
 
 
+def test_held_out_rows_can_be_limited():
+    records = [Record(str(i), "", "x", "x") for i in range(100)]
+    train, dev = holdout(records, 0.1, seed=3, limit=4)
+    assert (len(train), len(dev)) == (96, 4)
+    assert set(dev) < set(holdout(records, 0.1, seed=3)[1])
+    assert len(holdout(records, 0.1, seed=3, limit=40)[1]) == 10
+
+
 def test_a_fingerprint_sees_every_field_and_the_order():
     one, two = Record("a", "", "b", "c"), Record("a", "", "b", "d")
     prints = [fingerprint(rows) for rows in ([one], [two], [one, two], [two, one])]

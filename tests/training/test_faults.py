@@ -227,7 +227,9 @@ def test_another_config_is_refused_and_the_same_one_is_not_trained_again(inputs,
     other = life(inputs, undisturbed, **{"adapter.top_k": 2})
     assert other.returncode == EXIT_BAD_INPUT
     assert "adapter.top_k is 3 there and 2 now" in other.stderr.splitlines()[-1]
-    assert life(inputs, undisturbed).returncode == 0
+    again = life(inputs, undisturbed)
+    assert again.returncode == 0
+    assert "trained already: ended at step 30" in again.stderr
     assert (undisturbed / "metrics.jsonl").read_text() == before
 
 
