@@ -56,8 +56,8 @@ class Task:
     messages: tuple[dict[str, str], ...]
 
     def key(self, judge: str) -> str:
-        """The same for the same words to the same judge."""
-        return hashlib.sha256(json.dumps([judge, self.messages]).encode()).hexdigest()
+        """The same for the same words about the same thing to the same judge."""
+        return hashlib.sha256(json.dumps([judge, self.about, self.messages]).encode()).hexdigest()
 
 
 def grade_tasks(answered: Sequence[Answered]) -> list[Task]:

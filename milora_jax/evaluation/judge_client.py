@@ -52,11 +52,17 @@ class JudgeClient:
     max_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        fits = parts.scheme in ("http", "https") and bool(parts.netloc)
+        try:
+            parts = urlsplit(self.url)
+            fits = parts.scheme in ("http", "https") and bool(parts.netloc)
+        except ValueError:
+            fits = False
         require(fits, "--judge-url", self.url, "http://HOST:PORT/v1 or the like")
         require(self.timeout > 0, "--timeout", self.timeout, "seconds above 0")
         require(self.attempts >= 1, "--attempts", self.attempts, "at least 1")
+        self.key = self.key.strip()  # a secret that was read from a file often ends in a newline
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise UserError("the judge's key has characters that no HTTP header can carry: expected ASCII")
         self._stopped = threading.Event()
         self._failure: UserError | None = None
         self._opener = urllib.request.build_opener(_NoRedirect)
@@ -128,8 +134,10 @@ class JudgeClient:
         return min(LONGEST_WAIT, max(wanted, self.wait * 2 ** (attempt - 1)))
 
     def _text(self, content: bytes) -> str:
+        """What the judge says; "" where it was kept from saying anything: a judgment without a verdict."""
         try:
             text = json.loads(content)["choices"][0]["message"]["content"]
+            text = "" if text is None else text
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             text = None
         if not isinstance(text, str):

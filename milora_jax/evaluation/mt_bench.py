@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_jax.data.chat import Message, encode_chat
+from milora_jax.data.chat import UNWRITABLE, Message, encode_chat
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
 from milora_jax.data.tokens import encode_prompt
@@ -77,7 +77,7 @@ class Asked:
         """
         own = TEMPERATURES.get(question.category, 0.0)
         return GenerationSettings(
-            max_new_tokens=max(1, min(self.max_new_tokens, room)),
+            max_new_tokens=min(self.max_new_tokens, max(1, room)),
             temperature=own if self.temperature is None else self.temperature,
             seed=self.seed,
         )
@@ -85,6 +85,7 @@ class Asked:
 
 def answer_questions(
     model: Model,
+    identity: Mapping[str, Any],
     questions: Sequence[Question],
     asked: Asked,
     model_id: str,
@@ -94,15 +95,18 @@ def answer_questions(
 ) -> None:
     """Answer what ``out`` has no answers to yet; it is written anew after every few questions.
 
+    Answers to other questions that it holds stay there.
+
     Args:
+      identity: of the model, see ``Subject.identity``.
       progress: told how many more questions are done.
 
     Raises:
       UserError: ``out`` holds answers made otherwise; or questions have no room for an answer, after all
         others are answered.
     """
-    made_by = {"model_id": model_id, "settings": {**asdict(asked), "template": model.template}}
-    rows = {row["question_id"]: row for row in _earlier(out, made_by)}
+    made_by = {"model_id": model_id, "settings": {**asdict(asked), **identity}}
+    rows = _earlier(out, made_by, questions)
     progress(sum(question.question_id in rows for question in questions))
     left = [question for question in questions if question.question_id not in rows]
     problems = []
@@ -121,8 +125,8 @@ def answer_questions(
                 "reference": question.reference,
                 "choices": choices,
             }
-        kept = [rows[question.question_id] for question in questions if question.question_id in rows]
-        write_rows(out, kept)
+        in_order = dict.fromkeys([*(question.question_id for question in questions), *rows])
+        write_rows(out, [rows[number] for number in in_order if number in rows])
         progress(len(group))
     if problems:
         raise UserError(
@@ -174,15 +178,19 @@ def turn_prompt(model: Model, turns: Sequence[str], answers: Sequence[str]) -> l
     return encode_prompt(model.tokenizer, text)
 
 
-def _earlier(out: Path, made_by: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is answered already, in the same way."""
-    if not out.exists():
-        return []
-    rows = []
-    for row, where in read_rows(out):
-        if "question_id" not in row or any(row.get(name) != value for name, value in made_by.items()):
+def _earlier(
+    out: Path, made_by: Mapping[str, Any], questions: Sequence[Question]
+) -> dict[int | str, dict[str, Any]]:
+    """What is answered already, in the same way, by question."""
+    rows: dict[int | str, dict[str, Any]] = {}
+    turns = {question.question_id: list(question.turns) for question in questions}
+    for row, where in read_rows(out) if out.exists() else []:
+        number = row.get("question_id")
+        if number is None or any(row.get(name) != value for name, value in made_by.items()):
             raise UserError(f"{where}: an answer of another model or with other settings, give another --out")
-        rows.append(row)
+        if row.get("questions") != turns.get(number, row.get("questions")):
+            raise UserError(f"{where}: question {number} has other words than now, give another --out")
+        rows[number] = row
     return rows
 
 
@@ -228,6 +236,8 @@ def _question(row: Mapping[str, Any], turns: Any, where: str) -> Question:
         raise UserError(
             f"{where}: expected question_id, category and the turns of a question, a list of texts"
         )
+    if any(UNWRITABLE.search(text) for text in (*turns, *reference)):
+        raise UserError(f"{where}: a text with a null or half a surrogate pair, which no tokenizer reads")
     return Question(number, str(row.get("category", "")), tuple(turns), tuple(reference))
 
 
@@ -242,7 +252,8 @@ def read_rows(path: Path) -> list[tuple[dict[str, Any], str]]:
       UserError: the file is missing, or a line holds no object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which parts texts at U+2028 and others that JSON may hold.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(
             f"{path}: {(error.strerror or 'not readable').lower()}, expected JSON lines"
@@ -264,4 +275,6 @@ def read_rows(path: Path) -> list[tuple[dict[str, Any], str]]:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write objects as JSON lines, all or nothing."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # Half a surrogate pair, which UTF-8 has no bytes for, becomes what JSON writes for it.
+    write_atomic(path, text.encode("utf-8", "backslashreplace"))

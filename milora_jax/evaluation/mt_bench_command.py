@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from milora_jax.cli import Console, Parser
-from milora_jax.config import DTYPES
+from milora_jax.config import DTYPES, TEMPLATES
 from milora_jax.errors import UserError, require
 from milora_jax.evaluation.judge import grade_tasks, judge, pair_tasks, summary
 from milora_jax.evaluation.judge_client import JudgeClient
@@ -34,10 +34,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     answer.add_argument("--base", default="", help="instead: a model's directory or name")
     answer.add_argument("--adapter", default="", help="with --base: an exported adapter; default: none")
     answer.add_argument("--dtype", choices=DTYPES, default="", help="default: the run's, or float32")
+    answer.add_argument(
+        "--template", choices=TEMPLATES, default="", help="default: the run's, or chat where there is one"
+    )
     answer.add_argument("--questions", type=Path, required=True, help="FastChat's question.jsonl")
     answer.add_argument("--out", type=Path, required=True, help="JSONL file of the answers")
     answer.add_argument(
-        "--model-id", default="", help="name in the answers; default: the workdir's or base's"
+        "--model-id", default="", help="name in the answers; default: the workdir's, adapter's or base's"
     )
     answer.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer")
     answer.add_argument("--temperature", type=float, help="default: each category's, as FastChat has them")
@@ -73,16 +76,32 @@ def main(argv: Sequence[str]) -> None:
 
 def _answer(arguments: argparse.Namespace) -> None:
     require(arguments.batch_size >= 1, "--batch-size", arguments.batch_size, "at least 1")
+    require(arguments.max_new_tokens >= 1, "--max-new-tokens", arguments.max_new_tokens, "at least 1")
     questions = read_questions(arguments.questions)
     asked = Asked(arguments.max_new_tokens, arguments.temperature, arguments.seed)
     for question in questions:
         asked.settings(question, asked.max_new_tokens)  # what is wrong in it is said before a base is read
-    named = named_subject(arguments.workdir, arguments.adapter, arguments.base, dtype=arguments.dtype)
-    model = read_subject(named).load()
-    model_id = arguments.model_id or Path(arguments.workdir or arguments.base).name
-    console = Console()
+    named = named_subject(
+        arguments.workdir,
+        arguments.adapter,
+        arguments.base,
+        template=arguments.template,
+        dtype=arguments.dtype,
+    )
+    subject = read_subject(named)
+    model_id = arguments.model_id or Path(arguments.workdir or arguments.adapter or arguments.base).name
+    console, model = Console(), subject.load()
     with console.progress("answering", len(questions), "questions") as bar:
-        answer_questions(model, questions, asked, model_id, arguments.out, arguments.batch_size, bar.advance)
+        answer_questions(
+            model,
+            subject.identity(),
+            questions,
+            asked,
+            model_id,
+            arguments.out,
+            arguments.batch_size,
+            bar.advance,
+        )
     console.say(f"wrote {arguments.out}")
 
 

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from milora_jax.adapters.protocol import Adapter
+from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base
 from milora_jax.base.modules import Base
@@ -30,7 +31,7 @@ from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
 from milora_jax.storage.adapters import read_adapter, require_its_base
-from milora_jax.storage.workdir import read_workdir_config
+from milora_jax.storage.workdir import CONFIG_NAME, read_workdir_config
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,18 @@ class Subject:
             digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()
 
+    def identity(self) -> dict[str, Any]:
+        """All of the model that its answers depend on, as JSON: what is kept beside them."""
+        return {
+            "adapter": self.fingerprint(),
+            "base": base_fingerprint(self.directory),
+            "dtype": self.named.dtype,
+            "quantize": self.quantize,
+            "template": self.template,
+            "chat_template": hashlib.sha256(self.chat_template.encode()).hexdigest()[:16],
+            "end_tokens": sorted(self.config.eos_ids),  # of a file that the base's fingerprint leaves out
+        }
+
     def load(self) -> Model:
         """Read the base."""
         named = self.named
@@ -126,6 +139,7 @@ def named_subject(
     base: str | None = None,
     *,
     template: str | None = None,
+    otherwise: str = "",
     dtype: str | None = None,
     quantize: str | None = None,
     plain: bool = False,
@@ -134,9 +148,10 @@ def named_subject(
 
     Args:
       workdir: of ``train.py``: its base, its best adapter, its template.
-      adapter: instead of it, an export or a workdir on ``base``.
+      adapter: instead of it, an export, or a workdir, whose template counts as well, on ``base``.
       base: directory or name; of a workdir, where its base is now.
-      template, dtype, quantize: default: the run's; without a run see :class:`Named`, and ``float32``.
+      template, dtype, quantize: default: the run's; without a run ``otherwise``, see :class:`Named`, and
+        ``float32``.
       plain: leave the adapter away.
 
     Raises:
@@ -157,12 +172,14 @@ def named_subject(
         )
     if not base:
         raise UserError("there is no base: expected a workdir, or a base and perhaps an adapter on it")
+    if adapter and not template and (Path(adapter) / CONFIG_NAME).is_file():
+        template = read_workdir_config(Path(adapter)).data.template
     return Named(
         adapter=None if plain or not adapter else Path(adapter),
         base=str(base),
         dtype=dtype or "float32",
         quantize=quantize or "",
-        template=template or "",
+        template=template or otherwise,
         tests="",
         eval=None,
     )

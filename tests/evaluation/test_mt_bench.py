@@ -13,7 +13,7 @@ from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
 from milora_jax.data.tokens import encode_prompt
 from milora_jax.errors import UserError
-from milora_jax.evaluation import mt_bench_command
+from milora_jax.evaluation import mt_bench, mt_bench_command
 from milora_jax.evaluation.judge import pair_tasks, summary, verdict
 from milora_jax.evaluation.judge_client import JudgeClient
 from milora_jax.evaluation.mt_bench import read_answers, read_questions, turn_prompt
@@ -90,6 +90,43 @@ def test_questions_are_answered_turn_by_turn_and_once(folder, tmp_path):
         answer(folder, out, "--seed", 1)
 
 
+@pytest.fixture
+def spoken(monkeypatch):
+    """Answers without a model: the turns themselves."""
+
+    def answers(model, group, asked, batch_size):
+        return [[f"to {turn}\u2028" for turn in question.turns] for question in group]
+
+    monkeypatch.setattr(mt_bench, "_answers", answers)
+
+
+def test_answers_of_another_model_under_the_same_name_are_refused(folder, tmp_path, spoken):
+    out = tmp_path / "answers.jsonl"
+    named = ("--model-id", "mine")
+    answer(folder, out, *named)
+    kept = out.read_bytes()
+    base = ("--workdir", "", "--base", folder / "model")
+    run_of(tmp_path / "other", folder / "model", "milora", seed=5)
+    for other in (base, (*base, "--adapter", tmp_path / "other"), ("--dtype", "bfloat16")):
+        with pytest.raises(UserError, match=r"answers.jsonl:1: an answer of another model"):
+            answer(folder, out, *named, *other)
+    assert out.read_bytes() == kept
+
+
+def test_answers_to_other_questions_stay_and_other_words_are_refused(folder, tmp_path, spoken):
+    out = tmp_path / "answers.jsonl"
+    for rows in (QUESTIONS[:2], QUESTIONS[1:]):
+        answer(folder, out, "--questions", write(tmp_path / "questions.jsonl", rows))
+    assert sorted(each.question.question_id for each in read_answers(out)) == [81, 101, 121]
+    assert read_answers(out)[0].answers[0].endswith("\u2028"), "a separator that JSON may hold"
+    changed = [{**QUESTIONS[0], "turns": ["Write a sentence.", "Write another."]}]
+    with pytest.raises(UserError, match="question 81 has other words than now, give another --out"):
+        answer(folder, out, "--questions", write(tmp_path / "questions.jsonl", changed))
+    assert len(read_answers(out)) == 3
+    with pytest.raises(UserError, match="--max-new-tokens is 0: expected at least 1"):
+        answer(folder, out, "--max-new-tokens", 0)
+
+
 def test_a_question_without_room_leaves_the_others(folder, tmp_path):
     rows = [{"question_id": "long", "category": "", "turns": ["word " * 600]}, QUESTIONS[2]]
     questions, out = write(tmp_path / "questions.jsonl", rows), tmp_path / "answers.jsonl"
@@ -111,6 +148,10 @@ def test_the_second_prompt_holds_the_first_answer(folder, tmp_path):
     object.__setattr__(tuned, "template", "chat")
     messages = [Message("user", "one"), Message("assistant", "two"), Message("user", "three")]
     assert turn_prompt(tuned, ["one", "three"], ["two"]) == encode_chat(tuned.tokenizer, messages)
+
+
+class Silence:
+    """The content of an answer that was kept back."""
 
 
 class Judge:
@@ -138,7 +179,8 @@ class Judge:
                     time.sleep(judge.seconds)
                     return
                 status = reply if isinstance(reply, int) else 200
-                content = {"choices": [{"message": {"role": "assistant", "content": reply}}]}
+                said = None if isinstance(reply, Silence) else reply
+                content = {"choices": [{"message": {"role": "assistant", "content": said}}]}
                 if status != 200:
                     content = {"error": {"message": "busy"}}
                 sent = json.dumps(content).encode()
@@ -223,6 +265,39 @@ def test_pairs_are_shown_in_both_orders(tmp_path, capsys):
     assert second.index("no Write a word.") < second.index("yes Write a word.")
 
 
+@pytest.mark.parametrize("place", ["A", "B"])
+def test_equal_answers_are_a_tie_whatever_place_the_judge_favours(tmp_path, capsys, place):
+    ours = answers_of(tmp_path / "ours.jsonl", "mine")
+    theirs = answers_of(tmp_path / "theirs.jsonl", "other")
+    judge = Judge(f"[[{place}]]")
+    with judge.serving() as url:
+        judged("--answers", ours, "--against", theirs, "--judge-url", url, "--out", tmp_path / "out.jsonl")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["won"], found["lost"], found["tied"]) == (0, 0, 5)
+
+
+def test_what_a_judge_says_is_kept_however_odd(tmp_path, capsys):
+    """Nothing at all, a separator of lines that JSON may hold, half of a surrogate pair."""
+    answers, out = answers_of(tmp_path / "answers.jsonl", "mine"), tmp_path / "out.jsonl"
+    odd = Silence(), "[[5]] \u2028 fine", "\ud83d [[6]]", "[[7]]"
+    given = ("--answers", answers, "--out", out, "--parallel", 1)
+    for judge in (Judge(*odd), Judge("[[1]]")):
+        with judge.serving() as url:
+            judged(*given, "--judge-url", url)
+    assert judge.asked == [], "all are there"
+    rows = [row for row, _ in mt_bench.read_rows(out)]
+    assert [row["verdict"] for row in rows] == [None, 5, 6, 7, 7]
+    assert [row["judgment"] for row in rows[:3]] == ["", *odd[1:3]]
+
+
+@pytest.mark.parametrize("key", ["sk-\nSECRET", "sk\u2013SECRET"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key):
+    with pytest.raises(UserError, match="characters that no HTTP header can carry") as caught:
+        JudgeClient("http://127.0.0.1:9/v1", "judge", key=key)
+    assert "SECRET" not in str(caught.value)
+    assert JudgeClient("http://127.0.0.1:9/v1", "judge", key="sk-1\n").key == "sk-1"
+
+
 def test_a_judge_that_is_busy_is_asked_again(tmp_path, capsys):
     answers = answers_of(tmp_path / "answers.jsonl", "mine")
     judge = Judge(429, 500, "[[5]]")
@@ -265,6 +340,7 @@ def test_nobody_at_the_address(tmp_path):
     answers, out = answers_of(tmp_path / "answers.jsonl", "mine"), tmp_path / "out.jsonl"
     for more, line in [
         (("--judge-url", "127.0.0.1:9"), "--judge-url is '127.0.0.1:9': expected http://HOST:PORT/v1"),
+        (("--judge-url", "http://[::1/v1"), "expected http://HOST:PORT/v1"),
         (("--judge-url", "http://a/v1", "--key-variable", "NO_SUCH"), "--key-variable NO_SUCH is ''"),
         (("--judge-url", "http://a/v1", "--against", tmp_path / "no.jsonl"), "no such file or directory"),
         (("--judge-url", "http://a/v1", "--out", tmp_path / "no" / "out"), "--out .* no such directory"),
@@ -296,6 +372,7 @@ def test_verdicts_and_what_they_sum_to():
         ("{", r":1: expected a JSON object"),
         ('{"question_id": 1}', r":1: expected question_id, category and the turns"),
         ('{"question_id": 1, "turns": ["a"]}\n' * 2, "a question_id is there twice"),
+        ('{"question_id": 1, "turns": ["\\ud83d"]}\n', ":1: a text with a null or half a surrogate pair"),
     ],
 )
 def test_files_that_hold_no_questions(tmp_path, text, line):
