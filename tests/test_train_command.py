@@ -92,6 +92,10 @@ REFUSED = {
         "broken.jsonl:2: field 'output'",
     ),
     "broken test data": ("--config.data.test={inputs}/broken.jsonl", "broken.jsonl:2: field 'output'"),
+    "answers of another task": (
+        "--config.data.test=boolq={inputs}/rows.jsonl",
+        "answers is one of task 'boolq'",
+    ),
     "rows too long": ("--config.data.max_length=16", "longer than data.max_length 16 tokens"),
     "longer than the model": ("--config.data.max_length=513", "at most the model's 512 positions"),
     "mesh": ("--config.mesh.tensor=3", "does not fit 8 device"),

@@ -64,6 +64,9 @@ def examine(path: str, overrides: list[str], workdir: Path | None) -> Iterator[F
         yield from guarded(
             "config", lambda: _settings("config", settings, lambda: read_config_file(path, overrides))
         )
+    if path and workdir is not None and _is_new(workdir):
+        yield Finding(OK, "workdir", f"{str(workdir)!r} is new: train.py begins there")
+        workdir = None
     if workdir is not None:
         yield from guarded("workdir", lambda: _settings("workdir", settings, lambda: kept_config(workdir)))
     given, kept = settings.get("config"), settings.get("workdir")
@@ -79,6 +82,10 @@ def examine(path: str, overrides: list[str], workdir: Path | None) -> Iterator[F
         yield Finding(FAIL, "import", f"{said}; nothing else was looked at, mend the installation first")
         return
     yield from look_at(Subject(given, kept, workdir), has_settings=config is not None)
+
+
+def _is_new(workdir: Path) -> bool:
+    return not workdir.exists() or (workdir.is_dir() and not any(workdir.iterdir()))
 
 
 def kept_config(workdir: Path) -> Config:

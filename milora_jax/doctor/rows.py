@@ -15,6 +15,7 @@ from milora_jax.data.records import Record, Source, parse_sources, read_records
 from milora_jax.data.tokens import Example, encode_example, encode_question
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding, guarded
 from milora_jax.doctor.subject import Subject
+from milora_jax.evaluation.tasks import require_golds, rule_for
 
 SPLITS = ("train", "dev", "test")
 
@@ -33,6 +34,9 @@ def row_findings(subject: Subject) -> Iterator[Finding]:
         found = subject.records[split] = {}
         for source in parse_sources(getattr(subject.config.data, split)):
             yield from guarded(f"data.{split}", functools.partial(_read, source, split == "test", found))
+        if split == "test":
+            for name, records in found.items():
+                yield from guarded("data.test", functools.partial(_golds, name, records))
         if found:
             counts = ", ".join(f"{name} {len(records)}" for name, records in found.items())
             yield Finding(OK, f"data.{split}", f"rows read: {counts}")
@@ -42,6 +46,13 @@ def _read(source: Source, scored: bool, found: dict[str, list[Record]]) -> Itera
     """Add the rows of a source to those found; there is nothing to say of them alone."""
     found[source.name] = read_records(source, scored)
     yield from ()
+
+
+def _golds(name: str, records: list[Record]) -> Iterator[Finding]:
+    """Whether the answers are those of the task that the rows bear the name of, if they do."""
+    golds = [record.answer for record in records]
+    if unusual := require_golds(name, golds, rule_for(name, golds)):
+        yield Finding(WARN, "data.test", unusual)
 
 
 def token_findings(subject: Subject) -> Iterator[Finding]:

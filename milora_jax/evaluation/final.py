@@ -15,7 +15,7 @@ from milora_jax.base.modules import Base, decode_layout
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.cli import Console, stop_if
 from milora_jax.data.prompts import shown_prompt
-from milora_jax.data.records import fingerprint
+from milora_jax.data.records import Record, fingerprint
 from milora_jax.evaluation.closing import closing_lines
 from milora_jax.evaluation.report import accuracy_table, plot_health, plot_routing
 from milora_jax.evaluation.score import (
@@ -26,6 +26,7 @@ from milora_jax.evaluation.score import (
     score_task,
     write_predictions,
 )
+from milora_jax.evaluation.tasks import require_golds, rule_for
 from milora_jax.parallel.rules import state_shardings
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.checkpoint import read_metadata
@@ -52,6 +53,7 @@ def evaluate_base(
     key = {
         "tests": {task: fingerprint(records) for task, records in run.tests.items()},
         "base": run.base_fingerprint,
+        "end_tokens": sorted(run.model.eos_ids),
         "eval": run.config.to_dict()["eval"],
     }
     if path.is_file() and (saved := read_json(path)).get("key") == key:
@@ -120,6 +122,18 @@ def score_tests(
     ]
 
 
+def note_unusual_golds(tests: Mapping[str, list[Record]], say: Callable[[str], None]) -> None:
+    """Say what is unusual about the answers of test rows that bear the name of a task of LLM-Adapters.
+
+    Raises:
+      UserError: the task's rule can read none of them.
+    """
+    for task, records in tests.items():
+        golds = [record.answer for record in records]
+        if unusual := require_golds(task, golds, rule_for(task, golds)):
+            say(f"note: {unusual}")
+
+
 class ParameterCounts(NamedTuple):
     """Of one adapter: how many parameters were tuned, and how many serve one generated token."""
 
@@ -170,13 +184,15 @@ def write_report(
         summary["accuracy"] = {"base": before, "adapter": after}
         write_predictions(workdir / "predictions.jsonl", scores)
         plot_routing(workdir / "routing.png", scores)
+    plot_health(workdir / "routing_health.png", workdir / METRICS_NAME)
+    write_json_atomic(workdir / "summary.json", summary)
+    # All is written before anything is printed, which may fail.
+    if scores:
         record = next(iter(run.tests.values()))[0]
         first = scores[0].predictions[0]
         prompt = shown_prompt(run.tokenizer, record, run.config.data.template)
         print(f"\nprompt:\n{prompt}\nanswer:\n{first.generated}\n")
-        print(accuracy_table(before, after))
-    plot_health(workdir / "routing_health.png", workdir / METRICS_NAME)
-    write_json_atomic(workdir / "summary.json", summary)
+        print(accuracy_table(before, accuracies(scores)))
     print(
         f"\n{fit.steps} steps, best at {fit.progress.best_step} (dev perplexity "
         f"{fit.progress.best_perplexity:.3f}), {summary['tunable_parameters']:,} tunable parameters, "

@@ -12,10 +12,12 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from milora_jax.cli import Console
+from milora_jax.config import TEMPLATES
 from milora_jax.data.chat import Message, encode_chat, render_chat, template_source
 from milora_jax.data.prompts import WITHOUT_INPUT, prompt_text
 from milora_jax.data.records import Record
@@ -45,7 +47,7 @@ class Harness:
     """The methods of ``lm_eval.api.model.TemplateLM``; :func:`harness_class` adds that base class.
 
     Args:
-      workdir, base, adapter, dtype, quantize: see ``evaluation.subject.named_subject``.
+      workdir, base, adapter, dtype, quantize, template: see ``evaluation.subject.named_subject``.
       batch_size: rows of a batch.
       max_length: longest context and continuation in tokens; 0 is the model's positions. More is cut on the
         left, as lm_eval does.
@@ -63,6 +65,7 @@ class Harness:
         adapter: str = "",
         dtype: str = "",
         quantize: str = "",
+        template: str = "",
         batch_size: int = 8,
         max_length: int = 0,
         max_gen_toks: int = 256,
@@ -72,7 +75,12 @@ class Harness:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_gen_toks", max_gen_toks, 1)):
             require(isinstance(value, int) and value >= least, name, value, f"a whole number from {least}")
-        named = named_subject(workdir, adapter, base, dtype=dtype, quantize=quantize)
+        require(isinstance(add_bos_token, bool), "add_bos_token", add_bos_token, "True or False")
+        fits = isinstance(seed, int) and 0 <= seed <= LARGEST_SEED
+        require(fits, "seed", seed, f"a whole number from 0 to {LARGEST_SEED}")
+        if template:
+            one_of("template", template, TEMPLATES)
+        named = named_subject(workdir, adapter, base, template=template, dtype=dtype, quantize=quantize)
         self.tuned = read_subject(named).load()
         most = self.tuned.config.max_positions
         fits = isinstance(max_length, int) and (max_length == 0 or 2 <= max_length <= most)
@@ -95,8 +103,12 @@ class Harness:
 
     @property
     def tokenizer_name(self) -> str:
-        """Of the tokenizer, for the names of lm_eval's caches."""
-        return self.tuned.name.replace("/", "__")
+        """Of the tokenizer and the template, for the name of lm_eval's cache of requests.
+
+        lm_eval asks for it where contexts are chats. Which chat a context was is not in that cache, and
+        without it the context would be plain text: no two models share it.
+        """
+        return f"{self.tuned.name.replace('/', '__')}-{self.tuned.template}-{uuid.uuid4().hex}"
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval writes into its results beside the arguments."""
@@ -157,7 +169,10 @@ class Harness:
         template ends; elsewhere lm_eval's rule holds, by which spaces between the two begin the second."""
         if context not in self._chats:
             whole, before = self.tok_encode(context + continuation), self.tok_encode(context.rstrip())
-            return before or [self.prefix_token_id], whole[len(before) :]
+            after = whole[len(before) :]
+            if continuation and not after:  # it has become part of the context's last word
+                after = self.tok_encode(continuation, add_special_tokens=False)
+            return before or [self.prefix_token_id], after
         ids = self.tok_encode(context)
         if self.tuned.template == "chat":
             # In its place: a tokenizer may put a space before a text that stands alone.

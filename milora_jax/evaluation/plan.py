@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.data.records import Record, fingerprint, parse_sources, read_records
 from milora_jax.data.tokens import encode_question
 from milora_jax.errors import UserError
@@ -79,11 +78,7 @@ class Plan:
         """All that the predictions depend on, as JSON."""
         subject = self.subject
         return {
-            "adapter": subject.fingerprint(),
-            "base": base_fingerprint(subject.directory),
-            "dtype": subject.named.dtype,
-            "quantize": subject.quantize,
-            "template": subject.template,
+            **subject.identity(),
             "beams": self.beams,
             "batch_size": self.batch_size,
             "tasks": {
@@ -139,6 +134,11 @@ def read_rows(tasks: Sequence[Task], data: str, say: Callable[[str], None]) -> d
             rows[task.name] = hub_records(task)
         return rows
     sources = parse_sources(data)
+    if not sources:
+        raise UserError(f"--data {data!r} names no file")
+    names = [task.name for task in tasks] or [source.name for source in sources]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"task {twice[0]!r} is named twice: expected each once, files apart by NAME=FILE")
     if not tasks:
         return {source.name: read_records(source, scored=True) for source in sources}
     if len(sources) != len(tasks):

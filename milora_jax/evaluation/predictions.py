@@ -76,7 +76,8 @@ class PredictionFile:
         Raises:
           UserError: another process holds it, or its predictions are of other settings or other rows.
         """
-        if not self._fresh and self.path.exists():
+        # One that was stopped before its first line was whole is of no settings yet.
+        if not self._fresh and self.path.exists() and b"\n" in self.path.read_bytes():
             self._require_same_settings()
         self._file = open(self.path, "a+b")
         try:

@@ -70,7 +70,8 @@ def main(argv: Sequence[str]) -> None:
         arguments.workdir,
         arguments.adapter,
         arguments.base,
-        template=arguments.template or (None if arguments.workdir else TEMPLATES[0]),
+        template=arguments.template,
+        otherwise=TEMPLATES[0],
         dtype=arguments.dtype,
     )
     sources = parse_sources(",".join(arguments.data) or named.tests)

@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> None:
         arguments.workdir,
         arguments.adapter,
         arguments.base,
-        # Where no run speaks for a model it is the protocol's template, whatever its tokenizer has.
-        template=arguments.template or (None if arguments.workdir else TEMPLATES[0]),
+        template=arguments.template,
+        otherwise=TEMPLATES[0],  # the protocol's, whatever a tokenizer has
         dtype=arguments.dtype,
         plain=arguments.no_adapter,
     )

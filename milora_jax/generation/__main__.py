@@ -88,7 +88,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str | Record]:
     given: list[str | Record] = list(arguments.prompt)
     if arguments.file is not None:
         try:
-            lines = arguments.file.read_text(encoding="utf-8").splitlines()
+            lines = arguments.file.read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError:
             raise UserError(f"{arguments.file}: expected UTF-8 text") from None
         for number, line in enumerate(lines, 1):

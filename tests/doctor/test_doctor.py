@@ -64,6 +64,20 @@ def test_one_that_is_ill_is_told_in_lines_and_by_the_exit_code(inputs, tmp_path,
     assert "warn  routing     not looked at: tokens failed" in lines
 
 
+def test_a_workdir_that_a_run_will_make_is_no_failure(inputs, tmp_path, monkeypatch, capsys):
+    """The look before a run; rows under a task's name whose answers are not that task's are told as well."""
+    rows = str(inputs / "test.jsonl")
+    flags = [*flags_of(config_of(inputs)), f"--config.data.test=boolq={rows}"]
+    given = ("--config", ROOT / "configs/tiny.py", "--workdir", tmp_path / "new", *flags)
+    with pytest.raises(UserError, match=r"1 of \d+ findings are failures"):
+        run_command_line(monkeypatch, *given)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ok    workdir") and "is new: train.py begins there" in line for line in lines)
+    (failure,) = [line for line in lines if line.startswith("fail")]
+    assert "answers is one of task 'boolq'" in failure
+    assert not (tmp_path / "new").exists()
+
+
 def test_without_arguments_it_looks_at_the_machine(monkeypatch, capsys):
     run_command_line(monkeypatch)
     lines = capsys.readouterr().out.splitlines()

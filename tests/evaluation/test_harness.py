@@ -16,6 +16,7 @@ from milora_jax.data.tokens import encode_example, encode_prompt
 from milora_jax.errors import UserError
 from milora_jax.evaluation.harness import Harness, generation_settings
 from milora_jax.evaluation.likelihood import Passage, log_likelihoods, rolling_passages
+from milora_jax.evaluation.subject import named_subject
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
 from milora_jax.storage.files import json_bytes
@@ -76,6 +77,18 @@ def test_a_context_is_tokenised_as_a_prompt_of_training(harness):
     assert context == harness.tok_encode("Write a")
     assert context + continuation == harness.tok_encode("Write a response")
     assert harness._encode_pair(" ", "a")[0] == [harness.prefix_token_id]
+
+
+def test_a_continuation_that_merges_with_its_context_is_scored_alone(harness):
+    """It would be certain otherwise, and the best of all choices."""
+    context, continuation = harness._encode_pair("answ", "er: true")
+    assert context == harness.tok_encode("answ")
+    assert continuation == harness.tok_encode("er: true", add_special_tokens=False) != []
+
+
+def test_cached_requests_are_of_no_other_model(harness):
+    """lm_eval's cache of requests forgets which contexts were chats."""
+    assert harness.tokenizer_name != harness.tokenizer_name
 
 
 def test_the_prompt_of_a_request_is_its_context(harness):
@@ -217,6 +230,9 @@ def test_the_arguments_of_lm_eval(folder):
         ({"workdir": str(folder / "run"), "base": "x"}, "'x': no such directory"),
         ({"workdir": str(folder / "run"), "adapter": "x"}, "expected a workdir or an adapter, not both"),
         ({"base": str(folder / "model"), "batch_size": "auto"}, "batch_size is 'auto': expected a whole"),
+        ({"base": str(folder / "model"), "seed": "x"}, "seed is 'x': expected a whole number from 0"),
+        ({"base": str(folder / "model"), "add_bos_token": "no"}, "add_bos_token is 'no': expected True or"),
+        ({"base": str(folder / "model"), "template": "chta"}, r"did you mean 'chat'\?"),
         (
             {"base": str(folder / "model"), "max_length": 513},
             "max_length is 513: expected 2 to the model's 512",
@@ -231,5 +247,10 @@ def test_a_run_says_how_it_words_a_chat(folder, tmp_path):
     values = json.loads((folder / "run" / "config.json").read_text())
     values["data"]["template"] = "chat"
     (tmp_path / "config.json").write_bytes(json_bytes(values))
+    base = str(folder / "model")
     assert Harness(workdir=str(tmp_path)).tuned.template == "chat"
+    assert named_subject(adapter=tmp_path, base=base, otherwise="alpaca").template == "chat"
+    assert named_subject(adapter=folder / "run", base=base).template == "alpaca"
+    assert named_subject(base=base).template == ""
+    assert named_subject(base=base, otherwise="alpaca").template == "alpaca"
     assert Harness(workdir=str(folder / "run")).tuned.template == "alpaca"

@@ -116,6 +116,16 @@ def test_other_settings_are_refused_and_nothing_is_lost(path, settings, message)
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("torn", [b"", b'{"task": "su'])
+def test_a_file_without_a_whole_line_is_of_no_settings_yet(path, torn):
+    """Stopped before its settings were written, or killed in its first batch: it holds nothing to lose."""
+    path.write_bytes(torn)
+    with opened(path) as file:
+        assert file.missing == BATCHES
+    with opened(path, settings={**SETTINGS, "beams": 2}) as file:
+        assert file.missing == BATCHES
+
+
 def test_fresh_begins_again(path):
     write_batches(path, 2)
     with opened(path, {**SETTINGS, "beams": 3}, fresh=True) as file:

@@ -186,6 +186,22 @@ def test_predictions_of_other_settings_are_not_mixed(folder, command, answered, 
     command(*same, *more, "--fresh")
 
 
+def test_end_tokens_are_of_the_settings(folder, command, answered):
+    """They stand in a file that the base's fingerprint leaves out, and people are told to edit it."""
+    same = ("--data", folder / "sums.jsonl", "--predictions", "p.jsonl")
+    command(*same)
+    beside = folder / "model" / "generation_config.json"
+    assert not beside.exists()
+    beside.write_text('{"eos_token_id": [2, 5]}')
+    try:
+        with pytest.raises(
+            UserError, match=r"p.jsonl was made with end_tokens \[2\], this command has \[2, 5\]"
+        ):
+            command(*same)
+    finally:
+        beside.unlink()
+
+
 def test_whoever_names_a_task_gets_its_protocol(folder, command, answered, monkeypatch):
     found, told = command("--task", "SVAMP", "--data", folder / "sums.jsonl", "--beams", 4)
     assert found["max_new_tokens"] == {"SVAMP": 256}
@@ -222,6 +238,11 @@ def test_strict_rules_are_asked_for(folder, command, answered):
             "none of the 7 answers is one of task",
         ),
         (["--task", "boolq,piqa", "--data", "{folder}/sums.jsonl"], "names 2 tasks, --data has 1 files"),
+        (
+            ["--task", "gsm8k,GSM8K", "--data", "a={folder}/sums.jsonl,b={folder}/truths.jsonl"],
+            "task 'gsm8k' is named twice",
+        ),
+        (["--data", ","], "--data ',' names no file"),
         (["--data", "mean={folder}/sums.jsonl"], "a task must not be called 'mean'"),
         (["--data", "{folder}/sums.jsonl", "--max-new-tokens", "500"], "sums: the prompt of row 0 has "),
         (["--data", "{folder}/sums.jsonl", "--predictions", "no/p.jsonl"], "no such directory as 'no'"),

@@ -11,10 +11,15 @@ from milora_jax.evaluation.study.reports import COMPARISONS
 from tests.evaluation.commands import start_study, study_command
 
 
+def results(directory):
+    """Of finished cells; not looked for any deeper, where a study at work takes folders away."""
+    return list((directory / "cells").glob("*/result.json"))
+
+
 def unfinished(directory):
     """Cells that were begun and have no result."""
     begun = {path.parent for path in (directory / "cells").glob("*/config.json")}
-    return begun - {path.parent for path in (directory / "cells").glob("*/result.json")}
+    return begun - {path.parent for path in results(directory)}
 
 
 @pytest.mark.slow
@@ -23,12 +28,12 @@ def test_the_whole_study_rehearsed(tmp_path):
     refused."""
     arguments = ["all", "--config", "configs/study_tiny.py", "--quick", "--seeds", "2", "--workdir", tmp_path]
     killed = start_study(*arguments, stderr=subprocess.DEVNULL)
-    while len(list(tmp_path.rglob("result.json"))) < 3 or not unfinished(tmp_path):
+    while len(results(tmp_path)) < 3 or not unfinished(tmp_path):
         assert killed.poll() is None
         time.sleep(0.05)
     killed.kill()
     killed.wait()
-    finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    finished = {path: path.stat().st_mtime_ns for path in results(tmp_path)}
     first = study_command(*arguments, timeout=1500)
     assert first.returncode == 0, first.stderr
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
@@ -43,10 +48,10 @@ def test_the_whole_study_rehearsed(tmp_path):
     keys = [(row["cell"], row["variant"], row["task"]) for row in rows]
     assert len(keys) == len(set(keys))
     assert {row["method"] for row in rows if row["variant"] in METHODS} == set(METHODS)
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    stamps = {path: path.stat().st_mtime_ns for path in results(tmp_path)}
     again = study_command(*arguments, timeout=300)
     assert again.returncode == 0, again.stderr
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == stamps
+    assert {path: path.stat().st_mtime_ns for path in results(tmp_path)} == stamps
     other = study_command(*arguments, "--methods", "lora,milora")
     assert other.returncode == 2
     assert "holds a study of another config" in other.stderr
