@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
-import textwrap
 import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from milora_jax.cli import meanings_of
+from milora_jax.cli import Parser, meanings_of
 from milora_jax.cluster import Cluster
 from milora_jax.config import AdapterSection, Config
 from milora_jax.errors import UserError
@@ -50,8 +48,7 @@ def parse_train_flags() -> TrainFlags:
 
     argv = sys.argv
     if any(argument in ("-h", "--help") for argument in argv[1:]):
-        print(sys.modules["__main__"].__doc__)
-        print(listed_settings())
+        print(help_text())
         raise SystemExit(0)
     path, words = _config_path(argv)
     if not path.is_file():
@@ -103,28 +100,25 @@ def read_config_file(path: str, overrides: list[str]) -> Config:
         sys.argv = argv
 
 
-def listed_settings() -> str:
+def help_text() -> str:
     """Every flag and every setting, with what a file that says nothing gives it, and what it means."""
-    width = min(shutil.get_terminal_size().columns, 110)
-    parts = ["flags:", *(_entry(f"--{name}", meaning, width) for name, meaning in FLAGS.items())]
+    parser = Parser(
+        add_help=False,
+        usage="python train.py --config FILE[:WORDS] [--config.GROUP.FIELD=VALUE ...] [--workdir DIR]",
+        description=sys.modules["__main__"].__doc__,
+    )
+    flags = parser.add_argument_group("flags")
+    for name, meaning in FLAGS.items():
+        flags.add_argument(f"--{name}", metavar="VALUE", help=meaning)
     for section, cls in typing.get_type_hints(Config).items():
-        default = "the method's own" if cls is AdapterSection else ""
-        parts.append(f"\nsettings of {section}:")
-        meanings = meanings_of(cls)
+        note = "where none is given, the method's own" if cls is AdapterSection else None
+        settings, meanings = parser.add_argument_group(f"settings of {section}", note), meanings_of(cls)
         for field in dataclasses.fields(cls):
-            value = default if field.default is None else repr(field.default)
+            meaning = meanings.get(field.name, "").rstrip(".").replace("``", "").replace("%", "%%")
+            default = None if field.default is None else str(field.default)
             name = f"--config.{section}.{field.name}"
-            meaning = meanings.get(field.name, "").rstrip(".").replace("``", "")
-            parts.append(_entry(name, f"{meaning} (default: {value})", width))
-    return "\n".join(parts)
-
-
-def _entry(name: str, meaning: str, width: int) -> str:
-    """A flag and its meaning beside it, or below it where it is long."""
-    indent = 32
-    text = textwrap.fill(meaning, width, initial_indent=" " * indent, subsequent_indent=" " * indent)
-    head = f"  {name}"
-    return head + text[len(head) :] if len(head) <= indent - 2 else f"{head}\n{text}"
+            settings.add_argument(name, metavar="VALUE", default=default, help=meaning)
+    return parser.format_help()
 
 
 EXPECTED = {

@@ -129,8 +129,8 @@ def test_help_lists_every_setting_with_its_default(parse, capsys, monkeypatch):
         for name in settings:
             assert re.search(rf"^  --config\.{section}\.{name}\s", told, re.MULTILINE), name
     assert max(map(len, told.partition("flags:")[2].splitlines())) <= 100
-    entry = r"--config\.eval\.limit +rows scored per task; 0 means all \(default: 0\)\n"
-    assert re.search(entry, told)
+    entry = " --config.eval.limit VALUE rows scored per task; 0 means all (default: 0) --"
+    assert entry in " ".join(told.split())
     assert "``" not in told.partition("flags:")[2]
 
 

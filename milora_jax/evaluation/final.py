@@ -179,8 +179,8 @@ def write_report(
         "tokens_per_second": fit.tokens_per_second,
         "wall_seconds": wall_seconds,
     }
+    after = accuracies(scores) if scores else {}
     if scores:
-        after = accuracies(scores)
         summary["accuracy"] = {"base": before, "adapter": after}
         write_predictions(workdir / "predictions.jsonl", scores)
         plot_routing(workdir / "routing.png", scores)
@@ -192,7 +192,7 @@ def write_report(
         first = scores[0].predictions[0]
         prompt = shown_prompt(run.tokenizer, record, run.config.data.template)
         print(f"\nprompt:\n{prompt}\nanswer:\n{first.generated}\n")
-        print(accuracy_table(before, accuracies(scores)))
+        print(accuracy_table(before, after))
     print(
         f"\n{fit.steps} steps, best at {fit.progress.best_step} (dev perplexity "
         f"{fit.progress.best_perplexity:.3f}), {summary['tunable_parameters']:,} tunable parameters, "

@@ -76,9 +76,6 @@ class PredictionFile:
         Raises:
           UserError: another process holds it, or its predictions are of other settings or other rows.
         """
-        # One that was stopped before its first line was whole is of no settings yet.
-        if not self._fresh and self.path.exists() and b"\n" in self.path.read_bytes():
-            self._require_same_settings()
         self._file = open(self.path, "a+b")
         try:
             self._hold()
@@ -130,8 +127,10 @@ class PredictionFile:
         if self._fresh:
             self._file.truncate(0)
         self._file.seek(0)
-        kept = 0
-        for batch, size in self._whole_batches(self._file.read()):
+        content, kept = self._file.read(), 0
+        if b"\n" in content:  # one that was stopped before is of no settings yet
+            self._require_same_settings()
+        for batch, size in self._whole_batches(content):
             self.done.update({(each.task, each.row): each for each in batch})
             kept += size
         self._file.truncate(kept)

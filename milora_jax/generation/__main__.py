@@ -79,7 +79,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, text in _HELP.items():
         default = getattr(GenerationSettings(), name)
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default {default})")
+        parser.add_argument(flag, type=type(default), default=default, help=text)
     return parser.parse_args(arguments)
 
 
