@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ class Record:
     Attributes:
       instruction: of a chat, the user's last message.
       messages: all of the chat that comes before ``output``; empty where the row is no chat.
+      references: texts that are each a right answer, for the measures of free text; empty where the row
+        lists none, and ``output`` is the only one.
+      where: file and line of the row, for errors; no part of what the record says.
     """
 
     instruction: str
@@ -44,6 +47,8 @@ class Record:
     output: str
     answer: str
     messages: tuple[Message, ...] = ()
+    references: tuple[str, ...] = ()
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,9 @@ def read_records(source: Source, scored: bool = False) -> list[Record]:
             rows = _json_rows(path)
         else:
             raise UserError(f"{path}: suffix {path.suffix!r}: expected .json or .jsonl")
-    records = [record for row, where in rows for record in _records(row, where, scored)]
+    records = [
+        replace(record, where=where) for row, where in rows for record in _records(row, where, scored)
+    ]
     if not records:
         raise UserError(f"{source.location}: the data set is empty")
     return records
@@ -164,8 +171,10 @@ def fingerprint(records: list[Record], template: str = "") -> str:
     digest = hashlib.sha256(template.encode())
     for record in records:
         values = asdict(record)
-        if not record.messages:
-            del values["messages"]  # a run whose records had no such field can be continued
+        del values["where"]
+        for name in ("messages", "references"):
+            if not values[name]:
+                del values[name]  # a run whose records had no such field can be continued
         digest.update(json.dumps(values, sort_keys=True).encode())
     return digest.hexdigest()
 
