@@ -41,7 +41,14 @@ def get_study() -> Study:
     """The terms of the comparison."""
     base = Config(
         model=ModelSection(path=str(MODEL_DIR)),
-        data=DataSection(train=_files("train"), dev=_files("dev"), test=_files("test"), max_length=160),
+        data=DataSection(
+            train=_files("train"),
+            dev=_files("dev"),
+            test=_files("test"),
+            max_length=160,
+            # The model's documents began with <s>, which its tokenizer does not add by itself.
+            special_tokens="bos",
+        ),
         train=TrainSection(
             max_steps=60,
             epochs=1000,

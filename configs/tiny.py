@@ -27,7 +27,14 @@ def get_config():
     config = Config(
         model=ModelSection(path=str(MODEL_DIR)),
         adapter=AdapterSection(rank=16),
-        data=DataSection(train=_files("train"), dev=_files("dev"), test=_files("test"), max_length=160),
+        data=DataSection(
+            train=_files("train"),
+            dev=_files("dev"),
+            test=_files("test"),
+            max_length=160,
+            # The model's documents began with <s>, which its tokenizer does not add by itself.
+            special_tokens="bos",
+        ),
         train=TrainSection(
             max_steps=500,
             epochs=100,

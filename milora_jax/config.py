@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from milora_jax.errors import UserError, one_of, require
+from milora_jax.prompt_format import SPECIAL_TOKENS, TEMPLATES, PromptFormat
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZE = ("none", "int8", "nf4")
@@ -33,7 +34,6 @@ METHODS = (
     "iapt",
     "ssp",
 )
-TEMPLATES = ("alpaca", "chat")
 POOLERS = ("attention", "mean", "max", "last")
 ACTIVATIONS = ("rational", "gelu", "relu", "relu-gelu", "gelu-relu")
 GATES = ("softmax", "renormalized", "straight_through")
@@ -129,6 +129,10 @@ class DataSection:
         are held out; 0 means no limit.
       template: how a prompt is worded: alpaca, see ``milora_jax.data.prompts``; chat, by the tokenizer's own
         template, see ``milora_jax.data.chat``.
+      special_tokens: what is put around a prompt of the ``alpaca`` template and around plain texts:
+        tokenizer, what ``tokenizer(text)`` puts there; bos, one beginning-of-sequence token before it; none.
+      template_time: the time that a chat template is told where it asks for it (``strftime_now``), as in
+        2026-11-29T12:00:00; empty is the time at which the run begins. It is kept with the adapter.
       max_length: longest row in tokens, prompt and response together.
       pack: put several training records into a row of ``max_length`` tokens; each keeps its own attention,
         positions, loss and route.
@@ -140,14 +144,23 @@ class DataSection:
     dev_share: float = 0.05
     dev_limit: int = 0
     template: str = "alpaca"
+    special_tokens: str = "tokenizer"
+    template_time: str = ""
     max_length: int = 768
     pack: bool = False
 
     def __post_init__(self) -> None:
         one_of("data.template", self.template, TEMPLATES)
+        one_of("data.special_tokens", self.special_tokens, SPECIAL_TOKENS)
+        _ = self.prompt_format  # checks the time
         require(self.max_length >= 8, "data.max_length", self.max_length, "at least 8 tokens")
         require(0 < self.dev_share < 1, "data.dev_share", self.dev_share, "between 0 and 1")
         require(self.dev_limit >= 0, "data.dev_limit", self.dev_limit, "0 or more")
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """How the prompts of the run are written."""
+        return PromptFormat(self.template, self.special_tokens, self.template_time)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "milora_jax"
 
 FLOORS = (
     ("errors", "shapes"),
-    ("types", "model_config", "config", "cluster", "cli", "train_flags"),
+    ("types", "model_config", "prompt_format", "config", "cluster", "cli", "train_flags"),
     ("adapters",),
     ("base",),
     ("parallel",),
@@ -29,7 +29,7 @@ FLOORS = (
 """From the cellar to the roof; a room imports from floors below its own, and from itself."""
 
 SIDEWAYS = {
-    *(("model_config", "types"), ("cluster", "config")),
+    *(("model_config", "types"), ("config", "prompt_format"), ("cluster", "config")),
     *(("train_flags", name) for name in ("cli", "cluster", "config")),
 }
 """The imports within a floor: flags become a Config and a Cluster."""

@@ -81,7 +81,14 @@ def test_training_scoring_and_generation_take_the_same_tokens(folder, monkeypatc
     scored = taken_by(monkeypatch, sys.modules[score_task.__module__])
     with pytest.raises(KeyboardInterrupt):
         score_task(
-            run.base, run.model, tokenizer, None, "rows", run.tests["rows"], run.config.eval, template="chat"
+            run.base,
+            run.model,
+            tokenizer,
+            None,
+            "rows",
+            run.tests["rows"],
+            run.config.eval,
+            prompt_format=run.config.data.prompt_format,
         )
     assert scored == trained
     asked = taken_by(monkeypatch, generation)

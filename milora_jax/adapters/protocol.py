@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from milora_jax.errors import require
+from milora_jax.prompt_format import PromptFormat
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree, Route
 
@@ -323,11 +324,13 @@ class Adapter:
       params: the trainable leaves: stacked on a layer axis, or a settled tuple of layers for decoding.
       method: the method that reads them.
       shape: the base they fit.
+      prompt_format: how the prompts were written that it was trained on; no computation depends on it.
     """
 
     params: PyTree
     method: Method = struct.field(pytree_node=False)
     shape: Shape = struct.field(pytree_node=False)
+    prompt_format: PromptFormat = struct.field(pytree_node=False, default=PromptFormat())
 
 
 def init_adapter(method: Method, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> Adapter:

@@ -62,9 +62,8 @@ def write_adapters(folder: Path, model: Path, settings: AdapterSection, count: i
         adapter = random_adapter(base, config, settings, 7 * number)
         directory = folder / f"adapter{number}"
         directory.mkdir()
-        write_exported(
-            directory, adapter, adapter_metadata(adapter.method, adapter.shape, fingerprint, "none")
-        )
+        metadata = adapter_metadata(adapter.method, adapter.shape, fingerprint, "none", adapter.prompt_format)
+        write_exported(directory, adapter, metadata)
         found.append(directory)
     return found
 

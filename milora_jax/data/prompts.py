@@ -15,6 +15,7 @@ from typing import Any
 from milora_jax.data.chat import Message, render_chat
 from milora_jax.data.records import Record
 from milora_jax.errors import UserError
+from milora_jax.prompt_format import PromptFormat
 
 WITHOUT_INPUT = """\
 Below is an instruction that describes a task. Write a response that appropriately completes the request.
@@ -67,13 +68,12 @@ def prompt_messages(record: Record) -> tuple[Message, ...]:
     return (Message("user", text),)
 
 
-def shown_prompt(tokenizer: Any, record: Record, template: str) -> str:
+def shown_prompt(tokenizer: Any, record: Record, prompt_format: PromptFormat) -> str:
     """The prompt of a record as a reader sees it.
 
-    Args:
-      template: one of ``config.TEMPLATES``.
-
     Raises:
-      UserError: the record cannot be written in this template.
+      UserError: the record cannot be written in the format's template.
     """
-    return render_chat(tokenizer, prompt_messages(record)) if template == "chat" else prompt_text(record)
+    if prompt_format.template == "chat":
+        return render_chat(tokenizer, prompt_messages(record), time=prompt_format.time)
+    return prompt_text(record)

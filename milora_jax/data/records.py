@@ -8,10 +8,11 @@ Chats, ``messages`` or ``conversations``: see ``data.conversations``.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -112,16 +113,22 @@ def read_records(source: Source, scored: bool = False) -> list[Record]:
             rows = _json_rows(path)
         else:
             raise UserError(f"{path}: suffix {path.suffix!r}: expected .json or .jsonl")
-    records = [
-        replace(record, where=where) for row, where in rows for record in _records(row, where, scored)
-    ]
+    records = [replace(record, where=where) for row, where in rows for record in _records(row, where, scored)]
     if not records:
         raise UserError(f"{source.location}: the data set is empty")
     return records
 
 
+def _always(record: Record) -> bool:
+    return True
+
+
 def holdout(
-    records: list[Record], share: float, seed: int, limit: int = 0
+    records: list[Record],
+    share: float,
+    seed: int,
+    limit: int = 0,
+    fits: Callable[[Record], bool] = _always,
 ) -> tuple[list[Record], list[Record]]:
     """Split off dev records: a pure function of the records and the seed.
 
@@ -130,6 +137,7 @@ def holdout(
     Args:
       share: of the rows; at least one is held out, and one is left.
       limit: most rows that are held out; 0 means as many as ``share`` gives.
+      fits: whether a record can be a dev record; with ``limit`` only rows are held out that have one.
 
     Returns:
       Training records in their order, and at least one dev record.
@@ -137,16 +145,22 @@ def holdout(
     rows = _by_row(records)
     if len(rows) < 2:
         raise UserError("one training row is too few to hold out dev rows: give data.dev")
-    count = min(max(1, round(share * len(rows))), len(rows) - 1, limit or len(rows))
-    order = np.random.default_rng([seed, HOLDOUT_STREAM]).permutation(len(rows))
-    held = set(order[:count].tolist())
+    count = min(max(1, round(share * len(rows))), len(rows) - 1)
+    order = np.random.default_rng([seed, HOLDOUT_STREAM]).permutation(len(rows))[:count].tolist()
+    if limit:
+        fitting = (i for i in order if any(map(fits, rows[i])))
+        order = list(itertools.islice(fitting, limit)) or order[:limit]
+    held = set(order)
     train = [record for i, row in enumerate(rows) if i not in held for record in row]
     return train, [record for i in sorted(held) for record in rows[i]]
 
 
-def first_rows(records: list[Record], limit: int) -> list[Record]:
-    """The first ``limit`` rows, a chat with all of its turns; all of them where it is 0."""
-    return [record for row in _by_row(records)[:limit] for record in row] if limit else records
+def first_rows(records: list[Record], limit: int, fits: Callable[[Record], bool] = _always) -> list[Record]:
+    """The first ``limit`` rows of which a record fits, a chat with all of its turns; all where it is 0."""
+    if not limit:
+        return records
+    rows = (row for row in _by_row(records) if any(map(fits, row)))
+    return [record for row in itertools.islice(rows, limit) for record in row] or records[:limit]
 
 
 def _by_row(records: list[Record]) -> list[list[Record]]:

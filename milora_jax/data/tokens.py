@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from milora_jax.data.chat import encode_chat, encode_exchange
 from milora_jax.data.prompts import prompt_messages, prompt_text
 from milora_jax.data.records import Record
 from milora_jax.errors import UserError
+from milora_jax.model_config import ModelConfig
+from milora_jax.prompt_format import PromptFormat
 
 
 @dataclass(frozen=True)
@@ -48,34 +52,47 @@ def load_tokenizer(path: str) -> Any:
         raise UserError(f"{path}: no usable tokenizer ({reason})") from None
 
 
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a prompt, with one beginning-of-sequence token where the tokenizer has one."""
-    ids = _encode_text(tokenizer, text)
-    bos = tokenizer.bos_token_id
-    return ids if bos is None else [bos, *ids]
-
-
-def _encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of plain text: ``</s>`` in a record is five characters, and ends nothing."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-
-def encode_question(tokenizer: Any, record: Record, template: str) -> list[int]:
-    """Ids of a record's prompt: what training, scoring and generation give to the model.
+def encode_prompt(
+    tokenizer: Any, text: str, special_tokens: str = "tokenizer", *, parse_special_tokens: bool = False
+) -> list[int]:
+    """Ids of a prompt that is a text.
 
     Args:
-      template: one of ``config.TEMPLATES``.
+      special_tokens: what is put around the text, see ``prompt_format.PromptFormat``. ``tokenizer`` gives
+        the ids of ``tokenizer(text)``.
+      parse_special_tokens: read special tokens that are written in the text, as in a chat that the caller
+        has rendered. A beginning-of-sequence token that the text begins with is not put before it again.
+        Without it ``</s>`` in a text is four characters, and ends nothing.
+
+    >>> from milora_jax.tiny import MODEL_DIR
+    >>> tokenizer = load_tokenizer(str(MODEL_DIR))
+    >>> encode_prompt(tokenizer, "the", "bos")[0] == tokenizer.bos_token_id
+    True
+    """
+    ids = tokenizer.encode(
+        text, add_special_tokens=special_tokens == "tokenizer", split_special_tokens=not parse_special_tokens
+    )
+    bos = tokenizer.bos_token_id
+    if special_tokens == "bos" and bos is not None:
+        ids = [bos, *ids]
+    doubled = parse_special_tokens and bos is not None and ids[:2] == [bos, bos]
+    return ids[1:] if doubled and text.startswith(tokenizer.bos_token) else ids
+
+
+def encode_question(tokenizer: Any, record: Record, prompt_format: PromptFormat) -> list[int]:
+    """Ids of a record's prompt: what training, scoring and generation give to the model.
 
     Raises:
-      UserError: the record cannot be written in this template.
+      UserError: the record cannot be written in the format's template; naming the record's row.
     """
-    if template == "chat":
-        return encode_chat(tokenizer, prompt_messages(record))
-    return encode_prompt(tokenizer, prompt_text(record))
+    with naming(record):
+        if prompt_format.template == "chat":
+            return encode_chat(tokenizer, prompt_messages(record), time=prompt_format.time)
+        return encode_prompt(tokenizer, prompt_text(record), prompt_format.special_tokens)
 
 
 def encode_example(
-    tokenizer: Any, record: Record, eos_ids: Sequence[int], max_length: int, template: str = "alpaca"
+    tokenizer: Any, record: Record, eos_ids: Sequence[int], max_length: int, prompt_format: PromptFormat
 ) -> Example | None:
     """An encoded record, or None where it is longer than ``max_length`` tokens.
 
@@ -84,16 +101,17 @@ def encode_example(
     Args:
       eos_ids: tokens that end an answer, at least one. ``alpaca`` takes the first, ``chat`` the one that the
         template ends turns with.
-      template: one of ``config.TEMPLATES``.
 
     Raises:
-      UserError: the record cannot be written in this template.
+      UserError: the record cannot be written in the format's template; naming the record's row.
     """
-    if template == "chat":
-        prompt, response = encode_exchange(tokenizer, prompt_messages(record), record.output, eos_ids)
+    if prompt_format.template == "chat":
+        messages, time = prompt_messages(record), prompt_format.time
+        with naming(record):
+            prompt, response = encode_exchange(tokenizer, messages, record.output, eos_ids, time=time)
     else:
-        prompt = encode_question(tokenizer, record, template)
-        response = [*_encode_text(tokenizer, record.output), eos_ids[0]]
+        prompt = encode_question(tokenizer, record, prompt_format)
+        response = [*encode_prompt(tokenizer, record.output, "none"), eos_ids[0]]
     tokens = np.array([*prompt, *response], np.int32)
     return Example(tokens, len(prompt)) if len(tokens) <= max_length else None
 
@@ -101,20 +119,72 @@ def encode_example(
 def encode_records(
     tokenizer: Any,
     records: Sequence[Record],
-    eos_ids: Sequence[int],
+    model: ModelConfig,
     max_length: int,
-    template: str = "alpaca",
+    prompt_format: PromptFormat,
+    what: str = "",
 ) -> tuple[list[Example], int]:
     """Encode records, as :func:`encode_example` does each.
+
+    Args:
+      model: whose embeddings the tokens must have, and whose tokens end an answer.
+      what: the records are, for the error: "dev" or "training".
 
     Returns:
       The examples that fit, in order, and how many did not.
 
     Raises:
-      UserError: where none fits, or one cannot be written in this template.
+      UserError: where none fits, one cannot be written in the format's template, or one holds a token that
+        the model has no embedding of.
     """
-    encoded = [encode_example(tokenizer, record, eos_ids, max_length, template) for record in records]
-    kept = [example for example in encoded if example is not None]
+    kept, dropped = [], 0
+    for record in records:
+        example = encode_example(tokenizer, record, model.eos_ids, max_length, prompt_format)
+        if example is None:
+            dropped += 1
+            continue
+        with naming(record):
+            require_embedded(tokenizer, example.tokens, model.vocab_size)
+        kept.append(example)
     if not kept:
-        raise UserError(f"all {len(records)} rows are longer than data.max_length {max_length} tokens")
-    return kept, len(encoded) - len(kept)
+        kind = f"{what} rows" if what else "rows"
+        raise UserError(f"all {len(records)} {kind} are longer than data.max_length {max_length} tokens")
+    return kept, dropped
+
+
+def token_fingerprint(examples: Sequence[Example]) -> str:
+    """SHA-256 over the token ids of examples in their order: what a model is really given of the rows."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.prompt_length} {len(example.tokens)}\0".encode())
+        digest.update(example.tokens.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def require_embedded(tokenizer: Any, ids: Sequence[int] | np.ndarray, vocab_size: int) -> None:
+    """Refuse tokens that a model has no embedding of: an accelerator would read another one in silence.
+
+    Args:
+      vocab_size: V, rows of the model's embedding.
+
+    Raises:
+      UserError: naming the first such id.
+    """
+    found = np.asarray(ids)
+    beyond = found[(found < 0) | (found >= vocab_size)]
+    if beyond.size:
+        first = int(beyond[0])
+        text = tokenizer.convert_ids_to_tokens(first) if 0 <= first < 2**31 else None
+        named = f"token {first}" if text is None else f"token {first} ({text!r})"
+        raise UserError(f"{named}: expected 0 to {vocab_size - 1}")
+
+
+@contextmanager
+def naming(record: Record) -> Iterator[None]:
+    """Put the row of a record before what is wrong with it."""
+    try:
+        yield
+    except UserError as error:
+        if not record.where:
+            raise
+        raise UserError(f"{record.where}: {error}") from None

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.source import weight_files
-from milora_jax.doctor.findings import FAIL, OK, Finding
+from milora_jax.data.tokens import encode_prompt
+from milora_jax.doctor.findings import FAIL, OK, WARN, Finding
 from milora_jax.doctor.subject import Subject
 
 SHOWN = 12
 """Letters of a fingerprint that are shown; two bases with the same ones are not met."""
+
+FEW_BEYOND = 64
+"""Tokens without an embedding that a published tokenizer may have, for images or padding, as Gemma 3's."""
 
 
 def base_findings(subject: Subject) -> Iterator[Finding]:
@@ -33,13 +38,31 @@ def base_findings(subject: Subject) -> Iterator[Finding]:
 
 
 def tokenizer_findings(subject: Subject) -> Iterator[Finding]:
-    """Whether every token that the tokenizer can give has a place in the model's vocabulary."""
+    """Whether the tokens that the tokenizer can give have embeddings, and what it puts around a text."""
     tokenizer, model = subject.tokenizer, subject.model
-    if len(tokenizer) > model.vocab_size:
-        said = f"{len(tokenizer)} tokens for a model of {model.vocab_size}: it is another model's tokenizer"
-        yield Finding(FAIL, "tokenizer", said)
-        return
+    beyond = sum(token >= model.vocab_size for token in tokenizer.get_vocab().values())
+    if beyond:
+        said = f"{beyond} of {len(tokenizer)} tokens have no embedding, the model has {model.vocab_size}"
+        few = beyond <= FEW_BEYOND
+        do = "rows that hold one are refused" if few else "it is another model's tokenizer"
+        yield Finding(WARN if few else FAIL, "tokenizer", f"{said}: {do}")
+        if not few:
+            return
     ends = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} {i}" for i in model.eos_ids)
-    bos = tokenizer.bos_token_id
-    begin = "no beginning-of-sequence token" if bos is None else f"begins with {tokenizer.bos_token!r} {bos}"
+    rule = subject.config.data.special_tokens
+    before, after = around_a_text(tokenizer, rule)
+    if after:
+        said = f"data.special_tokens={rule} ends every prompt with {' '.join(after)}"
+        yield Finding(WARN, "tokenizer", f"{said}: data.special_tokens=bos leaves it away")
+    begin = f"prompts begin with {' '.join(before)}" if before else "nothing is put before a prompt"
     yield Finding(OK, "tokenizer", f"{len(tokenizer)} tokens, {begin}, answers end with {ends}")
+
+
+def around_a_text(tokenizer: Any, special_tokens: str) -> tuple[list[str], list[str]]:
+    """The tokens that a rule of ``prompt_format.PromptFormat`` puts before and behind a text."""
+    bare, ids = (encode_prompt(tokenizer, "x", rule) for rule in ("none", special_tokens))
+    starts = [i for i in range(len(ids)) if ids[i : i + len(bare)] == bare]
+    start = starts[0] if starts else 0
+    parts = ids[:start], ids[start + len(bare) :]
+    before, after = (list(map(str, tokenizer.convert_ids_to_tokens(part))) for part in parts)
+    return before, after

@@ -12,7 +12,7 @@ import numpy as np
 from milora_jax.cli import Console
 from milora_jax.data.batches import collate
 from milora_jax.data.records import Record, Source, parse_sources, read_records
-from milora_jax.data.tokens import Example, encode_example, encode_question
+from milora_jax.data.tokens import Example, encode_example, encode_question, naming, require_embedded
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding, guarded
 from milora_jax.doctor.subject import Subject
 from milora_jax.evaluation.tasks import require_golds, rule_for
@@ -67,9 +67,12 @@ def token_findings(subject: Subject) -> Iterator[Finding]:
             for record in _all_of(subject, split):
                 # However long: it is told how long the rows are that are dropped.
                 made = encode_example(
-                    subject.tokenizer, record, model.eos_ids, sys.maxsize, config.data.template
+                    subject.tokenizer, record, model.eos_ids, sys.maxsize, config.data.prompt_format
                 )
-                encoded += [made] if made is not None else []
+                if made is not None:
+                    with naming(record):
+                        require_embedded(subject.tokenizer, made.tokens, model.vocab_size)
+                    encoded.append(made)
                 bar.advance(1)
             subject.examples[split] = encoded
             if encoded:
@@ -78,7 +81,7 @@ def token_findings(subject: Subject) -> Iterator[Finding]:
         room = model.max_positions - config.eval.max_new_tokens
         prompts = []
         for record in _all_of(subject, "test"):
-            prompts.append(len(encode_question(subject.tokenizer, record, config.data.template)))
+            prompts.append(len(encode_question(subject.tokenizer, record, config.data.prompt_format)))
             bar.advance(1)
         if prompts:
             yield prompt_finding(prompts, room)

@@ -55,6 +55,7 @@ def evaluate_base(
         "base": run.base_fingerprint,
         "end_tokens": sorted(run.model.eos_ids),
         "eval": run.config.to_dict()["eval"],
+        "prompt_format": run.config.data.prompt_format.to_dict(),
     }
     if path.is_file() and (saved := read_json(path)).get("key") == key:
         return saved["accuracy"]
@@ -113,7 +114,7 @@ def score_tests(
             task,
             records,
             run.config.eval,
-            template=run.config.data.template,
+            prompt_format=run.config.data.prompt_format,
             prefill_rows=prefill_rows,
             place=run.place,
             progress=advance,
@@ -190,7 +191,7 @@ def write_report(
     if scores:
         record = next(iter(run.tests.values()))[0]
         first = scores[0].predictions[0]
-        prompt = shown_prompt(run.tokenizer, record, run.config.data.template)
+        prompt = shown_prompt(run.tokenizer, record, run.config.data.prompt_format)
         print(f"\nprompt:\n{prompt}\nanswer:\n{first.generated}\n")
         print(accuracy_table(before, after))
     print(

@@ -52,7 +52,8 @@ class Harness:
       max_length: longest context and continuation in tokens; 0 is the model's positions. More is cut on the
         left, as lm_eval does.
       max_gen_toks: longest answer where a task does not say.
-      add_bos_token: whether a text begins with a beginning-of-sequence token, as a prompt does in training.
+      add_bos_token: True or False: whether a text begins with a beginning-of-sequence token. Default: by the
+        rule that the adapter was trained with; of a base, and of most adapters, the tokenizer's own.
       seed: of sampled answers.
     """
 
@@ -69,13 +70,14 @@ class Harness:
         batch_size: int = 8,
         max_length: int = 0,
         max_gen_toks: int = 256,
-        add_bos_token: bool = True,
+        add_bos_token: bool | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_gen_toks", max_gen_toks, 1)):
             require(isinstance(value, int) and value >= least, name, value, f"a whole number from {least}")
-        require(isinstance(add_bos_token, bool), "add_bos_token", add_bos_token, "True or False")
+        said = add_bos_token is None or isinstance(add_bos_token, bool)
+        require(said, "add_bos_token", add_bos_token, "True or False")
         fits = isinstance(seed, int) and 0 <= seed <= LARGEST_SEED
         require(fits, "seed", seed, f"a whole number from 0 to {LARGEST_SEED}")
         if template:
@@ -87,7 +89,10 @@ class Harness:
         require(fits, "max_length", max_length, f"2 to the model's {most} positions")
         self.tokenizer = self.tuned.tokenizer
         self.max_length, self.batch_size = max_length or most, batch_size
-        self._max_gen_toks, self._bos, self._seed = max_gen_toks, add_bos_token, seed
+        self._max_gen_toks, self._seed = max_gen_toks, seed
+        self._special_tokens = self.tuned.prompt_format.special_tokens
+        if add_bos_token is not None:
+            self._special_tokens = "bos" if add_bos_token else "none"
         self._chats: dict[str, tuple[tuple[Message, ...], str]] = {}
 
     @property
@@ -108,7 +113,7 @@ class Harness:
         lm_eval asks for it where contexts are chats. Which chat a context was is not in that cache, and
         without it the context would be plain text: no two models share it.
         """
-        return f"{self.tuned.name.replace('/', '__')}-{self.tuned.template}-{uuid.uuid4().hex}"
+        return f"{self.tuned.name.replace('/', '__')}-{self.tuned.prompt_format.template}-{uuid.uuid4().hex}"
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval writes into its results beside the arguments."""
@@ -120,28 +125,31 @@ class Harness:
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
-        """Ids of a text: as a prompt of training, or of one that :meth:`apply_chat_template` wrote, as
-        a chat is encoded there.
+        """Ids of a text: as lm_eval's ``hf`` gives them, or of one that :meth:`apply_chat_template` wrote, as
+        a chat is encoded in training.
 
         Args:
-          add_special_tokens: False leaves out the beginning-of-sequence token.
+          add_special_tokens: False puts no special tokens around the text.
         """
         if string in self._chats:
             asked, begun = self._chats[string]
-            if self.tuned.template == "chat":
-                prompt = encode_chat(self.tokenizer, asked)
+            written = self.tuned.prompt_format
+            if written.template == "chat":
+                prompt = encode_chat(self.tokenizer, asked, time=written.time)
             else:
-                prompt = encode_prompt(self.tokenizer, prompt_text(_instruction(asked)))
+                text = prompt_text(_instruction(asked))
+                prompt = encode_prompt(self.tokenizer, text, written.special_tokens)
             return prompt + (self.tok_encode(begun, add_special_tokens=False) if begun else [])
-        ids = encode_prompt(self.tokenizer, string)
-        has_bos = self.tokenizer.bos_token_id is not None
-        return ids[1:] if has_bos and not (self._bos and add_special_tokens is not False) else ids
+        rule = "none" if add_special_tokens is False else self._special_tokens
+        return encode_prompt(self.tokenizer, string, rule, parse_special_tokens=True)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The text of the template that :meth:`apply_chat_template` follows, for lm_eval's records."""
         if not chat_template:
             return None
-        return template_source(self.tokenizer) if self.tuned.template == "chat" else WITHOUT_INPUT
+        return (
+            template_source(self.tokenizer) if self.tuned.prompt_format.template == "chat" else WITHOUT_INPUT
+        )
 
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
@@ -157,8 +165,8 @@ class Harness:
         messages = tuple(Message(each["role"], each["content"]) for each in chat_history)
         begun = "" if add_generation_prompt else messages[-1].content
         asked = messages if add_generation_prompt else messages[:-1]
-        if self.tuned.template == "chat":
-            text = render_chat(self.tokenizer, asked) + begun
+        if self.tuned.prompt_format.template == "chat":
+            text = render_chat(self.tokenizer, asked, time=self.tuned.prompt_format.time) + begun
         else:
             text = prompt_text(_instruction(asked)) + begun
         self._chats[text] = (asked, begun)
@@ -174,7 +182,7 @@ class Harness:
                 after = self.tok_encode(continuation, add_special_tokens=False)
             return before or [self.prefix_token_id], after
         ids = self.tok_encode(context)
-        if self.tuned.template == "chat":
+        if self.tuned.prompt_format.template == "chat":
             # In its place: a tokenizer may put a space before a text that stands alone.
             texts = (context, context + continuation)
             before, whole = (self.tokenizer.encode(text, add_special_tokens=False) for text in texts)

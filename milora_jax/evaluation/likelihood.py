@@ -109,6 +109,10 @@ def log_likelihoods(
     Yields:
       What became of the passages of a batch, by their place in ``passages``.
     """
+    for passage in passages:
+        most, least = max(passage.tokens), min(passage.tokens)
+        fits = least >= 0 and most < config.vocab_size
+        require(fits, "a token", most if least >= 0 else least, f"0 to {config.vocab_size - 1}")
     spread = spread_over(base.devices)
     order = sorted(range(len(passages)), key=lambda i: (-len(passages[i].tokens), passages[i].tokens))
     for start in range(0, len(order), rows):

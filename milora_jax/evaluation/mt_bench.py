@@ -167,15 +167,16 @@ def turn_prompt(model: Model, turns: Sequence[str], answers: Sequence[str]) -> l
     Args:
       answers: to the turns before.
     """
-    if model.template == "chat":
+    written = model.prompt_format
+    if written.template == "chat":
         messages = [Message("user", turns[0])]
         for answer, question in zip(answers, turns[1:], strict=True):
             messages += [Message("assistant", answer), Message("user", question)]
-        return encode_chat(model.tokenizer, messages)
+        return encode_chat(model.tokenizer, messages, time=written.time)
     text = prompt_text(Record(turns[0], "", "", ""))
     for answer, question in zip(answers, turns[1:], strict=True):
         text += answer + NEXT_TURN.format(question=question)
-    return encode_prompt(model.tokenizer, text)
+    return encode_prompt(model.tokenizer, text, written.special_tokens)
 
 
 def _earlier(

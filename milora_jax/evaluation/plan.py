@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from milora_jax.data.records import Record, fingerprint, parse_sources, read_records
-from milora_jax.data.tokens import encode_question
+from milora_jax.data.tokens import encode_question, naming, require_embedded
 from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import Rule
 from milora_jax.evaluation.hub import hub_records
@@ -180,9 +180,11 @@ def questions_of(
 
 
 def _encoded(subject: Subject, task: str, asked: Questions) -> list[list[int]]:
-    template, room = subject.template, subject.config.max_positions - asked.max_new_tokens
-    prompts = [encode_question(subject.tokenizer, record, template) for record in asked.records]
-    for row, ids in enumerate(prompts):
+    written, room = subject.prompt_format, subject.config.max_positions - asked.max_new_tokens
+    prompts = [encode_question(subject.tokenizer, record, written) for record in asked.records]
+    for row, (record, ids) in enumerate(zip(asked.records, prompts, strict=True)):
+        with naming(record):
+            require_embedded(subject.tokenizer, ids, subject.config.vocab_size)
         if len(ids) > room:
             raise UserError(
                 f"{task}: the prompt of row {row} has {len(ids)} tokens, expected at most {room} "

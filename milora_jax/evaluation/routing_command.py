@@ -95,7 +95,7 @@ def _route(named: Named, sources: Sequence[Source], limit: int, rows: int) -> di
         raise UserError("a plain base has no routes: expected --workdir DIR, or --adapter DIR and --base DIR")
     require_router(adapter, named.adapter)
     prompts = {
-        task: [encode_question(subject.tokenizer, record, subject.template) for record in mine]
+        task: [encode_question(subject.tokenizer, record, subject.prompt_format) for record in mine]
         for task, mine in records.items()
     }
     console, model = Console(), subject.load()

@@ -22,6 +22,7 @@ from milora_jax.evaluation.statistics import Interval, wilson_interval
 from milora_jax.evaluation.tasks import rule_for
 from milora_jax.generation.text import Answer, generate
 from milora_jax.model_config import ModelConfig
+from milora_jax.prompt_format import PromptFormat
 from milora_jax.storage.files import write_atomic
 from milora_jax.types import LETTERS, Batch
 
@@ -137,7 +138,7 @@ def score_task(
     records: list[Record],
     settings: EvalSection,
     *,
-    template: str = "alpaca",
+    prompt_format: PromptFormat,
     prefill_rows: int = 1,
     place: Callable[[Batch], Batch] = jax.device_put,
     progress: Callable[[int], None] | None = None,
@@ -147,7 +148,7 @@ def score_task(
     Args:
       base, adapter: decoding is fastest with both in the decode layout.
       settings: limit, batch size, longest answer.
-      template: that the adapter was trained with, one of ``config.TEMPLATES``.
+      prompt_format: that the adapter was trained with.
     """
     rule = rule_for(task, [record.answer for record in records])
     records = limited(records, settings.limit)
@@ -155,7 +156,7 @@ def score_task(
         base,
         config,
         tokenizer,
-        [encode_question(tokenizer, record, template) for record in records],
+        [encode_question(tokenizer, record, prompt_format) for record in records],
         adapter=adapter,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,

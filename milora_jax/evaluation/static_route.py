@@ -27,6 +27,7 @@ from milora_jax.data.tokens import Example, encode_question, encode_records
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
 from milora_jax.model_config import ModelConfig
+from milora_jax.prompt_format import PromptFormat
 from milora_jax.shapes import Float
 from milora_jax.storage.fixed import static_lora
 from milora_jax.training.loss import summed_loss
@@ -41,14 +42,14 @@ class Model:
 
     Attributes:
       base: in the decode layout.
-      template: one of ``config.TEMPLATES``, as the adapter was tuned with.
+      prompt_format: that the adapter was trained with.
       batch_size: rows of a batch.
     """
 
     base: Base
     config: ModelConfig
     tokenizer: Any
-    template: str
+    prompt_format: PromptFormat
     batch_size: int
 
 
@@ -147,7 +148,7 @@ def static_report(
     static = static_lora(adapter, route.weights)
     nothing = static_lora(adapter, np.zeros_like(route.weights))
     examples, dropped = encode_records(
-        model.tokenizer, records, model.config.eos_ids, max_length, model.template
+        model.tokenizer, records, model.config, max_length, model.prompt_format
     )
     say(f"dev perplexity of base, routed adapter and static route ({len(examples)} rows)")
     base, routed, fixed = (
@@ -180,7 +181,7 @@ def _loss(adapter: Adapter, base: Base, batch: Any, config: ModelConfig) -> tupl
 
 
 def _answers(model: Model, adapter: Adapter, records: Sequence[Record], settings: GenerationSettings) -> list:
-    prompts = [encode_question(model.tokenizer, record, model.template) for record in records]
+    prompts = [encode_question(model.tokenizer, record, model.prompt_format) for record in records]
     return generate(
         model.base,
         model.config,

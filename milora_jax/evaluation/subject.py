@@ -7,6 +7,7 @@ Read in three steps, so that each mistake is told before time is spent on it: wh
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from milora_jax.data.chat import template_source
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
+from milora_jax.prompt_format import PromptFormat
 from milora_jax.storage.adapters import read_adapter, require_its_base
 from milora_jax.storage.workdir import CONFIG_NAME, read_workdir_config
 
@@ -43,7 +45,9 @@ class Named:
       base: directory or name of the base, see ``base.source``.
       dtype: of the base.
       quantize: of the base; "" is as the adapter's was when it was trained, and none without an adapter.
-      template: one of ``config.TEMPLATES``; "" is the tokenizer's own where it has one, else ``alpaca``.
+      prompt_format: of the run; None where there is no run, for the adapter's.
+      template: that was asked for; "" is that of ``prompt_format``.
+      otherwise: the template where none is known; "" is the tokenizer's own, or ``alpaca`` without one.
       tests: the run's ``data.test``.
       eval: the run's settings of evaluations; None where there is no run.
     """
@@ -52,7 +56,9 @@ class Named:
     base: str
     dtype: str
     quantize: str
+    prompt_format: PromptFormat | None
     template: str
+    otherwise: str
     tests: str
     eval: EvalSection | None
 
@@ -64,7 +70,7 @@ class Model:
     Attributes:
       name: of the base, as it was given.
       base, adapter: in the decode layout; without an adapter the plain base.
-      template: that prompts are worded with, one of ``config.TEMPLATES``.
+      prompt_format: how prompts are written for it.
     """
 
     name: str
@@ -72,7 +78,7 @@ class Model:
     config: ModelConfig
     tokenizer: Any
     adapter: Adapter | None
-    template: str
+    prompt_format: PromptFormat
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Subject:
     Attributes:
       adapter: as it is stored, in the stacked layout.
       settings: of the adapter; empty without one.
-      template: one of ``config.TEMPLATES``.
+      prompt_format: how prompts are written for it.
     """
 
     named: Named
@@ -92,12 +98,12 @@ class Subject:
     adapter: Adapter | None
     settings: Mapping[str, Any]
     quantize: str
-    template: str
+    prompt_format: PromptFormat
 
     @property
     def chat_template(self) -> str:
         """Program text of the chat template that words prompts; "" where none does."""
-        return template_source(self.tokenizer) if self.template == "chat" else ""
+        return template_source(self.tokenizer) if self.prompt_format.template == "chat" else ""
 
     def fingerprint(self) -> str:
         """SHA-256 of the adapter's settings and parameters; "" without one."""
@@ -117,7 +123,7 @@ class Subject:
             "base": base_fingerprint(self.directory),
             "dtype": self.named.dtype,
             "quantize": self.quantize,
-            "template": self.template,
+            "prompt_format": self.prompt_format.to_dict(),
             "chat_template": hashlib.sha256(self.chat_template.encode()).hexdigest()[:16],
             "end_tokens": sorted(self.config.eos_ids),  # of a file that the base's fingerprint leaves out
         }
@@ -130,7 +136,7 @@ class Subject:
                 self.directory, named.dtype, decode=True, quantize=self.quantize, progress=progress
             )
         adapter = None if self.adapter is None else adapter_decode_layout(self.adapter, base)
-        return Model(named.base, base, config, self.tokenizer, adapter, self.template)
+        return Model(named.base, base, config, self.tokenizer, adapter, self.prompt_format)
 
 
 def named_subject(
@@ -150,8 +156,8 @@ def named_subject(
       workdir: of ``train.py``: its base, its best adapter, its template.
       adapter: instead of it, an export, or a workdir, whose template counts as well, on ``base``.
       base: directory or name; of a workdir, where its base is now.
-      template, dtype, quantize: default: the run's; without a run ``otherwise``, see :class:`Named`, and
-        ``float32``.
+      template: default: the run's or the adapter's; where none is known ``otherwise``, see :class:`Named`.
+      dtype, quantize: default: the run's; without a run ``float32``, and as the adapter's base was kept.
       plain: leave the adapter away.
 
     Raises:
@@ -166,20 +172,23 @@ def named_subject(
             base=base or run.model.path,
             dtype=dtype or run.model.dtype,
             quantize=quantize or (run.model.quantize if plain else ""),
-            template=template or run.data.template,
+            prompt_format=run.data.prompt_format,
+            template=template or "",
+            otherwise=otherwise,
             tests=run.data.test,
             eval=run.eval,
         )
     if not base:
         raise UserError("there is no base: expected a workdir, or a base and perhaps an adapter on it")
-    if adapter and not template and (Path(adapter) / CONFIG_NAME).is_file():
-        template = read_workdir_config(Path(adapter)).data.template
+    is_run = adapter and (Path(adapter) / CONFIG_NAME).is_file()
     return Named(
         adapter=None if plain or not adapter else Path(adapter),
         base=str(base),
         dtype=dtype or "float32",
         quantize=quantize or "",
-        template=template or otherwise,
+        prompt_format=read_workdir_config(Path(adapter)).data.prompt_format if adapter and is_run else None,
+        template=template or "",
+        otherwise=otherwise,
         tests="",
         eval=None,
     )
@@ -197,6 +206,10 @@ def read_subject(named: Named) -> Subject:
         adapter, metadata = read_adapter(named.adapter)
         kept, settings = require_its_base(metadata, named.adapter, directory), metadata["adapter"]
     tokenizer = load_tokenizer(str(directory))
+    known = PromptFormat(template="") if adapter is None else adapter.prompt_format
+    known = named.prompt_format or known
+    own = "chat" if tokenizer.chat_template else "alpaca"
+    template = named.template or known.template or named.otherwise or own
     return Subject(
         named=named,
         directory=directory,
@@ -205,5 +218,5 @@ def read_subject(named: Named) -> Subject:
         adapter=adapter,
         settings=settings,
         quantize=named.quantize or kept,
-        template=named.template or ("chat" if tokenizer.chat_template else "alpaca"),
+        prompt_format=dataclasses.replace(known, template=template),
     )

@@ -24,10 +24,11 @@ from milora_jax.data.chat import Message
 from milora_jax.data.conversations import chat_field, read_chat
 from milora_jax.data.prompts import prompt_messages
 from milora_jax.data.records import Record
-from milora_jax.data.tokens import encode_question, load_tokenizer
+from milora_jax.data.tokens import encode_prompt, encode_question, load_tokenizer
 from milora_jax.errors import EXIT_BAD_INPUT, UserError, run_command
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import Answer, generate
+from milora_jax.prompt_format import PromptFormat
 
 _HELP = {
     "max_new_tokens": "longest continuation in tokens",
@@ -114,12 +115,12 @@ def _record(where: str, line: str) -> Record:
 
 
 def in_template(
-    tokenizer: Any, given: str | Record, template: str, system: str | None, raw: bool
+    tokenizer: Any, given: str | Record, written: PromptFormat, system: str | None, raw: bool
 ) -> str | list[int]:
     """A prompt as ``generate`` takes it.
 
     Args:
-      template: one of ``config.TEMPLATES``.
+      written: how prompts are written for the adapter.
       system: a message that a chat begins with.
       raw: leave texts as they are.
 
@@ -128,7 +129,8 @@ def in_template(
     """
     if isinstance(given, str):
         if raw or not given.strip():
-            return given
+            # As vLLM and Hugging Face read a prompt that the caller has written out.
+            return encode_prompt(tokenizer, given, written.special_tokens, parse_special_tokens=True)
         given = Record(given.strip(), "", "", "")
     if system is not None:
         if given.messages and given.messages[0].role == "system":
@@ -136,7 +138,7 @@ def in_template(
                 "--system is given, and a chat begins with a system message: expected one of them"
             )
         given = dataclasses.replace(given, messages=(Message("system", system), *prompt_messages(given)))
-    return encode_question(tokenizer, given, template)
+    return encode_question(tokenizer, given, written)
 
 
 def main() -> None:
@@ -155,18 +157,14 @@ def main() -> None:
         raise UserError("command line: expected --raw, or --chat and --system")
     given = read_prompts(arguments)
     directory, dtype, adapter_path = arguments.base, arguments.dtype or "float32", arguments.adapter
-    template = "chat" if arguments.chat else "alpaca"
+    written = None
     if arguments.workdir is not None:
         from milora_jax.storage.workdir import read_workdir_config
 
         run = read_workdir_config(arguments.workdir)
         directory, dtype = run.model.path, arguments.dtype or run.model.dtype
         adapter_path = arguments.adapter or arguments.workdir
-        template = "chat" if arguments.chat else run.data.template
-    if arguments.system is not None and template != "chat":
-        raise UserError(
-            "command line: --system is of chats: expected --chat, or a run with data.template=chat"
-        )
+        written = run.data.prompt_format
     adapter, quantize = None, "none"
     directory = model_directory(directory)
     if adapter_path is not None:
@@ -174,8 +172,16 @@ def main() -> None:
 
         adapter, metadata = read_adapter(adapter_path)
         quantize = require_its_base(metadata, adapter_path, directory)
+    known = PromptFormat() if adapter is None else adapter.prompt_format
+    known = written or known
+    template = "chat" if arguments.chat else known.template or "alpaca"
+    written = dataclasses.replace(known, template=template)
+    if arguments.system is not None and template != "chat":
+        raise UserError(
+            "command line: --system is of chats: expected --chat, or a run with data.template=chat"
+        )
     tokenizer = load_tokenizer(str(directory))
-    prompts = [in_template(tokenizer, each, template, arguments.system, arguments.raw) for each in given]
+    prompts = [in_template(tokenizer, each, written, arguments.system, arguments.raw) for each in given]
     quantize = arguments.quantize or quantize
     with Console().loading("base") as progress:
         base, config = load_base(directory, dtype, decode=True, quantize=quantize, progress=progress)

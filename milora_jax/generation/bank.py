@@ -16,6 +16,7 @@ from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
+from milora_jax.prompt_format import PromptFormat
 from milora_jax.shapes import Array, Int
 from milora_jax.types import PyTree
 
@@ -48,6 +49,7 @@ class Bank:
     Attributes:
       tenants: what decoding reads.
       names: slot by tenant's name.
+      prompt_formats: how prompts are written for each tenant, by name.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Bank:
         path = path or choose_path(method, slots, jax.default_backend())
         require(path in PATHS and path != "one", "path", path, f"one of {', '.join(PATHS[1:])}")
         self.slots, self.rank, self.names = slots, rank, dict[str, int]()
+        self.prompt_formats: dict[str, PromptFormat] = {}
         one = jax.eval_shape(lambda: self._prepared(like, path))
         empty = jax.tree.map(
             lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype, device=base.everywhere), one
@@ -91,6 +94,7 @@ class Bank:
             slot = free[0]
         require(0 <= slot < self.slots, "slot", slot, f"0 to {self.slots - 1}")
         self.place(prepared, slot)
+        self.prompt_formats[name] = adapter.prompt_format
         self.names = {other: place for other, place in self.names.items() if place != slot}
         self.names[name] = slot
         return slot

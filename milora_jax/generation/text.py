@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -14,7 +14,8 @@ from milora_jax.adapters.registry import adapter_shape
 from milora_jax.adapters.tenants import Tenants
 from milora_jax.base.modules import Base, decode_layout
 from milora_jax.base.transformer import adapter_decode_layout
-from milora_jax.data.tokens import encode_prompt
+from milora_jax.data.chat import Message, Messages, encode_chat
+from milora_jax.data.tokens import encode_prompt, require_embedded
 from milora_jax.errors import UserError, require
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.beam import Found, beam_search
@@ -23,7 +24,11 @@ from milora_jax.generation.request import Request, TokenLogprobs, require_served
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.stream import TextStream
 from milora_jax.model_config import ModelConfig
+from milora_jax.prompt_format import PromptFormat
 from milora_jax.types import Batch
+
+Prompt: TypeAlias = str | Sequence[int] | Messages
+"""A text, its token ids, or a chat."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def generate(
     base: Base,
     config: ModelConfig,
     tokenizer: Any,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     adapter: Adapter | None = None,
     bank: Bank | None = None,
@@ -82,6 +87,7 @@ def generate(
     batch_size: int = 8,
     prefill_rows: int = 1,
     merge: bool = False,
+    parse_special_tokens: bool = True,
     return_errors: bool = False,
     place: Callable[[Batch], Batch] = jax.device_put,
     progress: Callable[[int], None] | None = None,
@@ -92,8 +98,9 @@ def generate(
     Args:
       base: from ``load_base``; turned into the decode layout where it is not yet.
       tokenizer: from ``milora_jax.data.tokens.load_tokenizer``.
-      prompts: full prompt texts, as ``milora_jax.data.prompts.prompt_text`` gives, or token ids, as
-        ``milora_jax.data.chat.encode_chat`` gives.
+      prompts: full prompt texts; token ids; or chats, lists of messages with ``role`` and ``content``, which
+        the tokenizer's chat template writes. Special tokens are put around a text as the adapter was trained
+        with (``Adapter.prompt_format``); without one, by the tokenizer's own rule.
       adapter: from ``load_adapter``; None, and no bank, answers with the plain base.
       bank: adapters of several tenants, instead of ``adapter``.
       tenants: with a bank, whose adapter each prompt is for.
@@ -103,6 +110,10 @@ def generate(
       prefill_rows: prompts of like length that are prefilled together.
       merge: after a prompt's prefill, fold its chosen experts into a private copy of the weights; prompts
         are then continued one after the other, see ``generation.merge``.
+      parse_special_tokens: read special tokens that are written in texts, as Hugging Face's tokenizers and
+        vLLM do: right for a chat that ``apply_chat_template`` rendered. Give False for texts that hold what
+        somebody else has typed, which could otherwise end a turn and begin another. Chats need no flag: their
+        contents are never read so.
       return_errors: give an answer with an error for a prompt that cannot be served, and serve the
         others, instead of raising.
       place: puts a prefill batch on the devices; the default takes the first device.
@@ -139,7 +150,12 @@ def generate(
     for i, (prompt, mine) in enumerate(zip(prompts, each, strict=True)):
         try:
             slot = 0 if bank is None else bank.slot_of(tenants[i])
-            work[i] = _Job(_encode(config, tokenizer, prompt, mine, batch_size), mine, slot)
+            written = PromptFormat() if adapter is None else adapter.prompt_format
+            if bank is not None:
+                written = bank.prompt_formats[tenants[i]]
+            ids = prompt_ids(tokenizer, prompt, written, parse_special_tokens)
+            require_room(config, tokenizer, ids, mine, batch_size)
+            work[i] = _Job(ids, mine, slot)
         except UserError as error:
             if not return_errors:
                 raise UserError(f"prompt {i}: {error}") from None
@@ -277,16 +293,43 @@ def _continued(tokenizer: Any, found: Found, settings: GenerationSettings) -> Co
     return Continuation(text.text, found.tokens, found.finish)
 
 
-def _encode(
-    config: ModelConfig, tokenizer: Any, prompt: str | Sequence[int], settings: GenerationSettings, rows: int
+def prompt_ids(
+    tokenizer: Any, prompt: Prompt, prompt_format: PromptFormat, parse_special_tokens: bool
 ) -> list[int]:
-    """Token ids of a prompt that can be served."""
-    if not (prompt.strip() if isinstance(prompt, str) else prompt):
+    """Token ids of a text, of ids, or of a chat.
+
+    Args:
+      prompt_format: of the adapter that is to answer.
+      parse_special_tokens: see :func:`generate`.
+
+    Raises:
+      UserError: the prompt is empty, or cannot be written.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise UserError("the prompt is empty")
+        rule = prompt_format.special_tokens
+        return encode_prompt(tokenizer, prompt, rule, parse_special_tokens=parse_special_tokens)
+    if not len(prompt):
         raise UserError("the prompt is empty")
-    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
-    wrong = [token for token in ids if not 0 <= token < config.vocab_size]
-    if wrong:
-        raise UserError(f"the prompt holds token {wrong[0]}: expected 0 to {config.vocab_size - 1}")
+    if isinstance(prompt[0], (Message, Mapping)):
+        return encode_chat(tokenizer, cast(Messages, prompt), time=prompt_format.time)
+    return [int(token) for token in cast(Sequence[int], prompt)]
+
+
+def require_room(
+    config: ModelConfig, tokenizer: Any, ids: Sequence[int], settings: GenerationSettings, rows: int
+) -> None:
+    """Refuse a prompt that cannot be served.
+
+    Raises:
+      UserError: it holds a token that the model has no embedding of, leaves no room for its answer, or its
+        settings are out of range.
+    """
+    try:
+        require_embedded(tokenizer, ids, config.vocab_size)
+    except UserError as error:
+        raise UserError(f"the prompt holds {error}") from None
     room = config.max_positions - settings.max_new_tokens
     if len(ids) > room:
         raise UserError(
@@ -294,7 +337,6 @@ def _encode(
             f"({config.max_positions} positions less {settings.max_new_tokens} new tokens)"
         )
     require_served(config, settings, rows)
-    return ids
 
 
 def _said(shape: Shape) -> str:

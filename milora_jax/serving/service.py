@@ -14,12 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from milora_jax.data.chat import encode_chat
-from milora_jax.data.tokens import encode_prompt
 from milora_jax.errors import UserError
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.request import TokenLogprobs
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.stream import TextStream
+from milora_jax.generation.text import prompt_ids
+from milora_jax.prompt_format import PromptFormat
 from milora_jax.serving.door import Door
 from milora_jax.serving.keys import Tenant
 from milora_jax.serving.limits import Limits
@@ -162,7 +163,9 @@ class Service:
         """
         with self._held(tenant, asked.model) as entry:
             self._require_short(asked)
-            ids = await asyncio.get_running_loop().run_in_executor(self._encoding, self._encode, asked)
+            ids = await asyncio.get_running_loop().run_in_executor(
+                self._encoding, self._encode, asked, PromptFormat() if entry is None else entry.prompt_format
+            )
             default = COMPLETION_TOKENS if isinstance(asked, Completion) else 0
             settings = asked.settings(self.limits, len(ids), self.engine.slots, default)
             try:
@@ -233,12 +236,16 @@ class Service:
                 "context_length_exceeded",
             )
 
-    def _encode(self, asked: Completion | Chat) -> list[int]:
+    def _encode(self, asked: Completion | Chat, written: PromptFormat) -> list[int]:
+        """Ids of a prompt, as the adapter was trained on them.
+
+        As in vLLM, special tokens are read in the prompt of a completion, which its client has written out,
+        and never in the contents of a chat, which somebody else may have typed.
+        """
         try:
             if isinstance(asked, Chat):
-                return encode_chat(self._encoder, asked.chat(self.limits))
-            prompt = asked.prompt
-            return encode_prompt(self._encoder, prompt) if isinstance(prompt, str) else list(prompt)
+                return encode_chat(self._encoder, asked.chat(self.limits), time=written.time)
+            return prompt_ids(self._encoder, asked.prompt, written, parse_special_tokens=True)
         except UserError as error:
             raise bad_request(f"{error}.") from None
 

@@ -25,6 +25,7 @@ from milora_jax.base.modules import Base
 from milora_jax.errors import UserError
 from milora_jax.generation.bank import Bank
 from milora_jax.model_config import ModelConfig
+from milora_jax.prompt_format import PromptFormat
 from milora_jax.serving.keys import NAME
 from milora_jax.storage.adapters import read_adapter
 from milora_jax.types import PyTree
@@ -39,6 +40,7 @@ class Entry:
 
     Attributes:
       version: tells two contents of one name apart.
+      prompt_format: how prompts are written for it.
       prepared: as a slot of the bank holds it, in host memory; None while it lies in its directory alone.
       slot: where it is on the device; None while it is not.
       users: requests that hold it, waiting ones included: the version is kept for them.
@@ -53,6 +55,7 @@ class Entry:
     name: str
     directory: Path
     version: str
+    prompt_format: PromptFormat
     prepared: PyTree | None
     pinned: bool = False
     slot: int | None = None
@@ -106,7 +109,7 @@ class AdapterStore:
         self._clock = itertools.count(1)
         self._entries: dict[str, Entry] = {}
         # The first slot is never written: pairs of zeros change nothing, so it is the base alone.
-        nobody = Entry("", Path(), "", None, pinned=True, slot=BASE_SLOT)
+        nobody = Entry("", Path(), "", PromptFormat(), None, pinned=True, slot=BASE_SLOT)
         self._seats: list[Entry | None] = [nobody, *[None] * slots]
         read = {name: self._read(name, path) for name, path in first.items()}
         # An adapter of the highest rank decides how wide the bank is.
@@ -244,7 +247,7 @@ class AdapterStore:
 
     def _add(self, name: str, directory: Path, adapter: Adapter, pinned: bool) -> Entry:
         prepared = self._prepared(name, adapter)
-        entry = Entry(name, directory, version_of(adapter), prepared, pinned)
+        entry = Entry(name, directory, version_of(adapter), adapter.prompt_format, prepared, pinned)
         with self._lock:
             pins = sum(other.pinned for other in self._entries.values() if other.name != name)
             if pinned and pins >= len(self._seats) - 2:
@@ -302,8 +305,8 @@ class AdapterStore:
 
 
 def version_of(adapter: Adapter) -> str:
-    """A digest of an adapter's parameters: two contents of one name have two versions."""
-    digest = hashlib.sha256(json.dumps(str(adapter.method)).encode())
+    """A digest of an adapter's contents: two contents of one name have two versions."""
+    digest = hashlib.sha256(json.dumps([str(adapter.method), adapter.prompt_format.to_dict()]).encode())
     for leaf in jax.tree.leaves(adapter.params):
         values: Any = jax.device_get(leaf)
         digest.update(f"{values.shape}{values.dtype}".encode())

@@ -10,6 +10,7 @@ docs/adapters.md says which program reads which format.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     writer.add_argument("--calibration", default="", help="files whose prompts fix the route of a MiLoRA")
     writer.add_argument("--dev", default="", help="files that measure it (default: the same)")
-    writer.add_argument("--template", choices=TEMPLATES, help="of them (default: the run's, or alpaca)")
+    writer.add_argument("--template", choices=TEMPLATES, help="of them (default: the adapter's, or alpaca)")
     writer.add_argument("--limit", type=int, default=0, help="rows of each kind (default: all)")
     writer.add_argument("--max-new-tokens", type=int, default=64, help="longest greedy answer compared")
     writer.add_argument("--batch-size", type=int, default=8, help="rows computed together")
@@ -140,11 +141,11 @@ def fixed_route(arguments: argparse.Namespace) -> tuple[np.ndarray | None, dict[
     require(bool(config.eos_ids), "eos_token_id of the model", None, "a token that ends an answer")
     longest, most = min(DataSection().max_length, config.max_positions), arguments.max_new_tokens
     require(most < longest, "--max-new-tokens", most, f"below {longest}, which prompt and answer share")
-    template = arguments.template
-    if not template:
-        is_run = (arguments.workdir / CONFIG_NAME).is_file()
-        template = read_workdir_config(arguments.workdir).data.template if is_run else TEMPLATES[0]
-    model = Model(base, config, load_tokenizer(str(folder)), template, arguments.batch_size)
+    is_run = (arguments.workdir / CONFIG_NAME).is_file()
+    known = read_workdir_config(arguments.workdir).data.prompt_format if is_run else adapter.prompt_format
+    template = arguments.template or known.template or TEMPLATES[0]
+    written = dataclasses.replace(known, template=template)
+    model = Model(base, config, load_tokenizer(str(folder)), written, arguments.batch_size)
     route = calibrated_route(model, adapter, calibration, _say)
     print("\n".join(route.lines()))
     report = None

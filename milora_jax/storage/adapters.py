@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.config import QUANTIZE, Config
 from milora_jax.errors import UserError, one_of
+from milora_jax.prompt_format import UNSTORED, PromptFormat, stored_prompt_format
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata
 from milora_jax.storage.exported import (
     is_exported,
@@ -26,19 +28,25 @@ from milora_jax.storage.exported import (
 )
 from milora_jax.storage.peft import PEFT_CONFIG
 
+log = logging.getLogger("milora_jax.storage")
 
-def adapter_metadata(method: Method, shape: Shape, base_fingerprint: str, quantize: str) -> dict[str, Any]:
+
+def adapter_metadata(
+    method: Method, shape: Shape, base_fingerprint: str, quantize: str, prompt_format: PromptFormat
+) -> dict[str, Any]:
     """What is stored beside an adapter's parameters so that they can be read back alone.
 
     Args:
       base_fingerprint: of the base it was trained on, see ``base.fingerprint``.
       quantize: how that base was kept.
+      prompt_format: how the prompts were written that it was trained on.
     """
     return {
         "base_fingerprint": base_fingerprint,
         "quantize": quantize,
         "adapter": dataclasses.asdict(full_settings(method)),
         "shape": shape_values(shape),
+        "prompt_format": prompt_format.to_dict(),
     }
 
 
@@ -50,6 +58,9 @@ def load_adapter(path: str | Path) -> Adapter:
 def read_adapter(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
     """A trained adapter and what was stored beside it, every file read and checked once.
 
+    An adapter that was stored without the format of its prompts keeps the one that all adapters had then,
+    and a warning in the log says so.
+
     Args:
       path: a workdir of ``train.py`` (its best adapter is taken), a copy of its ``best`` folder, or what
         ``python -m milora_jax.storage`` has exported as ``milora`` or ``orbax``, or imported.
@@ -57,9 +68,19 @@ def read_adapter(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
     Raises:
       UserError: where there is none, or it is damaged, or holds a value that is not finite.
     """
-    if is_exported(Path(path)):
-        return read_exported(Path(path))
-    directory, step = newest_step(Path(path))
+    adapter, metadata = (read_exported if is_exported(Path(path)) else _read_step)(Path(path))
+    if adapter.prompt_format == UNSTORED:
+        log.warning(
+            "the adapter of %r does not say how its prompts were written: they begin with one "
+            "beginning-of-sequence token, as those of all adapters did then",
+            str(path),
+        )
+    return adapter, metadata
+
+
+def _read_step(path: Path) -> tuple[Adapter, dict[str, Any]]:
+    """:func:`read_adapter` of a workdir or of a folder of steps."""
+    directory, step = newest_step(path)
     root = directory.root
     metadata = checked_metadata(read_metadata(root, step), str(root / str(step)))
     shape = read_shape(metadata["shape"], str(root))
@@ -74,7 +95,8 @@ def read_adapter(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
         if not bool(jnp.isfinite(leaf).all()):
             name = jax.tree_util.keystr(key_path)
             raise UserError(f"{str(root)!r}: adapter leaf {name} holds values that are not finite")
-    return Adapter(params=params, method=method, shape=shape), metadata
+    prompt_format = stored_prompt_format(metadata.get("prompt_format"), str(root))
+    return Adapter(params, method, shape, prompt_format), metadata
 
 
 def best_metadata(path: str | Path) -> dict[str, Any]:
@@ -129,6 +151,7 @@ def checked_metadata(values: Any, where: str) -> dict[str, Any]:
             raise UserError(f"{where}: metadata has no {name}, or an ill-typed one")
     one_of(f"{where}: quantize", known["quantize"], QUANTIZE)
     read_shape(known.get("shape"), where)
+    stored_prompt_format(known.get("prompt_format"), where)
     return known
 
 

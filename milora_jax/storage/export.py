@@ -113,6 +113,7 @@ def seal(directory: Path, metadata: dict[str, Any], origin: dict[str, Any]) -> N
       metadata: of the adapter, see ``storage.adapters.adapter_metadata``.
       origin: what else to say.
     """
-    known = {name: metadata[name] for name in ("base_fingerprint", "adapter", "shape")}
+    names = ("base_fingerprint", "adapter", "shape", "prompt_format")
+    known = {name: metadata[name] for name in names if name in metadata}
     (directory / ORIGIN_FILE).write_bytes(json_bytes({**known, **origin}))
     write_manifest(directory)

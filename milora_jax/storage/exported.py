@@ -23,6 +23,7 @@ from milora_jax.adapters.router import NORMALIZE_EPS
 from milora_jax.base.json_files import parse_json_object
 from milora_jax.config import QUANTIZE, Config
 from milora_jax.errors import UserError
+from milora_jax.prompt_format import stored_prompt_format
 from milora_jax.storage.adapter_tensors import parse_tensors, write_tensors
 from milora_jax.storage.files import json_bytes
 from milora_jax.storage.manifest import DamagedError, manifest_errors, read_verified, write_manifest
@@ -47,8 +48,11 @@ EXPERTS_FILE = "experts.safetensors"
 ROUTER_FILE = "router.safetensors"
 FILES = (CONFIG_FILE, EXPERTS_FILE, ROUTER_FILE)
 
-FORMAT = 1
-"""Version of the directory's layout; a reader refuses any other."""
+FORMAT = 2
+"""Version of the directory's layout that is written. Version 1, which is read as well, has no
+``prompt_format``: an older reader, which would write prompts in one way only, refuses version 2."""
+
+READ = (1, 2)
 
 RECORDS: dict[str, type[Record]] = {
     "milora": LowRank,
@@ -92,7 +96,13 @@ def write_exported(directory: Path, adapter: Adapter, metadata: dict[str, Any]) 
     write_tensors(directory / EXPERTS_FILE, tensors)
     kept = {name: metadata[name] for name in ("base_fingerprint", "adapter", "shape")}
     quantize = metadata.get("quantize", "none")  # older adapters do not say
-    config = {"format": FORMAT, "normalize_eps": NORMALIZE_EPS, "quantize": quantize, **kept}
+    config = {
+        "format": FORMAT,
+        "normalize_eps": NORMALIZE_EPS,
+        "quantize": quantize,
+        "prompt_format": adapter.prompt_format.to_dict(),
+        **kept,
+    }
     (directory / CONFIG_FILE).write_bytes(json_bytes(config))
     write_manifest(directory)
 
@@ -117,7 +127,8 @@ def read_exported(directory: Path) -> tuple[Adapter, dict[str, Any]]:
     params = stacked_pairs(tensors[EXPERTS_FILE], shape, RECORDS[method.name])
     if isinstance(method, MiLoRA):
         params = MiLoRAParams(params, stacked_router(tensors[ROUTER_FILE], shape, method.router))
-    return Adapter(params=params, method=method, shape=shape), metadata
+    prompt_format = stored_prompt_format(metadata.get("prompt_format"), str(directory / CONFIG_FILE))
+    return Adapter(params, method, shape, prompt_format), metadata
 
 
 def read_exported_metadata(directory: Path) -> dict[str, Any]:
@@ -163,15 +174,21 @@ def parse_config(values: dict[str, Any], where: str) -> tuple[LowRankMethod, Sha
     Raises:
       UserError: by name, for a field that is missing, unknown or out of its range.
     """
-    if values.get("format") != FORMAT:
-        raise UserError(f"{where}: format is {values.get('format')!r}, this version reads {FORMAT}")
+    if values.get("format") not in READ:
+        named = " or ".join(map(str, READ))
+        raise UserError(f"{where}: format is {values.get('format')!r}, this version reads {named}")
     fields = {"format", "normalize_eps", "base_fingerprint", "quantize", "adapter", "shape"}
+    if values["format"] > 1:
+        fields.add("prompt_format")
     for name in sorted(fields ^ values.keys()):
         raise UserError(f"{where}: {name!r} is {'missing' if name in fields else 'unknown'}")
     if values["normalize_eps"] != NORMALIZE_EPS:
         raise UserError(f"{where}: normalize_eps is {values['normalize_eps']!r}, expected {NORMALIZE_EPS}")
     if not isinstance(values["base_fingerprint"], str) or values["quantize"] not in QUANTIZE:
         raise UserError(f"{where}: base_fingerprint or quantize is ill-typed")
+    if values["format"] > 1 and values["prompt_format"] is None:
+        raise UserError(f"{where}: prompt_format is null")
+    stored_prompt_format(values.get("prompt_format"), where)
     return read_method(values["adapter"], where), read_shape(values["shape"], where), values
 
 

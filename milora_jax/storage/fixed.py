@@ -111,4 +111,4 @@ def static_lora(adapter: Adapter, weights: Float[np.ndarray, "L E"]) -> Adapter:
         for i, (name, pair) in enumerate((name, adapter.params.experts[name]) for name in EXPERTS)
     }
     lora = LoRA(rank=method.rank, alpha=method.alpha, dropout=method.dropout)
-    return Adapter(params=pairs, method=lora, shape=adapter.shape)
+    return Adapter(pairs, lora, adapter.shape, adapter.prompt_format)

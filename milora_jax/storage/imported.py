@@ -14,6 +14,7 @@ from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError, require
+from milora_jax.prompt_format import PromptFormat, stored_prompt_format
 from milora_jax.storage.adapters import adapter_metadata, require_its_base
 from milora_jax.storage.export import ORIGIN_FILE, read_origin
 from milora_jax.storage.exported import write_exported
@@ -28,11 +29,18 @@ BECOMES = {"lora": ("lora", "milora"), "dora": ("dora", "midora")}
 """What a PEFT adapter of a kind may be imported as; the first is what it is."""
 
 
-def _require_ours_for(source: Path, base: Path) -> None:
-    """What we have exported ourselves must be as it was written, and be for this base."""
-    if (source / MANIFEST).exists() or (source / ORIGIN_FILE).exists():
-        verify_manifest(source)
-        require_its_base(read_origin(source), source, base)
+def _prompt_format(source: Path, base: Path) -> PromptFormat:
+    """How the prompts of a PEFT adapter were written.
+
+    What we have exported ourselves says so, must be as it was written, and be for this base. Others have no
+    template that is known, and their prompts were written by the tokenizer's own rule.
+    """
+    if not ((source / MANIFEST).exists() or (source / ORIGIN_FILE).exists()):
+        return PromptFormat(template="")
+    verify_manifest(source)
+    origin = read_origin(source)
+    require_its_base(origin, source, base)
+    return stored_prompt_format(origin.get("prompt_format"), str(source / ORIGIN_FILE))
 
 
 def import_peft(source: Path, base: Path, out: Path, method: str = "", seed: int = 0) -> list[str]:
@@ -58,7 +66,7 @@ def import_peft(source: Path, base: Path, out: Path, method: str = "", seed: int
     model = read_model_config(base)
     require_unfused(model, base)
     shape = adapter_shape(model)
-    _require_ours_for(source, base)
+    prompt_format = _prompt_format(source, base)
     settings, pairs = read_peft(source, shape)
     name = method or settings.kind
     if name not in BECOMES[settings.kind]:
@@ -83,8 +91,8 @@ def import_peft(source: Path, base: Path, out: Path, method: str = "", seed: int
         said.append(
             f"the router is fresh: it chooses {built.top_k} of 7 experts at random until it is trained"
         )
-    adapter = Adapter(params=params, method=built, shape=shape)
-    metadata = adapter_metadata(built, shape, base_fingerprint(base), "none")
+    adapter = Adapter(params, built, shape, prompt_format)
+    metadata = adapter_metadata(built, shape, base_fingerprint(base), "none", prompt_format)
     with new_directory(out) as partial:
         write_exported(partial, adapter, metadata)
     return said

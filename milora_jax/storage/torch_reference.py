@@ -2,7 +2,7 @@
 
     model = AutoModelForCausalLM.from_pretrained("MODEL_DIR", dtype=torch.float32).eval()
     reader = attach(model, "EXPORT_DIR")
-    model.generate(**tokenizer(prompt, return_tensors="pt"), do_sample=False)
+    model.generate(torch.tensor([reader.encode(tokenizer, prompt)]), do_sample=False)
 
 It reads the directory that ``python -m milora_jax.storage export --format milora`` writes (method milora or
 midora), and follows ``docs/method.md`` and the paper in torch, line by line and apart from our JAX code: the
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_jax.errors import UserError
+from milora_jax.prompt_format import stored_prompt_format
 
 MODULES = {
     "q": "self_attn.q_proj",
@@ -61,10 +62,12 @@ class Reader:
 
     Attributes:
       weights: of the experts, ``[rows, 7]`` per layer: the route of the last prompt.
+      prompt_format: how the prompts were written that the adapter was trained on.
     """
 
     def __init__(self, model: Any, config: dict, experts: dict, router: dict) -> None:
         self.settings = config["adapter"]
+        self.prompt_format = stored_prompt_format(config.get("prompt_format"), "milora_config.json")
         self.eps, self.layers = config["normalize_eps"], config["shape"]["num_layers"]
         self.router, self.weights = router, {}
         alpha, rank = self.settings["alpha"], self.settings["rank"]
@@ -94,6 +97,15 @@ class Reader:
                     raise UserError(f"module {path!r} of the model is {found}, of the adapter {widths}")
                 hook = self._expert_hook(i, place, mine)
                 self.hooks.append(module.register_forward_hook(hook))
+
+    def encode(self, tokenizer: Any, text: str) -> list[int]:
+        """Ids of a text prompt as the adapter was trained on them; special tokens in it are read.
+
+        ``tokenizer(text)`` gives the same wherever the adapter was trained by the tokenizer's own rule.
+        """
+        rule, bos = self.prompt_format.special_tokens, tokenizer.bos_token_id
+        ids = tokenizer(text, add_special_tokens=rule == "tokenizer").input_ids
+        return [bos, *ids] if rule == "bos" and bos is not None and ids[:1] != [bos] else ids
 
     def reset(self) -> None:
         """Forget the route: the next pass is a prompt, however short."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from milora_jax.config import Config
 from milora_jax.errors import UserError
+from milora_jax.prompt_format import UNSTORED
 from milora_jax.storage.files import read_json
 
 CONFIG_NAME = "config.json"
@@ -19,4 +20,8 @@ def read_workdir_config(workdir: Path) -> Config:
     """
     if not (workdir / CONFIG_NAME).is_file():
         raise UserError(f"{str(workdir)!r} is no workdir: it holds no {CONFIG_NAME}")
-    return Config.from_dict(read_json(workdir / CONFIG_NAME))
+    values = read_json(workdir / CONFIG_NAME)
+    if isinstance(values, dict) and isinstance(values.get("data"), dict):
+        # The prompts of a run from before this was a setting were written so.
+        values["data"].setdefault("special_tokens", UNSTORED.special_tokens)
+    return Config.from_dict(values)

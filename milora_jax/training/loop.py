@@ -217,8 +217,11 @@ class Trainer:
             shardings,
         )
         state, metadata = self._checkpoints.restore(newest, abstract)
+        # A checkpoint from before the tokens had a fingerprint says nothing of them.
+        metadata.setdefault("token_fingerprint", self._run.token_fingerprint)
         for found, name, what in (
             (self._run.data_fingerprint, "data_fingerprint", "training or dev rows"),
+            (self._run.token_fingerprint, "token_fingerprint", "tokens of the training or dev rows"),
             (self._run.base_fingerprint, "base_fingerprint", "files of the base"),
         ):
             if metadata[name] != found:
@@ -293,7 +296,11 @@ class Trainer:
         if perplexity < progress.best_perplexity:
             progress.best_step, progress.best_perplexity, progress.stale = done, perplexity, 0
             metadata = adapter_metadata(
-                self._method, adapter.shape, self._run.base_fingerprint, self._run.config.model.quantize
+                self._method,
+                adapter.shape,
+                self._run.base_fingerprint,
+                self._run.config.model.quantize,
+                self._run.config.data.prompt_format,
             )
             share = None if health is None else health.share.tolist()
             found = {
@@ -349,6 +356,7 @@ class Trainer:
         metadata = {
             "progress": progress.to_json(),
             "data_fingerprint": self._run.data_fingerprint,
+            "token_fingerprint": self._run.token_fingerprint,
             "base_fingerprint": self._run.base_fingerprint,
         }
         self._checkpoints.save(done, state, metadata)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,28 @@ from milora_jax.base.modules import Base
 from milora_jax.base.source import model_directory
 from milora_jax.config import Config
 from milora_jax.data.batches import padded_length
-from milora_jax.data.chat import template_source
+from milora_jax.data.chat import asks_for_time, template_source
 from milora_jax.data.packing import in_rows
 from milora_jax.data.records import Record, fingerprint, first_rows, holdout, parse_sources, read_records
-from milora_jax.data.tokens import Example, encode_question, encode_records, load_tokenizer
-from milora_jax.errors import UserError, require
+from milora_jax.data.tokens import (
+    Example,
+    encode_example,
+    encode_question,
+    encode_records,
+    load_tokenizer,
+    naming,
+    require_embedded,
+    token_fingerprint,
+)
+from milora_jax.errors import require
 from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.mesh import check_divides, make_mesh
-from milora_jax.parallel.processes import place, several
+from milora_jax.parallel.processes import from_first, place, several
 from milora_jax.parallel.rules import Rules, base_sharding, batch_sharding
+from milora_jax.storage.workdir import CONFIG_NAME
 from milora_jax.training.start import starting_params
 from milora_jax.training.trackers import require_installed
-from milora_jax.training.workdir import refuse_early
+from milora_jax.training.workdir import continued, refuse_early
 from milora_jax.types import Batch
 
 ROW_MULTIPLE = 8
@@ -48,6 +60,7 @@ class Run:
       train, dev: encoded records, row by row: one a row unless ``data.pack`` asks for more.
       tests: records to score, by task name.
       data_fingerprint: SHA-256 over the training and dev records, and the chat template that words them.
+      token_fingerprint: SHA-256 over the token ids that are trained on and judged by.
       base_fingerprint: of the model directory, see ``base.fingerprint``.
     """
 
@@ -61,6 +74,7 @@ class Run:
     dev: list[list[Example]]
     tests: dict[str, list[Record]]
     data_fingerprint: str
+    token_fingerprint: str
     base_fingerprint: str
 
     @property
@@ -93,7 +107,7 @@ def prepare_run(
       progress: told how many bytes of the base are read, and of how many.
     """
     method = build_method(config.adapter)
-    config = dataclasses.replace(config, adapter=full_settings(method))
+    config = dataclasses.replace(continued(config, workdir, say), adapter=full_settings(method))
     require(bool(config.model.path), "model.path", config.model.path, "a Hugging Face directory")
     require(bool(config.data.train), "data.train", config.data.train, "at least one file")
     require_installed(config.train.trackers)
@@ -120,14 +134,11 @@ def prepare_run(
         {"train.batch_size": config.train.batch_size, "eval.batch_size": config.eval.batch_size},
         {"train.batch_size": config.train.accumulate},
     )
-    records = _read_records(config, say)
+    read = _read_rows(config, say)
     tokenizer = load_tokenizer(str(directory))
-    if len(tokenizer) > model.vocab_size:
-        raise UserError(
-            f"tokenizer of {config.model.path!r} has {len(tokenizer)} tokens: "
-            f"expected at most the model's {model.vocab_size}"
-        )
-    rows = _encode(records, tokenizer, config, model, say)
+    if workdir is None or not (workdir / CONFIG_NAME).is_file():
+        config = _with_time(config, tokenizer)
+    rows = _encode(read, tokenizer, config, model, say)
     rules = Rules()
     base = load_leaves(
         directory,
@@ -155,73 +166,104 @@ def with_rows(run: Run, config: Config, say: Callable[[str], None]) -> Run:
     Args:
       config: with the model and mesh of ``run.config``.
     """
-    rows = _encode(_read_records(config, say), run.tokenizer, config, run.model, say)
+    rows = _encode(_read_rows(config, say), run.tokenizer, config, run.model, say)
     return dataclasses.replace(run, config=config, **rows)
 
 
-def _read_records(
-    config: Config, say: Callable[[str], None]
-) -> tuple[list[Record], list[Record], dict[str, list[Record]]]:
-    """Training, dev and test records."""
-    train = _read_all(config.data.train)
-    if config.data.dev:
-        dev = _read_all(config.data.dev, config.data.dev_limit)
-    else:
-        train, dev = holdout(train, config.data.dev_share, config.train.seed, config.data.dev_limit)
-        say(f"no dev file: {len(dev)} of the training rows are held out")
+def _with_time(config: Config, tokenizer: Any) -> Config:
+    """The config with the time that the chat template is told, if it asks for one: now, in UTC.
+
+    Told the time of each rendering instead, two runs of one seed would differ, and a route from day to day.
+    """
+    if config.data.template != "chat" or config.data.template_time or not asks_for_time(tokenizer):
+        return config
+    now = datetime.fromtimestamp(from_first(int(time.time())), UTC).replace(tzinfo=None)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, template_time=now.isoformat()))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows that a config names, as they were read.
+
+    Attributes:
+      train: of all sources together.
+      dev: of each source; empty where dev rows are held out.
+      tests: by task name.
+    """
+
+    train: list[Record]
+    dev: list[list[Record]]
+    tests: dict[str, list[Record]]
+
+
+def _read_rows(config: Config, say: Callable[[str], None]) -> _Rows:
+    train = [record for records in _read_sources(config.data.train) for record in records]
     sources = parse_sources(config.data.test)
     if sources and several():
         say("several processes: nothing is scored here, python -m milora_jax.evaluation does it afterwards")
         sources = []
     tests = {source.name: read_records(source, scored=True) for source in sources}
-    return train, dev, tests
+    return _Rows(train, _read_sources(config.data.dev), tests)
 
 
 def _encode(
-    records: tuple[list[Record], list[Record], dict[str, list[Record]]],
-    tokenizer: Any,
-    config: Config,
-    model: ModelConfig,
-    say: Callable[[str], None],
+    rows: _Rows, tokenizer: Any, config: Config, model: ModelConfig, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The fields of a Run that hold rows."""
-    train_records, dev_records, tests = records
-    limit, template = config.data.max_length, config.data.template
-    train, dropped = encode_records(tokenizer, train_records, model.eos_ids, limit, template)
-    dev, dev_dropped = encode_records(tokenizer, dev_records, model.eos_ids, limit, template)
+    data = config.data
+    limit, written = data.max_length, data.prompt_format
+
+    def fits(record: Record) -> bool:
+        return encode_example(tokenizer, record, model.eos_ids, limit, written) is not None
+
+    if rows.dev:
+        train_records = rows.train
+        dev_records = [record for each in rows.dev for record in first_rows(each, data.dev_limit, fits)]
+    else:
+        train_records, dev_records = holdout(
+            rows.train, data.dev_share, config.train.seed, data.dev_limit, fits
+        )
+        say(f"no dev file: {len(dev_records)} of the training rows are held out")
+    train, dropped = encode_records(tokenizer, train_records, model, limit, written, "training")
+    dev, dev_dropped = encode_records(tokenizer, dev_records, model, limit, written, "dev")
+    tests = rows.tests
     say(
         f"rows: {len(train)} train ({dropped} longer than {limit} tokens dropped), "
         f"{len(dev)} dev ({dev_dropped} dropped), {sum(map(len, tests.values()))} test"
         + (f" (at most {config.eval.limit} of a task are scored)" if tests and config.eval.limit else "")
     )
     _require_room(tests, tokenizer, config, model)
-    capacity = limit if config.data.pack else None
-    rows = {name: in_rows(examples, capacity) for name, examples in (("train", train), ("dev", dev))}
-    if config.data.pack:
-        say(f"packed: {len(rows['train'])} train rows, {len(rows['dev'])} dev rows")
+    capacity = limit if data.pack else None
+    packed = {name: in_rows(examples, capacity) for name, examples in (("train", train), ("dev", dev))}
+    if data.pack:
+        say(f"packed: {len(packed['train'])} train rows, {len(packed['dev'])} dev rows")
     return {
-        **rows,
+        **packed,
         "tests": tests,
         "data_fingerprint": fingerprint(
-            [*train_records, *dev_records], template_source(tokenizer) if template == "chat" else ""
+            [*train_records, *dev_records], template_source(tokenizer) if data.template == "chat" else ""
         ),
+        "token_fingerprint": token_fingerprint([*train, *dev]),
     }
 
 
 def _require_room(tests: dict[str, list[Record]], tokenizer: Any, config: Config, model: ModelConfig) -> None:
-    """Refuse a test prompt that leaves no room for its answer: hours before it would be asked."""
+    """Refuse a test prompt that leaves no room for its answer, or holds a token that the model has no
+    embedding of: hours before it would be asked."""
     room = model.max_positions - config.eval.max_new_tokens
     for task, records in tests.items():
         for number, record in enumerate(records[: config.eval.limit or None], 1):
-            length = len(encode_question(tokenizer, record, config.data.template))
+            ids = encode_question(tokenizer, record, config.data.prompt_format)
             require(
-                length <= room,
+                len(ids) <= room,
                 f"prompt length of row {number} of test task {task!r}",
-                length,
+                len(ids),
                 f"at most {room} tokens, {model.max_positions} positions less eval.max_new_tokens "
                 f"{config.eval.max_new_tokens}",
             )
+            with naming(record):
+                require_embedded(tokenizer, ids, model.vocab_size)
 
 
-def _read_all(sources: str, limit: int = 0) -> list[Record]:
-    return [record for source in parse_sources(sources) for record in first_rows(read_records(source), limit)]
+def _read_sources(sources: str) -> list[list[Record]]:
+    return [read_records(source) for source in parse_sources(sources)]

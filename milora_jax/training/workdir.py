@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from milora_jax.errors import UserError
 from milora_jax.parallel.processes import is_first, wait_for_all
 from milora_jax.storage.files import read_json, write_json_atomic
 from milora_jax.storage.lock import WorkdirLock
-from milora_jax.storage.workdir import CONFIG_NAME
+from milora_jax.storage.workdir import CONFIG_NAME, read_workdir_config
 
 METRICS_NAME = "metrics.jsonl"
 CHANGEABLE = {
@@ -57,6 +58,23 @@ def claimed(workdir: Path, config: Config) -> Iterator[None]:
         yield
 
 
+def continued(config: Config, workdir: Path | None, say: Callable[[str], None]) -> Config:
+    """A run's config with what its workdir has decided already, where the config leaves that open.
+
+    The time that the chat template is told stays that of the run's beginning. A run that was begun before
+    ``data.special_tokens`` was a setting keeps the rule that its prompts were written by.
+    """
+    if workdir is None or not (workdir / CONFIG_NAME).is_file():
+        return config
+    kept, given = read_workdir_config(workdir).data, config.data
+    changes = {} if given.template_time else {"template_time": kept.template_time}
+    unstored = "special_tokens" not in read_json(workdir / CONFIG_NAME).get("data", {})
+    if unstored and kept.special_tokens != given.special_tokens:
+        changes["special_tokens"] = kept.special_tokens
+        say(f"the run in {workdir} began with data.special_tokens={kept.special_tokens}, which is kept")
+    return dataclasses.replace(config, data=dataclasses.replace(given, **changes))
+
+
 def refuse_early(workdir: Path, config: Config) -> None:
     """Refuse a workdir that another run is using or has used, before a large base is loaded for nothing.
 
@@ -69,9 +87,8 @@ def refuse_early(workdir: Path, config: Config) -> None:
 
 
 def _require_same(workdir: Path, config: Config) -> None:
-    path = workdir / CONFIG_NAME
-    if path.is_file():
-        for name, old, new in differences(Config.from_dict(read_json(path)), config):
+    if (workdir / CONFIG_NAME).is_file():
+        for name, old, new in differences(read_workdir_config(workdir), config):
             raise UserError(
                 f"workdir {str(workdir)!r} holds another run: {name} is {old!r} there "
                 f"and {new!r} now; use another --workdir"

@@ -1,5 +1,6 @@
 """Tokens and batches: order as a pure function, nothing cut, masks where they belong."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,9 +11,12 @@ from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
 from milora_jax.data.tokens import Example, encode_example, encode_prompt, encode_records, load_tokenizer
 from milora_jax.errors import UserError
-from tests.models import write_tokenizer
+from milora_jax.prompt_format import PromptFormat
+from tests.models import WITH_TOKENIZER, write_tokenizer
 
 EOS = 2
+MODEL = dataclasses.replace(WITH_TOKENIZER, eos_ids=(EOS,))
+BOS = PromptFormat(special_tokens="bos")
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +44,19 @@ def test_the_order_is_a_function_of_seed_and_step():
 
 def test_a_row_that_does_not_fit_is_dropped_whole_and_counted(tokenizer):
     records = [Record("short", "", "yes", "yes"), Record("long " * 200, "", "yes", "yes")]
-    lengths = [len(encode_example(tokenizer, record, [EOS], 10**6).tokens) for record in records]
-    kept, dropped = encode_records(tokenizer, records, [EOS], lengths[0])
+    lengths = [len(encode_example(tokenizer, record, [EOS], 10**6, BOS).tokens) for record in records]
+    kept, dropped = encode_records(tokenizer, records, MODEL, lengths[0], BOS)
     assert (len(kept), dropped) == (1, 1)
     assert len(kept[0].tokens) == lengths[0]
-    assert len(encode_records(tokenizer, records, [EOS], lengths[1])[0]) == 2
-    with pytest.raises(UserError, match=f"all 2 rows are longer than data.max_length {lengths[0] - 1}"):
-        encode_records(tokenizer, records, [EOS], lengths[0] - 1)
+    assert len(encode_records(tokenizer, records, MODEL, lengths[1], BOS)[0]) == 2
+    with pytest.raises(UserError, match=f"all 2 dev rows are longer than data.max_length {lengths[0] - 1}"):
+        encode_records(tokenizer, records, MODEL, lengths[0] - 1, BOS, "dev")
 
 
 def test_training_and_inference_see_the_same_prompt_tokens(tokenizer):
     record = Record("Say héllo ☃", "to 世界", "hi there", "hi")
-    example = encode_example(tokenizer, record, [EOS], 10**6)
-    prompt = encode_prompt(tokenizer, prompt_text(record))
+    example = encode_example(tokenizer, record, [EOS], 10**6, BOS)
+    prompt = encode_prompt(tokenizer, prompt_text(record), "bos")
     assert example.tokens[: example.prompt_length].tolist() == prompt
     assert prompt.count(tokenizer.bos_token_id) == 1
     assert example.tokens[-1] == EOS
@@ -65,7 +69,7 @@ def example(prompt, response):
 
 def test_a_control_token_written_in_a_record_is_plain_text(tokenizer):
     record = Record("Say <s> twice", "", "</s> and <pad>", "x")
-    example = encode_example(tokenizer, record, [EOS], 500)
+    example = encode_example(tokenizer, record, [EOS], 500, BOS)
     assert example.tokens.tolist().count(EOS) == 1
     assert example.tokens.tolist().count(tokenizer.bos_token_id) == 1
     assert tokenizer.pad_token_id not in example.tokens

@@ -11,10 +11,12 @@ from milora_jax.data import chat as chat_module
 from milora_jax.data.chat import Message, encode_chat, encode_exchange, render_chat, template_source
 from milora_jax.data.prompts import prompt_messages, shown_prompt
 from milora_jax.data.records import Record
-from milora_jax.data.tokens import encode_example, encode_question, encode_records, load_tokenizer
+from milora_jax.data.tokens import encode_example, encode_question, load_tokenizer
 from milora_jax.errors import UserError
+from milora_jax.prompt_format import PromptFormat
 from tests.data.chats import ADDED, CHATML, ENDS, LLAMA3, SPECIAL, TEMPLATES, chat_tokenizer
 
+CHAT = PromptFormat("chat")
 HELLO = [Message("user", "What is 1 + 1?")]
 LONG = [
     *HELLO,
@@ -116,6 +118,8 @@ def test_a_turn_goes_on_from_the_prompt_and_ends_where_an_answer_does(tokenizers
     tokenizer = tokenizers[name]
     (end,) = ids_of(tokenizer, ENDS.get(name, "<|im_end|>"))
     answer = "The answer is </s> 3."
+    if name == "thinking":  # its prompts open a thought, which an answer must close
+        answer = f"1 and 2\n</think>\n\n{answer}"
     for messages in (HELLO, LONG):
         before, turn = encode_exchange(tokenizer, messages, answer, [tokenizer.eos_token_id, end])
         assert before == encode_chat(tokenizer, messages)
@@ -156,27 +160,27 @@ def test_a_template_that_writes_no_turn_of_the_assistant(tmp_path):
 
 
 def test_training_and_inference_see_the_same_prompt_tokens(tokenizers):
-    chat = Record("Say hi.", "", "hi there", "hi", (*LONG,))
-    plain = Record("Say <s>hi</s>.", "to ☃", "hi </s>there", "hi")
+    chat = Record("Say hi.", "", "hmm</think>hi there", "hi", (*LONG,))
+    plain = Record("Say <s>hi</s>.", "to ☃", "hi </think></s>there", "hi")
     for name, tokenizer in tokenizers.items():
         (end,) = ids_of(tokenizer, ENDS.get(name, "<|im_end|>"))
         for record in (chat, plain):
-            example = encode_example(tokenizer, record, [2, end], 10**6, "chat")
-            prompt = encode_question(tokenizer, record, "chat")
+            example = encode_example(tokenizer, record, [2, end], 10**6, CHAT)
+            prompt = encode_question(tokenizer, record, CHAT)
             assert prompt == encode_chat(tokenizer, prompt_messages(record))
             np.testing.assert_array_equal(example.tokens[: example.prompt_length], prompt)
             assert example.tokens[-1] == end
             length = len(example.tokens)
-            assert encode_example(tokenizer, record, [2, end], length - 1, "chat") is None
+            assert encode_example(tokenizer, record, [2, end], length - 1, CHAT) is None
         assert encode_chat(tokenizer, [Message("user", "Say <s>hi</s>.\n\nto ☃")]) == prompt
-        assert "Say <s>hi</s>.\n\nto ☃" in shown_prompt(tokenizer, plain, "chat")
+        assert "Say <s>hi</s>.\n\nto ☃" in shown_prompt(tokenizer, plain, CHAT)
 
 
 def test_a_chat_has_no_words_in_the_other_template(tokenizers):
     record = Record("Say hi.", "", "hi", "hi", (*HELLO,))
     for write in (
-        lambda: encode_records(tokenizers["llama3"], [record], [2], 100),
-        lambda: shown_prompt(tokenizers["llama3"], record, "alpaca"),
+        lambda: encode_question(tokenizers["llama3"], record, PromptFormat()),
+        lambda: shown_prompt(tokenizers["llama3"], record, PromptFormat()),
     ):
         with pytest.raises(UserError, match=r"a row is a chat .* expected data\.template=chat"):
             write()
@@ -236,8 +240,8 @@ MISTAKES = {
     "none": (None, HELLO, "the tokenizer has no chat template: expected"),
     "several": ({"rag": CHATML, "tool_use": CHATML}, HELLO, "rag, tool_use: expected one called 'default'"),
     "empty": (CHATML, [], "the chat is empty"),
-    "role": (CHATML, [Message("<|im_end|>", "x")], "the role of a message is '<|im_end|>': expected one of"),
-    "surrogate": (CHATML, [Message("user", "\ud800")], "a message holds a lone surrogate"),
+    "role": (CHATML, [Message("<|im_end|>", "x")], "the role of message 1 is '<|im_end|>': expected one of"),
+    "surrogate": (CHATML, [Message("user", "\ud800")], "message 1 holds a lone surrogate"),
 }
 
 

@@ -106,7 +106,9 @@ def test_a_base_that_is_not_whole(inputs, tmp_path):
     (tmp_path / "model/model.safetensors").unlink()
     assert "holds no .safetensors file" in bad(looked_at("base", config))[0]
     (tmp_path / "model/config.json").write_text(json.dumps({**values, "vocab_size": 300}))
-    assert "303 tokens for a model of 300" in bad(looked_at("tokenizer", config))[0]
+    assert "3 of 303 tokens have no embedding, the model has 300" in bad(looked_at("tokenizer", config))[0]
+    (tmp_path / "model/config.json").write_text(json.dumps({**values, "vocab_size": 200}))
+    assert "the model has 200: it is another model's tokenizer" in bad(looked_at("tokenizer", config))[0]
 
 
 @pytest.mark.parametrize(("template", "end"), [(LLAMA3, "<|eot_id|>"), (MISTRAL, "</s>")])
@@ -167,10 +169,10 @@ def test_rows_from_which_nothing_can_be_learned(tokens, prompt, level, said):
 
 
 def test_a_tokenizer_that_doubles_the_beginning(inputs, monkeypatch):
-    """One that adds its token though it was asked to add none."""
+    """One that adds its tokens though it was asked to add none."""
     tokenizer = load_tokenizer(str(inputs / "model"))
     encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text, **more: [1, *encode(text, **more)])
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **more: [1, 1, *encode(text, **more)])
     monkeypatch.setattr("milora_jax.doctor.subject.load_tokenizer", lambda path: tokenizer)
     found = bad(looked_at("tokens", config_of(inputs), after=["rows"]))
     assert "16 of 16 rows begin with two beginning-of-sequence tokens" in found[0]

@@ -16,9 +16,10 @@ from milora_jax.data.tokens import encode_example, encode_prompt
 from milora_jax.errors import UserError
 from milora_jax.evaluation.harness import Harness, generation_settings
 from milora_jax.evaluation.likelihood import Passage, log_likelihoods, rolling_passages
-from milora_jax.evaluation.subject import named_subject
+from milora_jax.evaluation.subject import named_subject, read_subject
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
+from milora_jax.storage.export import export_milora
 from milora_jax.storage.files import json_bytes
 from tests.models import write_hf_directory
 from tests.serving.harness import TEMPLATE
@@ -67,12 +68,15 @@ def scored(model, *passages):
 
 
 @pytest.mark.thorough
-def test_a_context_is_tokenised_as_a_prompt_of_training(harness):
+def test_a_context_is_tokenised_as_by_the_tokenizer_itself(folder, harness):
     tokenizer = harness.tokenizer
     text = "Write a </s> response"
-    assert harness.tok_encode(text) == encode_prompt(tokenizer, text)
-    assert harness.tok_encode(text)[0] == tokenizer.bos_token_id == harness.prefix_token_id
-    assert harness.tok_encode(text, add_special_tokens=False) == encode_prompt(tokenizer, text)[1:]
+    assert harness.tok_encode(text) == tokenizer(text).input_ids
+    assert harness.prefix_token_id == tokenizer.bos_token_id not in harness.tok_encode(text)
+    begun = Harness(workdir=str(folder / "run"), add_bos_token=True)
+    assert begun.tok_encode(text) == [tokenizer.bos_token_id, *harness.tok_encode(text)]
+    assert begun.tok_encode(f"<s>{text}") == begun.tok_encode(text)
+    assert begun.tok_encode(text, add_special_tokens=False) == harness.tok_encode(text)
     context, continuation = harness._encode_pair("Write a ", "response")
     assert context == harness.tok_encode("Write a")
     assert context + continuation == harness.tok_encode("Write a response")
@@ -189,7 +193,7 @@ def test_a_chat_is_the_prompt_of_training(folder, harness):
     tokenizer, question = harness.tokenizer, "What is 3 * 7?"
     text = harness.apply_chat_template([{"role": "user", "content": question}])
     record = Record(question, "", "It is 21.", "")
-    example = encode_example(tokenizer, record, [2], 512)
+    example = encode_example(tokenizer, record, [2], 512, harness.tuned.prompt_format)
     assert text == prompt_text(record)
     context, continuation = harness._encode_pair(text, "It is 21.")
     assert [*context, *continuation, 2] == example.tokens.tolist()
@@ -197,7 +201,7 @@ def test_a_chat_is_the_prompt_of_training(folder, harness):
     begun = harness.apply_chat_template(
         [{"role": "user", "content": question}, {"role": "assistant", "content": "It is"}], False
     )
-    assert harness.tok_encode(begun) == context + encode_prompt(tokenizer, "It is")[1:]
+    assert harness.tok_encode(begun) == context + encode_prompt(tokenizer, "It is", "none")
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
     with pytest.raises(UserError, match="--fewshot_as_multiturn False"):
         harness.apply_chat_template(turns)
@@ -248,9 +252,15 @@ def test_a_run_says_how_it_words_a_chat(folder, tmp_path):
     values["data"]["template"] = "chat"
     (tmp_path / "config.json").write_bytes(json_bytes(values))
     base = str(folder / "model")
-    assert Harness(workdir=str(tmp_path)).tuned.template == "chat"
-    assert named_subject(adapter=tmp_path, base=base, otherwise="alpaca").template == "chat"
-    assert named_subject(adapter=folder / "run", base=base).template == "alpaca"
-    assert named_subject(base=base).template == ""
-    assert named_subject(base=base, otherwise="alpaca").template == "alpaca"
-    assert Harness(workdir=str(folder / "run")).tuned.template == "alpaca"
+
+    def template(**named):
+        return read_subject(named_subject(**named)).prompt_format.template
+
+    assert Harness(workdir=str(tmp_path)).tuned.prompt_format.template == "chat"
+    assert template(adapter=tmp_path, base=base, otherwise="alpaca") == "chat"
+    assert template(adapter=folder / "run", base=base) == "alpaca"
+    assert template(base=base) == "chat"
+    assert template(base=base, otherwise="alpaca") == "alpaca"
+    assert template(workdir=folder / "run", template="chat") == "chat"
+    export_milora(folder / "run", tmp_path / "export")
+    assert template(adapter=tmp_path / "export", base=base) == "alpaca"

@@ -18,6 +18,7 @@ from milora_jax.evaluation.judge import pair_tasks, summary, verdict
 from milora_jax.evaluation.judge_client import JudgeClient
 from milora_jax.evaluation.mt_bench import read_answers, read_questions, turn_prompt
 from milora_jax.evaluation.subject import named_subject, read_subject
+from milora_jax.prompt_format import PromptFormat
 from tests.models import write_hf_directory
 from tests.serving.harness import TEMPLATE
 from tests.storage.adapters import run_of
@@ -145,7 +146,7 @@ def test_the_second_prompt_holds_the_first_answer(folder, tmp_path):
     text = prompt_text(Record("one", "", "", "")) + "two\n\n### Instruction:\nthree\n\n### Response:\n"
     assert second == encode_prompt(tuned.tokenizer, text)
     tuned.tokenizer.chat_template = TEMPLATE
-    object.__setattr__(tuned, "template", "chat")
+    object.__setattr__(tuned, "prompt_format", PromptFormat("chat"))
     messages = [Message("user", "one"), Message("assistant", "two"), Message("user", "three")]
     assert turn_prompt(tuned, ["one", "three"], ["two"]) == encode_chat(tuned.tokenizer, messages)
 

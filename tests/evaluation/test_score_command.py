@@ -57,7 +57,7 @@ def answered(base, monkeypatch):
     monkeypatch.setattr(plan, "generate", generate)
 
     def load(self):
-        return Model(self.named.base, base, self.config, self.tokenizer, None, self.template)
+        return Model(self.named.base, base, self.config, self.tokenizer, None, self.prompt_format)
 
     monkeypatch.setattr(Subject, "load", load)
     return asked

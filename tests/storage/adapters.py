@@ -38,7 +38,9 @@ def noisy_adapter(base, config, method="milora", seed=0, **settings):
 def write_run(workdir, model, adapter):
     """What of a workdir an export reads: its config and its best adapter."""
     directory = CheckpointDirectory(workdir / "best", 1, print)
-    metadata = adapter_metadata(adapter.method, adapter.shape, base_fingerprint(model), "none")
+    metadata = adapter_metadata(
+        adapter.method, adapter.shape, base_fingerprint(model), "none", adapter.prompt_format
+    )
     directory.save(STEP, adapter.params, {**metadata, "dev_perplexity": 2.0})
     directory.wait()
     config = Config(model=ModelSection(path=str(model)))

@@ -10,7 +10,7 @@ import pytest
 from milora_jax.base.load import load_base
 from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.base.transformer import forward, unembed
-from milora_jax.data.tokens import encode_prompt, load_tokenizer
+from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
@@ -219,7 +219,7 @@ def test_torch_generates_our_tokens_from_the_exported_files(method, settings, tm
     reader = attach(model, tmp_path / "out")
     assert len({answer.route.tobytes() for answer in answers}) > 1, "one route says little"
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+        ids = torch.tensor([reader.encode(tokenizer, prompt)])
         with torch.no_grad():
             whole = model.generate(
                 ids,

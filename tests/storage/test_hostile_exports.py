@@ -41,8 +41,11 @@ def change_tensors(folder, file, change):
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 WEIGHT = "layers.0.router.weight"
 HOSTILE = {
-    "no config field": (lambda f: (f / CONFIG_FILE).write_text("{}"), "format is None, this version reads 1"),
-    "another format": (lambda f: change_config(f, format=2), "format is 2, this version reads 1"),
+    "no config field": (
+        lambda f: (f / CONFIG_FILE).write_text("{}"),
+        "format is None, this version reads 1 or 2",
+    ),
+    "another format": (lambda f: change_config(f, format=3), "format is 3, this version reads 1 or 2"),
     "unknown field": (lambda f: change_config(f, extra=1), "'extra' is unknown"),
     "other epsilon": (
         lambda f: change_config(f, normalize_eps=1e-5),

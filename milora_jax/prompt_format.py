@@ -1,0 +1,89 @@
+"""How a text, a record or a chat becomes the tokens of a prompt: what is kept with every adapter.
+
+An adapter, and above all its router, was tuned on prompts that were written in one way; prompts written in
+another way are another input. So the format is stored beside the parameters and used again wherever the
+adapter answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from milora_jax.errors import UserError, one_of
+
+TEMPLATES = ("alpaca", "chat")
+SPECIAL_TOKENS = ("tokenizer", "bos", "none")
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How prompts are written, beside the tokenizer itself.
+
+    Attributes:
+      template: one of TEMPLATES, see ``data.prompts``; "" where it is not known, as of an imported adapter.
+      special_tokens: what is put around a text that no chat template wrote: ``tokenizer``, what
+        ``tokenizer(text)`` puts there; ``bos``, one beginning-of-sequence token before it, where the
+        tokenizer has one; ``none``, nothing.
+      time: what ``strftime_now`` tells a chat template, ISO 8601 without an offset; "" is the present time.
+    """
+
+    template: str = "alpaca"
+    special_tokens: str = "tokenizer"
+    time: str = ""
+
+    def __post_init__(self) -> None:
+        if self.template:
+            one_of("data.template", self.template, TEMPLATES)
+        one_of("data.special_tokens", self.special_tokens, SPECIAL_TOKENS)
+        if self.time:
+            parse_time(self.time)
+
+    def to_dict(self) -> dict[str, str]:
+        """The fields, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+UNSTORED = PromptFormat(template="", special_tokens="bos")
+"""Of adapters that were stored before the format was stored with them: their prompts began with one
+beginning-of-sequence token, whatever their tokenizer did by itself."""
+
+
+def stored_prompt_format(values: Any, where: str) -> PromptFormat:
+    """The format that :meth:`PromptFormat.to_dict` gave.
+
+    Args:
+      values: None where nothing was stored: :data:`UNSTORED`.
+      where: the file, for errors.
+
+    Raises:
+      UserError: a field is missing, unknown or out of its range.
+    """
+    if values is None:
+        return UNSTORED
+    names = {field.name for field in dataclasses.fields(PromptFormat)}
+    fits = isinstance(values, Mapping) and values.keys() == names
+    if not fits or not all(isinstance(value, str) for value in values.values()):
+        raise UserError(f"{where}: prompt_format is {values!r}, expected texts {', '.join(sorted(names))}")
+    try:
+        return PromptFormat(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def parse_time(text: str) -> datetime:
+    """The time in a :class:`PromptFormat`.
+
+    Raises:
+      UserError: it is none, or has an offset from UTC.
+    """
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is not None:
+        raise UserError(f"data.template_time is {text!r}: expected a time such as 2026-11-29T12:00:00")
+    return time
