@@ -27,6 +27,7 @@ from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.cli import Console
 from milora_jax.config import EvalSection
 from milora_jax.data.chat import template_source
+from milora_jax.data.records import Source, run_sources
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
@@ -44,7 +45,7 @@ class Named:
       dtype: of the base.
       quantize: of the base; "" is as the adapter's was when it was trained, and none without an adapter.
       template: one of ``config.TEMPLATES``; "" is the tokenizer's own where it has one, else ``alpaca``.
-      tests: the run's ``data.test``.
+      tests: the sources of the run's ``data.test``.
       eval: the run's settings of evaluations; None where there is no run.
     """
 
@@ -53,7 +54,7 @@ class Named:
     dtype: str
     quantize: str
     template: str
-    tests: str
+    tests: list[Source]
     eval: EvalSection | None
 
 
@@ -167,7 +168,7 @@ def named_subject(
             dtype=dtype or run.model.dtype,
             quantize=quantize or (run.model.quantize if plain else ""),
             template=template or run.data.template,
-            tests=run.data.test,
+            tests=run_sources(run.data)["test"],
             eval=run.eval,
         )
     if not base:
@@ -180,7 +181,7 @@ def named_subject(
         dtype=dtype or "float32",
         quantize=quantize or "",
         template=template or otherwise,
-        tests="",
+        tests=[],
         eval=None,
     )
 

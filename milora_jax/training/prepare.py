@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ from milora_jax.config import Config
 from milora_jax.data.batches import padded_length
 from milora_jax.data.chat import template_source
 from milora_jax.data.packing import in_rows
-from milora_jax.data.records import Record, fingerprint, first_rows, holdout, parse_sources, read_records
+from milora_jax.data.records import (
+    Record,
+    Source,
+    fingerprint,
+    first_rows,
+    holdout,
+    read_records,
+    run_sources,
+)
 from milora_jax.data.tokens import Example, encode_question, encode_records, load_tokenizer
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
@@ -163,17 +171,17 @@ def _read_records(
     config: Config, say: Callable[[str], None]
 ) -> tuple[list[Record], list[Record], dict[str, list[Record]]]:
     """Training, dev and test records."""
-    train = _read_all(config.data.train)
-    if config.data.dev:
-        dev = _read_all(config.data.dev, config.data.dev_limit)
+    sources = run_sources(config.data)
+    train = _read_all(sources["train"])
+    if sources["dev"]:
+        dev = _read_all(sources["dev"], config.data.dev_limit)
     else:
         train, dev = holdout(train, config.data.dev_share, config.train.seed, config.data.dev_limit)
         say(f"no dev file: {len(dev)} of the training rows are held out")
-    sources = parse_sources(config.data.test)
-    if sources and several():
+    if sources["test"] and several():
         say("several processes: nothing is scored here, python -m milora_jax.evaluation does it afterwards")
-        sources = []
-    tests = {source.name: read_records(source, scored=True) for source in sources}
+        sources["test"] = []
+    tests = {source.name: read_records(source, scored=True) for source in sources["test"]}
     return train, dev, tests
 
 
@@ -223,5 +231,5 @@ def _require_room(tests: dict[str, list[Record]], tokenizer: Any, config: Config
             )
 
 
-def _read_all(sources: str, limit: int = 0) -> list[Record]:
-    return [record for source in parse_sources(sources) for record in first_rows(read_records(source), limit)]
+def _read_all(sources: Sequence[Source], limit: int = 0) -> list[Record]:
+    return [record for source in sources for record in first_rows(read_records(source), limit)]

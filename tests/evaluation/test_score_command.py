@@ -230,7 +230,7 @@ def test_strict_rules_are_asked_for(folder, command, answered):
     [
         (["--task", "bolq"], "no task is called 'bolq'"),
         (["--task", "bolq"], "(did you mean 'boolq'?)"),
-        (["--data", "{folder}/torn.jsonl"], "torn.jsonl:2: field 'output' holds nothing, expected text"),
+        (["--data", "{folder}/torn.jsonl"], "torn.jsonl:2: field 'instruction' holds nothing, expected text"),
         (["--beams", "5"], "--beams is 5: expected 1 to 4"),
         (["--beams", "0"], "--beams is 0: expected 1 to 4"),
         (
