@@ -57,6 +57,31 @@ def test_dev_rows_are_limited_by_whole_chats(folder, more, rows):
     assert said[-1].endswith(" 40 test (at most 4 of a task are scored)")
 
 
+def test_a_run_reads_every_split_by_its_columns(folder, tmp_path):
+    """Train, dev and test of other names; a chat, a row with a system message and a plain one in one file."""
+    lines = (folder / "rows.jsonl").read_text().splitlines()[:2]
+    extra = [{"prompt": "add 1 and 1", "system": SYSTEM, "answers": "2"}, {"prompt": "add 1", "answers": "3"}]
+    chats = [{"talk": json.loads(line)["messages"]} for line in lines]
+    pairs = [{"prompt": "add 1", "texts": text} for text in ("2", "two", "2")]
+    for name, rows in {"plain": extra, "chats": chats, "pairs": pairs}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = "plain:instruction=prompt,plain:output=answers,chats:messages=talk"
+    data = {
+        "train": f"{tmp_path}/plain.jsonl,{tmp_path}/chats.jsonl",
+        "dev": f"pairs={tmp_path}/pairs.jsonl",
+        "test": f"pairs={tmp_path}/pairs.jsonl",
+        "columns": f"{columns},pairs:instruction=prompt,pairs:references=texts",
+    }
+    run = prepare_run(config_of(folder, **data), None, lambda line: None)
+    assert (len(run.train), len(run.dev)) == (2 + 4, 3)
+    (record,) = run.tests["pairs"]
+    assert (record.instruction, record.references) == ("add 1", ("2", "two"))
+    with pytest.raises(UserError, match="there is no source 'pair', expected chats, pairs, plain"):
+        prepare_run(config_of(folder, **{**data, "columns": "pair:input=x"}), None, print)
+    with pytest.raises(UserError, match="chat"):
+        prepare_run(config_of(folder, **data, template="alpaca"), None, print)
+
+
 def taken_by(monkeypatch, module):
     """The prompts that a module gives to ``generate``, which is not run."""
     taken = []

@@ -30,9 +30,9 @@ def row_findings(subject: Subject) -> Iterator[Finding]:
     """Read every source and say how many rows it has; one that cannot be read hides no other."""
     if not subject.config.data.train:
         yield Finding(FAIL, "data.train", "no training rows: --config.data.train=FILE.jsonl")
+    subject.records = {split: {} for split in SPLITS}
     sources = run_sources(subject.config.data)
-    for split in SPLITS:
-        found = subject.records[split] = {}
+    for split, found in subject.records.items():
         for source in sources[split]:
             yield from guarded(f"data.{split}", functools.partial(_read, source, split == "test", found))
         if split == "test":
