@@ -14,6 +14,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from milora_jax.columns import parse_columns
 from milora_jax.errors import UserError, one_of, require
 from milora_jax.prompt_format import SPECIAL_TOKENS, TEMPLATES, PromptFormat
 
@@ -124,6 +125,9 @@ class DataSection:
         ``milora_jax.data.records``.
       dev: as ``train``; where it is empty, ``dev_share`` of the training rows.
       test: as ``train``; every entry is one task of the final table.
+      columns: which column of the rows holds which field: comma-separated ``[SOURCE:]FIELD=COLUMN``,
+        ``FIELD="a text"`` for the same text in every row, or ``COLUMN=`` to leave a column out; see
+        docs/data.md.
       dev_share: share of the training rows held out as dev rows when ``dev`` is empty.
       dev_limit: most dev rows, for quick evaluations: the first ones of every entry of ``dev``, or how many
         are held out; 0 means no limit.
@@ -141,6 +145,7 @@ class DataSection:
     train: str = ""
     dev: str = ""
     test: str = ""
+    columns: str = ""
     dev_share: float = 0.05
     dev_limit: int = 0
     template: str = "alpaca"
@@ -150,6 +155,7 @@ class DataSection:
     pack: bool = False
 
     def __post_init__(self) -> None:
+        parse_columns(self.columns)
         one_of("data.template", self.template, TEMPLATES)
         one_of("data.special_tokens", self.special_tokens, SPECIAL_TOKENS)
         _ = self.prompt_format  # checks the time

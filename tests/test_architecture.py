@@ -16,6 +16,7 @@ PACKAGE = ROOT / "milora_jax"
 
 FLOORS = (
     ("errors", "shapes"),
+    ("columns",),
     ("types", "model_config", "prompt_format", "config", "cluster", "cli", "train_flags"),
     ("adapters",),
     ("base",),

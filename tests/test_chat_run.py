@@ -57,6 +57,31 @@ def test_dev_rows_are_limited_by_whole_chats(folder, more, rows):
     assert said[-1].endswith(" 40 test (at most 4 of a task are scored)")
 
 
+def test_a_run_reads_every_split_by_its_columns(folder, tmp_path):
+    """Train, dev and test of other names; a chat, a row with a system message and a plain one in one file."""
+    lines = (folder / "rows.jsonl").read_text().splitlines()[:2]
+    extra = [{"prompt": "add 1 and 1", "system": SYSTEM, "answers": "2"}, {"prompt": "add 1", "answers": "3"}]
+    chats = [{"talk": json.loads(line)["messages"]} for line in lines]
+    pairs = [{"prompt": "add 1", "texts": text} for text in ("2", "two", "2")]
+    for name, rows in {"plain": extra, "chats": chats, "pairs": pairs}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = "plain:instruction=prompt,plain:output=answers,chats:messages=talk"
+    data = {
+        "train": f"{tmp_path}/plain.jsonl,{tmp_path}/chats.jsonl",
+        "dev": f"pairs={tmp_path}/pairs.jsonl",
+        "test": f"pairs={tmp_path}/pairs.jsonl",
+        "columns": f"{columns},pairs:instruction=prompt,pairs:references=texts",
+    }
+    run = prepare_run(config_of(folder, **data), None, lambda line: None)
+    assert (len(run.train), len(run.dev)) == (2 + 4, 3)
+    (record,) = run.tests["pairs"]
+    assert (record.instruction, record.references) == ("add 1", ("2", "two"))
+    with pytest.raises(UserError, match="there is no source 'pair', expected chats, pairs, plain"):
+        prepare_run(config_of(folder, **{**data, "columns": "pair:input=x"}), None, print)
+    with pytest.raises(UserError, match="chat"):
+        prepare_run(config_of(folder, **data, template="alpaca"), None, print)
+
+
 def taken_by(monkeypatch, module):
     """The prompts that a module gives to ``generate``, which is not run."""
     taken = []
@@ -112,7 +137,7 @@ def test_the_template_is_part_of_what_a_resumed_run_compares(folder, tmp_path):
     [
         (
             {"template": "alpaca"},
-            "a row is a chat and data.template is 'alpaca': expected data.template=chat",
+            "or a history, and data.template is 'alpaca': expected data.template=chat",
         ),
         ({"template": "chatml"}, "data.template is 'chatml': expected one of alpaca, chat"),
         ({"model": "plain"}, "the tokenizer has no chat template"),
@@ -130,7 +155,7 @@ def test_a_run_that_cannot_word_its_rows_is_refused(folder, more, message):
         (["--raw", "--chat", "--prompt", "x"], "expected --raw, or --chat and --system"),
         (["--system", "x", "--prompt", "x"], "--system is of chats: expected --chat, or a run with"),
         (["--chat", "--system", "x", "--file", "{rows}"], "a chat begins with a system message"),
-        (["--file", "{rows}"], "a row is a chat and data.template is 'alpaca'"),
+        (["--file", "{rows}"], "a row is a chat, or holds a system message"),
         (["--chat", "--file", "{answered}"], "answered.jsonl:1: the last message is of the assistant"),
     ],
 )

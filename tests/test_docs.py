@@ -9,6 +9,7 @@ import typing
 import pytest
 
 from milora_jax.adapters.registry import METHOD_CLASSES
+from milora_jax.columns import parse_columns
 from milora_jax.config import AdapterSection, Config
 from milora_jax.data.records import Source, read_records
 from milora_jax.serving.limits import Limits
@@ -113,5 +114,13 @@ def test_the_rows_of_the_data_page_are_rows(tmp_path):
     blocks = re.findall(r"```\n(.*?)```", (DOCS / "data.md").read_text(), flags=re.DOTALL)
     (tmp_path / "rows.jsonl").write_text(next(block for block in blocks if block.startswith("{")))
     records = read_records(Source("rows", str(tmp_path / "rows.jsonl")))
-    assert [record.answer for record in records] == ["true", "7", "Hi.", "Bye.", "Hi."]
-    assert [len(record.messages) for record in records] == [0, 0, 2, 4, 1]
+    answers = ["true", "7", "Hi.", "Bye.", "Hi.", "Salut.", "This is Alimentum."]
+    assert [record.answer for record in records] == answers
+    assert [len(record.messages) for record in records] == [0, 0, 2, 4, 1, 2, 0]
+    assert len(records[-1].references) == 2
+
+
+def test_the_columns_of_the_data_page_are_columns():
+    text = (DOCS / "data.md").read_text()
+    written = re.findall(r"--config\.data\.columns=(?:'([^']*)'|(\S+))", text)
+    assert [len(parse_columns(quoted or plain)) for quoted, plain in written] == [2, 3]

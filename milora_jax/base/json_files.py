@@ -20,7 +20,7 @@ def parse_json_object(content: bytes, where: str) -> dict[str, Any]:
       UserError: it is none.
     """
     try:
-        value = json.loads(content, object_pairs_hook=_unique)
+        value = json.loads(content, object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, hostile nesting, endless digits
         raise UserError(f"{where}: not readable JSON ({error})") from None
     if not isinstance(value, dict):
@@ -39,7 +39,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return parse_json_object(content, str(path))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The ``object_pairs_hook`` of a JSON parser that takes no object with the same name twice.
+
+    Raises:
+      ValueError: naming it.
+    """
     values = dict(pairs)
     if len(values) != len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]

@@ -1,13 +1,16 @@
-"""Rows that hold a whole chat, in the two forms they are kept in.
+"""Rows that hold a whole chat, what a plain row says before its question, and fields that are refused.
 
 OpenAI: ``{"messages": [{"role": "user", "content": "..."}, ...]}``. ShareGPT: ``{"conversations":
 [{"from": "human", "value": "..."}, ...]}``, where ``gpt`` answers. An optional system message comes first, or
-stands beside the list as ``system``; then user and assistant take turns.
+stands beside the list as ``system``; then user and assistant take turns. An answer is learned unless its
+``weight`` (OpenAI), ``train`` or ``training`` (Axolotl) or ``loss`` (ms-swift) says no.
+
+A plain row with a ``system`` message or a ``history`` of earlier turns (LLaMA-Factory) is a chat as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +33,59 @@ FORMS = {
 }
 """By the field of the row that holds the list."""
 
-TOOLS = ("tools", "functions", "tool_calls", "function_call")
-"""Fields of rows and messages without which they do not mean what they say."""
+HEADS = (*FORMS, "instruction", "question")
+"""The fields each of which says which kind of row it is."""
+
+WEIGHTS = ("weight", "train", "training", "loss")
+"""Fields of a message that say whether it is learned."""
+
+_TOOLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+REFUSED_OF_ROWS = (
+    *(*_TOOLS, *_MEDIA),
+    *("chosen", "rejected", "rejected_response", "kto_tag", "chat_template_kwargs"),
+)
+REFUSED_OF_MESSAGES = (
+    *(*_TOOLS, *_MEDIA),
+    *("reasoning_content", "reasoning", "thinking", "name", "refusal", "train_detail"),
+)
+"""Fields that change what a row or a message means in the formats above, and are not supported."""
 
 
-def chat_field(row: Mapping[str, Any]) -> str | None:
-    """The field that makes a row a chat; None where it is none."""
-    return next((name for name in FORMS if row.get(name) is not None), None)
+def is_given(value: Any) -> bool:
+    """Whether a field says something: null and what is empty do not, nor does ``"[]"``, a list as text."""
+    return value is not None and value != "[]" and not (isinstance(value, Sized) and len(value) == 0)
+
+
+def head_of(row: Mapping[str, Any], where: str) -> str | None:
+    """The one of HEADS that a row holds; None where it holds none.
+
+    Raises:
+      UserError: naming ``where`` and a field that is not supported, or two of HEADS that are both there.
+    """
+    for name in REFUSED_OF_ROWS:
+        if is_given(row.get(name)):
+            raise UserError(
+                f"{where}: field {name!r} is not supported: expected a row without it, "
+                f"or data.columns={name}= to leave it out"
+            )
+    if is_given(row.get("system_prompt")):
+        raise UserError(
+            f"{where}: field 'system_prompt' has another name here: expected 'system', "
+            "data.columns=system=system_prompt, or data.columns=system_prompt= to leave it out"
+        )
+    given = [name for name in HEADS if is_given(row.get(name))]
+    if len(given) > 1:
+        raise UserError(
+            f"{where}: the row holds {given[0]!r} and {given[1]!r}, which begin two kinds of row: "
+            f"expected one of them, or data.columns={given[1]}= to leave that out"
+        )
+    return next(iter(given or [name for name in HEADS if row.get(name) is not None]), None)
 
 
 def read_chat(row: Mapping[str, Any], where: str, last: str = "assistant") -> tuple[Message, ...]:
-    """The messages of a row that :func:`chat_field` knows.
+    """The messages of a row that holds one of FORMS.
 
     Args:
       where: file and line, for errors.
@@ -49,19 +94,51 @@ def read_chat(row: Mapping[str, Any], where: str, last: str = "assistant") -> tu
     Raises:
       UserError: naming ``where``, the message and what is wrong with it.
     """
-    name = chat_field(row)
-    if name is None:
-        raise UserError(f"{where}: expected a field {' or '.join(map(repr, FORMS))}")
-    form, listed = FORMS[name], row[name]
-    if not isinstance(listed, Sequence) or isinstance(listed, str):
-        raise UserError(f"{where}: field {name!r} holds {type(listed).__name__}, expected a list of messages")
-    _refuse_tools(row, f"{where}: the row")
-    messages = [_message(item, form, f"{where}: message {i}") for i, item in enumerate(listed, 1)]
-    if row.get("system"):
-        if messages and messages[0].role == "system":
-            raise UserError(f"{where}: field 'system' stands beside a system message, expected one of them")
-        messages.insert(0, Message("system", content_text(row, "system", where)))
-    _require_turns(messages, where, last)
+    return _chat(row, where, last)[0]
+
+
+def read_answers(row: Mapping[str, Any], where: str) -> list[tuple[tuple[Message, ...], str]]:
+    """What a row that holds one of FORMS teaches: each answer that is learned, after what comes before it.
+
+    Raises:
+      UserError: as :func:`read_chat`, or no answer is learned.
+    """
+    messages, learned = _chat(row, where, "assistant")
+    found = [turn for turn, counts in zip(answers_in(messages), learned, strict=True) if counts]
+    if not found:
+        raise UserError(f"{where}: every answer of the chat has weight 0: expected one that is learned")
+    return found
+
+
+def answers_in(messages: Sequence[Message]) -> Iterator[tuple[tuple[Message, ...], str]]:
+    """Each of the assistant's messages, after all that comes before it."""
+    for i, message in enumerate(messages):
+        if message.role == "assistant":
+            yield tuple(messages[:i]), message.content
+
+
+def read_earlier(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    """What a plain row says before its question: its ``system`` message and the turns of its ``history``.
+
+    Raises:
+      UserError: naming ``where`` and what is wrong.
+    """
+    messages = []
+    if is_given(row.get("system")):
+        messages.append(Message("system", content_text(row, "system", where)))
+    history = row.get("history")
+    if not is_given(history):
+        return tuple(messages)
+    expected = "expected a list of pairs, a question and its answer"
+    if not isinstance(history, Sequence) or isinstance(history, str):
+        raise UserError(f"{where}: field 'history' holds {type(history).__name__}, {expected}")
+    for i, pair in enumerate(history, 1):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise UserError(f"{where}: field 'history': turn {i} is no pair, {expected}")
+        named: dict[str, Any] = dict(zip(("question", "answer"), pair, strict=True))
+        place = f"{where}: field 'history': turn {i}"
+        messages.append(Message("user", content_text(named, "question", place)))
+        messages.append(Message("assistant", content_text(named, "answer", place)))
     return tuple(messages)
 
 
@@ -69,12 +146,14 @@ def content_text(row: Mapping[str, Any], name: str, where: str, required: bool =
     """The text of a field.
 
     Args:
-      required: it must be there, and must not be blank.
+      required: it must be there, and must not be blank; else null and absent are the empty text.
 
     Raises:
       UserError: naming ``where``, the field and what it holds.
     """
-    value = row.get(name, None if required else "")
+    value = row.get(name)
+    if value is None and not required:
+        return ""
     if not isinstance(value, str):
         found = "nothing" if name not in row else type(value).__name__
         raise UserError(f"{where}: field {name!r} holds {found}, expected text")
@@ -85,20 +164,59 @@ def content_text(row: Mapping[str, Any], name: str, where: str, required: bool =
     return value
 
 
-def _message(item: Any, form: _Form, where: str) -> Message:
+def _chat(row: Mapping[str, Any], where: str, last: str) -> tuple[tuple[Message, ...], list[bool]]:
+    """The messages, and for each of the assistant's whether it is learned."""
+    name = head_of(row, where)
+    if name not in FORMS:
+        raise UserError(f"{where}: expected a field {' or '.join(map(repr, FORMS))}")
+    form, listed = FORMS[name], row[name]
+    if not isinstance(listed, Sequence) or isinstance(listed, str):
+        raise UserError(f"{where}: field {name!r} holds {type(listed).__name__}, expected a list of messages")
+    if is_given(row.get("history")):
+        raise UserError(f"{where}: field 'history' stands beside {name!r}, expected one of them")
+    messages, learned = [], []
+    for i, item in enumerate(listed, 1):
+        message, counts = _message(item, form, f"{where}: message {i}")
+        messages.append(message)
+        learned += [counts] if message.role == "assistant" else []
+    if is_given(row.get("system")):
+        system = Message("system", content_text(row, "system", where))
+        if messages and messages[0].role == "system" and messages[0] != system:
+            raise UserError(
+                f"{where}: field 'system' stands beside another system message, expected one of them"
+            )
+        messages = messages if messages[:1] == [system] else [system, *messages]
+    _require_turns(messages, where, last)
+    return tuple(messages), learned
+
+
+def _message(item: Any, form: _Form, where: str) -> tuple[Message, bool]:
+    """A message, and whether it is learned if it is the assistant's."""
     if not isinstance(item, Mapping):
         raise UserError(f"{where}: expected an object, found {type(item).__name__}")
-    _refuse_tools(item, where)
+    for name in REFUSED_OF_MESSAGES:
+        if is_given(item.get(name)):
+            raise UserError(f"{where}: field {name!r} is not supported: expected a message without it")
     role = content_text(item, form.role, where)
     if role not in form.roles:
         raise UserError(f"{where}: {form.role} is {role!r}, expected one of {', '.join(form.roles)}")
-    return Message(form.roles[role], content_text(item, form.content, where))
+    message = Message(form.roles[role], content_text(item, form.content, where))
+    return message, _is_learned(item, message.role, where)
 
 
-def _refuse_tools(item: Mapping[str, Any], where: str) -> None:
-    for name in TOOLS:
-        if item.get(name):
-            raise UserError(f"{where} has a field {name!r}: expected a chat without tools")
+def _is_learned(item: Mapping[str, Any], role: str, where: str) -> bool:
+    weights = {name: item[name] for name in WEIGHTS if item.get(name) is not None}
+    for name, value in weights.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise UserError(f"{where}: field {name!r} is {value!r}, expected 0 or 1")
+        if value and role != "assistant":
+            # Data sets write 0 beside what users say, which is what happens to it anyway.
+            raise UserError(
+                f"{where}: field {name!r} is {value!r}, expected 0: only what the assistant says is learned"
+            )
+        if bool(value) != bool(next(iter(weights.values()))):
+            raise UserError(f"{where}: fields {' and '.join(map(repr, weights))} contradict each other")
+    return all(weights.values())
 
 
 def _require_turns(messages: Sequence[Message], where: str, last: str) -> None:

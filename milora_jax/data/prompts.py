@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from milora_jax.data.chat import Message, render_chat
-from milora_jax.data.records import Record
+from milora_jax.data.records import Record, user_text
 from milora_jax.errors import UserError
 from milora_jax.prompt_format import PromptFormat
 
@@ -50,7 +50,10 @@ def prompt_text(record: Record) -> str:
     ### Response:
     """
     if record.messages:
-        raise UserError("a row is a chat and data.template is 'alpaca': expected data.template=chat")
+        raise UserError(
+            "a row is a chat, or holds a system message or a history, and data.template is 'alpaca': "
+            "expected data.template=chat"
+        )
     if record.input:
         return WITH_INPUT.format(instruction=record.instruction, input=record.input)
     return WITHOUT_INPUT.format(instruction=record.instruction)
@@ -64,8 +67,7 @@ def prompt_messages(record: Record) -> tuple[Message, ...]:
     """
     if record.messages:
         return record.messages
-    text = f"{record.instruction}\n\n{record.input}" if record.input else record.instruction
-    return (Message("user", text),)
+    return (Message("user", user_text(record.instruction, record.input)),)
 
 
 def shown_prompt(tokenizer: Any, record: Record, prompt_format: PromptFormat) -> str:

@@ -1,8 +1,9 @@
 """Records from files and from the Hub, in three schemas, and the errors they can have.
 
-Alpaca and LLM-Adapters: ``instruction``, ``input``, ``output``, ``answer``; ``answer`` may be missing and
-is then the output. GSM8K: ``question`` and ``answer``, a rationale that ends in ``#### N``.
-Chats, ``messages`` or ``conversations``: see ``data.conversations``.
+Alpaca and LLM-Adapters: ``instruction``, ``input``, ``output``, ``answer``, ``references``; ``answer`` may be
+missing and is then the output, and ``output`` where there are ``references``. GSM8K: ``question`` and
+``answer``, a rationale that ends in ``#### N``. Chats, ``messages`` or ``conversations``, and ``system`` and
+``history`` of plain rows: see ``data.conversations``. Rows with other names: see ``columns``.
 """
 
 from __future__ import annotations
@@ -10,17 +11,28 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from milora_jax.columns import Column, columns_of, mapped_row, parse_columns, require_sources
+from milora_jax.config import DataSection
 from milora_jax.data.chat import Message
-from milora_jax.data.conversations import chat_field, content_text, read_chat
+from milora_jax.data.conversations import (
+    FORMS,
+    answers_in,
+    content_text,
+    head_of,
+    is_given,
+    read_answers,
+    read_chat,
+    read_earlier,
+)
+from milora_jax.data.rows import parse_row, rows_of
 from milora_jax.errors import UserError
 
 SPLIT_STEMS = ("train", "dev", "test", "validation", "valid")
@@ -54,22 +66,30 @@ class Record:
 
 @dataclass(frozen=True)
 class Source:
-    """Where records come from: a file, or ``hf:NAME[:CONFIG[:SPLIT]]``; and the task's name."""
+    """Where records come from: a file, or ``hf:NAME[:CONFIG[:SPLIT]]``; and the task's name.
+
+    Attributes:
+      columns: what its rows call the fields, see ``columns``; empty where they have the names of a schema.
+    """
 
     name: str
     location: str
+    columns: tuple[Column, ...] = ()
 
 
-def parse_sources(text: str) -> list[Source]:
+def parse_sources(text: str, columns: str = "") -> list[Source]:
     """Split comma-separated ``[NAME=]SOURCE``.
 
     The default name is the file's stem, or its folder's name where the stem only says which split it
     is; for the Hub it is the last part of the data set's name.
 
+    Args:
+      columns: a ``data.columns``, which may speak of other sources as well.
+
     >>> [source.name for source in parse_sources("data/gsm8k/test.jsonl,mine=rows.json")]
     ['gsm8k', 'mine']
     """
-    sources = []
+    sources, parsed = [], parse_columns(columns)
     for entry in filter(None, (part.strip() for part in text.split(","))):
         name, separator, location = entry.partition("=")
         if not separator or "/" in name:  # a path such as data/run=3/train.jsonl holds no name
@@ -78,8 +98,38 @@ def parse_sources(text: str) -> list[Source]:
             raise UserError(f"data source {entry!r}: expected [NAME=]SOURCE")
         if name in {source.name for source in sources}:
             raise UserError(f"data source {entry!r}: the name {name!r} is used twice, write NAME=SOURCE")
-        sources.append(Source(name, location))
+        sources.append(Source(name, location, columns_of(parsed, name)))
     return sources
+
+
+def parse_given(data: str, columns: str) -> list[Source]:
+    """The sources of a command's ``--data`` and ``--columns``; none where neither is given.
+
+    Raises:
+      UserError: one is malformed, there are columns without sources, or of a source that there is not.
+    """
+    sources = parse_sources(data, columns)
+    if data and not sources:
+        raise UserError(f"--data {data!r} names no file")
+    if columns and not sources:
+        raise UserError(f"--columns {columns!r} is about the rows of --data: expected --data FILE")
+    require_sources(parse_columns(columns), [source.name for source in sources])
+    return sources
+
+
+def run_sources(data: DataSection) -> dict[str, list[Source]]:
+    """The sources of a run by ``train``, ``dev`` and ``test``.
+
+    Raises:
+      UserError: a source is malformed, or ``data.columns`` names one that there is not.
+    """
+    splits = {
+        split: parse_sources(text, data.columns)
+        for split, text in (("train", data.train), ("dev", data.dev), ("test", data.test))
+    }
+    names = [source.name for sources in splits.values() for source in sources]
+    require_sources(parse_columns(data.columns), names)
+    return splits
 
 
 def _default_name(location: str) -> str:
@@ -92,6 +142,10 @@ def _default_name(location: str) -> str:
 def read_records(source: Source, scored: bool = False) -> list[Record]:
     """All records of a source.
 
+    Where its columns name the ``references``, every row has one of them (or some) for its prompt. Rows that
+    are trained on stay apart; rows that are scored and have equal prompts are one question with the
+    references of all.
+
     Args:
       scored: the rows are asked and scored, not trained on: ``output`` may be empty where ``answer``
         is given, as it is in a row of LLM-Adapters' GSM8K test file.
@@ -99,24 +153,31 @@ def read_records(source: Source, scored: bool = False) -> list[Record]:
     Raises:
       UserError: naming the file and line of the first row that is malformed or incomplete.
     """
-    if source.location.startswith("hf:"):
-        rows = _hub_rows(source.location)
-    else:
-        path = Path(source.location)
-        if not path.is_file():
-            raise UserError(
-                f"{path}: {'a directory' if path.is_dir() else 'no such file'}, expected JSON or JSONL"
-            )
-        if path.suffix == ".jsonl":
-            rows = _jsonl_rows(path)
-        elif path.suffix == ".json":
-            rows = _json_rows(path)
-        else:
-            raise UserError(f"{path}: suffix {path.suffix!r}: expected .json or .jsonl")
-    records = [replace(record, where=where) for row, where in rows for record in _records(row, where, scored)]
+    records = [
+        replace(record, where=where)
+        for row, where in rows_of(source.location)
+        for record in _records(mapped_row(_object(row, where), source.columns, where), where, scored)
+    ]
     if not records:
         raise UserError(f"{source.location}: the data set is empty")
-    return records
+    mapped = any(column.field == "references" and not column.omits for column in source.columns)
+    return _joined(records) if mapped and scored else records
+
+
+def _joined(records: list[Record]) -> list[Record]:
+    """Records of equal prompts as one, at the place of the first, with the references of all.
+
+    Records with an ``answer`` of their own, which is not their output, are one only where it is the same.
+    """
+    found: dict[tuple, Record] = {}
+    for record in records:
+        own = record.answer if record.answer != record.output.strip() else None
+        key = (record.instruction, record.input, record.messages, own)
+        first = found.setdefault(key, record)
+        own_texts = record.references or filter(str.strip, (record.output,))
+        every = dict.fromkeys((*first.references, *own_texts))  # in their order, each once
+        found[key] = replace(first, references=tuple(every))
+    return list(found.values())
 
 
 def _always(record: Record) -> bool:
@@ -193,128 +254,116 @@ def fingerprint(records: list[Record], template: str = "") -> str:
     return digest.hexdigest()
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text") from None
-    except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror})") from None
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            yield _parse(line, f"{path}:{number}"), f"{path}:{number}"
-
-
-def _json_rows(path: Path) -> Iterator[tuple[Any, str]]:
-    text = _read_text(path)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # integers of thousands of digits, hostile nesting
-        raise UserError(f"{path}: not JSON that can be read ({error})") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a JSON list of records")
-    lines = _row_lines(text)
-    for number, row in enumerate(rows, 1):
-        line = f":{lines[number - 1]}" if number <= len(lines) else ""
-        yield row, f"{path}{line} (row {number})"
-
-
-def _row_lines(text: str) -> list[int]:
-    """The line on which each element of a JSON list begins."""
-    decoder, lines, at = json.JSONDecoder(), [], text.index("[") + 1
-    line, counted = 1, 0
-    skip = re.compile(r"[\s,]*")
-    while True:
-        between = skip.match(text, at)
-        at = between.end() if between else at
-        if at >= len(text) or text[at] == "]":
-            return lines
-        line, counted = line + text.count("\n", counted, at), at
-        lines.append(line)
-        _, at = decoder.raw_decode(text, at)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON that can be read ({error})") from None
-
-
-def _hub_rows(location: str) -> Iterator[tuple[Any, str]]:
-    parts = location.split(":")[1:]
-    if not parts[0] or len(parts) > 3:
-        raise UserError(f"data source {location!r}: expected hf:NAME[:CONFIG[:SPLIT]]")
-    name, config, split = (*parts, *("", "")[: 3 - len(parts)])[:3]
-    for number, row in enumerate(hub_rows(name, config, split or "train"), 1):
-        yield row, f"{location} (row {number})"
-
-
-def hub_rows(name: str, config: str, split: str) -> Iterable[Any]:
-    """The rows of a Hub data set as they are.
+def read_question(text: str, where: str) -> Record:
+    """What a line of JSON asks, for generation: a row of any schema, whose answer is not looked at.
 
     Args:
-      config: "" is the data set's only one.
+      where: file and line, for errors.
 
     Raises:
-      UserError: there is no package ``datasets``, no network, or no such data set.
+      UserError: naming ``where``.
     """
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(f"data set {name!r} needs the package datasets: pip install datasets") from None
-    # It retries for half a minute and logs each time; one line says as much.
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        return load_dataset(name, config or None, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data set {name!r} cannot be loaded from the Hub: {reason}") from None
-    finally:
-        logger.setLevel(level)
+    row = _object(parse_row(text, where), where)
+    if (head := head_of(row, where)) in FORMS:
+        messages = read_chat(row, where, last="user")
+        return Record(messages[-1].content, "", "", "", messages, where=where)
+    return replace(_asked(row, head, where), where=where)
 
 
-def _records(row: Any, where: str, scored: bool) -> list[Record]:
-    """The records of one row of any schema."""
+def _object(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object, found {type(row).__name__}")
-    if (field := chat_field(row)) is not None:
-        if "instruction" in row:
-            raise UserError(f"{where}: the row holds 'instruction' and {field!r}, expected one of them")
-        return _turns(read_chat(row, where))
-    if "question" in row and "instruction" not in row:
-        return [_gsm8k(row, where)]
-    output = content_text(row, "output", where, required=not (scored and "answer" in row))
-    answer = content_text(row, "answer", where) if "answer" in row else output.strip()
-    given = content_text(row, "input", where, required=False)
-    return [Record(content_text(row, "instruction", where), given, output, answer)]
+    return row
 
 
-def _turns(messages: tuple[Message, ...]) -> list[Record]:
-    """A record for each turn of the assistant."""
-    return [
-        Record(messages[i - 1].content, "", message.content, message.content.strip(), messages[:i])
-        for i, message in enumerate(messages)
-        if message.role == "assistant"
-    ]
+def _records(row: dict[str, Any], where: str, scored: bool) -> list[Record]:
+    """The records of one row of any schema."""
+    head = head_of(row, where)
+    if head in FORMS:
+        records = _turns(read_answers(row, where))
+        return _with_golds(records, row, where) if scored else records
+    asked, references = _asked(row, head, where), _references(row, where)
+    if head == "question":
+        output, answer = _gsm8k(row, where)
+    else:
+        has_answer = row.get("answer") is not None
+        if references and not is_given(row.get("output")):
+            output = references[0]
+        else:
+            required = not (scored and has_answer)
+            output = content_text(
+                _having(row, "output", where) if required else row, "output", where, required
+            )
+        answer = content_text(row, "answer", where) if has_answer else output.strip()
+    last = replace(asked, output=output, answer=answer, references=references)
+    return [*_turns(answers_in(asked.messages)), last]
 
 
-def _gsm8k(row: dict[str, Any], where: str) -> Record:
-    """The rationale without its calculator marks, and the number after ``####``."""
+def _asked(row: dict[str, Any], head: str | None, where: str) -> Record:
+    """The question of a plain row; after a ``system`` or ``history`` it is the last message of a chat."""
+    if head == "question":
+        instruction, given = content_text(row, "question", where), ""
+    else:
+        instruction = content_text(_having(row, "instruction", where), "instruction", where)
+        given = content_text(row, "input", where, required=False)
+    if not (earlier := read_earlier(row, where)):
+        return Record(instruction, given, "", "")
+    text = user_text(instruction, given)
+    return Record(text, "", "", "", (*earlier, Message("user", text)))
+
+
+def user_text(instruction: str, given: str) -> str:
+    """An instruction and its input as a user's message."""
+    return f"{instruction}\n\n{given}" if given else instruction
+
+
+def _having(row: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The row, which must have a field."""
+    if name not in row:
+        has = ", ".join(map(repr, row)) or "no fields"
+        raise UserError(
+            f"{where}: field {name!r} holds nothing, expected text: the row has {has}, "
+            "and data.columns maps columns of other names"
+        )
+    return row
+
+
+def _references(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The row's ``references``: texts that are each a right answer, or one of them as it is."""
+    value = row.get("references")
+    if not is_given(value):
+        return ()
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list | tuple):
+        raise UserError(f"{where}: field 'references' holds {type(value).__name__}, expected a list of texts")
+    named = {f"references[{i}]": text for i, text in enumerate(listed)}
+    return tuple(content_text(named, name, where) for name in named)
+
+
+def _turns(answers: Iterable[tuple[tuple[Message, ...], str]]) -> list[Record]:
+    """A record for each answer of a chat."""
+    return [Record(before[-1].content, "", said, said.strip(), before) for before, said in answers]
+
+
+def _with_golds(records: list[Record], row: dict[str, Any], where: str) -> list[Record]:
+    """A chat's record with ``answer`` and ``references`` of its row, which are of one answer."""
+    given = [name for name in ("answer", "references") if is_given(row.get(name))]
+    if not given:
+        return records
+    if len(records) != 1:
+        raise UserError(
+            f"{where}: field {given[0]!r} stands beside a chat of {len(records)} answers: "
+            f"expected one answer, or data.columns={given[0]}= to leave it out"
+        )
+    answer = content_text(row, "answer", where) if "answer" in given else records[0].answer
+    return [replace(records[0], answer=answer, references=_references(row, where))]
+
+
+def _gsm8k(row: dict[str, Any], where: str) -> tuple[str, str]:
+    """The rationale without its calculator marks as output, and the number after ``####``."""
     rationale, separator, number = content_text(row, "answer", where).rpartition("####")
     number = number.strip().replace(",", "")
     if not separator or not number:
         raise UserError(f"{where}: answer does not end in '#### NUMBER'")
     rationale = re.sub(r"<<[^>]*>>", "", rationale).strip()
-    output = f"{rationale}\nThe answer is {number}." if rationale else f"The answer is {number}."
-    return Record(content_text(row, "question", where), "", output, number)
+    return f"{rationale}\nThe answer is {number}." if rationale else f"The answer is {number}.", number

@@ -11,7 +11,7 @@ import numpy as np
 
 from milora_jax.cli import Console
 from milora_jax.data.batches import collate
-from milora_jax.data.records import Record, Source, parse_sources, read_records
+from milora_jax.data.records import Record, Source, read_records, run_sources
 from milora_jax.data.tokens import Example, encode_example, encode_question, naming, require_embedded
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding, guarded
 from milora_jax.doctor.subject import Subject
@@ -30,9 +30,10 @@ def row_findings(subject: Subject) -> Iterator[Finding]:
     """Read every source and say how many rows it has; one that cannot be read hides no other."""
     if not subject.config.data.train:
         yield Finding(FAIL, "data.train", "no training rows: --config.data.train=FILE.jsonl")
-    for split in SPLITS:
-        found = subject.records[split] = {}
-        for source in parse_sources(getattr(subject.config.data, split)):
+    subject.records = {split: {} for split in SPLITS}
+    sources = run_sources(subject.config.data)
+    for split, found in subject.records.items():
+        for source in sources[split]:
             yield from guarded(f"data.{split}", functools.partial(_read, source, split == "test", found))
         if split == "test":
             for name, records in found.items():

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milora_jax.data.records import Record, hub_rows
+from milora_jax.data.records import Record
+from milora_jax.data.rows import hub_rows
 from milora_jax.errors import UserError
 from milora_jax.evaluation.tasks import Task
 

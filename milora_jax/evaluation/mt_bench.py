@@ -18,6 +18,7 @@ from typing import Any
 from milora_jax.data.chat import UNWRITABLE, Message, encode_chat
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
+from milora_jax.data.rows import parse_row
 from milora_jax.data.tokens import encode_prompt
 from milora_jax.errors import UserError
 from milora_jax.evaluation.subject import Model
@@ -263,14 +264,12 @@ def read_rows(path: Path) -> list[tuple[dict[str, Any], str]]:
         raise UserError(f"{path}: expected UTF-8 text") from None
     rows = []
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
-            row = line
-        if row is not None and not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object")
-        if row is not None:
-            rows.append((row, f"{path}:{number}"))
+        if line.strip():
+            where = f"{path}:{number}"
+            row = parse_row(line, where)
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected a JSON object")
+            rows.append((row, where))
     return rows
 
 

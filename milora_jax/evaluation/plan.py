@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milora_jax.data.records import Record, fingerprint, parse_sources, read_records
+from milora_jax.data.records import Record, Source, fingerprint, read_records
 from milora_jax.data.tokens import encode_question, naming, require_embedded
 from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import Rule
@@ -115,17 +115,19 @@ class Plan:
         ]
 
 
-def read_rows(tasks: Sequence[Task], data: str, say: Callable[[str], None]) -> dict[str, list[Record]]:
+def read_rows(
+    tasks: Sequence[Task], sources: Sequence[Source], say: Callable[[str], None]
+) -> dict[str, list[Record]]:
     """The rows to score, by the name of their task.
 
     Args:
-      tasks: that the rows are of; without ``data`` their rows come from the Hub.
-      data: comma-separated sources, see ``data.records``.
+      tasks: that the rows are of, one of each source; without ``sources`` their rows come from the Hub.
+      sources: without ``tasks`` each is a task of its name.
 
     Raises:
       UserError: there are none, there is another number of files than of tasks, or a row is incomplete.
     """
-    if not data:
+    if not sources:
         if not tasks:
             raise UserError("nothing to score: give --data FILE or --task NAME")
         rows = {}
@@ -133,9 +135,6 @@ def read_rows(tasks: Sequence[Task], data: str, say: Callable[[str], None]) -> d
             say(f"loading {task.name} from the Hub")
             rows[task.name] = hub_records(task)
         return rows
-    sources = parse_sources(data)
-    if not sources:
-        raise UserError(f"--data {data!r} names no file")
     names = [task.name for task in tasks] or [source.name for source in sources]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"task {twice[0]!r} is named twice: expected each once, files apart by NAME=FILE")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from milora_jax.cli import Console, Parser
 from milora_jax.config import DTYPES, TEMPLATES
-from milora_jax.data.records import Source, parse_sources, read_records
+from milora_jax.data.records import Source, parse_given, read_records
 from milora_jax.data.tokens import encode_question
 from milora_jax.errors import UserError, require
 from milora_jax.evaluation.routing import (
@@ -55,6 +55,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="[NAME=]FILE",
         help="records, one task per file (default: the run's test files)",
     )
+    parser.add_argument(
+        "--columns", default="", help="[NAME:]FIELD=COLUMN,... of the rows of --data, see docs/data.md"
+    )
     parser.add_argument("--limit", type=int, default=0, help="prompts per task (default: all)")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts run together")
     parser.add_argument("--out", type=Path, help="folder (default: WORKDIR/routing, or routing)")
@@ -74,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
         otherwise=TEMPLATES[0],
         dtype=arguments.dtype,
     )
-    sources = parse_sources(",".join(arguments.data) or named.tests)
+    sources = parse_given(",".join(arguments.data), arguments.columns) or named.tests
     if not sources:
         raise UserError("there are no prompts to route: give --data FILE")
     out = arguments.out or (arguments.workdir or Path()) / "routing"

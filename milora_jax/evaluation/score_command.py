@@ -23,7 +23,7 @@ from typing import Any
 
 from milora_jax.cli import Bar, Console, Parser, stop_if, stop_noted
 from milora_jax.config import DTYPES, TEMPLATES, EvalSection
-from milora_jax.data.records import parse_sources
+from milora_jax.data.records import parse_given, parse_sources
 from milora_jax.errors import UserError, require
 from milora_jax.evaluation.plan import Plan, questions_of, read_rows
 from milora_jax.evaluation.predictions import PredictionFile
@@ -45,6 +45,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--base", help="of the base: Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH")
     add("--no-adapter", action="store_true", help="score the base without the adapter")
     add("--data", default="", help="[NAME=]FILE,... to score (default: the run's test files, or the Hub)")
+    add("--columns", default="", help="[NAME:]FIELD=COLUMN,... of the rows of --data, see docs/data.md")
     add("--task", default="", help=f"of {', '.join(task.name for task in TASKS)}; several with commas")
     add("--limit", type=int, default=0, help="rows scored per task (default: all)")
     beams = f"1 is greedy (default), the paper has {PAPER_BEAMS}, LLM-Adapters {MOST_BEAMS}"
@@ -87,8 +88,8 @@ def main(argv: Sequence[str]) -> None:
         return task.max_new_tokens
 
     path = predictions_path(arguments, named, tasks)
-    data = arguments.data or ("" if tasks else named.tests)
-    rows = read_rows(tasks, data, console.say)
+    sources = parse_given(arguments.data, arguments.columns) or ([] if tasks else named.tests)
+    rows = read_rows(tasks, sources, console.say)
     questions = questions_of(rows, arguments.strict, arguments.limit, longest, console.say)
     plan = Plan.of(read_subject(named), questions, arguments.beams, given.batch_size)
     with (

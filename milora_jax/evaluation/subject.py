@@ -28,6 +28,7 @@ from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.cli import Console
 from milora_jax.config import EvalSection
 from milora_jax.data.chat import template_source
+from milora_jax.data.records import Source, run_sources
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
@@ -48,7 +49,7 @@ class Named:
       prompt_format: of the run; None where there is no run, for the adapter's.
       template: that was asked for; "" is that of ``prompt_format``.
       otherwise: the template where none is known; "" is the tokenizer's own, or ``alpaca`` without one.
-      tests: the run's ``data.test``.
+      tests: the sources of the run's ``data.test``.
       eval: the run's settings of evaluations; None where there is no run.
     """
 
@@ -59,7 +60,7 @@ class Named:
     prompt_format: PromptFormat | None
     template: str
     otherwise: str
-    tests: str
+    tests: list[Source]
     eval: EvalSection | None
 
 
@@ -175,7 +176,7 @@ def named_subject(
             prompt_format=run.data.prompt_format,
             template=template or "",
             otherwise=otherwise,
-            tests=run.data.test,
+            tests=run_sources(run.data)["test"],
             eval=run.eval,
         )
     if not base:
@@ -189,7 +190,7 @@ def named_subject(
         prompt_format=read_workdir_config(Path(adapter)).data.prompt_format if adapter and is_run else None,
         template=template or "",
         otherwise=otherwise,
-        tests="",
+        tests=[],
         eval=None,
     )
 

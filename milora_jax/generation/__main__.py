@@ -21,9 +21,8 @@ from milora_jax.base.source import model_directory
 from milora_jax.cli import Console, Parser
 from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.data.chat import Message
-from milora_jax.data.conversations import chat_field, read_chat
 from milora_jax.data.prompts import prompt_messages
-from milora_jax.data.records import Record
+from milora_jax.data.records import Record, read_question
 from milora_jax.data.tokens import encode_prompt, encode_question, load_tokenizer
 from milora_jax.errors import EXIT_BAD_INPUT, UserError, run_command
 from milora_jax.generation.settings import GenerationSettings
@@ -96,22 +95,10 @@ def read_prompts(arguments: argparse.Namespace) -> list[str | Record]:
             if not line.strip():
                 continue
             is_row = arguments.file.suffix == ".jsonl"
-            given.append(_record(f"{arguments.file}:{number}", line) if is_row else line)
+            given.append(read_question(line, f"{arguments.file}:{number}") if is_row else line)
     if not arguments.prompt and arguments.file is None:
         given.append(sys.stdin.read())
     return given
-
-
-def _record(where: str, line: str) -> Record:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise UserError(f"{where}: not JSON") from None
-    if isinstance(row, dict) and chat_field(row) is not None:
-        return Record("", "", "", "", read_chat(row, where, last="user"))
-    if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
-        raise UserError(f"{where}: expected an object with 'instruction' and perhaps 'input', or a chat")
-    return Record(row["instruction"], str(row.get("input") or ""), "", "")
 
 
 def in_template(

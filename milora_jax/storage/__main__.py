@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from milora_jax.base.load import load_base
 from milora_jax.base.source import hub_name, model_directory
 from milora_jax.cli import Console, Parser, terminated_as_interrupted
 from milora_jax.config import METHODS, TEMPLATES, DataSection
-from milora_jax.data.records import Record, parse_sources, read_records
+from milora_jax.data.records import Record, Source, read_records, run_sources
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, printable, require, run_command
 from milora_jax.evaluation.score import limited
@@ -41,6 +42,7 @@ FORMATS = ("milora", "peft", "static", "orbax", "merged")
 ONLY_OF = {
     "calibration": ("static", "merged"),
     "dev": ("static", "merged"),
+    "columns": ("static", "merged"),
     "limit": ("static", "merged"),
     "base_name": ("peft", "static"),
 }
@@ -61,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     writer.add_argument("--calibration", default="", help="files whose prompts fix the route of a MiLoRA")
     writer.add_argument("--dev", default="", help="files that measure it (default: the same)")
+    writer.add_argument("--columns", default="", help="[NAME:]FIELD=COLUMN,... of both, see docs/data.md")
     writer.add_argument("--template", choices=TEMPLATES, help="of them (default: the adapter's, or alpaca)")
     writer.add_argument("--limit", type=int, default=0, help="rows of each kind (default: all)")
     writer.add_argument("--max-new-tokens", type=int, default=64, help="longest greedy answer compared")
@@ -130,8 +133,10 @@ def fixed_route(arguments: argparse.Namespace) -> tuple[np.ndarray | None, dict[
     """The modal route of the calibration rows, and what it costs; None without such rows."""
     if not arguments.calibration:
         return None, {}
-    calibration = _records(arguments.calibration, arguments.limit)
-    dev = _records(arguments.dev, arguments.limit) if arguments.dev else calibration
+    rows = DataSection(train=arguments.calibration, dev=arguments.dev, columns=arguments.columns)
+    sources = run_sources(rows)
+    calibration = _records(sources["train"], arguments.limit)
+    dev = _records(sources["dev"], arguments.limit) if sources["dev"] else calibration
     (adapter, metadata), folder = read_adapter(arguments.workdir), base_of(arguments)
     if not adapter.method.routes:
         raise UserError(f"method {adapter.method.name!r} has no router: expected no --calibration")
@@ -174,9 +179,8 @@ def name_of_base(arguments: argparse.Namespace) -> str:
     return hub_name(path_of_base(arguments))
 
 
-def _records(sources: str, limit: int) -> list[Record]:
-    every = [record for source in parse_sources(sources) for record in read_records(source)]
-    return limited(every, limit)
+def _records(sources: Sequence[Source], limit: int) -> list[Record]:
+    return limited([record for source in sources for record in read_records(source)], limit)
 
 
 def _say(line: str) -> None:

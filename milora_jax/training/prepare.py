@@ -24,7 +24,14 @@ from milora_jax.config import Config
 from milora_jax.data.batches import padded_length
 from milora_jax.data.chat import asks_for_time, template_source
 from milora_jax.data.packing import in_rows
-from milora_jax.data.records import Record, fingerprint, first_rows, holdout, parse_sources, read_records
+from milora_jax.data.records import (
+    Record,
+    fingerprint,
+    first_rows,
+    holdout,
+    read_records,
+    run_sources,
+)
 from milora_jax.data.tokens import (
     Example,
     encode_example,
@@ -197,13 +204,13 @@ class _Rows:
 
 
 def _read_rows(config: Config, say: Callable[[str], None]) -> _Rows:
-    train = [record for records in _read_sources(config.data.train) for record in records]
-    sources = parse_sources(config.data.test)
-    if sources and several():
+    sources = run_sources(config.data)
+    train = [record for source in sources["train"] for record in read_records(source)]
+    if sources["test"] and several():
         say("several processes: nothing is scored here, python -m milora_jax.evaluation does it afterwards")
-        sources = []
-    tests = {source.name: read_records(source, scored=True) for source in sources}
-    return _Rows(train, _read_sources(config.data.dev), tests)
+        sources["test"] = []
+    tests = {source.name: read_records(source, scored=True) for source in sources["test"]}
+    return _Rows(train, [read_records(source) for source in sources["dev"]], tests)
 
 
 def _encode(
@@ -263,7 +270,3 @@ def _require_room(tests: dict[str, list[Record]], tokenizer: Any, config: Config
             )
             with naming(record):
                 require_embedded(tokenizer, ids, model.vocab_size)
-
-
-def _read_sources(sources: str) -> list[list[Record]]:
-    return [read_records(source) for source in parse_sources(sources)]

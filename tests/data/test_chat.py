@@ -182,7 +182,7 @@ def test_a_chat_has_no_words_in_the_other_template(tokenizers):
         lambda: encode_question(tokenizers["llama3"], record, PromptFormat()),
         lambda: shown_prompt(tokenizers["llama3"], record, PromptFormat()),
     ):
-        with pytest.raises(UserError, match=r"a row is a chat .* expected data\.template=chat"):
+        with pytest.raises(UserError, match=r"a row is a chat, .* expected data\.template=chat"):
             write()
 
 

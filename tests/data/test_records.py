@@ -52,6 +52,25 @@ BROKEN = {
     "empty output": ('{"instruction": "x", "output": "  "}', r":3: field 'output' is empty"),
     "empty answer": ('{"instruction": "x", "output": "y", "answer": ""}', r":3: field 'answer' is empty"),
     "no number": ('{"question": "x", "answer": "seven"}', r":3: answer does not end in '#### NUMBER'"),
+    "twice": (
+        '{"instruction": "a", "output": "GOOD", "output": "BAD"}',
+        r":3: .*the name 'output' occurs twice",
+    ),
+    "twice within": (
+        '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+        r":3: .*the name 'content' occurs twice",
+    ),
+    "renamed": (
+        '{"instruction": "x", "context": "y", "response": "z"}',
+        r":3: field 'output' holds nothing, expected text: the row has 'instruction', 'context', "
+        "'response', and data.columns maps",
+    ),
+    "references": ('{"instruction": "x", "output": "y", "references": {"a": 1}}', r"'references' holds dict"),
+    "no reference": (
+        '{"instruction": "x", "references": ["a", 3]}',
+        r"'references\[1\]' holds int, expected text",
+    ),
+    "blank reference": ('{"instruction": "x", "references": [" "]}', r"field 'references\[0\]' is empty"),
     "digits": ("9" * 5000, r":3: not JSON that can be read"),
     "nesting": ("[" * 100_000, r":3: not JSON that can be read"),
     "surrogate": ('{"instruction": "\\ud800", "output": "x"}', r":3: field 'instruction' holds a lone"),
@@ -74,6 +93,36 @@ def test_a_malformed_row_of_a_list_is_named_by_its_line(tmp_path):
     path.write_text('[\n {"instruction": "a", "output": "b"},\n\n {"instruction": "a",\n "output": 7}\n]')
     with pytest.raises(UserError, match=r"rows\.json:4 \(row 2\): field 'output' holds int"):
         read_records(Source("rows", str(path)))
+
+
+def test_a_doubled_name_in_a_list_is_named_by_its_line(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(
+        '[\n {"instruction": "a", "output": "b"},\n\n {"instruction": "a",\n "x": {"y": 1, "y": 1}}\n]'
+    )
+    with pytest.raises(UserError, match=r"rows\.json:4 \(row 2\): .*the name 'y' occurs twice"):
+        read_records(Source("rows", str(path)))
+
+
+def test_null_is_absent(tmp_path):
+    nothing = dict.fromkeys(("input", "answer", "references", "system", "history", "messages", "question"))
+    row = {"instruction": "x", "output": " y ", **nothing}
+    assert read_records(write(tmp_path / "rows.jsonl", row)) == [Record("x", "", " y ", "y")]
+    row = {"instruction": "x", "output": None, "answer": "y"}
+    assert read_records(write(tmp_path / "rows.jsonl", row), scored=True) == [Record("x", "", "", "y")]
+    with pytest.raises(UserError, match="field 'output' holds NoneType, expected text"):
+        read_records(write(tmp_path / "rows.jsonl", row))
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_references_are_read_and_the_first_is_the_output_where_there_is_none(tmp_path, scored):
+    row = {"instruction": "x", "references": ["a ", "b"]}
+    more = [row, {**row, "output": ""}, {**row, "output": "c", "answer": "d"}, {**row, "references": "e"}]
+    assert read_records(write(tmp_path / "rows.jsonl", *more), scored) == [
+        *[Record("x", "", "a ", "a", references=("a ", "b"))] * 2,
+        Record("x", "", "c", "d", references=("a ", "b")),
+        Record("x", "", "e", "e", references=("e",)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +217,8 @@ REAL = {
     "llm_adapters/ARC-Challenge/test.json": 1172,
     "llm_adapters/openbookqa/test.json": 500,
     "llm_adapters/AQuA/test.json": 254,
+    "e2e_cleaned/train.jsonl": 3941,
+    "e2e_cleaned/test.jsonl": 1847,
 }
 
 
@@ -175,6 +226,7 @@ REAL = {
 def test_real_data_sets_are_read_whole(shared_data, name):
     records = read_records(Source("real", str(shared_data / name)))
     assert len(records) == REAL[name]
+    assert all(bool(record.references) == (name == "e2e_cleaned/test.jsonl") for record in records)
     if name.startswith("gsm8k"):
         assert all("<<" not in record.output for record in records)
         assert all(record.output.endswith(f"The answer is {record.answer}.") for record in records)

@@ -178,6 +178,16 @@ def test_a_tokenizer_that_doubles_the_beginning(inputs, monkeypatch):
     assert "16 of 16 rows begin with two beginning-of-sequence tokens" in found[0]
 
 
+def test_rows_are_read_by_their_columns(inputs):
+    named = {split: f"{split}={inputs}/{split}.jsonl" for split in ("train", "dev", "test")}
+    found = looked_at("rows", config_of(inputs, **named, columns="references=output,test:references=output"))
+    assert [finding.text for finding in found] == [f"rows read: {split} 16" for split in named]
+    (found,) = bad(looked_at("rows", config_of(inputs, **named, columns="dev:input=facts")))
+    assert "dev.jsonl:1: there is no column 'facts'" in found
+    with pytest.raises(UserError, match="there is no source 'valid', expected dev, test, train"):
+        looked_at("rows", config_of(inputs, **named, columns="valid:input=facts"))
+
+
 def test_rows_that_are_in_two_files_or_templated_already(inputs, tmp_path):
     write_rows(tmp_path / "test.jsonl", 10, 16)  # six of them are training rows
     row = {"instruction": "Hi\n\n### Response:\n", "output": "x</s>"}

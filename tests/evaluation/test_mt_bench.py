@@ -370,7 +370,7 @@ def test_verdicts_and_what_they_sum_to():
     ("text", "line"),
     [
         ("", "holds no question"),
-        ("{", r":1: expected a JSON object"),
+        ("{", r":1: not JSON"),
         ('{"question_id": 1}', r":1: expected question_id, category and the turns"),
         ('{"question_id": 1, "turns": ["a"]}\n' * 2, "a question_id is there twice"),
         ('{"question_id": 1, "turns": ["\\ud83d"]}\n', ":1: a text with a null or half a surrogate pair"),

@@ -186,6 +186,10 @@ MISTAKES = {
     "no run": (["--workdir", "nowhere"], "'nowhere' is no workdir"),
     "no data": (["--workdir", "{run}"], "there are no prompts to route: give --data FILE"),
     "no file": (["--workdir", "{run}", "--data", "no.jsonl"], "no.jsonl: no such file"),
+    "no column": (
+        ["--workdir", "{run}", "--data", "{sums}", "--columns", "instruction=ask"],
+        "sums.jsonl:1: there is no column 'ask'",
+    ),
     "no router": (["--workdir", "{lora}", "--data", "{sums}"], "method 'lora' has no router"),
     "a limit": (["--workdir", "{run}", "--limit", "-1"], "--limit is -1: expected 0 or more"),
     "no rows": (["--workdir", "{run}", "--batch-size", "0"], "--batch-size is 0: expected at least 1"),

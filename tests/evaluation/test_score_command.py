@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -15,6 +16,7 @@ from milora_jax.evaluation.score_command import main
 from milora_jax.evaluation.subject import Model, Subject
 from milora_jax.generation.text import Answer, Continuation
 from milora_jax.storage.export import export_milora
+from milora_jax.storage.files import read_json, write_json_atomic
 from tests.models import write_hf_directory
 from tests.storage.adapters import run_of
 
@@ -225,12 +227,34 @@ def test_strict_rules_are_asked_for(folder, command, answered):
     assert found["unread"] == {"truths": 3}
 
 
+def test_rows_with_other_names_are_scored_as_their_columns_say(folder, command, answered, tmp_path):
+    """By ``--columns`` where files are given, by the run's settings where its own are scored."""
+    rows = [{"ask": f"add {i}", "text": f"It is {i}", "gold": f"{i}"} for i in range(3)]
+    path = tmp_path / "renamed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = "sums:instruction=ask,sums:output=text,sums:answer=gold"
+    found, told = command("--data", f"sums={path}", "--columns", columns)
+    assert found["accuracy"]["sums"] == 1.0
+    assert f"--columns {columns}" in told
+    config = read_json(folder / "run" / "config.json")
+    data = {**config["data"], "train": f"other={path}", "test": f"sums={path}"}
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    write_json_atomic(run / "config.json", {**config, "data": {**data, "columns": columns}})
+    again, _ = command(subject=("--workdir", run))
+    assert again == found
+    with pytest.raises(UserError, match=r"renamed.jsonl:1: field 'instruction' holds nothing"):
+        command("--data", f"sums={path}", subject=("--workdir", run))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--columns", "input=x"], "--columns 'input=x' is about the rows of --data"),
+        (["--data", "{folder}/sums.jsonl", "--columns", "sum:input=x"], "there is no source 'sum'"),
         (["--task", "bolq"], "no task is called 'bolq'"),
         (["--task", "bolq"], "(did you mean 'boolq'?)"),
-        (["--data", "{folder}/torn.jsonl"], "torn.jsonl:2: field 'output' holds nothing, expected text"),
+        (["--data", "{folder}/torn.jsonl"], "torn.jsonl:2: field 'instruction' holds nothing, expected text"),
         (["--beams", "5"], "--beams is 5: expected 1 to 4"),
         (["--beams", "0"], "--beams is 0: expected 1 to 4"),
         (

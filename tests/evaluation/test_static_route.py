@@ -116,10 +116,23 @@ def test_a_static_export_is_the_adapter_on_its_modal_route(inputs, command, tmp_
         ),
         ("static", ["--calibration", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         ("static", ["--calibration", "x.jsonl", "--limit", -1], "limit is -1: expected at least 0"),
+        ("peft", ["--columns", "input=x"], "--columns is of format static or merged, not peft"),
+        (
+            "static",
+            [
+                "--calibration",
+                "{inputs}/rows.jsonl",
+                "--dev",
+                "d={inputs}/rows.jsonl",
+                "--columns",
+                "d:input=x",
+            ],
+            r"rows.jsonl:1: there is no column 'x' as in data.columns 'd:input=x'",
+        ),
         ("merged", ["--shard-bytes", 0], "shard_bytes is 0: expected at least 1"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_computed(kind, more, message, command, tmp_path):
+def test_a_mistake_is_told_before_anything_is_computed(kind, more, message, command, inputs, tmp_path):
     with pytest.raises(UserError, match=message):
-        command(tmp_path / "out", kind, *more)
+        command(tmp_path / "out", kind, *(str(each).format(inputs=inputs) for each in more))
     assert not (tmp_path / "out").exists()

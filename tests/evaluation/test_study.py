@@ -174,6 +174,17 @@ def test_data_of_a_task_is_that_task():
     assert STUDY.data_of(MIXED) == STUDY.base.data
 
 
+def test_a_study_of_some_tasks_has_the_columns_of_those():
+    columns = 'input=input,true_false:output=output,completion:system="x"'
+    data = dataclasses.replace(STUDY.base.data, columns=columns)
+    study = dataclasses.replace(STUDY, base=dataclasses.replace(STUDY.base, data=data))
+    assert study.data_of("completion").columns == 'input=input,completion:system="x"'
+    assert study.data_of(MIXED).columns == columns
+    base = dataclasses.replace(STUDY.base, data=dataclasses.replace(data, columns="x:input=a"))
+    with pytest.raises(UserError, match="there is no source 'x'"):
+        dataclasses.replace(study, base=base)
+
+
 def test_some_tasks_and_methods():
     some = narrowed(STUDY, "completion, true_false", "lora,milora")
     assert some.tasks == ("true_false", "completion")

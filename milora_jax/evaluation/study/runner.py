@@ -17,7 +17,7 @@ from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.source import model_directory
 from milora_jax.cli import Console, stop_if
-from milora_jax.data.records import fingerprint, parse_sources, read_records
+from milora_jax.data.records import fingerprint, parse_sources, read_records, run_sources
 from milora_jax.errors import UserError, require
 from milora_jax.evaluation.study.cells import Cell, CellRunner, Row, without_paths
 from milora_jax.evaluation.study.plans import Rates, tuning
@@ -58,12 +58,9 @@ def study_lock(directory: Path) -> Iterator[None]:
 
 def _identity(study: Study) -> dict[str, Any]:
     """Everything that decides what the cells find, with base and rows by their content."""
-    data = study.base.data
     rows = {
-        split: fingerprint(
-            [record for source in parse_sources(text) for record in read_records(source, True)]
-        )
-        for split, text in (("train", data.train), ("dev", data.dev), ("test", data.test))
+        split: fingerprint([record for source in sources for record in read_records(source, True)])
+        for split, sources in run_sources(study.base.data).items()
     }
     methods = {
         label: dataclasses.asdict(full_settings(build_method(settings)))

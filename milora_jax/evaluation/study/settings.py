@@ -8,8 +8,9 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from milora_jax.columns import parse_columns
 from milora_jax.config import GATES, AdapterSection, Config, DataSection
-from milora_jax.data.records import Source, parse_sources
+from milora_jax.data.records import parse_sources, run_sources
 from milora_jax.errors import UserError, one_of, require
 
 MIXED = "mixed"
@@ -69,7 +70,7 @@ class Study:
         return tuple(source.name for source in parse_sources(self.base.data.train))
 
     def __post_init__(self) -> None:
-        names = [[source.name for source in sources] for sources in _splits(self.base.data)]
+        names = [[source.name for source in split] for split in run_sources(self.base.data).values()]
         require(bool(names[0]), "study base.data.train", self.base.data.train, "one source per task")
         same = all(sorted(split) == sorted(names[0]) for split in names)
         require(same, "study base.data", names, "sources of the same tasks as train, dev and test")
@@ -92,15 +93,12 @@ class Study:
 
 def _of_tasks(data: DataSection, tasks: tuple[str, ...]) -> DataSection:
     """The data of some of the tasks."""
-    train, dev, test = (
-        ",".join(f"{source.name}={source.location}" for source in split if source.name in tasks)
-        for split in _splits(data)
-    )
-    return dataclasses.replace(data, train=train, dev=dev, test=test)
-
-
-def _splits(data: DataSection) -> list[list[Source]]:
-    return [parse_sources(text) for text in (data.train, data.dev, data.test)]
+    kept = {
+        split: ",".join(f"{source.name}={source.location}" for source in sources if source.name in tasks)
+        for split, sources in run_sources(data).items()
+    }
+    columns = [column for column in parse_columns(data.columns) if column.source in ("", *tasks)]
+    return dataclasses.replace(data, **kept, columns=",".join(column.entry for column in columns))
 
 
 def load_study(path: Path) -> Study:

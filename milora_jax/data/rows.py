@@ -1,0 +1,137 @@
+"""Rows as they stand in a JSON file, a JSONL file or a data set of the Hub, each with its place.
+
+No object of a row may hold a name twice: a JSON parser keeps the last one, and nobody knows which was meant.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from milora_jax.base.json_files import unique_names
+from milora_jax.errors import UserError
+
+_BETWEEN = re.compile(r"[\s,]*")
+
+
+def rows_of(location: str) -> Iterator[tuple[Any, str]]:
+    """The rows of a file or of ``hf:NAME[:CONFIG[:SPLIT]]``, and where each stands.
+
+    Raises:
+      UserError: there are none to read, or a row is not JSON or holds a name twice; naming file and line.
+    """
+    if location.startswith("hf:"):
+        return _hub_rows(location)
+    path = Path(location)
+    if not path.is_file():
+        raise UserError(
+            f"{path}: {'a directory' if path.is_dir() else 'no such file'}, expected JSON or JSONL"
+        )
+    if path.suffix == ".jsonl":
+        return _jsonl_rows(path)
+    if path.suffix == ".json":
+        return _json_rows(path)
+    raise UserError(f"{path}: suffix {path.suffix!r}: expected .json or .jsonl")
+
+
+def parse_row(text: str, where: str) -> Any:
+    """The JSON value of one line.
+
+    Args:
+      where: file and line, for errors.
+
+    Raises:
+      UserError: it is not JSON, or an object in it holds a name twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=unique_names)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # doubled names, endless integers, hostile nesting
+        raise UserError(f"{where}: not JSON that can be read ({error})") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror})") from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if line.strip():
+            yield parse_row(line, f"{path}:{number}"), f"{path}:{number}"
+
+
+def _json_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    text = _read_text(path)
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON that can be read ({error})") from None
+    if not isinstance(whole, list):
+        raise UserError(f"{path}: expected a JSON list of records")
+    yield from _elements(text, path)
+
+
+def _elements(text: str, path: Path) -> Iterator[tuple[Any, str]]:
+    """The elements of a JSON list that is known to be one, each with the line on which it begins."""
+    decoder, at = json.JSONDecoder(object_pairs_hook=unique_names), text.index("[") + 1
+    line, counted, number = 1, 0, 0
+    while True:
+        between = _BETWEEN.match(text, at)
+        at = between.end() if between else at
+        if text[at] == "]":
+            return
+        line, counted, number = line + text.count("\n", counted, at), at, number + 1
+        where = f"{path}:{line} (row {number})"
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON that can be read ({error})") from None
+        yield row, where
+
+
+def _hub_rows(location: str) -> Iterator[tuple[Any, str]]:
+    parts = location.split(":")[1:]
+    if not parts[0] or len(parts) > 3:
+        raise UserError(f"data source {location!r}: expected hf:NAME[:CONFIG[:SPLIT]]")
+    name, config, split = (*parts, *("", "")[: 3 - len(parts)])[:3]
+    for number, row in enumerate(hub_rows(name, config, split or "train"), 1):
+        yield row, f"{location} (row {number})"
+
+
+def hub_rows(name: str, config: str, split: str) -> Iterable[Any]:
+    """The rows of a Hub data set as they are.
+
+    Args:
+      config: "" is the data set's only one.
+
+    Raises:
+      UserError: there is no package ``datasets``, no network, or no such data set.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"data set {name!r} needs the package datasets: pip install datasets") from None
+    # It retries for half a minute and logs each time; one line says as much.
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return load_dataset(name, config or None, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"data set {name!r} cannot be loaded from the Hub: {reason}") from None
+    finally:
+        logger.setLevel(level)
