@@ -15,7 +15,7 @@ Everything is written under the workdir, and the same command run again resumes:
     checkpoints/     the newest states of training
     best/            the adapter with the lowest dev perplexity
     routing.png      which experts each layer chose, per task; routing_health.png: how the choice settled
-    summary.json     accuracy before and after, parameters, speed
+    summary.json     accuracy, loss and measures of free text before and after, parameters, speed
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 
 from milora_jax.cli import Console, stop_noted
 from milora_jax.errors import run_command
-from milora_jax.evaluation.final import evaluate_adapter, evaluate_base, note_unusual_golds, write_report
+from milora_jax.evaluation.final import check_tests, evaluate_adapter, evaluate_base, write_report
 from milora_jax.parallel.processes import is_first, together
 from milora_jax.train_flags import parse_train_flags
 from milora_jax.training.loop import Trainer
@@ -41,7 +41,7 @@ def main() -> None:
         console = Console(silent=not is_first())
         with console.loading("base") as progress:
             run = prepare_run(config, workdir, console.say, progress)
-        note_unusual_golds(run.tests, console.say)
+        check_tests(run.tests, console.say)
         with claimed(workdir, run.config):
             console.say(f"workdir {workdir}: {run.model.num_layers} layers, {config.adapter.method}")
             before = evaluate_base(run, workdir, console, preempted)

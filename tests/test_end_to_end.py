@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -75,6 +76,13 @@ def test_what_a_run_writes(workdir):
         shares = summary["accuracy"][which]
         assert shares.keys() == {"sums", "gsm8k", "mean"}
         assert all(0 <= share <= 1 for share in shares.values())
+        for name in ("loss", "perplexity"):
+            assert summary[name][which].keys() == {"sums", "gsm8k"}
+        for task, loss in summary["loss"][which].items():
+            assert summary["perplexity"][which][task] == pytest.approx(math.exp(loss))
+    assert summary["loss"]["adapter"]["sums"] < summary["loss"]["base"]["sums"]
+    assert {task: rows["scored"] for task, rows in summary["loss_rows"].items()} == {"sums": 9, "gsm8k": 9}
+    assert summary["measures"] == {"base": {}, "adapter": {}}
     assert summary["steps"] == 6
     assert summary["best_step"] in (2, 4, 6)
     assert summary["tokens_per_second"] > 0
@@ -93,7 +101,7 @@ def test_what_a_run_writes(workdir):
     assert [p["task"] for p in predictions] == ["sums"] * 9 + ["gsm8k"] * 9
 
 
-def test_the_evaluation_command_repeats_the_accuracy(workdir, folder, monkeypatch, capsys, tmp_path):
+def test_the_evaluation_command_repeats_the_figures(workdir, folder, monkeypatch, capsys, tmp_path):
     summary = json.loads((workdir / "summary.json").read_text())
     where = ["--workdir", str(workdir), "--predictions", str(tmp_path / "p.jsonl"), "--limit", "9"]
     monkeypatch.setattr(sys, "argv", ["evaluation", *where])
@@ -101,6 +109,8 @@ def test_the_evaluation_command_repeats_the_accuracy(workdir, folder, monkeypatc
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == {"sums": 9, "gsm8k": 9}
     assert found["accuracy"] == summary["accuracy"]["adapter"]
+    assert found["loss"] == pytest.approx(summary["loss"]["adapter"], rel=1e-5)
+    assert found["loss_rows"] == summary["loss_rows"]
     again = (tmp_path / "p.jsonl").read_text()
     assert again == (workdir / "predictions.jsonl").read_text()
     one = ["--data", str(folder / "maths.jsonl"), "--task", "svamp", "--limit", "2", "--fresh"]

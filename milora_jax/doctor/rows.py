@@ -15,6 +15,7 @@ from milora_jax.data.records import Record, Source, read_records, run_sources
 from milora_jax.data.tokens import Example, encode_example, encode_question, naming, require_embedded
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding, guarded
 from milora_jax.doctor.subject import Subject
+from milora_jax.evaluation.free_text import is_free_text, require_text_packages
 from milora_jax.evaluation.tasks import require_golds, rule_for
 
 SPLITS = ("train", "dev", "test")
@@ -50,10 +51,15 @@ def _read(source: Source, scored: bool, found: dict[str, list[Record]]) -> Itera
 
 
 def _golds(name: str, records: list[Record]) -> Iterator[Finding]:
-    """Whether the answers are those of the task that the rows bear the name of, if they do."""
+    """Whether the answers are those of the task that the rows bear the name of, if they do; and whether free
+    text could be measured.
+    """
     golds = [record.answer for record in records]
-    if unusual := require_golds(name, golds, rule_for(name, golds)):
+    rule = rule_for(name, golds)
+    if unusual := require_golds(name, golds, rule):
         yield Finding(WARN, "data.test", unusual)
+    if is_free_text(rule, records):
+        require_text_packages()
 
 
 def token_findings(subject: Subject) -> Iterator[Finding]:

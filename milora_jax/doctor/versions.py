@@ -29,6 +29,8 @@ FLOORS = {
     "ml_collections": "1.1",
     "tqdm": "4.66",
     "matplotlib": "3.9",
+    "sacrebleu": "2.5",
+    "rouge-score": "0.1.2",
 }
 """The oldest version of each package that we run with, as ``pyproject.toml`` says."""
 

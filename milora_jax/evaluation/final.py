@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +19,15 @@ from milora_jax.cli import Console, stop_if
 from milora_jax.data.prompts import shown_prompt
 from milora_jax.data.records import Record, fingerprint
 from milora_jax.evaluation.closing import closing_lines
-from milora_jax.evaluation.report import accuracy_table, plot_health, plot_routing
+from milora_jax.evaluation.free_text import is_free_text, require_text_packages
+from milora_jax.evaluation.loss import Loss, Responses, encode_responses, response_loss
+from milora_jax.evaluation.report import figures_table, loss_notes, plot_health, plot_routing
 from milora_jax.evaluation.score import (
     PREFILL_ROWS,
     TaskScore,
-    accuracies,
+    figures,
     limited,
+    measures_of,
     score_task,
     write_predictions,
 )
@@ -41,8 +46,9 @@ BASE_SCORES_NAME = "base_accuracy.json"
 
 def evaluate_base(
     run: Run, workdir: Path, console: Console, preempted: Callable[[], bool]
-) -> dict[str, float]:
-    """Accuracy of the frozen base on the test records; remembered in the workdir across resumes.
+) -> dict[str, dict[str, Any]]:
+    """Figures of the frozen base on the test records, see ``score.figures``; remembered in the workdir across
+    resumes.
 
     Args:
       preempted: asked after every batch whether to stop.
@@ -57,10 +63,12 @@ def evaluate_base(
         "eval": run.config.to_dict()["eval"],
         "prompt_format": run.config.data.prompt_format.to_dict(),
     }
-    if path.is_file() and (saved := read_json(path)).get("key") == key:
-        return saved["accuracy"]
-    found = accuracies(_score_all(run, None, "scoring the base", console, preempted))
-    write_json_atomic(path, {"key": key, "accuracy": found})
+    # A file of an earlier version has the accuracy alone, and is not enough.
+    if path.is_file() and (saved := read_json(path)).get("key") == key and "measures" in saved:
+        del saved["key"]
+        return saved
+    found = figures(_score_all(run, None, "the base", console, preempted))
+    write_json_atomic(path, {"key": key, **found})
     return found
 
 
@@ -74,20 +82,71 @@ def evaluate_adapter(
     """
     if not run.tests:
         return []
-    return _score_all(run, load_adapter(workdir), "scoring the adapter", console, preempted)
+    return _score_all(run, load_adapter(workdir), "the adapter", console, preempted)
 
 
 def _score_all(
-    run: Run, adapter: Adapter | None, title: str, console: Console, preempted: Callable[[], bool]
+    run: Run, adapter: Adapter | None, what: str, console: Console, preempted: Callable[[], bool]
 ) -> list[TaskScore]:
-    total = sum(len(limited(records, run.config.eval.limit)) for records in run.tests.values())
+    """The losses first, which take a small part of the time, and then the answers."""
+    base = decode_layout(run.base)
+    tests = {task: limited(records, run.config.eval.limit) for task, records in run.tests.items()}
+    responses = {
+        task: encode_responses(run.tokenizer, records, run.model, run.config.data.template)
+        for task, records in tests.items()
+    }
+    outputs = sum(len(each.passages) for each in responses.values())
+    with _advancing(f"loss of {what}", outputs, console, preempted) as advance:
+        losses = response_losses(run, base, adapter, responses, advance)
+    with _advancing(f"scoring {what}", sum(map(len, tests.values())), console, preempted) as advance:
+        scores = score_tests(run, base, adapter, advance)
+    return [
+        dataclasses.replace(
+            score,
+            loss=losses[score.task],
+            text=measures_of(score.predictions, tests[score.task]) if _free_text(run, score.task) else None,
+        )
+        for score in scores
+    ]
+
+
+@contextmanager
+def _advancing(
+    title: str, total: int, console: Console, preempted: Callable[[], bool]
+) -> Iterator[Callable[[int], None]]:
+    """A function that is told how many more rows are done, shows it, and stops where that was asked for."""
     with console.progress(title, total, "rows") as bar:
 
         def advance(rows: int) -> None:
             bar.advance(rows)
             stop_if(preempted, title)
 
-        return score_tests(run, decode_layout(run.base), adapter, advance)
+        yield advance
+
+
+def _free_text(run: Run, task: str) -> bool:
+    records = run.tests[task]
+    return is_free_text(rule_for(task, [record.answer for record in records]), records)
+
+
+def response_losses(
+    run: Run,
+    base: Base,
+    adapter: Adapter | None,
+    responses: Mapping[str, Responses],
+    advance: Callable[[int], None],
+) -> dict[str, Loss]:
+    """The loss on the outputs of every test task of a run; the arguments are those of :func:`score_tests`.
+
+    Args:
+      responses: the encoded outputs, by task.
+    """
+    adapter = _for_decoding(run, base, adapter)
+    rows = run.config.eval.batch_size
+    return {
+        task: response_loss(base, run.model, adapter, each, rows, place=run.place, advance=advance)
+        for task, each in responses.items()
+    }
 
 
 def score_tests(
@@ -100,9 +159,7 @@ def score_tests(
       adapter: as loaded from the disk; it is laid out over the run's devices here.
       advance: called with the number of rows each time some are answered.
     """
-    if adapter is not None:
-        placed: Adapter = jax.device_put(adapter, state_shardings(run.mesh, run.rules, adapter))
-        adapter = adapter_decode_layout(placed, base)
+    adapter = _for_decoding(run, base, adapter)
     # Every device takes as many prompts as the others; on more devices than PREFILL_ROWS, one each.
     prefill_rows = run.mesh.size * max(1, PREFILL_ROWS // run.mesh.size)
     return [
@@ -123,16 +180,28 @@ def score_tests(
     ]
 
 
-def note_unusual_golds(tests: Mapping[str, list[Record]], say: Callable[[str], None]) -> None:
-    """Say what is unusual about the answers of test rows that bear the name of a task of LLM-Adapters.
+def _for_decoding(run: Run, base: Base, adapter: Adapter | None) -> Adapter | None:
+    """An adapter as loaded from the disk, over the run's devices and in the decode layout."""
+    if adapter is None:
+        return None
+    placed: Adapter = jax.device_put(adapter, state_shardings(run.mesh, run.rules, adapter))
+    return adapter_decode_layout(placed, base)
+
+
+def check_tests(tests: Mapping[str, list[Record]], say: Callable[[str], None]) -> None:
+    """Look early at what test rows need at the end, and say what is unusual about the answers of rows that
+    bear the name of a task of LLM-Adapters.
 
     Raises:
-      UserError: the task's rule can read none of them.
+      UserError: the task's rule can read none of them, or a package is missing that free text needs.
     """
     for task, records in tests.items():
         golds = [record.answer for record in records]
-        if unusual := require_golds(task, golds, rule_for(task, golds)):
+        rule = rule_for(task, golds)
+        if unusual := require_golds(task, golds, rule):
             say(f"note: {unusual}")
+        if is_free_text(rule, records):
+            require_text_packages()
 
 
 class ParameterCounts(NamedTuple):
@@ -159,13 +228,15 @@ def write_report(
     run: Run,
     workdir: Path,
     fit: Fit,
-    before: dict[str, float],
+    before: dict[str, dict[str, Any]],
     scores: list[TaskScore],
     wall_seconds: float,
 ) -> None:
-    """Print the table and an example answer; write ``summary.json``, ``predictions.jsonl`` and the plot.
+    """Print the tables and an example answer; write ``summary.json``, ``predictions.jsonl`` and the plot.
 
     Args:
+      before: figures of the base, see ``score.figures``.
+      scores: of the best adapter.
       wall_seconds: of this life, and the training time of the earlier ones.
     """
     best = read_metadata(workdir / "best", fit.progress.best_step)
@@ -180,9 +251,11 @@ def write_report(
         "tokens_per_second": fit.tokens_per_second,
         "wall_seconds": wall_seconds,
     }
-    after = accuracies(scores) if scores else {}
+    after = figures(scores) if scores else {}
     if scores:
-        summary["accuracy"] = {"base": before, "adapter": after}
+        for name in ("accuracy", "loss", "perplexity", "measures"):
+            summary[name] = {"base": before[name], "adapter": after[name]}
+        summary["loss_rows"] = after["loss_rows"]  # the rows are the same, whatever answers
         write_predictions(workdir / "predictions.jsonl", scores)
         plot_routing(workdir / "routing.png", scores)
     plot_health(workdir / "routing_health.png", workdir / METRICS_NAME)
@@ -193,7 +266,7 @@ def write_report(
         first = scores[0].predictions[0]
         prompt = shown_prompt(run.tokenizer, record, run.config.data.prompt_format)
         print(f"\nprompt:\n{prompt}\nanswer:\n{first.generated}\n")
-        print(accuracy_table(before, after))
+        print("\n".join([figures_table(before, after), *loss_notes(after)]))
     print(
         f"\n{fit.steps} steps, best at {fit.progress.best_step} (dev perplexity "
         f"{fit.progress.best_perplexity:.3f}), {summary['tunable_parameters']:,} tunable parameters, "

@@ -7,10 +7,10 @@ the prompt leaves the route as it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,8 @@ def log_likelihoods(
     adapter: Adapter | None,
     passages: Sequence[Passage],
     rows: int,
+    *,
+    place: Callable[[Batch], Batch] = jax.device_put,
 ) -> Iterator[dict[int, Likelihood]]:
     """Score passages, the longest first, batch by batch.
 
@@ -105,6 +107,7 @@ def log_likelihoods(
       base: in the decode layout.
       adapter: in the decode layout; None scores with the plain base.
       passages: each at most one token longer than ``config.max_positions``: the last is only predicted.
+      place: puts a batch on the devices.
 
     Yields:
       What became of the passages of a batch, by their place in ``passages``.
@@ -121,12 +124,14 @@ def log_likelihoods(
         length = bucket_of(len(group[0].tokens) - 1, config.max_positions)
         # A batch that is not full repeats its last passage: a row without a prompt has no route.
         batch, targets = _collate([*group, *[group[-1]] * (rows - len(group))], length)
-        sums, greedy = jax.device_get(score(base, adapter, batch, targets, config=config, spread=spread))
+        sums, greedy = jax.device_get(
+            score(base, adapter, place(batch), jnp.asarray(targets), config=config, spread=spread)
+        )
         yield {i: Likelihood(float(sums[n]), bool(greedy[n])) for n, i in enumerate(places)}
 
 
-def _collate(passages: Sequence[Passage], length: int) -> tuple[Batch, Int[Array, "B T"]]:
-    """Passages without their last tokens as rows, and the token that follows each token."""
+def _collate(passages: Sequence[Passage], length: int) -> tuple[Batch, np.ndarray]:
+    """Passages without their last tokens as rows, and the token after each one, ``[B, T]``; on the host."""
     shape = (len(passages), length)
     tokens, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
     prompt, scored = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -136,8 +141,14 @@ def _collate(passages: Sequence[Passage], length: int) -> tuple[Batch, Int[Array
         segments[row, :size] = 1
         prompt[row, : passage.prompt] = True
         scored[row, size - passage.scored : size] = True
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape) * segments
-    return Batch(*map(jnp.asarray, (tokens, segments, positions, prompt, scored))), jnp.asarray(targets)
+    fields: dict[str, Any] = {
+        "tokens": tokens,
+        "segment_ids": segments,
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape) * segments,
+        "prompt_mask": prompt,
+        "loss_mask": scored,
+    }
+    return Batch(**fields), targets
 
 
 @functools.partial(jax.jit, static_argnames=("config", "spread"))

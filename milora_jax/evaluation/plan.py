@@ -11,9 +11,11 @@ from milora_jax.data.records import Record, Source, fingerprint, read_records
 from milora_jax.data.tokens import encode_question, naming, require_embedded
 from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import Rule
+from milora_jax.evaluation.free_text import is_free_text, require_text_packages
 from milora_jax.evaluation.hub import hub_records
+from milora_jax.evaluation.loss import Loss, Responses, encode_responses, response_loss
 from milora_jax.evaluation.predictions import TaskBatch, batches_by_length
-from milora_jax.evaluation.score import PREFILL_ROWS, Prediction, judge, limited
+from milora_jax.evaluation.score import PREFILL_ROWS, Prediction, TaskScore, judge, limited, measures_of
 from milora_jax.evaluation.subject import Model, Subject
 from milora_jax.evaluation.tasks import Task, find_task, require_golds, rule_for
 from milora_jax.generation.settings import GenerationSettings
@@ -27,11 +29,13 @@ class Questions:
     Attributes:
       rule: by which their answers are read.
       max_new_tokens: longest answer in tokens.
+      free_text: whether their answers are measured as free text as well, see ``evaluation.free_text``.
     """
 
     records: list[Record]
     rule: Rule
     max_new_tokens: int
+    free_text: bool
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Plan:
     Attributes:
       questions: by task.
       prompts: token ids of every question, by task.
+      responses: the given outputs, of which the loss is computed, by task.
       beams: width of the search; 1 is greedy.
       batch_size: prompts decoded together.
     """
@@ -48,18 +53,23 @@ class Plan:
     subject: Subject
     questions: Mapping[str, Questions]
     prompts: Mapping[str, list[list[int]]]
+    responses: Mapping[str, Responses]
     beams: int
     batch_size: int
 
     @classmethod
     def of(cls, subject: Subject, questions: Mapping[str, Questions], beams: int, batch_size: int) -> Plan:
-        """Write every question in the subject's template.
+        """Write every question and its output in the subject's template.
 
         Raises:
-          UserError: a prompt leaves no room for its answer, or cannot be written in the template.
+          UserError: a prompt leaves no room for its answer, or a row cannot be written in the template.
         """
         prompts = {task: _encoded(subject, task, asked) for task, asked in questions.items()}
-        return cls(subject, questions, prompts, beams, batch_size)
+        responses = {
+            task: encode_responses(subject.tokenizer, asked.records, subject.config, subject.template)
+            for task, asked in questions.items()
+        }
+        return cls(subject, questions, prompts, responses, beams, batch_size)
 
     @property
     def rows(self) -> int:
@@ -114,6 +124,26 @@ class Plan:
             for row, answer in zip(batch.rows, answers, strict=True)
         ]
 
+    def losses(self, model: Model, advance: Callable[[int], None]) -> dict[str, Loss]:
+        """The loss on the given outputs, by task.
+
+        Args:
+          model: the subject's, loaded.
+          advance: called with the number of rows each time some are scored.
+        """
+        return {
+            task: response_loss(
+                model.base, model.config, model.adapter, responses, self.batch_size, advance=advance
+            )
+            for task, responses in self.responses.items()
+        }
+
+    def measured(self, score: TaskScore, losses: Mapping[str, Loss]) -> TaskScore:
+        """A score with the loss of its task, and the measures of free text where the task is such."""
+        asked = self.questions[score.task]
+        text = measures_of(score.predictions, asked.records) if asked.free_text else None
+        return dataclasses.replace(score, loss=losses[score.task], text=text)
+
 
 def read_rows(
     tasks: Sequence[Task], sources: Sequence[Source], say: Callable[[str], None]
@@ -164,7 +194,8 @@ def questions_of(
       longest: longest answer in tokens to the rows of a task of LLM-Adapters, or to others.
 
     Raises:
-      UserError: the rows of a task are not of that task, or one is called ``mean``.
+      UserError: the rows of a task are not of that task, or one is called ``mean``; or a package is missing
+        that free text needs.
     """
     if "mean" in rows:
         raise UserError("a task must not be called 'mean': expected NAME=FILE with another name")
@@ -174,7 +205,9 @@ def questions_of(
         rule = rule_for(name, golds, strict)
         if unusual := require_golds(name, golds, rule):
             say(f"note: {unusual}")
-        found[name] = Questions(limited(records, limit), rule, longest(find_task(name)))
+        if free_text := is_free_text(rule, records):
+            require_text_packages()
+        found[name] = Questions(limited(records, limit), rule, longest(find_task(name)), free_text)
     return found
 
 

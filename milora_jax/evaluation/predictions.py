@@ -22,6 +22,8 @@ from milora_jax.evaluation.score import Prediction, TaskScore, prediction_line, 
 from milora_jax.storage.files import read_json, write_json_atomic
 
 FIELDS = {field.name for field in fields(Prediction)}
+NOT_ALWAYS = {"references"}
+"""Fields that a line may lack."""
 
 AGAIN = "give --fresh to begin again, or another --predictions FILE"
 
@@ -53,6 +55,7 @@ class PredictionFile:
 
     Attributes:
       done: predictions that were there when it was opened, and those appended since.
+      result: what an earlier evaluation with the same settings ended in; None where there was none.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class PredictionFile:
         self._batches = list(batches)
         self._file: Any = None
         self.done: dict[tuple[str, int], Prediction] = {}
+        self.result: dict[str, Any] | None = None
 
     def __enter__(self) -> PredictionFile:
         """Open it, dropping what a kill has left of a batch.
@@ -162,7 +166,7 @@ class PredictionFile:
             values = json.loads(line)
         except ValueError:
             values = None
-        if not isinstance(values, dict) or values.keys() != FIELDS:
+        if not isinstance(values, dict) or not FIELDS - NOT_ALWAYS <= values.keys() <= FIELDS:
             raise UserError(f"{self.path}:{number}: not a prediction of this version: {AGAIN}")
         return Prediction(**values)
 
@@ -175,6 +179,7 @@ class PredictionFile:
         read = read_json(beside)
         before = read.get("settings") if isinstance(read, dict) else None
         if before == self._settings:
+            self.result = read.get("result")
             return
         old, new = _flat(before), _flat(self._settings)
         name = next(key for key in {**new, **old} if old.get(key) != new.get(key))

@@ -1,14 +1,15 @@
-"""The table, the picture and the summary at the end of a run."""
+"""The tables and the pictures at the end of a run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from milora_jax.evaluation.loss import LEFT_OUT
 from milora_jax.evaluation.score import TaskScore
 from milora_jax.types import EXPERTS, LETTERS
 
@@ -21,26 +22,101 @@ a router that has collapsed. Margin: by how much of the probability the last cho
 first left out. Changed: choices, of a layer for a prompt, that were others the time before."""
 
 
-def accuracy_table(base: dict[str, float], adapter: dict[str, float]) -> str:
-    """Accuracy in percent before and after, one line per task and one for the mean."""
-    width = max(len("task"), *(len(task) for task in adapter))
-    lines = [f"{'task':<{width}}  {'base':>6}  {'adapter':>7}"]
-    lines += [f"{task:<{width}}  {100 * base[task]:5.1f}%  {100 * adapter[task]:6.1f}%" for task in adapter]
-    rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+TEXT_MEASURES = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L"}
+"""The measures of free text, by field, as they are called in tables."""
+
+Figures = Mapping[str, Mapping[str, Any]]
+"""See ``score.figures``."""
+
+
+def figures_table(base: Figures, adapter: Figures) -> str:
+    """Accuracy in percent, loss and perplexity before and after, one line per task and one for the mean
+    accuracy; below them the measures of free text, where there is any.
+    """
+    both, tasks, free = (base, adapter), [*adapter["accuracy"]], [*adapter["measures"]]
+    width = max(map(len, ("free text", *tasks)))
+    columns = {
+        title: {task: tuple(shown(each[name].get(task)) for each in both) for task in tasks}
+        for title, name, shown in (
+            ("accuracy", "accuracy", _percent),
+            ("loss", "loss", _loss),
+            ("perplexity", "perplexity", _perplexity),
+        )
+    }
+    *lines, mean = _before_and_after("task", tasks, columns, width)
+    rule = "-" * len(lines[-1])
+    lines = [*lines[:2], rule, *lines[2:], rule, mean.rstrip(" -")]
+    if free:
+        columns = {
+            title: {task: tuple(f"{each['measures'][task][name]:.1f}" for each in both) for task in free}
+            for name, title in TEXT_MEASURES.items()
+        }
+        first, second, *others = _before_and_after("free text", free, columns, width)
+        lines += ["", first, second, rule, *others]
+    return "\n".join(lines)
+
+
+def _before_and_after(
+    head: str, tasks: Sequence[str], columns: Mapping[str, Mapping[str, Sequence[str]]], width: int
+) -> list[str]:
+    """Two lines of titles and a line per task, with two cells in every column."""
+
+    def line(first: str, cells: Iterable[Sequence[str]]) -> str:
+        return f"{first:<{width}}" + "".join(f"   {base:>7}  {adapter:>8}" for base, adapter in cells)
+
+    titles = " " * width + "".join(f"{title:>20}" for title in columns)
+    under = line(head, [("base", "adapter")] * len(columns))
+    return [titles, under, *(line(task, [cells[task] for cells in columns.values()]) for task in tasks)]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def _loss(mean: float | None) -> str:
+    return "-" if mean is None else f"{mean:.3f}"
+
+
+def _perplexity(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 10_000 else f"{value:.1e}"
+
+
+def loss_notes(figures: Figures) -> list[str]:
+    """A line for each task whose loss is not that of all rows, or not finite."""
+    lines = []
+    for task, rows in figures["loss_rows"].items():
+        if rows["left_out"]:
+            left_out = sum(rows["left_out"].values())
+            reasons = ", ".join(f"{LEFT_OUT[reason]}: {count}" for reason, count in rows["left_out"].items())
+            of = f"{left_out} of {rows['scored'] + left_out} rows"
+            lines.append(f"note: {task}: {of} have no loss ({reasons})")
+        if rows["scored"] and figures["loss"][task] is None:
+            lines.append(f"note: {task}: the loss is not finite")
+    return lines
 
 
 def score_table(scores: Sequence[TaskScore]) -> str:
-    """Accuracy of each task in percent with its Wilson interval, rows, and answers that were not read."""
+    """Accuracy of each task in percent with its Wilson interval, rows, answers that were not read, loss and
+    perplexity; and the measures of free text, where there is any.
+    """
     width = max(len("task"), *(len(score.task) for score in scores))
-    lines = [f"{'task':<{width}}  {'right':>6}  {'95 % interval':>15}  {'rows':>6}  {'unread':>6}"]
+    free = any(score.text is not None for score in scores)
+    head = f"{'task':<{width}}  {'right':>6}  {'95 % interval':>15}  {'rows':>6}  {'unread':>6}"
+    head += f"  {'loss':>6}  {'perplexity':>10}"
+    lines = [head + "".join(f"  {title:>7}" for title in TEXT_MEASURES.values() if free)]
     for score in scores:
         low, high = 100 * score.interval.low, 100 * score.interval.high
         between = f"{low:.1f} to {high:.1f}%"
-        lines.append(
-            f"{score.task:<{width}}  {100 * score.accuracy:5.1f}%  {between:>15}  "
-            f"{len(score.predictions):>6}  {score.unread:>6}"
+        mean, perplexity = (None, None) if score.loss is None else (score.loss.mean, score.loss.perplexity)
+        line = (
+            f"{score.task:<{width}}  {_percent(score.accuracy):>6}  {between:>15}  "
+            f"{len(score.predictions):>6}  {score.unread:>6}  {_loss(mean):>6}  {_perplexity(perplexity):>10}"
         )
+        if score.text is not None:
+            line += "".join(f"  {getattr(score.text, name):>7.1f}" for name in TEXT_MEASURES)
+        lines.append(line)
     if len(scores) > 1:
         mean = sum(score.accuracy for score in scores) / len(scores)
         lines.append(f"{'mean':<{width}}  {100 * mean:5.1f}%")

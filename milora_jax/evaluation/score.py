@@ -1,10 +1,10 @@
-"""Accuracy of generated answers, task by task."""
+"""Figures of generated and of given answers, task by task."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from milora_jax.data.records import Record
 from milora_jax.data.tokens import encode_question
 from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import Rule
+from milora_jax.evaluation.free_text import TextMeasures, references_of, text_measures
+from milora_jax.evaluation.loss import Loss
 from milora_jax.evaluation.statistics import Interval, wilson_interval
 from milora_jax.evaluation.tasks import rule_for
 from milora_jax.generation.text import Answer, generate
@@ -45,6 +47,7 @@ class Prediction:
       extracted: what it read; "" where it found nothing.
       unread: it found nothing; such a row counts as wrong.
       route: None without a router.
+      references: that the row lists; a line without any has no such field.
     """
 
     task: str
@@ -57,14 +60,22 @@ class Prediction:
     unread: bool
     correct: bool
     route: CompactRoute | None
+    references: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task's result."""
+    """One task's result.
+
+    Attributes:
+      loss: on the outputs that the rows give; None where it was not computed.
+      text: measures of the answers; None where they are no free text, or it was not computed.
+    """
 
     task: str
     predictions: list[Prediction]
+    loss: Loss | None = None
+    text: TextMeasures | None = None
 
     @property
     def correct(self) -> int:
@@ -121,6 +132,7 @@ def judge(task: str, row: int, record: Record, rule: Rule, answer: Answer) -> Pr
         unread=not extracted,
         correct=rule.matches(extracted, record.answer),
         route=None if answer.route is None else compact_route(answer.route),
+        references=list(record.references),
     )
 
 
@@ -168,6 +180,11 @@ def score_task(
     return TaskScore(task, [judge(task, row, record, rule, answer) for row, (record, answer) in pairs])
 
 
+def measures_of(predictions: Sequence[Prediction], records: Sequence[Record]) -> TextMeasures:
+    """Measures of the answers to records of free text, see ``evaluation.free_text``."""
+    return text_measures([each.generated for each in predictions], list(map(references_of, records)))
+
+
 def accuracies(scores: Sequence[TaskScore]) -> dict[str, float]:
     """Accuracy by task, and their unweighted mean as ``mean``."""
     by_task = {score.task: score.accuracy for score in scores}
@@ -176,9 +193,38 @@ def accuracies(scores: Sequence[TaskScore]) -> dict[str, float]:
     return {**by_task, "mean": sum(by_task.values()) / len(by_task)}
 
 
+def figures(scores: Sequence[TaskScore]) -> dict[str, dict[str, Any]]:
+    """What is said of scored tasks, as JSON: for each figure a value by task.
+
+    ``accuracy`` has the mean beside the tasks, as :func:`accuracies`; ``loss`` and ``perplexity`` are null
+    where nothing could be scored, or where they are not finite; ``loss_rows`` says of how many rows and
+    tokens they are; ``measures`` has the tasks of free text only.
+    """
+    losses = {score.task: score.loss for score in scores if score.loss is not None}
+    return {
+        "accuracy": accuracies(scores),
+        "loss": {task: loss.mean for task, loss in losses.items()},
+        "perplexity": {task: loss.perplexity for task, loss in losses.items()},
+        "loss_rows": {
+            task: {"scored": loss.scored, "tokens": loss.tokens, "left_out": dict(loss.left_out)}
+            for task, loss in losses.items()
+        },
+        "measures": {score.task: asdict(score.text) for score in scores if score.text is not None},
+    }
+
+
+def losses_in(figures: Mapping[str, Any]) -> dict[str, Loss]:
+    """The losses that :func:`figures` has written, by task; none where it had none."""
+    rows = figures.get("loss_rows", {})
+    return {task: Loss(mean=figures["loss"][task], **rows[task]) for task in rows}
+
+
 def prediction_line(prediction: Prediction) -> str:
     """A line of the predictions file, without its end."""
-    return json.dumps(asdict(prediction), ensure_ascii=False)
+    values = asdict(prediction)
+    if not prediction.references:
+        del values["references"]
+    return json.dumps(values, ensure_ascii=False)
 
 
 def write_predictions(path: Path, scores: Sequence[TaskScore]) -> None:

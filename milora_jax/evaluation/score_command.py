@@ -1,4 +1,4 @@
-"""Accuracy as JSON and predictions as JSONL, in the protocol of LLM-Adapters.
+"""Accuracy, loss and measures of free text as JSON, predictions as JSONL, in the protocol of LLM-Adapters.
 
 ``--workdir RUN`` scores the best adapter of a run of ``train.py``, ``--adapter EXPORT --base DIR`` an
 exported one, ``--base DIR`` a plain model. ``--data FILE`` names rows, ``--task NAME`` a task of
@@ -13,6 +13,7 @@ choose.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import sys
@@ -25,11 +26,12 @@ from milora_jax.cli import Bar, Console, Parser, stop_if, stop_noted
 from milora_jax.config import DTYPES, TEMPLATES, EvalSection
 from milora_jax.data.records import parse_given, parse_sources
 from milora_jax.errors import UserError, require
+from milora_jax.evaluation.loss import Loss
 from milora_jax.evaluation.plan import Plan, questions_of, read_rows
 from milora_jax.evaluation.predictions import PredictionFile
-from milora_jax.evaluation.report import score_table
-from milora_jax.evaluation.score import Prediction, TaskScore, accuracies
-from milora_jax.evaluation.subject import Named, named_subject, read_subject
+from milora_jax.evaluation.report import loss_notes, score_table
+from milora_jax.evaluation.score import Prediction, TaskScore, figures, losses_in
+from milora_jax.evaluation.subject import Model, Named, named_subject, read_subject
 from milora_jax.evaluation.tasks import MOST_BEAMS, PAPER_BEAMS, TASKS, Task, task_named
 
 
@@ -96,11 +98,15 @@ def main(argv: Sequence[str]) -> None:
         stop_noted() as preempted,
         PredictionFile(path, plan.settings(), plan.batches(), arguments.fresh) as file,
     ):
-        answer_missing(plan, file, console, preempted)
-        scores = file.scores()
+        load = functools.cache(plan.subject.load)
+        answer_missing(plan, file, load, console, preempted)
+        losses = losses_in(file.result or {}) or score_responses(plan, load(), console, preempted)
+        scores = [plan.measured(score, losses) for score in file.scores()]
         result = result_of(scores, plan)
         file.finish(result)
     print(json.dumps(result))
+    for line in loss_notes(result):
+        console.say(line)
     console.say(f"\n{score_table(scores)}\n\npredictions: {path}\nnext: {next_command(arguments, named)}")
 
 
@@ -120,10 +126,17 @@ def predictions_path(arguments: argparse.Namespace, named: Named, tasks: Sequenc
     return path
 
 
-def answer_missing(plan: Plan, file: PredictionFile, console: Console, preempted: Callable[[], bool]) -> None:
+def answer_missing(
+    plan: Plan,
+    file: PredictionFile,
+    load: Callable[[], Model],
+    console: Console,
+    preempted: Callable[[], bool],
+) -> None:
     """Answer the missing batches, each of which is on the disk before the next one begins.
 
     Args:
+      load: gives the model.
       preempted: asked before every batch whether to stop.
     """
     if file.done:
@@ -131,7 +144,7 @@ def answer_missing(plan: Plan, file: PredictionFile, console: Console, preempted
     missing = file.missing
     if not missing:
         return
-    model = plan.subject.load()
+    model = load()
     with console.progress("scoring", plan.rows, "rows") as bar:
         shown = _Shown(bar, plan.rows, list(file.done.values()))
         for batch in missing:
@@ -139,6 +152,25 @@ def answer_missing(plan: Plan, file: PredictionFile, console: Console, preempted
             predictions = plan.answer(model, batch)
             file.append(predictions)
             shown.answered(predictions)
+
+
+def score_responses(
+    plan: Plan, model: Model, console: Console, preempted: Callable[[], bool]
+) -> dict[str, Loss]:
+    """The loss of every task. A command that is stopped here computes all of them again: this takes a small
+    part of the time of the answers.
+
+    Args:
+      preempted: asked after every batch whether to stop.
+    """
+    total = sum(len(responses.passages) for responses in plan.responses.values())
+    with console.progress("loss", total, "rows") as bar:
+
+        def advance(rows: int) -> None:
+            bar.advance(rows)
+            stop_if(preempted, "computing the loss")
+
+        return plan.losses(model, advance)
 
 
 class _Shown:
@@ -165,7 +197,7 @@ class _Shown:
 def result_of(scores: Sequence[TaskScore], plan: Plan) -> dict[str, Any]:
     """What is printed, and kept beside the predictions."""
     return {
-        "accuracy": accuracies(scores),
+        **figures(scores),
         "interval": {score.task: [score.interval.low, score.interval.high] for score in scores},
         "rows": {score.task: len(score.predictions) for score in scores},
         "unread": {score.task: score.unread for score in scores},

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from milora_jax.base.load import load_base
-from milora_jax.data.records import Source, read_records
+from milora_jax.data.records import Record, Source, read_records
 from milora_jax.errors import EXIT_PREEMPTED, Preempted, UserError
 from milora_jax.evaluation import plan
+from milora_jax.evaluation.loss import Loss
 from milora_jax.evaluation.score_command import main
 from milora_jax.evaluation.subject import Model, Subject
 from milora_jax.generation.text import Answer, Continuation
@@ -44,8 +45,30 @@ def base(folder):
     return load_base(folder / "model", decode=True)[0]
 
 
+class Losses:
+    """A ``response_loss`` without a model.
+
+    Attributes:
+      asked: numbers of rows.
+    """
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, base, config, adapter, responses, rows, *, advance):
+        self.asked.append(len(responses.passages))
+        advance(len(responses.passages))
+        tokens = sum(passage.scored for passage in responses.passages)
+        return Loss(1.5 if tokens else None, len(responses.passages), tokens, responses.left_out)
+
+
 @pytest.fixture
-def answered(base, monkeypatch):
+def losses():
+    return Losses()
+
+
+@pytest.fixture
+def answered(base, losses, monkeypatch):
     """Prompts and settings that a ``generate`` without a model was asked; row 5 is not answered."""
     asked = []
 
@@ -57,6 +80,7 @@ def answered(base, monkeypatch):
         return [Answer((Continuation(word, (4,), "stop"),), route) for word in words]
 
     monkeypatch.setattr(plan, "generate", generate)
+    monkeypatch.setattr(plan, "response_loss", losses)
 
     def load(self):
         return Model(self.named.base, base, self.config, self.tokenizer, None, self.prompt_format)
@@ -121,6 +145,72 @@ def test_what_it_prints_and_keeps(folder, command, answered, tmp_path):
     assert json.loads((tmp_path / "p.result.json").read_text())["result"] == found
 
 
+def test_the_loss_is_that_of_the_outputs(folder, command, answered):
+    """Rows that give an answer alone have none; they are scored all the same."""
+    data = f"sums={folder / 'sums.jsonl'},truths={folder / 'truths.jsonl'}"
+    found, told = command("--data", data)
+    assert found["loss"] == {"sums": 1.5, "truths": None}
+    assert found["perplexity"] == {"sums": pytest.approx(4.4817, abs=1e-4), "truths": None}
+    scored = found["loss_rows"]
+    assert (scored["sums"]["scored"], scored["sums"]["left_out"]) == (ROWS, {})
+    assert scored["truths"] == {"scored": 0, "tokens": 0, "left_out": {"no_output": 3}}
+    assert found["measures"] == {}
+    assert "note: truths: 3 of 3 rows have no loss (no output: 3)" in told
+    assert f"loss {ROWS}/{ROWS} rows" in told
+
+
+def test_free_text_is_measured_and_its_references_are_kept(folder, command, answered, tmp_path, monkeypatch):
+    more = ("--predictions", "p.jsonl", "--data")
+    asked = {"references": ("It is 0", "It is nothing at all"), "output": "It is nothing at all"}
+    rows = [Record("add 0", "", asked["output"], asked["output"], references=asked["references"])]
+    monkeypatch.setattr(plan, "read_records", lambda source, scored: rows)
+    found, told = command(*more, "told=some.jsonl")
+    assert found["measures"]["told"]["bleu"] == 0  # three words have no sequence of four
+    assert found["measures"]["told"]["rouge_l"] == 100
+    assert found["measures"]["told"]["chrf"] == 100
+    assert found["accuracy"]["told"] == 0  # by the rule that compares all of an answer
+    assert told.count("ROUGE-L") == 1
+    (line,) = lines_of(tmp_path / "p.jsonl")
+    assert line["references"] == list(asked["references"])
+    assert command(*more, "told=some.jsonl")[0] == found
+    assert len(answered) == 1
+    command("--predictions", "sums.jsonl", "--data", folder / "sums.jsonl")
+
+
+def test_a_loss_that_an_earlier_version_did_not_compute_is_added(folder, command, answered, losses, tmp_path):
+    same = ("--data", folder / "sums.jsonl", "--predictions", "p.jsonl")
+    expected, _ = command(*same)
+    beside = tmp_path / "p.result.json"
+    kept = json.loads(beside.read_text())
+    for name in ("loss", "perplexity", "loss_rows", "measures"):
+        del kept["result"][name]
+    beside.write_text(json.dumps(kept))
+    assert command(*same)[0] == expected
+    assert (len(answered), losses.asked) == (1, [ROWS, ROWS])
+    assert json.loads(beside.read_text())["result"] == expected
+
+
+def test_a_kill_during_the_losses_costs_nothing_but_them(
+    folder, command, answered, losses, tmp_path, monkeypatch
+):
+    more = ("--data", folder / "sums.jsonl", "--batch-size", 2)
+    expected, _ = command(*more, "--predictions", "whole.jsonl")
+    batches = len(answered)
+
+    def interrupted(*given, **named):
+        losses(*given, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "response_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command(*more, "--predictions", "cut.jsonl")
+    monkeypatch.setattr(plan, "response_loss", losses)
+    assert command(*more, "--predictions", "cut.jsonl")[0] == expected
+    assert len(answered) == 2 * batches
+    for name in ("jsonl", "result.json"):
+        assert (tmp_path / f"cut.{name}").read_bytes() == (tmp_path / f"whole.{name}").read_bytes()
+
+
 def test_an_interrupted_evaluation_ends_as_an_undisturbed_one(
     folder, command, answered, tmp_path, monkeypatch
 ):
@@ -165,7 +255,7 @@ def test_a_finished_evaluation_asks_nothing_and_reads_no_base(folder, command, a
     more = ("--data", folder / "sums.jsonl", "--predictions", "p.jsonl")
     expected, _ = command(*more)
     asked = len(answered)
-    monkeypatch.setattr(Subject, "load", None)
+    monkeypatch.setattr(Subject, "load", lambda self: pytest.fail("the base is read"))
     assert command(*more)[0] == expected
     assert len(answered) == asked
 
