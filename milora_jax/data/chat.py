@@ -33,6 +33,10 @@ OPEN, CLOSE = "\ufdd0", "\ufdd1"
 is treated as a control token itself."""
 
 
+class UnclosedThoughtError(UserError):
+    """An answer would be learned inside a thought that the chat template has opened."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One message of a chat; its role is one of ROLES."""
@@ -137,7 +141,8 @@ def encode_exchange(
       eos_ids: tokens that end an answer, at least one.
 
     Raises:
-      UserError: as :func:`render_chat`, or the template opens a thought that ``content`` does not close.
+      UserError: as :func:`render_chat`.
+      UnclosedThoughtError: the template opens a thought that ``content`` does not close.
     """
     said, turn = as_messages(messages), *as_messages([Message("assistant", content)])
     prompt = _render(tokenizer, said, True, time)
@@ -191,14 +196,14 @@ def _within_thought(opened: str, text: str) -> str:
       opened: what the template has begun the answer with.
 
     Raises:
-      UserError: the answer does not close the thought.
+      UnclosedThoughtError: the answer does not close the thought.
     """
     found = OPEN_THOUGHT.search(opened)
     if found is None:
         return text
     opening, space = found.groups()
     if THOUGHTS[opening] not in text:
-        raise UserError(
+        raise UnclosedThoughtError(
             f"the chat template opens a thought ({opening}) where the answer begins, and the answer does "
             f"not close it: expected an answer of the form THOUGHT{THOUGHTS[opening]}ANSWER"
         )

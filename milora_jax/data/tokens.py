@@ -185,6 +185,6 @@ def naming(record: Record) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if not record.where:
-            raise
-        raise UserError(f"{record.where}: {error}") from None
+        if record.where:
+            error.args = (f"{record.where}: {error}",)  # of whatever kind it is
+        raise

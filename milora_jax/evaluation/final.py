@@ -92,7 +92,7 @@ def _score_all(
     base = decode_layout(run.base)
     tests = {task: limited(records, run.config.eval.limit) for task, records in run.tests.items()}
     responses = {
-        task: encode_responses(run.tokenizer, records, run.model, run.config.data.template)
+        task: encode_responses(run.tokenizer, records, run.model, run.config.data.prompt_format)
         for task, records in tests.items()
     }
     outputs = sum(len(each.passages) for each in responses.values())

@@ -17,17 +17,21 @@ import jax
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.modules import Base
+from milora_jax.data.chat import UnclosedThoughtError
 from milora_jax.data.records import Record
-from milora_jax.data.tokens import encode_example
+from milora_jax.data.tokens import Example, encode_example, naming, require_embedded
 from milora_jax.evaluation.likelihood import Passage, log_likelihoods
 from milora_jax.model_config import ModelConfig
+from milora_jax.prompt_format import PromptFormat
 from milora_jax.types import Batch
 
 NO_OUTPUT, TOO_LONG, NO_END_TOKEN = "no_output", "too_long", "no_end_token"
+IN_A_THOUGHT = "in_a_thought"
 LEFT_OUT = {
     NO_OUTPUT: "no output",
     TOO_LONG: "more tokens than the model has positions",
     NO_END_TOKEN: "a model without an end-of-sequence token",
+    IN_A_THOUGHT: "an output that does not close the thought that the chat template opens",
 }
 """Why a row has no loss, in words."""
 
@@ -71,30 +75,40 @@ class Loss:
 
 
 def encode_responses(
-    tokenizer: Any, records: Sequence[Record], config: ModelConfig, template: str
+    tokenizer: Any, records: Sequence[Record], config: ModelConfig, prompt_format: PromptFormat
 ) -> Responses:
     """Encode the rows of a task as training does; no row is cut.
 
-    Args:
-      template: one of ``config.TEMPLATES``.
-
     Raises:
-      UserError: a row cannot be written in this template.
+      UserError: a row cannot be written in the format's template, or holds a token that the model has no
+        embedding of.
     """
     passages, left_out = [], Counter()
     for record in records:
-        if not record.output.strip():
-            left_out[NO_OUTPUT] += 1
-        elif not config.eos_ids:
-            left_out[NO_END_TOKEN] += 1
-        elif (
-            example := encode_example(tokenizer, record, config.eos_ids, config.max_positions, template)
-        ) is None:
-            left_out[TOO_LONG] += 1
-        else:
-            tokens, prompt = tuple(example.tokens.tolist()), example.prompt_length
-            passages.append(Passage(tokens, prompt, len(tokens) - prompt))
+        found = _encoded(tokenizer, record, config, prompt_format)
+        if isinstance(found, str):
+            left_out[found] += 1
+            continue
+        with naming(record):
+            require_embedded(tokenizer, found.tokens, config.vocab_size)
+        tokens, prompt = tuple(found.tokens.tolist()), found.prompt_length
+        passages.append(Passage(tokens, prompt, len(tokens) - prompt))
     return Responses(passages, dict(left_out))
+
+
+def _encoded(
+    tokenizer: Any, record: Record, config: ModelConfig, prompt_format: PromptFormat
+) -> Example | str:
+    """A row, or why it is left out."""
+    if not record.output.strip():
+        return NO_OUTPUT
+    if not config.eos_ids:
+        return NO_END_TOKEN
+    try:
+        found = encode_example(tokenizer, record, config.eos_ids, config.max_positions, prompt_format)
+    except UnclosedThoughtError:  # a question can be asked although its output could not be learned
+        return IN_A_THOUGHT
+    return TOO_LONG if found is None else found
 
 
 def response_loss(

@@ -66,7 +66,7 @@ class Plan:
         """
         prompts = {task: _encoded(subject, task, asked) for task, asked in questions.items()}
         responses = {
-            task: encode_responses(subject.tokenizer, asked.records, subject.config, subject.template)
+            task: encode_responses(subject.tokenizer, asked.records, subject.config, subject.prompt_format)
             for task, asked in questions.items()
         }
         return cls(subject, questions, prompts, responses, beams, batch_size)

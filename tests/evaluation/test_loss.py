@@ -17,7 +17,9 @@ from milora_jax.evaluation.likelihood import score
 from milora_jax.evaluation.loss import Loss, encode_responses, response_loss
 from milora_jax.evaluation.report import loss_notes
 from milora_jax.evaluation.score import Prediction, TaskScore, figures, losses_in
+from milora_jax.prompt_format import PromptFormat
 from milora_jax.training.loss import summed_loss
+from tests.data.chats import THINKING, chat_tokenizer
 from tests.models import write_hf_directory
 from tests.storage.adapters import noisy_adapter
 
@@ -50,7 +52,7 @@ def loss_of(folder, tokenizer, records, method=None, rows=4):
         stored = noisy_adapter(load_base(folder)[0], config, method, gate="softmax")
         adapter = adapter_decode_layout(stored, base)
     advanced = []
-    responses = encode_responses(tokenizer, records, config, "alpaca")
+    responses = encode_responses(tokenizer, records, config, PromptFormat())
     found = response_loss(base, config, adapter, responses, rows, advance=advanced.append)
     assert sum(advanced) == found.scored == len(responses.passages)
     return found
@@ -60,7 +62,7 @@ def test_it_is_the_loss_whose_exponential_is_the_dev_perplexity(folder, tokenize
     """Computed by the other path: training's rows, masks and layout, padded to one length."""
     base, config = load_base(folder)
     adapter = noisy_adapter(base, config, "milora", gate="softmax")
-    examples = [encode_example(tokenizer, each, config.eos_ids, 512) for each in RECORDS]
+    examples = [encode_example(tokenizer, each, config.eos_ids, 512, PromptFormat()) for each in RECORDS]
     length = max(len(example.tokens) for example in examples) + 3
     batch = collate([[example] for example in examples], length, 0, len(examples))
     run = jax.jit(functools.partial(summed_loss, config=config, prompts=1))
@@ -97,15 +99,15 @@ def test_rows_without_a_loss_are_counted_and_left_out(folder, tokenizer):
 def test_the_longest_row_that_fits_is_scored(folder, tokenizer):
     config = load_base(folder)[1]
     fits = record("Say it.", "very")
-    size = len(encode_example(tokenizer, fits, config.eos_ids, config.max_positions).tokens)
+    size = len(encode_example(tokenizer, fits, config.eos_ids, config.max_positions, PromptFormat()).tokens)
     for positions, left_out in ((size, {}), (size - 1, {"too_long": 1})):
         short = dataclasses.replace(config, max_positions=positions)
-        assert encode_responses(tokenizer, [fits], short, "alpaca").left_out == left_out
+        assert encode_responses(tokenizer, [fits], short, PromptFormat()).left_out == left_out
 
 
 def test_a_model_that_cannot_end_an_answer_has_no_loss(folder, tokenizer):
     endless = dataclasses.replace(load_base(folder)[1], eos_ids=())
-    found = encode_responses(tokenizer, RECORDS, endless, "alpaca")
+    found = encode_responses(tokenizer, RECORDS, endless, PromptFormat())
     assert (found.passages, found.left_out) == ([], {"no_end_token": 5})
 
 
@@ -135,3 +137,11 @@ def test_figures_are_json_and_losses_are_read_back_from_them():
     ]
     assert losses_in({"accuracy": {"all": 1.0}}) == {}
     assert figures([scored("alone", None)])["loss"] == {}
+
+
+def test_an_output_that_stays_in_an_open_thought_is_left_out(folder, tmp_path):
+    """It cannot be learned, and its question can be asked all the same."""
+    rows = [record("2 + 2?", "4"), record("2 + 2?", "two two</think>4")]
+    tokenizer = chat_tokenizer(tmp_path, THINKING)
+    found = encode_responses(tokenizer, rows, load_base(folder)[1], PromptFormat("chat"))
+    assert (len(found.passages), found.left_out) == (1, {"in_a_thought": 1})

@@ -11,6 +11,7 @@ from milora_jax.cli import Console
 from milora_jax.data.records import Source, read_records
 from milora_jax.data.tokens import encode_records, load_tokenizer
 from milora_jax.evaluation.tasks import rule_for
+from milora_jax.prompt_format import PromptFormat
 from milora_jax.tiny import MODEL_DIR, TASKS, TASKS_DIR, corpus, wide
 from milora_jax.tiny.__main__ import SEED
 from milora_jax.tiny.pretrain import CONFIG, STAGES, batches, pretrain
@@ -92,7 +93,7 @@ def test_the_model_is_small_whole_and_its_tokenizer_writes_anything():
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)).strip() == text
     for task in TASKS:
         records = read_records(Source(task, str(TASKS_DIR / task / "train.jsonl")))
-        _, dropped = encode_records(tokenizer, records, [2], 160)
+        _, dropped = encode_records(tokenizer, records, CONFIG, 160, PromptFormat(special_tokens="bos"))
         assert dropped == 0
 
 
