@@ -108,15 +108,18 @@ def require_sources(columns: Sequence[Column], sources: Collection[str]) -> None
 def mapped_row(row: Mapping[str, Any], columns: Sequence[Column], where: str) -> dict[str, Any]:
     """A row with its columns under the names of the fields that they hold.
 
-    A column that is mapped or left out no longer stands under its own name. Every other one does.
+    A column that is mapped or left out no longer stands under its own name. Every other one does. A row
+    without the column that has the field itself needs no mapping, so a file in the schema of records can stand
+    beside, or take the place of, a data set whose columns have other names.
 
     Args:
       columns: of the row's source.
       where: file and line, for errors.
 
     Raises:
-      UserError: naming a column that the row does not have.
+      UserError: naming a column that the row does not have, nor the field.
     """
+    columns = [each for each in columns if not each.column or each.column in row or not _has(row, each.field)]
     for each in columns:
         if each.column and each.column not in row:
             has = ", ".join(map(repr, row)) or "no columns"
@@ -128,3 +131,8 @@ def mapped_row(row: Mapping[str, Any], columns: Sequence[Column], where: str) ->
     kept = {name: value for name, value in row.items() if name not in gone}
     given = {each.field: row[each.column] if each.column else each.text for each in columns if not each.omits}
     return {**kept, **given}
+
+
+def _has(row: Mapping[str, Any], field: str) -> bool:
+    """Whether a row holds a field itself; one output is all the references that a row needs."""
+    return field in row or (field == "references" and "output" in row)

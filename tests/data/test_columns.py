@@ -74,6 +74,19 @@ def test_a_source_has_its_own_entries_and_those_of_all():
         require_sources(columns, ["z", "x"])
 
 
+def test_a_row_that_has_the_fields_themselves_needs_no_mapping():
+    columns = parse_columns("input=mr,references=human,output=text")
+    row = {"instruction": "Say it.", "input": "a", "output": "b"}
+    assert mapped_row(row, columns, "f:1") == row
+    given = {"instruction": "Say it.", "mr": "a", "human": "b", "text": "c"}
+    expected = {"instruction": "Say it.", "input": "a", "references": "b", "output": "c"}
+    assert mapped_row(given, columns, "f:1") == expected
+    both = {**row, "mr": "x"}
+    assert mapped_row(both, columns, "f:1")["input"] == "x"
+    with pytest.raises(UserError, match="there is no column 'human'"):
+        mapped_row({"instruction": "Say it.", "mr": "a"}, parse_columns("references=human"), "f:1")
+
+
 def test_a_mapped_row():
     columns = parse_columns('instruction="Say it.",input=output,output=input,tools=')
     row = {"input": "a", "output": "b", "id": 3, "tools": ["x"]}
