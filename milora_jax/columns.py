@@ -109,8 +109,8 @@ def mapped_row(row: Mapping[str, Any], columns: Sequence[Column], where: str) ->
     """A row with its columns under the names of the fields that they hold.
 
     A column that is mapped or left out no longer stands under its own name. Every other one does. A row
-    without the column that has the field itself needs no mapping, so a file in the schema of records can stand
-    beside, or take the place of, a data set whose columns have other names.
+    without the column that has the field itself needs no mapping, so a file in the schema of records can take
+    the place of a data set whose columns have other names.
 
     Args:
       columns: of the row's source.

@@ -252,13 +252,17 @@ def write_report(
         "wall_seconds": wall_seconds,
     }
     after = figures(scores) if scores else {}
+    written = ["summary.json", METRICS_NAME]
+    if plot_health(workdir / "routing_health.png", workdir / METRICS_NAME):
+        written.append("routing_health.png")
     if scores:
         for name in ("accuracy", "loss", "perplexity", "measures"):
             summary[name] = {"base": before[name], "adapter": after[name]}
         summary["loss_rows"] = after["loss_rows"]  # the rows are the same, whatever answers
         write_predictions(workdir / "predictions.jsonl", scores)
-        plot_routing(workdir / "routing.png", scores)
-    plot_health(workdir / "routing_health.png", workdir / METRICS_NAME)
+        written.append("predictions.jsonl")
+        if plot_routing(workdir / "routing.png", scores):
+            written.append("routing.png")
     write_json_atomic(workdir / "summary.json", summary)
     # All is written before anything is printed, which may fail.
     if scores:
@@ -272,4 +276,4 @@ def write_report(
         f"{fit.progress.best_perplexity:.3f}), {summary['tunable_parameters']:,} tunable parameters, "
         f"{summary['mean_active_parameters']:,.0f} active per token, {wall_seconds:.0f} s"
     )
-    print("\n".join(closing_lines(workdir, run.config)))
+    print("\n".join(closing_lines(workdir, run.config, run.model, written)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,23 @@ from milora_jax.evaluation.score import TaskScore
 from milora_jax.types import EXPERTS, LETTERS
 
 MODULES = "Experts are the linear modules of a layer: Q, K, V, O of attention; G (gate), U (up), D (down)."
-ROUTES_TITLE = "Which experts the prompts of each task choose, in percent"
-HEALTH_CAPTION = """\
-Over the dev prompts, at every dev evaluation. Entropy: 0 is sure, the dotted line is no preference. Leading
-expert: the largest share of prompts with one and the same first choice; the dotted line is an even spread, 1
-a router that has collapsed. Margin: by how much of the probability the last chosen expert is ahead of the
-first left out. Changed: choices, of a layer for a prompt, that were others the time before."""
+ROUTES_TITLE = "Which experts the prompts choose, in percent"
+HEALTH_CAPTION = (
+    "Over the dev prompts, at every dev evaluation. Entropy: 0 is sure, the dotted line is no preference. "
+    "Leading expert: the largest share of prompts with one and the same first choice; the dotted line is "
+    "an even spread, 1 a router that has collapsed. Margin: by how much of the probability the last chosen "
+    "expert is ahead of the first left out. Changed: choices, of a layer for a prompt, that were others the "
+    "time before."
+)
+
+TITLE_SIZE, LABEL_SIZE, CAPTION_SIZE = 12.0, 9.0, 8.0
+"""Of text in points."""
+
+LETTER_WIDTH = 0.58
+"""Of a line of DejaVu Sans in ems per letter, at most."""
+
+BAR_LENGTH, BAR_WIDTH = 3.0, 0.15
+"""Of a colour bar in inches, the length at most."""
 
 
 TEXT_MEASURES = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L"}
@@ -138,7 +150,7 @@ def plot_routing(path: Path, scores: list[TaskScore]) -> bool:
         f"{MODULES}\nA cell is the percent of a task's prompts that chose the expert; a prompt chooses "
         f"{chosen} of {len(EXPERTS)} in every layer."
     )
-    draw_shares(path, shares, "share of prompts that chose the expert", 1.0, ROUTES_TITLE, caption)
+    draw_shares(path, shares, "percent of prompts choosing the expert", 1.0, ROUTES_TITLE, caption)
     return True
 
 
@@ -158,18 +170,20 @@ def draw_shares(
     """One panel per entry: ``[L, E]`` shares as colours and percentages.
 
     Args:
-      label: what a share is.
+      label: what a percentage is.
       top: the share of the brightest colour.
       title, caption: lines above and below the panels.
     """
     layers = next(iter(shares.values())).shape[0]
     columns = min(3, len(shares))
     rows = -(-len(shares) // columns)
-    height = max(2.4, 0.28 * layers + 1.3)
-    figure = new_figure(3.9 * columns + 1.0, height * rows)
+    by_layer = 0.28 if layers <= 12 else 0.14  # with room for figures, or without
+    figure = new_figure(3.9 * columns + 1.0, (by_layer * layers + 1.1) * rows)
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel, (name, share) in zip(panels.flat, shares.items(), strict=False):
-        image = panel.imshow(share, vmin=0.0, vmax=top, cmap="viridis", aspect="auto", origin="lower")
+        image = panel.imshow(
+            100 * share, vmin=0.0, vmax=100 * top, cmap="viridis", aspect="auto", origin="lower"
+        )
         panel.set_title(name, fontsize=10)
         panel.set_xticks(range(len(EXPERTS)), LETTERS, fontsize=8)
         panel.set_yticks(layer_ticks(layers))
@@ -179,17 +193,44 @@ def draw_shares(
             _write_shares(panel, share, top)
     for panel in panels.flat[len(shares) :]:
         panel.set_visible(False)
-    figure.colorbar(image, ax=panels, label=label, shrink=0.8)
+    add_bar(figure, image, panels, label)
     entitle(figure, title, caption)
     figure.savefig(path, dpi=120)
 
 
+def add_bar(figure: Any, image: Any, panels: Any, label: str, **shown: Any) -> None:
+    """Put a colour bar beside all panels.
+
+    Args:
+      image: whose colours it explains.
+      label: what they mean.
+      shown: how its ends and ticks are drawn, as ``Figure.colorbar`` takes it.
+    """
+    height = figure.get_figheight()
+    length = min(BAR_LENGTH, 0.8 * height)
+    bar = figure.colorbar(image, ax=panels, shrink=length / height, aspect=length / BAR_WIDTH, **shown)
+    bar.set_label(wrapped(label, length, LABEL_SIZE), fontsize=LABEL_SIZE)
+
+
 def entitle(figure: Any, title: str, caption: str) -> None:
-    """Put a title above all panels of a figure and a caption below them, where there are any."""
-    if title:
-        figure.suptitle(title, fontsize=12)
-    if caption:
-        figure.supxlabel(caption, fontsize=8)
+    """Put a title above all panels of a figure and a caption below them, where there are any.
+
+    Lines are broken at the figure's width, and the figure grows by their height: panels keep theirs.
+    """
+    for text, size, put in (
+        (title, TITLE_SIZE, figure.suptitle),
+        (caption, CAPTION_SIZE, figure.supxlabel),
+    ):
+        if text:
+            lines = wrapped(text, figure.get_figwidth(), size)
+            put(lines, fontsize=size)
+            figure.set_figheight(figure.get_figheight() + 1.3 * size / 72 * (1 + lines.count("\n")))
+
+
+def wrapped(text: str, width: float, size: float) -> str:
+    """Text broken into lines of at most ``width`` inches, at ``size`` points."""
+    letters = int(72 * width / (LETTER_WIDTH * size))
+    return "\n".join(textwrap.fill(line, letters) for line in text.splitlines())
 
 
 def plot_health(path: Path, metrics: Path) -> bool:
@@ -208,7 +249,7 @@ def plot_health(path: Path, metrics: Path) -> bool:
 
     steps = [line["step"] for line in seen]
     layers = len(seen[0]["route_entropy"])
-    figure = new_figure(11.0, 6.4)
+    figure = new_figure(11.0, 5.6)
     panels = figure.subplots(2, 2)
     colors = colormaps["viridis"](np.linspace(0.0, 0.9, layers))
     largest = [np.max(line["expert_first"], axis=1) for line in seen]
@@ -236,7 +277,7 @@ def plot_health(path: Path, metrics: Path) -> bool:
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
     scale = ScalarMappable(Normalize(0, max(1, layers - 1)), ListedColormap(colors))
-    figure.colorbar(scale, ax=panels, label="layer", shrink=0.8, ticks=layer_ticks(layers))
+    add_bar(figure, scale, panels, "layer", ticks=layer_ticks(layers))
     entitle(figure, "How open, how even and how settled the choice of experts is", HEALTH_CAPTION)
     figure.savefig(path, dpi=120)
     return True

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from milora_jax.evaluation.report import MODULES, ROUTES_TITLE, draw_shares, entitle, layer_ticks, new_figure
+from milora_jax.evaluation.report import (
+    MODULES,
+    ROUTES_TITLE,
+    add_bar,
+    draw_shares,
+    entitle,
+    layer_ticks,
+    new_figure,
+)
 from milora_jax.evaluation.routing import PAPER_LIMIT, Routes, TaskRouting
 from milora_jax.shapes import Float
 from milora_jax.types import EXPERTS, LETTERS
@@ -23,18 +31,18 @@ def plot_shares(path: Path, found: Sequence[TaskRouting]) -> None:
     draw_shares(
         path,
         shares,
-        "share of the layer's choices",
+        "percent of the layer's choices",
         top=1.0 / top_k,
         title=ROUTES_TITLE,
         caption=f"{MODULES}\nA prompt chooses {top_k} of 7 in every layer, so a row sums to 100 and no cell "
-        f"exceeds {100 / top_k:.0f};\nwithout preference every cell is 14. In the paper none exceeds "
+        f"exceeds {100 / top_k:.0f}; without preference every cell is 14. In the paper none exceeds "
         f"{100 * PAPER_LIMIT:.0f}.",
     )
 
 
 def plot_decisions(path: Path, found: Sequence[TaskRouting]) -> None:
     """Per layer and task: entropy of the router, margin of its last choice, agreement of the prompts."""
-    figure = new_figure(12.0, 4.6)
+    figure = new_figure(12.0, 4.3)
     panels = figure.subplots(1, 3)
     layers = range(len(found[0].entropy))
     for each in found:
@@ -62,8 +70,8 @@ def plot_decisions(path: Path, found: Sequence[TaskRouting]) -> None:
         figure,
         "",
         "Left: 0 is sure, the dotted line (1.95) has no preference. Middle: by how much the last chosen "
-        "expert was ahead of the first one left out;\nnear 0 a small change of the prompt changes the route. "
-        "Right: 100 % means that one fixed set of experts would do for the task.",
+        "expert was ahead of the first one left out; near 0 a small change of the prompt changes the route. "
+        "Right: 1 means that one fixed set of experts would do for the task.",
     )
     figure.savefig(path, dpi=120)
 
@@ -71,7 +79,7 @@ def plot_decisions(path: Path, found: Sequence[TaskRouting]) -> None:
 def plot_distances(path: Path, tasks: Sequence[str], table: Float[np.ndarray, "tasks tasks"]) -> None:
     """How different the routes of any two tasks are, as a matrix."""
     size = max(4.2, 0.85 * len(tasks) + 1.8)
-    figure = new_figure(size + 1.4, size)
+    figure = new_figure(size + 1.4, size - 0.5)
     panel = figure.subplots()
     top = max(float(table.max()), 1e-3)
     image = panel.imshow(table, vmin=0.0, vmax=top, cmap="magma_r")
@@ -81,7 +89,7 @@ def plot_distances(path: Path, tasks: Sequence[str], table: Float[np.ndarray, "t
     for (i, j), value in np.ndenumerate(table):
         color = "white" if value > 0.5 * top else "black"
         panel.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
-    figure.colorbar(image, ax=panel, label="Jensen-Shannon divergence (bits)", shrink=0.8)
+    add_bar(figure, image, panel, "Jensen-Shannon divergence (bits)")
     entitle(
         figure,
         "How different the routes of two tasks are",
@@ -95,7 +103,7 @@ def plot_strips(path: Path, routes: Mapping[str, Routes], most: int = STRIPS) ->
     """The routes of the first prompts of each task, one strip of layers by experts per prompt."""
     layers = next(iter(routes.values())).probs.shape[1]
     columns = min(most, max(len(each.probs) for each in routes.values()))
-    figure = new_figure(1.75 * columns + 1.6, len(routes) * max(1.5, 0.12 * layers + 0.6) + 0.9)
+    figure = new_figure(1.75 * columns + 1.6, len(routes) * max(1.5, 0.12 * layers + 0.6))
     panels = figure.subplots(len(routes), columns, squeeze=False)
     for row, (task, each) in zip(panels, routes.items(), strict=True):
         for number, panel in enumerate(row):
@@ -112,7 +120,7 @@ def plot_strips(path: Path, routes: Mapping[str, Routes], most: int = STRIPS) ->
             panel.tick_params(axis="y", labelsize=7)
             panel.set_title(f"prompt {number}", fontsize=8)
         row[0].set_ylabel(f"{task}\nlayer", fontsize=8)
-    figure.colorbar(image, ax=panels, label="probability of the expert", shrink=0.6, extend="max")
+    add_bar(figure, image, panels, "probability of the expert", extend="max")
     entitle(
         figure,
         "The route of single prompts",

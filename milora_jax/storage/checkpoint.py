@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ import numpy as np
 
 from milora_jax.base.json_files import read_json_object
 from milora_jax.errors import UserError
-from milora_jax.parallel.processes import is_first, place, wait_for_all
+from milora_jax.parallel.processes import is_first, place, several, wait_for_all
 from milora_jax.storage.failpoints import reach
 from milora_jax.storage.files import fsync_directory, json_bytes, write_atomic
 from milora_jax.storage.manifest import DamagedError, verify_manifest, write_manifest
+from milora_jax.storage.orbax_errors import FAILURES, keep_quiet, reason_of
 from milora_jax.types import PyTree
 
 TREE = "tree"
@@ -105,12 +107,13 @@ class CheckpointDirectory:
           UserError: this save cannot start, or an earlier one failed.
         """
         self.wait()
+        keep_quiet()
         reach("before-save")
         described, arrays = _to_storage(tree)
         leaves = {name: {"shape": d.shape, "dtype": d.dtype, "impl": d.impl} for name, d in described.items()}
         sealed = json_bytes({"format": FORMAT, "step": step, "leaves": leaves, "metadata": metadata})
         partial = self.root / f".tmp-{step}"
-        try:
+        with self._telling(step, partial):
             if is_first():
                 self._prepare_to_write()
                 partial.mkdir()
@@ -120,13 +123,8 @@ class CheckpointDirectory:
             context.async_options.create_directories_asynchronously = False
             with context:
                 response = _orbax().save_async(partial / TREE, arrays)
-        except OSError as error:
-            raise self._save_error(step, error) from error
         executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        if is_first():
-            self._pending = executor.submit(self._commit, step, partial, sealed, response)
-        else:
-            self._pending = executor.submit(response.result)
+        self._pending = executor.submit(self._commit, step, partial, sealed, response)
         executor.shutdown(wait=False)
 
     def delete_except(self, kept: Container[int]) -> None:
@@ -146,6 +144,14 @@ class CheckpointDirectory:
         """Block until nothing is being saved; raise like :meth:`poll`."""
         if self._pending is not None:
             self._pending.result()
+
+    def settle(self) -> None:
+        """Block until nothing is being saved, whatever became of it: for a run that has failed already.
+
+        A save must not be under way when the process ends, as its threads can start no others then.
+        """
+        if self._pending is not None:
+            self._pending.exception()
 
     def restore(self, step: int, abstract_tree: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Read a step back, bit for bit, onto the shardings asked for.
@@ -213,9 +219,14 @@ class CheckpointDirectory:
         self._ready_to_write = True
 
     def _commit(self, step: int, partial: Path, sealed: bytes, response: Any) -> None:
-        """Turn a running Orbax save into a step that exists. Runs in a thread of its own."""
-        try:
+        """Turn a running Orbax save into a step that exists. Runs in a thread of its own.
+
+        Of several processes the first one alone does more than wait for the arrays.
+        """
+        with self._telling(step, partial):
             response.result()
+            if not is_first():
+                return
             reach("tree-written")
             write_atomic(partial / METADATA, sealed)
             reach("metadata-written")
@@ -225,11 +236,6 @@ class CheckpointDirectory:
             self._put_in_place(partial, step)
             reach("after-rename")
             self._delete_old(step)
-        except (OSError, ValueError, RuntimeError, DamagedError) as error:
-            # TensorStore reports a full disk as a ValueError. What was written so far is of no use
-            # and may be what fills the disk.
-            shutil.rmtree(partial, ignore_errors=True)
-            raise self._save_error(step, error) from error
 
     def _put_in_place(self, partial: Path, step: int) -> None:
         final, former = self.root / str(step), self.root / f".old-{step}"
@@ -262,9 +268,19 @@ class CheckpointDirectory:
         if steps:
             fsync_directory(self.root)
 
-    def _save_error(self, step: int, error: Exception) -> UserError:
-        lines = str(error).splitlines() or [type(error).__name__]
-        return UserError(f"cannot save step {step} to {self.root}: {lines[0]}")
+    @contextmanager
+    def _telling(self, step: int, partial: Path) -> Iterator[None]:
+        """Turn what a save fails with into a ``UserError``, and delete what it has written so far."""
+        try:
+            yield
+        except FAILURES as error:
+            if several() and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process is gone, which says nothing about this save
+            if is_first() and partial.exists():
+                # It may be what fills the disk. Renamed first: threads of Orbax may still be writing there.
+                with suppress(OSError):
+                    shutil.rmtree(partial.rename(self.root / f".trash-{step}"))
+            raise UserError(f"cannot save step {step} to {self.root}: {reason_of(error)}") from error
 
 
 def verify_step(directory: Path) -> dict[str, Any]:

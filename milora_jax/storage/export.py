@@ -11,18 +11,36 @@ from typing import Any
 
 import numpy as np
 
+from milora_jax.adapters.ia3 import IA3
+from milora_jax.adapters.protocol import Method
 from milora_jax.base.json_files import parse_json_object
 from milora_jax.storage.adapters import checked_metadata, newest_step, read_adapter
 from milora_jax.storage.checkpoint import CheckpointDirectory
-from milora_jax.storage.exported import is_exported, write_exported
+from milora_jax.storage.exported import RECORDS, is_exported, write_exported
 from milora_jax.storage.files import json_bytes, new_directory, read_bytes
-from milora_jax.storage.fixed import fixed_change, static_lora
+from milora_jax.storage.fixed import FIXED, fixed_change, static_lora
 from milora_jax.storage.manifest import write_manifest
 from milora_jax.storage.merged import write_merged
 from milora_jax.storage.peft import write_peft
 
 ORIGIN_FILE = "export.json"
 """Of an export in somebody else's format: what we want to know about it later."""
+
+
+def formats_of(method: Method, fused: bool) -> tuple[str, ...]:
+    """The formats that an adapter of a method has without rows that fix a route, the most portable first.
+
+    Args:
+      fused: of the base's family, see ``base.families``.
+    """
+    fixed = isinstance(method, FIXED)
+    has = {
+        "milora": method.name in RECORDS,
+        "peft": (fixed or isinstance(method, IA3)) and not fused,
+        "orbax": True,
+        "merged": fixed,
+    }
+    return tuple(name for name, there_is in has.items() if there_is)
 
 
 def export_milora(source: Path, out: Path) -> None:

@@ -22,6 +22,9 @@ from milora_jax.shapes import Float
 from milora_jax.storage.pair_tensors import Record
 from milora_jax.types import EXPERTS, stack_layers, unstack_layers
 
+FIXED = (TunedPairs, DoRA)
+"""Methods that make one change of every weight, whatever the prompt."""
+
 
 @dataclass(frozen=True)
 class FixedChange:

@@ -18,7 +18,6 @@ import numpy as np
 
 from milora_jax.adapters.dora import Decomposed, DoRA
 from milora_jax.adapters.ia3 import IA3
-from milora_jax.adapters.lora import TunedPairs
 from milora_jax.adapters.low_rank import LARGEST_ALPHA, SMALLEST_ALPHA, LowRank
 from milora_jax.adapters.protocol import Adapter, Shape
 from milora_jax.base.families import FAMILIES
@@ -28,7 +27,7 @@ from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
 from milora_jax.storage.adapter_tensors import read_tensors, write_tensors
 from milora_jax.storage.files import read_bytes
-from milora_jax.storage.fixed import fixed_change
+from milora_jax.storage.fixed import FIXED, fixed_change
 from milora_jax.storage.pair_tensors import (
     Record,
     Shapes,
@@ -165,7 +164,7 @@ def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         targets = [_suffix(name) for name in method.modules]
         kind = {"peft_type": "IA3", "feedforward_modules": [], "init_ia3_weights": True}
         return tensors, {**kind, "target_modules": targets, "fan_in_fan_out": False, "modules_to_save": None}
-    if not isinstance(method, TunedPairs | DoRA):
+    if not isinstance(method, FIXED):
         raise UserError(
             f"method {method.name!r} has no PEFT form: expected one of lora, dora, adalora, ssp, ia3 "
             "(of a milora, format 'static' writes one fixed route as a LoRA)"

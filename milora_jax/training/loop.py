@@ -99,6 +99,9 @@ class Trainer:
             state = self._take_steps(state, progress, log, advance, preempted)
         finally:
             log.close()
+            if not several():  # of several, one that fails must not wait for the others
+                self._checkpoints.settle()
+                self._best.settle()
         self._checkpoints.wait()
         self._best.wait()
         return Fit(state, int(state.step), progress, earlier_seconds)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from milora_jax.config import Config
+from milora_jax.config import METHODS, Config
 from milora_jax.evaluation import score_command
 from milora_jax.evaluation.closing import closing_lines
 from milora_jax.generation import __main__ as generation
 from milora_jax.storage import __main__ as storage
+from tests.models import TINY
 
 PARSERS = {
     "milora_jax.generation": generation.parse_arguments,
@@ -20,9 +21,12 @@ PARSERS = {
 
 
 @pytest.mark.parametrize("test", ["", "rows.jsonl"])
-def test_every_command_is_one_that_there_is(monkeypatch, test):
-    config = Config.from_dict({"model": {"path": "a base"}, "data": {"test": test}})
-    written, *commands = closing_lines(Path("runs/my run"), config)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_command_is_one_that_there_is(monkeypatch, method, test):
+    config = Config.from_dict(
+        {"model": {"path": "a base"}, "data": {"test": test}, "adapter": {"method": method}}
+    )
+    written, *commands = closing_lines(Path("runs/my run"), config, TINY, ["summary.json"])
     assert written.startswith("written to runs/my run: best/ (the adapter), summary.json")
     assert commands[0].startswith("next: python -m milora_jax.generation")
     told = [shlex.split(line.removeprefix("next:")) for line in commands]
@@ -38,13 +42,13 @@ def test_every_command_is_one_that_there_is(monkeypatch, test):
 @pytest.mark.parametrize(("trackers", "shown"), [("wandb", False), ("wandb,tensorboard", True)])
 def test_tensorboard_is_named_where_there_is_something_to_see(trackers, shown):
     config = Config.from_dict({"train": {"trackers": trackers}, "data": {"test": "a.jsonl"}})
-    lines = closing_lines(Path("runs/a"), config)
+    lines = closing_lines(Path("runs/a"), config, TINY, ["predictions.jsonl"])
     assert ("      tensorboard --logdir runs/a" in lines) == shown
-    assert "predictions.jsonl" in lines[0]
+    assert lines[0].endswith(": best/ (the adapter), predictions.jsonl")
 
 
 def test_a_base_in_this_folder_is_named_from_here(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for path, shown in ((f"{tmp_path}/a/model", "a/model"), ("/elsewhere/model", "/elsewhere/model")):
-        *_, serving = closing_lines(Path("runs/a"), Config.from_dict({"model": {"path": path}}))
+        *_, serving = closing_lines(Path("runs/a"), Config.from_dict({"model": {"path": path}}), TINY, [])
         assert shlex.split(serving)[3] == shown

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -244,6 +245,53 @@ def test_a_save_that_fails_in_the_background_is_told_and_leaves_nothing(tmp_path
     assert refused.startswith(f"refused: cannot save step 2 to {root}")
     assert steps == "[1] 1"
     assert [p.name for p in root.iterdir()] == ["1"]
+
+
+SMALL_FILES = """
+import logging, resource, sys, threading
+import jax
+from milora_jax.errors import UserError
+from milora_jax.storage.checkpoint import CheckpointDirectory
+
+tree = {f"leaf {i}": jax.random.normal(jax.random.key(i), (40, 50)) for i in range(30)}
+for limit in (0, 1000, 20000, 100000, 10**6):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    directory = CheckpointDirectory(f"{sys.argv[1]}/{limit}", None, print)
+    try:
+        directory.save(1, tree, {})
+        directory.wait()
+    except UserError as error:
+        print(error)
+if len(sys.argv) > 2:
+    class Odd:
+        def __del__(self):
+            raise RuntimeError("Event loop is closed")
+
+    odd = Odd()
+    del odd
+    try:
+        raise OSError("of somebody else")
+    except OSError:
+        logging.getLogger("absl").exception("told")
+    thread = threading.Thread(target=lambda: [][1])
+    thread.start()
+    thread.join()
+"""
+"""Saves of 240 kB where files are limited to fewer bytes: each limit is met in another place of Orbax."""
+
+
+@pytest.mark.parametrize("more", [[], ["more"]], ids=["", "and errors of others"])
+def test_a_full_disk_is_one_line_and_no_traceback_of_a_thread(tmp_path, more):
+    command = [sys.executable, "-c", SMALL_FILES, str(tmp_path), *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    others = ["RuntimeError", "OSError", "IndexError"] if more else []
+    assert re.findall(r"^\w+Error(?=: )", done.stderr, re.MULTILINE) == others
+    assert bool(more) == bool(done.stderr)
+    places = [tmp_path / limit / "" for limit in ("0", "1000", "20000", "100000")]
+    assert done.stdout.splitlines() == [f"cannot save step 1 to {p}: File too large" for p in places]
+    # Threads of Orbax may write a file more, under the hidden name that the next run clears away.
+    assert {path.name for place in places for path in place.iterdir()} <= {".tmp-1"}
+    verify_step(tmp_path / "1000000" / "1")
 
 
 def test_what_a_killed_save_left_is_cleared_away_by_the_next(tmp_path):

@@ -8,24 +8,23 @@ from pathlib import Path
 import numpy as np
 
 from milora_jax.errors import UserError
-from milora_jax.evaluation.report import draw_shares, new_figure
+from milora_jax.evaluation.report import draw_shares, entitle, new_figure
 from milora_jax.evaluation.study.tables import Place, Results
 
 
 def plot_bars(path: Path, results: Results, places: Sequence[Place], title: str) -> None:
     """Mean accuracy of each variant over the places, every seed a dot."""
     variants = results.variants[::-1]
-    figure = new_figure(8.0, 0.36 * len(variants) + 1.6)
+    figure = new_figure(8.0, 0.36 * len(variants) + 1.4)
     axes = figure.subplots()
     for row, variant in enumerate(variants):
         by_seed = np.mean([results.accuracies(variant, place) for place in places], axis=0)
         axes.barh(row, np.median(by_seed), color="#7aa6c2", height=0.62, zorder=2)
         axes.scatter(by_seed, np.full(len(by_seed), row), color="#1b3a4b", s=14, zorder=3)
     axes.set_yticks(range(len(variants)), variants)
-    axes.set(
-        xlabel="accuracy in percent, mean over tasks (bar: median of the seeds)", xlim=(0, 100), title=title
-    )
+    axes.set(xlabel="accuracy in percent, mean over tasks (bar: median of the seeds)", xlim=(0, 100))
     axes.grid(axis="x", alpha=0.4, zorder=0)
+    entitle(figure, title, "")
     figure.savefig(path, dpi=120)
 
 
@@ -38,9 +37,11 @@ def plot_lines(
       lines: by label, ``(tick, variant)`` along the axis.
       axis: what the ticks are.
     """
-    figure = new_figure(4.6 * len(places), 3.8)
-    panels = figure.subplots(1, len(places), squeeze=False, sharey=True)[0]
-    for panel, place in zip(panels, places, strict=True):
+    columns = min(3, len(places))
+    rows = -(-len(places) // columns)
+    figure = new_figure(4.6 * columns, 3.8 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+    for panel, place in zip(panels, places, strict=False):
         for label, points in lines.items():
             values = [results.accuracies(variant, place) for _, variant in points]
             ticks = range(len(points))
@@ -49,8 +50,11 @@ def plot_lines(
             panel.set_xticks(ticks, [tick for tick, _ in points])
         panel.set(xlabel=axis, title=place[1])
         panel.grid(alpha=0.4)
-    panels[0].set_ylabel("accuracy in percent")
-    panels[0].set_ylim(0, 103)
+        panel.set_ylim(0, 103)
+    for panel in panels[: len(places) : columns]:
+        panel.set_ylabel("accuracy in percent")
+    for panel in panels[len(places) :]:
+        panel.set_visible(False)
     if len(lines) > 1:
         panels[0].legend()
     figure.savefig(path, dpi=120)
@@ -69,4 +73,4 @@ def plot_shares(path: Path, results: Results, variant: str, places: Sequence[Pla
     }
     if not shares:
         raise UserError(f"every run of {variant!r} diverged: there are no shares to draw")
-    draw_shares(path, shares, "share among the active experts", top=1.0 / top_k)
+    draw_shares(path, shares, "percent among the active experts", top=1.0 / top_k)
