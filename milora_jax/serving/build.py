@@ -93,6 +93,7 @@ def build_service(
             {name: each.path for name, each in adapters.items()},
             limits.adapters_on_device,
             ThreadPoolExecutor(1, thread_name_prefix="adapters"),
+            rank=limits.max_lora_rank,
             pinned=frozenset(name for name, each in adapters.items() if each.pinned),
         )
     engine = Engine(

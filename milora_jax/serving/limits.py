@@ -19,6 +19,8 @@ class Limits:
       chunk: decode steps between two looks at who has ended: the longest that a new request waits for the
         device, and the tokens that a stream gets at a time.
       adapters_on_device: adapters that can be used at the same time.
+      max_lora_rank: highest rank of the pairs of an adapter that is loaded later; 0 is that of the adapters
+        at the start, rounded up to a power of two.
       queue: requests that wait, of all tenants.
       queue_tokens: tokens of the prompts that wait.
       body_bytes: of a request's body.
@@ -40,6 +42,7 @@ class Limits:
     context: int = 0
     chunk: int = 8
     adapters_on_device: int = 8
+    max_lora_rank: int = 0
     queue: int = 64
     queue_tokens: int = 65536
     body_bytes: int = 2**20
@@ -59,7 +62,7 @@ class Limits:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("context", "grace_seconds") else 1
+            least = 0 if field.name in ("context", "max_lora_rank", "grace_seconds") else 1
             require(value >= least, field.name, value, f"at least {least}")
         require(self.samples <= self.rows, "samples", self.samples, f"at most the {self.rows} rows")
 

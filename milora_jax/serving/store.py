@@ -23,7 +23,7 @@ from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.modules import Base
 from milora_jax.errors import UserError
-from milora_jax.generation.bank import Bank
+from milora_jax.generation.bank import Bank, RankError, rank_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.serving.keys import NAME
 from milora_jax.storage.adapters import read_adapter
@@ -88,6 +88,7 @@ class AdapterStore:
       slots: adapters on the device at the same time.
       host: adapters in host memory; others are read again from their directories when they are wanted.
       reader: runs what reads from the disk.
+      rank: that adapters may have at least which are loaded later, where those of ``first`` have less.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class AdapterStore:
         reader: Executor,
         *,
         host: int = 64,
+        rank: int = 0,
         pinned: frozenset[str] = frozenset(),
     ) -> None:
         self._model, self._reader, self._host = model, reader, max(host, slots)
@@ -109,9 +111,9 @@ class AdapterStore:
         nobody = Entry("", Path(), "", None, pinned=True, slot=BASE_SLOT)
         self._seats: list[Entry | None] = [nobody, *[None] * slots]
         read = {name: self._read(name, path) for name, path in first.items()}
-        # An adapter of the highest rank decides how wide the bank is.
-        widest = max(read.values(), key=lambda adapter: getattr(adapter.method, "rank", 0))
-        self.bank = Bank(model.base, model.config, widest, len(self._seats))
+        ranks = [rank_of(model.base, model.config, adapter, name) for name, adapter in read.items()]
+        like = next(iter(read.values()))
+        self.bank = Bank(model.base, model.config, like, len(self._seats), rank=max(rank, *ranks))
         for name, adapter in read.items():
             self._add(name, first[name], adapter, name in pinned)
         # The device has some from the start, and the program that writes them has been compiled.
@@ -157,8 +159,8 @@ class AdapterStore:
         Takes as long as reading takes: not for the loop.
 
         Raises:
-          UserError: for a bad name, a damaged or hostile directory, an adapter of another base, method or
-            rank; what was offered before stays so.
+          UserError: for a bad name, a damaged or hostile directory, an adapter of another base or method, or
+            of too high a rank; what was offered before stays so.
         """
         return self._add(name, directory, self._read(name, directory), pinned)
 
@@ -240,7 +242,10 @@ class AdapterStore:
         return adapter
 
     def _prepared(self, name: str, adapter: Adapter) -> PyTree:
-        return jax.device_get(self.bank.prepare(name, adapter))
+        try:
+            return jax.device_get(self.bank.prepare(name, adapter))
+        except RankError as error:
+            raise UserError(f"{error}; start the server with --max-lora-rank {error.rank}") from None
 
     def _add(self, name: str, directory: Path, adapter: Adapter, pinned: bool) -> Entry:
         prepared = self._prepared(name, adapter)
