@@ -112,9 +112,7 @@ def read_records(source: Source, scored: bool = False) -> list[Record]:
             rows = _json_rows(path)
         else:
             raise UserError(f"{path}: suffix {path.suffix!r}: expected .json or .jsonl")
-    records = [
-        replace(record, where=where) for row, where in rows for record in _records(row, where, scored)
-    ]
+    records = [replace(record, where=where) for row, where in rows for record in _records(row, where, scored)]
     if not records:
         raise UserError(f"{source.location}: the data set is empty")
     return records
