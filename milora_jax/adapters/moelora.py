@@ -8,7 +8,6 @@ is not this one. There is no balance term: neither paper has one.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar

@@ -208,11 +208,12 @@ def _require_same_method(name: str, found: Method, held: Method) -> None:
     served = found.served()
     if served.name != held.name:
         raise UserError(f"adapter {name!r} is of method {found.name!r}: this bank holds {held.name!r}")
-    for field in dataclasses.fields(held):
-        mine, theirs = getattr(served, field.name), getattr(held, field.name)
+    settings = [field.name for field in dataclasses.fields(held) if field.name != "rank"]
+    for setting in settings:
+        mine, theirs = getattr(served, setting), getattr(held, setting)
         if mine != theirs:
             raise UserError(
-                f"adapter {name!r} has {field.name} {mine!r}: this bank holds adapters with {theirs!r}"
+                f"adapter {name!r} has {setting} {mine!r}: this bank holds adapters with {theirs!r}"
             )
 
 

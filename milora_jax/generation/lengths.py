@@ -64,8 +64,7 @@ def groups_by_length(needs: Sequence[Need], rows: int, cost: float) -> list[list
     """
     order = sorted(range(len(needs)), key=lambda i: needs[i].positions)
     runs = [
-        list(run)
-        for _, run in itertools.groupby(order, lambda i: bucket_of(needs[i].positions, sys.maxsize))
+        list(run) for _, run in itertools.groupby(order, lambda i: bucket_of(needs[i].positions, sys.maxsize))
     ]
     least = LEAST_GAIN * _cost([needs[i] for i in order], rows, cost)
     # The cheapest way to group the first so many runs, and what it costs.

@@ -253,7 +253,10 @@ class AdapterStore:
         with self._lock:
             pins = sum(other.pinned for other in self._entries.values() if other.name != name)
             if pinned and pins >= len(self._seats) - 2:
-                raise UserError(f"adapter {name!r} cannot be pinned: one slot must stay free for the others")
+                raise UserError(
+                    f"adapter {name!r} cannot be pinned: of --adapters-on-device {len(self._seats) - 1} one "
+                    "must stay free for the others"
+                )
             before = self._entries.get(name)
             entry.used = next(self._clock)
             self._entries[name] = entry
