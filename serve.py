@@ -20,7 +20,7 @@ from milora_jax.errors import UserError, run_command
 from milora_jax.serving.build import Offer, build_service
 from milora_jax.serving.demo import demo_adapters
 from milora_jax.serving.keys import Keyring
-from milora_jax.serving.limits import Limits
+from milora_jax.serving.limits import Limits, flag_of
 from milora_jax.serving.registry import Registered, Registry
 from milora_jax.serving.server import bound_socket, serve
 from milora_jax.tiny import MODEL_DIR
@@ -45,9 +45,8 @@ def parse_arguments() -> argparse.Namespace:
     meanings = meanings_of(Limits)
     for field in dataclasses.fields(Limits):
         kind = int if isinstance(field.default, int) else float
-        flag = f"--{field.name.replace('_', '-')}"
         meaning = meanings.get(field.name, "").rstrip(".")  # without docstrings (python -OO) there is none
-        add(flag, type=kind, default=field.default, help=meaning)
+        add(flag_of(field.name), type=kind, default=field.default, help=meaning)
     return parser.parse_args()
 
 

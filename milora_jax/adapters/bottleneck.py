@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import SUBLAYERS, Shape, WidthMethod
+from milora_jax.adapters.protocol import SUBLAYERS, Method, Shape, WidthMethod
 from milora_jax.adapters.rational import gelu_coefficients, rational
 from milora_jax.config import COEFFICIENTS
 from milora_jax.errors import one_of
@@ -78,6 +79,10 @@ class RationalMethod(WidthMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("adapter.coefficients", self.coefficients, COEFFICIENTS)
+
+    def served(self) -> Method:
+        """How the coefficients were trained is over."""
+        return dataclasses.replace(self, coefficients=type(self)().coefficients)
 
     @property
     def theta(self) -> str:

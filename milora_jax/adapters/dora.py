@@ -149,9 +149,9 @@ class DoRA(LowRankMethod):
         """The pairs, joined, and the norms of the recomposed weights."""
         return join_decomposed(params, frozen, self.scale, dtype)
 
-    def served(self, rank: int) -> Method:
-        """Scale and dropout are in the prepared pairs, or past."""
-        return DoRA(rank=rank)
+    def served(self) -> Method:
+        """No setting is left: rank and scale are those of the prepared pairs, dropout is over."""
+        return DoRA()
 
     def adapt(
         self, params: dict[str, Decomposed] | JoinedDecomposed, group: ProjectionGroup

@@ -7,6 +7,7 @@ batched over equal tiles of the B matrices. The method's scale is in B.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from itertools import accumulate
@@ -29,11 +30,13 @@ class JoinedPairs:
       b: the B matrices, cut along their outputs into tiles of one width: with grouped-query attention
         q is several times as wide as k and v.
       tiles: how many tiles each module has.
+      experts: N, that share the rank of a module's pair evenly, side by side.
     """
 
     a: Float[Array, "*S d_in MR"]
     b: Float[Array, "*S tiles R width"]
     tiles: tuple[int, ...] = struct.field(pytree_node=False)
+    experts: int = struct.field(pytree_node=False, default=1)
 
     @property
     def rank(self) -> int:
@@ -41,12 +44,19 @@ class JoinedPairs:
         return self.b.shape[-2]
 
     def padded(self, rank: int) -> JoinedPairs:
-        """The same pairs at a higher rank, whose new columns and rows are zero."""
-        more = rank - self.rank
-        a = self.a.reshape(*self.a.shape[:-1], len(self.tiles), self.rank)
+        """The same pairs at a higher rank, whose new columns and rows are zero.
+
+        Args:
+          rank: a multiple of the experts, each of which gets an equal part of what is new.
+        """
+        each = self.rank // self.experts
+        more = rank // self.experts - each
+        a = self.a.reshape(*self.a.shape[:-1], len(self.tiles) * self.experts, each)
         a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)]).reshape(*self.a.shape[:-1], -1)
-        b = jnp.pad(self.b, [(0, 0)] * (self.b.ndim - 2) + [(0, more), (0, 0)])
-        return JoinedPairs(a=a, b=b, tiles=self.tiles)
+        b = self.b.reshape(*self.b.shape[:-2], self.experts, each, self.b.shape[-1])
+        b = jnp.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, more), (0, 0)])
+        b = b.reshape(*self.b.shape[:-2], rank, self.b.shape[-1])
+        return dataclasses.replace(self, a=a, b=b)
 
     def narrow(self, x: Float[Array, "B T d_in"]) -> Float[Array, "B T M R"]:
         """``x A`` of every module."""
@@ -100,11 +110,12 @@ class Joined:
         return pairs.widen(u if weights is None else u * weights.astype(u.dtype))
 
 
-def join(pairs: Mapping[str, Pair], scale: float, dtype: jnp.dtype) -> Joined:
+def join(pairs: Mapping[str, Pair], scale: float, dtype: jnp.dtype, experts: int = 1) -> Joined:
     """One layer's pairs, joined.
 
     Args:
       scale: what their products are multiplied by.
+      experts: that share the rank of every pair evenly.
     """
     groups = []
     for names in GROUPS:
@@ -119,6 +130,7 @@ def join(pairs: Mapping[str, Pair], scale: float, dtype: jnp.dtype) -> Joined:
                 a=jnp.concatenate([pair.a for pair in mine], axis=-1).astype(dtype),
                 b=jnp.concatenate(tiles).astype(dtype),
                 tiles=counts,
+                experts=experts,
             )
         )
     return Joined(tuple(groups))

@@ -44,9 +44,9 @@ class TunedPairs(LowRankMethod):
         """The group's pairs, in force as they are."""
         return params.of(group.names), None
 
-    def served(self, rank: int) -> Method:
-        """Scale and dropout are in the prepared pairs, or past."""
-        return LoRA(rank=rank)
+    def served(self) -> Method:
+        """No setting is left: rank and scale are those of the prepared pairs, dropout is over."""
+        return LoRA()
 
     def adapt(self, params: PyTree, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
         """Add every module's low-rank product (Eq. 1)."""

@@ -128,12 +128,12 @@ class MiLoRA(LowRankMethod):
         """The group's experts, each times its routing weight."""
         return params.experts.of(group.names), of_group(routed(group.weights), group.names)
 
-    def served(self, rank: int) -> Method:
+    def served(self) -> Method:
         """The router's settings remain."""
         plain = type(self)()
         return dataclasses.replace(
             self,
-            rank=rank,
+            rank=plain.rank,
             alpha=plain.alpha,
             dropout=plain.dropout,
             load_balance=plain.load_balance,

@@ -8,7 +8,6 @@ is not this one. There is no balance term: neither paper has one.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -93,34 +92,34 @@ class MOELoRA(LowRankMethod):
         """The experts, joined, and the routers of each group in one matrix."""
         del frozen
         routing = tuple(_routers(params, names) for names in GROUPS)
-        return JoinedExperts(join(params, self.scale, dtype), routing)
+        return JoinedExperts(join(params, self.scale, dtype, experts=self.num_experts), routing)
 
-    def served(self, rank: int) -> Method:
-        """Experts share the rank evenly, so a bank takes one rank only."""
-        del rank
-        return dataclasses.replace(self, alpha=0.0, dropout=0.0)
+    def served(self) -> Method:
+        """The router's settings remain; a rank that every number of experts divides stands for any."""
+        return MOELoRA(rank=self.num_experts, num_experts=self.num_experts, top_k=self.top_k)
 
     def adapt(
         self, params: dict[str, RoutedPair] | JoinedExperts, group: ProjectionGroup
     ) -> tuple[Float[Array, "B T _"], ...]:
         """Add every module's chosen experts, weighed token by token. The router reads the whole input."""
         if isinstance(params, JoinedExperts):
-            gates = self._gates(params.routing[GROUPS.index(group.names)], group.x)
+            rank = params.pairs.of(group.names).rank
+            gates = self._gates(params.routing[GROUPS.index(group.names)], group.x, rank)
             return add(group.outputs, params.pairs.changes(group.names, group.x, gates))
         u = narrow(params, group.names, drop(group.x, self.dropout, group.key)) * self.scale
-        gates = self._gates(_routers(params, group.names), group.x)
+        gates = self._gates(_routers(params, group.names), group.x, u.shape[-1])
         return add(group.outputs, widen(params, group.names, u * gates.astype(u.dtype)))
 
     def _gates(
-        self, routers: Float[Array, "d_in M N"], x: Float[Array, "B T d_in"]
+        self, routers: Float[Array, "d_in M N"], x: Float[Array, "B T d_in"], rank: int
     ) -> Float[Array, "B T M R"]:
-        """What each column of the R-wide products is multiplied by, token by token."""
+        """What each column of the products, ``rank`` wide, is multiplied by, token by token."""
         logits = jnp.einsum("BTD,DMN->BTMN", x.astype(jnp.float32), routers)
         probs = jax.nn.softmax(logits, axis=-1)
         kept, chosen = jax.lax.top_k(probs, self.top_k)
         shares = kept / kept.sum(axis=-1, keepdims=True)
         gates = (jax.nn.one_hot(chosen, self.num_experts) * shares[..., None]).sum(axis=-2)
-        return jnp.repeat(gates, self.rank // self.num_experts, axis=-1)
+        return jnp.repeat(gates, rank // self.num_experts, axis=-1)
 
     def active_parameters(self, shape: Shape, share: Mapping[str, float], tunable: int) -> float:
         """k of N experts, and all routers, which run at every token."""

@@ -169,15 +169,12 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__}.pairs_of")
 
-    def served(self, rank: int) -> Method:
-        """The settings that matter to a prepared adapter, with those that only training reads at rest.
+    def served(self) -> Method:
+        """The settings that a prepared adapter depends on; all others take their defaults.
 
-        Adapters whose methods are equal then can be tenants of one bank.
-
-        Args:
-          rank: of the bank; prepared pairs of a lower rank are filled up with zeros.
+        Adapters whose served methods are equal can be tenants of one bank. A rank is not among these
+        settings: it is read off the prepared pairs, which a bank fills up with zeros to its own rank.
         """
-        del rank
         return self
 
     def route(

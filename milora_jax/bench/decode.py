@@ -221,7 +221,7 @@ def make_tenants(base: Base, config: ModelConfig, variant: Variant, path: str) -
         return Tenants(params=params, method=Recomputed(first.method), shape=first.shape, path="one")
     if variant.tenants == 1:
         return Tenants.single(adapter_decode_layout(first, base))
-    bank = Bank(base, config, first, variant.tenants, rank=variant.rank, path=path)
+    bank = Bank(base, config, first, variant.tenants, path=path)
     for slot in range(variant.tenants):
         bank.load(str(slot), random_adapter(base, config, settings, 7 * slot), slot)
     return bank.tenants

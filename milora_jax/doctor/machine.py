@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from milora_jax.adapters.protocol import abstract_params
 from milora_jax.adapters.registry import adapter_shape
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding
 from milora_jax.doctor.subject import Subject
@@ -17,7 +18,7 @@ from milora_jax.scaling.chips import GIB
 from milora_jax.scaling.plan import base_bytes
 
 STATE_BYTES = 16
-"""Of a tuned parameter while it is trained: itself, its gradient and AdamW's two moments in float32."""
+"""Of a trained parameter while it is trained: itself, its gradient and AdamW's two moments in float32."""
 
 ROOM = 0.7
 """Share of the memory that base and state may take before activations and logits may not fit beside them."""
@@ -75,7 +76,9 @@ def memory_findings(subject: Subject) -> Iterator[Finding]:
     """Whether base and training state fit, by arithmetic; activations are not counted."""
     config, shards = subject.config, subject.mesh.shape["fsdp"] * subject.mesh.shape["tensor"]
     base = base_bytes(config, subject.model) / shards
-    state = float(STATE_BYTES) * subject.method.tunable_parameters(adapter_shape(subject.model))
+    # Of a method that prunes, what is there before it has: AdaLoRA begins with twice its budget.
+    trained = jax.tree.leaves(abstract_params(subject.method, adapter_shape(subject.model)))
+    state = float(STATE_BYTES) * sum(leaf.size for leaf in trained)
     yield fit_finding(base, state, memory_per_device(), scored=bool(config.data.test))
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from milora_jax.adapters.joined import JoinedPairs
-from milora_jax.adapters.protocol import Adapter
+from milora_jax.adapters.protocol import Adapter, Method
 from milora_jax.adapters.registry import adapter_shape
 from milora_jax.adapters.tenants import PATHS, Tenants, choose_path, laid_out
 from milora_jax.base.modules import Base
@@ -20,17 +20,54 @@ from milora_jax.prompt_format import PromptFormat
 from milora_jax.shapes import Array, Int
 from milora_jax.types import PyTree
 
-RANKS = (8, 16, 32, 64, 128)
-"""Ranks a bank may have; adapters of a lower rank are filled up with zeros."""
+SMALLEST_RANK = 8
+"""Of a bank."""
 
 
-def rank_bucket(rank: int) -> int:
-    """The smallest rank of a bank that holds pairs of this rank.
+def rank_bucket(rank: int, experts: int = 1) -> int:
+    """The rank of a bank that holds pairs of this rank: a power of two, which kernels on GPUs need.
 
-    >>> rank_bucket(8), rank_bucket(9), rank_bucket(200)
-    (8, 16, 200)
+    Args:
+      experts: that share a pair's rank evenly; their number need not be a power of two, nor the rank then.
+
+    >>> rank_bucket(1), rank_bucket(9), rank_bucket(200), rank_bucket(12, experts=3)
+    (8, 16, 256, 18)
     """
-    return next((bucket for bucket in RANKS if bucket >= rank), rank)
+    bucket = SMALLEST_RANK
+    while bucket < rank:
+        bucket *= 2
+    return -(-bucket // experts) * experts
+
+
+def rank_of(base: Base, config: ModelConfig, adapter: Adapter, name: str = "") -> int:
+    """The rank of an adapter's pairs as decoding reads them, whatever its method calls rank.
+
+    Nothing is computed.
+
+    Args:
+      base: in either layout.
+      adapter: in the stacked layout.
+      name: of the adapter, for the error.
+
+    Returns:
+      The highest rank; 0 for a method that has no pairs.
+
+    Raises:
+      UserError: the adapter was made for a base of another shape.
+    """
+    return max((pairs.rank for pairs in _pairs_of(base, config, adapter, name)), default=0)
+
+
+class RankError(UserError):
+    """An adapter's pairs have a higher rank than those of the bank.
+
+    Attributes:
+      rank: of the adapter's pairs.
+    """
+
+    def __init__(self, name: str, rank: int, most: int) -> None:
+        super().__init__(f"adapter {name!r} has pairs of rank {rank}: expected at most {most}")
+        self.rank = rank
 
 
 class Bank:
@@ -43,11 +80,12 @@ class Bank:
       base: in either layout.
       like: any adapter of the kind the bank is to hold; its method's settings are the bank's.
       slots: adapters on the device at the same time.
-      rank: of the bank's pairs; 0 takes ``rank_bucket`` of ``like``'s.
+      rank: that the bank's pairs have at least, for adapters of a higher rank than ``like``'s.
       path: one of ``adapters.tenants.PATHS``; empty takes what suits bank and machine.
 
     Attributes:
       tenants: what decoding reads.
+      rank: of the bank's pairs, by ``rank_bucket``; 0 for a method that has no pairs.
       names: slot by tenant's name.
       prompt_formats: how prompts are written for each tenant, by name.
     """
@@ -56,19 +94,20 @@ class Bank:
         self, base: Base, config: ModelConfig, like: Adapter, slots: int, *, rank: int = 0, path: str = ""
     ) -> None:
         require(slots >= 1, "slots", slots, "at least 1")
-        self._base, self._shape = base, adapter_shape(config)
-        self._require_fit(like)
-        rank = rank or rank_bucket(getattr(like.method, "rank", 0))
-        method = like.method.served(rank)
+        self._base, self._config = base, config
+        pairs = _pairs_of(base, config, like)
+        highest = max([rank, *(each.rank for each in pairs)])
+        self.rank = rank_bucket(highest, max(each.experts for each in pairs)) if pairs else 0
+        method = like.method.served()
         path = path or choose_path(method, slots, jax.default_backend())
         require(path in PATHS and path != "one", "path", path, f"one of {', '.join(PATHS[1:])}")
-        self.slots, self.rank, self.names = slots, rank, dict[str, int]()
+        self.slots, self.names = slots, dict[str, int]()
         self.prompt_formats: dict[str, PromptFormat] = {}
         one = jax.eval_shape(lambda: self._prepared(like, path))
         empty = jax.tree.map(
             lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype, device=base.everywhere), one
         )
-        self.tenants = Tenants(params=empty, method=method, shape=self._shape, path=path)
+        self.tenants = Tenants(params=empty, method=method, shape=like.shape, path=path)
 
     def load(self, name: str, adapter: Adapter, slot: int | None = None) -> int:
         """Put a tenant's adapter on the device.
@@ -81,8 +120,8 @@ class Bank:
           The slot.
 
         Raises:
-          UserError: for an adapter of another base, method or rank, or a full bank; the bank is
-            unchanged then.
+          UserError: for an adapter of another base or method or of too high a rank, or a full bank; the
+            bank is unchanged then.
         """
         prepared = self.prepare(name, adapter)
         if slot is None:
@@ -102,18 +141,18 @@ class Bank:
     def prepare(self, name: str, adapter: Adapter) -> PyTree:
         """An adapter as a slot holds it, made beside the bank: another thread may do it.
 
+        What is returned can be placed: its leaves have the shapes and dtypes of a slot's.
+
         Raises:
-          UserError: for an adapter of another base, method or rank.
+          UserError: for an adapter of another base or method, or of too high a rank.
         """
-        self._require_fit(adapter)
-        method = self.tenants.method
-        found = adapter.method.served(self.rank)
-        if found != method:
-            raise UserError(f"adapter {name!r} is {found}: this bank holds {method}")
-        rank = getattr(adapter.method, "rank", 0)
+        _require_same_method(name, adapter.method, self.tenants.method)
+        rank = rank_of(self._base, self._config, adapter, name)
         if rank > self.rank:
-            raise UserError(f"adapter {name!r} has rank {rank}: expected at most {self.rank}")
-        return self._prepared(adapter, self.tenants.path)
+            raise RankError(name, rank, self.rank)
+        prepared = self._prepared(adapter, self.tenants.path)
+        self._require_same_leaves(name, prepared)
+        return prepared
 
     def place(self, prepared: PyTree, slot: int) -> None:
         """Write what :meth:`prepare` made into a slot."""
@@ -130,19 +169,56 @@ class Bank:
             raise UserError(f"no adapter {name!r} in the bank: expected one of {', '.join(self.names)}")
         return self.names[name]
 
-    def _require_fit(self, adapter: Adapter) -> None:
-        if adapter.shape != self._shape:
-            raise UserError(f"the adapter fits a base of {adapter.shape}, this one has {self._shape}")
+    def _require_same_leaves(self, name: str, prepared: PyTree) -> None:
+        bank = self.tenants.params
+        if jax.tree.structure(prepared) != jax.tree.structure(bank):
+            raise UserError(f"adapter {name!r} has other parameters than this bank holds")
+        for (place, mine), theirs in zip(
+            jax.tree_util.tree_leaves_with_path(prepared), jax.tree.leaves(bank), strict=True
+        ):
+            if (mine.shape, mine.dtype) != (theirs.shape[1:], theirs.dtype):
+                raise UserError(
+                    f"adapter {name!r}: {jax.tree_util.keystr(place)} is {mine.dtype}{list(mine.shape)}, "
+                    f"this bank holds {theirs.dtype}{list(theirs.shape[1:])}"
+                )
 
     def _prepared(self, adapter: Adapter, path: str) -> PyTree:
         """The adapter as its slot holds it."""
         params = adapter_decode_layout(adapter, self._base).params
 
         def padded(node: PyTree) -> PyTree:
-            return node.padded(self.rank) if isinstance(node, JoinedPairs) and self.rank > node.rank else node
+            return node.padded(self.rank) if _is_pairs(node) and self.rank > node.rank else node
 
-        params = jax.tree.map(padded, params, is_leaf=lambda node: isinstance(node, JoinedPairs))
+        params = jax.tree.map(padded, params, is_leaf=_is_pairs)
         return laid_out(params, path)
+
+
+def _is_pairs(node: PyTree) -> bool:
+    return isinstance(node, JoinedPairs)
+
+
+def _pairs_of(base: Base, config: ModelConfig, adapter: Adapter, name: str = "") -> list[JoinedPairs]:
+    """An adapter's pairs as decoding reads them, abstract."""
+    shape = adapter_shape(config)
+    if adapter.shape != shape:
+        said = f"adapter {name!r}" if name else "the adapter"
+        raise UserError(f"{said} fits a base of {adapter.shape}, this one has {shape}")
+    params = jax.eval_shape(lambda: adapter_decode_layout(adapter, base).params)
+    return [node for node in jax.tree.leaves(params, is_leaf=_is_pairs) if _is_pairs(node)]
+
+
+def _require_same_method(name: str, found: Method, held: Method) -> None:
+    """Refuse an adapter that decoding would read otherwise than those of the bank."""
+    served = found.served()
+    if served.name != held.name:
+        raise UserError(f"adapter {name!r} is of method {found.name!r}: this bank holds {held.name!r}")
+    settings = [field.name for field in dataclasses.fields(held) if field.name != "rank"]
+    for setting in settings:
+        mine, theirs = getattr(served, setting), getattr(held, setting)
+        if mine != theirs:
+            raise UserError(
+                f"adapter {name!r} has {setting} {mine!r}: this bank holds adapters with {theirs!r}"
+            )
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -20,6 +20,7 @@ from milora_jax.errors import UserError, require
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.beam import Found, beam_search
 from milora_jax.generation.engine import Engine, bucket_of
+from milora_jax.generation.lengths import Need, groups_by_length, position_cost
 from milora_jax.generation.request import Request, TokenLogprobs, require_served
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.stream import TextStream
@@ -166,21 +167,22 @@ def generate(
     order = sorted(work, key=lambda i: len(work[i].ids))
     plain = {i: work[i] for i in order if work[i].settings.num_beams == 1}
     beams = {i: work[i] for i in order if work[i].settings.num_beams > 1}
-    if plain:
+    for group in _of_like_length(base, config, plain, 1 if merge else batch_size):
         count = max if merge else sum
-        samples = count(job.settings.num_samples for job in plain.values())
+        samples = count(job.settings.num_samples for job in group.values())
         engine = Engine(
             base,
             config,
             served,
             rows=min(batch_size, samples),
-            slots=min(max(job.slots(config) for job in plain.values()), config.max_positions),
+            slots=max(job.slots(config) for job in group.values()),
             penalties=any(job.settings.penalized for job in plain.values()),
             prefill_rows=prefill_rows,
             merge=merge,
             place=place,
         )
-        answers |= _run(engine, tokenizer, plain, report)
+        answers |= _run(engine, tokenizer, group, report)
+        del engine  # its cache goes before the next one is made
     for group in _alike(config, beams, batch_size):
         first = beams[group[0]]
         ids = [beams[i].ids for i in group]
@@ -205,7 +207,8 @@ class _Job:
 
     def slots(self, config: ModelConfig) -> int:
         """Cache slots it may fill, prompts rounded up to their bucket."""
-        return bucket_of(len(self.ids), config.max_positions) + self.settings.max_new_tokens
+        longest = bucket_of(len(self.ids), config.max_positions) + self.settings.max_new_tokens
+        return min(longest, config.max_positions)
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,19 @@ class _Report:
     def text(self, prompt: int, sample: int, fresh: str) -> None:
         if fresh and self.stream is not None:
             self.stream(prompt, sample, fresh)
+
+
+def _of_like_length(
+    base: Base, config: ModelConfig, jobs: dict[int, _Job], rows: int
+) -> list[dict[int, _Job]]:
+    """Jobs in groups that each get a cache as long as they need; see ``generation.lengths``."""
+    numbers = list(jobs)
+    needs = [
+        Need(job.slots(config), job.settings.num_samples, job.settings.max_new_tokens)
+        for job in jobs.values()
+    ]
+    groups = groups_by_length(needs, rows, position_cost(base, config))
+    return [{numbers[i]: jobs[numbers[i]] for i in group} for group in groups]
 
 
 def _alike(config: ModelConfig, jobs: dict[int, _Job], most: int) -> list[list[int]]:

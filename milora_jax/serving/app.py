@@ -149,7 +149,8 @@ class App:
         limits = self.service.limits
         # uvicorn bounds a head that comes bit by bit; one that comes at once it takes whatever its size.
         if size > limits.header_bytes or len(headers) > limits.headers:
-            raise Refusal(431, f"At most {limits.headers} headers of {limits.header_bytes} bytes.")
+            most = f"--headers {limits.headers}, --header-bytes {limits.header_bytes}"
+            raise Refusal(431, f"The head of the request is too long: at most {most}.")
         self._require_host(headers)
         raw = scope["raw_path"]
         asked = (scope["method"], raw.decode("latin-1"))

@@ -82,6 +82,8 @@ def build_service(
     if mesh is not None:
         check_divides(mesh, config, {})
         places = functools.partial(base_sharding, mesh, RULES)
+    fits = limits.context != 1 and limits.context <= config.max_positions
+    require(fits, "--context", limits.context, f"2 to the model's {config.max_positions} positions, or 0")
     base = load_leaves(directory, config, offer.dtype, places, True, offer.quantize, progress)
     adapters = registry.to_load()
     store = None
@@ -93,6 +95,7 @@ def build_service(
             {name: each.path for name, each in adapters.items()},
             limits.adapters_on_device,
             ThreadPoolExecutor(1, thread_name_prefix="adapters"),
+            rank=limits.max_lora_rank,
             pinned=frozenset(name for name, each in adapters.items() if each.pinned),
         )
     engine = Engine(
@@ -137,7 +140,7 @@ def _mesh(tensor: int) -> Mesh | None:
       UserError: there are not as many.
     """
     devices = jax.devices()
-    require(1 <= tensor <= len(devices), "tensor", tensor, f"1 to the {len(devices)} devices that are here")
+    require(1 <= tensor <= len(devices), "--tensor", tensor, f"1 to the {len(devices)} devices that are here")
     if tensor == 1:
         return None
     return make_mesh(MeshSection(data=1, fsdp=1, tensor=tensor), devices[:tensor])

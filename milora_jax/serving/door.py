@@ -51,7 +51,7 @@ class Bucket:
         return True
 
 
-BUSY = "Too many requests at a time while the server is busy."
+BUSY = "Too many of one key at a time while the server is busy: the rest is left to others"
 
 
 @dataclass
@@ -82,13 +82,14 @@ class Door:
         visits = self._visits.setdefault(tenant.name, _Visits())
         if self.closed:
             raise overloaded("The server is stopping.")
-        if visits.under_way >= tenant.concurrency:
-            raise too_many(f"Too many requests at a time: at most {tenant.concurrency}.")
-        free = self._limits.queue + self._limits.rows - self.under_way
+        if 0 < tenant.concurrency <= visits.under_way:
+            raise too_many(f"Too many requests at a time: this key has concurrency {tenant.concurrency}.")
+        limits = self._limits
+        free = limits.queue + limits.rows - self.under_way
         if free <= 0:
-            raise overloaded()
-        if visits.under_way >= SHARE * free:
-            raise too_many(BUSY)
+            raise overloaded(f"The server is full: --rows {limits.rows} decode, --queue {limits.queue} wait.")
+        if not tenant.alone and visits.under_way >= SHARE * free:
+            raise too_many(f"{BUSY} (--queue {limits.queue}).")
         visits.under_way += 1
         self.under_way += 1
         try:
@@ -106,10 +107,12 @@ class Door:
         """
         visits = self._visits.setdefault(tenant.name, _Visits())
         free = self._limits.queue_tokens - self.waiting_tokens
+        most = f"--queue-tokens {self._limits.queue_tokens}"
         if self.waiting_tokens and tokens > free:
-            raise overloaded()
-        if visits.waiting_tokens and visits.waiting_tokens + tokens > SHARE * free:
-            raise too_many(BUSY)
+            raise overloaded(f"The server is full: prompts of at most {most} wait.")
+        shares = not tenant.alone and visits.waiting_tokens > 0
+        if shares and visits.waiting_tokens + tokens > SHARE * free:
+            raise too_many(f"{BUSY} ({most}).")
         visits.waiting_tokens += tokens
         self.waiting_tokens += tokens
         try:
@@ -131,7 +134,7 @@ class Door:
             per_minute = tenant.tokens_per_minute
             visits.bucket = Bucket(per_minute / 60, per_minute, self._clock)
         if not visits.bucket.take(tokens):
-            raise too_many(f"Too many tokens: at most {tenant.tokens_per_minute} a minute.")
+            raise too_many(f"Too many tokens: this key has tokens_per_minute {tenant.tokens_per_minute}.")
 
     def wrong_key(self, address: str) -> Refusal | None:
         """Note a wrong key; a refusal for an address that tries too many."""

@@ -12,6 +12,7 @@ reads from standard input. A key itself is in no file of the server's, and in no
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import hmac
 import os
@@ -43,21 +44,23 @@ class Tenant:
 
     Attributes:
       adapters: those that it may use; None for all, and the base alone.
-      concurrency: requests that it may have under way or waiting.
+      concurrency: requests that it may have under way or waiting; 0 is no limit but the server's own.
       tokens_per_minute: of prompts and continuations together; 0 is no limit.
+      alone: whether there is no other tenant to whom places would have to be left.
     """
 
     name: str
     adapters: frozenset[str] | None = None
     concurrency: int = 32
     tokens_per_minute: int = 0
+    alone: bool = False
 
     def may_use(self, adapter: str) -> bool:
         """Whether an adapter is this tenant's to use."""
         return self.adapters is None or adapter in self.adapters
 
 
-LOCAL = Tenant("local")
+LOCAL = Tenant("local", concurrency=0, alone=True)
 """Whoever asks a server without keys, which listens to its own machine only."""
 
 
@@ -129,12 +132,14 @@ class Keyring:
             if len(key) < SHORTEST_KEY:
                 raise UserError(f"{variable} has {len(key)} characters: expected at least {SHORTEST_KEY}")
             if variable == KEY_VARIABLE:
-                tenants.append((_digest(key.encode()), Tenant("default")))
+                tenants.append((_digest(key.encode()), Tenant("default", concurrency=0)))
             else:
                 admins.append(_digest(key.encode()))
         _require_distinct((tenant.name for _, tenant in tenants), "tenant")
         digests = (*(digest for digest, _ in tenants), *admins, *monitors)
         _require_distinct(map(bytes.hex, digests), "key")
+        if len(tenants) == 1:
+            tenants = [(digest, dataclasses.replace(tenant, alone=True)) for digest, tenant in tenants]
         return cls(tuple(tenants), tuple(admins), tuple(monitors), open=not tenants)
 
 
@@ -202,11 +207,11 @@ def _tenant(values: Any, where: str) -> tuple[bytes, Tenant]:
     if adapters != EVERY and not named:
         raise UserError(f"{where}: adapters is {adapters!r}: expected '*' or a list of names")
     numbers = {}
-    for field, least in (("concurrency", 1), ("tokens_per_minute", 0)):
-        value = values.get(field, getattr(LOCAL, field))
+    for field in ("concurrency", "tokens_per_minute"):
+        value = values.get(field, getattr(Tenant, field))
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < least:
-            raise UserError(f"{where}: {field} is {value!r}: expected a whole number from {least}")
+        if not whole or value < 0:
+            raise UserError(f"{where}: {field} is {value!r}: expected a whole number, 0 for no limit")
         numbers[field] = value
     allowed = None if adapters == EVERY else frozenset(adapters)
     return _known_digest(values.get("sha256"), where), Tenant(name, allowed, **numbers)

@@ -8,6 +8,20 @@ from dataclasses import dataclass
 
 from milora_jax.errors import UserError, require
 
+MAY_BE_ZERO = ("context", "max_lora_rank", "samples", "grace_seconds")
+"""Limits of which 0 means something of its own."""
+
+USUAL_SAMPLES = 4
+
+
+def flag_of(name: str) -> str:
+    """The option of ``serve.py`` that sets a limit.
+
+    >>> flag_of("queue_tokens")
+    '--queue-tokens'
+    """
+    return f"--{name.replace('_', '-')}"
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -19,7 +33,9 @@ class Limits:
       chunk: decode steps between two looks at who has ended: the longest that a new request waits for the
         device, and the tokens that a stream gets at a time.
       adapters_on_device: adapters that can be used at the same time.
-      queue: requests that wait, of all tenants.
+      max_lora_rank: highest rank of the pairs of an adapter that is loaded later; 0 is that of the adapters
+        at the start, rounded up to a power of two.
+      queue: requests that wait, of all tenants; more are refused with 503.
       queue_tokens: tokens of the prompts that wait.
       body_bytes: of a request's body.
       body_seconds: in which a request's body must have come.
@@ -29,7 +45,7 @@ class Limits:
       messages: of one chat.
       stops: stop strings of a request.
       stop_characters: of each of them.
-      samples: continuations of one request.
+      samples: continuations of one request; 0 is 4, or ``rows`` where that is less.
       unread_bytes: that one response may hold for a client who does not read.
       write_seconds: in which a client who does not read must take some of it.
       grace_seconds: after SIGTERM, for what was begun.
@@ -40,7 +56,8 @@ class Limits:
     context: int = 0
     chunk: int = 8
     adapters_on_device: int = 8
-    queue: int = 64
+    max_lora_rank: int = 0
+    queue: int = 256
     queue_tokens: int = 65536
     body_bytes: int = 2**20
     body_seconds: float = 30.0
@@ -50,7 +67,7 @@ class Limits:
     messages: int = 256
     stops: int = 4
     stop_characters: int = 64
-    samples: int = 4
+    samples: int = 0
     unread_bytes: int = 2**16
     write_seconds: float = 20.0
     grace_seconds: float = 30.0
@@ -59,9 +76,14 @@ class Limits:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("context", "grace_seconds") else 1
-            require(value >= least, field.name, value, f"at least {least}")
-        require(self.samples <= self.rows, "samples", self.samples, f"at most the {self.rows} rows")
+            least = 0 if field.name in MAY_BE_ZERO else 1
+            require(value >= least, flag_of(field.name), value, f"at least {least}")
+        require(self.samples <= self.rows, flag_of("samples"), self.samples, f"at most --rows {self.rows}")
+
+    @property
+    def most_samples(self) -> int:
+        """Continuations that one request may ask for."""
+        return self.samples or min(USUAL_SAMPLES, self.rows)
 
     @classmethod
     def of(cls, values: Mapping[str, str]) -> Limits:

@@ -181,7 +181,7 @@ class DeviceLoop:
             length = length + 1 if length == longest else min(2 * length, longest)
         for length in buckets.values():
             self._try([0] * length, GenerationSettings(max_new_tokens=1, ignore_eos=True))
-        samples = range(1, limits.samples + 1)
+        samples = range(1, limits.most_samples + 1)
         for number, plan in itertools.product(samples, PLANS):
             self._try([0], _settings_for(plan, number, min(2, longest)))
 

@@ -68,7 +68,7 @@ def too_many(message: str) -> Refusal:
     return Refusal(429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=1)
 
 
-def overloaded(message: str = "The server is overloaded.") -> Refusal:
+def overloaded(message: str) -> Refusal:
     """The server's limit is reached, or it is stopping."""
     return Refusal(503, message, kind="server_error", code="overloaded", retry_after=1)
 

@@ -231,7 +231,8 @@ class Service:
         texts = [message.content for message in asked.messages] if isinstance(asked, Chat) else [asked.prompt]
         if sum(len(text) for text in texts if isinstance(text, str)) > self._most_characters:
             raise bad_request(
-                f"This model has a context of {self.engine.slots} tokens: the prompt is far longer.",
+                f"This model has a context of {self.engine.slots} tokens (--context): "
+                "the prompt is far longer.",
                 "messages" if isinstance(asked, Chat) else "prompt",
                 "context_length_exceeded",
             )

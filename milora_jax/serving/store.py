@@ -23,7 +23,7 @@ from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.modules import Base
 from milora_jax.errors import UserError
-from milora_jax.generation.bank import Bank
+from milora_jax.generation.bank import Bank, RankError, rank_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.serving.keys import NAME
@@ -91,6 +91,7 @@ class AdapterStore:
       slots: adapters on the device at the same time.
       host: adapters in host memory; others are read again from their directories when they are wanted.
       reader: runs what reads from the disk.
+      rank: that adapters may have at least which are loaded later, where those of ``first`` have less.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class AdapterStore:
         reader: Executor,
         *,
         host: int = 64,
+        rank: int = 0,
         pinned: frozenset[str] = frozenset(),
     ) -> None:
         self._model, self._reader, self._host = model, reader, max(host, slots)
@@ -112,9 +114,9 @@ class AdapterStore:
         nobody = Entry("", Path(), "", PromptFormat(), None, pinned=True, slot=BASE_SLOT)
         self._seats: list[Entry | None] = [nobody, *[None] * slots]
         read = {name: self._read(name, path) for name, path in first.items()}
-        # An adapter of the highest rank decides how wide the bank is.
-        widest = max(read.values(), key=lambda adapter: getattr(adapter.method, "rank", 0))
-        self.bank = Bank(model.base, model.config, widest, len(self._seats))
+        ranks = [rank_of(model.base, model.config, adapter, name) for name, adapter in read.items()]
+        like = next(iter(read.values()))
+        self.bank = Bank(model.base, model.config, like, len(self._seats), rank=max(rank, *ranks))
         for name, adapter in read.items():
             self._add(name, first[name], adapter, name in pinned)
         # The device has some from the start, and the program that writes them has been compiled.
@@ -160,8 +162,8 @@ class AdapterStore:
         Takes as long as reading takes: not for the loop.
 
         Raises:
-          UserError: for a bad name, a damaged or hostile directory, an adapter of another base, method or
-            rank; what was offered before stays so.
+          UserError: for a bad name, a damaged or hostile directory, an adapter of another base or method, or
+            of too high a rank; what was offered before stays so.
         """
         return self._add(name, directory, self._read(name, directory), pinned)
 
@@ -243,7 +245,10 @@ class AdapterStore:
         return adapter
 
     def _prepared(self, name: str, adapter: Adapter) -> PyTree:
-        return jax.device_get(self.bank.prepare(name, adapter))
+        try:
+            return jax.device_get(self.bank.prepare(name, adapter))
+        except RankError as error:
+            raise UserError(f"{error}; start the server with --max-lora-rank {error.rank}") from None
 
     def _add(self, name: str, directory: Path, adapter: Adapter, pinned: bool) -> Entry:
         prepared = self._prepared(name, adapter)
@@ -251,7 +256,10 @@ class AdapterStore:
         with self._lock:
             pins = sum(other.pinned for other in self._entries.values() if other.name != name)
             if pinned and pins >= len(self._seats) - 2:
-                raise UserError(f"adapter {name!r} cannot be pinned: one slot must stay free for the others")
+                raise UserError(
+                    f"adapter {name!r} cannot be pinned: of --adapters-on-device {len(self._seats) - 1} one "
+                    "must stay free for the others"
+                )
             before = self._entries.get(name)
             entry.used = next(self._clock)
             self._entries[name] = entry

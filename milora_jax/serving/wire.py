@@ -43,11 +43,11 @@ async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
                     raise Gone
                 content += message.get("body", b"")
                 if len(content) > limits.body_bytes:
-                    raise Refusal(413, f"The body is longer than {limits.body_bytes} bytes.")
+                    raise Refusal(413, f"The body is longer than --body-bytes {limits.body_bytes}.")
                 if not message.get("more_body", False):
                     return bytes(content)
     except TimeoutError:
-        raise Refusal(408, f"The body took longer than {limits.body_seconds:g} s.") from None
+        raise Refusal(408, f"The body took longer than --body-seconds {limits.body_seconds:g}.") from None
 
 
 async def left(receive: Receive) -> None:

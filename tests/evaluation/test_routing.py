@@ -187,7 +187,7 @@ MISTAKES = {
     "no data": (["--workdir", "{run}"], "there are no prompts to route: give --data FILE"),
     "no file": (["--workdir", "{run}", "--data", "no.jsonl"], "no.jsonl: no such file"),
     "no column": (
-        ["--workdir", "{run}", "--data", "{sums}", "--columns", "answer=ask"],
+        ["--workdir", "{run}", "--data", "{sums}", "--columns", "system=ask"],
         "sums.jsonl:1: there is no column 'ask'",
     ),
     "no router": (["--workdir", "{lora}", "--data", "{sums}"], "method 'lora' has no router"),

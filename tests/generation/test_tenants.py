@@ -121,28 +121,14 @@ def test_loading_an_adapter_compiles_nothing_and_changes_one_slot():
     del adapters
 
 
-@pytest.mark.slow
-def test_lower_ranks_and_other_scales_share_a_bank():
-    one = make_adapter(rank=3, alpha=6.0)
-    two = make_adapter(seed=5, rank=5, dropout=0.1)
-    bank = Bank(DECODING, TINY, one, 2, path="gathered")
-    assert bank.rank == 8
-    bank.load("one", one)
-    bank.load("two", two)
-    work = [(text(0, 6), 0), (text(1, 6), 1)]
-    found = together(bank, work)
-    for (prompt, slot), tokens in zip(work, found, strict=True):
-        assert tokens == decoded((one, two)[slot], [prompt], 8, ignore_eos=True)[0]
-
-
 def test_adapters_that_do_not_belong_are_refused_and_nothing_changes():
     bank, _ = make_bank(slots=2)
     before = together(bank, [(text(0, 5), 0)])
     other_base = make_adapter().replace(shape=make_adapter().shape.__class__(((("q", (1, 1)),) * 7), 4, 32))
     for adapter, message in (
-        (make_adapter(method="lora"), "this bank holds"),
-        (make_adapter(top_k=5), "this bank holds"),
-        (make_adapter(rank=9), "has rank 9: expected at most 8"),
+        (make_adapter(method="lora"), "is of method 'lora': this bank holds 'milora'"),
+        (make_adapter(top_k=5), "has top_k 5: this bank holds adapters with 3"),
+        (make_adapter(rank=9), "has pairs of rank 9: expected at most 8"),
         (other_base, "fits a base of"),
         (make_adapter(seed=3), "no slot is free"),
     ):

@@ -17,6 +17,7 @@ from milora_jax.base.modules import frozen_kernels
 from milora_jax.config import AdapterSection
 from milora_jax.data.tokens import encode_prompt, load_tokenizer
 from milora_jax.errors import UserError
+from milora_jax.generation import text
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.stream import TextStream
@@ -158,6 +159,39 @@ def test_a_prompt_may_be_token_ids(model):
         "the prompt holds token 320: expected 0 to 319",
         "the prompt holds token -1: expected 0 to 319",
     ]
+
+
+@pytest.mark.thorough
+def test_prompts_of_very_different_lengths_answer_as_each_alone(model, monkeypatch):
+    """Long ones get a cache of their own; answers, their order, texts as they come and counts stay."""
+    made, engine = [], text.Engine
+    monkeypatch.setattr(text, "Engine", lambda *given, **more: made.append(more) or engine(*given, **more))
+    ids = np.random.default_rng(0).integers(4, 320, 400).tolist()
+    prompts = [ids[:9], ids[:400], ids[:20], ids[:60], ids[3:25], ids[:380], ids[5:30], ids[:7]]
+    plain = GenerationSettings(max_new_tokens=8, ignore_eos=True, logprobs=1)
+    settings = [
+        dataclasses.replace(plain, seed=i, temperature=float(samples > 1), num_samples=samples)
+        for i, samples in enumerate([1, 2, 1, 1, 3, 1, 1, 2])
+    ]
+    pieces, counts = {}, []
+    found = model(
+        prompts,
+        settings=settings,
+        adapter=model.adapter(),
+        batch_size=4,
+        stream=lambda i, sample, piece: pieces.setdefault((i, sample), []).append(piece),
+        progress=counts.append,
+    )
+    assert [(each["rows"], each["slots"]) for each in made] == [(4, 72), (3, 512)]
+    assert sum(counts) == len(prompts)
+    for i, answer in enumerate(found):
+        (alone,) = model([prompts[i]], settings=settings[i], adapter=model.adapter(), batch_size=4)
+        for sample, (mine, its) in enumerate(zip(answer.samples, alone.samples, strict=True)):
+            assert (mine.tokens, mine.text, mine.finish) == (its.tokens, its.text, its.finish)
+            assert "".join(pieces[i, sample]) == mine.text
+            both = [[token.logprob for token in each.logprobs] for each in (mine, its)]
+            np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(answer.route, alone.route, atol=1e-6)
 
 
 @pytest.mark.thorough

@@ -79,8 +79,8 @@ JUNK = (
 )
 
 FIELDS = sorted(
-    {*Completion.model_fields, *Chat.model_fields}
-    | {"logit_bias", "tools", "response_format", "chat_template", "lora_path", "__class__", "guided_regex"}
+    {*Completion.model_fields, *Chat.model_fields, *Completion.unserved, *Chat.unserved}
+    | {"lora_path", "__class__", "temprature"}
 )
 """Those that there are, and some that other servers have."""
 

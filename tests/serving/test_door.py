@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from milora_jax.serving.door import BAD_KEYS_PER_SECOND, Door
-from milora_jax.serving.keys import Tenant
+from milora_jax.serving.keys import LOCAL, Tenant
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.refusal import Refusal
 
@@ -63,6 +63,28 @@ def test_one_who_floods_leaves_places_to_others():
     assert door.under_way == 0
 
 
+def test_one_who_is_alone_is_bounded_by_the_queue_and_nothing_else():
+    door = Door(Limits(rows=2, queue=70))
+    with contextlib.ExitStack() as stack:
+        for _ in range(72):
+            stack.enter_context(door.entered(LOCAL))
+        with pytest.raises(Refusal, match="--rows 2 decode, --queue 70 wait") as caught:
+            stack.enter_context(door.entered(LOCAL))
+        assert caught.value.status == 503
+    door = Door(Limits(queue_tokens=100))
+    with door.waiting(LOCAL, 60), door.waiting(LOCAL, 40):
+        assert status_of(door.waiting(LOCAL, 1)) == (503, 1)
+
+
+def test_a_tenant_without_a_limit_still_leaves_places_to_others():
+    door, flood = Door(Limits(rows=8, queue=64)), Tenant("flood", concurrency=0)
+    with contextlib.ExitStack() as stack:
+        for _ in range(58):
+            stack.enter_context(door.entered(flood))
+        with pytest.raises(Refusal, match="the rest is left to others"):
+            stack.enter_context(door.entered(flood))
+
+
 def test_long_prompts_that_wait_are_counted_and_one_is_always_let_in():
     door, one, two = Door(Limits(queue_tokens=100)), Tenant("one"), Tenant("two")
     with door.waiting(one, 1000):
@@ -86,7 +108,7 @@ def test_tokens_come_back_with_time():
     clock = Clock()
     door, tenant = Door(Limits(), clock), Tenant("one", tokens_per_minute=600)
     door.spend(tenant, 600)
-    with pytest.raises(Refusal, match="at most 600 a minute"):
+    with pytest.raises(Refusal, match="tokens_per_minute 600"):
         door.spend(tenant, 1)
     clock.now += 30
     door.spend(tenant, 300)

@@ -123,8 +123,10 @@ def test_chats_are_checked(client):
         answer = client.post("/v1/chat/completions", json={**good, "messages": messages})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"].startswith("messages")
-    for extra in ({"tools": []}, {"response_format": {"type": "json_object"}}, {"functions": []}):
-        assert client.post("/v1/chat/completions", json={**good, **extra}).status_code == 400
+    for extra in ({"tools": [{}]}, {"response_format": {"type": "json_object"}}, {"top_logprobs": 2}):
+        answer = client.post("/v1/chat/completions", json={**good, **extra})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == next(iter(extra))
 
 
 def test_five_hundred_mutated_bodies_are_answered_and_none_breaks_anything(client):

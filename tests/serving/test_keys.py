@@ -10,7 +10,7 @@ import pytest
 
 from milora_jax.errors import UserError
 from milora_jax.serving import keys
-from milora_jax.serving.keys import LOCAL, Keyring, digest_of
+from milora_jax.serving.keys import LOCAL, Keyring, Tenant, digest_of
 
 KEY, OTHER = "sk-" + "a" * 20, "sk-" + "b" * 20
 
@@ -87,7 +87,7 @@ def test_all_keys_are_compared_whichever_is_right(tmp_path, monkeypatch):
 
 def test_the_environment_has_keys_too(tmp_path):
     found = Keyring.of(None, {"MILORA_API_KEY": KEY, "MILORA_ADMIN_KEY": OTHER})
-    assert found.tenant_of(KEY.encode()).name == "default"
+    assert found.tenant_of(KEY.encode()) == Tenant("default", concurrency=0, alone=True)
     assert found.is_admin(OTHER.encode())
     with pytest.raises(UserError, match="MILORA_API_KEY has 3 characters: expected at least 16"):
         Keyring.of(None, {"MILORA_API_KEY": "abc"})
@@ -109,7 +109,7 @@ BAD = {
     "tenant 'x': a sha256 is no 64 digits": {"tenants": [{"name": "x", "sha256": "A" * 64}]},
     "tenant 'x': adapters is 3": {"tenants": [{"name": "x", "sha256": "0" * 64, "adapters": 3}]},
     "tenant 'x': concurrency is True": {"tenants": [{"name": "x", "sha256": "0" * 64, "concurrency": True}]},
-    "tenant 'x': concurrency is 0": {"tenants": [{"name": "x", "sha256": "0" * 64, "concurrency": 0}]},
+    "tenant 'x': concurrency is -1": {"tenants": [{"name": "x", "sha256": "0" * 64, "concurrency": -1}]},
     "a tenant has a field 'key'": {"tenants": [{"name": "x", "key": "secret"}]},
     "has a field 'tenant'": {"tenant": []},
     "a tenant is given twice: 'x'": {

@@ -103,7 +103,7 @@ class PaperEngine:
 class PaperBank:
     """Slots that must not be written while somebody decodes with them."""
 
-    def __init__(self, base, config, like, slots):
+    def __init__(self, base, config, like, slots, rank):
         self.tenants = SimpleNamespace(method=SimpleNamespace(is_pairs=True))
         self.store, self.owners = None, {}
 
@@ -144,6 +144,7 @@ class Scheduler(RuleBasedStateMachine):
         self.patch.setattr(store_module, "read_adapter", read)
         self.patch.setattr(store_module, "base_fingerprint", lambda path: "f")
         self.patch.setattr(store_module, "Bank", PaperBank)
+        self.patch.setattr(store_module, "rank_of", lambda base, config, adapter, name: 8)
         self.patch.setattr(store_module, "version_of", lambda adapter: adapter.params["of"])
         self.reader = PaperReader()
         model = Model(None, None, None, "none")

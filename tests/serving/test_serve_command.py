@@ -84,7 +84,20 @@ MISTAKES = {
     "no adapter there": (["--base", "{model}", "--adapter", "x=nowhere"], "no such directory"),
     "an adapter of another base": (["--base", "{other}", "--adapter", "x={math}"], "other files than those"),
     "open to all": (["--base", "{model}", "--host", "0.0.0.0"], "there are no keys: give --keys FILE"),
-    "a limit of nothing": (["--base", "x", "--rows", "0"], "rows is 0: expected at least 1"),
+    "a limit of nothing": (["--base", "x", "--rows", "0"], "--rows is 0: expected at least 1"),
+    "a limit below zero": (
+        ["--base", "x", "--queue-tokens", "-1"],
+        "--queue-tokens is -1: expected at least 1",
+    ),
+    "more samples than rows": (
+        ["--base", "x", "--rows", "2", "--samples", "4"],
+        "--samples is 4: expected at most --rows 2",
+    ),
+    "more context than there is": (
+        ["--base", "{model}", "--context", "600"],
+        "--context is 600: expected 2 to the model's 512 positions",
+    ),
+    "more devices than there are": (["--base", "{model}", "--tensor", "99"], "--tensor is 99: expected 1 to"),
     "no port": (["--base", "x", "--port", "70000"], "port 70000 of '127.0.0.1' cannot be listened to"),
     "a name taken": (["--base", "{model}", "--adapter", "base={math}"], "give it another --name"),
 }
@@ -111,6 +124,13 @@ def test_a_mistake_is_one_line(folder, name, monkeypatch, capsys):
     assert caught.value.code == 2
     assert message in said
     assert len(said.splitlines()) == 1
+
+
+def test_few_rows_need_no_other_flag():
+    from milora_jax.serving.limits import Limits
+
+    assert [Limits(rows=rows).most_samples for rows in (1, 2, 8)] == [1, 2, 4]
+    assert Limits(rows=8, samples=8).most_samples == 8
 
 
 def test_a_registry_is_kept_and_checked(folder, tmp_path):
