@@ -13,6 +13,9 @@ EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
 """Exit code of training after too many non-finite steps in a row."""
 
+EXIT_NOTHING_LEARNED = 4
+"""Exit code of training that ended at the uniform guess, or with gradients of exactly zero."""
+
 EXIT_PREEMPTED = 75
 """Exit code after SIGTERM or Ctrl-C: state is saved, run the same command again (sysexits.h EX_TEMPFAIL)."""
 
@@ -27,6 +30,12 @@ class NonFiniteError(UserError):
     """Training met too many losses or gradients in a row that are not finite."""
 
     exit_code = EXIT_NON_FINITE
+
+
+class NothingLearnedError(UserError):
+    """Training came to its end, and the adapter is certainly no better than none."""
+
+    exit_code = EXIT_NOTHING_LEARNED
 
 
 class Preempted(UserError):

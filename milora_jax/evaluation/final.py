@@ -18,10 +18,17 @@ from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.cli import Console, stop_if
 from milora_jax.data.prompts import shown_prompt
 from milora_jax.data.records import Record, fingerprint
+from milora_jax.errors import NothingLearnedError
 from milora_jax.evaluation.closing import closing_lines
 from milora_jax.evaluation.free_text import is_free_text, require_text_packages
 from milora_jax.evaluation.loss import Loss, Responses, encode_responses, response_loss
-from milora_jax.evaluation.report import figures_table, loss_notes, plot_health, plot_routing
+from milora_jax.evaluation.report import (
+    answers_side_by_side,
+    figures_table,
+    loss_notes,
+    plot_health,
+    plot_routing,
+)
 from milora_jax.evaluation.score import (
     PREFILL_ROWS,
     TaskScore,
@@ -43,12 +50,15 @@ from milora_jax.types import EXPERTS
 
 BASE_SCORES_NAME = "base_accuracy.json"
 
+SHOWN = 5
+"""Answers to a task of free text that are printed, before and after side by side."""
+
 
 def evaluate_base(
     run: Run, workdir: Path, console: Console, preempted: Callable[[], bool]
 ) -> dict[str, dict[str, Any]]:
-    """Figures of the frozen base on the test records, see ``score.figures``; remembered in the workdir across
-    resumes.
+    """Figures of the frozen base on the test records, see ``score.figures``, and as ``answers`` its first few
+    to each task; remembered in the workdir across resumes.
 
     Args:
       preempted: asked after every batch whether to stop.
@@ -63,11 +73,13 @@ def evaluate_base(
         "eval": run.config.to_dict()["eval"],
         "prompt_format": run.config.data.prompt_format.to_dict(),
     }
-    # A file of an earlier version has the accuracy alone, and is not enough.
-    if path.is_file() and (saved := read_json(path)).get("key") == key and "measures" in saved:
+    # A file of an earlier version has not all of the figures.
+    if path.is_file() and (saved := read_json(path)).get("key") == key and "answers" in saved:
         del saved["key"]
         return saved
-    found = figures(_score_all(run, None, "the base", console, preempted))
+    scores = _score_all(run, None, "the base", console, preempted)
+    answers = {score.task: [each.generated for each in score.predictions[:SHOWN]] for score in scores}
+    found = {**figures(scores), "answers": answers}
     write_json_atomic(path, {"key": key, **found})
     return found
 
@@ -232,12 +244,15 @@ def write_report(
     scores: list[TaskScore],
     wall_seconds: float,
 ) -> None:
-    """Print the tables and an example answer; write ``summary.json``, ``predictions.jsonl`` and the plot.
+    """Print the tables and example answers; write ``summary.json``, ``predictions.jsonl`` and the plot.
 
     Args:
-      before: figures of the base, see ``score.figures``.
+      before: what :func:`evaluate_base` has found.
       scores: of the best adapter.
       wall_seconds: of this life, and the training time of the earlier ones.
+
+    Raises:
+      NothingLearnedError: when all is written and printed, if it is certain that the run is spoiled.
     """
     best = read_metadata(workdir / "best", fit.progress.best_step)
     counts = parameter_counts(build_method(run.config.adapter), adapter_shape(run.model), best)
@@ -246,6 +261,7 @@ def write_report(
         "best_step": fit.progress.best_step,
         "dev_perplexity": fit.progress.best_perplexity,
         "skipped_updates": fit.progress.skipped,
+        "not_learned": fit.progress.unlearned(run.model.vocab_size) or None,
         "tunable_parameters": counts.tunable,
         "mean_active_parameters": counts.active,
         "tokens_per_second": fit.tokens_per_second,
@@ -266,10 +282,11 @@ def write_report(
     write_json_atomic(workdir / "summary.json", summary)
     # All is written before anything is printed, which may fail.
     if scores:
-        record = next(iter(run.tests.values()))[0]
-        first = scores[0].predictions[0]
-        prompt = shown_prompt(run.tokenizer, record, run.config.data.prompt_format)
-        print(f"\nprompt:\n{prompt}\nanswer:\n{first.generated}\n")
+        print(_example(run, scores[0]))
+        for score in scores:
+            if score.text is not None:
+                answers = before["answers"][score.task]
+                print(answers_side_by_side(run.tests[score.task], answers, score.predictions))
         print("\n".join([figures_table(before, after), *loss_notes(after)]))
     print(
         f"\n{fit.steps} steps, best at {fit.progress.best_step} (dev perplexity "
@@ -277,3 +294,15 @@ def write_report(
         f"{summary['mean_active_parameters']:,.0f} active per token, {wall_seconds:.0f} s"
     )
     print("\n".join(closing_lines(workdir, run.config, run.model, written)))
+    if reason := fit.progress.saturated(run.model.vocab_size):
+        raise NothingLearnedError(
+            f"nothing was learned: {reason}; summary.json says so too, lower train.learning_rate"
+        )
+    if summary["not_learned"]:
+        print(f"warning: nothing was learned: {summary['not_learned']}")
+
+
+def _example(run: Run, score: TaskScore) -> str:
+    record, written = run.tests[score.task][0], run.config.data.prompt_format
+    prompt = shown_prompt(run.tokenizer, record, written)
+    return f"\nprompt:\n{prompt}\nanswer:\n{score.predictions[0].generated}\n"

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from milora_jax.data.records import Record
 from milora_jax.evaluation.loss import LEFT_OUT
-from milora_jax.evaluation.score import TaskScore
+from milora_jax.evaluation.score import Prediction, TaskScore
 from milora_jax.types import EXPERTS, LETTERS
 
 MODULES = "Experts are the linear modules of a layer: Q, K, V, O of attention; G (gate), U (up), D (down)."
@@ -93,6 +94,28 @@ def _perplexity(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if value < 10_000 else f"{value:.1e}"
+
+
+def answers_side_by_side(
+    records: Sequence[Record], before: Sequence[str], after: Sequence[Prediction]
+) -> str:
+    """The first answers to a task of free text: what was asked, and what base, adapter and row say.
+
+    Args:
+      before: the base's answers to the first records.
+      after: the adapter's, to all of them.
+    """
+    lines = []
+    for record, base, prediction in zip(records, before, after, strict=False):
+        texts = {
+            "asked": record.input or record.instruction,
+            "base": base,
+            "adapter": prediction.generated,
+            "row": prediction.gold,
+        }
+        lines += [f"{name:8} {' '.join(text.split())}" for name, text in texts.items()]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def loss_notes(figures: Figures) -> list[str]:

@@ -116,6 +116,9 @@ class Trainer:
     ) -> TrainState:
         """The loop of :meth:`fit`."""
         start, earlier_seconds, clock = int(state.step), progress.seconds, time.monotonic()
+        if not start:
+            # Of the untrained adapter: what a run that has learned something is better than.
+            progress.first_perplexity, _ = self.dev_perplexity(state.adapter, Progress())
         waiting: tuple[Metrics, Metrics | None] | None = None
         trained = judged = ""
         pace, compiled = Pace(), set[bool]()
@@ -253,6 +256,7 @@ class Trainer:
             return
         omega, theta = waiting
         bad = int(omega.bad_steps)
+        progress.zero_gradients = progress.zero_gradients + 1 if float(omega.grad_norm) == 0.0 else 0
         progress.skipped += bad > 0
         if theta is not None:
             skipped = int(theta.bad_steps) > 0
@@ -292,6 +296,9 @@ class Trainer:
                 f"the dev perplexity of step {done} is not finite; stopped before it was saved; "
                 "lower train.learning_rate or use another model.dtype"
             )
+        progress.last_perplexity = perplexity
+        if reason := progress.saturated(self._run.model.vocab_size):
+            self._say(f"step {done}: nothing is being learned: {reason}; lower train.learning_rate")
         if health is not None and (warning := health.warning()):
             self._say(f"step {done}: {warning}")
         if not self._method.ready(done, self._total):

@@ -8,9 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from milora_jax.config import TrainSection
 from milora_jax.training.step import TrainState
+
+SURELY_UNIFORM = 0.999
+"""Share of the uniform guess's perplexity from which on a model has lost all that it knew."""
+
+FEW_ZEROS = 3
+"""Exactly zero gradients in a row that are no accident."""
 
 
 @dataclass
@@ -26,6 +33,9 @@ class Progress:
       tokens: tokens trained on, padding left out, counted over all lives of the run.
       seconds: time spent in :meth:`Trainer.fit`, over all lives of the run.
       dev_routes: the routes of the dev prompts at the last evaluation, packed; empty without.
+      first_perplexity: on the dev rows, before the first step; infinite where it is not known.
+      last_perplexity: of the last dev evaluation.
+      zero_gradients: steps in a row, up to the last one, whose gradient was exactly zero.
     """
 
     best_step: int = 0
@@ -37,18 +47,49 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     dev_routes: str = ""
+    first_perplexity: float = math.inf
+    last_perplexity: float = math.inf
+    zero_gradients: int = 0
 
     def to_json(self) -> dict:
         """Plain values; an infinite perplexity, which JSON cannot carry, becomes null."""
-        values = dataclasses.asdict(self)
-        values["best_perplexity"] = self.best_perplexity if math.isfinite(self.best_perplexity) else None
-        return values
+        return {
+            name: None if value == math.inf else value for name, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_json(cls, values: dict) -> Progress:
-        """Inverse of :meth:`to_json`."""
-        perplexity = values["best_perplexity"]
-        return cls(**{**values, "best_perplexity": math.inf if perplexity is None else perplexity})
+        """Inverse of :meth:`to_json`; an older checkpoint may lack fields."""
+        known: dict[str, Any] = {name: math.inf if value is None else value for name, value in values.items()}
+        return cls(**known)
+
+    def saturated(self, vocab_size: int) -> str:
+        """Why nothing can be learned any more: a line, or "" where that is not certain.
+
+        Args:
+          vocab_size: V, whose uniform guess has this perplexity.
+        """
+        if self.last_perplexity >= SURELY_UNIFORM * vocab_size:
+            return (
+                f"the dev perplexity {self.last_perplexity:.1f} is that of a guess among {vocab_size} tokens"
+            )
+        if self.zero_gradients >= FEW_ZEROS and self.last_perplexity >= self.first_perplexity:
+            return f"the gradients of the last {self.zero_gradients} steps were exactly zero"
+        return ""
+
+    def unlearned(self, vocab_size: int) -> str:
+        """Why a run that has ended has learned nothing: a line, or "" where it has learned something.
+
+        Args:
+          vocab_size: as in :meth:`saturated`.
+        """
+        if self.best_perplexity < self.first_perplexity < math.inf:
+            return ""
+        reason = self.saturated(vocab_size)
+        if self.first_perplexity == math.inf:
+            return reason
+        best = f"no dev perplexity was below that before the first step, {self.first_perplexity:.3f}"
+        return f"{best}; {reason}" if reason else best
 
 
 @dataclass(frozen=True)
