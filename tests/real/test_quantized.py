@@ -1,4 +1,4 @@
-"""The published model kept in eight and in four bits: trained on, continued, and nearly as sure of a text."""
+"""The published model kept in eight and in four bits: what torch makes of the rounded weights, trained on."""
 
 import dataclasses
 import json
@@ -13,14 +13,15 @@ from milora_jax.base.modules import decode_layout
 from milora_jax.config import AdapterSection, ModelSection
 from milora_jax.generation.text import generate
 from milora_jax.storage.adapters import best_metadata, load_adapter
+from tests.real.reference import rounded, their_perplexity
 from tests.storage.test_export_parity import logits_of
 from tests.training.short_runs import fit
 
 pytestmark = pytest.mark.real
 
 PART = "quantised bases"
-WORSE = {"int8": 1.02, "nf4": 1.15}
-"""Most that a perplexity may grow by, as a factor."""
+WORSE = {"int8": 1.05, "nf4": 1.5}
+"""Most that a perplexity may grow by, as a factor. NF4 costs so small a model much, in torch as here."""
 
 LENGTH = 512
 
@@ -39,19 +40,17 @@ def ids(run, text):
     return run.tokenizer(text)["input_ids"][:LENGTH]
 
 
-@pytest.fixture(scope="module")
-def plain(run, ids):
-    """Perplexity under the model in float32."""
-    return perplexity(run.base, run.model, ids)
-
-
 @pytest.mark.parametrize("scheme", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
-def test_a_quantised_base_learns_and_answers(scheme, folder, run, ids, plain, tmp_path, record):
+def test_a_quantised_base_is_torchs_and_learns(scheme, folder, run, theirs, ids, tmp_path, record):
     base, config = load_base(folder, quantize=scheme)
-    found = perplexity(base, config, ids)
+    found, plain = perplexity(base, config, ids), their_perplexity(theirs, ids)
+    with rounded(theirs, scheme):
+        expected = their_perplexity(theirs, ids)
     record(PART, f"perplexity of {LENGTH} tokens in float32", plain)
     record(PART, f"{scheme}: perplexity over that in float32", found / plain, f"< {WORSE[scheme]}")
+    record(PART, f"{scheme}: difference from torch, relative", abs(found / expected - 1), "< 1e-4")
     assert 0.9 < found / plain < WORSE[scheme]
+    assert abs(found / expected - 1) < 1e-4
     settings = dataclasses.replace(
         run.config,
         model=ModelSection(str(folder), quantize=scheme),
