@@ -67,7 +67,11 @@ def their_logits(model, tokens):
 
 
 def our_logits(folder, adapter, tokens, **more):
-    base, config = load_base(folder)
+    return logits_of(*load_base(folder), adapter, tokens, **more)
+
+
+def logits_of(base, config, adapter, tokens, **more):
+    """Logits of rows without padding, and their route."""
     tokens = jnp.asarray(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
 

@@ -12,6 +12,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def write_inputs(folder):
     """A small model directory and a training file."""
     write_hf_directory(folder / "model")
+    write_rows(folder)
+
+
+def write_rows(folder):
+    """The training file alone."""
     rows = [
         {"instruction": f"say {i} twice", "input": "", "output": f"{i} {i}", "answer": f"{i}"}
         for i in range(40)
