@@ -69,7 +69,8 @@ class Progress:
         Args:
           vocab_size: V, whose uniform guess has this perplexity.
         """
-        if self.last_perplexity >= SURELY_UNIFORM * vocab_size:
+        # A model of random weights is worse than that guess before the first step, and may get better.
+        if self.first_perplexity < SURELY_UNIFORM * vocab_size <= self.last_perplexity:
             return (
                 f"the dev perplexity {self.last_perplexity:.1f} is that of a guess among {vocab_size} tokens"
             )

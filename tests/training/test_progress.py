@@ -1,8 +1,11 @@
 """The speed that is shown is that of steps, and of nothing else that happens between them."""
 
 import json
+import math
 
-from milora_jax.training.progress import Pace
+import pytest
+
+from milora_jax.training.progress import Pace, Progress
 from tests.training.short_runs import STEPS, fit
 
 
@@ -55,3 +58,26 @@ def test_every_logged_step_of_a_run_has_a_speed(prepared, tmp_path):
     speeds = [line["tokens_per_second"] for line in lines if "loss" in line]
     assert 1 <= len(speeds) <= STEPS
     assert all(speed > 0 for speed in speeds)
+
+
+@pytest.mark.parametrize(
+    ("first", "best", "last", "zeros", "saturated", "unlearned"),
+    [
+        (12.0, 5.0, 6.0, 0, "", ""),
+        (12.0, 12.0, 12.0, 0, "", "no dev perplexity was below that before the first step, 12.000"),
+        (12.0, 400.0, 400.0, 0, "that of a guess among 320 tokens", "that of a guess among 320 tokens"),
+        (12.0, 319.99, 319.99, 9, "that of a guess among 320 tokens", "no dev perplexity was below"),
+        (12.0, 14.0, 14.0, 3, "the last 3 steps were exactly zero", "the last 3 steps were exactly zero"),
+        (12.0, 1.0, 1.0, 9, "", ""),  # learned by heart
+        (450.0, 438.0, 438.0, 0, "", ""),  # random weights
+        (math.inf, 438.0, 438.0, 9, "", ""),  # a checkpoint of an older version
+    ],
+)
+def test_what_is_certain_about_a_run_that_learned_nothing(first, best, last, zeros, saturated, unlearned):
+    progress = Progress(
+        first_perplexity=first, best_perplexity=best, last_perplexity=last, zero_gradients=zeros
+    )
+    for found, expected in ((progress.saturated(320), saturated), (progress.unlearned(320), unlearned)):
+        assert expected in found
+        assert bool(found) == bool(expected)
+    assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
