@@ -23,7 +23,7 @@ from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.data.chat import Message
 from milora_jax.data.prompts import prompt_messages
 from milora_jax.data.records import Record, read_question
-from milora_jax.data.tokens import encode_prompt, encode_question, load_tokenizer
+from milora_jax.data.tokens import encode_question, load_tokenizer
 from milora_jax.errors import EXIT_BAD_INPUT, UserError, run_command
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import Answer, generate
@@ -116,8 +116,7 @@ def in_template(
     """
     if isinstance(given, str):
         if raw or not given.strip():
-            # As vLLM and Hugging Face read a prompt that the caller has written out.
-            return encode_prompt(tokenizer, given, written.special_tokens, parse_special_tokens=True)
+            return given
         given = Record(given.strip(), "", "", "")
     if system is not None:
         if given.messages and given.messages[0].role == "system":
