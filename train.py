@@ -24,7 +24,13 @@ import time
 
 from milora_jax.cli import Console, stop_noted
 from milora_jax.errors import run_command
-from milora_jax.evaluation.final import check_tests, evaluate_adapter, evaluate_base, write_report
+from milora_jax.evaluation.final import (
+    check_tests,
+    evaluate_adapter,
+    evaluate_base,
+    require_learned,
+    write_report,
+)
 from milora_jax.parallel.processes import is_first, together
 from milora_jax.train_flags import parse_train_flags
 from milora_jax.training.loop import Trainer
@@ -52,6 +58,7 @@ def main() -> None:
             seconds = fit.earlier_seconds + time.monotonic() - started
             if is_first():
                 write_report(run, workdir, fit, before, after, seconds)
+    require_learned(run, fit)
 
 
 if __name__ == "__main__":

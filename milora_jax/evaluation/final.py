@@ -250,9 +250,6 @@ def write_report(
       before: what :func:`evaluate_base` has found.
       scores: of the best adapter.
       wall_seconds: of this life, and the training time of the earlier ones.
-
-    Raises:
-      NothingLearnedError: when all is written and printed, if it is certain that the run is spoiled.
     """
     best = read_metadata(workdir / "best", fit.progress.best_step)
     counts = parameter_counts(build_method(run.config.adapter), adapter_shape(run.model), best)
@@ -294,12 +291,27 @@ def write_report(
         f"{summary['mean_active_parameters']:,.0f} active per token, {wall_seconds:.0f} s"
     )
     print("\n".join(closing_lines(workdir, run.config, run.model, written)))
-    if reason := fit.progress.saturated(run.model.vocab_size):
+    reason = fit.progress.saturated(run.model.vocab_size)
+    if summary["not_learned"] and not reason:  # else require_learned says so
+        print(f"warning: nothing was learned: {summary['not_learned']}")
+    elif reason and not summary["not_learned"]:
+        best = fit.progress.best_step
+        print(f"warning: training broke down after step {best}, whose adapter is the best: {reason}")
+
+
+def require_learned(run: Run, fit: Fit) -> None:
+    """Refuse to call a run a success that has certainly learned nothing; all is written by then.
+
+    Every process of a run comes to the same answer, and each must be done with the others before it asks.
+
+    Raises:
+      NothingLearnedError: no evaluation was better than the first, and the last was hopeless.
+    """
+    size = run.model.vocab_size
+    if fit.progress.saturated(size) and (reason := fit.progress.unlearned(size)):
         raise NothingLearnedError(
             f"nothing was learned: {reason}; summary.json says so too, lower train.learning_rate"
         )
-    if summary["not_learned"]:
-        print(f"warning: nothing was learned: {summary['not_learned']}")
 
 
 def _example(run: Run, score: TaskScore) -> str:

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from milora_jax.config import METHODS
 from milora_jax.errors import UserError
-from milora_jax.storage.__main__ import main
+from milora_jax.storage.__main__ import FORMATS, main
 from milora_jax.storage.adapter_tensors import write_tensors
 from milora_jax.storage.adapters import best_metadata, load_adapter, require_its_base
-from milora_jax.storage.export import ORIGIN_FILE, export_milora, export_orbax, export_peft
+from milora_jax.storage.export import ORIGIN_FILE, export_milora, export_orbax, export_peft, formats_of
 from milora_jax.storage.exported import CONFIG_FILE, EXPERTS_FILE, ROUTER_FILE, write_exported
 from milora_jax.storage.files import UNFINISHED, new_directory
 from milora_jax.storage.manifest import MANIFEST, write_manifest
@@ -99,6 +100,22 @@ def test_a_method_without_the_form_is_refused_and_nothing_is_left(method, export
     with pytest.raises(UserError, match=message):
         export(tmp_path / "run", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_the_formats_that_the_command_writes(method, model, tmp_path, monkeypatch):
+    adapter = run_of(tmp_path / "run", model, method)
+    found = set()
+    for name in set(FORMATS) - {"static"}:  # which takes rows
+        arguments = ["export", "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", ["storage", *arguments, "--format", name])
+        try:
+            main()
+            found.add(name)
+        except UserError:
+            assert not (tmp_path / name).exists()
+    assert found == set(formats_of(adapter.method, fused=False))
+    assert found - {"peft"} == set(formats_of(adapter.method, fused=True))
 
 
 def test_nothing_is_written_over_and_a_failed_export_leaves_nothing(run, tmp_path):
