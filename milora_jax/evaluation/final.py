@@ -108,7 +108,7 @@ def _score_all(
         for task, records in tests.items()
     }
     outputs = sum(len(each.passages) for each in responses.values())
-    with _advancing(f"loss of {what}", outputs, console, preempted) as advance:
+    with _advancing(f"computing the loss of {what}", outputs, console, preempted) as advance:
         losses = response_losses(run, base, adapter, responses, advance)
     with _advancing(f"scoring {what}", sum(map(len, tests.values())), console, preempted) as advance:
         scores = score_tests(run, base, adapter, advance)

@@ -69,10 +69,10 @@ class Progress:
         Args:
           vocab_size: V, whose uniform guess has this perplexity.
         """
-        # A model of random weights is worse than that guess before the first step, and may get better.
-        if self.first_perplexity < SURELY_UNIFORM * vocab_size <= self.last_perplexity:
+        # A model may be worse than that guess before the first step, on rows unlike all it has seen.
+        if self.last_perplexity >= max(self.first_perplexity, SURELY_UNIFORM * vocab_size):
             return (
-                f"the dev perplexity {self.last_perplexity:.1f} is that of a guess among {vocab_size} tokens"
+                f"the dev perplexity {self.last_perplexity:.1f} is no better than a guess among {vocab_size}"
             )
         if self.zero_gradients >= FEW_ZEROS and self.last_perplexity >= self.first_perplexity:
             return f"the gradients of the last {self.zero_gradients} steps were exactly zero"

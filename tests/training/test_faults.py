@@ -176,7 +176,7 @@ def test_sigterm_while_scoring_ends_with_the_code_that_asks_for_more(inputs, tmp
         run.send_signal(signal.SIGTERM)
         *_, last = lines
     assert run.returncode == EXIT_PREEMPTED, last
-    assert last.startswith("error: stopped while scoring the base")
+    assert last.startswith("error: stopped while computing the loss of the base")
     assert not (workdir / "summary.json").exists()
 
 
