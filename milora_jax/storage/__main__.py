@@ -28,6 +28,7 @@ from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, printable, require, run_command
 from milora_jax.evaluation.score import limited
 from milora_jax.evaluation.static_route import Model, calibrated_route, report_json, static_report
+from milora_jax.prompt_format import PromptFormat, stored_prompt_format
 from milora_jax.storage import export
 from milora_jax.storage.adapters import best_metadata, read_adapter, require_its_base
 from milora_jax.storage.files import require_new
@@ -126,7 +127,23 @@ def run_export(arguments: argparse.Namespace) -> None:
         elif weights is not None:
             name = arguments.base_name or name_of_base(arguments)
             export.export_static(source, out, name, weights, origin)
+    if kind in ("peft", "static", "merged"):
+        written = stored_prompt_format(best_metadata(source).get("prompt_format"), str(source))
+        if note := note_on_prompts(written):
+            _say(note)
     print(f"written to {out}")
+
+
+def note_on_prompts(written: PromptFormat) -> str:
+    """What users of other programs must know of the prompts of an adapter; "" where they need not.
+
+    Those programs write a text as ``tokenizer(text)`` does, and keep no format beside an adapter.
+    """
+    if written.special_tokens == "tokenizer":
+        return ""
+    begun = written.special_tokens == "bos"
+    what = "one beginning-of-sequence token before" if begun else "no special token around"
+    return f"note: the adapter was trained with {what} every prompt: give its readers such prompts"
 
 
 def fixed_route(arguments: argparse.Namespace) -> tuple[np.ndarray | None, dict[str, Any]]:

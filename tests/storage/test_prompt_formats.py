@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import logging
+import sys
 
 import pytest
 
 from milora_jax.base.load import load_base
 from milora_jax.config import Config, ModelSection
 from milora_jax.errors import UserError
-from milora_jax.prompt_format import UNSTORED, PromptFormat
+from milora_jax.prompt_format import SPECIAL_TOKENS, UNSTORED, PromptFormat
+from milora_jax.storage.__main__ import main
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata
 from milora_jax.storage.export import export_milora, export_orbax, export_peft
@@ -48,6 +50,19 @@ def test_a_peft_adapter_of_others_follows_its_tokenizer(model, tmp_path):
         (tmp_path / "peft" / name).unlink()
     import_peft(tmp_path / "peft", model, tmp_path / "back")
     assert load_adapter(tmp_path / "back").prompt_format == PromptFormat(template="")
+
+
+@pytest.mark.parametrize("rule", SPECIAL_TOKENS)
+def test_who_exports_for_other_programs_is_told_what_they_do_not_know(
+    model, tmp_path, monkeypatch, capsys, rule
+):
+    write_run(tmp_path / "run", model, adapter_of(model, "lora", PromptFormat(special_tokens=rule)))
+    for kind in ("peft", "milora"):
+        arguments = ["export", "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / kind)]
+        monkeypatch.setattr(sys, "argv", ["storage", *arguments, "--format", kind])
+        main()
+        told = "note: the adapter was trained with" in capsys.readouterr().err
+        assert told == (kind == "peft" and rule != "tokenizer")
 
 
 def older_export(directory):
