@@ -1,0 +1,111 @@
+"""What standardized features are measured on: training prompts on the frozen base, before the first step.
+
+The router's features of a prompt are, in each dimension, less the mean and over the deviation of those of
+``train.feature_prompts`` training prompts. The prompts are the first ones that training itself would take, a
+pure function of the seed; every prompt's vector comes to the host, where sums are taken in float64 and in one
+order, so that the statistics do not depend on the mesh or on how many processes there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from milora_jax.adapters.protocol import Method
+from milora_jax.base.attention import Attend
+from milora_jax.base.modules import Base
+from milora_jax.base.transformer import forward
+from milora_jax.errors import UserError
+from milora_jax.model_config import ModelConfig
+from milora_jax.parallel.processes import to_host
+from milora_jax.shapes import Array, Bool, Float
+from milora_jax.types import Batch
+
+FLOOR = 0.05
+"""Least deviation of a dimension, as a share of the root mean square of its layer's deviations: a dimension
+that hardly differs between prompts must not be blown up to weigh as much as the others."""
+
+LEAST = 1e-4
+"""Least deviation of all. What is pooled has unit root mean square: below this it is rounding."""
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Of the pooled vectors of prompts, per layer and dimension."""
+
+    mean: Float[np.ndarray, "L D"]
+    deviation: Float[np.ndarray, "L D"]
+
+
+def feature_program(
+    model: ModelConfig, method: Method, prompts: int, attend: Attend
+) -> Callable[[Base, Batch], Float[Array, "L B Z D"]]:
+    """The compiled program that gives the features of a batch's prompts on the frozen base.
+
+    Args:
+      prompts: Z, the most records packed into one row.
+    """
+
+    @jax.jit
+    def features(base: Base, batch: Batch) -> Float[Array, "L B Z D"]:
+        return forward(
+            base,
+            model,
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
+            prompt_mask=batch.prompt_mask,
+            prompts=prompts,
+            inspect=method.pooled_features,
+            attend=attend,
+        ).inspected
+
+    return features
+
+
+def feature_statistics(
+    features: Callable[[Batch], Float[Array, "L B Z D"]],
+    batches: Iterator[tuple[Batch, Bool[np.ndarray, "B Z"]]],
+    prompts: int,
+) -> FeatureStatistics:
+    """Mean and deviation over the first ``prompts`` prompts of some batches.
+
+    Args:
+      features: of a batch's prompts.
+      batches: with the places of their prompts.
+      prompts: at least 2; where the batches hold fewer, all of theirs.
+
+    Raises:
+      UserError: a feature is not finite, or there are fewer than two prompts.
+    """
+    count, mean, squares = 0, np.zeros(()), np.zeros(())
+    for batch, present in batches:
+        found = to_host(features(batch))[:, present][:, : prompts - count].astype(np.float64)
+        if not np.isfinite(found).all():
+            layer = int(np.flatnonzero(~np.isfinite(found).all(axis=(1, 2)))[0])
+            raise UserError(
+                f"the router's features are not finite on the frozen base, first in layer {layer}: "
+                "use another model.dtype, or adapter.features=rms"
+            )
+        # Chan et al. 1983: sums of squares about each part's own mean, which cancel nothing.
+        new = found.shape[1]
+        middle = found.mean(axis=1)
+        step = middle - mean
+        squares = (
+            squares + ((found - middle[:, None]) ** 2).sum(axis=1) + step**2 * (count * new / (count + new))
+        )
+        mean = mean + step * (new / (count + new))
+        count += new
+        if count >= prompts:
+            break
+    if count < 2:
+        raise UserError(
+            "adapter.features=standardized measures features on training prompts: "
+            f"expected at least 2, found {count}"
+        )
+    deviation = np.sqrt(squares / count)
+    least = np.maximum(FLOOR * np.sqrt((deviation**2).mean(axis=-1, keepdims=True)), LEAST)
+    return FeatureStatistics(mean.astype(np.float32), np.maximum(deviation, least).astype(np.float32))
