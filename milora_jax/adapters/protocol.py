@@ -113,10 +113,12 @@ class ExpertUse(NamedTuple):
     Attributes:
       chosen: share of the prompts whose route holds the expert.
       first: share of the prompts for which it is the most probable one, ``f_i`` of Eq. 5.
+      features: mean over the prompts of the standardized features, and of their squares; None with others.
     """
 
     chosen: Float[Array, "L E"]
     first: Float[Array, "L E"]
+    features: Float[Array, "L 2 D"] | None = None
 
 
 FrozenLayer = Callable[[int], tuple[Frozen, ...]]

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.adapters.protocol import Method
+from milora_jax.adapters.router import floored
 from milora_jax.base.attention import Attend
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward
@@ -23,13 +25,6 @@ from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.processes import to_host
 from milora_jax.shapes import Array, Bool, Float
 from milora_jax.types import Batch
-
-FLOOR = 0.05
-"""Least deviation of a dimension, as a share of the root mean square of its layer's deviations: a dimension
-that hardly differs between prompts must not be blown up to weigh as much as the others."""
-
-LEAST = 1e-4
-"""Least deviation of all. What is pooled has unit root mean square: below this it is rounding."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +101,5 @@ def feature_statistics(
             "adapter.features=standardized measures features on training prompts: "
             f"expected at least 2, found {count}"
         )
-    deviation = np.sqrt(squares / count)
-    least = np.maximum(FLOOR * np.sqrt((deviation**2).mean(axis=-1, keepdims=True)), LEAST)
-    return FeatureStatistics(mean.astype(np.float32), np.maximum(deviation, least).astype(np.float32))
+    deviation = np.sqrt(squares / count).astype(np.float32)
+    return FeatureStatistics(mean.astype(np.float32), np.asarray(floored(jnp.asarray(deviation))))

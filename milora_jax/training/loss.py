@@ -129,6 +129,7 @@ def adapted_loss(
         use=ExpertUse(
             chosen=expert_share(output.route.weights, present, whole.prompts),
             first=first_choices(output.route.probs, present, whole.prompts),
+            features=_mean_of_prompts(output.route.seen.sums, whole.prompts),
         ),
         pooled_max=output.route.seen.largest.max(),
         tokens=counted.sum(),
@@ -145,6 +146,12 @@ def totals_of(batch: Batch, route: Route | None, prompts: int) -> Totals:
         prompts=present.sum(),
         first_choices=None if route is None else first_choices(route.probs, present),
     )
+
+
+def _mean_of_prompts(
+    sums: Float[Array, "L 2 D"] | None, prompts: Int[Array, ""]
+) -> Float[Array, "L 2 D"] | None:
+    return None if sums is None else sums / jnp.maximum(prompts, 1).astype(jnp.float32)
 
 
 def _next(field: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
