@@ -76,7 +76,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "iapt": {"width": 320, "tokens": 4, "coefficients": "bilevel"},
     "ssp": {**PAIRS, "coefficients": "bilevel", "search_share": 0.5, "gate_learning_rate": 0.1},
 }
-"""Appendix D, and every setting that it leaves open, written out: no default that changes can change these."""
+"""Appendix D, and every setting that it leaves open, written out, whatever the defaults become."""
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "milora-1": {"pooler": "mean"},
