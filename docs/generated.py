@@ -50,7 +50,7 @@ COMMANDS = (
 """Every command line, as arguments of ``python``."""
 
 FORMER_NORMALIZE = "former name of `adapter.features`: true is rms, false is raw."
-"""The one setting of ``AdapterSection`` that is read for the sake of older configs, and that no method has."""
+"""The one setting of ``AdapterSection`` that no method has: it is read for older configs."""
 
 WRONG: dict[type, Any] = {int: -2, float: -1.0, str: "?"}
 """A value that a check refuses, where a setting has one."""
