@@ -23,17 +23,9 @@ from milora_jax.adapters.low_rank import (
     pair_sizes,
     widen,
 )
-from milora_jax.adapters.protocol import (
-    ExpertUse,
-    FrozenLayer,
-    Kernels,
-    LayerInput,
-    Method,
-    ProjectionGroup,
-    RoutingSchedule,
-    Shape,
-)
+from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
 from milora_jax.adapters.router import Router, RouterParams, followed
+from milora_jax.adapters.routing import ExpertUse, LayerInput, RoutingSchedule
 from milora_jax.config import ACTIVATIONS, BALANCES, COEFFICIENTS, FEATURES, GATES, POOLERS, ROUTER_GRADIENTS
 from milora_jax.errors import one_of, require
 from milora_jax.shapes import Array, Bool, Float, Int, Key

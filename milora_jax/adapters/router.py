@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import LayerInput
 from milora_jax.adapters.rational import gelu_coefficients, rational
+from milora_jax.adapters.routing import LayerInput
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, Route, RouterInputs
 

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from milora_jax.adapters.protocol import Method
 from milora_jax.config import AdapterSection
 from milora_jax.parallel.processes import to_host
 from milora_jax.shapes import Bool, Float
-from milora_jax.types import EXPERTS, Route
+from milora_jax.types import EXPERTS, Metrics, Route
 
 TAKEOVER = 0.5
 """Share of all (layer, dev prompt) pairs for which one expert is the most probable, from which on it
@@ -256,3 +258,20 @@ def unpack_routes(packed: str) -> Bool[np.ndarray, "L N E"]:
     shape = tuple(int(size) for size in head.split(","))
     bits = np.frombuffer(zlib.decompress(base64.b85decode(body)), np.uint8)
     return np.unpackbits(bits, count=int(np.prod(shape))).reshape(shape).astype(bool)
+
+
+def step_figures(method: Method, step: int, total_steps: int, metrics: Metrics) -> dict[str, float]:
+    """What a training step says of its routers, and what their schedules were then; nothing without a router.
+
+    Args:
+      step: number of the step, from 0.
+    """
+    if not method.routes:
+        return {}
+    top_k, load_balance = method.schedule(jnp.asarray(step), total_steps)
+    figures = {
+        "router_grad_norm": float(metrics.router_grad_norm),
+        "pooled_max": float(metrics.pooled_max),
+        "balance_weight": float(load_balance),
+    }
+    return figures if top_k is None else {**figures, "top_k": int(top_k)}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import Adapter, ExpertUse, RoutingSchedule
+from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.router import expert_share, first_choices, load_balance
+from milora_jax.adapters.routing import ExpertUse, RoutingSchedule
 from milora_jax.base.attention import Attend, attention
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import Output, forward, prompt_members

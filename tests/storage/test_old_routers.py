@@ -21,15 +21,9 @@ from milora_jax.storage.torch_reference import full_values
 from milora_jax.storage.workdir import read_workdir_config
 from milora_jax.training.workdir import continued
 from tests.models import write_hf_directory
-from tests.storage.adapters import STEP, noisy_adapter, run_of
+from tests.storage.adapters import STEP, noisy_adapter, of_then, run_of
 
 MEANS = {True: "rms", False: "raw"}
-
-
-def of_then(values, normalize):
-    """Stored settings as a version wrote them that had ``normalize``."""
-    kept = {name: value for name, value in values.items() if name not in ROUTERS_BEFORE_FEATURES}
-    return {**{name: value for name, value in kept.items() if name != "features"}, "normalize": normalize}
 
 
 @pytest.fixture(scope="module")
