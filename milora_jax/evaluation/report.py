@@ -282,8 +282,8 @@ def plot_health(path: Path, metrics: Path) -> bool:
         (panels[0, 0], [line["route_entropy"] for line in seen], "entropy (nats)", 2.0),
         (panels[0, 1], largest, "share of the leading expert", 1.0),
         # A log that an earlier version began has no such figures at first.
-        (panels[0, 2], [line.get("route_common") for line in seen], "prompts with the commonest route", 1.0),
-        (panels[1, 2], [line.get("pooler_share") for line in seen], "pooler's largest share of a token", 1.0),
+        (panels[0, 2], [line.get("route_common") for line in seen], "commonest route", 1.0),
+        (panels[1, 2], [line.get("pooler_share") for line in seen], "pooler: leading token", 1.0),
     )
     for panel, values, label, top in curves:
         known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
