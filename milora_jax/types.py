@@ -74,11 +74,14 @@ class RouterInputs:
         standardized features it is 1 over the prompts that they were measured on, and more for prompts
         whose features have drifted from their statistics.
       token_share: largest share of one token in the self-attention pooler; None with the other poolers.
+      sums: of the standardized features before they are limited, and of their squares, over all prompts;
+        None with other features.
     """
 
     largest: Float[Array, "*L B Z"]
     spread: Float[Array, "*L B Z"]
     token_share: Float[Array, "*L B Z"] | None
+    sums: Float[Array, "*L 2 D"] | None
 
 
 @struct.dataclass

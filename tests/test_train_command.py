@@ -216,7 +216,7 @@ def test_every_config_file_is_a_page_one_can_run(parse, name):
 def test_overrides_reach_the_config(parse):
     flags = ["--config.adapter.rank=5", "--config.train.learning_rate=1", "--config.adapter.normalize=false"]
     config, workdir, _ = parse("--config=configs/tiny.py", *flags, "--workdir", "here")
-    assert (config.adapter.rank, config.train.learning_rate, config.adapter.normalize) == (5, 1.0, False)
+    assert (config.adapter.rank, config.train.learning_rate, config.adapter.features) == (5, 1.0, "raw")
     assert workdir == Path("here")
 
 

@@ -23,23 +23,16 @@ from milora_jax.adapters.low_rank import (
     pair_sizes,
     widen,
 )
-from milora_jax.adapters.protocol import (
-    ExpertUse,
-    FrozenLayer,
-    Kernels,
-    LayerInput,
-    Method,
-    ProjectionGroup,
-    RoutingSchedule,
-    Shape,
-)
-from milora_jax.adapters.router import Router, RouterParams
+from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
+from milora_jax.adapters.router import Router, RouterParams, followed
+from milora_jax.adapters.routing import ExpertUse, LayerInput, RoutingSchedule
 from milora_jax.config import ACTIVATIONS, BALANCES, COEFFICIENTS, FEATURES, GATES, POOLERS, ROUTER_GRADIENTS
 from milora_jax.errors import one_of, require
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree, Route
 
 OF_TRAINING = (
+    "feature_decay",
     "router_gradient",
     "top_k_anneal",
     "load_balance",
@@ -88,6 +81,8 @@ class MiLoRA(LowRankMethod):
       activation: the router's activation; ``relu-gelu`` is ReLU in the first half of the layers.
       features: what the activation reads of the pooled vector: raw, rms or standardized; see
         ``adapters.router``.
+      feature_decay: of the running statistics of standardized features, per step; 1 keeps them as they
+        were measured before the first step.
       gate: how a route weighs its chosen experts.
       router_gradient: which experts tell the router: chosen, those of the route; dense, all seven.
       top_k_anneal: share of the steps over which k falls from 7 to ``top_k``; 0 trains at ``top_k``.
@@ -106,6 +101,7 @@ class MiLoRA(LowRankMethod):
     pooler: str = "attention"
     activation: str = "rational"
     features: str = "rms"
+    feature_decay: float = 1.0
     gate: str = "straight_through"
     router_gradient: str = "chosen"
     top_k_anneal: float = 0.0
@@ -132,6 +128,7 @@ class MiLoRA(LowRankMethod):
             require(math.isfinite(value) and value >= 0, f"adapter.{name}", value, "0 or more")
         for name in ("top_k_anneal", "balance_warmup", "balance_decay"):
             require(0 <= getattr(self, name) < 1, f"adapter.{name}", getattr(self, name), "from 0 to below 1")
+        require(0 <= self.feature_decay <= 1, "adapter.feature_decay", self.feature_decay, "from 0 to 1")
         require(0 < self.balance_until <= 1, "adapter.balance_until", self.balance_until, "above 0, up to 1")
         order = self.balance_warmup < self.balance_until
         require(order, "adapter.balance_warmup", self.balance_warmup, "less than adapter.balance_until")
@@ -206,7 +203,8 @@ class MiLoRA(LowRankMethod):
         total_steps: int,
         use: ExpertUse | None = None,
     ) -> tuple[MiLoRAParams, PastChoices | None]:
-        """Remember the batch's first choices; move the biases towards equal use.
+        """Remember the batch's first choices, move the biases towards equal use, and let the statistics of
+        the features follow what the routers read.
 
         An expert that was in more routes of the batch than its share loses ``bias_rate``, one that was in
         fewer gains it (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
@@ -222,6 +220,10 @@ class MiLoRA(LowRankMethod):
             moved = params.router.bias + self.bias_rate * jnp.sign(equal - use.chosen)
             bias = jnp.where(self._balances(step - 1, total_steps), moved, params.router.bias)
             params = dataclasses.replace(params, router=dataclasses.replace(params.router, bias=bias))
+        if use.features is not None and self.feature_decay < 1:
+            params = dataclasses.replace(
+                params, router=followed(params.router, use.features, self.feature_decay)
+            )
         return params, memory
 
     @property

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from milora_jax.adapters.routing import ExpertUse, LayerInput, RoutingSchedule
 from milora_jax.errors import require
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.shapes import Array, Bool, Float, Int, Key
@@ -77,46 +78,6 @@ class ProjectionGroup:
     frozen: tuple[Frozen, ...]
     weights: Float[Array, "B _ E"] | None
     key: Key[Array, ""] | None
-
-
-class LayerInput(NamedTuple):
-    """What enters a layer, as a method may read it before the layer runs.
-
-    Attributes:
-      hidden: residual stream before the layer.
-      normed: the same behind the layer's own input norm, where the family has one there.
-      members: which tokens are the prompt of which record; a router looks at no others.
-      depth: layer index over L, in [0, 1).
-    """
-
-    hidden: Float[Array, "B T D"]
-    normed: Float[Array, "B T D"]
-    members: Bool[Array, "B Z T"]
-    depth: Float[Array, ""]
-
-
-class RoutingSchedule(NamedTuple):
-    """What routing settings are at one step of training, where they change in the course of it.
-
-    Attributes:
-      top_k: experts in force; None is the method's own number, and compiles to it.
-      load_balance: lambda, the weight of Eq. 4.
-    """
-
-    top_k: Int[Array, ""] | None
-    load_balance: Float[Array, ""] | float
-
-
-class ExpertUse(NamedTuple):
-    """How the prompts of a training batch used the experts of each layer.
-
-    Attributes:
-      chosen: share of the prompts whose route holds the expert.
-      first: share of the prompts for which it is the most probable one, ``f_i`` of Eq. 5.
-    """
-
-    chosen: Float[Array, "L E"]
-    first: Float[Array, "L E"]
 
 
 FrozenLayer = Callable[[int], tuple[Frozen, ...]]
@@ -327,8 +288,7 @@ class Method:
         return params, memory
 
     def first_choices(self, memory: PyTree, first: Float[Array, "L E"]) -> Float[Array, "L E"]:
-        """``f_i`` of the load-balance term, from that of the batch and what the method remembers of earlier
-        ones."""
+        """``f_i`` of the load-balance term, from the batch's and what is remembered of earlier ones."""
         del memory
         return first
 
@@ -438,17 +398,3 @@ def trained_size(method: Method, params: PyTree) -> int:
 def router_mask(method: Method, params: PyTree) -> PyTree:
     """A tree like ``params`` that is True on the leaves of routers."""
     return jax.tree_util.tree_map_with_path(lambda path, _: method.is_router(path_names(path)), params)
-
-
-def measured_mask(adapter: Adapter) -> PyTree:
-    """A tree like ``adapter.params`` that is True on the leaves that no gradient trains."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: adapter.method.is_measured(path_names(path)), adapter.params
-    )
-
-
-def coefficient_mask(adapter: Adapter) -> PyTree:
-    """A tree like ``adapter.params`` that is True on the leaves of Theta."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: adapter.method.is_coefficient(path_names(path)), adapter.params
-    )

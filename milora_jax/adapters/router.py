@@ -22,14 +22,15 @@ on the rounding of a bfloat16 softmax.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import LayerInput
 from milora_jax.adapters.rational import gelu_coefficients, rational
+from milora_jax.adapters.routing import LayerInput
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, Route, RouterInputs
 
@@ -131,6 +132,7 @@ class Router:
             largest=jnp.where(present, jnp.abs(limited).max(axis=-1), 0.0),
             spread=jnp.where(present, jnp.sqrt(jnp.mean(features**2, axis=-1)), 0.0),
             token_share=None if token_share is None else jnp.where(present, token_share, 0.0),
+            sums=_sums(features, present) if self.standardizes else None,
         )
         return Route(weights=weights, probs=probs, seen=jax.lax.stop_gradient(seen))
 
@@ -147,6 +149,46 @@ class Router:
         if weight is not None:
             weight = weight * weight.shape[-1] ** -0.5
         return pool(scaled(entering.normed.astype(jnp.float32)), entering.members, self.pooler, weight)
+
+
+FLOOR = 0.05
+"""Least deviation of a dimension, as a share of the root mean square of its layer's deviations: a dimension
+that hardly differs between prompts must not be blown up to weigh as much as the others."""
+
+LEAST = 1e-4
+"""Least deviation of all. What is pooled has unit root mean square: below this it is rounding."""
+
+
+def floored(deviation: Float[Array, "L D"]) -> Float[Array, "L D"]:
+    """Deviations of at least :data:`FLOOR` of their layer's, and :data:`LEAST`."""
+    of_layer = jnp.sqrt(jnp.mean(deviation**2, axis=-1, keepdims=True))
+    return jnp.maximum(deviation, jnp.maximum(FLOOR * of_layer, LEAST))
+
+
+def followed(params: RouterParams, moments: Float[Array, "L 2 D"], decay: float) -> RouterParams:
+    """Statistics that have taken a step towards those of a batch of prompts, as running averages.
+
+    Training updates the adapter, and with it what the routers read: statistics of the frozen base alone would
+    come to say little of it.
+
+    Args:
+      moments: mean over the prompts of the features standardized by ``params``, and of their squares.
+      decay: weight of the statistics so far.
+    """
+    if params.mean is None or params.deviation is None:
+        raise ValueError("features that are not standardized have no statistics")
+    first, second = moments[:, 0], moments[:, 1]
+    moved = (1.0 - decay) * first
+    variance = decay + (1.0 - decay) * (second - 2.0 * moved * first + moved**2)
+    deviation = floored(params.deviation * jnp.sqrt(jnp.maximum(variance, 0.0)))
+    mean = params.mean + params.deviation * moved
+    return dataclasses.replace(params, mean=mean, deviation=deviation)
+
+
+def _sums(features: Float[Array, "B Z D"], present: Bool[Array, "B Z"]) -> Float[Array, "2 D"]:
+    """``sums`` of :class:`milora_jax.types.RouterInputs`."""
+    here = jnp.where(present[..., None], features, 0.0)
+    return jnp.stack([here.sum(axis=(0, 1)), (here**2).sum(axis=(0, 1))])
 
 
 def scaled(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

@@ -29,7 +29,8 @@ from milora_jax.adapters.low_rank import (
     of_group,
     widen,
 )
-from milora_jax.adapters.protocol import ExpertUse, Kernels, ProjectionGroup, Shape
+from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
+from milora_jax.adapters.routing import ExpertUse
 from milora_jax.config import COEFFICIENTS
 from milora_jax.errors import one_of, require
 from milora_jax.shapes import Array, Bool, Float, Int, Key

@@ -12,24 +12,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.adapters.protocol import Method
+from milora_jax.adapters.router import floored
 from milora_jax.base.attention import Attend
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward
+from milora_jax.data.batches import batch_rows, prompts_present
+from milora_jax.data.tokens import Example
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.processes import to_host
 from milora_jax.shapes import Array, Bool, Float
+from milora_jax.training.prepare import Run
 from milora_jax.types import Batch
-
-FLOOR = 0.05
-"""Least deviation of a dimension, as a share of the root mean square of its layer's deviations: a dimension
-that hardly differs between prompts must not be blown up to weigh as much as the others."""
-
-LEAST = 1e-4
-"""Least deviation of all. What is pooled has unit root mean square: below this it is rounding."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,37 @@ def feature_statistics(
             "adapter.features=standardized measures features on training prompts: "
             f"expected at least 2, found {count}"
         )
-    deviation = np.sqrt(squares / count)
-    least = np.maximum(FLOOR * np.sqrt((deviation**2).mean(axis=-1, keepdims=True)), LEAST)
-    return FeatureStatistics(mean.astype(np.float32), np.maximum(deviation, least).astype(np.float32))
+    deviation = np.sqrt(squares / count).astype(np.float32)
+    return FeatureStatistics(mean.astype(np.float32), np.asarray(floored(jnp.asarray(deviation))))
+
+
+def measured_features(
+    run: Run,
+    method: Method,
+    batch_of: Callable[[list[list[Example]]], Batch],
+    attend: Attend,
+    say: Callable[[str], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of the router's features, ``[L, D]`` each, over the first training prompts.
+
+    Args:
+      batch_of: rows as a batch on the devices.
+      attend: attention.
+      say: receives a line before it begins.
+
+    Raises:
+      UserError: see :func:`feature_statistics`.
+    """
+    settings, count, prompts = run.config.train, len(run.train), run.prompts
+
+    def batches() -> Iterator[tuple[Batch, Bool[np.ndarray, "B Z"]]]:
+        for step in range(-(-count // settings.batch_size)):
+            rows = batch_rows(settings.seed, step, count, settings.batch_size)
+            packed = [run.train[i] for i in rows]
+            yield batch_of(packed), prompts_present(packed, settings.batch_size, prompts)
+
+    wanted = min(settings.feature_prompts, sum(map(len, run.train)))
+    say(f"measuring the router's features on {wanted} training prompts")
+    program = feature_program(run.model, method, prompts, attend)
+    found = feature_statistics(lambda batch: program(run.base, batch), batches(), wanted)
+    return found.mean, found.deviation

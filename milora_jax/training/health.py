@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from milora_jax.adapters.protocol import Method
 from milora_jax.config import AdapterSection
 from milora_jax.parallel.processes import to_host
 from milora_jax.shapes import Bool, Float
-from milora_jax.types import EXPERTS, Route
+from milora_jax.types import EXPERTS, Metrics, Route
 
 TAKEOVER = 0.5
 """Share of all (layer, dev prompt) pairs for which one expert is the most probable, from which on it
@@ -135,29 +137,8 @@ class RoutingHealth:
         Args:
           settings: of the method, which decide what can be done.
         """
-        what = self._blindness() or self._saturation() or self._takeover()
-        if what is None:
-            return None
-        if settings.features != "standardized":
-            return f"routing: {what}; adapter.features=standardized reads what differs between prompts"
-        if settings.top_k_anneal == 0:
-            return f"routing: {what}; adapter.top_k_anneal=0.4 trains every expert before it has to be chosen"
-        return f"routing: {what}; a smaller train.router_rate keeps the routers closer to their beginning"
-
-    def _blindness(self) -> str | None:
-        blind = self.common >= BLIND
-        if blind.mean() < BLIND_LAYERS:
-            return None
-        shared, layers = self.common[blind].mean(), len(self.common)
-        return f"{shared:.0%} of the dev prompts share one route in {blind.sum()} of {layers} layers"
-
-    def _saturation(self) -> str | None:
-        if self.token_share is None or (full := self.token_share >= SATURATED).mean() < BLIND_LAYERS:
-            return None
-        return (
-            f"one token has {SATURATED:.0%} or more of the pooler in {full.sum()} of {len(full)} layers: "
-            "the routers read no other"
-        )
+        what = blindness(self.common) or saturation(self.token_share) or self._takeover()
+        return None if what is None else f"routing: {what}; {remedy(settings)}"
 
     def _takeover(self) -> str | None:
         by_expert = self.first.mean(axis=0)
@@ -199,6 +180,34 @@ def routing_health(
         spread=np.sqrt((routes.spread.astype(float) ** 2).mean(axis=1)),
         token_share=None if routes.token_share is None else routes.token_share.mean(axis=1),
     )
+
+
+def blindness(common: Float[np.ndarray, " L"]) -> str | None:
+    """What :attr:`RoutingHealth.common` says against the routers, if anything."""
+    blind = common >= BLIND
+    if blind.mean() < BLIND_LAYERS:
+        return None
+    shared = common[blind].mean()
+    return f"{shared:.0%} of the dev prompts share one route in {blind.sum()} of {len(common)} layers"
+
+
+def saturation(token_share: Float[np.ndarray, " L"] | None) -> str | None:
+    """What :attr:`RoutingHealth.token_share` says against the poolers, if anything."""
+    if token_share is None or (full := token_share >= SATURATED).mean() < BLIND_LAYERS:
+        return None
+    return (
+        f"one token has {SATURATED:.0%} or more of the pooler in {full.sum()} of {len(full)} layers: "
+        "the routers read no other"
+    )
+
+
+def remedy(settings: AdapterSection) -> str:
+    """What to do about routers that do not follow the prompt, with the method's settings as they are."""
+    if settings.features != "standardized":
+        return "adapter.features=standardized reads what differs between prompts"
+    if settings.top_k_anneal == 0:
+        return "adapter.top_k_anneal=0.4 trains every expert before it has to be chosen"
+    return "a smaller train.router_rate keeps the routers closer to their beginning"
 
 
 def decisions(
@@ -249,3 +258,20 @@ def unpack_routes(packed: str) -> Bool[np.ndarray, "L N E"]:
     shape = tuple(int(size) for size in head.split(","))
     bits = np.frombuffer(zlib.decompress(base64.b85decode(body)), np.uint8)
     return np.unpackbits(bits, count=int(np.prod(shape))).reshape(shape).astype(bool)
+
+
+def step_figures(method: Method, step: int, total_steps: int, metrics: Metrics) -> dict[str, float]:
+    """What a training step says of its routers, and what their schedules were then; nothing without a router.
+
+    Args:
+      step: number of the step, from 0.
+    """
+    if not method.routes:
+        return {}
+    top_k, load_balance = method.schedule(jnp.asarray(step), total_steps)
+    figures = {
+        "router_grad_norm": float(metrics.router_grad_norm),
+        "pooled_max": float(metrics.pooled_max),
+        "balance_weight": float(load_balance),
+    }
+    return figures if top_k is None else {**figures, "top_k": int(top_k)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,15 +23,22 @@ from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import Base, frozen_kernels
 from milora_jax.base.source import model_directory
 from milora_jax.cli import LINE_EVERY
-from milora_jax.data.batches import batch_rows, collate
+from milora_jax.data.batches import batch_rows, collate, prompts_present
 from milora_jax.data.tokens import Example
 from milora_jax.errors import NonFiniteError, Preempted, UserError
 from milora_jax.parallel.processes import any_of_all, from_first, several, to_host
 from milora_jax.parallel.rules import attend_over, state_shardings
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, verify_step
-from milora_jax.training.calibration import feature_program, feature_statistics
-from milora_jax.training.health import PromptRoutes, RoutingHealth, pack_routes, routing_health, unpack_routes
+from milora_jax.training.calibration import measured_features
+from milora_jax.training.health import (
+    PromptRoutes,
+    RoutingHealth,
+    pack_routes,
+    routing_health,
+    step_figures,
+    unpack_routes,
+)
 from milora_jax.training.optim import learning_rate_schedule, split_params
 from milora_jax.training.prepare import Run
 from milora_jax.training.progress import Fit, Pace, Progress, planned_steps
@@ -222,7 +229,7 @@ class Trainer:
             if config.train.init_from:
                 base = model_directory(config.model.path)
                 params = starting_params(config.train.init_from, self._method, shape, base)
-            measured = self._measured() if self._method.measures_features and params is None else None
+            measured = None if params is not None else self._measured()
             return jax.jit(fresh, out_shardings=shardings)(self._run.base, params, measured), Progress()
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -248,26 +255,12 @@ class Trainer:
         self._say(f"trained already: ended at step {newest}" if ended else f"resuming at step {newest}")
         return state, progress
 
-    def _measured(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation of the router's features over the first training prompts."""
-        run, settings = self._run, self._settings
-        program = feature_program(run.model, self._method, self._prompts, attend_over(run.mesh, run.rules))
-        wanted = min(settings.feature_prompts, sum(map(len, run.train)))
-        self._say(f"measuring the router's features on {wanted} training prompts")
-
-        def batches() -> Iterator[tuple[Batch, np.ndarray]]:
-            for step in range(-(-len(run.train) // settings.batch_size)):
-                rows = batch_rows(settings.seed, step, len(run.train), settings.batch_size)
-                packed = [run.train[i] for i in rows]
-                yield self._batch(packed), self._present(packed)
-
-        found = feature_statistics(lambda batch: program(run.base, batch), batches(), wanted)
-        return found.mean, found.deviation
-
-    def _present(self, packed: list[list[Example]]) -> np.ndarray:
-        """Which places of a batch hold a prompt, ``[B, Z]``."""
-        filled = [len(row) for row in packed] + [0] * (self._settings.batch_size - len(packed))
-        return np.arange(self._prompts) < np.array(filled)[:, None]
+    def _measured(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Statistics of the router's features, where it has any."""
+        if not self._method.measures_features:
+            return None
+        attend = attend_over(self._run.mesh, self._run.rules)
+        return measured_features(self._run, self._method, self._batch, attend, self._say)
 
     def _train_coefficients(self, state: TrainState, done: int) -> tuple[TrainState, Metrics]:
         """One update of Theta on dev rows (Appendix A)."""
@@ -307,25 +300,13 @@ class Trainer:
                 "cross_entropy": float(metrics.cross_entropy),
                 "load_balance": float(metrics.load_balance),
                 "grad_norm": float(metrics.grad_norm),
-                **self._routing_figures(done - 1, metrics),
+                **step_figures(self._method, done - 1, self._total, metrics),
                 "learning_rate": float(np.asarray(self._schedule(done - 1))),
                 "bad_steps": int(metrics.bad_steps),
                 "tokens_per_second": speed,
             },
         )
         return f"loss {loss:.3f}, {speed:,.0f} tokens/s"
-
-    def _routing_figures(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """What a step says of its routers, and what their schedules were then; nothing without a router."""
-        if not self._method.routes:
-            return {}
-        top_k, load_balance = self._method.schedule(jnp.asarray(step), self._total)
-        figures = {
-            "router_grad_norm": float(metrics.router_grad_norm),
-            "pooled_max": float(metrics.pooled_max),
-            "balance_weight": float(load_balance),
-        }
-        return figures if top_k is None else {**figures, "top_k": int(top_k)}
 
     def _evaluate(self, log: RunLog, done: int, adapter: Adapter, progress: Progress) -> str:
         """Dev perplexity; keeps the adapter if it is the best so far."""
@@ -382,7 +363,7 @@ class Trainer:
             loss, tokens, route = to_host(answer)
             total, count = total + float(loss), count + int(tokens)
             if route is not None:
-                seen.append(PromptRoutes.of(route, self._present(packed)))
+                seen.append(PromptRoutes.of(route, prompts_present(packed, size, self._prompts)))
         perplexity = math.exp(min(total / count, 700.0))
         if not seen:
             return perplexity, None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import Adapter, ExpertUse, RoutingSchedule
+from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.router import expert_share, first_choices, load_balance
+from milora_jax.adapters.routing import ExpertUse, RoutingSchedule
 from milora_jax.base.attention import Attend, attention
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import Output, forward, prompt_members
@@ -129,6 +130,7 @@ def adapted_loss(
         use=ExpertUse(
             chosen=expert_share(output.route.weights, present, whole.prompts),
             first=first_choices(output.route.probs, present, whole.prompts),
+            features=_mean_of_prompts(output.route.seen.sums, whole.prompts),
         ),
         pooled_max=output.route.seen.largest.max(),
         tokens=counted.sum(),
@@ -145,6 +147,12 @@ def totals_of(batch: Batch, route: Route | None, prompts: int) -> Totals:
         prompts=present.sum(),
         first_choices=None if route is None else first_choices(route.probs, present),
     )
+
+
+def _mean_of_prompts(
+    sums: Float[Array, "L 2 D"] | None, prompts: Int[Array, ""]
+) -> Float[Array, "L 2 D"] | None:
+    return None if sums is None else sums / jnp.maximum(prompts, 1).astype(jnp.float32)
 
 
 def _next(field: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:

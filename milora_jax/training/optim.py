@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import optax
 
-from milora_jax.adapters.protocol import Adapter, coefficient_mask, measured_mask
+from milora_jax.adapters.protocol import Adapter, path_names
 from milora_jax.config import TrainSection
 from milora_jax.types import PyTree
 
@@ -66,3 +66,17 @@ def join_params(adapter: Adapter, *parts: PyTree) -> Adapter:
         return next((leaf for leaf in leaves if leaf is not None), None)
 
     return dataclasses.replace(adapter, params=jax.tree.map(first, *parts, is_leaf=lambda leaf: leaf is None))
+
+
+def measured_mask(adapter: Adapter) -> PyTree:
+    """A tree like ``adapter.params`` that is True on the leaves that no gradient trains."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: adapter.method.is_measured(path_names(path)), adapter.params
+    )
+
+
+def coefficient_mask(adapter: Adapter) -> PyTree:
+    """A tree like ``adapter.params`` that is True on the leaves of Theta."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: adapter.method.is_coefficient(path_names(path)), adapter.params
+    )

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from milora_jax.adapters.protocol import Adapter, RoutingSchedule, router_mask
+from milora_jax.adapters.protocol import Adapter, router_mask
+from milora_jax.adapters.routing import RoutingSchedule
 from milora_jax.base.attention import Attend, attention
 from milora_jax.base.modules import Base
 from milora_jax.config import TrainSection

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from milora_jax.adapters.protocol import LayerInput
 from milora_jax.adapters.router import (
     Router,
     activate,
@@ -15,6 +14,7 @@ from milora_jax.adapters.router import (
     load_balance,
     pool,
 )
+from milora_jax.adapters.routing import LayerInput
 from milora_jax.config import ACTIVATIONS, GATES, POOLERS
 
 RNG = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from milora_jax.storage.files import json_bytes
 from milora_jax.storage.imported import import_peft
 from milora_jax.storage.manifest import MANIFEST, write_manifest
 from milora_jax.storage.workdir import read_workdir_config
-from tests.storage.adapters import STEP, noisy_adapter, write_run
+from tests.storage.adapters import STEP, noisy_adapter, of_then, write_run
 
 WRITTEN = PromptFormat("chat", "none", "2026-11-29T12:00:00")
 
@@ -70,7 +70,7 @@ def older_export(directory):
     path = directory / "milora_config.json"
     values = json.loads(path.read_text())
     del values["prompt_format"]
-    path.write_bytes(json_bytes({**values, "format": 1}))
+    path.write_bytes(json_bytes({**values, "format": 1, "adapter": of_then(values["adapter"], True)}))
     (directory / MANIFEST).unlink()
     write_manifest(directory)
 

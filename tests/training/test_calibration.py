@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from milora_jax.adapters.registry import build_method
+from milora_jax.adapters.router import FLOOR, LEAST
 from milora_jax.base.attention import attention
 from milora_jax.config import AdapterSection
 from milora_jax.errors import Preempted, UserError
 from milora_jax.storage.adapters import load_adapter
-from milora_jax.training.calibration import FLOOR, LEAST, feature_program, feature_statistics
+from milora_jax.training.calibration import feature_program, feature_statistics
 from tests.models import random_base
 from tests.training.short_runs import STEPS, STOP, fit
 from tests.training.test_step import MODEL, rows

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from milora_jax.adapters.milora import MiLoRA
-from milora_jax.adapters.protocol import ExpertUse
+from milora_jax.adapters.routing import ExpertUse
 from milora_jax.errors import UserError
 from milora_jax.training.loss import run_batch
 from tests.models import random_base

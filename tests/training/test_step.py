@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from milora_jax.adapters.protocol import coefficient_mask, init_adapter, router_mask
+from milora_jax.adapters.protocol import init_adapter, router_mask
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import frozen_kernels
 from milora_jax.config import METHODS, AdapterSection, MeshSection, TrainSection
@@ -16,7 +16,7 @@ from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.rules import Rules, base_shardings, batch_sharding, state_shardings
 from milora_jax.training.loss import adapted_loss
-from milora_jax.training.optim import learning_rate_schedule
+from milora_jax.training.optim import coefficient_mask, learning_rate_schedule
 from milora_jax.training.step import init_state, make_steps
 from milora_jax.types import EXPERTS
 from tests.models import TINY, random_base, small
