@@ -40,8 +40,8 @@ IN_PEFT = ("lora", "dora", "adalora", "ssp", "ia3")
 IN_TORCH = ("milora", "midora")
 IN_ONE_MODEL = ("lora", "dora", "adalora", "ssp", *IN_TORCH)
 RATES = {"adalora": 5e-2}
-"""Learning rates where that of the other methods changes too little to be seen behind a model's own rounding:
-AdaLoRA's change is the product of three matrices of which one begins at zero."""
+"""Learning rates where that of the other methods is too low: at 1e-2 three steps of AdaLoRA move the logits
+by 0.032, root mean square, and rounding a merged model to bfloat16 alone moves them by 0.013."""
 
 ROWS, LENGTH = 2, 96
 NEAR = 2e-5
