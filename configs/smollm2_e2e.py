@@ -9,8 +9,8 @@ The model (270 MB) and the rows come from the Hub. With local copies instead:
         --config.data.test=e2e/test.jsonl --workdir runs/smollm2-e2e
 
 Rows of local files have ``instruction``, ``input`` and ``output``, or the columns of the Hub; test rows may
-list ``references``. Two CPU cores and 4 GiB of memory take about a quarter of an hour, of which a third goes
-into scoring 100 test rows before and after. docs/real_models.md shows what it prints.
+list ``references``. On two CPU cores it takes some twenty minutes and 4 GiB of memory; a third of the time
+goes into scoring 100 test rows before and after. docs/real_models.md shows what it prints.
 """
 
 from milora_jax.config import (

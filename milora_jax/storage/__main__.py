@@ -28,7 +28,7 @@ from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, printable, require, run_command
 from milora_jax.evaluation.score import limited
 from milora_jax.evaluation.static_route import Model, calibrated_route, report_json, static_report
-from milora_jax.prompt_format import PromptFormat, stored_prompt_format
+from milora_jax.prompt_format import UNSTORED, PromptFormat, stored_prompt_format
 from milora_jax.storage import export
 from milora_jax.storage.adapters import best_metadata, read_adapter, require_its_base
 from milora_jax.storage.files import require_new
@@ -39,6 +39,8 @@ from milora_jax.storage.verify import findings
 from milora_jax.storage.workdir import CONFIG_NAME, read_workdir_config
 
 FORMATS = ("milora", "peft", "static", "orbax", "merged")
+FOR_OTHERS = ("peft", "static", "merged")
+"""The formats that other programs read, for which the base is needed."""
 
 ONLY_OF = {
     "calibration": ("static", "merged"),
@@ -105,13 +107,14 @@ def run_export(arguments: argparse.Namespace) -> None:
     for name, formats in ONLY_OF.items():
         if getattr(arguments, name) and kind not in formats:
             raise UserError(f"--{name.replace('_', '-')} is of format {' or '.join(formats)}, not {kind}")
+    if kind == "static" and not arguments.calibration:
+        raise UserError("format static fixes the route of a MiLoRA: give --calibration FILE")
+    metadata = best_metadata(source)
     if kind == "static":
-        if not arguments.calibration:
-            raise UserError("format static fixes the route of a MiLoRA: give --calibration FILE")
-        method = best_metadata(source)["adapter"].get("method")
+        method = metadata["adapter"].get("method")
         require(method == "milora", "the method", method, "milora, for format static")
-    if arguments.base is not None or kind in ("peft", "static", "merged"):
-        require_its_base(best_metadata(source), source, base_of(arguments))
+    if arguments.base is not None or kind in FOR_OTHERS:
+        require_its_base(metadata, source, base_of(arguments))
     if kind in ("peft", "static"):
         require_unfused(read_model_config(base_of(arguments)), base_of(arguments))
     if kind == "milora":
@@ -127,23 +130,34 @@ def run_export(arguments: argparse.Namespace) -> None:
         elif weights is not None:
             name = arguments.base_name or name_of_base(arguments)
             export.export_static(source, out, name, weights, origin)
-    if kind in ("peft", "static", "merged"):
-        written = stored_prompt_format(best_metadata(source).get("prompt_format"), str(source))
-        if note := note_on_prompts(written):
-            _say(note)
+    stored = stored_prompt_format(metadata.get("prompt_format"), str(source))
+    if kind in FOR_OTHERS and (note := note_on_prompts(known_format(source, stored))):
+        _say(note)
     print(f"written to {out}")
 
 
 def note_on_prompts(written: PromptFormat) -> str:
     """What users of other programs must know of the prompts of an adapter; "" where they need not.
 
-    Those programs write a text as ``tokenizer(text)`` does, and keep no format beside an adapter.
+    Those programs write a text as ``tokenizer(text)`` does, and keep no format beside an adapter. A chat is
+    written by the tokenizer's template there as here, which no rule for special tokens changes.
     """
-    if written.special_tokens == "tokenizer":
+    if written.special_tokens == "tokenizer" or written.template == "chat":
         return ""
     begun = written.special_tokens == "bos"
     what = "one beginning-of-sequence token before" if begun else "no special token around"
     return f"note: the adapter was trained with {what} every prompt: give its readers such prompts"
+
+
+def known_format(source: Path, stored: PromptFormat) -> PromptFormat:
+    """How an adapter's prompts were written; where it does not say, what the config of its run does.
+
+    Args:
+      stored: with the adapter, see ``prompt_format.stored_prompt_format``.
+    """
+    if stored != UNSTORED or not (source / CONFIG_NAME).is_file():
+        return stored
+    return read_workdir_config(source).data.prompt_format
 
 
 def fixed_route(arguments: argparse.Namespace) -> tuple[np.ndarray | None, dict[str, Any]]:
@@ -163,8 +177,7 @@ def fixed_route(arguments: argparse.Namespace) -> tuple[np.ndarray | None, dict[
     require(bool(config.eos_ids), "eos_token_id of the model", None, "a token that ends an answer")
     longest, most = min(DataSection().max_length, config.max_positions), arguments.max_new_tokens
     require(most < longest, "--max-new-tokens", most, f"below {longest}, which prompt and answer share")
-    is_run = (arguments.workdir / CONFIG_NAME).is_file()
-    known = read_workdir_config(arguments.workdir).data.prompt_format if is_run else adapter.prompt_format
+    known = known_format(arguments.workdir, adapter.prompt_format)
     template = arguments.template or known.template or TEMPLATES[0]
     written = dataclasses.replace(known, template=template)
     model = Model(base, config, load_tokenizer(str(folder)), written, arguments.batch_size)

@@ -39,6 +39,10 @@ PART = "methods"
 IN_PEFT = ("lora", "dora", "adalora", "ssp", "ia3")
 IN_TORCH = ("milora", "midora")
 IN_ONE_MODEL = ("lora", "dora", "adalora", "ssp", *IN_TORCH)
+RATES = {"adalora": 5e-2}
+"""Learning rates where that of the other methods is too low: at 1e-2 three steps of AdaLoRA move the logits
+by 0.032, root mean square, and rounding a merged model to bfloat16 alone moves them by 0.013."""
+
 ROWS, LENGTH = 2, 96
 NEAR = 2e-5
 """Of the largest logit; their logits without an adapter are as near to ours."""
@@ -58,7 +62,9 @@ def case(request, run, steps, theirs, text, tmp_path_factory):
     """A method after a few steps: its workdir, its adapter, tokens and what it makes of them."""
     method, workdir = request.param, tmp_path_factory.mktemp("run")
     settings = AdapterSection(method=method, **SMALL[method])
-    mine = dataclasses.replace(run, config=dataclasses.replace(run.config, adapter=settings))
+    rate = RATES.get(method, run.config.train.learning_rate)
+    train = dataclasses.replace(run.config.train, learning_rate=rate)
+    mine = dataclasses.replace(run, config=dataclasses.replace(run.config, adapter=settings, train=train))
     ended = fit(mine, steps, workdir)
     assert ended.steps == STEPS
     (workdir / "config.json").write_bytes(json_bytes(mine.config.to_dict()))

@@ -62,6 +62,7 @@ def tuned(folder, arc, tmp_path_factory):
         "data.train": work / "train.json",
         "data.test": f"arc={arc / 'test.json'}",
         "data.max_length": 256,
+        "data.special_tokens": "tokenizer",
         "data.dev_limit": 12,
         "train.max_steps": LEARNT,
         "train.batch_size": 4,

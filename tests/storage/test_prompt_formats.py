@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from milora_jax.base.load import load_base
-from milora_jax.config import Config, ModelSection
+from milora_jax.config import Config, DataSection, ModelSection
 from milora_jax.errors import UserError
 from milora_jax.prompt_format import SPECIAL_TOKENS, UNSTORED, PromptFormat
 from milora_jax.storage.__main__ import main
@@ -63,6 +63,30 @@ def test_who_exports_for_other_programs_is_told_what_they_do_not_know(
         main()
         told = "note: the adapter was trained with" in capsys.readouterr().err
         assert told == (kind == "peft" and rule != "tokenizer")
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_what_a_run_says_counts_and_a_chat_template_needs_no_note(
+    model, tmp_path, monkeypatch, capsys, template
+):
+    """An older adapter stores neither; a chat template writes its own special tokens."""
+    write_run(tmp_path / "run", model, adapter_of(model, "lora", UNSTORED))
+    config = Config(
+        model=ModelSection(path=str(model)), data=DataSection(template=template, special_tokens="bos")
+    )
+    (tmp_path / "run/config.json").write_bytes(json_bytes(config.to_dict()))
+    arguments = [
+        "export",
+        "--workdir",
+        str(tmp_path / "run"),
+        "--out",
+        str(tmp_path / "out"),
+        "--format",
+        "peft",
+    ]
+    monkeypatch.setattr(sys, "argv", ["storage", *arguments])
+    main()
+    assert ("note: the adapter was trained with" in capsys.readouterr().err) == (template == "alpaca")
 
 
 def older_export(directory):
