@@ -16,10 +16,12 @@ from milora_jax.errors import UserError
 from milora_jax.evaluation.likelihood import log_likelihoods
 from milora_jax.evaluation.loss import encode_responses, response_loss
 from milora_jax.evaluation.routing import route_prompts
-from milora_jax.evaluation.study import forced, tuning
-from milora_jax.evaluation.study.rows import Encoded, RowScores, read_scores, write_scores
-from milora_jax.evaluation.study.settings import MIXED, load_study
-from milora_jax.evaluation.study.tuning import SINGLE, Point, choose, keys_of
+from milora_jax.evaluation.study import forced, plans, tuning
+from milora_jax.evaluation.study.cells import CellRunner
+from milora_jax.evaluation.study.convergence import tuning_tables
+from milora_jax.evaluation.study.rows import ROUTED, Encoded, RowScores, read_scores, write_scores
+from milora_jax.evaluation.study.settings import MIXED, load_study, quick
+from milora_jax.evaluation.study.tuning import SINGLE, Chosen, Point, choose, keys_of
 from milora_jax.parallel.mesh import make_mesh
 from milora_jax.parallel.rules import Rules
 from milora_jax.training.prepare import Run
@@ -175,6 +177,29 @@ def test_the_rate_is_chosen_first_and_then_the_scale_for_tasks_and_mix_apart():
     assert len(at_one) == 2 * 4 + 4, "the chosen rate at scale 1 is trained once"
     assert tuning.at_the_edge(2.0, chosen.scale_losses["lora", SINGLE])
     assert not tuning.at_the_edge(1e-3, chosen.converged_rate_losses["lora", SINGLE])
+
+
+def test_a_grid_of_one_value_is_that_value_without_a_run():
+    terms = dataclasses.replace(STUDY.converged, learning_rates=(2e-3,), scales=(1.0,))
+    study = dataclasses.replace(STUDY, converged=terms, learning_rates=(4e-3,))
+    key = ("lora", SINGLE)
+    chosen = choose(study, ["lora"], [key], lambda groups, title: pytest.fail("nothing is to be chosen"))
+    assert (chosen.rates, chosen.points) == ({"lora": 4e-3}, {key: Point(2e-3, 1.0)})
+    cell = plans.converged(study, 1, Chosen.nothing(study))[0]
+    assert tuning_tables([cell], study, chosen)[0] == "Chosen:"
+
+
+@pytest.mark.thorough
+def test_rows_that_are_not_answered_are_right_where_decoding_would_write_the_output(tmp_path):
+    study = quick(dataclasses.replace(STUDY, generate=False))
+    cell = plans.converged(study, 1, Chosen.nothing(study))[0]
+    runner = CellRunner(tmp_path, lambda line: None)
+    runner.run(cell, lambda: False)
+    found, scores = runner.result(cell), read_scores(tmp_path / cell.name)[ROUTED]
+    for task, each in scores.items():
+        np.testing.assert_array_equal(each.correct, each.exact)
+        assert found["accuracy"][task] == each.exact.mean()
+    assert dataclasses.replace(cell, generate=True).name != cell.name
 
 
 def test_a_method_that_diverges_everywhere_is_refused():

@@ -57,10 +57,11 @@ class Cell:
       method: the label whose learning rate it uses.
       trained_on: a task, or ``mixed``.
       config: the whole run.
-      scored: whether the test rows are answered; the runs that choose a learning rate look at dev only.
+      scored: whether the test rows are looked at; the runs that choose a learning rate look at dev only.
       converged: whether it has a budget of ``Study.converged``.
       forced: whether the test rows are scored under other routes than the routers' as well.
       fixed_mask: whether every layer has one random set of experts for all prompts, see ``starts``.
+      generate: whether the test rows are answered by generation, see ``Study.generate``.
     """
 
     variant: str
@@ -71,6 +72,7 @@ class Cell:
     converged: bool = False
     forced: bool = False
     fixed_mask: bool = False
+    generate: bool = True
 
     @property
     def seed(self) -> int:
@@ -83,7 +85,7 @@ class Cell:
 
         Wherever the base and the rows lie: that they are those of the study, its claim makes sure.
         """
-        flags = [self.scored, self.forced, self.fixed_mask]
+        flags = [self.scored, self.forced, self.fixed_mask, self.generate]
         values = json.dumps([without_paths(self.config), self.trained_on, *flags], sort_keys=True)
         digest = hashlib.sha256(values.encode()).hexdigest()[:10]
         return f"{self.config.adapter.method}-{self.trained_on}-s{self.seed}-{digest}"
@@ -136,7 +138,17 @@ def make_cell(
         data=study.data_of(trained_on),
         train=train,
     )
-    return Cell(variant, method, trained_on, config, scored, converged is not None, forced, fixed_mask)
+    return Cell(
+        variant,
+        method,
+        trained_on,
+        config,
+        scored,
+        converged is not None,
+        forced,
+        fixed_mask,
+        study.generate,
+    )
 
 
 def memory_maps() -> int:
@@ -249,16 +261,23 @@ class CellRunner:
         if self._decoding is None:
             self._decoding = decode_layout(run.base)
         base, stored = self._decoding, load_adapter(workdir)
-        scores = score_tests(run, base, stored, lambda _: stop_if(preempted, "scoring a cell"))
+
+        def advance(rows: int) -> None:
+            stop_if(preempted, "scoring a cell")
+
         adapter, rows = for_decoding(run, base, stored), encoded_tests(run)
-        routed = {s.task: with_answers(rows[s.task].scores(run, base, adapter, None), s) for s in scores}
+        routed = {task: each.scores(run, base, adapter, None) for task, each in rows.items()}
+        answers = score_tests(run, base, stored, advance) if cell.generate else []
+        answered = {score.task: with_answers(routed[score.task], score) for score in answers}
+        routed |= answered or {task: dataclasses.replace(s, correct=s.exact) for task, s in routed.items()}
         forced = forced_scores(run, base, adapter, rows) if cell.forced else {}
         write_scores(workdir, {ROUTED: routed, **forced})
-        shares = {s.task: s.expert_share.round(4).tolist() for s in scores if s.expert_share is not None}
         return {
-            "accuracy": {s.task: s.accuracy for s in scores},
+            "accuracy": {task: each.accuracy for task, each in routed.items()},
             "loss": {task: each.loss for task, each in routed.items()},
-            "expert_share": shares,
+            "expert_share": {
+                s.task: s.expert_share.round(4).tolist() for s in answers if s.expert_share is not None
+            },
         }
 
     def _nothing(self, cell: Cell, run: Run, workdir: Path) -> dict[str, Any]:

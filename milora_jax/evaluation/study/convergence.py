@@ -43,7 +43,7 @@ def converged_terms(study: Study) -> list[str]:
         )
 
     others = [label for label in study.methods if label not in terms.methods]
-    tasks = ", ".join(terms.tuned_on or study.tasks)
+    tasks = ", ".join(terms.tuned_on or study.alone)
     rates, scales = (
         ", ".join(f"{value:g}" for value in grid) for grid in (terms.learning_rates, terms.scales)
     )
@@ -172,7 +172,7 @@ def tuning_tables(cells: Sequence[Cell], study: Study, chosen: Chosen) -> list[s
     """What was chosen for some cells, and from what."""
     labels, keys = keys_of(cells)
     parts = []
-    if labels:
+    if len(study.learning_rates) > 1 and labels:
         losses = {label: chosen.rate_losses[label] for label in labels}
         parts += [
             "Learning rates of the short budget, by mean dev loss over the tasks in nats per response token:",
@@ -180,16 +180,18 @@ def tuning_tables(cells: Sequence[Cell], study: Study, chosen: Chosen) -> list[s
         ]
     if keys and study.converged is not None:
         names = {key: f"{key[0]}, {key[1]}" for key in keys}
-        rates = {names[key]: chosen.converged_rate_losses[key] for key in keys}
-        scales = {names[key]: chosen.scale_losses[key] for key in keys if key in chosen.scale_losses}
-        parts += [
-            "Learning rates of the converged runs at alpha = rank, by dev loss in nats per response token:",
-            tuned(rates, study.converged.learning_rates),
-            "alpha over rank at that learning rate:",
-            tuned(scales, study.converged.scales),
-            "Chosen:",
-            _chosen(keys, chosen),
-        ]
+        rates, scales = (
+            {names[key]: losses[key] for key in keys if key in losses}
+            for losses in (chosen.converged_rate_losses, chosen.scale_losses)
+        )
+        if rates:
+            parts += [
+                "Learning rates of the converged runs at alpha = rank, by dev loss in nats per token:",
+                tuned(rates, study.converged.learning_rates),
+            ]
+        if scales:
+            parts += ["alpha over rank at that learning rate:", tuned(scales, study.converged.scales)]
+        parts += ["Chosen:", _chosen(keys, chosen)]
     return parts
 
 
@@ -197,8 +199,8 @@ def _chosen(keys: Sequence[tuple[str, str]], chosen: Chosen) -> str:
     body = []
     for key in keys:
         point = chosen.points[key]
-        rate_edge = at_the_edge(point.learning_rate, chosen.converged_rate_losses[key])
-        scale_edge = point.scale is not None and at_the_edge(point.scale, chosen.scale_losses[key])
+        rate_edge = at_the_edge(point.learning_rate, chosen.converged_rate_losses.get(key, {}))
+        scale_edge = point.scale is not None and at_the_edge(point.scale, chosen.scale_losses.get(key, {}))
         edges = [name for name, edge in (("learning rate", rate_edge), ("scale", scale_edge)) if edge]
         scale = "" if point.scale is None else f"{point.scale:g}"
         body.append([key[0], key[1], f"{point.learning_rate:g}", scale, ", ".join(edges)])

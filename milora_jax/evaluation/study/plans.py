@@ -77,6 +77,7 @@ def table5(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
 
 def figure2(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
     """The subject on the mix of all tasks, for its shares of experts per layer and task."""
+    require(study.generate, "study generate", study.generate, "True, for figure2: answers tell the shares")
     variants = {study.subject: (study.subject, study.methods[study.subject])}
     return _grid(study, variants, (MIXED,), seeds, chosen)
 
@@ -140,7 +141,7 @@ def converged(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
     return [
         _converged(study, terms, chosen, label, label, settings, trained_on, seed)
         for seed in range(seeds)
-        for trained_on in (*study.tasks, MIXED)
+        for trained_on in (*study.alone, MIXED)
         for label, settings in variants.items()
     ]
 
@@ -160,7 +161,7 @@ def routing(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
     return [
         _converged(study, terms, chosen, variant, label, settings, trained_on, seed, rate, mask)
         for seed in range(seeds)
-        for trained_on in (*study.tasks, MIXED)
+        for trained_on in (*study.alone, MIXED)
         for variant, (settings, rate, mask) in variants.items()
     ]
 

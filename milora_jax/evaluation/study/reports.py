@@ -30,6 +30,11 @@ ROUTES_NOTE = (
     "the largest value that entered an activation."
 )
 
+NOT_GENERATED = (
+    "- no answers were generated: accuracy is the share of test rows whose output greedy decoding would "
+    "write token for token"
+)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -89,6 +94,7 @@ def _terms(study: Study) -> list[str]:
         f"- trained on dev rows too, bi-level, with steps between two such updates: {said}; their dev losses "
         "are in part those of training rows",
         f"- tunable parameters within {study.tolerance:.0%} of {study.reference}'s",
+        *([] if study.generate else [NOT_GENERATED]),
     ]
 
 

@@ -51,6 +51,11 @@ class RowScores:
         mean = self.nll.sum() / max(self.tokens.sum(), 1)
         return float(mean) if math.isfinite(mean) else None
 
+    @property
+    def accuracy(self) -> float:
+        """Share of the rows that are right; 0 where nothing says which are."""
+        return 0.0 if self.correct is None else float(self.correct.mean())
+
     def to_json(self) -> dict[str, Any]:
         """Lists of numbers; JSON has no infinity, which becomes null."""
         nll = [round(float(x), 5) if math.isfinite(x) else None for x in self.nll]

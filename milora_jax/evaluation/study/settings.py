@@ -58,9 +58,10 @@ class Converged:
       methods: their labels; all other methods have the short budget only.
       single, mixed: budgets of a single task and of the mix.
       learning_rates: the grid from which each method's is chosen, at alpha = rank, for single tasks and for
-        the mix apart.
+        the mix apart; a grid of one value is that value, without a run.
       scales: alpha over rank, chosen next at that learning rate; the first is 1.
-      tuned_on: single tasks whose mean dev loss chooses for all single tasks; all of them where it is empty.
+      alone: tasks that are trained on by themselves; all of them where it is empty.
+      tuned_on: those of them whose mean dev loss chooses for all of them; all where it is empty.
       tuning_seeds: runs of each choice.
     """
 
@@ -69,6 +70,7 @@ class Converged:
     mixed: Budget
     learning_rates: tuple[float, ...]
     scales: tuple[float, ...] = (1.0, 0.5, 2.0)
+    alone: tuple[str, ...] = ()
     tuned_on: tuple[str, ...] = ()
     tuning_seeds: int = 1
 
@@ -103,6 +105,8 @@ class Study:
       coefficient_every: by label, where a method needs another ``train.coefficient_every``.
       mixed_steps: optimiser steps where the rows of all tasks are mixed.
       mixed_methods: labels of Table 2.
+      generate: whether the test rows are answered by generation; else a row is right where greedy decoding
+        would write its output token for token, which its likelihood tells.
       subject: label of the method that is varied in Table 5 and Figures 2 to 5, and whose routes are taken
         away in ``routing``.
       varied_tasks: tasks of Table 5 and Figures 3 to 5.
@@ -124,6 +128,7 @@ class Study:
     coefficient_every: dict[str, int] = field(default_factory=dict)
     mixed_steps: int = 0
     mixed_methods: tuple[str, ...] = ("lora", "dora", "moelora", "milora")
+    generate: bool = True
     subject: str = "milora"
     varied_tasks: tuple[str, ...] = ()
     top_ks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7)
@@ -155,8 +160,10 @@ class Study:
         if self.converged is not None:
             for label in self.converged.methods:
                 one_of("study converged method", label, tuple(self.methods))
+            for task in self.converged.alone:
+                one_of("study converged alone", task, self.tasks)
             for task in self.converged.tuned_on:
-                one_of("study task", task, self.tasks)
+                one_of("study converged tuned_on", task, self.alone)
             for label in (self.reference, self.subject):
                 has = label in self.converged.methods
                 require(has, "study converged methods", self.converged.methods, f"a list with {label!r}")
@@ -164,6 +171,11 @@ class Study:
         require(has_subject, "study mixed_methods", self.mixed_methods, f"a list with {self.subject!r}")
         require(bool(self.learning_rates), "study learning_rates", self.learning_rates, "at least one")
         require(self.mixed_steps >= 0, "study mixed_steps", self.mixed_steps, "0 (as single tasks) or more")
+
+    @property
+    def alone(self) -> tuple[str, ...]:
+        """The tasks that methods are trained on to convergence by themselves."""
+        return (self.converged.alone if self.converged else ()) or self.tasks
 
     def data_of(self, trained_on: str) -> DataSection:
         """The data of one task, or of all of them."""
@@ -230,6 +242,7 @@ def _narrowed(
     return converged and dataclasses.replace(
         converged,
         methods=tuple(label for label in converged.methods if label in methods),
+        alone=tuple(task for task in converged.alone if task in tasks),
         tuned_on=tuple(task for task in converged.tuned_on if task in tasks),
     )
 

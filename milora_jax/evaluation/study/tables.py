@@ -107,13 +107,18 @@ class Results:
 
     def mixing_loss(self, variant: str) -> list[str]:
         """As :meth:`lead`: trained on the mix against trained on the task alone."""
-        mixed = self.places(mixed=True)
-        alone = [(task, task) for _, task in mixed]
+        mixed, alone = self.both_ways()
 
         def difference(sample: Callable[[Sequence[RowScores]], Sample]) -> Difference:
             return paired_difference(*(self.samples(variant, places, sample) for places in (mixed, alone)))
 
         return [said(difference(accuracy_sample).absolute), percent(difference(loss_sample).relative)]
+
+    def both_ways(self) -> tuple[list[Place], list[Place]]:
+        """The tasks of the mix that are trained on alone as well: their places in the mix, and alone."""
+        single = self.places(mixed=False)
+        mixed = [(where, task) for where, task in self.places(mixed=True) if (task, task) in single]
+        return mixed, [(task, task) for _, task in mixed]
 
     def mean(self, variant: str, places: Sequence[Place], field: str) -> float:
         """Mean of a number over the rows of some places that have it."""
@@ -213,8 +218,7 @@ def dev_only(results: Results, places: Sequence[Place]) -> str:
 
 def mixing(results: Results) -> str:
     """Table 2: single tasks against their mix."""
-    mixed = results.places(mixed=True)
-    single = [(task, task) for _, task in mixed]
+    mixed, single = results.both_ways()
     head = ["variant", "single", "mixed", "mixed less single", "loss single", "loss mixed", "in percent"]
     body = []
     for variant in results.variants:

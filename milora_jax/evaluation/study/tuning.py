@@ -48,7 +48,8 @@ class Chosen:
     Attributes:
       rates: learning rates of the short budget, by label.
       points: of what converges.
-      rate_losses, converged_rate_losses, scale_losses: what they were chosen from.
+      rate_losses, converged_rate_losses, scale_losses: what they were chosen from, where there was more than
+        one value.
     """
 
     rates: Mapping[str, float] = field(default_factory=dict)
@@ -97,7 +98,7 @@ def short_cells(study: Study, label: str) -> dict[float, list[Cell]]:
 def converged_cells(study: Study, terms: Converged, key: Key, points: Sequence[Point]) -> list[list[Cell]]:
     """For each point one run per task of ``tuned_on`` and tuning seed, or on the mix."""
     label, where = key
-    tasks = (MIXED,) if where == MIXED else terms.tuned_on or study.tasks
+    tasks = (MIXED,) if where == MIXED else terms.tuned_on or study.alone
     return [
         [
             make_cell(
@@ -133,33 +134,34 @@ def choose(
     Raises:
       UserError: a method diverged at every learning rate.
     """
-    grids = {label: short_cells(study, label) for label in labels}
-    rate_losses = _measured(
-        {label: list(grid) for label, grid in grids.items()},
-        [c for g in grids.values() for c in g.values()],
-        losses_of,
-        "tuning",
-    )
-    rates = {label: _best(label, losses) for label, losses in rate_losses.items()}
+    short = {label: short_cells(study, label) for label in labels}
+    rate_losses = _measured(short, losses_of, "tuning")
+    rates = {label: _best(label, study.learning_rates, rate_losses.get(label)) for label in labels}
     terms = study.converged
     if terms is None or not keys:
         return Chosen(rates, {}, rate_losses)
+
+    def cells(key: Key, points: Mapping[float, Point]) -> dict[float, list[Cell]]:
+        return dict(zip(points, converged_cells(study, terms, key, list(points.values())), strict=True))
+
     # At scale 1 first; then the scale at that learning rate, of which 1 is known already.
     first = {key: _scale_of(study, key[0]) for key in keys}
-    grid = {key: [Point(rate, scale) for rate in terms.learning_rates] for key, scale in first.items()}
-    cells = [group for key, points in grid.items() for group in converged_cells(study, terms, key, points)]
     found = _measured(
-        {key: list(terms.learning_rates) for key in keys}, cells, losses_of, "tuning to convergence"
+        {key: cells(key, {r: Point(r, scale) for r in terms.learning_rates}) for key, scale in first.items()},
+        losses_of,
+        "tuning to convergence",
     )
-    best = {key: _best(key[0], losses) for key, losses in found.items()}
-    tried = {key: list(terms.scales) for key, scale in first.items() if scale is not None}
-    cells = [
-        group
-        for key, scales in tried.items()
-        for group in converged_cells(study, terms, key, [Point(best[key], scale) for scale in scales])
-    ]
-    scales = _measured(tried, cells, losses_of, "tuning the scale")
-    points = {key: Point(best[key], _best(key[0], scales[key]) if key in scales else None) for key in keys}
+    best = {key: _best(key[0], terms.learning_rates, found.get(key)) for key in keys}
+    scaling = [key for key, scale in first.items() if scale is not None]
+    scales = _measured(
+        {key: cells(key, {scale: Point(best[key], scale) for scale in terms.scales}) for key in scaling},
+        losses_of,
+        "tuning the scale",
+    )
+    points = {
+        key: Point(best[key], _best(key[0], terms.scales, scales.get(key)) if key in scaling else None)
+        for key in keys
+    }
     return Chosen(rates, points, rate_losses, found, scales)
 
 
@@ -169,17 +171,20 @@ def _scale_of(study: Study, label: str) -> float | None:
 
 
 def _measured(
-    grids: Mapping[Name, Sequence[float]],
-    cells: list[list[Cell]],
+    grids: Mapping[Name, Mapping[float, list[Cell]]],
     losses_of: Callable[[list[list[Cell]], str], list[float]],
     title: str,
 ) -> dict[Name, Losses]:
-    """Losses by key and value, from the groups of cells in the same order."""
-    losses = iter(losses_of(cells, title) if cells else [])
-    return {key: {value: next(losses) for value in values} for key, values in grids.items()}
+    """Losses by key and value, where there is more than one value to choose from."""
+    open_ones = {key: grid for key, grid in grids.items() if len(grid) > 1}
+    groups = [cells for grid in open_ones.values() for cells in grid.values()]
+    losses = iter(losses_of(groups, title) if groups else [])
+    return {key: {value: next(losses) for value in grid} for key, grid in open_ones.items()}
 
 
-def _best(label: str, losses: Losses) -> float:
+def _best(label: str, grid: Sequence[float], losses: Losses | None) -> float:
+    if losses is None:
+        return grid[0]
     if not any(map(math.isfinite, losses.values())):
         raise UserError(f"study method {label!r} diverged at every one of {tuple(losses)}")
     return min(losses, key=losses.__getitem__)
