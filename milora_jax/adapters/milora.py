@@ -86,8 +86,9 @@ class MiLoRA(LowRankMethod):
       gate: how a route weighs its chosen experts.
       router_gradient: which experts tell the router: chosen, those of the route; dense, all seven.
       top_k_anneal: share of the steps over which k falls from 7 to ``top_k``; 0 trains at ``top_k``.
-      balance: what balances the experts: loss, Eq. 4; bias, a bias that only the choice sees.
-      load_balance: lambda, the weight of Eq. 4, with ``balance`` loss.
+      balance: what balances the experts: loss, Eq. 4; bias, a bias that only the choice sees, beside Eq. 4
+        where ``load_balance`` is not 0.
+      load_balance: lambda, the weight of Eq. 4.
       balance_warmup: share of the steps over which lambda rises from 0.
       balance_until: share of the steps after which nothing is balanced any more.
       balance_decay: of the running average of ``f_i`` over steps; 0 looks at each batch alone.
@@ -149,7 +150,7 @@ class MiLoRA(LowRankMethod):
     @property
     def final_schedule(self) -> RoutingSchedule:
         """The method's own k and lambda."""
-        return RoutingSchedule(None, self.load_balance if self.balance == "loss" else 0.0)
+        return RoutingSchedule(None, self.load_balance)
 
     def schedule(self, step: Int[Array, ""], total_steps: int) -> RoutingSchedule:
         """k from 7 down to ``top_k``, each number for as many steps; lambda warmed up, and given up."""
