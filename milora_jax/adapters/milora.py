@@ -101,13 +101,13 @@ class MiLoRA(LowRankMethod):
     top_k: int = 3
     pooler: str = "attention"
     activation: str = "rational"
-    features: str = "rms"
-    feature_decay: float = 1.0
+    features: str = "standardized"
+    feature_decay: float = 0.99
     gate: str = "straight_through"
-    router_gradient: str = "chosen"
-    top_k_anneal: float = 0.0
+    router_gradient: str = "dense"
+    top_k_anneal: float = 0.4
     balance: str = "loss"
-    load_balance: float = 1e-2
+    load_balance: float = 0.0
     balance_warmup: float = 0.0
     balance_until: float = 1.0
     balance_decay: float = 0.0
@@ -155,12 +155,10 @@ class MiLoRA(LowRankMethod):
     def schedule(self, step: Int[Array, ""], total_steps: int) -> RoutingSchedule:
         """k from 7 down to ``top_k``, each number for as many steps; lambda warmed up, and given up."""
         top_k, load_balance = self.final_schedule
-        if self.top_k_anneal:
-            falling = self._steps(self.top_k_anneal, total_steps)
+        if falling := self._steps(self.top_k_anneal, total_steps):
             fallen = (len(EXPERTS) - self.top_k) * step // falling
             top_k = jnp.maximum(len(EXPERTS) - fallen, self.top_k).astype(jnp.int32)
-        if self.balance_warmup:
-            rising = self._steps(self.balance_warmup, total_steps)
+        if rising := self._steps(self.balance_warmup, total_steps):
             load_balance = load_balance * jnp.minimum((step + 1).astype(jnp.float32) / rising, 1.0)
         if self.balance_until < 1:
             load_balance = jnp.where(self._balances(step, total_steps), load_balance, 0.0)
@@ -169,11 +167,11 @@ class MiLoRA(LowRankMethod):
     def ready(self, step: int, total_steps: int) -> bool:
         """Whether the last update was one after all schedules, with k at ``top_k``."""
         shares = (self.top_k_anneal, self.balance_warmup, self.balance_until % 1)
-        return step > max(self._steps(share, total_steps) if share else 0 for share in shares)
+        return step > max(self._steps(share, total_steps) for share in shares)
 
     def _steps(self, share: float, total_steps: int) -> int:
-        """A share of the steps, which leaves at least one."""
-        return max(1, min(math.ceil(share * total_steps), total_steps - 1))
+        """A share of the steps, which leaves at least one: nothing is scheduled over a single step."""
+        return min(math.ceil(share * total_steps), total_steps - 1)
 
     def _balances(self, step: Int[Array, ""], total_steps: int) -> Bool[Array, ""]:
         """Whether a step is before ``balance_until``."""
