@@ -31,8 +31,11 @@ from milora_jax.errors import one_of, require
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree, Route
 
+LEAST_WINDOW = 10.0
+"""Fewest steps over which statistics of features average: those of a batch or two are noise."""
+
 OF_TRAINING = (
-    "feature_decay",
+    "feature_window",
     "router_gradient",
     "top_k_anneal",
     "load_balance",
@@ -81,8 +84,8 @@ class MiLoRA(LowRankMethod):
       activation: the router's activation; ``relu-gelu`` is ReLU in the first half of the layers.
       features: what the activation reads of the pooled vector: raw, rms or standardized; see
         ``adapters.router``.
-      feature_decay: of the running statistics of standardized features, per step; 1 keeps them as they
-        were measured before the first step.
+      feature_window: share of the steps over which running statistics of standardized features average; 0
+        keeps them as they were measured before the first step.
       gate: how a route weighs its chosen experts.
       router_gradient: which experts tell the router: chosen, those of the route; dense, all seven.
       top_k_anneal: share of the steps over which k falls from 7 to ``top_k``; 0 trains at ``top_k``.
@@ -102,7 +105,7 @@ class MiLoRA(LowRankMethod):
     pooler: str = "attention"
     activation: str = "rational"
     features: str = "standardized"
-    feature_decay: float = 0.99
+    feature_window: float = 0.1
     gate: str = "straight_through"
     router_gradient: str = "dense"
     top_k_anneal: float = 0.4
@@ -129,7 +132,7 @@ class MiLoRA(LowRankMethod):
             require(math.isfinite(value) and value >= 0, f"adapter.{name}", value, "0 or more")
         for name in ("top_k_anneal", "balance_warmup", "balance_decay"):
             require(0 <= getattr(self, name) < 1, f"adapter.{name}", getattr(self, name), "from 0 to below 1")
-        require(0 <= self.feature_decay <= 1, "adapter.feature_decay", self.feature_decay, "from 0 to 1")
+        require(0 <= self.feature_window <= 1, "adapter.feature_window", self.feature_window, "from 0 to 1")
         require(0 < self.balance_until <= 1, "adapter.balance_until", self.balance_until, "above 0, up to 1")
         order = self.balance_warmup < self.balance_until
         require(order, "adapter.balance_warmup", self.balance_warmup, "less than adapter.balance_until")
@@ -219,10 +222,9 @@ class MiLoRA(LowRankMethod):
             moved = params.router.bias + self.bias_rate * jnp.sign(equal - use.chosen)
             bias = jnp.where(self._balances(step - 1, total_steps), moved, params.router.bias)
             params = dataclasses.replace(params, router=dataclasses.replace(params.router, bias=bias))
-        if use.features is not None and self.feature_decay < 1:
-            params = dataclasses.replace(
-                params, router=followed(params.router, use.features, self.feature_decay)
-            )
+        if use.features is not None and self.feature_window:
+            window = max(self.feature_window * total_steps, LEAST_WINDOW)
+            params = dataclasses.replace(params, router=followed(params.router, use.features, window))
         return params, memory
 
     @property
