@@ -39,7 +39,7 @@ ROUTER = {
     "pooler": "attention",
     "activation": "rational",
     "features": "raw",  # H^l as it is, section 3.2; docs/method.md says what that does on published models
-    "feature_decay": 1.0,
+    "feature_window": 0.0,
     "gate": "straight_through",  # Eq. 3 has p itself, with which k = 7 would not be LoRA as section 3.2 says
     "router_gradient": "chosen",
     "top_k_anneal": 0.0,

@@ -79,7 +79,7 @@ class AdapterSection:
       method: the fine-tuning method, one of METHODS.
       rank, alpha, dropout: of low-rank pairs. [all made of them]
       top_k, pooler, activation, features, gate: the router. [milora, midora; moelora has top_k]
-      feature_decay, router_gradient, top_k_anneal: how the router is trained. [milora, midora]
+      feature_window, router_gradient, top_k_anneal: how the router is trained. [milora, midora]
       balance, load_balance, balance_warmup, balance_until, balance_decay, bias_rate: what makes the routers
         use all experts. [milora, midora]
       normalize: the former name of ``features``: true is rms, false is raw. [milora, midora]
@@ -102,7 +102,7 @@ class AdapterSection:
     pooler: str | None = None
     activation: str | None = None
     features: str | None = None
-    feature_decay: float | None = None
+    feature_window: float | None = None
     gate: str | None = None
     router_gradient: str | None = None
     top_k_anneal: float | None = None

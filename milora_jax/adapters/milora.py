@@ -31,8 +31,11 @@ from milora_jax.errors import one_of, require
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree, Route
 
+LEAST_WINDOW = 10.0
+"""Fewest steps over which statistics of features average: those of a batch or two are noise."""
+
 OF_TRAINING = (
-    "feature_decay",
+    "feature_window",
     "router_gradient",
     "top_k_anneal",
     "load_balance",
@@ -81,8 +84,8 @@ class MiLoRA(LowRankMethod):
       activation: the router's activation; ``relu-gelu`` is ReLU in the first half of the layers.
       features: what the activation reads of the pooled vector: raw, rms or standardized; see
         ``adapters.router``.
-      feature_decay: of the running statistics of standardized features, per step; 1 keeps them as they
-        were measured before the first step.
+      feature_window: share of the steps over which running statistics of standardized features average; 0
+        keeps them as they were measured before the first step.
       gate: how a route weighs its chosen experts.
       router_gradient: which experts tell the router: chosen, those of the route; dense, all seven.
       top_k_anneal: share of the steps over which k falls from 7 to ``top_k``; 0 trains at ``top_k``.
@@ -101,13 +104,13 @@ class MiLoRA(LowRankMethod):
     top_k: int = 3
     pooler: str = "attention"
     activation: str = "rational"
-    features: str = "rms"
-    feature_decay: float = 1.0
+    features: str = "standardized"
+    feature_window: float = 0.1
     gate: str = "straight_through"
-    router_gradient: str = "chosen"
-    top_k_anneal: float = 0.0
+    router_gradient: str = "dense"
+    top_k_anneal: float = 0.4
     balance: str = "loss"
-    load_balance: float = 1e-2
+    load_balance: float = 0.0
     balance_warmup: float = 0.0
     balance_until: float = 1.0
     balance_decay: float = 0.0
@@ -129,7 +132,7 @@ class MiLoRA(LowRankMethod):
             require(math.isfinite(value) and value >= 0, f"adapter.{name}", value, "0 or more")
         for name in ("top_k_anneal", "balance_warmup", "balance_decay"):
             require(0 <= getattr(self, name) < 1, f"adapter.{name}", getattr(self, name), "from 0 to below 1")
-        require(0 <= self.feature_decay <= 1, "adapter.feature_decay", self.feature_decay, "from 0 to 1")
+        require(0 <= self.feature_window <= 1, "adapter.feature_window", self.feature_window, "from 0 to 1")
         require(0 < self.balance_until <= 1, "adapter.balance_until", self.balance_until, "above 0, up to 1")
         order = self.balance_warmup < self.balance_until
         require(order, "adapter.balance_warmup", self.balance_warmup, "less than adapter.balance_until")
@@ -155,12 +158,10 @@ class MiLoRA(LowRankMethod):
     def schedule(self, step: Int[Array, ""], total_steps: int) -> RoutingSchedule:
         """k from 7 down to ``top_k``, each number for as many steps; lambda warmed up, and given up."""
         top_k, load_balance = self.final_schedule
-        if self.top_k_anneal:
-            falling = self._steps(self.top_k_anneal, total_steps)
+        if falling := self._steps(self.top_k_anneal, total_steps):
             fallen = (len(EXPERTS) - self.top_k) * step // falling
             top_k = jnp.maximum(len(EXPERTS) - fallen, self.top_k).astype(jnp.int32)
-        if self.balance_warmup:
-            rising = self._steps(self.balance_warmup, total_steps)
+        if rising := self._steps(self.balance_warmup, total_steps):
             load_balance = load_balance * jnp.minimum((step + 1).astype(jnp.float32) / rising, 1.0)
         if self.balance_until < 1:
             load_balance = jnp.where(self._balances(step, total_steps), load_balance, 0.0)
@@ -169,11 +170,11 @@ class MiLoRA(LowRankMethod):
     def ready(self, step: int, total_steps: int) -> bool:
         """Whether the last update was one after all schedules, with k at ``top_k``."""
         shares = (self.top_k_anneal, self.balance_warmup, self.balance_until % 1)
-        return step > max(self._steps(share, total_steps) if share else 0 for share in shares)
+        return step > max(self._steps(share, total_steps) for share in shares)
 
     def _steps(self, share: float, total_steps: int) -> int:
-        """A share of the steps, which leaves at least one."""
-        return max(1, min(math.ceil(share * total_steps), total_steps - 1))
+        """A share of the steps, which leaves at least one: nothing is scheduled over a single step."""
+        return min(math.ceil(share * total_steps), total_steps - 1)
 
     def _balances(self, step: Int[Array, ""], total_steps: int) -> Bool[Array, ""]:
         """Whether a step is before ``balance_until``."""
@@ -221,10 +222,9 @@ class MiLoRA(LowRankMethod):
             moved = params.router.bias + self.bias_rate * jnp.sign(equal - use.chosen)
             bias = jnp.where(self._balances(step - 1, total_steps), moved, params.router.bias)
             params = dataclasses.replace(params, router=dataclasses.replace(params.router, bias=bias))
-        if use.features is not None and self.feature_decay < 1:
-            params = dataclasses.replace(
-                params, router=followed(params.router, use.features, self.feature_decay)
-            )
+        if use.features is not None and self.feature_window:
+            window = max(self.feature_window * total_steps, LEAST_WINDOW)
+            params = dataclasses.replace(params, router=followed(params.router, use.features, window))
         return params, memory
 
     @property

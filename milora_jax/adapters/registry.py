@@ -72,7 +72,7 @@ def full_settings(method: Method) -> AdapterSection:
 
 
 ROUTERS_BEFORE_FEATURES = {
-    "feature_decay": 1.0,
+    "feature_window": 0.0,
     "router_gradient": "chosen",
     "top_k_anneal": 0.0,
     "balance": "loss",

@@ -14,7 +14,8 @@ a few dimensions, and in the first token in particular (massive activations: Sun
   the mean and the deviation over training prompts on the frozen base (``training.calibration``), and limited
   to [-3, 3], where the activation's fit holds. What all prompts have in common, a template or a first token,
   is gone from it; what differs between prompts is of order 1 in every dimension. The attention pooler's
-  scores are divided by sqrt(D): a token's score is then at most the norm of W_sa.
+  scores are divided by sqrt(D): a token's score is then at most the norm of W_sa. Training changes what the
+  routers read, so the statistics follow it as running averages (``feature_window``).
 
 All of it runs in float32 whatever the base's dtype: it is 7 columns wide, and a route must not depend
 on the rounding of a bfloat16 softmax.
@@ -165,7 +166,7 @@ def floored(deviation: Float[Array, "L D"]) -> Float[Array, "L D"]:
     return jnp.maximum(deviation, jnp.maximum(FLOOR * of_layer, LEAST))
 
 
-def followed(params: RouterParams, moments: Float[Array, "L 2 D"], decay: float) -> RouterParams:
+def followed(params: RouterParams, moments: Float[Array, "L 2 D"], window: float) -> RouterParams:
     """Statistics that have taken a step towards those of a batch of prompts, as running averages.
 
     Training updates the adapter, and with it what the routers read: statistics of the frozen base alone would
@@ -173,13 +174,14 @@ def followed(params: RouterParams, moments: Float[Array, "L 2 D"], decay: float)
 
     Args:
       moments: mean over the prompts of the features standardized by ``params``, and of their squares.
-      decay: weight of the statistics so far.
+      window: steps over which the averages reach back.
     """
     if params.mean is None or params.deviation is None:
         raise ValueError("features that are not standardized have no statistics")
     first, second = moments[:, 0], moments[:, 1]
-    moved = (1.0 - decay) * first
-    variance = decay + (1.0 - decay) * (second - 2.0 * moved * first + moved**2)
+    share = 1.0 / window
+    moved = share * first
+    variance = 1.0 - share + share * (second - 2.0 * moved * first + moved**2)
     deviation = floored(params.deviation * jnp.sqrt(jnp.maximum(variance, 0.0)))
     mean = params.mean + params.deviation * moved
     return dataclasses.replace(params, mean=mean, deviation=deviation)

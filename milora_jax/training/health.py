@@ -205,6 +205,8 @@ def remedy(settings: AdapterSection) -> str:
     """What to do about routers that do not follow the prompt, with the method's settings as they are."""
     if settings.features != "standardized":
         return "adapter.features=standardized reads what differs between prompts"
+    if settings.feature_window == 0:
+        return "adapter.feature_window=0.1 lets the statistics of the features follow training"
     if settings.top_k_anneal == 0:
         return "adapter.top_k_anneal=0.4 trains every expert before it has to be chosen"
     return "a smaller train.router_rate keeps the routers closer to their beginning"

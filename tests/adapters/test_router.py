@@ -11,6 +11,7 @@ from milora_jax.adapters.router import (
     chosen_experts,
     expert_share,
     expert_weights,
+    followed,
     load_balance,
     pool,
 )
@@ -207,6 +208,27 @@ def test_standardized_features_by_hand(pooler):
     np.testing.assert_allclose(route.seen.largest[0, 0], np.abs(np.clip(z, -3, 3)).max(), rtol=1e-4)
     if pooler == "attention":
         np.testing.assert_allclose(route.seen.token_share[0, 0], shares.max(), rtol=1e-4)
+
+
+def test_running_statistics_come_to_those_of_the_prompts():
+    """A step moves them by one part in ``window``, towards the mean and the deviation of its prompts."""
+    router = Router(top_k=3, pooler="mean", activation="gelu", features="standardized", gate="softmax")
+    params = router.init(jax.random.key(0), 1, 4).replace(mean=jnp.full((1, 4), 5.0))
+    values = RNG.normal(size=(64, 1, 4)) * np.array([0.5, 1.0, 2.0, 3.0]) - 1.0
+
+    def step(params):
+        seen = (values - np.asarray(params.mean)) / np.asarray(params.deviation)
+        moments = jnp.stack([jnp.asarray(seen.mean(0)), jnp.asarray((seen**2).mean(0))], axis=1)
+        return followed(params, moments, 20.0)
+
+    once = step(params)
+    np.testing.assert_allclose(once.mean, 5.0 + (values.mean(0) - 5.0) / 20.0, rtol=1e-5)
+    squares = ((values - np.asarray(once.mean)) ** 2).mean(0)
+    np.testing.assert_allclose(once.deviation**2, 0.95 + squares / 20.0, rtol=1e-4)
+    for _ in range(400):
+        params = step(params)
+    np.testing.assert_allclose(params.mean, values.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(params.deviation, values.std(0), rtol=1e-3)
 
 
 def test_no_token_outweighs_the_others_in_a_standardized_pooler():

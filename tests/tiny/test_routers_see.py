@@ -92,7 +92,7 @@ def test_trained_routers_still_part_prompts(tmp_path):
     config = Config(
         model=ModelSection(path=str(MODEL_DIR)),
         adapter=AdapterSection(
-            rank=16, features="standardized", feature_decay=0.95, top_k_anneal=0.4, load_balance=0.0
+            rank=16, features="standardized", feature_window=0.1, top_k_anneal=0.4, load_balance=0.0
         ),
         data=DataSection(**files, max_length=LENGTH, special_tokens="bos"),
         train=TrainSection(

@@ -84,6 +84,10 @@ def test_a_run_measures_before_its_first_step_and_stores_it(prepared, tmp_path):
     ended = fit(mine, steps, tmp_path / "run")
     assert ended.steps == STEPS
     router = load_adapter(tmp_path / "run").params.router
+    kept = dataclasses.replace(mine.config, adapter=dataclasses.replace(STANDARDIZED, feature_window=0.0))
+    still = fit(dataclasses.replace(mine, config=kept), steps, tmp_path / "still", stop_after=None)
+    moved = np.abs(np.asarray(router.mean) - np.asarray(still.state.adapter.params.router.mean))
+    assert 0 < moved.max() < 1, "the statistics follow, unless they are told not to"
     assert np.asarray(router.deviation).min() > 0
     assert np.abs(np.asarray(router.mean)).max() > 0
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
