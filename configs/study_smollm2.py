@@ -97,8 +97,33 @@ ROUTED: dict[str, Any] = {
     "pooler": "attention",
     "activation": "rational",
     "gate": "straight_through",
+    "balance": "loss",
+    "balance_warmup": 0.0,
+    "balance_until": 1.0,
+    "balance_decay": 0.0,
+    "bias_rate": 1e-3,
     "coefficients": "bilevel",
 }
+
+LETTER: dict[str, Any] = {
+    **ROUTED,
+    "features": "raw",
+    "feature_window": 0.0,
+    "router_gradient": "chosen",
+    "top_k_anneal": 0.0,
+    "load_balance": 1e-2,
+}
+"""MiLoRA by the letter of the paper."""
+
+SHIPPED: dict[str, Any] = {
+    **ROUTED,
+    "features": "standardized",
+    "feature_window": 0.1,
+    "router_gradient": "dense",
+    "top_k_anneal": 0.4,
+    "load_balance": 0.0,
+}
+"""MiLoRA as it is recommended. Every setting is named, so that no default can move it."""
 
 
 def get_study() -> Study:
@@ -126,12 +151,8 @@ def get_study() -> Study:
         base=base,
         methods={
             "lora": AdapterSection(method="lora", **PAIRS),
-            "milora_letter": AdapterSection(
-                method="milora", **ROUTED, features="raw", top_k_anneal=0.0, load_balance=1e-2
-            ),
-            "milora": AdapterSection(
-                method="milora", **ROUTED, features="standardized", top_k_anneal=0.4, load_balance=0.0
-            ),
+            "milora_letter": AdapterSection(method="milora", **LETTER),
+            "milora": AdapterSection(method="milora", **SHIPPED),
         },
         generate=False,
         mixed_methods=methods,

@@ -33,7 +33,7 @@ ROUTED: dict[str, Any] = {
     "pooler": "attention",
     "activation": "rational",
     "gate": "straight_through",
-    "router_gradient": "chosen",
+    "balance": "loss",
     "balance_warmup": 0.0,
     "balance_until": 1.0,
     "balance_decay": 0.0,
@@ -44,8 +44,9 @@ ROUTED: dict[str, Any] = {
 LETTER: dict[str, Any] = {
     **ROUTED,
     "features": "raw",
+    "feature_window": 0.0,
+    "router_gradient": "chosen",
     "top_k_anneal": 0.0,
-    "balance": "loss",
     "load_balance": 1e-2,
 }
 """MiLoRA by the letter of the paper."""
@@ -53,8 +54,9 @@ LETTER: dict[str, Any] = {
 SHIPPED: dict[str, Any] = {
     **ROUTED,
     "features": "standardized",
+    "feature_window": 0.1,
+    "router_gradient": "dense",
     "top_k_anneal": 0.4,
-    "balance": "loss",
     "load_balance": 0.0,
 }
 """MiLoRA as it is recommended. Every setting is named, so that no default can move it."""
@@ -127,9 +129,10 @@ def get_study() -> Study:
             "balance by a bias": {"balance": "bias"},
             "features rms": {"features": "rms"},
             "features raw": {"features": "raw"},
+            "statistics of the frozen base": {"feature_window": 0.0},
             "gate renormalized": {"gate": "renormalized"},
             "gate softmax": {"gate": "softmax"},
-            "dense router gradient": {"router_gradient": "dense"},
+            "gradient of the chosen experts": {"router_gradient": "chosen"},
             "k not annealed": {"top_k_anneal": 0.0},
             "k annealed over 80 %": {"top_k_anneal": 0.8},
         },
