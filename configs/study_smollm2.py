@@ -3,12 +3,12 @@
     python -m milora_jax.evaluation study converged --config configs/study_smollm2.py --seeds 3
     python -m milora_jax.evaluation study routing --config configs/study_smollm2.py --seeds 3
 
-``MILORA_MODEL`` names the directory of the model, and ``MILORA_DATA`` (by default ``data``) that of the rows:
-``e2e_cleaned/{train,test}.jsonl``, ``gsm8k/{train,test}.jsonl`` with the fields of the Hub, and
-``llm_adapters/{ARC-Easy,boolq}/{train,test}.json``. The rows that are used, drawn with a seed, are
-written to ``runs/study_smollm2_rows``. Two CPU cores decide the terms: rows of at most 520 characters, packed
-into rows of 256 tokens, some nine examples a step, and test rows scored by the likelihood of their outputs,
-without generation.
+The model comes from the Hub, or from the directory that ``MILORA_MODEL`` names; the rows from the one that
+``MILORA_DATA`` names, by default ``data``: ``e2e_cleaned/{train,test}.jsonl``, ``gsm8k/{train,test}.jsonl``
+with the fields of the Hub, and ``llm_adapters/{ARC-Easy,boolq}/{train,test}.json``. The rows that are used
+are drawn with a seed and written to ``runs/study_smollm2_rows``. Two CPU cores decide the terms: rows of at
+most 520 characters, packed into rows of 256 tokens, some nine examples a step, and test rows scored by the
+likelihood of their outputs, without generation.
 """
 
 import json
@@ -22,6 +22,7 @@ from milora_jax.config import AdapterSection, Config, DataSection, EvalSection, 
 from milora_jax.errors import UserError
 from milora_jax.evaluation.study.settings import Budget, Converged, Study
 
+MODEL = os.environ.get("MILORA_MODEL", "hf://HuggingFaceTB/SmolLM2-135M-Instruct")
 DATA = Path(os.environ.get("MILORA_DATA", "data"))
 ROWS_DIR = Path(__file__).resolve().parents[1] / "runs" / "study_smollm2_rows"
 SEED = 2410
@@ -128,12 +129,9 @@ SHIPPED: dict[str, Any] = {
 
 def get_study() -> Study:
     """The terms of the comparison."""
-    model = os.environ.get("MILORA_MODEL")
-    if not model:
-        raise UserError("MILORA_MODEL is not set: expected the directory of SmolLM2-135M-Instruct")
     _write_rows()
     base = Config(
-        model=ModelSection(path=model),
+        model=ModelSection(path=MODEL),
         data=DataSection(
             train=_files("train"),
             dev=_files("dev"),

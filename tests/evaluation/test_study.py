@@ -169,22 +169,6 @@ def test_a_curve_is_compared_with_the_studys_own_setting(tmp_path):
         assert f"| {own[name]} leads by |" in COMPARISONS[name].render(found, STUDY, tmp_path)
 
 
-def test_tasks_of_the_mix_need_not_be_trained_on_alone():
-    terms = dataclasses.replace(CONVERGED, alone=("word_order",), tuned_on=())
-    study = dataclasses.replace(STUDY, converged=terms)
-    for plan in (plans.converged, plans.routing):
-        assert {cell.trained_on for cell in plan(study, 1, CHOSEN)} == {"word_order", MIXED}
-    assert {cell.trained_on for cell in plans.table1(study, 1, CHOSEN)} == set(STUDY.tasks)
-    found = rows({"lora": {"a": [0.5], "b": [0.5]}}, MIXED) + rows({"lora": {"b": [0.2]}})
-    assert Results.of(found).both_ways() == ([(MIXED, "b")], [("b", "b")])
-    assert "| lora | 20.0 | 50.0 | +30.0 " in mixing(Results.of(found))
-
-
-def test_shares_of_experts_need_answers():
-    with pytest.raises(UserError, match="study generate is False: expected True, for figure2"):
-        plans.figure2(dataclasses.replace(STUDY, generate=False), 1, CHOSEN)
-
-
 def test_rows_of_a_mixed_run_come_in_the_order_of_the_tasks():
     from milora_jax.evaluation.study.runner import _rows
 

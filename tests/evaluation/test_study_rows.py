@@ -21,11 +21,13 @@ from milora_jax.evaluation.study.cells import CellRunner
 from milora_jax.evaluation.study.convergence import tuning_tables
 from milora_jax.evaluation.study.rows import ROUTED, Encoded, RowScores, read_scores, write_scores
 from milora_jax.evaluation.study.settings import MIXED, load_study, quick
+from milora_jax.evaluation.study.tables import Results, mixing
 from milora_jax.evaluation.study.tuning import SINGLE, Chosen, Point, choose, keys_of
 from milora_jax.parallel.mesh import make_mesh
 from milora_jax.parallel.rules import Rules
 from milora_jax.training.prepare import Run
 from tests.evaluation.commands import ROOT
+from tests.evaluation.test_study import rows as rows_of
 from tests.models import write_hf_directory
 from tests.storage.adapters import noisy_adapter
 
@@ -177,6 +179,22 @@ def test_the_rate_is_chosen_first_and_then_the_scale_for_tasks_and_mix_apart():
     assert len(at_one) == 2 * 4 + 4, "the chosen rate at scale 1 is trained once"
     assert tuning.at_the_edge(2.0, chosen.scale_losses["lora", SINGLE])
     assert not tuning.at_the_edge(1e-3, chosen.converged_rate_losses["lora", SINGLE])
+
+
+def test_tasks_of_the_mix_need_not_be_trained_on_alone():
+    terms = dataclasses.replace(STUDY.converged, alone=("word_order",), tuned_on=())
+    study = dataclasses.replace(STUDY, converged=terms)
+    for plan in (plans.converged, plans.routing):
+        assert {cell.trained_on for cell in plan(study, 1, Chosen.nothing(STUDY))} == {"word_order", MIXED}
+    assert {cell.trained_on for cell in plans.table1(study, 1, Chosen.nothing(STUDY))} == set(STUDY.tasks)
+    found = rows_of({"lora": {"a": [0.5], "b": [0.5]}}, MIXED) + rows_of({"lora": {"b": [0.2]}})
+    assert Results.of(found).both_ways() == ([(MIXED, "b")], [("b", "b")])
+    assert "| lora | 20.0 | 50.0 | +30.0 " in mixing(Results.of(found))
+
+
+def test_shares_of_experts_need_answers():
+    with pytest.raises(UserError, match="study generate is False: expected True, for figure2"):
+        plans.figure2(dataclasses.replace(STUDY, generate=False), 1, Chosen.nothing(STUDY))
 
 
 def test_a_grid_of_one_value_is_that_value_without_a_run():

@@ -35,7 +35,8 @@ def model(tmp_path_factory):
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_an_old_run_and_its_old_export_load_with_their_router(model, normalize, tmp_path):
-    adapter = run_of(tmp_path / "run", model, "milora", features=MEANS[normalize])
+    settings = {**ROUTERS_BEFORE_FEATURES, "features": MEANS[normalize]}
+    adapter = run_of(tmp_path / "run", model, "milora", **settings)
     export_milora(tmp_path / "run", tmp_path / "export")
     path = tmp_path / "export" / "milora_config.json"
     values = json.loads(path.read_text())
