@@ -113,9 +113,10 @@ def get_study() -> Study:
         learning_rates=(1e-3, 3e-3, 1e-2, 3e-2),
         converged=Converged(
             methods=("lora", "dora", "moelora", "milora_letter", "milora"),
-            single=Budget(max_steps=600, batch_size=16, eval_every=20),
-            mixed=Budget(max_steps=2000, batch_size=16, eval_every=50),
-            learning_rates=(3e-4, 1e-3, 3e-3, 1e-2),
+            single=Budget(max_steps=300, batch_size=16, eval_every=20),
+            mixed=Budget(max_steps=1000, batch_size=16, eval_every=50),
+            learning_rates=(1.5e-3, 3e-3, 6e-3),
+            scales=(1.0, 2.0),
             tuned_on=("multiple_choice", "word_order"),
         ),
         # Its gates have the first half of training to be decided, and learn from dev batches alone.

@@ -167,7 +167,9 @@ def test_the_rate_is_chosen_first_and_then_the_scale_for_tasks_and_mix_apart():
         return losses
 
     keys = [("lora", SINGLE), ("milora", MIXED)]
-    chosen = choose(STUDY, [], keys, losses_of)
+    rates, scales = (3e-4, 1e-3, 3e-3, 1e-2), (1.0, 0.5, 2.0)
+    terms = dataclasses.replace(STUDY.converged, learning_rates=rates, scales=scales)
+    chosen = choose(dataclasses.replace(STUDY, converged=terms), [], keys, losses_of)
     assert chosen.points == {("lora", SINGLE): Point(1e-3, 2.0), ("milora", MIXED): Point(3e-3, 2.0)}
     assert [title for title, _ in asked] == ["tuning to convergence", "tuning the scale"]
     cells = [cell for _, groups in asked for group in groups for cell in group]
