@@ -1,7 +1,9 @@
 """The command line of train.py: what it refuses, in one line, before anything is written."""
 
+import dataclasses
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -206,6 +208,15 @@ def test_every_study_file_is_a_page_one_can_run(name, request, monkeypatch):
     said = re.findall(rf"milora_jax.evaluation study (\w+) --config configs/{name}.py", path.read_text())
     assert said
     assert {"all", *COMPARISONS}.issuperset(said)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("study_")])
+def test_the_letter_of_a_study_is_the_papers(name):
+    letter = runpy.run_path(str(ROOT / f"configs/{name}.py"))["LETTER"]
+    paper = runpy.run_path(str(ROOT / "configs/paper.py"))["SETTINGS"]["milora"]
+    ours, theirs = (build_method(AdapterSection(**settings)) for settings in (letter, paper))
+    # Nothing moves by the rate where there is no bias.
+    assert dataclasses.replace(theirs, rank=ours.rank, bias_rate=ours.bias_rate) == ours
 
 
 def test_a_study_without_its_rows_says_which_file(tmp_path, monkeypatch):
