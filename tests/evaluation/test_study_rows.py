@@ -212,8 +212,11 @@ def test_a_grid_of_one_value_is_that_value_without_a_run():
 @pytest.mark.thorough
 def test_rows_that_are_not_answered_are_right_where_decoding_would_write_the_output(tmp_path):
     study = quick(dataclasses.replace(STUDY, generate=False))
+    rows_of_a_batch = dataclasses.replace(study.base.eval, batch_size=24)  # over eight devices
+    study = dataclasses.replace(study, base=dataclasses.replace(study.base, eval=rows_of_a_batch))
     cell = plans.converged(study, 1, Chosen.nothing(study))[0]
     runner = CellRunner(tmp_path, lambda line: None)
+    (tmp_path / cell.name).mkdir()
     runner.run(cell, lambda: False)
     found, scores = runner.result(cell), read_scores(tmp_path / cell.name)[ROUTED]
     for task, each in scores.items():

@@ -128,9 +128,8 @@ def test_routers_have_their_own_multiple_of_the_learning_rate(method):
     moved = {}
     for factor in (0.0, 1.0, 10.0):
         settings = dataclasses.replace(SETTINGS, router_rate=factor)
-        state, steps = prepare(
-            settings=settings, method=method, load_balance=0.5 if method == "milora" else None
-        )
+        routed = {"load_balance": 0.5, "features": "rms"} if method == "milora" else {}
+        state, steps = prepare(settings=settings, method=method, **routed)
         before = jax.tree_util.tree_leaves_with_path(params_of(state))
         for _ in range(2):  # B is zero before the first update, and a router learns through it
             state, _ = steps.train(state, random_base(MODEL), rows())

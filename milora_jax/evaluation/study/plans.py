@@ -152,7 +152,7 @@ def routing(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
     subject = study.methods[label]
     routes = getattr(build_method(subject), "routes", False)
     require(routes, "study subject", label, "a method that routes, for routing")
-    still = {"pooler": "mean", "coefficients": "frozen"}
+    still = {"pooler": "mean", "coefficients": "frozen", "feature_window": 0.0}
     variants: dict[str, tuple[AdapterSection, float, bool]] = {
         label: (subject, 1.0, False),
         RANDOM_ROUTER: (dataclasses.replace(subject, **still), 0.0, False),
