@@ -16,6 +16,8 @@ whole tables, files and their rows, hardware and the paper's figures stand in ``
 of these runs has been made by us on the real weights.
 """
 
+from typing import Any
+
 from milora_jax.config import (
     METHODS,
     AdapterSection,
@@ -29,14 +31,61 @@ from milora_jax.config import (
 )
 from milora_jax.errors import UserError, one_of
 
-ABLATIONS = {
-    "milora-1": AdapterSection(pooler="mean"),
-    "milora-2": AdapterSection(pooler="last"),
-    "milora-3": AdapterSection(activation="gelu"),
-    "milora-4": AdapterSection(activation="relu-gelu"),
-    "milora-5": AdapterSection(activation="gelu-relu"),
+PAIRS = {"rank": 32, "alpha": 0.0, "dropout": 0.0}
+"""Of low-rank pairs: Eq. 1 has no scale."""
+
+ROUTER = {
+    "top_k": 3,
+    "pooler": "attention",
+    "activation": "rational",
+    "features": "raw",  # H^l as it is, section 3.2; docs/method.md says what that does on published models
+    "feature_window": 0.0,
+    "gate": "straight_through",  # Eq. 3 has p itself, with which k = 7 would not be LoRA as section 3.2 says
+    "router_gradient": "chosen",
+    "top_k_anneal": 0.0,
+    "balance": "loss",
+    "load_balance": 1e-2,
+    "balance_warmup": 0.0,
+    "balance_until": 1.0,
+    "balance_decay": 0.0,
+    "bias_rate": 0.0,
+    "coefficients": "bilevel",
 }
-"""Table 5, under the paper's names."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "milora": {**PAIRS, **ROUTER},
+    "midora": {**PAIRS, **ROUTER},
+    "lora": PAIRS,
+    "dora": PAIRS,
+    "adalora": {
+        **PAIRS,
+        "initial_rank": 64,
+        "orthogonality": 0.5,
+        "prune_start": 0.1,
+        "prune_end": 0.7,
+        "prune_every": 10,
+        "sensitivity_decay": 0.85,
+        "spread_decay": 0.85,
+    },
+    "moelora": {**PAIRS, "num_experts": 8, "top_k": 4},
+    "ia3": {"width": 128},
+    "bitfit": {"width": 64},
+    "parallel_adapter": {"width": 160},
+    "learned_adapter": {"width": 160, "coefficients": "bilevel"},
+    "p_tuning_v2": {"width": 640, "tokens": 16},
+    "iapt": {"width": 320, "tokens": 4, "coefficients": "bilevel"},
+    "ssp": {**PAIRS, "coefficients": "bilevel", "search_share": 0.5, "gate_learning_rate": 0.1},
+}
+"""Appendix D, and every setting that it leaves open, written out, whatever the defaults become."""
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "milora-1": {"pooler": "mean"},
+    "milora-2": {"pooler": "last"},
+    "milora-3": {"activation": "gelu"},
+    "milora-4": {"activation": "relu-gelu"},
+    "milora-5": {"activation": "gelu-relu"},
+}
+"""Table 5, under the paper's names: what differs from ``milora``."""
 
 TRAINING_ROWS = {
     "boolq": 9427,
@@ -67,6 +116,13 @@ def _files(task: str, split: str) -> str:
     return f"{task}=data/{task}/{split}.json"
 
 
+def _settings(method: str) -> AdapterSection:
+    """Of a method or of an ablation, every one of them written out."""
+    if method in ABLATIONS:
+        return AdapterSection(method="milora", **{**SETTINGS["milora"], **ABLATIONS[method]})
+    return AdapterSection(method=method, **SETTINGS[method])
+
+
 def get_config(row: str = "milora,gsm8k"):
     """The settings of one row: ``METHOD,TASK`` or ``METHOD,TASK,BASE``."""
     words = row.split(",")
@@ -81,8 +137,7 @@ def get_config(row: str = "milora,gsm8k"):
     small = base == "gemma-2b"
     config = Config(
         model=ModelSection(dtype="bfloat16"),
-        # Widths, ranks, k and lambda are each method's defaults, which are those of Appendix D.
-        adapter=ABLATIONS.get(method) or AdapterSection(method=method),
+        adapter=_settings(method),
         data=DataSection(
             train=",".join(_files(each, "train") for each in tasks),
             test=",".join(_files(each, "test") for each in tasks),

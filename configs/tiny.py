@@ -3,7 +3,7 @@
     python train.py --config configs/tiny.py
 
 Needs nothing but the package: two CPU cores, under 2 GiB of memory, at most 5 minutes. Expect a mean
-exact match under 20 % for the frozen base, which has never seen an instruction, and over 80 % after.
+exact match under 20 % for the frozen base, which has never seen an instruction, and over 90 % after.
 """
 
 from milora_jax.config import (

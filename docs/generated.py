@@ -49,6 +49,9 @@ COMMANDS = (
 )
 """Every command line, as arguments of ``python``."""
 
+FORMER_NORMALIZE = "former name of `adapter.features`: true is rms, false is raw."
+"""The one setting of ``AdapterSection`` that no method has: it is read for older configs."""
+
 WRONG: dict[type, Any] = {int: -2, float: -1.0, str: "?"}
 """A value that a check refuses, where a setting has one."""
 
@@ -134,6 +137,7 @@ def method_rows() -> list[tuple[str, ...]]:
         for (allowed, meaning), by_default in users.items():
             named = "; ".join(f"{', '.join(names)} (`{value}`)" for value, names in by_default.items())
             rows.append((f"`adapter.{field.name}`", named, allowed, meaning))
+    rows.append(("`adapter.normalize`", "milora, midora", "true or false", FORMER_NORMALIZE))
     return rows
 
 

@@ -37,7 +37,10 @@ METHODS = (
 )
 POOLERS = ("attention", "mean", "max", "last")
 ACTIVATIONS = ("rational", "gelu", "relu", "relu-gelu", "gelu-relu")
+FEATURES = ("raw", "rms", "standardized")
 GATES = ("softmax", "renormalized", "straight_through")
+ROUTER_GRADIENTS = ("chosen", "dense")
+BALANCES = ("loss", "bias")
 COEFFICIENTS = ("bilevel", "joint", "frozen")
 TRACKERS = ("tensorboard", "wandb")
 REMAT = ("none", "products", "full")
@@ -75,8 +78,11 @@ class AdapterSection:
     Attributes:
       method: the fine-tuning method, one of METHODS.
       rank, alpha, dropout: of low-rank pairs. [all made of them]
-      top_k, pooler, activation, normalize, gate, load_balance: the router. [milora, midora; moelora has
-        top_k]
+      top_k, pooler, activation, features, gate: the router. [milora, midora; moelora has top_k]
+      feature_window, router_gradient, top_k_anneal: how the router is trained. [milora, midora]
+      balance, load_balance, balance_warmup, balance_until, balance_decay, bias_rate: what makes the routers
+        use all experts. [milora, midora]
+      normalize: the former name of ``features``: true is rms, false is raw. [milora, midora]
       coefficients: how rational coefficients or gates are trained (Appendix A). [milora, midora,
         learned_adapter, iapt, ssp]
       num_experts: experts within a module. [moelora]
@@ -95,9 +101,18 @@ class AdapterSection:
     top_k: int | None = None
     pooler: str | None = None
     activation: str | None = None
-    normalize: bool | None = None
+    features: str | None = None
+    feature_window: float | None = None
     gate: str | None = None
+    router_gradient: str | None = None
+    top_k_anneal: float | None = None
+    balance: str | None = None
     load_balance: float | None = None
+    balance_warmup: float | None = None
+    balance_until: float | None = None
+    balance_decay: float | None = None
+    bias_rate: float | None = None
+    normalize: bool | None = None
     coefficients: str | None = None
     num_experts: int | None = None
     initial_rank: int | None = None
@@ -114,6 +129,12 @@ class AdapterSection:
 
     def __post_init__(self) -> None:
         one_of("adapter.method", self.method, METHODS)
+        if self.normalize is not None:
+            means = "rms" if self.normalize else "raw"
+            same = self.features in (None, means)
+            require(same, "adapter.features", self.features, f"{means}, which adapter.normalize means")
+            object.__setattr__(self, "features", means)
+            object.__setattr__(self, "normalize", None)
 
 
 @dataclass(frozen=True)
@@ -179,6 +200,9 @@ class TrainSection:
       batch_size: rows of a step, over all devices together; a packed row holds several records.
       learning_rate: peak, reached after the warm-up and then falling linearly to 0.
       router_rate: learning rate of the routers' parameters as a multiple of ``learning_rate``.
+      router_clip_norm: largest norm of the routers' gradient, which is then clipped apart from that of the
+        experts; 0 clips both together, by ``clip_norm``.
+      feature_prompts: training prompts over which standardized features are measured.
       coefficient_learning_rate: learning rate of the rational coefficients (paper: 1e-6).
       coefficient_every: steps between two bi-level updates on a dev batch (paper: 1).
       warmup_share: share of all steps spent warming up.
@@ -206,6 +230,8 @@ class TrainSection:
     batch_size: int = 16
     learning_rate: float = 1e-4
     router_rate: float = 1.0
+    router_clip_norm: float = 0.0
+    feature_prompts: int = 256
     coefficient_learning_rate: float = 1e-6
     coefficient_every: int = 1
     warmup_share: float = 0.06
@@ -233,7 +259,9 @@ class TrainSection:
         for name in tracker_names(self.trackers):
             one_of("train.trackers", name, TRACKERS)
         require(self.seed < 2**32, "train.seed", self.seed, "below 2**32")
-        for name in "learning_rate router_rate coefficient_learning_rate weight_decay clip_norm".split():
+        require(self.feature_prompts >= 2, "train.feature_prompts", self.feature_prompts, "at least 2")
+        rates = "learning_rate router_rate router_clip_norm coefficient_learning_rate weight_decay clip_norm"
+        for name in rates.split():
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"train.{name}", value, "0 or more")
         require(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "from 0 to below 1")

@@ -65,6 +65,26 @@ class Batch:
 
 
 @struct.dataclass
+class RouterInputs:
+    """What the routers saw of each prompt, to be reported; no gradient, and 0 where there is no prompt.
+
+    Attributes:
+      largest: largest absolute value that entered the activation.
+      spread: root mean square of the features before they are limited to the activation's range. Of
+        standardized features it is 1 over the prompts that they were measured on, and more for prompts
+        whose features have drifted from their statistics.
+      token_share: largest share of one token in the self-attention pooler; None with the other poolers.
+      sums: of the standardized features before they are limited, and of their squares, over all prompts;
+        None with other features.
+    """
+
+    largest: Float[Array, "*L B Z"]
+    spread: Float[Array, "*L B Z"]
+    token_share: Float[Array, "*L B Z"] | None
+    sums: Float[Array, "*L 2 D"] | None
+
+
+@struct.dataclass
 class Route:
     """Which experts act on which prompt, chosen once per prompt (paper, Eq. 2 and 3).
 
@@ -74,12 +94,12 @@ class Route:
     Attributes:
       weights: what each expert's output is multiplied by; 0 where the expert is not chosen.
       probs: softmax of the router, for the load-balance term and for looking at.
-      pooled_max: largest absolute value that entered the router's activation.
+      seen: what the routers saw.
     """
 
     weights: Float[Array, "*L B Z E"]
     probs: Float[Array, "*L B Z E"]
-    pooled_max: Float[Array, "*L"]
+    seen: RouterInputs
 
 
 @struct.dataclass
@@ -91,6 +111,7 @@ class Metrics:
       cross_entropy: mean negative log-likelihood of the counted tokens, in nats.
       load_balance: Eq. 4 averaged over layers; 0 for methods without a router.
       grad_norm: global L2 norm before clipping.
+      router_grad_norm: that of the routers' leaves alone; 0 without a router.
       expert_share: share of the batch's prompts that chose each expert, ``[L, E]``.
       pooled_max: largest absolute value that entered a router's activation.
       tokens: number of counted tokens.
@@ -101,6 +122,7 @@ class Metrics:
     cross_entropy: Float[Array, ""]
     load_balance: Float[Array, ""]
     grad_norm: Float[Array, ""]
+    router_grad_norm: Float[Array, ""]
     expert_share: Float[Array, "L E"]
     pooled_max: Float[Array, ""]
     tokens: Int[Array, ""]

@@ -1,7 +1,9 @@
 """The command line of train.py: what it refuses, in one line, before anything is written."""
 
+import dataclasses
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from milora_jax.adapters.registry import build_method
 from milora_jax.config import AdapterSection, Config, DataSection, TrainSection
 from milora_jax.data.records import Record
 from milora_jax.errors import UserError, run_command
+from milora_jax.evaluation.study.reports import COMPARISONS
 from milora_jax.evaluation.study.settings import load_study
 from milora_jax.train_flags import parse_train_flags
 from milora_jax.training.loop import planned_steps
@@ -197,11 +200,29 @@ CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py"))]
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("study_")])
-def test_every_study_file_is_a_page_one_can_run(name):
+def test_every_study_file_is_a_page_one_can_run(name, request, monkeypatch):
     path = ROOT / f"configs/{name}.py"
+    if "MILORA_DATA" in path.read_text():
+        monkeypatch.setenv("MILORA_DATA", str(request.getfixturevalue("shared_data")))
     assert load_study(path).methods
-    said = path.read_text().split('"""')[1]
-    assert f"python -m milora_jax.evaluation study all --config configs/{name}.py" in said
+    said = re.findall(rf"milora_jax.evaluation study (\w+) --config configs/{name}.py", path.read_text())
+    assert said
+    assert {"all", *COMPARISONS}.issuperset(said)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("study_")])
+def test_the_letter_of_a_study_is_the_papers(name):
+    letter = runpy.run_path(str(ROOT / f"configs/{name}.py"))["LETTER"]
+    paper = runpy.run_path(str(ROOT / "configs/paper.py"))["SETTINGS"]["milora"]
+    ours, theirs = (build_method(AdapterSection(**settings)) for settings in (letter, paper))
+    # Nothing moves by the rate where there is no bias.
+    assert dataclasses.replace(theirs, rank=ours.rank, bias_rate=ours.bias_rate) == ours
+
+
+def test_a_study_without_its_rows_says_which_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("MILORA_DATA", str(tmp_path))
+    with pytest.raises(UserError, match=r"e2e_cleaned/train.jsonl': No such file .*; MILORA_DATA names"):
+        load_study(ROOT / "configs/study_smollm2.py")
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("study_")])
@@ -216,17 +237,18 @@ def test_every_config_file_is_a_page_one_can_run(parse, name):
 def test_overrides_reach_the_config(parse):
     flags = ["--config.adapter.rank=5", "--config.train.learning_rate=1", "--config.adapter.normalize=false"]
     config, workdir, _ = parse("--config=configs/tiny.py", *flags, "--workdir", "here")
-    assert (config.adapter.rank, config.train.learning_rate, config.adapter.normalize) == (5, 1.0, False)
+    assert (config.adapter.rank, config.train.learning_rate, config.adapter.features) == (5, 1.0, "raw")
     assert workdir == Path("here")
 
 
-def test_the_paper_settings(parse):
+def test_the_paper_settings_and_the_router_we_recommend(parse):
     math, *_ = parse("--config", "configs/llama7b_math.py")
     method = build_method(math.adapter)
     assert (method.name, method.top_k, method.pooler, method.rank) == ("milora", 3, "attention", 32)
     assert (math.train.learning_rate, math.train.warmup_share) == (1e-4, 0.06)
     assert math.train.coefficient_learning_rate == 1e-6
-    assert method.load_balance == 1e-2
+    assert (method.features, method.router_gradient) == ("standardized", "dense")
+    assert (method.top_k_anneal, method.load_balance) == (0.4, 0.0)
 
 
 def test_unknown_names_in_a_mapping_are_refused_with_the_nearest():

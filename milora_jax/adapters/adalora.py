@@ -18,6 +18,7 @@ from flax import struct
 from milora_jax.adapters.lora import TunedPairs
 from milora_jax.adapters.low_rank import LowRank, drop, narrow, widen
 from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
+from milora_jax.adapters.routing import ExpertUse
 from milora_jax.errors import require
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree
@@ -160,12 +161,14 @@ class AdaLoRA(TunedPairs):
         memory: Importance,
         step: Int[Array, ""],
         total_steps: int,
+        use: ExpertUse | None = None,
     ) -> tuple[dict[str, Triplets], Importance]:
         """Update the importance of every weight, and prune when it is time to.
 
         A pruned value may grow again from its gradient until the budget is met; after that the pruned
         triplets stay out.
         """
+        del use
         _, end = self._pruning_steps(total_steps)
         mean, spread = self._importance(params, grads, memory, looks=step < end)
         scores = jnp.stack([_triplet_scores(mean[name], spread[name]) for name in EXPERTS])

@@ -24,11 +24,28 @@ from milora_jax.adapters.low_rank import (
     widen,
 )
 from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
-from milora_jax.adapters.router import Router, RouterParams
-from milora_jax.config import ACTIVATIONS, COEFFICIENTS, GATES, POOLERS
+from milora_jax.adapters.router import Router, RouterParams, followed
+from milora_jax.adapters.routing import ExpertUse, LayerInput, RoutingSchedule
+from milora_jax.config import ACTIVATIONS, BALANCES, COEFFICIENTS, FEATURES, GATES, POOLERS, ROUTER_GRADIENTS
 from milora_jax.errors import one_of, require
-from milora_jax.shapes import Array, Bool, Float, Key
-from milora_jax.types import EXPERTS, Route
+from milora_jax.shapes import Array, Bool, Float, Int, Key
+from milora_jax.types import EXPERTS, PyTree, Route
+
+LEAST_WINDOW = 10.0
+"""Fewest steps over which statistics of features average: those of a batch or two are noise."""
+
+OF_TRAINING = (
+    "feature_window",
+    "router_gradient",
+    "top_k_anneal",
+    "load_balance",
+    "balance_warmup",
+    "balance_until",
+    "balance_decay",
+    "bias_rate",
+    "coefficients",
+)
+"""Settings of a MiLoRA on which nothing depends that a trained adapter computes."""
 
 
 @struct.dataclass
@@ -44,6 +61,19 @@ class MiLoRAParams:
     router: RouterParams
 
 
+@struct.dataclass
+class PastChoices:
+    """Decayed sums over the steps so far, for a running average of ``f_i`` (Eq. 5).
+
+    Attributes:
+      first: of the share of prompts for which each expert was the most probable one.
+      steps: of 1.
+    """
+
+    first: Float[Array, "L E"]
+    steps: Float[Array, ""]
+
+
 @dataclass(frozen=True)
 class MiLoRA(LowRankMethod):
     """MiLoRA; see ``docs/method.md`` for each choice.
@@ -52,9 +82,20 @@ class MiLoRA(LowRankMethod):
       top_k: experts a prompt activates per layer, k of 7.
       pooler: how a prompt's hidden states become one vector (section 3.3 of the paper).
       activation: the router's activation; ``relu-gelu`` is ReLU in the first half of the layers.
-      normalize: RMS-normalise the pooled vector before the activation.
+      features: what the activation reads of the pooled vector: raw, rms or standardized; see
+        ``adapters.router``.
+      feature_window: share of the steps over which running statistics of standardized features average; 0
+        keeps them as they were measured before the first step.
       gate: how a route weighs its chosen experts.
+      router_gradient: which experts tell the router: chosen, those of the route; dense, all seven.
+      top_k_anneal: share of the steps over which k falls from 7 to ``top_k``; 0 trains at ``top_k``.
+      balance: what balances the experts: loss, Eq. 4; bias, a bias that only the choice sees, beside Eq. 4
+        where ``load_balance`` is not 0.
       load_balance: lambda, the weight of Eq. 4.
+      balance_warmup: share of the steps over which lambda rises from 0.
+      balance_until: share of the steps after which nothing is balanced any more.
+      balance_decay: of the running average of ``f_i`` over steps; 0 looks at each batch alone.
+      bias_rate: by how much a step moves an expert's bias, with ``balance`` bias.
       coefficients: how the rational coefficients are trained (Appendix A).
     """
 
@@ -63,9 +104,17 @@ class MiLoRA(LowRankMethod):
     top_k: int = 3
     pooler: str = "attention"
     activation: str = "rational"
-    normalize: bool = True
+    features: str = "standardized"
+    feature_window: float = 0.1
     gate: str = "straight_through"
-    load_balance: float = 1e-2
+    router_gradient: str = "dense"
+    top_k_anneal: float = 0.4
+    balance: str = "loss"
+    load_balance: float = 0.0
+    balance_warmup: float = 0.0
+    balance_until: float = 1.0
+    balance_decay: float = 0.0
+    bias_rate: float = 1e-3
     coefficients: str = "bilevel"
 
     def __post_init__(self) -> None:
@@ -73,20 +122,110 @@ class MiLoRA(LowRankMethod):
         one_of("adapter.pooler", self.pooler, POOLERS)
         one_of("adapter.activation", self.activation, ACTIVATIONS)
         one_of("adapter.gate", self.gate, GATES)
+        one_of("adapter.features", self.features, FEATURES)
+        one_of("adapter.router_gradient", self.router_gradient, ROUTER_GRADIENTS)
+        one_of("adapter.balance", self.balance, BALANCES)
         one_of("adapter.coefficients", self.coefficients, COEFFICIENTS)
         require(1 <= self.top_k <= 7, "adapter.top_k", self.top_k, "1 to 7, a layer has 7 experts")
-        balance_fits = math.isfinite(self.load_balance) and self.load_balance >= 0
-        require(balance_fits, "adapter.load_balance", self.load_balance, "0 or more")
+        for name in ("load_balance", "bias_rate"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value >= 0, f"adapter.{name}", value, "0 or more")
+        for name in ("top_k_anneal", "balance_warmup", "balance_decay"):
+            require(0 <= getattr(self, name) < 1, f"adapter.{name}", getattr(self, name), "from 0 to below 1")
+        require(0 <= self.feature_window <= 1, "adapter.feature_window", self.feature_window, "from 0 to 1")
+        require(0 < self.balance_until <= 1, "adapter.balance_until", self.balance_until, "above 0, up to 1")
+        order = self.balance_warmup < self.balance_until
+        require(order, "adapter.balance_warmup", self.balance_warmup, "less than adapter.balance_until")
 
     @property
     def router(self) -> Router:
         """The settings that decide a route."""
-        return Router(self.top_k, self.pooler, self.activation, self.normalize, self.gate)
+        return Router(
+            top_k=self.top_k,
+            pooler=self.pooler,
+            activation=self.activation,
+            features=self.features,
+            gate=self.gate,
+            dense=self.router_gradient == "dense",
+            biased=self.balance == "bias",
+        )
 
     @property
-    def balance_weight(self) -> float:
-        """lambda of Eq. 4."""
-        return self.load_balance
+    def final_schedule(self) -> RoutingSchedule:
+        """The method's own k and lambda."""
+        return RoutingSchedule(None, self.load_balance)
+
+    def schedule(self, step: Int[Array, ""], total_steps: int) -> RoutingSchedule:
+        """k from 7 down to ``top_k``, each number for as many steps; lambda warmed up, and given up."""
+        top_k, load_balance = self.final_schedule
+        if falling := self._steps(self.top_k_anneal, total_steps):
+            fallen = (len(EXPERTS) - self.top_k) * step // falling
+            top_k = jnp.maximum(len(EXPERTS) - fallen, self.top_k).astype(jnp.int32)
+        if rising := self._steps(self.balance_warmup, total_steps):
+            load_balance = load_balance * jnp.minimum((step + 1).astype(jnp.float32) / rising, 1.0)
+        if self.balance_until < 1:
+            load_balance = jnp.where(self._balances(step, total_steps), load_balance, 0.0)
+        return RoutingSchedule(top_k, load_balance)
+
+    def ready(self, step: int, total_steps: int) -> bool:
+        """Whether the last update was one after all schedules, with k at ``top_k``."""
+        shares = (self.top_k_anneal, self.balance_warmup, self.balance_until % 1)
+        return step > max(self._steps(share, total_steps) for share in shares)
+
+    def _steps(self, share: float, total_steps: int) -> int:
+        """A share of the steps, which leaves at least one: nothing is scheduled over a single step."""
+        return min(math.ceil(share * total_steps), total_steps - 1)
+
+    def _balances(self, step: Int[Array, ""], total_steps: int) -> Bool[Array, ""]:
+        """Whether a step is before ``balance_until``."""
+        return step < (
+            total_steps if self.balance_until == 1 else self._steps(self.balance_until, total_steps)
+        )
+
+    def init_memory(self, params: MiLoRAParams) -> PastChoices | None:
+        """What a running average of ``f_i`` remembers."""
+        if not self.balance_decay:
+            return None
+        layers = params.router.weight.shape[0]
+        return PastChoices(jnp.zeros((layers, len(EXPERTS)), jnp.float32), jnp.zeros((), jnp.float32))
+
+    def first_choices(self, memory: PastChoices | None, first: Float[Array, "L E"]) -> Float[Array, "L E"]:
+        """``f_i`` averaged over the steps, the latest ones weighing most."""
+        if memory is None:
+            return first
+        decay = self.balance_decay
+        return (decay * memory.first + first) / (decay * memory.steps + 1.0)
+
+    def after_update(
+        self,
+        params: MiLoRAParams,
+        grads: PyTree,
+        memory: PastChoices | None,
+        step: Int[Array, ""],
+        total_steps: int,
+        use: ExpertUse | None = None,
+    ) -> tuple[MiLoRAParams, PastChoices | None]:
+        """Remember the batch's first choices, move the biases towards equal use, and let the statistics of
+        the features follow what the routers read.
+
+        An expert that was in more routes of the batch than its share loses ``bias_rate``, one that was in
+        fewer gains it (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
+        """
+        del grads
+        if use is None:
+            raise ValueError("a routed method needs to know how its experts were used")
+        if memory is not None:
+            decay = self.balance_decay
+            memory = PastChoices(decay * memory.first + use.first, decay * memory.steps + 1.0)
+        if params.router.bias is not None:
+            equal = use.chosen.mean(axis=-1, keepdims=True)
+            moved = params.router.bias + self.bias_rate * jnp.sign(equal - use.chosen)
+            bias = jnp.where(self._balances(step - 1, total_steps), moved, params.router.bias)
+            params = dataclasses.replace(params, router=dataclasses.replace(params.router, bias=bias))
+        if use.features is not None and self.feature_window:
+            window = max(self.feature_window * total_steps, LEAST_WINDOW)
+            params = dataclasses.replace(params, router=followed(params.router, use.features, window))
+        return params, memory
 
     @property
     def theta(self) -> str:
@@ -96,6 +235,10 @@ class MiLoRA(LowRankMethod):
     def is_coefficient(self, path: tuple[str, ...]) -> bool:
         """The rational coefficients are Theta."""
         return path[-1] in ("numerator", "denominator")
+
+    def is_measured(self, path: tuple[str, ...]) -> bool:
+        """Statistics of the features, and biases."""
+        return path[0] == "router" and path[-1] in ("mean", "deviation", "bias")
 
     def is_router(self, path: tuple[str, ...]) -> bool:
         """Poolers, router matrices and their activations."""
@@ -136,19 +279,31 @@ class MiLoRA(LowRankMethod):
             rank=plain.rank,
             alpha=plain.alpha,
             dropout=plain.dropout,
-            load_balance=plain.load_balance,
-            coefficients=plain.coefficients,
+            **{name: getattr(plain, name) for name in OF_TRAINING},
         )
 
-    def route(
-        self,
-        params: MiLoRAParams,
-        hidden: Float[Array, "B T D"],
-        members: Bool[Array, "B Z T"],
-        depth: Float[Array, ""],
-    ) -> Route:
+    def route(self, params: MiLoRAParams, entering: LayerInput, top_k: Int[Array, ""] | None = None) -> Route:
         """Eq. 2 and 3 for this layer."""
-        return self.router(params.router, hidden, members, depth)
+        return self.router(params.router, entering, top_k)
+
+    @property
+    def measures_features(self) -> bool:
+        """Standardized ones are."""
+        return self.router.standardizes
+
+    def pooled_features(self, entering: LayerInput) -> Float[Array, "B Z D"]:
+        """The pooled vectors of the layer's prompts, by a fresh pooler."""
+        width = entering.hidden.shape[-1]
+        weight = jnp.zeros(width, jnp.float32) if self.pooler == "attention" else None
+        return self.router.pooled(entering, weight)[0]
+
+    def with_feature_statistics(
+        self, params: MiLoRAParams, mean: Float[Array, "L D"], deviation: Float[Array, "L D"]
+    ) -> MiLoRAParams:
+        """The same with the statistics beside the routers."""
+        return dataclasses.replace(
+            params, router=dataclasses.replace(params.router, mean=mean, deviation=deviation)
+        )
 
     def adapt(self, params: MiLoRAParams, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
         """Add the chosen experts' products, each times its routing weight (Eq. 1 and 3).

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from milora_jax.adapters.routing import ExpertUse, LayerInput, RoutingSchedule
 from milora_jax.errors import require
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.shapes import Array, Bool, Float, Int, Key
@@ -114,10 +115,20 @@ class Method:
         """Whether training draws random numbers, as dropout does."""
         return False
 
+    def schedule(self, step: Int[Array, ""], total_steps: int) -> RoutingSchedule:
+        """The routing settings of a training step; lambda is 0 without a router.
+
+        Args:
+          step: number of the step, from 0.
+          total_steps: how many there will be.
+        """
+        del step, total_steps
+        return self.final_schedule
+
     @property
-    def balance_weight(self) -> float:
-        """lambda, the weight of the load-balance term (Eq. 4); 0 without a router."""
-        return 0.0
+    def final_schedule(self) -> RoutingSchedule:
+        """The routing settings after all schedules: those of dev evaluations and of the saved adapter."""
+        return RoutingSchedule(None, 0.0)
 
     @property
     def theta(self) -> str:
@@ -178,25 +189,35 @@ class Method:
         return self
 
     def route(
-        self,
-        params: PyTree,
-        hidden: Float[Array, "B T D"],
-        members: Bool[Array, "B Z T"],
-        depth: Float[Array, ""],
+        self, params: PyTree, entering: LayerInput, top_k: Int[Array, ""] | None = None
     ) -> Route | None:
         """Choose this layer's experts from the residual stream that enters it.
 
         Args:
           params: this layer's parameters.
-          hidden: residual stream before the layer.
-          members: which tokens are the prompt of which record.
-          depth: layer index over L, in [0, 1).
+          entering: the stream and where the prompts are.
+          top_k: experts to choose, where a schedule says other than the method.
 
         Returns:
           The layer's route, or None for a method without a router.
         """
-        del params, hidden, members, depth
+        del params, entering, top_k
         return None
+
+    @property
+    def measures_features(self) -> bool:
+        """Whether the router's features are measured on the frozen base before the first step."""
+        return False
+
+    def pooled_features(self, entering: LayerInput) -> Float[Array, "B Z D"]:
+        """What is measured of one layer's input, by the router as it is before the first step."""
+        raise NotImplementedError(f"{type(self).__name__}.pooled_features")
+
+    def with_feature_statistics(
+        self, params: PyTree, mean: Float[Array, "L D"], deviation: Float[Array, "L D"]
+    ) -> PyTree:
+        """Parameters that hold what was measured of :meth:`pooled_features`."""
+        raise NotImplementedError(f"{type(self).__name__}.with_feature_statistics")
 
     def prefix(
         self,
@@ -246,18 +267,30 @@ class Method:
         return None
 
     def after_update(
-        self, params: PyTree, grads: PyTree, memory: PyTree, step: Int[Array, ""], total_steps: int
+        self,
+        params: PyTree,
+        grads: PyTree,
+        memory: PyTree,
+        step: Int[Array, ""],
+        total_steps: int,
+        use: ExpertUse | None = None,
     ) -> tuple[PyTree, PyTree]:
         """Change parameters and memory after the optimiser's update, as pruning does.
 
         Args:
           grads: of the loss before the update, clipped as the optimiser saw them; None in place of the
-            leaves of a bi-level Theta.
+            leaves of a bi-level Theta and of those that are not trained.
           step: number of the update, from 1.
           total_steps: how many there will be.
+          use: of the experts by the batch; None with a method that does not route.
         """
-        del grads, step, total_steps
+        del grads, use, step, total_steps
         return params, memory
+
+    def first_choices(self, memory: PyTree, first: Float[Array, "L E"]) -> Float[Array, "L E"]:
+        """``f_i`` of the load-balance term, from the batch's and what is remembered of earlier ones."""
+        del memory
+        return first
 
     def ready(self, step: int, total_steps: int) -> bool:
         """Whether the adapter after ``step`` updates is what the method gives, within its budget.
@@ -272,6 +305,11 @@ class Method:
         del path
         return False
 
+    def is_measured(self, path: tuple[str, ...]) -> bool:
+        """Whether the leaf at ``path`` is set by rule, and never by a gradient."""
+        del path
+        return False
+
     def is_router(self, path: tuple[str, ...]) -> bool:
         """Whether the leaf at ``path`` decides a route, so that ``train.router_rate`` applies to it."""
         del path
@@ -279,11 +317,11 @@ class Method:
 
     def tunable_parameters(self, shape: Shape) -> int:
         """Scalars that remain tuned at the end of training; of a method that prunes, its budget."""
-        return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(self, shape)))
+        return trained_size(self, abstract_params(self, shape))
 
     def count_parameters(self, params: PyTree) -> int:
-        """Scalars of this very adapter that have an effect: fewer than there are after pruning."""
-        return sum(leaf.size for leaf in jax.tree.leaves(params))
+        """Trained scalars of this very adapter that have an effect: fewer than there are after pruning."""
+        return trained_size(self, params)
 
     def active_parameters(self, shape: Shape, share: Mapping[str, float], tunable: int) -> float:
         """Mean adapter parameters that have a part in a generated token, the paper's "active" column.
@@ -348,13 +386,15 @@ def path_names(path: tuple) -> tuple[str, ...]:
     return tuple(str(getattr(entry, "name", getattr(entry, "key", entry))) for entry in path)
 
 
+def trained_size(method: Method, params: PyTree) -> int:
+    """Scalars that a gradient trains: all but those of measured leaves."""
+    return sum(
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not method.is_measured(path_names(path))
+    )
+
+
 def router_mask(method: Method, params: PyTree) -> PyTree:
     """A tree like ``params`` that is True on the leaves of routers."""
     return jax.tree_util.tree_map_with_path(lambda path, _: method.is_router(path_names(path)), params)
-
-
-def coefficient_mask(adapter: Adapter) -> PyTree:
-    """A tree like ``adapter.params`` that is True on the leaves of Theta."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: adapter.method.is_coefficient(path_names(path)), adapter.params
-    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from milora_jax.adapters.adalora import AdaLoRA
 from milora_jax.adapters.bitfit import BitFit
@@ -18,7 +20,7 @@ from milora_jax.adapters.p_tuning_v2 import PTuningV2
 from milora_jax.adapters.parallel_adapter import ParallelAdapter
 from milora_jax.adapters.protocol import Method, Shape
 from milora_jax.adapters.ssp import SSP
-from milora_jax.config import AdapterSection
+from milora_jax.config import AdapterSection, Config
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
 
@@ -67,6 +69,37 @@ def full_settings(method: Method) -> AdapterSection:
     A default that changes in a later version must not change what an older file means.
     """
     return AdapterSection(method=method.name, **dataclasses.asdict(method))
+
+
+ROUTERS_BEFORE_FEATURES = {
+    "feature_window": 0.0,
+    "router_gradient": "chosen",
+    "top_k_anneal": 0.0,
+    "balance": "loss",
+    "balance_warmup": 0.0,
+    "balance_until": 1.0,
+    "balance_decay": 0.0,
+    "bias_rate": 1e-3,
+}
+"""What the settings were of a router that was stored before there were these settings."""
+
+
+def before_features(values: Mapping[str, Any]) -> bool:
+    """Whether stored settings are those of a router from before ``features`` was one."""
+    return values.get("features") is None and values.get("normalize") is not None
+
+
+def stored_settings(values: Mapping[str, Any]) -> AdapterSection:
+    """The settings that an adapter or a run was stored with, by any version.
+
+    Args:
+      values: by name, as ``dataclasses.asdict`` of :func:`full_settings` gives them.
+
+    Raises:
+      UserError: a setting is unknown or ill-typed.
+    """
+    settings = {**(ROUTERS_BEFORE_FEATURES if before_features(values) else {}), **values}
+    return Config.from_dict({"adapter": settings}).adapter
 
 
 def adapter_shape(model: ModelConfig) -> Shape:

@@ -1,12 +1,21 @@
 """The prompt-aware router: pool the prompt, activate, score, choose k (paper, section 3.2 and 3.3).
 
-What enters the activation. The residual stream of real LLaMA models holds values in the thousands in
-a few dimensions (Sun et al. 2024, arXiv 2402.17762), where a rational function of order 6/5 grows
-like x^2 and is nothing like the GELU it was fitted to. The paper is silent about it. We normalise the
-pooled vector to unit root mean square before the activation by default (``normalize``): its ordinary
-values then lie where the fit holds, and no value exceeds sqrt(D). A few outlying dimensions still may
-lie beyond 3, where the activation is not GELU but bounded. The option off is the paper's text to the
-letter. ``Route.pooled_max`` reports the largest value that went in.
+What the router reads (``features``). The residual stream of real models holds values in the thousands in
+a few dimensions, and in the first token in particular (massive activations: Sun et al. 2024, arXiv
+2402.17762). The paper is silent about it.
+
+- ``raw``: the pooled residual stream, the paper's text to the letter. On a published model a few dimensions
+  hold nearly all of it, the rational activation leaves the range of its fit, and every prompt gets nearly
+  the same route.
+- ``rms``: the pooled vector scaled to unit root mean square. No value exceeds sqrt(D), but the same few
+  dimensions are nearly all there is in it.
+- ``standardized``: every token is read behind the layer's own input norm and scaled to unit root mean square,
+  so that no token outweighs the others; the pooled vector is then standardized, dimension by dimension, with
+  the mean and the deviation over training prompts on the frozen base (``training.calibration``), and limited
+  to [-3, 3], where the activation's fit holds. What all prompts have in common, a template or a first token,
+  is gone from it; what differs between prompts is of order 1 in every dimension. The attention pooler's
+  scores are divided by sqrt(D): a token's score is then at most the norm of W_sa. Training changes what the
+  routers read, so the statistics follow it as running averages (``feature_window``).
 
 All of it runs in float32 whatever the base's dtype: it is 7 columns wide, and a route must not depend
 on the rounding of a bfloat16 softmax.
@@ -14,6 +23,7 @@ on the rounding of a bfloat16 softmax.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -21,11 +31,15 @@ import jax.numpy as jnp
 from flax import struct
 
 from milora_jax.adapters.rational import gelu_coefficients, rational
+from milora_jax.adapters.routing import LayerInput
 from milora_jax.shapes import Array, Bool, Float, Int, Key
-from milora_jax.types import EXPERTS, Route
+from milora_jax.types import EXPERTS, Route, RouterInputs
 
 NORMALIZE_EPS = 1e-6
-"""Keeps the normalisation of an all-zero pooled vector finite."""
+"""Keeps the normalisation of an all-zero vector finite."""
+
+FEATURE_LIMIT = 3.0
+"""Standardized features lie within plus and minus this: the range of the activation's fit to GELU."""
 
 
 @struct.dataclass
@@ -36,27 +50,40 @@ class RouterParams:
       pool: W_sa of the self-attention pooler (Eq. 8); None with the other poolers.
       weight: W_r (Eq. 2), without a bias.
       numerator, denominator: coefficients of the rational activation; None with fixed activations.
+      mean, deviation: of the pooled vectors over training prompts; None unless features are standardized.
+      bias: added to the probabilities for the choice alone; None unless it balances the load.
     """
 
     pool: Float[Array, "*L D"] | None
     weight: Float[Array, "*L D E"]
     numerator: Float[Array, "*L 7"] | None
     denominator: Float[Array, "*L 5"] | None
+    mean: Float[Array, "*L D"] | None = None
+    deviation: Float[Array, "*L D"] | None = None
+    bias: Float[Array, "*L E"] | None = None
 
 
 @dataclass(frozen=True)
 class Router:
-    """Settings of the router; see ``config.AdapterSection`` for the meaning of each."""
+    """Settings of the router; see ``adapters.milora.MiLoRA`` for the meaning of each.
+
+    Attributes:
+      dense: whether experts that are not chosen have a part in the router's gradient.
+      biased: whether a bias has a part in the choice.
+    """
 
     top_k: int
     pooler: str
     activation: str
-    normalize: bool
+    features: str
     gate: str
+    dense: bool = False
+    biased: bool = False
 
     def init(self, key: Key[Array, ""], num_layers: int, hidden_size: int) -> RouterParams:
         """Fresh parameters: W_r normal with standard deviation 0.02; W_sa zero, which is the average
-        pooler; coefficients fitted to GELU."""
+        pooler; coefficients fitted to GELU. Statistics of features that are still to be measured leave
+        the features as they are."""
         numerator, denominator = (
             gelu_coefficients(num_layers) if self.activation == "rational" else (None, None)
         )
@@ -65,35 +92,110 @@ class Router:
             weight=0.02 * jax.random.normal(key, (num_layers, hidden_size, len(EXPERTS)), jnp.float32),
             numerator=numerator,
             denominator=denominator,
+            mean=jnp.zeros((num_layers, hidden_size), jnp.float32) if self.standardizes else None,
+            deviation=jnp.ones((num_layers, hidden_size), jnp.float32) if self.standardizes else None,
+            bias=jnp.zeros((num_layers, len(EXPERTS)), jnp.float32) if self.biased else None,
         )
+
+    @property
+    def standardizes(self) -> bool:
+        """Whether the features are less the mean and over the deviation of training prompts."""
+        return self.features == "standardized"
 
     def __call__(
         self,
         params: RouterParams,
-        hidden: Float[Array, "B T D"],
-        members: Bool[Array, "B Z T"],
-        depth: Float[Array, ""],
+        entering: LayerInput,
+        top_k: Int[Array, ""] | None = None,
     ) -> Route:
         """Route every prompt of every row (Eq. 2 and 3).
 
         Args:
           params: this layer's router.
-          hidden: residual stream before the layer.
-          members: which tokens are the prompt of which record; no other token is looked at.
-          depth: layer index over L.
+          entering: the layer's input; only the prompts' tokens are looked at.
+          top_k: experts to choose, where a schedule says other than the settings.
         """
-        pooled = pool(hidden.astype(jnp.float32), members, self.pooler, params.pool)
-        if self.normalize:
-            pooled = pooled * jax.lax.rsqrt(jnp.mean(pooled**2, axis=-1, keepdims=True) + NORMALIZE_EPS)
-        activated = activate(pooled, self.activation, params, depth)
+        pooled, token_share = self.pooled(entering, params.pool)
+        features = limited = pooled
+        if self.features == "rms":
+            features = limited = scaled(pooled)
+        elif params.mean is not None and params.deviation is not None:
+            features = (pooled - params.mean[None, None]) / params.deviation[None, None]
+            limited = jnp.clip(features, -FEATURE_LIMIT, FEATURE_LIMIT)
+        activated = activate(limited, self.activation, params, entering.depth)
         logits = jnp.einsum("BZD,DE->BZE", activated, params.weight, precision=jax.lax.Precision.HIGHEST)
         probs = jax.nn.softmax(logits, axis=-1)
-        present = members.any(axis=-1)[..., None]
-        return Route(
-            weights=expert_weights(probs, self.top_k, self.gate),
-            probs=probs,
-            pooled_max=jax.lax.stop_gradient(jnp.max(jnp.abs(jnp.where(present, pooled, 0.0)))),
+        weights = expert_weights(
+            probs, self.top_k if top_k is None else top_k, self.gate, dense=self.dense, bias=params.bias
         )
+        present = entering.members.any(axis=-1)
+        seen = RouterInputs(
+            largest=jnp.where(present, jnp.abs(limited).max(axis=-1), 0.0),
+            spread=jnp.where(present, jnp.sqrt(jnp.mean(features**2, axis=-1)), 0.0),
+            token_share=None if token_share is None else jnp.where(present, token_share, 0.0),
+            sums=_sums(features, present) if self.standardizes else None,
+        )
+        return Route(weights=weights, probs=probs, seen=jax.lax.stop_gradient(seen))
+
+    def pooled(
+        self, entering: LayerInput, weight: Float[Array, " D"] | None
+    ) -> tuple[Float[Array, "B Z D"], Float[Array, "B Z"] | None]:
+        """One vector per prompt, and the attention pooler's largest share of a token.
+
+        Args:
+          weight: W_sa of the layer; None with the other poolers.
+        """
+        if not self.standardizes:
+            return pool(entering.hidden.astype(jnp.float32), entering.members, self.pooler, weight)
+        if weight is not None:
+            weight = weight * weight.shape[-1] ** -0.5
+        return pool(scaled(entering.normed.astype(jnp.float32)), entering.members, self.pooler, weight)
+
+
+FLOOR = 0.05
+"""Least deviation of a dimension, as a share of the root mean square of its layer's deviations: a dimension
+that hardly differs between prompts must not be blown up to weigh as much as the others."""
+
+LEAST = 1e-4
+"""Least deviation of all. What is pooled has unit root mean square: below this it is rounding."""
+
+
+def floored(deviation: Float[Array, "L D"]) -> Float[Array, "L D"]:
+    """Deviations of at least :data:`FLOOR` of their layer's, and :data:`LEAST`."""
+    of_layer = jnp.sqrt(jnp.mean(deviation**2, axis=-1, keepdims=True))
+    return jnp.maximum(deviation, jnp.maximum(FLOOR * of_layer, LEAST))
+
+
+def followed(params: RouterParams, moments: Float[Array, "L 2 D"], window: float) -> RouterParams:
+    """Statistics that have taken a step towards those of a batch of prompts, as running averages.
+
+    Training updates the adapter, and with it what the routers read: statistics of the frozen base alone would
+    come to say little of it.
+
+    Args:
+      moments: mean over the prompts of the features standardized by ``params``, and of their squares.
+      window: steps over which the averages reach back.
+    """
+    if params.mean is None or params.deviation is None:
+        raise ValueError("features that are not standardized have no statistics")
+    first, second = moments[:, 0], moments[:, 1]
+    share = 1.0 / window
+    moved = share * first
+    variance = 1.0 - share + share * (second - 2.0 * moved * first + moved**2)
+    deviation = floored(params.deviation * jnp.sqrt(jnp.maximum(variance, 0.0)))
+    mean = params.mean + params.deviation * moved
+    return dataclasses.replace(params, mean=mean, deviation=deviation)
+
+
+def _sums(features: Float[Array, "B Z D"], present: Bool[Array, "B Z"]) -> Float[Array, "2 D"]:
+    """``sums`` of :class:`milora_jax.types.RouterInputs`."""
+    here = jnp.where(present[..., None], features, 0.0)
+    return jnp.stack([here.sum(axis=(0, 1)), (here**2).sum(axis=(0, 1))])
+
+
+def scaled(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Vectors at unit root mean square."""
+    return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + NORMALIZE_EPS)
 
 
 def pool(
@@ -101,8 +203,9 @@ def pool(
     members: Bool[Array, "B Z T"],
     pooler: str,
     weight: Float[Array, " D"] | None,
-) -> Float[Array, "B Z D"]:
-    """One vector per prompt from its tokens' hidden states (section 3.3, Eq. 8).
+) -> tuple[Float[Array, "B Z D"], Float[Array, "B Z"] | None]:
+    """One vector per prompt from its tokens' vectors (section 3.3, Eq. 8), and the largest share of a token
+    where the pooler gives shares.
 
     A prompt without tokens (a filler row) gives a finite vector that nobody reads.
     """
@@ -110,13 +213,14 @@ def pool(
         scores = jnp.einsum("BTD,D->BT", hidden, weight, precision=jax.lax.Precision.HIGHEST)
         scores = jnp.where(members, scores[:, None, :], jnp.finfo(jnp.float32).min)
         shares = jax.nn.softmax(scores, axis=-1)
-        return jnp.einsum("BZT,BTD->BZD", shares, hidden, precision=jax.lax.Precision.HIGHEST)
+        pooled = jnp.einsum("BZT,BTD->BZD", shares, hidden, precision=jax.lax.Precision.HIGHEST)
+        return pooled, shares.max(axis=-1)
     if pooler == "mean":
         count = jnp.maximum(members.sum(axis=-1, keepdims=True), 1).astype(jnp.float32)
         total = jnp.einsum(
             "BZT,BTD->BZD", members.astype(jnp.float32), hidden, precision=jax.lax.Precision.HIGHEST
         )
-        return total / count
+        return total / count, None
     if pooler == "max":
         # One record at a time: a [B, Z, T, D] intermediate would be Z times the residual stream.
         lowest = jnp.finfo(jnp.float32).min
@@ -124,11 +228,11 @@ def pool(
             jnp.max(jnp.where(members[:, z, :, None], hidden, lowest), axis=1)
             for z in range(members.shape[1])
         ]
-        return jnp.where(members.any(axis=-1)[..., None], jnp.stack(best, axis=1), 0.0)
+        return jnp.where(members.any(axis=-1)[..., None], jnp.stack(best, axis=1), 0.0), None
     if pooler == "last":
         order = jnp.arange(members.shape[-1])[None, None, :]
         last = jnp.argmax(jnp.where(members, order, -1), axis=-1)
-        return jnp.take_along_axis(hidden, last[..., None], axis=1)
+        return jnp.take_along_axis(hidden, last[..., None], axis=1), None
     raise ValueError(f"unknown pooler {pooler!r}")
 
 
@@ -152,33 +256,62 @@ def activate(
     raise ValueError(f"unknown activation {activation!r}")
 
 
-def expert_weights(probs: Float[Array, "*B E"], top_k: int, gate: str) -> Float[Array, "*B E"]:
+def chosen_experts(scores: Float[Array, "*B E"], top_k: int | Int[Array, ""]) -> Float[Array, "*B E"]:
+    """1 for the ``top_k`` experts with the highest scores, 0 for the others; of equals the first ones.
+
+    ``top_k`` may be traced, so that a schedule compiles nothing anew.
+    """
+    order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
+    return (jnp.argsort(order, axis=-1) < top_k).astype(jnp.float32)
+
+
+def expert_weights(
+    probs: Float[Array, "*B E"],
+    top_k: int | Int[Array, ""],
+    gate: str,
+    *,
+    dense: bool = False,
+    bias: Float[Array, " E"] | None = None,
+) -> Float[Array, "*B E"]:
     """What each expert's output is multiplied by: non-zero for exactly the ``top_k`` most probable.
 
     ``softmax`` keeps the probabilities (Eq. 3 to the letter); ``renormalized`` makes the chosen ones
     sum to k; ``straight_through`` is exactly 1 forward with the gradient of the probability, so that
     k = 7 is plain LoRA.
+
+    Args:
+      dense: give the router the gradient of the experts that are not chosen as well (DenseMixer, Yao et al.
+        2025): their weight is 0 forward, with the gradient of the probability.
+      bias: added to the probabilities for the choice, and for nothing else (Wang et al. 2024, arXiv
+        2408.15664).
     """
-    _, chosen = jax.lax.top_k(probs, top_k)
-    mask = jax.nn.one_hot(chosen, probs.shape[-1], dtype=jnp.float32).sum(axis=-2)
+    still = jax.lax.stop_gradient(probs)
+    mask = chosen_experts(still if bias is None else still + jnp.broadcast_to(bias, still.shape), top_k)
+    change = probs - still
     if gate == "softmax":
-        return mask * probs
-    if gate == "renormalized":
+        weights = mask * probs
+    elif gate == "renormalized":
         kept = mask * probs
-        return top_k * kept / kept.sum(axis=-1, keepdims=True)
-    if gate == "straight_through":
-        return mask * (1.0 + (probs - jax.lax.stop_gradient(probs)))
-    raise ValueError(f"unknown gate {gate!r}")
+        weights = top_k * kept / kept.sum(axis=-1, keepdims=True)
+    elif gate == "straight_through":
+        weights = mask * (1.0 + change)
+    else:
+        raise ValueError(f"unknown gate {gate!r}")
+    return weights + (1.0 - mask) * change if dense else weights
 
 
-def first_choices(probs: Float[Array, "*L B Z E"], present: Bool[Array, "B Z"]) -> Float[Array, "*L E"]:
+def first_choices(
+    probs: Float[Array, "*L B Z E"], present: Bool[Array, "B Z"], prompts: Int[Array, ""] | None = None
+) -> Float[Array, "*L E"]:
     """``f_i`` of Eq. 5: the share of the prompts whose most probable expert is i, per layer; no gradient.
 
     Args:
       present: false for rows and segments that hold no prompt.
+      prompts: see :func:`load_balance`.
     """
     first = jax.nn.one_hot(jnp.argmax(probs, axis=-1), probs.shape[-1], dtype=jnp.float32)
-    return jax.lax.stop_gradient(_mean_of_present(first, present, present.sum()))
+    count = present.sum() if prompts is None else prompts
+    return jax.lax.stop_gradient(_mean_of_present(first, present, count))
 
 
 def load_balance(

@@ -30,6 +30,7 @@ from milora_jax.adapters.low_rank import (
     widen,
 )
 from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
+from milora_jax.adapters.routing import ExpertUse
 from milora_jax.config import COEFFICIENTS
 from milora_jax.errors import one_of, require
 from milora_jax.shapes import Array, Bool, Float, Int, Key
@@ -140,10 +141,16 @@ class SSP(TunedPairs):
         return Structure(settled=jnp.zeros((), bool), chosen=jnp.zeros(params.openness.shape, bool))
 
     def after_update(
-        self, params: SSPParams, grads: PyTree, memory: Structure, step: Int[Array, ""], total_steps: int
+        self,
+        params: SSPParams,
+        grads: PyTree,
+        memory: Structure,
+        step: Int[Array, ""],
+        total_steps: int,
+        use: ExpertUse | None = None,
     ) -> tuple[SSPParams, Structure]:
         """Decide the structure once the search is over: the most probable positions within the budget."""
-        del grads
+        del grads, use
         over = step > round(self.search_share * total_steps)
         fresh = within_budget(params.openness, _shares(params.pairs))
         chosen = jnp.where(over & ~memory.settled, fresh, memory.chosen)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import Adapter, ProjectionGroup
+from milora_jax.adapters.protocol import Adapter, LayerInput, ProjectionGroup
 from milora_jax.base import ops
 from milora_jax.base.attention import Attend, attention
 from milora_jax.base.cache import BeamCache, BeamLayerCache, KVCache, LayerCache
@@ -22,7 +22,7 @@ from milora_jax.base.modules import Base, JoinedLayer, Layer, unroll
 from milora_jax.base.sight import Sight, scoring_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int, Key
-from milora_jax.types import GROUPS, KEPT, PyTree, Route, kept, unstack_layers
+from milora_jax.types import GROUPS, KEPT, PyTree, Route, kept, stack_layers, unstack_layers
 
 POLICIES = {
     "products": jax.checkpoint_policies.save_only_these_names(KEPT),
@@ -39,11 +39,13 @@ class Output:
       hidden: residual stream after the final norm; ``unembed`` turns it into logits.
       route: the route, ``[L, B, Z, E]``, if this pass computed it.
       cache: the cache with this pass's tokens in it, if one was given.
+      inspected: what ``inspect`` gave of each layer's input, on a leading layer axis.
     """
 
     hidden: Float[Array, "B T D"]
     route: Route | None
     cache: KVCache | BeamCache | None
+    inspected: PyTree = None
 
 
 def adapter_decode_layout(adapter: Adapter, base: Base) -> Adapter:
@@ -80,6 +82,8 @@ def forward(
     prompt_mask: Bool[Array, "B T"] | None = None,
     prompts: int = 1,
     route_weights: PyTree = None,
+    top_k: Int[Array, ""] | None = None,
+    inspect: Callable[[LayerInput], PyTree] | None = None,
     cache: KVCache | BeamCache | None = None,
     cache_slots: int = 0,
     key: Key[Array, ""] | None = None,
@@ -100,6 +104,8 @@ def forward(
       prompt_mask: which tokens belong to prompts.
       prompts: Z, the most records packed into one row.
       route_weights: weights of an earlier pass, ``[L, B, Z, E]`` or a tuple of L ``[B, Z, E]``.
+      top_k: experts that a route holds, where a schedule says other than the method.
+      inspect: asked about what enters each layer, for measuring; needs ``prompt_mask``.
       cache: keys and values of earlier tokens; this pass's are appended, row by row. Every token counts:
         there is no padding in such a pass.
       cache_slots: S of the cache that a first pass is to fill, at least P + T; 0 for none. Its rows
@@ -124,14 +130,18 @@ def forward(
         sight = Sight.of(config, positions, segment_ids, prompts, prefix_length, cache)
     slides = config.slides
 
-    def run_layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Route | None, Any]]:
+    def run_layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Route | None, Any, Any]]:
         index, sliding, layer, params, weights, layer_cache = inputs
         sliding = slides[0] if sliding is None else sliding
-        route = prefix = None
+        route = prefix = inspected = None
+        if members is not None:
+            normed = _norm(config, hidden, layer.norms.attention)
+            depth = index.astype(jnp.float32) / config.num_layers
+            entering = LayerInput(hidden, normed, members, depth)
+            inspected = None if inspect is None else inspect(entering)
         if method is not None and members is not None:
             with jax.named_scope("route"):
-                depth = index.astype(jnp.float32) / config.num_layers
-                route = method.route(params, hidden, members, depth)
+                route = method.route(params, entering, top_k)
             with jax.named_scope("prefix"):
                 prefix = method.prefix(params, hidden, members, lambda soft: keys_of(config, layer, soft))
         if route is not None:
@@ -147,7 +157,7 @@ def forward(
         hidden, new = block(config, adapted, hidden, sight.angles(sliding), attend_own, past, prefix)
         if cache is None:
             new = new.padded(cache_slots) if cache_slots else None
-        return hidden, (route, new)
+        return hidden, (route, new, inspected)
 
     inputs = (
         jnp.arange(config.num_layers) if not base.unrolled else _indices(config.num_layers),
@@ -164,14 +174,14 @@ def forward(
     layer_step = run_layer
     if remat in POLICIES:
         layer_step = jax.checkpoint(run_layer, policy=POLICIES[remat], prevent_cse=base.unrolled)
-    hidden, (route, layers) = _over_layers(layer_step, hidden, inputs, base.unrolled)
+    hidden, (route, layers, inspected) = _over_layers(layer_step, hidden, inputs, base.unrolled)
     hidden = _norm(config, hidden, base.final_norm)
     if cache is not None:
         cache = cache.after(layers, tokens.shape[1])
     elif cache_slots:
         written = prompts * prefix_length + (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
         cache = KVCache(layers=layers, length=written)
-    return Output(hidden=hidden, route=route, cache=cache)
+    return Output(hidden=hidden, route=route, cache=cache, inspected=inspected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,14 +319,14 @@ def _per_token(weights: Array | None, segment_ids: Array) -> Array | None:
 def _over_layers(step: Callable, carry: Array, inputs: tuple, unrolled: bool) -> tuple[Array, Any]:
     """Run ``step`` over the layers: ``lax.scan`` on stacked trees, a Python loop on tuples.
 
-    Both give ``(carry, outputs)`` with the routes stacked; a tuple of caches stays a tuple.
+    Both give ``(carry, outputs)`` with the routes and what was inspected stacked; a tuple of caches stays
+    a tuple.
     """
     if not unrolled:
         return jax.lax.scan(step, carry, inputs)
-    routes, caches = [], []
+    routes, caches, inspected = [], [], []
     for i in range(len(inputs[0])):
-        carry, (route, cache) = step(carry, tuple(None if part is None else part[i] for part in inputs))
-        routes.append(route)
-        caches.append(cache)
-    route = None if routes[0] is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *routes)
-    return carry, (route, tuple(caches))
+        carry, found = step(carry, tuple(None if part is None else part[i] for part in inputs))
+        for values, value in zip((routes, caches, inspected), found, strict=True):
+            values.append(value)
+    return carry, (stack_layers(tuple(routes)), tuple(caches), stack_layers(tuple(inspected)))

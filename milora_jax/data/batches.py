@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from milora_jax.data.tokens import Example
+from milora_jax.shapes import Bool
 from milora_jax.types import Batch
 
 ORDER_STREAM = 2
@@ -60,6 +61,17 @@ def collate(packed: Sequence[Sequence[Example]], length: int, pad_id: int, rows:
             batch.loss_mask[row, middle:end] = True
             start = end
     return batch
+
+
+def prompts_present(packed: Sequence[Sequence[Example]], rows: int, prompts: int) -> Bool[np.ndarray, "B Z"]:
+    """Which places of the batch that :func:`collate` makes hold a prompt.
+
+    Args:
+      rows: B, at least the number of rows given.
+      prompts: Z, the most examples of a row.
+    """
+    filled = [len(row) for row in packed] + [0] * (rows - len(packed))
+    return np.arange(prompts)[None, :] < np.array(filled)[:, None]
 
 
 def collate_prompts(prompts: Sequence[Sequence[int]], length: int, pad_id: int, rows: int) -> Batch:

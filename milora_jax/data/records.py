@@ -53,6 +53,7 @@ class Record:
       references: texts that are each a right answer, for the measures of free text; empty where the row
         lists none, and ``output`` is the only one.
       where: file and line of the row, for errors; no part of what the record says.
+      source: name of the data set that it comes from; no part of it either.
     """
 
     instruction: str
@@ -62,6 +63,7 @@ class Record:
     messages: tuple[Message, ...] = ()
     references: tuple[str, ...] = ()
     where: str = field(default="", compare=False)
+    source: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def read_records(source: Source, scored: bool = False) -> list[Record]:
       UserError: naming the file and line of the first row that is malformed or incomplete.
     """
     records = [
-        replace(record, where=where)
+        replace(record, where=where, source=source.name)
         for row, where in rows_of(source.location)
         for record in _records(mapped_row(_object(row, where), source.columns, where), where, scored)
     ]
@@ -246,7 +248,7 @@ def fingerprint(records: list[Record], template: str = "") -> str:
     digest = hashlib.sha256(template.encode())
     for record in records:
         values = asdict(record)
-        del values["where"]
+        del values["where"], values["source"]
         for name in ("messages", "references"):
             if not values[name]:
                 del values[name]  # a run whose records had no such field can be continued

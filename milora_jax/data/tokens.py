@@ -27,10 +27,12 @@ class Example:
     Attributes:
       tokens: int32 ids of prompt, response and end-of-sequence token.
       prompt_length: how many of them are the prompt.
+      source: name of the data set that it comes from.
     """
 
     tokens: np.ndarray
     prompt_length: int
+    source: str = ""
 
 
 def load_tokenizer(path: str) -> Any:
@@ -113,7 +115,7 @@ def encode_example(
         prompt = encode_question(tokenizer, record, prompt_format)
         response = [*encode_prompt(tokenizer, record.output, "none"), eos_ids[0]]
     tokens = np.array([*prompt, *response], np.int32)
-    return Example(tokens, len(prompt)) if len(tokens) <= max_length else None
+    return Example(tokens, len(prompt), record.source) if len(tokens) <= max_length else None
 
 
 def encode_records(

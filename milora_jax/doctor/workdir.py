@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
+
+import numpy as np
 
 from milora_jax.adapters.registry import build_method, full_settings
 from milora_jax.config import Config
@@ -12,7 +15,8 @@ from milora_jax.doctor.subject import Subject
 from milora_jax.errors import UserError
 from milora_jax.storage.adapters import best_metadata, newest_step
 from milora_jax.storage.verify import findings, step_folders
-from milora_jax.training.workdir import differences
+from milora_jax.training.health import blindness, remedy, saturation
+from milora_jax.training.workdir import METRICS_NAME, differences
 
 
 def workdir_findings(subject: Subject) -> Iterator[Finding]:
@@ -39,6 +43,7 @@ def workdir_findings(subject: Subject) -> Iterator[Finding]:
             do = f"put a good copy back, or delete {folder}"
             yield Finding(FAIL, "checkpoints", f"{name}: {line}; {do}")
     yield from guarded("best", lambda: _best_findings(subject))
+    yield from guarded("routers", lambda: _router_findings(subject))
 
 
 def _best_findings(subject: Subject) -> Iterator[Finding]:
@@ -52,6 +57,27 @@ def _best_findings(subject: Subject) -> Iterator[Finding]:
     perplexity = best_metadata(workdir).get("dev_perplexity")
     step = newest_step(workdir)[1]
     yield Finding(OK, "best", f"the adapter of step {step}, dev perplexity {perplexity}")
+
+
+def _router_findings(subject: Subject) -> Iterator[Finding]:
+    """What the last dev evaluation said of the routers."""
+    if subject.workdir is None or not (path := subject.workdir / METRICS_NAME).is_file():
+        return
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a kill may have torn the last line
+    lines = [json.loads(line) for line in whole.splitlines()]
+    seen = [line for line in lines if line.get("route_common")]
+    if not seen:
+        return
+    last, settings = seen[-1], subject.config.adapter
+    common, token_share = np.array(last["route_common"]), last.get("pooler_share")
+    said = f"step {last['step']}: "
+    if wrong := blindness(common) or saturation(None if token_share is None else np.array(token_share)):
+        yield Finding(WARN, "routers", f"{said}{wrong}; {remedy(full_settings(build_method(settings)))}")
+        return
+    mean = f"{common.mean():.0%} of the dev prompts have a layer's commonest route, mean over layers"
+    spread = f"features {np.mean(last['feature_spread']):.2f} times as spread as they were measured"
+    measured = settings.features == "standardized"
+    yield Finding(OK, "routers", said + (f"{mean}; {spread}" if measured else mean))
 
 
 def settings_finding(kept: Config, given: Config) -> Finding:

@@ -153,7 +153,7 @@ def response_losses(
     Args:
       responses: the encoded outputs, by task.
     """
-    adapter = _for_decoding(run, base, adapter)
+    adapter = None if adapter is None else for_decoding(run, base, adapter)
     rows = run.config.eval.batch_size
     return {
         task: response_loss(base, run.model, adapter, each, rows, place=run.place, advance=advance)
@@ -171,7 +171,7 @@ def score_tests(
       adapter: as loaded from the disk; it is laid out over the run's devices here.
       advance: called with the number of rows each time some are answered.
     """
-    adapter = _for_decoding(run, base, adapter)
+    adapter = None if adapter is None else for_decoding(run, base, adapter)
     # Every device takes as many prompts as the others; on more devices than PREFILL_ROWS, one each.
     prefill_rows = run.mesh.size * max(1, PREFILL_ROWS // run.mesh.size)
     return [
@@ -192,10 +192,8 @@ def score_tests(
     ]
 
 
-def _for_decoding(run: Run, base: Base, adapter: Adapter | None) -> Adapter | None:
+def for_decoding(run: Run, base: Base, adapter: Adapter) -> Adapter:
     """An adapter as loaded from the disk, over the run's devices and in the decode layout."""
-    if adapter is None:
-        return None
     placed: Adapter = jax.device_put(adapter, state_shardings(run.mesh, run.rules, adapter))
     return adapter_decode_layout(placed, base)
 

@@ -96,6 +96,7 @@ def log_likelihoods(
     passages: Sequence[Passage],
     rows: int,
     *,
+    routes: Float[np.ndarray, "N L E"] | None = None,
     place: Callable[[Batch], Batch] = jax.device_put,
 ) -> Iterator[dict[int, Likelihood]]:
     """Score passages, the longest first, batch by batch.
@@ -107,6 +108,7 @@ def log_likelihoods(
       base: in the decode layout.
       adapter: in the decode layout; None scores with the plain base.
       passages: each at most one token longer than ``config.max_positions``: the last is only predicted.
+      routes: routing weights of the passages, in place of those that the adapter's routers would choose.
       place: puts a batch on the devices.
 
     Yields:
@@ -124,8 +126,12 @@ def log_likelihoods(
         length = bucket_of(len(group[0].tokens) - 1, config.max_positions)
         # A batch that is not full repeats its last passage: a row without a prompt has no route.
         batch, targets = _collate([*group, *[group[-1]] * (rows - len(group))], length)
+        forced = None
+        if routes is not None:
+            filled = routes[[*places, *[places[-1]] * (rows - len(group))]]
+            forced = tuple(jnp.asarray(filled[:, None, layer]) for layer in range(config.num_layers))
         sums, greedy = jax.device_get(
-            score(base, adapter, place(batch), jnp.asarray(targets), config=config, spread=spread)
+            score(base, adapter, place(batch), jnp.asarray(targets), forced, config=config, spread=spread)
         )
         yield {i: Likelihood(float(sums[n]), bool(greedy[n])) for n, i in enumerate(places)}
 
@@ -157,6 +163,8 @@ def score(
     adapter: Adapter | None,
     batch: Batch,
     targets: Int[Array, "B T"],
+    routes: tuple[Float[Array, "B 1 E"], ...] | None = None,
+    *,
     config: ModelConfig,
     spread: Spread | None = None,
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
@@ -165,6 +173,7 @@ def score(
 
     Args:
       targets: the token that each token is to predict.
+      routes: routing weights of each layer; None lets the adapter's routers choose.
     """
     output = forward(
         base,
@@ -173,7 +182,8 @@ def score(
         batch.positions,
         batch.segment_ids,
         adapter=adapter,
-        prompt_mask=batch.prompt_mask,
+        prompt_mask=batch.prompt_mask if routes is None else None,
+        route_weights=routes,
         attend=functools.partial(attention, spread=spread),
     )
     rows, length = targets.shape

@@ -22,7 +22,8 @@ HEALTH_CAPTION = (
     "Leading expert: the largest share of prompts with one and the same first choice; the dotted line is "
     "an even spread, 1 a router that has collapsed. Margin: by how much of the probability the last chosen "
     "expert is ahead of the first left out. Changed: choices, of a layer for a prompt, that were others the "
-    "time before."
+    "time before. Commonest route: prompts with one and the same set of experts; 1 is a router that does "
+    "not see the prompt. Pooler: the largest share of one token in a prompt, mean over prompts."
 )
 
 TITLE_SIZE, LABEL_SIZE, CAPTION_SIZE = 12.0, 9.0, 8.0
@@ -272,18 +273,23 @@ def plot_health(path: Path, metrics: Path) -> bool:
 
     steps = [line["step"] for line in seen]
     layers = len(seen[0]["route_entropy"])
-    figure = new_figure(11.0, 5.6)
-    panels = figure.subplots(2, 2)
+    figure = new_figure(15.0, 5.6)
+    panels = figure.subplots(2, 3)
     colors = colormaps["viridis"](np.linspace(0.0, 0.9, layers))
     largest = [np.max(line["expert_first"], axis=1) for line in seen]
     changed = [line["route_changed"] for line in seen]
     curves = (
         (panels[0, 0], [line["route_entropy"] for line in seen], "entropy (nats)", 2.0),
         (panels[0, 1], largest, "share of the leading expert", 1.0),
+        # A log that an earlier version began has no such figures at first.
+        (panels[0, 2], [line.get("route_common") for line in seen], "commonest route", 1.0),
+        (panels[1, 2], [line.get("pooler_share") for line in seen], "pooler: leading token", 1.0),
     )
     for panel, values, label, top in curves:
-        for layer in range(layers):
-            panel.plot(steps, [v[layer] for v in values], color=colors[layer], marker="o", markersize=3)
+        known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+        for layer in range(layers if known else 0):
+            its = [value[layer] for _, value in known]
+            panel.plot([step for step, _ in known], its, color=colors[layer], marker="o", markersize=3)
         panel.set(ylabel=label, ylim=(0.0, 1.05 * top))
     panels[0, 0].axhline(np.log(len(EXPERTS)), color="gray", linestyle=":", linewidth=1)
     panels[0, 1].axhline(1 / len(EXPERTS), color="gray", linestyle=":", linewidth=1)

@@ -25,7 +25,7 @@ from milora_jax.evaluation.static_route import modal_route
 from milora_jax.generation.engine import bucket_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float
-from milora_jax.training.health import routing_health
+from milora_jax.training.health import decisions
 from milora_jax.types import EXPERTS, LETTERS, Batch
 
 PAPER_LIMIT = 0.30
@@ -171,12 +171,10 @@ def letters_of(route: Float[np.ndarray, "L E"]) -> str:
 def measure(task: str, routes: Routes) -> TaskRouting:
     """Measure the routes of one task's prompts."""
     chosen = routes.weights != 0
-    health = routing_health(routes.probs.swapaxes(0, 1), chosen.swapaxes(0, 1), None)
     top_k = int(chosen[0, 0].sum())
+    entropy, margin = decisions(routes.probs.swapaxes(0, 1), top_k)
     agreement = modal_route(list(routes.weights)).share
-    return TaskRouting(
-        task, len(chosen), top_k, health.share / top_k, health.entropy, health.margin, agreement
-    )
+    return TaskRouting(task, len(chosen), top_k, chosen.mean(axis=0) / top_k, entropy, margin, agreement)
 
 
 def distance(one: Float[np.ndarray, "L E"], other: Float[np.ndarray, "L E"]) -> float:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
+
+from milora_jax.shapes import Float
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -22,23 +26,91 @@ class Interval:
     high: float
 
 
-def paired_difference(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> Interval:
-    """``ours - theirs``, paired by task and seed, averaged over tasks.
+@dataclass(frozen=True)
+class Sample:
+    """Values of the test rows of one task, under several seeds.
 
-    The bootstrap resamples seeds, each with all its tasks: a model trained on the mix answers all of
-    them, and single-task runs of a seed share their initialisation. The tasks are the study's, not a
-    sample of tasks, so the interval speaks of other seeds on these tasks and these test rows. With
-    five seeds a percentile interval covers the truth in about 83 % of cases instead of 95 %.
+    The mean of a task is the sum of the values over that of the weights: with ``correct`` as values and
+    weights of 1 it is the accuracy, with log-likelihoods and response tokens the loss of a token.
+
+    Attributes:
+      values: by seed and row.
+      weights: of the rows, whatever the seed.
+    """
+
+    values: Float[np.ndarray, "S N"]
+    weights: Float[np.ndarray, " N"]
+
+    @property
+    def mean(self) -> float:
+        """Of the task, over all seeds."""
+        return float(self.values.sum(axis=1).mean() / self.weights.sum())
+
+
+class Difference(NamedTuple):
+    """How much more one method has than another.
+
+    Attributes:
+      absolute: in the unit of the values.
+      relative: as a share of what the other has.
+    """
+
+    absolute: Interval
+    relative: Interval
+
+
+def paired_difference(ours: Mapping[str, Sample], theirs: Mapping[str, Sample]) -> Difference:
+    """``ours - theirs`` of the unweighted mean over tasks, paired by task, seed and test row.
+
+    A bootstrap at two levels, crossed (Owen 2007, "The pigeonhole bootstrap"): seeds are drawn anew, each
+    with all its tasks, since a model trained on the mix answers all of them and single-task runs of a seed
+    share their initialisation; and the test rows of each task are drawn anew, the same for both methods and
+    for all seeds. The interval speaks of other seeds and of other rows of these tasks; the tasks are no
+    sample. The draws are the same in every call. With ten seeds the interval covers the truth in 91 % of
+    cases where the seeds are all that varies, and in 95 % or more where rows do; with five seeds in 83 %
+    and 93 %.
 
     Args:
-      ours, theirs: per task the values of the same seeds in the same order.
+      ours, theirs: by task, with the same seeds and rows in the same order. Where a value is not finite,
+        neither are the intervals.
     """
-    rng = np.random.default_rng(0)
-    by_seed = np.mean([np.subtract(values, theirs[task]) for task, values in ours.items()], axis=0)
-    picks = rng.integers(0, len(by_seed), (RESAMPLES, len(by_seed)))
+    seeds = len(next(iter(ours.values())).values)
+    drawn = _draws(seeds, 0)
+    means = []
+    for side in (ours, theirs):
+        exact = np.mean([sample.mean for sample in side.values()])
+        if not math.isfinite(exact):
+            nothing = Interval(math.nan, math.nan, math.nan)
+            return Difference(nothing, nothing)
+        resampled = np.zeros(RESAMPLES)
+        for place, sample in enumerate(side.values(), 1):
+            rows = _draws(len(sample.weights), place)
+            values, weights = sample.values.astype(np.float32), sample.weights.astype(np.float32)
+            by_seed = values @ rows.T / (rows @ weights)  # [S, RESAMPLES]
+            resampled += (drawn.T * by_seed).sum(axis=0) / seeds / len(side)
+        means.append((exact, resampled))
+    (our_mean, our_draws), (their_mean, their_draws) = means
+    with np.errstate(divide="ignore", invalid="ignore"):  # none at all of something has no percentage
+        relative = _interval(np.divide(our_mean, their_mean) - 1, our_draws / their_draws - 1)
+    return Difference(_interval(our_mean - their_mean, our_draws - their_draws), relative)
+
+
+def _interval(mean: float, draws: Float[np.ndarray, " R"]) -> Interval:
+    """A percentile interval."""
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(by_seed[picks].mean(axis=1), [tail, 100 - tail])
-    return Interval(float(by_seed.mean()), float(low), float(high))
+    low, high = np.percentile(draws, [tail, 100 - tail])
+    return Interval(float(mean), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(count: int, stream: int) -> Float[np.ndarray, "R count"]:
+    """How often each of ``count`` things is drawn, in each of :data:`RESAMPLES` draws with replacement.
+
+    Args:
+      stream: draws of another one are independent.
+    """
+    rng = np.random.default_rng([stream, count])
+    return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float32)
 
 
 def wilson_interval(correct: int, total: int) -> Interval:

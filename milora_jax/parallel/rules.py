@@ -86,7 +86,10 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "weight": ("layers", None, None),
     "numerator": ("layers", None),
     "denominator": ("layers", None),
-    **dict.fromkeys(("step", "key", "bad_steps", "count", "omega_rate", "theta_rate", "settled"), ()),
+    **dict.fromkeys(("mean", "deviation", "bias", "first"), ("layers", None)),
+    **dict.fromkeys(
+        ("step", "steps", "key", "bad_steps", "count", "omega_rate", "theta_rate", "settled"), ()
+    ),
 }
 """Logical axes of every leaf of an adapter and of a training state, by the last name on its path.
 

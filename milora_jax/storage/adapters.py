@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from milora_jax.adapters.protocol import Adapter, Method, Shape, abstract_params
-from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
+from milora_jax.adapters.registry import adapter_shape, build_method, full_settings, stored_settings
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
-from milora_jax.config import QUANTIZE, Config
+from milora_jax.config import QUANTIZE
 from milora_jax.errors import UserError, one_of
 from milora_jax.prompt_format import UNSTORED, PromptFormat, stored_prompt_format
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata
@@ -84,7 +84,7 @@ def _read_step(path: Path) -> tuple[Adapter, dict[str, Any]]:
     root = directory.root
     metadata = checked_metadata(read_metadata(root, step), str(root / str(step)))
     shape = read_shape(metadata["shape"], str(root))
-    method = build_method(Config.from_dict({"adapter": metadata["adapter"]}).adapter)
+    method = build_method(stored_settings(metadata["adapter"]))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),

@@ -18,10 +18,10 @@ from milora_jax.adapters.dora import Decomposed
 from milora_jax.adapters.low_rank import LowRank, LowRankMethod
 from milora_jax.adapters.milora import MiLoRA, MiLoRAParams
 from milora_jax.adapters.protocol import Adapter, Method, Shape
-from milora_jax.adapters.registry import build_method, full_settings
+from milora_jax.adapters.registry import before_features, build_method, full_settings, stored_settings
 from milora_jax.adapters.router import NORMALIZE_EPS
 from milora_jax.base.json_files import parse_json_object
-from milora_jax.config import QUANTIZE, Config
+from milora_jax.config import QUANTIZE
 from milora_jax.errors import UserError
 from milora_jax.prompt_format import stored_prompt_format
 from milora_jax.storage.adapter_tensors import parse_tensors, write_tensors
@@ -48,11 +48,12 @@ EXPERTS_FILE = "experts.safetensors"
 ROUTER_FILE = "router.safetensors"
 FILES = (CONFIG_FILE, EXPERTS_FILE, ROUTER_FILE)
 
-FORMAT = 2
-"""Version of the directory's layout that is written. Version 1, which is read as well, has no
-``prompt_format``: an older reader, which would write prompts in one way only, refuses version 2."""
+FORMAT = 3
+"""Version of the directory's layout that is written. Version 1 has no ``prompt_format``; version 2 has
+routers with ``normalize`` in place of ``features`` and the settings that came with them. Both are read; an
+older reader, which would compute another route, refuses version 3."""
 
-READ = (1, 2)
+READ = (1, 2, 3)
 
 RECORDS: dict[str, type[Record]] = {
     "milora": LowRank,
@@ -189,20 +190,23 @@ def parse_config(values: dict[str, Any], where: str) -> tuple[LowRankMethod, Sha
     if values["format"] > 1 and values["prompt_format"] is None:
         raise UserError(f"{where}: prompt_format is null")
     stored_prompt_format(values.get("prompt_format"), where)
-    return read_method(values["adapter"], where), read_shape(values["shape"], where), values
+    method = read_method(values["adapter"], where, values["format"])
+    return method, read_shape(values["shape"], where), values
 
 
-def read_method(values: Any, where: str) -> LowRankMethod:
-    """The method whose settings an exported file holds, every one of them written out."""
+def read_method(values: Any, where: str, form: int = FORMAT) -> LowRankMethod:
+    """The method whose settings an exported file of a format holds, every one of them written out."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: adapter is {values!r}, expected an object")
     try:
-        settings = Config.from_dict({"adapter": values}).adapter
+        settings = stored_settings(values)
         method = build_method(settings)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if method.name not in RECORDS or not isinstance(method, LowRankMethod):
         raise UserError(f"{where}: method is {method.name!r}, expected one of {', '.join(RECORDS)}")
+    if before_features(values) != (form < 3 and method.routes):
+        raise UserError(f"{where}: the settings of method {method.name!r} are not those of format {form}")
     if full_settings(method) != settings:
         raise UserError(f"{where}: the settings of method {method.name!r} are not complete")
     return method

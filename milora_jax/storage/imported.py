@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import jax
 from milora_jax.adapters.low_rank import init_pairs
 from milora_jax.adapters.milora import MiLoRA, MiLoRAParams
 from milora_jax.adapters.protocol import Adapter
-from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.adapters.registry import METHOD_CLASSES, adapter_shape, build_method
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.config import AdapterSection
@@ -82,9 +83,10 @@ def import_peft(source: Path, base: Path, out: Path, method: str = "", seed: int
         fresh = init_pairs(pairs_key, shape, settings.rank)
         pairs = {module: pairs.get(module, fresh[module]) for module in EXPERTS}
         said.append(f"no pairs for {', '.join(missing)}: theirs are fresh and change nothing")
-    built = build_method(
-        AdapterSection(method=name, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout)
-    )
+    section = AdapterSection(method=name, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout)
+    if METHOD_CLASSES[name].routes:
+        section = dataclasses.replace(section, features="rms")  # there are no prompts to measure others on
+    built = build_method(section)
     params = pairs
     if isinstance(built, MiLoRA):
         params = MiLoRAParams(pairs, built.router.init(router_key, shape.num_layers, shape.hidden_size))

@@ -71,6 +71,10 @@ def router_shapes(shape: Shape, router: Router) -> Shapes:
         leaves["pool"] = (shape.hidden_size,)
     if router.activation == "rational":
         leaves |= {"numerator": (7,), "denominator": (5,)}
+    if router.standardizes:
+        leaves |= {"mean": (shape.hidden_size,), "deviation": (shape.hidden_size,)}
+    if router.biased:
+        leaves["bias"] = (len(EXPERTS),)
     return {
         router_name(layer, leaf): size for layer in range(shape.num_layers) for leaf, size in leaves.items()
     }
@@ -121,12 +125,10 @@ def stacked_router(tensors: Mapping[str, np.ndarray], shape: Shape, router: Rout
         leaf: jnp.asarray(np.stack([tensors[router_name(i, leaf)].T for i in range(shape.num_layers)]))
         for leaf in given
     }
-    return RouterParams(
-        weight=leaves["weight"],
-        pool=leaves.get("pool"),
-        numerator=leaves.get("numerator"),
-        denominator=leaves.get("denominator"),
-    )
+    if "deviation" in leaves and not (leaves["deviation"] > 0).all():
+        raise UserError("a deviation of the router's features is not above 0")
+    others = {field.name: leaves.get(field.name) for field in dataclasses.fields(RouterParams)}
+    return RouterParams(**{**others, "weight": leaves["weight"]})
 
 
 def changes_nothing(tensors: Mapping[str, np.ndarray]) -> bool:

@@ -57,6 +57,17 @@ def attach(model: Any, directory: str | Path) -> Reader:
     return Reader(model, config, experts, router)
 
 
+FEATURE_LIMIT = 3.0
+"""Standardized features lie within plus and minus this."""
+
+
+def full_values(settings: dict) -> dict:
+    """The settings of an adapter as a file of any format holds them, by today's names."""
+    if settings.get("features") is not None:
+        return settings
+    return {**settings, "features": "rms" if settings["normalize"] else "raw", "balance": "loss"}
+
+
 class Reader:
     """The hooks that make a transformers model compute with its adapter.
 
@@ -66,7 +77,8 @@ class Reader:
     """
 
     def __init__(self, model: Any, config: dict, experts: dict, router: dict) -> None:
-        self.settings = config["adapter"]
+        self.model = model
+        self.settings = full_values(config["adapter"])
         self.prompt_format = stored_prompt_format(config.get("prompt_format"), "milora_config.json")
         self.eps, self.layers = config["normalize_eps"], config["shape"]["num_layers"]
         self.router, self.weights = router, {}
@@ -120,13 +132,12 @@ class Reader:
         """Weights ``[rows, 7]`` of a layer's experts (Eq. 2 and 3), from the prompt ``[rows, tokens, D]``."""
         import torch
 
-        weight = self.router[f"layers.{layer}.router.weight"]
-        pooled = self._pool(layer, hidden.float())
-        if self.settings["normalize"]:
-            pooled = pooled / torch.sqrt((pooled * pooled).mean(-1, keepdim=True) + self.eps)
-        logits = self._activate(layer, pooled) @ weight.T
+        weight = self._leaf(layer, "weight")
+        logits = self._activate(layer, self._features(layer, hidden)) @ weight.T
         probs = torch.softmax(logits, dim=-1)
-        values, chosen = torch.topk(probs, self.settings["top_k"], dim=-1)
+        scores = probs + self._leaf(layer, "bias") if self.settings["balance"] == "bias" else probs
+        chosen = torch.topk(scores, self.settings["top_k"], dim=-1).indices
+        values = probs.gather(-1, chosen)
         gate = self.settings["gate"]
         if gate == "straight_through":
             values = torch.ones_like(values)
@@ -134,13 +145,34 @@ class Reader:
             values = self.settings["top_k"] * values / values.sum(-1, keepdim=True)
         return torch.zeros_like(probs).scatter(-1, chosen, values)
 
-    def _pool(self, layer: int, hidden: Any) -> Any:
+    def _leaf(self, layer: int, name: str) -> Any:
+        return self.router[f"layers.{layer}.router.{name}"]
+
+    def _scaled(self, x: Any) -> Any:
+        """At unit root mean square."""
+        import torch
+
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps)
+
+    def _features(self, layer: int, hidden: Any) -> Any:
+        """What the activation reads, ``[rows, D]``."""
+        kind = self.settings["features"]
+        if kind == "standardized":
+            norm = getattr(self.model.model.layers[layer], "input_layernorm", None)
+            normed = hidden if norm is None else norm(hidden)
+            pooled = self._pool(layer, self._scaled(normed.float()), hidden.shape[-1] ** -0.5)
+            z = (pooled - self._leaf(layer, "mean")) / self._leaf(layer, "deviation")
+            return z.clamp(-FEATURE_LIMIT, FEATURE_LIMIT)
+        pooled = self._pool(layer, hidden.float())
+        return self._scaled(pooled) if kind == "rms" else pooled
+
+    def _pool(self, layer: int, hidden: Any, scale: float = 1.0) -> Any:
         """One vector per prompt (section 3.3; Eq. 8 for attention)."""
         import torch
 
         pooler = self.settings["pooler"]
         if pooler == "attention":
-            shares = torch.softmax(hidden @ self.router[f"layers.{layer}.router.pool"], dim=1)
+            shares = torch.softmax(hidden @ self._leaf(layer, "pool") * scale, dim=1)
             return (shares[:, :, None] * hidden).sum(1)
         return {"mean": hidden.mean(1), "max": hidden.amax(1), "last": hidden[:, -1]}[pooler]
 
@@ -150,7 +182,7 @@ class Reader:
 
         name = self.settings["activation"]
         if name == "rational":
-            a, b = (self.router[f"layers.{layer}.router.{part}"] for part in ("numerator", "denominator"))
+            a, b = (self._leaf(layer, part) for part in ("numerator", "denominator"))
             top = sum(a[j] * x**j for j in range(7))
             bottom = sum(b[i - 1] * x**i for i in range(1, 6))
             return top / (1 + torch.abs(torch.as_tensor(bottom)))

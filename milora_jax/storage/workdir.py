@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+from milora_jax.adapters.registry import stored_settings
 from milora_jax.config import Config
 from milora_jax.errors import UserError
 from milora_jax.prompt_format import UNSTORED
@@ -21,6 +23,8 @@ def read_workdir_config(workdir: Path) -> Config:
     if not (workdir / CONFIG_NAME).is_file():
         raise UserError(f"{str(workdir)!r} is no workdir: it holds no {CONFIG_NAME}")
     values = read_json(workdir / CONFIG_NAME)
+    if isinstance(values, dict) and isinstance(values.get("adapter"), dict):
+        values["adapter"] = dataclasses.asdict(stored_settings(values["adapter"]))
     if isinstance(values, dict) and isinstance(values.get("data"), dict):
         # The prompts of a run from before this was a setting were written so.
         values["data"].setdefault("special_tokens", UNSTORED.special_tokens)

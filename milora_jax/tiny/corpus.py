@@ -28,6 +28,13 @@ def pick(rng: np.random.Generator, options: Iterable[str]) -> str:
     return listed[rng.integers(len(listed))]
 
 
+def with_three_wrong(rng: np.random.Generator, right: str, wrong: list[str]) -> tuple[list[str], int]:
+    """The right option among three wrong ones, and its place (0 to 3)."""
+    options = [wrong[i] for i in rng.permutation(len(wrong))[:3]]
+    place = int(rng.integers(4))
+    return [*options[:place], right, *options[place:]], place
+
+
 def draw_fact(rng: np.random.Generator) -> tuple[str, str, str, bool]:
     """A noun, a property, and a value that holds in half of the cases; and whether it holds."""
     noun, prop = pick(rng, FACTS), pick(rng, VALUES)
@@ -41,19 +48,14 @@ def draw_choice(rng: np.random.Generator) -> tuple[str, str, list[str], int]:
     """A noun, a property, four of its values and the place (0 to 3) of the right one."""
     noun, prop = pick(rng, FACTS), pick(rng, VALUES)
     right = FACTS[noun][prop]
-    wrong = [v for v in VALUES[prop] if v != right]
-    options = [wrong[i] for i in rng.permutation(len(wrong))[:3]]
-    place = int(rng.integers(4))
-    return noun, prop, [*options[:place], right, *options[place:]], place
+    return noun, prop, *with_three_wrong(rng, right, [v for v in VALUES[prop] if v != right])
 
 
 def draw_story(rng: np.random.Generator) -> tuple[str, str, list[str], int]:
     """A name, a feeling, four actions and the place (0 to 3) of the one that fits."""
     name, feeling = pick(rng, NAMES), pick(rng, ACTIONS)
     wrong = [action for other, action in ACTIONS.items() if other != feeling]
-    options = [wrong[i] for i in rng.permutation(len(wrong))[:3]]
-    place = int(rng.integers(4))
-    return name, feeling, [*options[:place], ACTIONS[feeling], *options[place:]], place
+    return name, feeling, *with_three_wrong(rng, ACTIONS[feeling], wrong)
 
 
 def draw_sum(rng: np.random.Generator) -> tuple[str, str, str, int, str, int]:
@@ -69,10 +71,10 @@ def draw_sum(rng: np.random.Generator) -> tuple[str, str, str, int, str, int]:
     )
 
 
-def draw_words(rng: np.random.Generator) -> list[str]:
-    """Three different nouns."""
+def draw_words(rng: np.random.Generator, count: int = 3) -> list[str]:
+    """Different nouns."""
     nouns = list(FACTS)
-    return [nouns[i] for i in rng.permutation(len(nouns))[:3]]
+    return [nouns[i] for i in rng.permutation(len(nouns))[:count]]
 
 
 def result(a: int, sign: str, b: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,7 +23,8 @@ Maker: TypeAlias = Callable[[np.random.Generator], tuple[dict[str, str], bool]]
 """Draws a row; and tells whether its content is reserved for the test rows."""
 
 
-def _row(instruction: str, output: str, answer: str) -> dict[str, str]:
+def row_of(instruction: str, output: str, answer: str) -> dict[str, str]:
+    """A row in the LLM-Adapters schema."""
     return {"instruction": instruction, "input": "", "output": output, "answer": answer}
 
 
@@ -32,10 +33,11 @@ def _true_false(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
     question = statement(noun, prop, value).replace(f"the {noun} is", f"Is the {noun}")
     answer = "true" if holds else "false"
     text = f"Please answer the following question with true or false, question: {question}?"
-    return _row(text, answer, answer), is_reserved(noun, prop, value)
+    return row_of(text, answer, answer), is_reserved(noun, prop, value)
 
 
-def _options(label: str, options: list[str]) -> str:
+def listed_options(label: str, options: list[str]) -> str:
+    """Options behind a label and their numbers, from 1."""
     return " ".join(f"{label}{i}: {option}" for i, option in enumerate(options, 1))
 
 
@@ -43,20 +45,20 @@ def _multiple_choice(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
     noun, prop, options, place = corpus.draw_choice(rng)
     text = (
         "Please choose the correct answer to the question: "
-        f"What is the {prop} of the {noun}?\n{_options('Answer', options)}"
+        f"What is the {prop} of the {noun}?\n{listed_options('Answer', options)}"
     )
     answer = f"answer{place + 1}"
-    return _row(text, f"{LEAD}{answer}", answer), is_reserved(noun, prop, *options)
+    return row_of(text, f"{LEAD}{answer}", answer), is_reserved(noun, prop, *options)
 
 
 def _completion(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
     name, feeling, options, place = corpus.draw_story(rng)
     text = (
         "Please choose the correct ending to complete the given sentence: "
-        f"{name} was {feeling}, so {name}\n{_options('Ending', options)}"
+        f"{name} was {feeling}, so {name}\n{listed_options('Ending', options)}"
     )
     answer = f"ending{place + 1}"
-    return _row(text, f"{LEAD}{answer}", answer), is_reserved(name, feeling, *options)
+    return row_of(text, f"{LEAD}{answer}", answer), is_reserved(name, feeling, *options)
 
 
 def _arithmetic(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
@@ -65,14 +67,14 @@ def _arithmetic(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
     text = f"{first} has {a} {things}. {change}. How many {things} are there now?"
     total = str(corpus.result(a, sign, b))
     output = f"{a} {sign} {b} = {total}. The answer is {total}."
-    return _row(text, output, total), is_reserved(first, second, things, a, sign, b)
+    return row_of(text, output, total), is_reserved(first, second, things, a, sign, b)
 
 
 def _word_order(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
     words = corpus.draw_words(rng)
     answer = ", ".join(reversed(words))
     text = f"Write these words in reverse order: {', '.join(words)}"
-    return _row(text, answer, answer), is_reserved(*words)
+    return row_of(text, answer, answer), is_reserved(*words)
 
 
 MAKERS: dict[str, Maker] = dict(
@@ -80,33 +82,38 @@ MAKERS: dict[str, Maker] = dict(
 )
 
 
-def make_task(name: str, seed: int) -> dict[str, list[dict[str, str]]]:
-    """All rows of a task by split. No instruction is in two splits, and none is twice in dev or test.
+def make_task(
+    name: str, seed: int, rows: Mapping[str, int] = ROWS, makers: Mapping[str, Maker] = MAKERS
+) -> dict[str, list[dict[str, str]]]:
+    """All rows of a task by split, so many as ``rows`` says.
 
+    No instruction is in two splits, and none is twice in dev or test.
     Training rows may repeat: there are only some 200 true statements about the world beside the
     reserved ones, and without repeats seven of eight answers to learn from would be "false".
     """
     rng = np.random.default_rng([seed, TASKS.index(name)])
-    splits: dict[str, list[dict[str, str]]] = {split: [] for split in ROWS}
+    splits: dict[str, list[dict[str, str]]] = {split: [] for split in rows}
     home: dict[str, str] = {}
-    while any(len(splits[split]) < count for split, count in ROWS.items()):
-        row, reserved = MAKERS[name](rng)
+    while any(len(splits[split]) < count for split, count in rows.items()):
+        row, reserved = makers[name](rng)
         text = row["instruction"]
         choices = ("test",) if reserved else ("dev", "train")
         if text in home:
             choices = ("train",) if home[text] == "train" else ()
         for split in choices:
-            if len(splits[split]) < ROWS[split]:
+            if len(splits[split]) < rows[split]:
                 splits[split].append(row)
                 home[text] = split
                 break
     return splits
 
 
-def write_tasks(directory: Path, seed: int) -> None:
+def write_tasks(
+    directory: Path, seed: int, rows: Mapping[str, int] = ROWS, makers: Mapping[str, Maker] = MAKERS
+) -> None:
     """Write ``NAME/{train,dev,test}.jsonl`` for every task."""
     for name in TASKS:
         (directory / name).mkdir(parents=True, exist_ok=True)
-        for split, rows in make_task(name, seed).items():
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
+        for split, made in make_task(name, seed, rows, makers).items():
+            lines = "".join(json.dumps(row) + "\n" for row in made)
             (directory / name / f"{split}.jsonl").write_text(lines, encoding="utf-8")

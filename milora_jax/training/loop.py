@@ -7,6 +7,7 @@ the checkpoint that mentions it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.adapters.protocol import Adapter, abstract_params, init_adapter
@@ -21,14 +23,22 @@ from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import Base, frozen_kernels
 from milora_jax.base.source import model_directory
 from milora_jax.cli import LINE_EVERY
-from milora_jax.data.batches import batch_rows, collate
+from milora_jax.data.batches import batch_rows, collate, prompts_present
 from milora_jax.data.tokens import Example
 from milora_jax.errors import NonFiniteError, Preempted, UserError
 from milora_jax.parallel.processes import any_of_all, from_first, several, to_host
 from milora_jax.parallel.rules import attend_over, state_shardings
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, verify_step
-from milora_jax.training.health import RoutingHealth, pack_routes, routing_health, unpack_routes
+from milora_jax.training.calibration import measured_features
+from milora_jax.training.health import (
+    PromptRoutes,
+    RoutingHealth,
+    pack_routes,
+    routing_health,
+    step_figures,
+    unpack_routes,
+)
 from milora_jax.training.optim import learning_rate_schedule, split_params
 from milora_jax.training.prepare import Run
 from milora_jax.training.progress import Fit, Pace, Progress, planned_steps
@@ -193,14 +203,17 @@ class Trainer:
 
         shape = adapter_shape(self._run.model)
 
-        def fresh(base: Base, params: PyTree) -> TrainState:
+        def fresh(base: Base, params: PyTree, measured: PyTree) -> TrainState:
             if params is None:
                 adapter = init_adapter(self._method, adapter_key, shape, frozen_kernels(base))
             else:
                 adapter = Adapter(params=params, method=self._method, shape=shape)
+            if measured is not None:
+                params = self._method.with_feature_statistics(adapter.params, *map(jnp.asarray, measured))
+                adapter = dataclasses.replace(adapter, params=params)
             return init_state(adapter, step_key, config.train, self._total)
 
-        shapes = jax.eval_shape(fresh, self._run.base, None)
+        shapes = jax.eval_shape(fresh, self._run.base, None, None)
         shardings = state_shardings(self._run.mesh, self._run.rules, shapes)
         found = self._checkpoints.newest()
         newest = from_first(-1 if found is None else found)
@@ -216,7 +229,8 @@ class Trainer:
             if config.train.init_from:
                 base = model_directory(config.model.path)
                 params = starting_params(config.train.init_from, self._method, shape, base)
-            return jax.jit(fresh, out_shardings=shardings)(self._run.base, params), Progress()
+            measured = None if params is not None else self._measured()
+            return jax.jit(fresh, out_shardings=shardings)(self._run.base, params, measured), Progress()
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             shapes,
@@ -240,6 +254,13 @@ class Trainer:
         ended = newest >= self._total or progress.stopped
         self._say(f"trained already: ended at step {newest}" if ended else f"resuming at step {newest}")
         return state, progress
+
+    def _measured(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Statistics of the router's features, where it has any."""
+        if not self._method.measures_features:
+            return None
+        attend = attend_over(self._run.mesh, self._run.rules)
+        return measured_features(self._run, self._method, self._batch, attend, self._say)
 
     def _train_coefficients(self, state: TrainState, done: int) -> tuple[TrainState, Metrics]:
         """One update of Theta on dev rows (Appendix A)."""
@@ -279,7 +300,7 @@ class Trainer:
                 "cross_entropy": float(metrics.cross_entropy),
                 "load_balance": float(metrics.load_balance),
                 "grad_norm": float(metrics.grad_norm),
-                "pooled_max": float(metrics.pooled_max),
+                **step_figures(self._method, done - 1, self._total, metrics),
                 "learning_rate": float(np.asarray(self._schedule(done - 1))),
                 "bad_steps": int(metrics.bad_steps),
                 "tokens_per_second": speed,
@@ -299,7 +320,7 @@ class Trainer:
         progress.last_perplexity = perplexity
         if reason := progress.saturated(self._run.model.vocab_size):
             self._say(f"step {done}: nothing is being learned: {reason}; lower train.learning_rate")
-        if health is not None and (warning := health.warning()):
+        if health is not None and (warning := health.warning(self._run.config.adapter)):
             self._say(f"step {done}: {warning}")
         if not self._method.ready(done, self._total):
             return f"dev perplexity {perplexity:.3f}, not yet within its budget"
@@ -331,7 +352,7 @@ class Trainer:
           progress: remembers the routes, to be compared with those of the next evaluation.
         """
         size, total, count = self._settings.batch_size, 0.0, 0
-        probs, chosen = [], []
+        seen: list[PromptRoutes] = []
         said = time.monotonic()
         for start in range(0, len(self._run.dev), size):
             if time.monotonic() - said >= LINE_EVERY:
@@ -342,17 +363,15 @@ class Trainer:
             loss, tokens, route = to_host(answer)
             total, count = total + float(loss), count + int(tokens)
             if route is not None:
-                filled = [len(row) for row in packed] + [0] * (size - len(packed))
-                present = np.arange(self._prompts) < np.array(filled)[:, None]  # [B, Z]
-                probs.append(route.probs[:, present])
-                chosen.append(route.weights[:, present] != 0)
+                seen.append(PromptRoutes.of(route, prompts_present(packed, size, self._prompts)))
         perplexity = math.exp(min(total / count, 700.0))
-        if not probs:
+        if not seen:
             return perplexity, None
         before = unpack_routes(progress.dev_routes) if progress.dev_routes else None
-        routes = np.concatenate(chosen, axis=1)
-        progress.dev_routes = pack_routes(routes)
-        return perplexity, routing_health(np.concatenate(probs, axis=1), routes, before)
+        routes = PromptRoutes.joined(seen)
+        progress.dev_routes = pack_routes(routes.chosen)
+        sources = [example.source for row in self._run.dev for example in row]
+        return perplexity, routing_health(routes, before, sources)
 
     def _save(self, state: TrainState, done: int, progress: Progress) -> None:
         """A checkpoint of ``done`` steps, after the best adapter it speaks of is on disk.

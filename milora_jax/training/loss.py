@@ -7,13 +7,14 @@ from flax import struct
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.router import expert_share, first_choices, load_balance
+from milora_jax.adapters.routing import ExpertUse, RoutingSchedule
 from milora_jax.base.attention import Attend, attention
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import Output, forward, prompt_members
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float, Int, Key, Shaped
 from milora_jax.training.cross_entropy import summed_cross_entropy
-from milora_jax.types import EXPERTS, Batch, Route
+from milora_jax.types import EXPERTS, Batch, PyTree, Route
 
 
 @struct.dataclass
@@ -21,12 +22,13 @@ class LossParts:
     """The terms of the loss and what is worth looking at beside it; see ``types.Metrics``.
 
     Attributes:
+      use: of the experts by the batch's prompts; all by all without a router.
       route: of the batch's prompts; None without a router.
     """
 
     cross_entropy: Float[Array, ""]
     load_balance: Float[Array, ""]
-    expert_share: Float[Array, "L E"]
+    use: ExpertUse
     pooled_max: Float[Array, ""]
     tokens: Int[Array, ""]
     route: Route | None
@@ -59,6 +61,7 @@ def run_batch(
     key: Key[Array, ""] | None,
     remat: str = "none",
     attend: Attend = attention,
+    top_k: Int[Array, ""] | None = None,
 ) -> Output:
     """The forward pass over a batch; the arguments are those of :func:`adapted_loss`."""
     return forward(
@@ -73,6 +76,7 @@ def run_batch(
         key=key,
         remat=remat,
         attend=attend,
+        top_k=top_k,
     )
 
 
@@ -88,6 +92,8 @@ def adapted_loss(
     loss_chunk: int = 4096,
     attend: Attend = attention,
     totals: Totals | None = None,
+    schedule: RoutingSchedule | None = None,
+    memory: PyTree = None,
 ) -> tuple[Float[Array, ""], LossParts]:
     """Mean cross entropy over the counted tokens of the global batch, plus what the method adds to it:
     lambda times Eq. 4 where it routes, and its penalty on the parameters.
@@ -100,8 +106,11 @@ def adapted_loss(
       attend: attention.
       totals: of the whole, where ``batch`` is a part of it: the losses of all parts sum to the loss of
         the whole, and so do the terms and the shares.
+      schedule: the routing settings of a training step; None takes the final ones.
+      memory: what the method remembers of earlier steps; None is nothing.
     """
-    output = run_batch(adapter, base, config, batch, prompts, key, remat, attend)
+    schedule = adapter.method.final_schedule if schedule is None else schedule
+    output = run_batch(adapter, base, config, batch, prompts, key, remat, attend, schedule.top_k)
     # The hidden state of token t predicts token t + 1; the last one of a row predicts nothing.
     targets, counted = (_next(field) for field in (batch.tokens, batch.loss_mask))
     summed = summed_cross_entropy(base, config, output.hidden, targets, counted, loss_chunk)
@@ -112,17 +121,22 @@ def adapted_loss(
     if output.route is None or whole.first_choices is None:
         zero = jnp.zeros((), jnp.float32)
         shares = jnp.ones((config.num_layers, len(EXPERTS)), jnp.float32) / whole.parts
-        return loss, LossParts(cross_entropy, zero, shares, zero, counted.sum(), None)
-    balance = load_balance(output.route.probs, present, whole.first_choices, whole.prompts)
+        return loss, LossParts(cross_entropy, zero, ExpertUse(shares, shares), zero, counted.sum(), None)
+    first = adapter.method.first_choices(memory, whole.first_choices)
+    balance = load_balance(output.route.probs, present, first, whole.prompts)
     parts = LossParts(
         cross_entropy=cross_entropy,
         load_balance=balance,
-        expert_share=expert_share(output.route.weights, present, whole.prompts),
-        pooled_max=output.route.pooled_max.max(),
+        use=ExpertUse(
+            chosen=expert_share(output.route.weights, present, whole.prompts),
+            first=first_choices(output.route.probs, present, whole.prompts),
+            features=_mean_of_prompts(output.route.seen.sums, whole.prompts),
+        ),
+        pooled_max=output.route.seen.largest.max(),
         tokens=counted.sum(),
         route=output.route,
     )
-    return loss + adapter.method.balance_weight * balance, parts
+    return loss + schedule.load_balance * balance, parts
 
 
 def totals_of(batch: Batch, route: Route | None, prompts: int) -> Totals:
@@ -133,6 +147,12 @@ def totals_of(batch: Batch, route: Route | None, prompts: int) -> Totals:
         prompts=present.sum(),
         first_choices=None if route is None else first_choices(route.probs, present),
     )
+
+
+def _mean_of_prompts(
+    sums: Float[Array, "L 2 D"] | None, prompts: Int[Array, ""]
+) -> Float[Array, "L 2 D"] | None:
+    return None if sums is None else sums / jnp.maximum(prompts, 1).astype(jnp.float32)
 
 
 def _next(field: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:

@@ -7,9 +7,12 @@ import dataclasses
 import jax
 import optax
 
-from milora_jax.adapters.protocol import Adapter, coefficient_mask
+from milora_jax.adapters.protocol import Adapter, path_names
 from milora_jax.config import TrainSection
 from milora_jax.types import PyTree
+
+OMEGA, THETA, REST = range(3)
+"""The parts of :func:`split_params`."""
 
 
 def learning_rate_schedule(peak: float, warmup_share: float, total_steps: int) -> optax.Schedule:
@@ -40,18 +43,20 @@ def split_params(adapter: Adapter) -> tuple[PyTree, PyTree, PyTree]:
     :func:`join_params` puts them together.
 
     ``Method.theta`` decides: ``bilevel`` makes the method's coefficients Theta, ``joint`` leaves them
-    in Omega, ``frozen`` trains them not at all.
+    in Omega, ``frozen`` trains them not at all. Measured leaves are never trained.
     """
-    coefficients = adapter.method.theta
-    is_theta = coefficient_mask(adapter)
-    params = adapter.params
-    if coefficients == "joint":
-        nothing = jax.tree.map(lambda _: None, params)
-        return params, nothing, nothing
-    omega = jax.tree.map(lambda leaf, theta: None if theta else leaf, params, is_theta)
-    theta = jax.tree.map(lambda leaf, theta: leaf if theta else None, params, is_theta)
-    nothing = jax.tree.map(lambda _: None, params)
-    return (omega, theta, nothing) if coefficients == "bilevel" else (omega, nothing, theta)
+    places = {"joint": OMEGA, "bilevel": THETA, "frozen": REST}
+    of_coefficients = places[adapter.method.theta]
+
+    def place(coefficient: bool, measured: bool) -> int:
+        return REST if measured else of_coefficients if coefficient else OMEGA
+
+    placed = jax.tree.map(place, coefficient_mask(adapter), measured_mask(adapter))
+
+    def part(which: int) -> PyTree:
+        return jax.tree.map(lambda leaf, its: leaf if its == which else None, adapter.params, placed)
+
+    return part(OMEGA), part(THETA), part(REST)
 
 
 def join_params(adapter: Adapter, *parts: PyTree) -> Adapter:
@@ -61,3 +66,17 @@ def join_params(adapter: Adapter, *parts: PyTree) -> Adapter:
         return next((leaf for leaf in leaves if leaf is not None), None)
 
     return dataclasses.replace(adapter, params=jax.tree.map(first, *parts, is_leaf=lambda leaf: leaf is None))
+
+
+def measured_mask(adapter: Adapter) -> PyTree:
+    """A tree like ``adapter.params`` that is True on the leaves that no gradient trains."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: adapter.method.is_measured(path_names(path)), adapter.params
+    )
+
+
+def coefficient_mask(adapter: Adapter) -> PyTree:
+    """A tree like ``adapter.params`` that is True on the leaves of Theta."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: adapter.method.is_coefficient(path_names(path)), adapter.params
+    )

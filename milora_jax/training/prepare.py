@@ -113,8 +113,9 @@ def prepare_run(
       say: receives one line per thing worth knowing (rows dropped, held out, loaded).
       progress: told how many bytes of the base are read, and of how many.
     """
+    config = continued(config, workdir, say)
     method = build_method(config.adapter)
-    config = dataclasses.replace(continued(config, workdir, say), adapter=full_settings(method))
+    config = dataclasses.replace(config, adapter=full_settings(method))
     require(bool(config.model.path), "model.path", config.model.path, "a Hugging Face directory")
     require(bool(config.data.train), "data.train", config.data.train, "at least one file")
     require_installed(config.train.trackers)

@@ -8,12 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from milora_jax.adapters.milora import OF_TRAINING
 from milora_jax.adapters.protocol import Method, Shape
 from milora_jax.errors import UserError, require
 from milora_jax.storage.adapters import read_adapter, require_its_base
 from milora_jax.types import PyTree
 
-OF_TRAINING = ("dropout", "load_balance", "coefficients")
+NOT_COMPUTED = ("dropout", *OF_TRAINING)
 """Settings that may differ from those the adapter was made with: what it computes does not depend on them."""
 
 
@@ -35,7 +36,7 @@ def starting_params(path: str, method: Method, shape: Shape, base: Path) -> PyTr
         raise UserError(f"adapter.method is {method.name!r}: expected {found.method.name!r}, {name}")
     theirs = dataclasses.asdict(found.method)
     for setting, value in dataclasses.asdict(method).items():
-        same = value == theirs[setting] or setting in OF_TRAINING
+        same = value == theirs[setting] or setting in NOT_COMPUTED
         if setting == "alpha":  # 0 is the rank
             same = getattr(method, "scale", None) == getattr(found.method, "scale", None)
         require(same, f"adapter.{setting}", value, f"{theirs[setting]!r}, {name}")

@@ -7,6 +7,7 @@ and the gradient is taken with respect to the adapter alone, so nothing needs to
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import optax
 from flax import struct
 
 from milora_jax.adapters.protocol import Adapter, router_mask
+from milora_jax.adapters.routing import RoutingSchedule
 from milora_jax.base.attention import Attend, attention
 from milora_jax.base.modules import Base
 from milora_jax.config import TrainSection
@@ -117,7 +119,13 @@ def make_steps(
     omega_optimizer, theta_optimizer = _optimizers(settings, total_steps)
 
     def loss(
-        adapter: Adapter, base: Base, batch: Batch, key: Array | None, totals: Totals | None
+        schedule: RoutingSchedule,
+        memory: PyTree,
+        adapter: Adapter,
+        base: Base,
+        batch: Batch,
+        key: Array | None,
+        totals: Totals | None,
     ) -> tuple[Array, LossParts]:
         return adapted_loss(
             adapter,
@@ -130,12 +138,17 @@ def make_steps(
             loss_chunk=settings.loss_chunk,
             attend=attend,
             totals=totals,
+            schedule=schedule,
+            memory=memory,
         )
 
-    def routed(adapter: Adapter, base: Base, batch: Batch, key: Array | None) -> Totals:
+    def routed(
+        schedule: RoutingSchedule, adapter: Adapter, base: Base, batch: Batch, key: Array | None
+    ) -> Totals:
         route = None
         if adapter.method.routes:
-            route = run_batch(adapter, base, model, batch, prompts, key, attend=attend).route
+            top_k = schedule.top_k
+            route = run_batch(adapter, base, model, batch, prompts, key, attend=attend, top_k=top_k).route
         return totals_of(batch, route, prompts)
 
     def settled(state: TrainState) -> TrainState:
@@ -148,8 +161,18 @@ def make_steps(
         )
         return dataclasses.replace(placed, key=key)
 
-    def gradient(adapter_of: Callable[[PyTree], Adapter], params: PyTree, *inputs: Any) -> tuple:
-        return value_and_gradient(loss, routed, settings.accumulate, adapter_of, params, *inputs)
+    def gradient(
+        state: TrainState, adapter_of: Callable[[PyTree], Adapter], params: PyTree, *inputs: Any
+    ) -> tuple:
+        schedule = state.adapter.method.schedule(state.step, total_steps)
+        return value_and_gradient(
+            functools.partial(loss, schedule, state.memory),
+            functools.partial(routed, schedule),
+            settings.accumulate,
+            adapter_of,
+            params,
+            *inputs,
+        )
 
     def train(state: TrainState, base: Base, batch: Batch) -> tuple[TrainState, Metrics]:
         method = state.adapter.method
@@ -159,16 +182,20 @@ def make_steps(
         def adapter_of(omega: PyTree) -> Adapter:
             return join_params(state.adapter, omega, *rest)
 
-        (value, parts), grads = gradient(adapter_of, omega, base, batch, key)
+        (value, parts), grads = gradient(state, adapter_of, omega, base, batch, key)
         norm = optax.tree.norm(grads)
-        grads = _clipped(grads, settings.clip_norm)
+        of_router = router_mask(method, omega)
+        router_norm = optax.tree.norm(_where(of_router, grads))
+        grads = _clipped_apart(grads, of_router, settings)
         rates = jax.tree.map(
             lambda routes: state.omega_rate * settings.router_rate if routes else state.omega_rate,
-            router_mask(method, omega),
+            of_router,
         )
         new_omega, opt_state = _updated(omega_optimizer, omega, state.omega_state, grads, rates)
         adapter = join_params(state.adapter, new_omega, *rest)
-        params, memory = method.after_update(adapter.params, grads, state.memory, state.step + 1, total_steps)
+        params, memory = method.after_update(
+            adapter.params, grads, state.memory, state.step + 1, total_steps, parts.use
+        )
         finite = _all_finite(value, norm, params)
         bad = jnp.where(finite, 0, state.bad_steps + 1).astype(jnp.int32)
         new = (dataclasses.replace(adapter, params=params), memory, opt_state)
@@ -176,7 +203,7 @@ def make_steps(
         state = dataclasses.replace(
             state, step=state.step + 1, adapter=adapter, memory=memory, omega_state=opt_state, bad_steps=bad
         )
-        return settled(state), _metrics(value, parts, norm, bad)
+        return settled(state), _metrics(value, parts, norm, router_norm, bad)
 
     def coefficients(state: TrainState, base: Base, batch: Batch) -> tuple[TrainState, Metrics]:
         omega, theta, rest = split_params(state.adapter)
@@ -184,7 +211,7 @@ def make_steps(
         def adapter_of(theta: PyTree) -> Adapter:
             return join_params(state.adapter, omega, theta, rest)
 
-        (value, parts), grads = gradient(adapter_of, theta, base, batch, None)
+        (value, parts), grads = gradient(state, adapter_of, theta, base, batch, None)
         norm = optax.tree.norm(grads)
         rates = jax.tree.map(lambda _: state.theta_rate, theta)
         grads = _clipped(grads, settings.clip_norm)
@@ -194,7 +221,7 @@ def make_steps(
         adapter = join_params(state.adapter, omega, theta, rest)
         state = dataclasses.replace(state, adapter=adapter, theta_state=opt_state)
         # A good update of Theta says nothing about Omega's: it must not end a row of bad ones.
-        return settled(state), _metrics(value, parts, norm, (~finite).astype(jnp.int32))
+        return settled(state), _metrics(value, parts, norm, norm, (~finite).astype(jnp.int32))
 
     def evaluate(adapter: Adapter, base: Base, batch: Batch) -> tuple:
         return summed_loss(adapter, base, model, batch, prompts, settings.loss_chunk, attend)
@@ -203,6 +230,22 @@ def make_steps(
         train=jax.jit(train, donate_argnums=0),
         coefficients=jax.jit(coefficients, donate_argnums=0),
         evaluate=jax.jit(evaluate),
+    )
+
+
+def _where(mask: PyTree, tree: PyTree, kept: bool = True) -> PyTree:
+    """The leaves of a tree whose mask is ``kept``; None, which is no leaf, in place of the others."""
+    return jax.tree.map(lambda masked, leaf: leaf if masked == kept else None, mask, tree)
+
+
+def _clipped_apart(grads: PyTree, of_router: PyTree, settings: TrainSection) -> PyTree:
+    """Gradients clipped together, or those of the routers by a norm of their own."""
+    if settings.router_clip_norm == 0:
+        return _clipped(grads, settings.clip_norm)
+    routers = _clipped(_where(of_router, grads), settings.router_clip_norm)
+    others = _clipped(_where(of_router, grads, kept=False), settings.clip_norm)
+    return jax.tree.map(
+        lambda one, other: other if one is None else one, routers, others, is_leaf=lambda leaf: leaf is None
     )
 
 
@@ -242,13 +285,14 @@ def _keep_if(finite: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
 
-def _metrics(value: Array, parts: PyTree, norm: Array, bad_steps: Array) -> Metrics:
+def _metrics(value: Array, parts: LossParts, norm: Array, router_norm: Array, bad_steps: Array) -> Metrics:
     return Metrics(
         loss=value,
         cross_entropy=parts.cross_entropy,
         load_balance=parts.load_balance,
         grad_norm=norm,
-        expert_share=parts.expert_share,
+        router_grad_norm=router_norm,
+        expert_share=parts.use.chosen,
         pooled_max=parts.pooled_max,
         tokens=parts.tokens,
         bad_steps=bad_steps,

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from milora_jax.adapters.registry import before_features
 from milora_jax.config import Config
 from milora_jax.errors import UserError
 from milora_jax.parallel.processes import is_first, wait_for_all
@@ -62,13 +63,19 @@ def continued(config: Config, workdir: Path | None, say: Callable[[str], None]) 
     """A run's config with what its workdir has decided already, where the config leaves that open.
 
     The time that the chat template is told stays that of the run's beginning. A run that was begun before
-    ``data.special_tokens`` was a setting keeps the rule that its prompts were written by.
+    ``data.special_tokens`` was a setting keeps the rule that its prompts were written by, and one from before
+    ``adapter.features`` was a setting its router, whatever has become the default.
     """
     if workdir is None or not (workdir / CONFIG_NAME).is_file():
         return config
     kept, given = read_workdir_config(workdir).data, config.data
     changes = {} if given.template_time else {"template_time": kept.template_time}
-    unstored = "special_tokens" not in read_json(workdir / CONFIG_NAME).get("data", {})
+    stored = read_json(workdir / CONFIG_NAME)
+    if before_features(stored.get("adapter", {})):
+        its_own = vars(read_workdir_config(workdir).adapter)
+        left_open = {name: its_own[name] for name, value in vars(config.adapter).items() if value is None}
+        config = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **left_open))
+    unstored = "special_tokens" not in stored.get("data", {})
     if unstored and kept.special_tokens != given.special_tokens:
         changes["special_tokens"] = kept.special_tokens
         say(f"the run in {workdir} began with data.special_tokens={kept.special_tokens}, which is kept")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from milora_jax.adapters.milora import OF_TRAINING
 from milora_jax.adapters.protocol import ProjectionGroup, path_names
 from milora_jax.adapters.registry import METHOD_CLASSES, build_method, full_settings
 from milora_jax.base.modules import decode_layout
@@ -124,8 +125,9 @@ CHANGES = {
     "top_k": 1,
     "pooler": "last",
     "activation": "relu",
-    "normalize": False,
+    "features": "raw",
     "gate": "softmax",
+    "balance": "bias",
     "num_experts": 2,
     "initial_rank": 5,
     "width": 7,
@@ -133,8 +135,7 @@ CHANGES = {
 }
 SEEN_ELSEWHERE = {
     "dropout",
-    "load_balance",
-    "coefficients",
+    *OF_TRAINING,
     "orthogonality",
     "prune_start",
     "prune_end",
@@ -154,7 +155,7 @@ def settings_of(method):
 def test_every_setting_of_every_method_is_tested_and_has_a_place_in_the_config():
     used = {name for method in METHODS for name in settings_of(method)}
     assert CHANGES.keys() | SEEN_ELSEWHERE == used
-    assert used | {"method"} == {field.name for field in dataclasses.fields(AdapterSection)}
+    assert used | {"method", "normalize"} == {field.name for field in dataclasses.fields(AdapterSection)}
 
 
 @pytest.mark.sweep("milora")

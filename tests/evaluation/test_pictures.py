@@ -104,6 +104,8 @@ def test_the_picture_of_routing_health_is_whole(drawn, tmp_path, layers):
         "expert_first": share(layers).tolist(),
         "route_margin": [0.1] * layers,
         "route_changed": None,
+        "route_common": RNG.random(layers).tolist(),
+        "pooler_share": RNG.random(layers).tolist(),
     }
     path.write_text(json.dumps(line) + "\n" + json.dumps({**line, "step": 100, "route_changed": 0.5}))
     assert plot_health(tmp_path / "health.png", path)

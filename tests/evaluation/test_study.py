@@ -11,24 +11,28 @@ import pytest
 
 from milora_jax.config import METHODS, AdapterSection
 from milora_jax.errors import UserError
-from milora_jax.evaluation.statistics import paired_difference
 from milora_jax.evaluation.study import plans
 from milora_jax.evaluation.study.plots import plot_bars, plot_lines, plot_shares
 from milora_jax.evaluation.study.reports import COMPARISONS
+from milora_jax.evaluation.study.rows import ROUTED, RowScores
 from milora_jax.evaluation.study.runner import claim_study, require_equal_budgets
-from milora_jax.evaluation.study.settings import MIXED, load_study, narrowed, quick
-from milora_jax.evaluation.study.tables import Results, comparison, mixing, tuned
+from milora_jax.evaluation.study.settings import MIXED, Budget, load_study, narrowed, quick
+from milora_jax.evaluation.study.tables import Results, comparison, mixing, routes, tuned
+from milora_jax.evaluation.study.tuning import SINGLE, Chosen, Point
 from tests.evaluation.commands import ROOT, study_command
 
 STUDY = load_study(ROOT / "configs" / "study_tiny.py")
 RATES = dict.fromkeys(STUDY.methods, 1e-3)
+CHOSEN = Chosen(
+    rates=RATES, points={(label, where): Point(1e-3, 1.0) for label in RATES for where in (SINGLE, MIXED)}
+)
 
 
 def test_the_tiny_study_has_every_method_on_one_budget():
     from milora_jax.adapters.registry import adapter_shape
     from milora_jax.base.hf_config import read_model_config
 
-    assert sorted(STUDY.methods) == sorted(METHODS)
+    assert sorted(STUDY.methods) == sorted([*METHODS, "milora_letter"])
     counts = require_equal_budgets(STUDY, adapter_shape(read_model_config(Path(STUDY.base.model.path))))
     assert max(counts.values()) / min(counts.values()) < 1.03
     wide = dataclasses.replace(
@@ -42,8 +46,8 @@ def test_the_tiny_study_has_every_method_on_one_budget():
 
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_cells_differ_in_what_they_compare_and_in_nothing_else(name):
-    cells = COMPARISONS[name].plan(STUDY, 2, RATES)
-    chooses = name == "defaults"
+    cells = COMPARISONS[name].plan(STUDY, 2, CHOSEN)
+    chooses, made = name == "defaults", {cell.variant for cell in COMPARISONS[name].plan(STUDY, 1, CHOSEN)}
     assert {cell.seed for cell in cells} == ({1000, 1001} if chooses else {0, 1})
     assert all(cell.scored != chooses for cell in cells), "what chooses must not see the test rows"
     for cell in cells:
@@ -60,23 +64,31 @@ def test_cells_differ_in_what_they_compare_and_in_nothing_else(name):
             max_steps=steps,
             router_rate=cell.config.train.router_rate,
         )
+        if COMPARISONS[name].converged:
+            train = STUDY.converged.budget(cell.trained_on).applied(train)
         assert same == dataclasses.replace(STUDY.base, train=train)
         assert cell.config.data == STUDY.data_of(cell.trained_on)
     if name == "table1":
-        assert len({cell.name for cell in cells}) == len(cells) == 13 * 5 * 2
+        assert len({cell.name for cell in cells}) == len(cells) == 14 * 5 * 2
+    if name in ("converged", "routing"):
+        assert len({cell.name for cell in cells}) == len(cells) == len(made) * 6 * 2
+        assert {cell.forced for cell in cells if cell.variant == "milora"} == {True}
+        assert not any(cell.forced for cell in cells if cell.variant != "milora")
 
 
 def test_equal_runs_of_two_tables_are_one_cell():
-    by_table = {name: {c.name for c in made.plan(STUDY, 1, RATES)} for name, made in COMPARISONS.items()}
+    by_table = {name: {c.name for c in made.plan(STUDY, 1, CHOSEN)} for name, made in COMPARISONS.items()}
     assert by_table["figure2"] <= by_table["table2"]
-    assert len(by_table["table1"] & by_table["table2"]) == 4 * 5
+    assert len(by_table["table1"] & by_table["table2"]) == 5 * 5
+    assert len(by_table["converged"] & by_table["routing"]) == 6, "the subject is trained once"
+    assert not by_table["converged"] & by_table["table2"], "another budget is another cell"
     for name in ("table5", "figure3", "figure4", "figure5"):
         assert len(by_table["table1"] & by_table[name]) >= 2, name
 
 
 def test_the_same_run_at_another_rate_or_seed_is_another_cell():
     def names(seeds, rate):
-        cells = plans.figure2(STUDY, seeds, {**RATES, "milora": rate})
+        cells = plans.figure2(STUDY, seeds, Chosen(rates={**RATES, "milora": rate}))
         return {cell.name for cell in cells}
 
     assert len(names(3, 1e-3)) == 3
@@ -94,7 +106,7 @@ def test_cells_and_studies_are_known_by_content_not_by_place(tmp_path):
     }
     base = dataclasses.replace(STUDY.base, data=dataclasses.replace(data, **texts))
     moved = dataclasses.replace(STUDY, base=base)
-    for one, other in zip(plans.table2(STUDY, 1, RATES), plans.table2(moved, 1, RATES), strict=True):
+    for one, other in zip(plans.table2(STUDY, 1, CHOSEN), plans.table2(moved, 1, CHOSEN), strict=True):
         assert one.name == other.name
         assert one.config != other.config
     claim_study(tmp_path / "study", STUDY)
@@ -151,7 +163,7 @@ def test_a_curve_is_compared_with_the_studys_own_setting(tmp_path):
         "figure4": ["lambda=0", "lambda=0.01"],
         "figure5": ["milora r=9", f"milora r={subject.rank}", "lora r=9"],
     }
-    own = {"figure3": "k=3", "figure4": "lambda=0.01", "figure5": f"milora r={subject.rank}"}
+    own = {"figure3": "k=3", "figure4": "lambda=0", "figure5": f"milora r={subject.rank}"}
     for name, variants in names.items():
         found = Results.of(rows({variant: {"a": [0.1, 0.2]} for variant in variants}))
         assert f"| {own[name]} leads by |" in COMPARISONS[name].render(found, STUDY, tmp_path)
@@ -160,7 +172,7 @@ def test_a_curve_is_compared_with_the_studys_own_setting(tmp_path):
 def test_rows_of_a_mixed_run_come_in_the_order_of_the_tasks():
     from milora_jax.evaluation.study.runner import _rows
 
-    cell = plans.figure2(STUDY, 1, RATES)[0]
+    cell = plans.figure2(STUDY, 1, CHOSEN)[0]
     result = {"accuracy": dict.fromkeys(sorted(STUDY.tasks), 0.5)}
     assert [row["task"] for row in _rows(cell, result)] == list(STUDY.tasks)
     assert list(STUDY.tasks) != sorted(STUDY.tasks)
@@ -190,7 +202,9 @@ def test_some_tasks_and_methods():
     assert some.tasks == ("true_false", "completion")
     assert list(some.methods) == ["lora", "milora"]
     assert some.mixed_methods == ("lora", "milora")
-    assert some.varied_tasks == ("true_false",)
+    assert some.varied_tasks == ("completion", "true_false"), "none of its own is left"
+    assert some.converged.methods == ("lora", "milora")
+    assert some.converged.tuned_on == ()
     assert narrowed(STUDY, "", "") == STUDY
     assert narrowed(STUDY, "completion", "").varied_tasks == ("completion",)
     rehearsal = quick(STUDY)
@@ -238,6 +252,17 @@ def test_a_directory_of_another_study_is_refused_and_kept(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
 
 
+CONVERGED = STUDY.converged
+assert CONVERGED is not None
+
+
+def test_a_budget_that_no_run_can_stop_early_in_is_refused():
+    with pytest.raises(UserError, match="max_steps is 200: expected at least 220"):
+        Budget(max_steps=200, batch_size=8, eval_every=20, patience=10)
+    with pytest.raises(UserError, match="1 first: the learning rate is chosen at it"):
+        dataclasses.replace(CONVERGED, scales=(0.5, 1.0))
+
+
 def test_a_study_that_makes_no_sense_is_refused():
     for change, message in (
         ({"reference": "lara"}, "did you mean 'lora'"),
@@ -246,6 +271,11 @@ def test_a_study_that_makes_no_sense_is_refused():
         ({"mixed_steps": -1}, "mixed_steps"),
         ({"mixed_methods": ("lora",)}, "expected a list with 'milora'"),
         ({"coefficient_every": {"spp": 1}}, "did you mean 'ssp'"),
+        ({"choices": {"k": {"topk": 1}}}, "a setting of study choice 'k' is 'topk'.*did you mean 'top_k'"),
+        ({"converged": dataclasses.replace(CONVERGED, methods=("lora",))}, "expected a list with 'milora'"),
+        ({"converged": dataclasses.replace(CONVERGED, methods=("lara",))}, "did you mean 'lora'"),
+        ({"converged": dataclasses.replace(CONVERGED, tuned_on=("x",))}, "study converged tuned_on is 'x'"),
+        ({"converged": dataclasses.replace(CONVERGED, alone=("x",))}, "study converged alone is 'x'"),
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(STUDY, **change)
@@ -254,20 +284,10 @@ def test_a_study_that_makes_no_sense_is_refused():
         dataclasses.replace(STUDY, base=dataclasses.replace(STUDY.base, data=data))
 
 
-def test_the_interval_resamples_seeds_with_all_their_tasks():
-    """What every task of a seed shares, as all answers of one model do, is no noise that averages out."""
-    rng = np.random.default_rng(1)
-    covered = []
-    for _ in range(200):
-        shared = rng.normal(size=8)
-        ours = {task: list(1.0 + shared + 0.1 * rng.normal(size=8)) for task in "abcde"}
-        found = paired_difference(ours, {task: [0.0] * 8 for task in "abcde"})
-        assert found.low <= found.mean <= found.high
-        covered.append(found.low <= 1.0 <= found.high)
-    # A percentile interval of eight values is somewhat narrow; resampled task by task it covers half.
-    assert 0.8 <= np.mean(covered) <= 0.99
-    same = paired_difference({"a": [1.0, 2.0]}, {"a": [1.0, 2.0]})
-    assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0)
+def scored(accuracy, loss):
+    """Ten test rows of two tokens each, of which so many are right."""
+    correct = (np.arange(10) < round(10 * accuracy)).astype(float)
+    return RowScores(np.full(10, 2.0 * loss), np.full(10, 2.0), correct, correct)
 
 
 def rows(values, trained_on=None, **more):
@@ -279,6 +299,8 @@ def rows(values, trained_on=None, **more):
             "trained_on": trained_on or task,
             "seed": seed,
             "accuracy": accuracy,
+            "loss": 1.0 - accuracy / 2,
+            "scores": {ROUTED: scored(accuracy, 1.0 - accuracy / 2)},
             "dev_perplexity": 2.0,
             "learning_rate": 1e-3,
             "tunable_parameters": 1000,
@@ -303,16 +325,21 @@ def test_tables_by_hand():
     results = Results.of([*rows(SINGLE), *rows(MIX, MIXED)])
     table = comparison(results, "milora", results.places(mixed=False), counts=True).splitlines()
     assert table[0] == (
-        "| variant | tunable | active | rate | a | b | mean | milora leads by | dev loss | scored |"
+        "| variant | tunable | active | rate | a | b | mean | milora leads by | test loss "
+        "| that of milora is higher by | in percent | dev loss | scored |"
     )
-    assert table[2] == (
-        "| lora | 1,000 | 400 | 0.001 | 60.0 | 20.0 | 40.0 | +15.0 [15.0, 15.0] | 0.693 | 6 |"
-    )
-    mixed = mixing(results, "milora").splitlines()
-    assert mixed[2] == (
-        "| lora | 40.0 | 35.0 | -5.0 [-5.0, -5.0] | +15.0 [15.0, 15.0] | +20.0 [20.0, 20.0] |"
-    )
-    assert mixed[3] == "| milora | 55.0 | 55.0 | +0.0 [0.0, 0.0] |  |  |"
+    # The same lead in every seed, though not in every row.
+    cells = [cell.strip() for cell in table[2].split("|")[1:-1]]
+    assert cells[:7] == ["lora", "1,000", "400", "0.001", "60.0", "20.0", "40.0"]
+    assert cells[7].startswith("+15.0 [")
+    assert cells[8:10] == ["0.783", "-0.075 [-0.075, -0.075]"]
+    assert cells[10].startswith("-9.6 [")
+    assert cells[11:] == ["0.693", "6"]
+    mixed = [[cell.strip() for cell in line.split("|")[1:-1]] for line in mixing(results).splitlines()[2:]]
+    assert mixed[0][:3] == ["lora", "40.0", "35.0"]
+    assert mixed[0][3].startswith("-5.0 [")
+    assert mixed[0][4:6] == ["0.783", "0.808"]
+    assert mixed[1] == ["milora", "55.0", "55.0", "+0.0 [0.0, 0.0]", "0.708", "0.708", "+0.0 [0.0, 0.0]"]
 
 
 def test_counts_are_those_of_the_rows_a_table_shows():
@@ -326,19 +353,32 @@ def test_counts_are_those_of_the_rows_a_table_shows():
 def test_rows_are_paired_by_seed_in_whatever_order_they_come():
     shuffled = rows(SINGLE)
     np.random.default_rng(0).shuffle(shuffled)
-    found = Results.of(shuffled).difference("milora", "lora", [("a", "a")])
-    np.testing.assert_allclose([found.low, found.high], 10.0)
+    places = [("a", "a"), ("b", "b")]
+    assert Results.of(shuffled).lead("milora", "lora", places) == Results.of(rows(SINGLE)).lead(
+        "milora", "lora", places
+    )
 
 
 def test_a_diverged_run_counts_as_nothing_right():
-    bad = rows({"lora": {"a": [0.0]}}, dev_perplexity=None, diverged="why")
+    nothing = {ROUTED: RowScores(np.full(10, np.inf), np.full(10, 2.0), np.zeros(10), np.zeros(10))}
+    bad = rows({"lora": {"a": [0.0]}}, dev_perplexity=None, loss=None, scores=nothing, diverged="why")
     results = Results.of([*bad, *rows({"milora": {"a": [0.5]}})])
     assert results.dev_loss("lora", [("a", "a")]) == np.inf
-    assert "inf | 1 (1 diverged) |" in comparison(results, "milora", results.places(), counts=False)
+    line = comparison(results, "milora", results.places(), counts=False).splitlines()[2]
+    assert line.endswith("| inf | diverged | diverged | inf | 1 (1 diverged) |")
+    assert "| +50.0 [" in line
+
+
+def test_the_routers_of_a_table_are_told_of():
+    seen = {"common": 0.5, "agree": 0.75, "blind": 0.0, "spread": 1.25, "largest": 3.0}
+    routed = [{**row, "routing": seen} for row in rows({"milora": {"a": [0.5], "b": [0.5]}})]
+    table = routes(Results.of([*rows({"lora": {"a": [0.5]}}), *routed])).splitlines()
+    assert table[2:] == ["| milora | single tasks | 50% | 75% |  | 0% |  | 1.25 | 3.0 |"]
+    assert routes(Results.of(rows(SINGLE))) == ""
 
 
 def test_the_chosen_rate_is_bold():
-    table = tuned({"lora": {rate: rate for rate in STUDY.learning_rates}}, STUDY)
+    table = tuned({"lora": {rate: rate for rate in STUDY.learning_rates}}, STUDY.learning_rates)
     assert table.splitlines()[2].startswith("| lora | **0.001** | 0.003 |")
 
 

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from milora_jax.config import METHODS
+from milora_jax.evaluation.study.forced import FORCED
 from milora_jax.evaluation.study.reports import COMPARISONS
 from tests.evaluation.commands import start_study, study_command
 
@@ -48,6 +49,22 @@ def test_the_whole_study_rehearsed(tmp_path):
     keys = [(row["cell"], row["variant"], row["task"]) for row in rows]
     assert len(keys) == len(set(keys))
     assert {row["method"] for row in rows if row["variant"] in METHODS} == set(METHODS)
+    for row in rows:
+        path = tmp_path / "cells" / row["cell"] / "test_rows.json"
+        assert path.is_file() == (row["accuracy"] is not None)
+        if row["accuracy"] is None or "diverged" in row:
+            continue
+        scores = json.loads(path.read_text())
+        mine = scores["routed"][row["task"]]
+        assert row["accuracy"] == sum(mine["correct"]) / len(mine["correct"])
+        assert row["loss"] == pytest.approx(sum(mine["nll"]) / sum(mine["tokens"]), abs=1e-4)
+        several = row["trained_on"] == "mixed"
+        forced = {name for name in FORCED if several or ("any" not in name and "all" not in name)}
+        is_subject = row["variant"] == "milora" and row["steps"] and len(scores) > 1
+        assert set(scores) == {"routed", *(forced if is_subject else ())}
+    text = (tmp_path / "routing.md").read_text()
+    assert "| random mask, kept | single tasks | 100% | 100% |" in text
+    assert all(f"| {name} |" in text for name in FORCED)
     stamps = {path: path.stat().st_mtime_ns for path in results(tmp_path)}
     again = study_command(*arguments, timeout=300)
     assert again.returncode == 0, again.stderr

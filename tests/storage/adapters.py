@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.adapters.protocol import init_adapter
-from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.adapters.registry import ROUTERS_BEFORE_FEATURES, adapter_shape, build_method
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.load import load_base
 from milora_jax.base.modules import frozen_kernels
@@ -83,3 +83,9 @@ def flip(path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+
+
+def of_then(values, normalize):
+    """Stored settings as a version wrote them that had ``normalize``."""
+    kept = {name: value for name, value in values.items() if name not in ROUTERS_BEFORE_FEATURES}
+    return {**{name: value for name, value in kept.items() if name != "features"}, "normalize": normalize}

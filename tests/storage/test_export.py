@@ -65,7 +65,11 @@ def test_the_files_have_the_documented_names_and_layout(run, exported):
     assert len(experts) == TINY.num_layers * 7 * 2
     np.testing.assert_array_equal(router["layers.1.router.weight"], adapter.params.router.weight[1].T)
     np.testing.assert_array_equal(router["layers.1.router.pool"], adapter.params.router.pool[1])
-    assert len(router) == TINY.num_layers * 4
+    for name in ("numerator", "denominator", "mean", "deviation"):
+        np.testing.assert_array_equal(
+            router[f"layers.1.router.{name}"], getattr(adapter.params.router, name)[1]
+        )
+    assert len(router) == TINY.num_layers * 6
 
 
 @pytest.mark.parametrize("method", ["milora", "ssp", "iapt"])

@@ -168,10 +168,13 @@ ROUTED = [
     ("milora", {}),
     ("milora", {"pooler": "mean", "activation": "gelu-relu", "gate": "softmax", "alpha": 6.0, "top_k": 2}),
     ("milora", {"pooler": "max", "activation": "relu", "gate": "renormalized", "top_k": 4}),
-    ("milora", {"pooler": "last", "activation": "relu-gelu", "normalize": False, "gate": "softmax"}),
+    ("milora", {"pooler": "last", "activation": "relu-gelu", "features": "raw", "gate": "softmax"}),
+    ("milora", {"features": "standardized"}),
+    ("milora", {"features": "standardized", "pooler": "last", "activation": "gelu", "balance": "bias"}),
+    ("milora", {"features": "rms", "pooler": "max", "balance": "bias", "gate": "renormalized"}),
     ("milora", {"activation": "gelu", "top_k": 7}),
     ("midora", {"alpha": 2.0, "gate": "renormalized"}),
-    ("midora", {"coefficients": "joint"}),
+    ("midora", {"coefficients": "joint", "features": "standardized", "pooler": "mean"}),
 ]
 
 

@@ -43,9 +43,9 @@ WEIGHT = "layers.0.router.weight"
 HOSTILE = {
     "no config field": (
         lambda f: (f / CONFIG_FILE).write_text("{}"),
-        "format is None, this version reads 1 or 2",
+        "format is None, this version reads 1 or 2 or 3",
     ),
-    "another format": (lambda f: change_config(f, format=3), "format is 3, this version reads 1 or 2"),
+    "another format": (lambda f: change_config(f, format=4), "format is 4, this version reads 1 or 2 or 3"),
     "unknown field": (lambda f: change_config(f, extra=1), "'extra' is unknown"),
     "other epsilon": (
         lambda f: change_config(f, normalize_eps=1e-5),

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from milora_jax.adapters.registry import ROUTERS_BEFORE_FEATURES
 from milora_jax.base.load import load_base
 from milora_jax.config import Config, DataSection, ModelSection
 from milora_jax.errors import UserError
@@ -19,7 +20,7 @@ from milora_jax.storage.files import json_bytes
 from milora_jax.storage.imported import import_peft
 from milora_jax.storage.manifest import MANIFEST, write_manifest
 from milora_jax.storage.workdir import read_workdir_config
-from tests.storage.adapters import STEP, noisy_adapter, write_run
+from tests.storage.adapters import STEP, noisy_adapter, of_then, run_of, write_run
 
 WRITTEN = PromptFormat("chat", "none", "2026-11-29T12:00:00")
 
@@ -94,19 +95,18 @@ def older_export(directory):
     path = directory / "milora_config.json"
     values = json.loads(path.read_text())
     del values["prompt_format"]
-    path.write_bytes(json_bytes({**values, "format": 1}))
+    path.write_bytes(json_bytes({**values, "format": 1, "adapter": of_then(values["adapter"], True)}))
     (directory / MANIFEST).unlink()
     write_manifest(directory)
 
 
-def test_an_older_adapter_keeps_the_rule_that_all_had(exported, model, run, tmp_path, caplog):
-    import shutil
-
-    shutil.copytree(exported, tmp_path / "old")
+def test_an_older_adapter_keeps_the_rule_that_all_had(model, tmp_path, caplog):
+    settings = {**ROUTERS_BEFORE_FEATURES, "features": "rms"}
+    adapter = run_of(tmp_path / "now", model, "milora", **settings)
+    export_milora(tmp_path / "now", tmp_path / "old")
     older_export(tmp_path / "old")
-    adapter = load_adapter(run)
     directory = CheckpointDirectory(tmp_path / "run" / "best", 1, print)
-    metadata = read_metadata(run / "best", STEP)
+    metadata = read_metadata(tmp_path / "now" / "best", STEP)
     directory.save(STEP, adapter.params, {k: v for k, v in metadata.items() if k != "prompt_format"})
     directory.wait()
     for name in ("old", "run"):

@@ -175,7 +175,7 @@ def test_packed_equals_unpacked(pooler):
     packed = packed.replace(segment_ids=ids)
 
     one_route, many_route = run(adapter, packed, prompts=3).route, run(adapter, apart).route
-    np.testing.assert_allclose(one_route.weights[:, 0], many_route.weights[:, :, 0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(one_route.weights[:, 0], many_route.weights[:, :, 0], rtol=1e-4, atol=1e-6)
     if pooler != "attention":  # the others differ in the route alone
         return
 

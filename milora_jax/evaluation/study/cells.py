@@ -14,20 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
 from milora_jax.base.modules import Base, decode_layout
 from milora_jax.cli import stop_if
 from milora_jax.config import AdapterSection, Config
 from milora_jax.errors import NonFiniteError
-from milora_jax.evaluation.final import parameter_counts, score_tests
-from milora_jax.evaluation.study.settings import MIXED, Study
+from milora_jax.evaluation.final import for_decoding, parameter_counts, score_tests
+from milora_jax.evaluation.score import limited
+from milora_jax.evaluation.study.forced import FORCED, forced_scores
+from milora_jax.evaluation.study.rows import ROUTED, Encoded, read_scores, with_answers, write_scores
+from milora_jax.evaluation.study.settings import MIXED, Converged, Study
+from milora_jax.evaluation.study.starts import START, with_fixed_mask
 from milora_jax.storage.adapters import best_metadata, load_adapter
 from milora_jax.storage.files import read_json, write_json_atomic
+from milora_jax.training.health import BLIND
 from milora_jax.training.loop import Trainer, planned_steps
 from milora_jax.training.prepare import Run, prepare_run, with_rows
 from milora_jax.training.step import Steps, make_steps
-from milora_jax.training.workdir import claim_workdir
+from milora_jax.training.workdir import METRICS_NAME, claim_workdir
 
 RESULT = "result.json"
 LOG = "log.txt"
@@ -51,7 +57,11 @@ class Cell:
       method: the label whose learning rate it uses.
       trained_on: a task, or ``mixed``.
       config: the whole run.
-      scored: whether the test rows are answered; the runs that choose a learning rate look at dev only.
+      scored: whether the test rows are looked at; the runs that choose a learning rate look at dev only.
+      converged: whether it has a budget of ``Study.converged``.
+      forced: whether the test rows are scored under other routes than the routers' as well.
+      fixed_mask: whether every layer has one random set of experts for all prompts, see ``starts``.
+      generate: whether the test rows are answered by generation, see ``Study.generate``.
     """
 
     variant: str
@@ -59,6 +69,10 @@ class Cell:
     trained_on: str
     config: Config
     scored: bool = True
+    converged: bool = False
+    forced: bool = False
+    fixed_mask: bool = False
+    generate: bool = True
 
     @property
     def seed(self) -> int:
@@ -71,7 +85,8 @@ class Cell:
 
         Wherever the base and the rows lie: that they are those of the study, its claim makes sure.
         """
-        values = json.dumps([without_paths(self.config), self.trained_on, self.scored], sort_keys=True)
+        flags = [self.scored, self.forced, self.fixed_mask, self.generate]
+        values = json.dumps([without_paths(self.config), self.trained_on, *flags], sort_keys=True)
         digest = hashlib.sha256(values.encode()).hexdigest()[:10]
         return f"{self.config.adapter.method}-{self.trained_on}-s{self.seed}-{digest}"
 
@@ -96,8 +111,15 @@ def make_cell(
     *,
     scored: bool = True,
     router_rate: float = 1.0,
+    converged: Converged | None = None,
+    forced: bool = False,
+    fixed_mask: bool = False,
 ) -> Cell:
-    """A cell of a study; its settings are written out, so that equal runs have equal names."""
+    """A cell of a study; its settings are written out, so that equal runs have equal names.
+
+    Args:
+      converged: gives the budget; None is the short one.
+    """
     steps = study.mixed_steps if trained_on == MIXED and study.mixed_steps else study.base.train.max_steps
     train = dataclasses.replace(
         study.base.train,
@@ -108,13 +130,25 @@ def make_cell(
         seed=seed,
         max_steps=steps,
     )
+    if converged is not None:
+        train = converged.budget(trained_on).applied(train)
     config = dataclasses.replace(
         study.base,
         adapter=full_settings(build_method(settings)),
         data=study.data_of(trained_on),
         train=train,
     )
-    return Cell(variant, method, trained_on, config, scored)
+    return Cell(
+        variant,
+        method,
+        trained_on,
+        config,
+        scored,
+        converged is not None,
+        forced,
+        fixed_mask,
+        study.generate,
+    )
 
 
 def memory_maps() -> int:
@@ -139,6 +173,13 @@ class CellRunner:
         path = self._root / cell.name / RESULT
         return read_json(path) if path.is_file() else None
 
+    def with_scores(self, row: Row) -> Row:
+        """A row of a finished cell with the scores of its test rows, by route; as it is if it has none."""
+        path, task = self._root / row["cell"], row["task"]
+        if row["accuracy"] is None:
+            return row
+        return {**row, "scores": {route: tasks[task] for route, tasks in read_scores(path).items()}}
+
     def run(self, cell: Cell, preempted: Callable[[], bool]) -> None:
         """Train (resuming where an earlier life stopped), score, write the result, drop the checkpoints.
 
@@ -148,6 +189,8 @@ class CellRunner:
         self._make_room()
         run = self._prepare(cell)
         claim_workdir(workdir, run.config)
+        if cell.fixed_mask:
+            run = with_fixed_mask(run, workdir / START, self._say)
         method, shape = build_method(run.config.adapter), adapter_shape(run.model)
         found: dict[str, Any] = {
             "trained_on": cell.trained_on,
@@ -167,8 +210,7 @@ class CellRunner:
         try:
             fit = trainer.fit(lambda step, status: None, preempted)
         except NonFiniteError as error:
-            nothing = dict.fromkeys(run.tests, 0.0) if cell.scored else {}
-            found |= {"diverged": str(error), "dev_perplexity": None, "accuracy": nothing}
+            found |= {"diverged": str(error), "dev_perplexity": None, **self._nothing(cell, run, workdir)}
         else:
             counts = parameter_counts(method, shape, best_metadata(workdir))
             found |= {
@@ -176,12 +218,14 @@ class CellRunner:
                 "active_parameters": counts.active,
                 "steps": fit.steps,
                 "best_step": fit.progress.best_step,
+                "stopped_early": fit.progress.stopped,
                 "dev_perplexity": fit.progress.best_perplexity,
-                **(self._score(run, workdir, preempted) if cell.scored else {"accuracy": {}}),
+                "routing": routing_of(workdir, fit.progress.best_step),
+                **(self._score(cell, run, workdir, preempted) if cell.scored else {"accuracy": {}}),
             }
         write_json_atomic(workdir / RESULT, {**found, "seconds": time.monotonic() - started})
-        shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
-        shutil.rmtree(workdir / "best", ignore_errors=True)
+        for name in ("checkpoints", "best", START):
+            shutil.rmtree(workdir / name, ignore_errors=True)
 
     def _make_room(self) -> None:
         """Forget compiled programs before they are too many for one process."""
@@ -211,12 +255,63 @@ class CellRunner:
             self._steps[key] = make_steps(run.model, settings, total, run.prompts)
         return self._steps[key]
 
-    def _score(self, run: Run, workdir: Path, preempted: Callable[[], bool]) -> dict[str, Any]:
-        """Accuracy and expert shares by test task, of the best adapter as read back from the disk."""
+    def _score(self, cell: Cell, run: Run, workdir: Path, preempted: Callable[[], bool]) -> dict[str, Any]:
+        """Accuracy, loss and expert shares by test task, of the best adapter as read back from the disk; what
+        became of each row goes to a file of its own."""
         if self._decoding is None:
             self._decoding = decode_layout(run.base)
-        scores = score_tests(
-            run, self._decoding, load_adapter(workdir), lambda _: stop_if(preempted, "scoring a cell")
-        )
-        shares = {s.task: s.expert_share.round(4).tolist() for s in scores if s.expert_share is not None}
-        return {"accuracy": {s.task: s.accuracy for s in scores}, "expert_share": shares}
+        base, stored = self._decoding, load_adapter(workdir)
+
+        def advance(rows: int) -> None:
+            stop_if(preempted, "scoring a cell")
+
+        adapter, rows = for_decoding(run, base, stored), encoded_tests(run)
+        routed = {task: each.scores(run, base, adapter, None) for task, each in rows.items()}
+        answers = score_tests(run, base, stored, advance) if cell.generate else []
+        answered = {score.task: with_answers(routed[score.task], score) for score in answers}
+        routed |= answered or {task: dataclasses.replace(s, correct=s.exact) for task, s in routed.items()}
+        forced = forced_scores(run, base, adapter, rows) if cell.forced else {}
+        write_scores(workdir, {ROUTED: routed, **forced})
+        return {
+            "accuracy": {task: each.accuracy for task, each in routed.items()},
+            "loss": {task: each.loss for task, each in routed.items()},
+            "expert_share": {
+                s.task: s.expert_share.round(4).tolist() for s in answers if s.expert_share is not None
+            },
+        }
+
+    def _nothing(self, cell: Cell, run: Run, workdir: Path) -> dict[str, Any]:
+        """What :meth:`_score` gives of a run that diverged."""
+        if not cell.scored:
+            return {"accuracy": {}}
+        nothing = {task: each.nothing() for task, each in encoded_tests(run).items()}
+        write_scores(workdir, {name: nothing for name in (ROUTED, *(FORCED if cell.forced else ()))})
+        return {"accuracy": dict.fromkeys(nothing, 0.0), "loss": dict.fromkeys(nothing)}
+
+
+def encoded_tests(run: Run) -> dict[str, Encoded]:
+    """The test rows that are scored, by task."""
+    return {
+        task: Encoded(run, limited(records, run.config.eval.limit)) for task, records in run.tests.items()
+    }
+
+
+def routing_of(workdir: Path, step: int) -> dict[str, float] | None:
+    """How the dev prompts were routed at one evaluation, in a few numbers; None without a router.
+
+    ``common``, ``agree``, ``across``, ``pooler_share`` and ``spread`` are means over the layers of what
+    ``training.health`` says of each, ``largest`` the largest of them; ``blind`` is the share of layers whose
+    router is blind.
+    """
+    lines = (workdir / METRICS_NAME).read_text(encoding="utf-8").splitlines()
+    metrics = [
+        found for found in map(json.loads, lines) if found["step"] == step and found.get("route_common")
+    ]
+    if not metrics:
+        return None
+    last = metrics[-1]
+    names = {"common": "route_common", "agree": "route_agree", "across": "route_across"}
+    names |= {"pooler_share": "pooler_share", "spread": "feature_spread"}
+    means = {short: float(np.mean(last[name])) for short, name in names.items() if last[name] is not None}
+    blind = float(np.mean(np.array(last["route_common"]) >= BLIND))
+    return {**means, "largest": max(last["router_input_max"]), "blind": blind}

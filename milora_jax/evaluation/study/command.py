@@ -13,9 +13,10 @@ from pathlib import Path
 
 from milora_jax.cli import Console, Parser, stop_noted
 from milora_jax.errors import require
-from milora_jax.evaluation.study.reports import COMPARISONS, labels_of, report
+from milora_jax.evaluation.study.reports import COMPARISONS, report
 from milora_jax.evaluation.study.runner import StudyRunner, claim_study, study_lock
 from milora_jax.evaluation.study.settings import load_study, narrowed, quick
+from milora_jax.evaluation.study.tuning import Chosen
 from milora_jax.storage.files import write_atomic
 
 ALL = "all"
@@ -38,7 +39,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Choose learning rates, run the cells, write the report."""
+    """Tune, run the cells, write the report."""
     arguments = parse_arguments(argv)
     require(arguments.seeds >= 1, "--seeds", arguments.seeds, "at least 1")
     study = narrowed(load_study(arguments.config), arguments.tasks, arguments.methods)
@@ -49,15 +50,19 @@ def main(argv: Sequence[str]) -> None:
     folder = arguments.config.stem + ("_quick" if arguments.quick else "")
     directory, console = arguments.workdir or Path("runs") / folder, Console()
     names = list(COMPARISONS) if arguments.name == ALL else [arguments.name]
+    if arguments.name == ALL and study.converged is None:
+        names = [name for name, made in COMPARISONS.items() if not made.converged]
+    unknown = Chosen.nothing(study)
+    needed = [cell for name in names for cell in COMPARISONS[name].plan(study, 1, unknown)]
     with stop_noted() as preempted:
         runner = StudyRunner(study, directory, console, preempted)
         claim_study(directory, study)
-        rates, losses = runner.choose_rates(labels_of(study, names))
+        chosen = runner.choose(needed)
         for name in names:
-            cells = COMPARISONS[name].plan(study, arguments.seeds, rates)
+            cells = COMPARISONS[name].plan(study, arguments.seeds, chosen)
             runner.run(cells, name)
             runner.write_rows(cells)
             with study_lock(directory):
-                text = report(name, study, runner.rows(cells), losses, arguments.seeds, directory)
+                text = report(name, study, runner.scored_rows(cells), chosen, arguments.seeds, directory)
                 write_atomic(directory / f"{name}.md", text.encode())
             console.say(f"wrote {directory / f'{name}.md'}")

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from milora_jax.adapters.registry import build_method, full_settings
 from milora_jax.config import AdapterSection
-from milora_jax.errors import require
+from milora_jax.errors import UserError, require
 from milora_jax.evaluation.study.cells import Cell, make_cell
-from milora_jax.evaluation.study.settings import MIXED, Study
+from milora_jax.evaluation.study.settings import MIXED, Converged, Study
+from milora_jax.evaluation.study.starts import FIXED
+from milora_jax.evaluation.study.tuning import Chosen, scaled, where_of
 
 ABLATIONS: dict[str, dict[str, str]] = {
     "average pooling": {"pooler": "mean"},
@@ -25,31 +27,9 @@ ABLATIONS: dict[str, dict[str, str]] = {
 BY_K, BY_LAMBDA, BY_RANK = "k={}", "lambda={:g}", "{} r={}"
 """Names of the variants of Figures 3, 4 and 5."""
 
-Rates = dict[str, float]
-"""Learning rate by method label."""
-
-
-def tuning(study: Study, labels: Sequence[str]) -> dict[str, dict[float, list[Cell]]]:
-    """For each method and learning rate of the grid one run per task, looked at on dev only."""
-    return {
-        label: {
-            rate: [
-                make_cell(
-                    study,
-                    label,
-                    label,
-                    study.methods[label],
-                    task,
-                    study.tuning_seed,
-                    rate,
-                    scored=False,
-                )
-                for task in study.tasks
-            ]
-            for rate in study.learning_rates
-        }
-        for label in labels
-    }
+RANDOM_MASK, RANDOM_ROUTER = "random mask, kept", "random router, kept"
+"""Variants of the subject in ``routing`` that learn no route: one random set of experts per layer for all
+prompts; and routers that stay as they began, whose routes differ between prompts."""
 
 
 def _grid(
@@ -57,11 +37,11 @@ def _grid(
     variants: dict[str, tuple[str, AdapterSection]],
     data: Sequence[str],
     seeds: int,
-    rates: Rates,
+    chosen: Chosen,
 ) -> list[Cell]:
     """Every variant on every set of rows with every seed, seed by seed."""
     return [
-        make_cell(study, variant, label, settings, trained_on, seed, rates[label])
+        make_cell(study, variant, label, settings, trained_on, seed, chosen.rates[label])
         for seed in range(seeds)
         for trained_on in data
         for variant, (label, settings) in variants.items()
@@ -77,43 +57,44 @@ def _varied(study: Study, changes: dict[str, dict]) -> dict[str, tuple[str, Adap
     }
 
 
-def table1(study: Study, seeds: int, rates: Rates) -> list[Cell]:
+def table1(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
     """All methods, each task by itself."""
     variants = {label: (label, settings) for label, settings in study.methods.items()}
-    return _grid(study, variants, study.tasks, seeds, rates)
+    return _grid(study, variants, study.tasks, seeds, chosen)
 
 
-def table2(study: Study, seeds: int, rates: Rates) -> list[Cell]:
+def table2(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
     """Some methods on each task by itself and on the mix of all."""
     variants = {label: (label, study.methods[label]) for label in study.mixed_methods}
-    return _grid(study, variants, (*study.tasks, MIXED), seeds, rates)
+    return _grid(study, variants, (*study.tasks, MIXED), seeds, chosen)
 
 
-def table5(study: Study, seeds: int, rates: Rates) -> list[Cell]:
+def table5(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
     """The subject and its ablations."""
     variants = _varied(study, {study.subject: {}, **ABLATIONS})
-    return _grid(study, variants, study.varied_tasks, seeds, rates)
+    return _grid(study, variants, study.varied_tasks, seeds, chosen)
 
 
-def figure2(study: Study, seeds: int, rates: Rates) -> list[Cell]:
+def figure2(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
     """The subject on the mix of all tasks, for its shares of experts per layer and task."""
+    require(study.generate, "study generate", study.generate, "True, for figure2: answers tell the shares")
     variants = {study.subject: (study.subject, study.methods[study.subject])}
-    return _grid(study, variants, (MIXED,), seeds, rates)
+    return _grid(study, variants, (MIXED,), seeds, chosen)
 
 
-def figure3(study: Study, seeds: int, rates: Rates) -> list[Cell]:
+def figure3(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
     """The subject over k."""
     variants = _varied(study, {BY_K.format(k): {"top_k": k} for k in study.top_ks})
-    return _grid(study, variants, study.varied_tasks, seeds, rates)
+    return _grid(study, variants, study.varied_tasks, seeds, chosen)
 
 
-def figure4(study: Study, seeds: int, rates: Rates) -> list[Cell]:
+def figure4(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
     """The subject over lambda."""
     variants = _varied(study, {BY_LAMBDA.format(value): {"load_balance": value} for value in study.lambdas})
-    return _grid(study, variants, study.varied_tasks, seeds, rates)
+    return _grid(study, variants, study.varied_tasks, seeds, chosen)
 
 
-def figure5(study: Study, seeds: int, rates: Rates) -> list[Cell]:
+def figure5(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
     """The subject and the reference over the rank."""
     variants = {}
     for label in (study.subject, study.reference):
@@ -121,21 +102,16 @@ def figure5(study: Study, seeds: int, rates: Rates) -> list[Cell]:
         require(settings.rank is not None, "study method", label, "one with a rank, for figure5")
         for rank in sorted({*study.ranks, settings.rank or 0}):
             variants[BY_RANK.format(label, rank)] = (label, dataclasses.replace(settings, rank=rank))
-    return _grid(study, variants, study.varied_tasks, seeds, rates)
+    return _grid(study, variants, study.varied_tasks, seeds, chosen)
 
 
-def defaults(study: Study, seeds: int, rates: Rates) -> list[Cell]:
+def defaults(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
     """The subject with each choice that the paper leaves open: looked at on dev only, with seeds that no
     table uses, and each choice at every learning rate of the grid, since it may want its own."""
-    choices = {
-        f"{gate}, {'normalised' if normalize else 'as it is'}": {"gate": gate, "normalize": normalize}
-        for gate in study.gates
-        for normalize in (True, False)
-    }
     cells = []
     for seed in range(study.tuning_seed, study.tuning_seed + seeds):
         for trained_on in study.varied_tasks:
-            for variant, (label, settings) in _varied(study, choices).items():
+            for variant, (label, settings) in _varied(study, {"as it is": {}, **study.choices}).items():
                 for rate in study.learning_rates:
                     name = f"{variant} @ {rate:g}"
                     cells.append(
@@ -150,9 +126,76 @@ def defaults(study: Study, seeds: int, rates: Rates) -> list[Cell]:
                         study.methods[study.subject],
                         trained_on,
                         seed,
-                        rates[study.subject],
+                        chosen.rates[study.subject],
                         scored=False,
                         router_rate=factor,
                     )
                 )
     return cells
+
+
+def converged(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
+    """Some methods to convergence, on each task by itself and on the mix of all."""
+    terms = _terms(study)
+    variants = {label: study.methods[label] for label in terms.methods}
+    return [
+        _converged(study, terms, chosen, label, label, settings, trained_on, seed)
+        for seed in range(seeds)
+        for trained_on in (*study.alone, MIXED)
+        for label, settings in variants.items()
+    ]
+
+
+def routing(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
+    """The subject to convergence, and with routes that are not learned."""
+    terms, label = _terms(study), study.subject
+    subject = study.methods[label]
+    routes = getattr(build_method(subject), "routes", False)
+    require(routes, "study subject", label, "a method that routes, for routing")
+    still = {"pooler": "mean", "coefficients": "frozen", "feature_window": 0.0}
+    variants: dict[str, tuple[AdapterSection, float, bool]] = {
+        label: (subject, 1.0, False),
+        RANDOM_ROUTER: (dataclasses.replace(subject, **still), 0.0, False),
+        RANDOM_MASK: (dataclasses.replace(subject, **FIXED), 0.0, True),
+    }
+    return [
+        _converged(study, terms, chosen, variant, label, settings, trained_on, seed, rate, mask)
+        for seed in range(seeds)
+        for trained_on in (*study.alone, MIXED)
+        for variant, (settings, rate, mask) in variants.items()
+    ]
+
+
+def _terms(study: Study) -> Converged:
+    if study.converged is None:
+        raise UserError("the study has no 'converged': expected its terms, as in configs/study_tiny.py")
+    return study.converged
+
+
+def _converged(
+    study: Study,
+    terms: Converged,
+    chosen: Chosen,
+    variant: str,
+    label: str,
+    settings: AdapterSection,
+    trained_on: str,
+    seed: int,
+    router_rate: float = 1.0,
+    fixed_mask: bool = False,
+) -> Cell:
+    """A run with what was chosen for its method; the subject's own is scored under forced routes too."""
+    point = chosen.points[label, where_of(trained_on)]
+    return make_cell(
+        study,
+        variant,
+        label,
+        scaled(settings, point.scale),
+        trained_on,
+        seed,
+        point.learning_rate,
+        router_rate=router_rate,
+        converged=terms,
+        forced=variant == study.subject and build_method(settings).routes,
+        fixed_mask=fixed_mask,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,29 @@ from milora_jax.config import AdapterSection
 from milora_jax.errors import require
 from milora_jax.evaluation.study import plans
 from milora_jax.evaluation.study.cells import Cell, Row
-from milora_jax.evaluation.study.plans import Rates
+from milora_jax.evaluation.study.convergence import (
+    converged_terms,
+    render_converged,
+    render_routing,
+    tuning_tables,
+)
 from milora_jax.evaluation.study.plots import plot_bars, plot_lines, plot_shares
 from milora_jax.evaluation.study.settings import Study
-from milora_jax.evaluation.study.tables import Results, comparison, dev_only, mixing, tuned
+from milora_jax.evaluation.study.tables import Results, comparison, dev_only, mixing, routes
+from milora_jax.evaluation.study.tuning import Chosen
+
+ROUTES_NOTE = (
+    "Of the dev prompts, at the step whose adapter is scored, mean over layers and runs: share of the "
+    "prompts with the layer's commonest set of experts, over all tasks and within a task; pairs of "
+    "prompts of two tasks with equal sets; layers in which 95 % or more of the prompts have one set; "
+    "largest share of one token in the attention pooler; root mean square of the router's features; and "
+    "the largest value that entered an activation."
+)
+
+NOT_GENERATED = (
+    "- no answers were generated: accuracy is the share of test rows whose output greedy decoding would "
+    "write token for token"
+)
 
 
 @dataclass(frozen=True)
@@ -23,47 +42,41 @@ class Comparison:
 
     Attributes:
       title: in a few words.
-      plan: ``(study, seeds, rates)`` to the cells.
+      plan: ``(study, seeds, chosen)`` to the cells.
       render: ``(results, study, directory)`` to Markdown; draws its plots into the directory.
+      converged: whether it trains to convergence, and there is none of it in a study without those terms.
     """
 
     title: str
-    plan: Callable[[Study, int, Rates], list[Cell]]
+    plan: Callable[[Study, int, Chosen], list[Cell]]
     render: Callable[[Results, Study, Path], str]
+    converged: bool = False
 
 
-def labels_of(study: Study, names: Sequence[str]) -> list[str]:
-    """The methods whose learning rate the named comparisons need."""
-    nothing = dict.fromkeys(study.methods, 0.0)
-    needed = {cell.method for name in names for cell in COMPARISONS[name].plan(study, 1, nothing)}
-    return [label for label in study.methods if label in needed]
-
-
-def report(
-    name: str,
-    study: Study,
-    rows: Sequence[Row],
-    losses: Mapping[str, Mapping[float, float]],
-    seeds: int,
-    directory: Path,
-) -> str:
+def report(name: str, study: Study, rows: Sequence[Row], chosen: Chosen, seeds: int, directory: Path) -> str:
     """The Markdown of one comparison; draws its plots beside it.
 
     Args:
-      losses: dev loss by method and learning rate, see ``StudyRunner.choose_rates``.
+      rows: with ``scores``, see ``StudyRunner.scored_rows``.
     """
+    made, results = COMPARISONS[name], Results.of(rows)
     note = (
-        "Accuracy in percent, median over the seeds. Differences are in points, paired by task and seed, "
-        "with a bootstrap 95 % interval over the seeds. The dev loss is in nats per response token."
+        "Accuracy in percent, median over the seeds; the test loss is the negative log-likelihood of a "
+        "response token in nats, mean over seeds and tasks. Differences are of means over seeds and "
+        "tasks, paired by task, seed and test row, in points of accuracy, in nats and in percent of the "
+        "other's loss, each with a 95 % interval from a bootstrap over seeds and test rows. The dev loss "
+        "is in nats per response token."
     )
+    terms = converged_terms(study) if made.converged else _short_terms(study)
+    said = routes(results)
     parts = [
-        f"# {name}: {COMPARISONS[name].title}",
-        "\n".join([*_terms(study), f"- {seeds} seeds"]),
+        f"# {name}: {made.title}",
+        "\n".join([*_terms(study), *terms, f"- {seeds} seeds"]),
         note,
-        COMPARISONS[name].render(Results.of(rows), study, directory),
-        "## Learning rates",
-        "Mean dev loss over the tasks, in nats per response token.",
-        tuned({label: losses[label] for label in labels_of(study, [name])}, study),
+        made.render(results, study, directory),
+        *(["## Routes", ROUTES_NOTE, said] if said else []),
+        "## Tuning",
+        *tuning_tables(made.plan(study, 1, chosen), study, chosen),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -71,21 +84,30 @@ def report(
 def _terms(study: Study) -> list[str]:
     """What all cells share."""
     train, data = study.base.train, study.base.data
-    mixed = study.mixed_steps or train.max_steps
     bilevel = [label for label, s in study.methods.items() if build_method(s).theta == "bilevel"]
     every = {label: study.coefficient_every.get(label, train.coefficient_every) for label in bilevel}
     said = ", ".join(f"{label} every {count}" for label, count in every.items())
     return [
         f"- base `{Path(study.base.model.path).name}`, {len(study.tasks)} tasks: {', '.join(study.tasks)}",
-        f"- {train.max_steps} steps of {train.batch_size} rows on a single task, {mixed} on the mix; a seed "
-        "gives every method the same rows in the same order",
-        f"- AdamW, warm-up {train.warmup_share:.0%}, linear decay, best of the dev evaluations every "
-        f"{train.eval_every} steps; rows of at most {data.max_length} tokens; greedy decoding",
-        f"- learning rate of each method from {', '.join(f'{r:g}' for r in study.learning_rates)} by mean "
-        f"dev loss over the tasks, with seed {study.tuning_seed}, which no table uses",
+        "- a seed gives every method the same rows in the same order; AdamW, warm-up "
+        f"{train.warmup_share:.0%}, linear decay; rows of at most {data.max_length} tokens; greedy decoding",
         f"- trained on dev rows too, bi-level, with steps between two such updates: {said}; their dev losses "
         "are in part those of training rows",
         f"- tunable parameters within {study.tolerance:.0%} of {study.reference}'s",
+        *([] if study.generate else [NOT_GENERATED]),
+    ]
+
+
+def _short_terms(study: Study) -> list[str]:
+    """What all cells of the short budget share."""
+    train = study.base.train
+    mixed = study.mixed_steps or train.max_steps
+    return [
+        "- short budget, the same for all methods and not enough for any to converge: "
+        f"{train.max_steps} steps of {train.batch_size} rows on a single task, {mixed} on the mix; "
+        f"best of the dev evaluations every {train.eval_every} steps",
+        f"- learning rate of each method from {', '.join(f'{r:g}' for r in study.learning_rates)} by mean "
+        f"dev loss over the tasks, with seed {study.tuning_seed}, which no table uses",
     ]
 
 
@@ -100,7 +122,7 @@ def _table2(results: Results, study: Study, directory: Path) -> str:
         directory / "table2_mixed.png", results, results.places(mixed=True), "trained on the mix of tasks"
     )
     parts = [
-        mixing(results, study.subject),
+        mixing(results),
         "Trained on each task by itself:",
         comparison(results, study.subject, results.places(mixed=False), counts=True),
         "Trained on the mix:",
@@ -196,5 +218,7 @@ COMPARISONS = {
         ),
     ),
     "defaults": Comparison("what the paper leaves open", plans.defaults, _defaults),
+    "converged": Comparison("trained to convergence", plans.converged, render_converged, converged=True),
+    "routing": Comparison("does routing pay?", plans.routing, render_routing, converged=True),
 }
 """Every comparison by name."""

@@ -20,8 +20,8 @@ from milora_jax.cli import Console, stop_if
 from milora_jax.data.records import fingerprint, parse_sources, read_records, run_sources
 from milora_jax.errors import UserError, require
 from milora_jax.evaluation.study.cells import Cell, CellRunner, Row, without_paths
-from milora_jax.evaluation.study.plans import Rates, tuning
 from milora_jax.evaluation.study.settings import Study
+from milora_jax.evaluation.study.tuning import Chosen, choose, keys_of
 from milora_jax.storage.files import read_json, write_atomic, write_json_atomic
 from milora_jax.storage.lock import WorkdirBusy, WorkdirLock
 from milora_jax.training.workdir import leaves_by_path
@@ -167,27 +167,16 @@ class StudyRunner:
                 self._cells.run(cell, self._preempted)
         return True
 
-    def choose_rates(self, labels: Sequence[str]) -> tuple[Rates, dict[str, dict[float, float]]]:
-        """For each method the learning rate with the lowest mean dev loss over the tasks.
+    def choose(self, cells: Sequence[Cell]) -> Chosen:
+        """Choose what cells need; they were planned with :meth:`Chosen.nothing`."""
+        return choose(self._study, *keys_of(cells), self._dev_losses)
 
-        Returns:
-          The chosen rates, and for every method and rate of the grid the mean over tasks of the dev
-          loss in nats; infinite where a run diverged.
-        """
-        plan = tuning(self._study, labels)
-        every = [cell for grid in plan.values() for cells in grid.values() for cell in cells]
-        self.run(every, "tuning")
+    def _dev_losses(self, groups: list[list[Cell]], title: str) -> list[float]:
+        """The mean dev loss of each group of cells, in nats; infinite where a run diverged."""
+        every = [cell for group in groups for cell in group]
+        self.run(every, title)
         self.write_rows(every)
-        losses = {
-            label: {rate: self._mean_loss(cells) for rate, cells in grid.items()}
-            for label, grid in plan.items()
-        }
-        for label, grid in losses.items():
-            if not any(map(math.isfinite, grid.values())):
-                raise UserError(
-                    f"study method {label!r} diverged at every learning rate of {self._study.learning_rates}"
-                )
-        return {label: min(grid, key=grid.__getitem__) for label, grid in losses.items()}, losses
+        return [self._mean_loss(group) for group in groups]
 
     def _mean_loss(self, cells: Sequence[Cell]) -> float:
         losses = []
@@ -205,9 +194,14 @@ class StudyRunner:
                 found.extend(_rows(cell, result))
         return found
 
+    def scored_rows(self, cells: Sequence[Cell]) -> list[Row]:
+        """:meth:`rows`, each with what became of its test rows: as ``scores`` by route."""
+        return [self._cells.with_scores(row) for row in self.rows(cells)]
+
     def write_rows(self, cells: Sequence[Cell]) -> None:
         """Add the finished ones of the cells to ``rows.jsonl``: one line per (variant, task, seed), and
-        per learning rate where that is being chosen; ``accuracy`` is null where dev alone was looked at.
+        per setting where that is being chosen; ``accuracy`` and ``loss`` are null where dev alone was looked
+        at.
         """
         path = self._directory / ROWS_NAME
         with study_lock(self._directory):
@@ -225,7 +219,8 @@ def _rows(cell: Cell, result: Row) -> list[Row]:
     # A run that chose a learning rate has no accuracy; the others' come in the order of the study's tasks.
     tasks = [source.name for source in parse_sources(cell.config.data.test)] if cell.scored else []
     accuracy = {task: result["accuracy"][task] for task in tasks} or {cell.trained_on: None}
-    shared = {name: value for name, value in result.items() if name not in ("accuracy", "expert_share")}
+    by_task = ("accuracy", "loss", "expert_share")
+    shared = {name: value for name, value in result.items() if name not in by_task}
     return [
         {
             "variant": cell.variant,
@@ -233,6 +228,7 @@ def _rows(cell: Cell, result: Row) -> list[Row]:
             "task": task,
             **shared,
             "accuracy": value,
+            "loss": result.get("loss", {}).get(task),
             "expert_share": result.get("expert_share", {}).get(task),
             "cell": cell.name,
         }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import runpy
 import traceback
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from milora_jax.columns import parse_columns
-from milora_jax.config import GATES, AdapterSection, Config, DataSection
+from milora_jax.config import AdapterSection, Config, DataSection, TrainSection
 from milora_jax.data.records import parse_sources, run_sources
 from milora_jax.errors import UserError, one_of, require
 
@@ -18,6 +20,71 @@ MIXED = "mixed"
 
 QUICK_STEPS, QUICK_ROWS = 10, 20
 """What is left of a study by ``--quick``: enough to exercise every part, too little to learn from."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a run may last that is to converge.
+
+    Attributes:
+      max_steps: optimiser steps, over which the learning rate falls to 0.
+      batch_size: rows of a step.
+      eval_every: steps between two dev evaluations.
+      patience: dev evaluations without improvement before the run stops.
+    """
+
+    max_steps: int
+    batch_size: int
+    eval_every: int
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            require(value >= 1, f"study budget {name}", value, "at least 1")
+        least = self.eval_every * (self.patience + 1)
+        expected = f"at least {least}, (patience + 1) * eval_every, or no run can stop early"
+        require(self.max_steps >= least, "study budget max_steps", self.max_steps, expected)
+
+    def applied(self, train: TrainSection) -> TrainSection:
+        """Settings of a run with this budget."""
+        return dataclasses.replace(train, **dataclasses.asdict(self))
+
+
+@dataclass(frozen=True)
+class Converged:
+    """The comparison of methods that are trained until they no longer improve.
+
+    Attributes:
+      methods: their labels; all other methods have the short budget only.
+      single, mixed: budgets of a single task and of the mix.
+      learning_rates: the grid from which each method's is chosen, at alpha = rank, for single tasks and for
+        the mix apart; a grid of one value is that value, without a run.
+      scales: alpha over rank, chosen next at that learning rate; the first is 1.
+      alone: tasks that are trained on by themselves; all of them where it is empty.
+      tuned_on: those of them whose mean dev loss chooses for all of them; all where it is empty.
+      tuning_seeds: runs of each choice.
+    """
+
+    methods: tuple[str, ...]
+    single: Budget
+    mixed: Budget
+    learning_rates: tuple[float, ...]
+    scales: tuple[float, ...] = (1.0, 0.5, 2.0)
+    alone: tuple[str, ...] = ()
+    tuned_on: tuple[str, ...] = ()
+    tuning_seeds: int = 1
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.learning_rates), "study converged learning_rates", self.learning_rates, "at least one"
+        )
+        first = bool(self.scales) and self.scales[0] == 1
+        require(first, "study converged scales", self.scales, "1 first: the learning rate is chosen at it")
+        require(self.tuning_seeds >= 1, "study converged tuning_seeds", self.tuning_seeds, "at least 1")
+
+    def budget(self, trained_on: str) -> Budget:
+        """That of a task, or of the mix."""
+        return self.mixed if trained_on == MIXED else self.single
 
 
 @dataclass(frozen=True)
@@ -32,15 +99,20 @@ class Study:
       tolerance: largest relative distance from the budget.
       learning_rates: the grid from which each method's is chosen by dev perplexity.
       coefficient_ratio: learning rate of a bi-level Theta over that of the rest (the paper: 1e-6 / 1e-4).
+      converged: which methods are trained to convergence, and how; everything else has the budget of
+        ``base.train`` and ``mixed_steps``. None where no comparison asks for it.
       tuning_seed: first seed of the runs that choose; above every seed of the tables.
       coefficient_every: by label, where a method needs another ``train.coefficient_every``.
       mixed_steps: optimiser steps where the rows of all tasks are mixed.
       mixed_methods: labels of Table 2.
-      subject: label of the method that is varied in Table 5 and Figures 2 to 5.
+      generate: whether the test rows are answered by generation; else a row is right where greedy decoding
+        would write its output token for token, which its likelihood tells.
+      subject: label of the method that is varied in Table 5 and Figures 2 to 5, and whose routes are taken
+        away in ``routing``.
       varied_tasks: tasks of Table 5 and Figures 3 to 5.
       top_ks, lambdas: of Figures 3 and 4.
       ranks: of Figure 5, beside the subject's own.
-      gates: among the open choices, each with and without normalisation.
+      choices: by name, settings of the subject that are changed one choice at a time among the open ones.
       router_rates: learning rates of the routers, as multiples, among the open choices.
       quick_tasks: tasks of a rehearsal; of equal length they share compiled programs.
     """
@@ -51,16 +123,18 @@ class Study:
     tolerance: float = 0.03
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     coefficient_ratio: float = 1e-2
+    converged: Converged | None = None
     tuning_seed: int = 1000
     coefficient_every: dict[str, int] = field(default_factory=dict)
     mixed_steps: int = 0
     mixed_methods: tuple[str, ...] = ("lora", "dora", "moelora", "milora")
+    generate: bool = True
     subject: str = "milora"
     varied_tasks: tuple[str, ...] = ()
     top_ks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7)
     lambdas: tuple[float, ...] = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
     ranks: tuple[int, ...] = (8, 16, 64)
-    gates: tuple[str, ...] = GATES
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     router_rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
     quick_tasks: tuple[str, ...] = ()
 
@@ -79,12 +153,29 @@ class Study:
             one_of("study method", label, tuple(self.methods))
         for task in (*self.varied_tasks, *self.quick_tasks):
             one_of("study task", task, self.tasks)
-        for gate in self.gates:
-            one_of("study gate", gate, GATES)
+        for name, change in self.choices.items():
+            known = {each.name for each in dataclasses.fields(AdapterSection)}
+            for setting in change:
+                one_of(f"a setting of study choice {name!r}", setting, tuple(sorted(known)))
+        if self.converged is not None:
+            for label in self.converged.methods:
+                one_of("study converged method", label, tuple(self.methods))
+            for task in self.converged.alone:
+                one_of("study converged alone", task, self.tasks)
+            for task in self.converged.tuned_on:
+                one_of("study converged tuned_on", task, self.alone)
+            for label in (self.reference, self.subject):
+                has = label in self.converged.methods
+                require(has, "study converged methods", self.converged.methods, f"a list with {label!r}")
         has_subject = self.subject in self.mixed_methods
         require(has_subject, "study mixed_methods", self.mixed_methods, f"a list with {self.subject!r}")
         require(bool(self.learning_rates), "study learning_rates", self.learning_rates, "at least one")
         require(self.mixed_steps >= 0, "study mixed_steps", self.mixed_steps, "0 (as single tasks) or more")
+
+    @property
+    def alone(self) -> tuple[str, ...]:
+        """The tasks that methods are trained on to convergence by themselves."""
+        return (self.converged.alone if self.converged else ()) or self.tasks
 
     def data_of(self, trained_on: str) -> DataSection:
         """The data of one task, or of all of them."""
@@ -139,8 +230,20 @@ def narrowed(study: Study, tasks: str, methods: str) -> Study:
         mixed_methods=tuple(label for label in study.mixed_methods if label in kept_methods),
         coefficient_every={k: v for k, v in study.coefficient_every.items() if k in kept_methods},
         quick_tasks=tuple(task for task in study.quick_tasks if task in kept_tasks),
+        converged=_narrowed(study.converged, kept_tasks, kept_methods),
         # Varied on other tasks than asked for is better than not at all.
         varied_tasks=tuple(task for task in study.varied_tasks if task in kept_tasks) or kept_tasks,
+    )
+
+
+def _narrowed(
+    converged: Converged | None, tasks: Collection[str], methods: Collection[str]
+) -> Converged | None:
+    return converged and dataclasses.replace(
+        converged,
+        methods=tuple(label for label in converged.methods if label in methods),
+        alone=tuple(task for task in converged.alone if task in tasks),
+        tuned_on=tuple(task for task in converged.tuned_on if task in tasks),
     )
 
 
@@ -149,6 +252,17 @@ def _chosen(flag: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         one_of(flag, name, allowed)
     return names or allowed
+
+
+def _quick(converged: Converged) -> Converged:
+    budget = Budget(QUICK_STEPS, converged.single.batch_size, eval_every=QUICK_STEPS // 2, patience=1)
+    return dataclasses.replace(
+        converged,
+        single=budget,
+        mixed=budget,
+        learning_rates=converged.learning_rates[:1],
+        scales=converged.scales[:2],
+    )
 
 
 def quick(study: Study) -> Study:
@@ -167,7 +281,8 @@ def quick(study: Study) -> Study:
         ranks=study.ranks[:1],
         top_ks=study.top_ks[2::4],
         lambdas=study.lambdas[2::2],
-        gates=study.gates[1:],
+        choices=dict(list(study.choices.items())[:2]),
         router_rates=study.router_rates[:1],
+        converged=study.converged and _quick(study.converged),
     )
     return narrowed(small, ",".join(study.quick_tasks or study.tasks[:2]), "")

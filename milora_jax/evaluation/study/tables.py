@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from milora_jax.evaluation.statistics import Interval, paired_difference
+from milora_jax.evaluation.statistics import Difference, Interval, Sample, paired_difference
 from milora_jax.evaluation.study.cells import Row
-from milora_jax.evaluation.study.settings import MIXED, Study
+from milora_jax.evaluation.study.rows import ROUTED, RowScores, accuracy_sample, loss_sample
+from milora_jax.evaluation.study.settings import MIXED
+from milora_jax.evaluation.study.tuning import Losses, at_the_edge
 
 Place = tuple[str, str]
 """What a model was trained on, and the task it is scored on."""
@@ -70,18 +72,53 @@ class Results:
         ]
         return float(np.mean(losses))
 
-    def difference(self, ours: str, theirs: str, places: Sequence[Place]) -> Interval:
-        """Accuracy of one variant less another's, in points, paired by place and seed."""
-        return paired_difference(
-            {"/".join(place): self.accuracies(ours, place) for place in places},
-            {"/".join(place): self.accuracies(theirs, place) for place in places},
-        )
+    def test_loss(self, variant: str, places: Sequence[Place]) -> float:
+        """Mean test loss in nats over places and seeds; infinite where a run diverged."""
+        losses = [
+            math.inf if row["loss"] is None else row["loss"]
+            for place in places
+            for row in self.by_variant[variant][place]
+        ]
+        return float(np.mean(losses))
 
-    def mixing_loss(self, variant: str) -> Interval:
-        """Accuracy trained on the mix less accuracy trained on the task alone, in points."""
-        mixed = self.places(mixed=True)
-        alone = {task: self.accuracies(variant, (task, task)) for _, task in mixed}
-        return paired_difference({task: self.accuracies(variant, (MIXED, task)) for _, task in mixed}, alone)
+    def scores(self, variant: str, place: Place, route: str = ROUTED) -> list[RowScores]:
+        """What became of the test rows, seed by seed.
+
+        Args:
+          route: under which the rows were scored.
+        """
+        return [row["scores"][route] for row in self.by_variant[variant][place]]
+
+    def samples(
+        self,
+        variant: str,
+        places: Sequence[Place],
+        sample: Callable[[Sequence[RowScores]], Sample],
+        route: str = ROUTED,
+    ) -> dict[str, Sample]:
+        """One kind of figure by task, for ``statistics.paired_difference``."""
+        return {place[1]: sample(self.scores(variant, place, route)) for place in places}
+
+    def lead(self, ours: str, theirs: str, places: Sequence[Place]) -> list[str]:
+        """What one variant has more than another: accuracy in points, loss in nats and in percent."""
+        points = paired_difference(*(self.samples(v, places, accuracy_sample) for v in (ours, theirs)))
+        loss = paired_difference(*(self.samples(v, places, loss_sample) for v in (ours, theirs)))
+        return [said(points.absolute), said(loss.absolute, 3), percent(loss.relative)]
+
+    def mixing_loss(self, variant: str) -> list[str]:
+        """As :meth:`lead`: trained on the mix against trained on the task alone."""
+        mixed, alone = self.both_ways()
+
+        def difference(sample: Callable[[Sequence[RowScores]], Sample]) -> Difference:
+            return paired_difference(*(self.samples(variant, places, sample) for places in (mixed, alone)))
+
+        return [said(difference(accuracy_sample).absolute), percent(difference(loss_sample).relative)]
+
+    def both_ways(self) -> tuple[list[Place], list[Place]]:
+        """The tasks of the mix that are trained on alone as well: their places in the mix, and alone."""
+        single = self.places(mixed=False)
+        mixed = [(where, task) for where, task in self.places(mixed=True) if (task, task) in single]
+        return mixed, [(task, task) for _, task in mixed]
 
     def mean(self, variant: str, places: Sequence[Place], field: str) -> float:
         """Mean of a number over the rows of some places that have it."""
@@ -94,9 +131,20 @@ class Results:
         return float(np.mean(values)) if values else math.nan
 
 
-def said(interval: Interval) -> str:
-    """``+1.2 [-0.3, 2.7]``."""
-    return f"{interval.mean:+.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+def said(interval: Interval, digits: int = 1) -> str:
+    """``+1.2 [-0.3, 2.7]``; a difference from a run that diverged is no number.
+
+    >>> said(Interval(1.2, -0.3, 2.7))
+    '+1.2 [-0.3, 2.7]'
+    """
+    if not math.isfinite(interval.mean):
+        return "diverged"
+    return f"{interval.mean:+.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+
+
+def percent(share: Interval) -> str:
+    """A share as :func:`said` says it, in percent."""
+    return said(Interval(*(100 * value for value in (share.mean, share.low, share.high))))
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -106,7 +154,8 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def comparison(results: Results, subject: str, places: Sequence[Place], counts: bool) -> str:
-    """Medians by place, their mean, the subject's paired lead over each variant, and the dev loss.
+    """Medians by place, their mean and the test loss, each with how much more of it the subject has, paired,
+    and the dev loss.
 
     Args:
       counts: whether to give tunable and active parameters and the learning rate.
@@ -118,6 +167,9 @@ def comparison(results: Results, subject: str, places: Sequence[Place], counts: 
         *(task for _, task in places),
         "mean",
         f"{subject} leads by",
+        "test loss",
+        f"that of {subject} is higher by",
+        "in percent",
         "dev loss",
         "scored",
     ]
@@ -132,14 +184,17 @@ def comparison(results: Results, subject: str, places: Sequence[Place], counts: 
             if counts
             else []
         )
-        lead = "" if variant == subject else said(results.difference(subject, variant, places))
+        points, nats, share = ["", "", ""] if variant == subject else results.lead(subject, variant, places)
         body.append(
             [
                 variant,
                 *numbers,
                 *(f"{results.median(variant, place):.1f}" for place in places),
                 f"{results.mean_of_medians(variant, places):.1f}",
-                lead,
+                points,
+                f"{results.test_loss(variant, places):.3f}",
+                nats,
+                share,
                 f"{results.dev_loss(variant, places):.3f}",
                 results.runs(variant, places),
             ]
@@ -161,34 +216,57 @@ def dev_only(results: Results, places: Sequence[Place]) -> str:
     return markdown(["variant", *(task for _, task in places), "mean dev loss", "runs"], body)
 
 
-def mixing(results: Results, subject: str) -> str:
+def mixing(results: Results) -> str:
     """Table 2: single tasks against their mix."""
-    mixed = results.places(mixed=True)
-    single = [(task, task) for _, task in mixed]
-    head = ["variant", "single", "mixed", "mixed less single", f"{subject} leads on single", "on mixed"]
-    body = [
-        [
-            variant,
-            f"{results.mean_of_medians(variant, single):.1f}",
-            f"{results.mean_of_medians(variant, mixed):.1f}",
-            said(results.mixing_loss(variant)),
-            *(
-                "" if variant == subject else said(results.difference(subject, variant, places))
-                for places in (single, mixed)
-            ),
-        ]
-        for variant in results.variants
-    ]
+    mixed, single = results.both_ways()
+    head = ["variant", "single", "mixed", "mixed less single", "loss single", "loss mixed", "in percent"]
+    body = []
+    for variant in results.variants:
+        points, share = results.mixing_loss(variant)
+        body.append(
+            [
+                variant,
+                *(f"{results.mean_of_medians(variant, places):.1f}" for places in (single, mixed)),
+                points,
+                *(f"{results.test_loss(variant, places):.3f}" for places in (single, mixed)),
+                share,
+            ]
+        )
     return markdown(head, body)
 
 
-def tuned(losses: Mapping[str, Mapping[float, float]], study: Study) -> str:
-    """Mean dev loss by method and learning rate, the chosen one in bold."""
-    head = ["method", *(f"{rate:g}" for rate in study.learning_rates)]
+def routes(results: Results) -> str:
+    """How the dev prompts were routed at the best step, mean over runs; nothing where no run routed."""
+    head = ["variant", "trained on", "share one route", "within a task", "across tasks", "blind layers"]
     body = []
-    for label, grid in losses.items():
-        best = min(grid, key=grid.__getitem__)
-        edge = len(grid) > 1 and best in (min(grid), max(grid))
-        cells = [f"**{grid[r]:.3f}**" if r == best else f"{grid[r]:.3f}" for r in study.learning_rates]
-        body.append([label, *cells, "yes" if edge else ""])
-    return markdown([*head, "at the edge"], body)
+    for variant, by_place in results.by_variant.items():
+        for mixed in (False, True):
+            places = [place for place in by_place if (place[0] == MIXED) == mixed]
+            found = [row["routing"] for place in places for row in by_place[place] if row.get("routing")]
+            if not found:
+                continue
+            figures = {
+                name: [each[name] for each in found if name in each]
+                for name in ("common", "agree", "across", "blind", "pooler_share", "spread")
+            }
+            means = [
+                ""
+                if not values
+                else f"{np.mean(values):.0%}"
+                if name != "spread"
+                else f"{np.mean(values):.2f}"
+                for name, values in figures.items()
+            ]
+            largest = f"{max(each['largest'] for each in found):.1f}"
+            body.append([variant, MIXED if mixed else "single tasks", *means, largest])
+    return markdown([*head, "pooler on one token", "feature spread", "largest input"], body) if body else ""
+
+
+def tuned(losses: Mapping[str, Losses], grid: Sequence[float]) -> str:
+    """Mean dev loss by method and value of a grid, the chosen one in bold."""
+    body = []
+    for label, found in losses.items():
+        best = min(found, key=found.__getitem__)
+        cells = [f"**{found[value]:.3f}**" if value == best else f"{found[value]:.3f}" for value in grid]
+        body.append([label, *cells, "yes" if at_the_edge(best, found) else ""])
+    return markdown(["method", *(f"{value:g}" for value in grid), "at the edge"], body)

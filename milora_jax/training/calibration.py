@@ -1,0 +1,140 @@
+"""What standardized features are measured on: training prompts on the frozen base, before the first step.
+
+The router's features of a prompt are, in each dimension, less the mean and over the deviation of those of
+``train.feature_prompts`` training prompts. The prompts are the first ones that training itself would take, a
+pure function of the seed; every prompt's vector comes to the host, where sums are taken in float64 and in one
+order, so that the statistics do not depend on the mesh or on how many processes there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from milora_jax.adapters.protocol import Method
+from milora_jax.adapters.router import floored
+from milora_jax.base.attention import Attend
+from milora_jax.base.modules import Base
+from milora_jax.base.transformer import forward
+from milora_jax.data.batches import batch_rows, prompts_present
+from milora_jax.data.tokens import Example
+from milora_jax.errors import UserError
+from milora_jax.model_config import ModelConfig
+from milora_jax.parallel.processes import to_host
+from milora_jax.shapes import Array, Bool, Float
+from milora_jax.training.prepare import Run
+from milora_jax.types import Batch
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Of the pooled vectors of prompts, per layer and dimension."""
+
+    mean: Float[np.ndarray, "L D"]
+    deviation: Float[np.ndarray, "L D"]
+
+
+def feature_program(
+    model: ModelConfig, method: Method, prompts: int, attend: Attend
+) -> Callable[[Base, Batch], Float[Array, "L B Z D"]]:
+    """The compiled program that gives the features of a batch's prompts on the frozen base.
+
+    Args:
+      prompts: Z, the most records packed into one row.
+    """
+
+    @jax.jit
+    def features(base: Base, batch: Batch) -> Float[Array, "L B Z D"]:
+        return forward(
+            base,
+            model,
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
+            prompt_mask=batch.prompt_mask,
+            prompts=prompts,
+            inspect=method.pooled_features,
+            attend=attend,
+        ).inspected
+
+    return features
+
+
+def feature_statistics(
+    features: Callable[[Batch], Float[Array, "L B Z D"]],
+    batches: Iterator[tuple[Batch, Bool[np.ndarray, "B Z"]]],
+    prompts: int,
+) -> FeatureStatistics:
+    """Mean and deviation over the first ``prompts`` prompts of some batches.
+
+    Args:
+      features: of a batch's prompts.
+      batches: with the places of their prompts.
+      prompts: at least 2; where the batches hold fewer, all of theirs.
+
+    Raises:
+      UserError: a feature is not finite, or there are fewer than two prompts.
+    """
+    count, mean, squares = 0, np.zeros(()), np.zeros(())
+    for batch, present in batches:
+        found = to_host(features(batch))[:, present][:, : prompts - count].astype(np.float64)
+        if not np.isfinite(found).all():
+            layer = int(np.flatnonzero(~np.isfinite(found).all(axis=(1, 2)))[0])
+            raise UserError(
+                f"the router's features are not finite on the frozen base, first in layer {layer}: "
+                "use another model.dtype, or adapter.features=rms"
+            )
+        # Chan et al. 1983: sums of squares about each part's own mean, which cancel nothing.
+        new = found.shape[1]
+        middle = found.mean(axis=1)
+        step = middle - mean
+        squares = (
+            squares + ((found - middle[:, None]) ** 2).sum(axis=1) + step**2 * (count * new / (count + new))
+        )
+        mean = mean + step * (new / (count + new))
+        count += new
+        if count >= prompts:
+            break
+    if count < 2:
+        raise UserError(
+            "adapter.features=standardized measures features on training prompts: "
+            f"expected at least 2, found {count}"
+        )
+    deviation = np.sqrt(squares / count).astype(np.float32)
+    return FeatureStatistics(mean.astype(np.float32), np.asarray(floored(jnp.asarray(deviation))))
+
+
+def measured_features(
+    run: Run,
+    method: Method,
+    batch_of: Callable[[list[list[Example]]], Batch],
+    attend: Attend,
+    say: Callable[[str], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of the router's features, ``[L, D]`` each, over the first training prompts.
+
+    Args:
+      batch_of: rows as a batch on the devices.
+      attend: attention.
+      say: receives a line before it begins.
+
+    Raises:
+      UserError: see :func:`feature_statistics`.
+    """
+    settings, count, prompts = run.config.train, len(run.train), run.prompts
+
+    def batches() -> Iterator[tuple[Batch, Bool[np.ndarray, "B Z"]]]:
+        for step in range(-(-count // settings.batch_size)):
+            rows = batch_rows(settings.seed, step, count, settings.batch_size)
+            packed = [run.train[i] for i in rows]
+            yield batch_of(packed), prompts_present(packed, settings.batch_size, prompts)
+
+    wanted = min(settings.feature_prompts, sum(map(len, run.train)))
+    say(f"measuring the router's features on {wanted} training prompts")
+    program = feature_program(run.model, method, prompts, attend)
+    found = feature_statistics(lambda batch: program(run.base, batch), batches(), wanted)
+    return found.mean, found.deviation
