@@ -18,9 +18,10 @@ from milora_jax.parallel.processes import to_host
 from milora_jax.shapes import Bool, Float
 from milora_jax.types import EXPERTS, Metrics, Route
 
-TAKEOVER = 0.5
+TAKEOVER = 0.75
 """Share of all (layer, dev prompt) pairs for which one expert is the most probable, from which on it
-has taken over. Balanced routers give 1/7 of them to each expert."""
+has taken over. Balanced routers give 1/7 of them to each expert; well trained ones without a load balance up
+to half to the one that helps most."""
 
 COLLAPSE = 0.9
 """Mean probability of one expert in a layer, from which on the layer's router says one thing only."""
