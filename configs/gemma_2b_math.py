@@ -1,4 +1,4 @@
-"""Gemma 2B on GSM8K with the paper's settings (sections 4.2 and 4.3).
+"""Gemma 2B on GSM8K: the paper's budget (sections 4.2 and 4.3), our router.
 
     python train.py --config configs/gemma_2b_math.py --config.model.path=DIR --workdir runs/gemma-2b
 

@@ -1,4 +1,4 @@
-"""LLaMA-2 13B on GSM8K with the paper's settings (sections 4.2 and 4.3).
+"""LLaMA-2 13B on GSM8K: the paper's budget (sections 4.2 and 4.3), our router.
 
     python train.py --config configs/llama13b_math.py --config.model.path=DIR --workdir runs/llama2-13b
 

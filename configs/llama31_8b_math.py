@@ -1,4 +1,4 @@
-"""LLaMA-3.1 8B on GSM8K with the paper's settings (sections 4.2 and 4.3).
+"""LLaMA-3.1 8B on GSM8K: the paper's budget (sections 4.2 and 4.3), our router.
 
     python train.py --config configs/llama31_8b_math.py --config.model.path=DIR --workdir runs/llama3.1-8b
 

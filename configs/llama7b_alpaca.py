@@ -1,4 +1,4 @@
-"""LLaMA-2 7B on Alpaca with the paper's settings (section 4.2), for MT-Bench, MMLU and BBH (Table 3).
+"""LLaMA-2 7B on Alpaca: the paper's budget (section 4.2), our router, for MT-Bench, MMLU and BBH (Table 3).
 
     python train.py --config configs/llama7b_alpaca.py --config.model.path=DIR --workdir runs/alpaca
 

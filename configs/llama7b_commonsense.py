@@ -1,4 +1,4 @@
-"""LLaMA-2 7B on the paper's commonsense tasks, mixed, with its settings (Table 2).
+"""LLaMA-2 7B on the paper's commonsense tasks, mixed: its budget (Table 2), our router.
 
     python train.py --config configs/llama7b_commonsense.py --config.model.path=DIR --workdir runs/commonsense
 
@@ -32,7 +32,7 @@ def get_config():
     """The settings of the run."""
     config = Config(
         model=ModelSection(dtype="bfloat16"),
-        # The method's defaults are the paper's: k 3, self-attention pooler, rational activation, lambda 0.01.
+        # The router has the defaults (docs/method.md); configs/paper.py has the paper's.
         adapter=AdapterSection(rank=32),
         data=DataSection(
             train=_files("train"),

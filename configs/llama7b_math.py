@@ -1,4 +1,4 @@
-"""LLaMA-2 7B on GSM8K with the paper's settings (sections 4.2 and 4.3).
+"""LLaMA-2 7B on GSM8K: the paper's budget (sections 4.2 and 4.3), our router.
 
     python train.py --config configs/llama7b_math.py --config.model.path=DIR \
         --config.data.train=gsm8k/train.jsonl --config.data.test=gsm8k/test.jsonl --workdir runs/math
@@ -25,7 +25,7 @@ def get_config():
     """The settings of the run."""
     config = Config(
         model=ModelSection(dtype="bfloat16"),
-        # The method's defaults are the paper's: k 3, self-attention pooler, rational activation, lambda 0.01.
+        # The router has the defaults (docs/method.md); configs/paper.py has the paper's.
         adapter=AdapterSection(rank=32),
         data=DataSection(
             train="gsm8k=hf:openai/gsm8k:main:train",

@@ -1,4 +1,4 @@
-"""Qwen2.5 0.5B on GSM8K with the paper's settings (sections 4.2 and 4.3).
+"""Qwen2.5 0.5B on GSM8K: the paper's budget (sections 4.2 and 4.3), our router.
 
     python train.py --config configs/qwen25_05b_math.py --config.model.path=DIR --workdir runs/qwen2.5-0.5b
 

@@ -1,4 +1,4 @@
-"""Qwen3 0.6B on GSM8K with the paper's settings (sections 4.2 and 4.3).
+"""Qwen3 0.6B on GSM8K: the paper's budget (sections 4.2 and 4.3), our router.
 
     python train.py --config configs/qwen3_06b_math.py --config.model.path=DIR --workdir runs/qwen3-0.6b
 
