@@ -68,11 +68,11 @@ def _router_findings(subject: Subject) -> Iterator[Finding]:
     seen = [line for line in lines if line.get("route_common")]
     if not seen:
         return
-    last, settings = seen[-1], subject.config.adapter
+    last, settings = seen[-1], full_settings(build_method(subject.config.adapter))
     common, token_share = np.array(last["route_common"]), last.get("pooler_share")
     said = f"step {last['step']}: "
     if wrong := blindness(common) or saturation(None if token_share is None else np.array(token_share)):
-        yield Finding(WARN, "routers", f"{said}{wrong}; {remedy(full_settings(build_method(settings)))}")
+        yield Finding(WARN, "routers", f"{said}{wrong}; {remedy(settings)}")
         return
     mean = f"{common.mean():.0%} of the dev prompts have a layer's commonest route, mean over layers"
     spread = f"features {np.mean(last['feature_spread']):.2f} times as spread as they were measured"
