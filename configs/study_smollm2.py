@@ -16,11 +16,10 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from milora_jax.config import AdapterSection, Config, DataSection, EvalSection, ModelSection, TrainSection
 from milora_jax.errors import UserError
-from milora_jax.evaluation.study.settings import Budget, Converged, Study
+from milora_jax.evaluation.study.settings import LETTER, Budget, Converged, Study
 
 MODEL = os.environ.get("MILORA_MODEL", "hf://HuggingFaceTB/SmolLM2-135M-Instruct")
 DATA = Path(os.environ.get("MILORA_DATA", "data"))
@@ -90,16 +89,6 @@ def _files(split: str) -> str:
     return ",".join(f"{task}={ROWS_DIR / task / split}.json" for task in FILES)
 
 
-LETTER: dict[str, Any] = {
-    "features": "raw",
-    "feature_window": 0.0,
-    "router_gradient": "chosen",
-    "top_k_anneal": 0.0,
-    "load_balance": 1e-2,
-}
-"""MiLoRA by the letter of the paper: where the defaults differ from ``configs/paper.py``."""
-
-
 def get_study() -> Study:
     """The terms of the comparison."""
     _write_rows()
@@ -113,7 +102,9 @@ def get_study() -> Study:
             max_length=256,
             pack=True,
         ),
-        train=TrainSection(epochs=1000, coefficient_every=10, save_every=40, log_every=10),
+        train=TrainSection(
+            max_steps=100, epochs=1000, batch_size=4, coefficient_every=10, eval_every=20, save_every=40
+        ),
         eval=EvalSection(batch_size=16),
     )
     budget = Budget(max_steps=100, batch_size=4, eval_every=8)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_jax.config import AdapterSection, Config, DataSection, EvalSection, ModelSection, TrainSection
-from milora_jax.evaluation.study.settings import Budget, Converged, Study
+from milora_jax.evaluation.study.settings import LETTER, Budget, Converged, Study
 from milora_jax.tiny import MODEL_DIR, TASKS, harder
 from milora_jax.tiny.tasks import write_tasks
 
@@ -24,15 +24,6 @@ ROWS_SEED = 2410
 def _files(split: str) -> str:
     return ",".join(f"{task}={ROWS_DIR / task / split}.jsonl" for task in TASKS)
 
-
-LETTER: dict[str, Any] = {
-    "features": "raw",
-    "feature_window": 0.0,
-    "router_gradient": "chosen",
-    "top_k_anneal": 0.0,
-    "load_balance": 1e-2,
-}
-"""MiLoRA by the letter of the paper: where the defaults differ from ``configs/paper.py``."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "parallel_adapter": {"width": 184},

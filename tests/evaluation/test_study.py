@@ -20,6 +20,7 @@ from milora_jax.evaluation.study.settings import MIXED, Budget, load_study, narr
 from milora_jax.evaluation.study.tables import Results, comparison, mixing, routes, tuned
 from milora_jax.evaluation.study.tuning import SINGLE, Chosen, Point
 from tests.evaluation.commands import ROOT, study_command
+from tests.evaluation.study_rows import rows
 
 STUDY = load_study(ROOT / "configs" / "study_tiny.py")
 RATES = dict.fromkeys(STUDY.methods, 1e-3)
@@ -282,36 +283,6 @@ def test_a_study_that_makes_no_sense_is_refused():
     data = dataclasses.replace(STUDY.base.data, dev="other=x.json")
     with pytest.raises(UserError, match="sources of the same tasks"):
         dataclasses.replace(STUDY, base=dataclasses.replace(STUDY.base, data=data))
-
-
-def scored(accuracy, loss):
-    """Ten test rows of two tokens each, of which so many are right."""
-    correct = (np.arange(10) < round(10 * accuracy)).astype(float)
-    return RowScores(np.full(10, 2.0 * loss), np.full(10, 2.0), correct, correct)
-
-
-def rows(values, trained_on=None, **more):
-    """Rows from ``{variant: {task: accuracies by seed}}``."""
-    return [
-        {
-            "variant": variant,
-            "task": task,
-            "trained_on": trained_on or task,
-            "seed": seed,
-            "accuracy": accuracy,
-            "loss": 1.0 - accuracy / 2,
-            "scores": {ROUTED: scored(accuracy, 1.0 - accuracy / 2)},
-            "dev_perplexity": 2.0,
-            "learning_rate": 1e-3,
-            "tunable_parameters": 1000,
-            "active_parameters": 400.0,
-            "expert_share": np.full((3, 7), 3 / 7).tolist(),
-            **more,
-        }
-        for variant, tasks in values.items()
-        for task, accuracies in tasks.items()
-        for seed, accuracy in enumerate(accuracies)
-    ]
 
 
 SINGLE = {

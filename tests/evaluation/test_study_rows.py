@@ -27,7 +27,7 @@ from milora_jax.parallel.mesh import make_mesh
 from milora_jax.parallel.rules import Rules
 from milora_jax.training.prepare import Run
 from tests.evaluation.commands import ROOT
-from tests.evaluation.test_study import rows as rows_of
+from tests.evaluation.study_rows import rows as rows_of
 from tests.models import write_hf_directory
 from tests.storage.adapters import noisy_adapter
 

@@ -261,15 +261,14 @@ class CellRunner:
         if self._decoding is None:
             self._decoding = decode_layout(run.base)
         base, stored = self._decoding, load_adapter(workdir)
-
-        def advance(rows: int) -> None:
-            stop_if(preempted, "scoring a cell")
-
         adapter, rows = for_decoding(run, base, stored), encoded_tests(run)
         routed = {task: each.scores(run, base, adapter, None) for task, each in rows.items()}
-        answers = score_tests(run, base, stored, advance) if cell.generate else []
-        answered = {score.task: with_answers(routed[score.task], score) for score in answers}
-        routed |= answered or {task: dataclasses.replace(s, correct=s.exact) for task, s in routed.items()}
+        answers = []
+        if cell.generate:
+            answers = score_tests(run, base, stored, lambda _: stop_if(preempted, "scoring a cell"))
+            routed |= {score.task: with_answers(routed[score.task], score) for score in answers}
+        else:
+            routed = {task: dataclasses.replace(s, correct=s.exact) for task, s in routed.items()}
         forced = forced_scores(run, base, adapter, rows) if cell.forced else {}
         write_scores(workdir, {ROUTED: routed, **forced})
         return {

@@ -172,8 +172,8 @@ def tuning_tables(cells: Sequence[Cell], study: Study, chosen: Chosen) -> list[s
     """What was chosen for some cells, and from what."""
     labels, keys = keys_of(cells)
     parts = []
-    if len(study.learning_rates) > 1 and labels:
-        losses = {label: chosen.rate_losses[label] for label in labels}
+    losses = {label: chosen.rate_losses[label] for label in labels if label in chosen.rate_losses}
+    if losses:
         parts += [
             "Learning rates of the short budget, by mean dev loss over the tasks in nats per response token:",
             tuned(losses, study.learning_rates),

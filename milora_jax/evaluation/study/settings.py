@@ -18,6 +18,15 @@ from milora_jax.errors import UserError, one_of, require
 MIXED = "mixed"
 """Name of the data that holds the rows of all tasks."""
 
+LETTER: dict[str, Any] = {
+    "features": "raw",
+    "feature_window": 0.0,
+    "router_gradient": "chosen",
+    "top_k_anneal": 0.0,
+    "load_balance": 1e-2,
+}
+"""MiLoRA by the letter of the paper: where the defaults differ from ``configs/paper.py``."""
+
 QUICK_STEPS, QUICK_ROWS = 10, 20
 """What is left of a study by ``--quick``: enough to exercise every part, too little to learn from."""
 

@@ -95,27 +95,24 @@ def short_cells(study: Study, label: str) -> dict[float, list[Cell]]:
     }
 
 
-def converged_cells(study: Study, terms: Converged, key: Key, points: Sequence[Point]) -> list[list[Cell]]:
-    """For each point one run per task of ``tuned_on`` and tuning seed, or on the mix."""
+def converged_cells(study: Study, terms: Converged, key: Key, point: Point) -> list[Cell]:
+    """At one point a run per task of ``tuned_on`` and tuning seed, or on the mix."""
     label, where = key
     tasks = (MIXED,) if where == MIXED else terms.tuned_on or study.alone
     return [
-        [
-            make_cell(
-                study,
-                f"{label} at {point.learning_rate:g}, scale {point.scale or 1:g}",
-                label,
-                scaled(study.methods[label], point.scale),
-                task,
-                seed,
-                point.learning_rate,
-                scored=False,
-                converged=terms,
-            )
-            for seed in range(study.tuning_seed, study.tuning_seed + terms.tuning_seeds)
-            for task in tasks
-        ]
-        for point in points
+        make_cell(
+            study,
+            f"{label} at {point.learning_rate:g}, scale {point.scale or 1:g}",
+            label,
+            scaled(study.methods[label], point.scale),
+            task,
+            seed,
+            point.learning_rate,
+            scored=False,
+            converged=terms,
+        )
+        for seed in range(study.tuning_seed, study.tuning_seed + terms.tuning_seeds)
+        for task in tasks
     ]
 
 
@@ -140,21 +137,23 @@ def choose(
     terms = study.converged
     if terms is None or not keys:
         return Chosen(rates, {}, rate_losses)
-
-    def cells(key: Key, points: Mapping[float, Point]) -> dict[float, list[Cell]]:
-        return dict(zip(points, converged_cells(study, terms, key, list(points.values())), strict=True))
-
     # At scale 1 first; then the scale at that learning rate, of which 1 is known already.
     first = {key: _scale_of(study, key[0]) for key in keys}
     found = _measured(
-        {key: cells(key, {r: Point(r, scale) for r in terms.learning_rates}) for key, scale in first.items()},
+        {
+            key: {r: converged_cells(study, terms, key, Point(r, scale)) for r in terms.learning_rates}
+            for key, scale in first.items()
+        },
         losses_of,
         "tuning to convergence",
     )
     best = {key: _best(key[0], terms.learning_rates, found.get(key)) for key in keys}
     scaling = [key for key, scale in first.items() if scale is not None]
     scales = _measured(
-        {key: cells(key, {scale: Point(best[key], scale) for scale in terms.scales}) for key in scaling},
+        {
+            key: {s: converged_cells(study, terms, key, Point(best[key], s)) for s in terms.scales}
+            for key in scaling
+        },
         losses_of,
         "tuning the scale",
     )
