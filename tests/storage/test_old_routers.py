@@ -23,6 +23,8 @@ from milora_jax.training.workdir import continued
 from tests.models import write_hf_directory
 from tests.storage.adapters import STEP, noisy_adapter, of_then, run_of
 
+pytest.importorskip("transformers", reason="a model's directory has a tokenizer, which the core does without")
+
 MEANS = {True: "rms", False: "raw"}
 
 
