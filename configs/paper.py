@@ -5,7 +5,7 @@
     python train.py --config configs/paper.py:milora-3,piqa --config.model.path=DIR
     python train.py --config configs/paper.py:moelora,boolq,gemma-2b --config.model.path=DIR
 
-The words after the colon are a method (one of ``milora_jax.config.METHODS``, or ``milora-1`` to
+The words after the colon are a method (one of ``milora_jax.adapters.registry.METHODS``, or ``milora-1`` to
 ``milora-5``, the ablations of Table 5), a task (``boolq`` ``openbookqa`` ``ARC-Easy`` ``ARC-Challenge``
 ``piqa`` ``AQuA`` ``gsm8k``; ``mixed``, Table 2; ``alpaca``, Table 3) and, where it is not LLaMA-2 7B, a
 base: ``llama2-13b`` or ``gemma-2b``. Without them it is ``milora,gsm8k``.
@@ -18,8 +18,8 @@ of these runs has been made by us on the real weights.
 
 from typing import Any
 
+from milora_jax.adapters.registry import METHODS
 from milora_jax.config import (
-    METHODS,
     AdapterSection,
     Config,
     DataSection,

@@ -121,8 +121,8 @@ def settings_markdown() -> str:
 
 def method_rows() -> list[tuple[str, ...]]:
     """A row for every meaning of every setting of the methods, with the methods that give it this one."""
-    from milora_jax.adapters.registry import METHOD_CLASSES
-    from milora_jax.config import METHODS, AdapterSection
+    from milora_jax.adapters.registry import METHOD_CLASSES, METHODS
+    from milora_jax.config import AdapterSection
 
     rows: list[tuple[str, ...]] = [
         ("`adapter.method`", "(`'milora'`)", f"one of {', '.join(METHODS)}", "the fine-tuning method")

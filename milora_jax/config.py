@@ -20,21 +20,6 @@ from milora_jax.prompt_format import SPECIAL_TOKENS, TEMPLATES, PromptFormat
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZE = ("none", "int8", "nf4")
-METHODS = (
-    "milora",
-    "midora",
-    "lora",
-    "dora",
-    "adalora",
-    "moelora",
-    "ia3",
-    "bitfit",
-    "parallel_adapter",
-    "learned_adapter",
-    "p_tuning_v2",
-    "iapt",
-    "ssp",
-)
 POOLERS = ("attention", "mean", "max", "last")
 ACTIVATIONS = ("rational", "gelu", "relu", "relu-gelu", "gelu-relu")
 FEATURES = ("raw", "rms", "standardized")
@@ -76,7 +61,7 @@ class AdapterSection:
     refused. In brackets the methods that read each, where not all of a kind do:
 
     Attributes:
-      method: the fine-tuning method, one of METHODS.
+      method: the fine-tuning method, a name of ``adapters.registry``, which checks it.
       rank, alpha, dropout: of low-rank pairs. [all made of them]
       top_k, pooler, activation, features, gate: the router. [milora, midora; moelora has top_k]
       feature_window, router_gradient, top_k_anneal: how the router is trained. [milora, midora]
@@ -128,7 +113,6 @@ class AdapterSection:
     gate_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        one_of("adapter.method", self.method, METHODS)
         if self.normalize is not None:
             means = "rms" if self.normalize else "raw"
             same = self.features in (None, means)

@@ -27,6 +27,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
@@ -55,6 +56,7 @@ class Batch:
       positions: position of each token within its own record, from 0.
       prompt_mask: true on prompt tokens, false on response and padding.
       loss_mask: true on the tokens that are *predicted* and count: response and end-of-sequence.
+      prompts: Z, the most records packed into one row; static, as a shape is.
     """
 
     tokens: Int[Array, "B T"]
@@ -62,6 +64,30 @@ class Batch:
     positions: Int[Array, "B T"]
     prompt_mask: Bool[Array, "B T"]
     loss_mask: Bool[Array, "B T"]
+    prompts: int = struct.field(pytree_node=False, default=1)
+
+    @classmethod
+    def unpadded(cls, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None) -> Batch:
+        """Full rows of one record each without a prompt: those of a decode step, or of the plain base.
+
+        Args:
+          positions: None counts each row from 0.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        no = jnp.zeros(tokens.shape, bool)
+        return cls(tokens, jnp.ones_like(tokens), positions, no, no)
+
+    @property
+    def members(self) -> Bool[Array, "B Z T"]:
+        """Which tokens are the prompt of which record."""
+        record = jnp.arange(1, self.prompts + 1)[None, :, None]
+        return (self.segment_ids[:, None, :] == record) & self.prompt_mask[:, None, :]
+
+    @property
+    def present(self) -> Bool[Array, "B Z"]:
+        """Which records have a prompt; false for filler rows and for places that a row leaves empty."""
+        return self.members.any(axis=-1)
 
 
 @struct.dataclass
@@ -88,17 +114,19 @@ class RouterInputs:
 class Route:
     """Which experts act on which prompt, chosen once per prompt (paper, Eq. 2 and 3).
 
-    In the stacked layout ``weights`` and ``probs`` carry a leading layer axis; inside a layer
-    they do not.
+    In the stacked layout every leaf carries a leading layer axis; inside a layer none does.
 
     Attributes:
       weights: what each expert's output is multiplied by; 0 where the expert is not chosen.
       probs: softmax of the router, for the load-balance term and for looking at.
+      present: which prompts there are; the other leaves hold numbers without a meaning for those that are
+        not.
       seen: what the routers saw.
     """
 
     weights: Float[Array, "*L B Z E"]
     probs: Float[Array, "*L B Z E"]
+    present: Bool[Array, "*L B Z"]
     seen: RouterInputs
 
 
@@ -145,7 +173,7 @@ def unstack_layers(stacked: PyTree) -> tuple[PyTree, ...]:
 
 def stack_layers(layers: tuple[PyTree, ...]) -> PyTree:
     """Stack a tuple of per-layer trees on a leading layer axis; inverse of :func:`unstack_layers`."""
-    return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *layers)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 KEPT = "kept"

@@ -171,7 +171,7 @@ CORE_ALONE = """
     method, settings = build_method(AdapterSection(rank=2)), TrainSection(learning_rate=1e-2)
     adapter = init_adapter(method, jax.random.key(0), adapter_shape(config), frozen_kernels(base))
     state = init_state(adapter, jax.random.key(1), settings, 3)
-    steps = make_steps(config, settings, 3, 1)
+    steps = make_steps(config, settings, 3)
     losses = []
     for _ in range(3):
         state, metrics = steps.train(state, base, batch)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from milora_jax.adapters.inputs import ExpertUse, Kernels, ProjectionGroup, Shape
 from milora_jax.adapters.lora import TunedPairs
-from milora_jax.adapters.low_rank import LowRank, drop, narrow, widen
-from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
-from milora_jax.adapters.routing import ExpertUse
+from milora_jax.adapters.low_rank import drop, narrow, widen
+from milora_jax.adapters.records import LowRank
 from milora_jax.errors import require
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree

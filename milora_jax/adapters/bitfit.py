@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from milora_jax.adapters.inputs import ProjectionGroup
 from milora_jax.adapters.projected import Projected, ProjectedMethod
-from milora_jax.adapters.protocol import ProjectionGroup
 from milora_jax.shapes import Array, Float
 from milora_jax.types import EXPERTS
 

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import SUBLAYERS, Method, Shape, WidthMethod
+from milora_jax.adapters.hooks import LeafRole
+from milora_jax.adapters.inputs import SUBLAYERS, Shape
+from milora_jax.adapters.protocol import Method, WidthMethod
 from milora_jax.adapters.rational import gelu_coefficients, rational
 from milora_jax.config import COEFFICIENTS
 from milora_jax.errors import one_of
@@ -89,6 +91,6 @@ class RationalMethod(WidthMethod):
         """The rational coefficients are Theta."""
         return self.coefficients
 
-    def is_coefficient(self, path: tuple[str, ...]) -> bool:
+    def role(self, path: tuple[str, ...]) -> LeafRole:
         """The rational coefficients are Theta."""
-        return path[-1] in ("numerator", "denominator")
+        return LeafRole(coefficient=path[-1] in ("numerator", "denominator"))

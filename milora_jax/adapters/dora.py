@@ -13,25 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from milora_jax.adapters.inputs import FrozenLayer, Kernels, ProjectionGroup, Shape
 from milora_jax.adapters.joined import Joined, join
-from milora_jax.adapters.low_rank import LowRank, LowRankMethod, add, drop, init_pairs, narrow, widen
-from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
+from milora_jax.adapters.low_rank import LowRankMethod, add, drop, init_pairs, narrow, widen
+from milora_jax.adapters.protocol import Method
+from milora_jax.adapters.records import Decomposed, LowRank, WeightChange
 from milora_jax.shapes import Array, Float, Key
 from milora_jax.types import GROUPS, kept
-
-
-@struct.dataclass
-class Decomposed:
-    """One module's pair and magnitude, stacked over layers outside a layer.
-
-    Attributes:
-      a, b: the low-rank pair.
-      magnitude: m, at the start the column norms of the frozen weight.
-    """
-
-    a: Float[Array, "*L d_in R"]
-    b: Float[Array, "*L R d_out"]
-    magnitude: Float[Array, "*L d_out"]
 
 
 @struct.dataclass
@@ -138,6 +126,8 @@ class DoRA(LowRankMethod):
     """DoRA on all seven modules; its settings are those of every low-rank method."""
 
     name: ClassVar[str] = "dora"
+    record: ClassVar[type | None] = Decomposed
+    portable: ClassVar[bool] = True
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Decomposed]:
         """One pair and one magnitude vector per module and layer; no change but rounding."""
@@ -148,6 +138,10 @@ class DoRA(LowRankMethod):
     ) -> JoinedDecomposed:
         """The pairs, joined, and the norms of the recomposed weights."""
         return join_decomposed(params, frozen, self.scale, dtype)
+
+    def weight_change(self, params: dict[str, Decomposed]) -> WeightChange:
+        """The pairs and magnitudes as they are."""
+        return WeightChange(params, self.scale, self.dropout)
 
     def served(self) -> Method:
         """No setting is left: rank and scale are those of the prepared pairs, dropout is over."""

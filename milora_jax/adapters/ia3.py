@@ -9,9 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax.numpy as jnp
+
+from milora_jax.adapters.inputs import ProjectionGroup
 from milora_jax.adapters.projected import Projected, ProjectedMethod
-from milora_jax.adapters.protocol import ProjectionGroup
+from milora_jax.adapters.records import Rescaled, WeightChange
 from milora_jax.shapes import Array, Float
+from milora_jax.types import unstack_layers
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,17 @@ class IA3(ProjectedMethod):
 
     name: ClassVar[str] = "ia3"
     modules: ClassVar[tuple[str, ...]] = ("q", "k", "up")
+    record: ClassVar[type | None] = Rescaled
     width: int = 128
+
+    def weight_change(self, params: dict[str, Projected]) -> WeightChange:
+        """The factors of the outputs of Query, Key and Up."""
+        return WeightChange(
+            {
+                name: Rescaled(jnp.stack([1.0 + leaf.product() for leaf in unstack_layers(params[name])]))
+                for name in self.modules
+            }
+        )
 
     def adapt(
         self, params: dict[str, Projected], group: ProjectionGroup

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from milora_jax.adapters.bottleneck import Bottleneck, RationalMethod, init_bottleneck
-from milora_jax.adapters.protocol import Kernels, Project, Shape
+from milora_jax.adapters.inputs import Kernels, Project, Shape
 from milora_jax.errors import require
 from milora_jax.shapes import Array, Bool, Float, Key
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from milora_jax.adapters.bottleneck import Bottleneck, RationalMethod, init_branches
-from milora_jax.adapters.protocol import Kernels, Shape
+from milora_jax.adapters.inputs import Kernels, Shape
 from milora_jax.shapes import Array, Float, Key
 
 

@@ -11,16 +11,20 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
+from milora_jax.adapters.inputs import FrozenLayer, Kernels, ProjectionGroup, Shape
 from milora_jax.adapters.joined import Joined, join
-from milora_jax.adapters.low_rank import LowRank, LowRankMethod, Pair, add, drop, init_pairs, narrow, widen
-from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
+from milora_jax.adapters.low_rank import LowRankMethod, Pair, add, drop, init_pairs, narrow, widen
+from milora_jax.adapters.protocol import Method
+from milora_jax.adapters.records import LowRank, WeightChange
 from milora_jax.shapes import Array, Float, Key
-from milora_jax.types import PyTree
+from milora_jax.types import PyTree, stack_layers, unstack_layers
 
 
 @dataclass(frozen=True)
 class TunedPairs(LowRankMethod):
     """A method whose tuned adapter is one pair per module and nothing else: it is decoded as LoRA."""
+
+    record: ClassVar[type | None] = LowRank
 
     def folded(self, params: PyTree) -> Mapping[str, Pair]:
         """One layer's pairs, with all that the method multiplies them by but the scale in them."""
@@ -44,6 +48,11 @@ class TunedPairs(LowRankMethod):
         """The group's pairs, in force as they are."""
         return params.of(group.names), None
 
+    def weight_change(self, params: PyTree) -> WeightChange:
+        """The folded pairs of all layers."""
+        folded = stack_layers(tuple(map(self.folded, unstack_layers(self.settle(params)))))
+        return WeightChange(folded, self.scale, self.dropout)
+
     def served(self) -> Method:
         """No setting is left: rank and scale are those of the prepared pairs, dropout is over."""
         return LoRA()
@@ -60,6 +69,7 @@ class LoRA(TunedPairs):
     """LoRA; its settings are those of every low-rank method."""
 
     name: ClassVar[str] = "lora"
+    portable: ClassVar[bool] = True
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, LowRank]:
         """One pair per module and layer."""

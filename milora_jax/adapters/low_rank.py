@@ -8,9 +8,10 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from milora_jax.adapters.protocol import Method, Shape
+from milora_jax.adapters.inputs import Shape
+from milora_jax.adapters.protocol import Method
+from milora_jax.adapters.records import LowRank
 from milora_jax.errors import require
 from milora_jax.shapes import Array, Float, Key
 from milora_jax.types import EXPERTS, kept
@@ -29,19 +30,6 @@ class Pair(Protocol):
     def b(self) -> Array:
         """Output side W_B."""
         ...
-
-
-@struct.dataclass
-class LowRank:
-    """One module's pair, stacked over layers outside a layer.
-
-    Attributes:
-      a: input side W_A.
-      b: output side W_B, zero at the start so that the pair changes nothing.
-    """
-
-    a: Float[Array, "*L d_in R"]
-    b: Float[Array, "*L R d_out"]
 
 
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e9

@@ -12,10 +12,11 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from milora_jax.adapters.dora import Decomposed, decomposed_changes, init_decomposed, join_decomposed
+from milora_jax.adapters.dora import decomposed_changes, init_decomposed, join_decomposed
+from milora_jax.adapters.inputs import FrozenLayer, Kernels, ProjectionGroup, Shape
 from milora_jax.adapters.low_rank import add, of_group
 from milora_jax.adapters.milora import MiLoRA, MiLoRAParams, routed
-from milora_jax.adapters.protocol import FrozenLayer, Kernels, ProjectionGroup, Shape
+from milora_jax.adapters.records import Decomposed
 from milora_jax.shapes import Array, Float, Key
 
 
@@ -24,6 +25,7 @@ class MiDoRA(MiLoRA):
     """MiDoRA; its settings are MiLoRA's."""
 
     name: ClassVar[str] = "midora"
+    record: ClassVar[type | None] = Decomposed
 
     def init_experts(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Decomposed]:
         """Experts that change nothing but by rounding."""

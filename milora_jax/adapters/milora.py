@@ -12,6 +12,16 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from milora_jax.adapters.hooks import Calibration, LeafRole
+from milora_jax.adapters.inputs import (
+    ExpertUse,
+    FrozenLayer,
+    Kernels,
+    LayerInput,
+    ProjectionGroup,
+    RoutingSchedule,
+    Shape,
+)
 from milora_jax.adapters.joined import Joined, join
 from milora_jax.adapters.low_rank import (
     LowRankMethod,
@@ -23,9 +33,9 @@ from milora_jax.adapters.low_rank import (
     pair_sizes,
     widen,
 )
-from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
+from milora_jax.adapters.protocol import Method
+from milora_jax.adapters.records import LowRank, Parts, WeightChange
 from milora_jax.adapters.router import Router, RouterParams, followed
-from milora_jax.adapters.routing import ExpertUse, LayerInput, RoutingSchedule
 from milora_jax.config import ACTIVATIONS, BALANCES, COEFFICIENTS, FEATURES, GATES, POOLERS, ROUTER_GRADIENTS
 from milora_jax.errors import one_of, require
 from milora_jax.shapes import Array, Bool, Float, Int, Key
@@ -101,6 +111,8 @@ class MiLoRA(LowRankMethod):
 
     name: ClassVar[str] = "milora"
     routes: ClassVar[bool] = True
+    record: ClassVar[type | None] = LowRank
+    portable: ClassVar[bool] = True
     top_k: int = 3
     pooler: str = "attention"
     activation: str = "rational"
@@ -232,17 +244,13 @@ class MiLoRA(LowRankMethod):
         """The rational coefficients are Theta."""
         return self.coefficients
 
-    def is_coefficient(self, path: tuple[str, ...]) -> bool:
-        """The rational coefficients are Theta."""
-        return path[-1] in ("numerator", "denominator")
-
-    def is_measured(self, path: tuple[str, ...]) -> bool:
-        """Statistics of the features, and biases."""
-        return path[0] == "router" and path[-1] in ("mean", "deviation", "bias")
-
-    def is_router(self, path: tuple[str, ...]) -> bool:
-        """Poolers, router matrices and their activations."""
-        return path[0] == "router"
+    def role(self, path: tuple[str, ...]) -> LeafRole:
+        """Rational coefficients are Theta; rules set the statistics of the features, and biases."""
+        return LeafRole(
+            trained=path[0] != "router" or path[-1] not in ("mean", "deviation", "bias"),
+            router=path[0] == "router",
+            coefficient=path[-1] in ("numerator", "denominator"),
+        )
 
     def init_experts(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Any]:
         """Experts that change nothing yet."""
@@ -287,23 +295,35 @@ class MiLoRA(LowRankMethod):
         return self.router(params.router, entering, top_k)
 
     @property
-    def measures_features(self) -> bool:
-        """Standardized ones are."""
-        return self.router.standardizes
+    def calibration(self) -> Calibration | None:
+        """Standardized features are measured."""
+        if not self.router.standardizes:
+            return None
 
-    def pooled_features(self, entering: LayerInput) -> Float[Array, "B Z D"]:
-        """The pooled vectors of the layer's prompts, by a fresh pooler."""
-        width = entering.hidden.shape[-1]
-        weight = jnp.zeros(width, jnp.float32) if self.pooler == "attention" else None
-        return self.router.pooled(entering, weight)[0]
+        def features(entering: LayerInput) -> Float[Array, "B Z D"]:
+            width = entering.hidden.shape[-1]
+            weight = jnp.zeros(width, jnp.float32) if self.pooler == "attention" else None
+            return self.router.pooled(entering, weight)[0]
 
-    def with_feature_statistics(
-        self, params: MiLoRAParams, mean: Float[Array, "L D"], deviation: Float[Array, "L D"]
-    ) -> MiLoRAParams:
-        """The same with the statistics beside the routers."""
-        return dataclasses.replace(
-            params, router=dataclasses.replace(params.router, mean=mean, deviation=deviation)
-        )
+        def store(
+            params: MiLoRAParams, mean: Float[Array, "L D"], deviation: Float[Array, "L D"]
+        ) -> MiLoRAParams:
+            router = dataclasses.replace(params.router, mean=mean, deviation=deviation)
+            return dataclasses.replace(params, router=router)
+
+        return Calibration(features, store)
+
+    def weight_change(self, params: MiLoRAParams) -> WeightChange:
+        """The experts'."""
+        return WeightChange(params.experts, self.scale, self.dropout)
+
+    def parts(self, params: MiLoRAParams) -> Parts:
+        """Experts and router."""
+        return Parts(params.experts, params.router)
+
+    def from_parts(self, parts: Parts) -> MiLoRAParams:
+        """The tree of experts and router."""
+        return MiLoRAParams(dict(parts.records), parts.router)
 
     def adapt(self, params: MiLoRAParams, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
         """Add the chosen experts' products, each times its routing weight (Eq. 1 and 3).

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from milora_jax.adapters.hooks import LeafRole
+from milora_jax.adapters.inputs import FrozenLayer, Kernels, ProjectionGroup, Shape
 from milora_jax.adapters.joined import Joined, join
 from milora_jax.adapters.low_rank import LowRankMethod, add, drop, init_pairs, narrow, pair_sizes, widen
-from milora_jax.adapters.protocol import FrozenLayer, Kernels, Method, ProjectionGroup, Shape
+from milora_jax.adapters.protocol import Method
 from milora_jax.errors import require
 from milora_jax.shapes import Array, Float, Key
 from milora_jax.types import GROUPS
@@ -84,9 +86,9 @@ class MOELoRA(LowRankMethod):
             params[name] = RoutedPair(pairs[name].a, pairs[name].b, router)
         return params
 
-    def is_router(self, path: tuple[str, ...]) -> bool:
-        """The routers of all modules."""
-        return path[-1] == "routing"
+    def role(self, path: tuple[str, ...]) -> LeafRole:
+        """Every module has a router."""
+        return LeafRole(router=path[-1] == "routing")
 
     def prepare(self, params: dict[str, RoutedPair], frozen: FrozenLayer, dtype: jnp.dtype) -> JoinedExperts:
         """The experts, joined, and the routers of each group in one matrix."""

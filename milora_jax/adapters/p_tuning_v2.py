@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import Kernels, Project, Shape, WidthMethod
+from milora_jax.adapters.inputs import Kernels, Project, Shape
+from milora_jax.adapters.protocol import WidthMethod
 from milora_jax.errors import require
 from milora_jax.shapes import Array, Bool, Float, Key
 

@@ -11,7 +11,8 @@ from typing import ClassVar
 import jax
 
 from milora_jax.adapters.bottleneck import Bottleneck, init_branches
-from milora_jax.adapters.protocol import Kernels, Shape, WidthMethod
+from milora_jax.adapters.inputs import Kernels, Shape
+from milora_jax.adapters.protocol import WidthMethod
 from milora_jax.shapes import Array, Float, Key
 
 

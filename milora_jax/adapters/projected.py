@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import Kernels, Shape, WidthMethod
+from milora_jax.adapters.inputs import Kernels, Shape
+from milora_jax.adapters.protocol import WidthMethod
 from milora_jax.shapes import Array, Float, Key
 
 

@@ -11,6 +11,7 @@ from milora_jax.adapters.bitfit import BitFit
 from milora_jax.adapters.dora import DoRA
 from milora_jax.adapters.ia3 import IA3
 from milora_jax.adapters.iapt import IAPT
+from milora_jax.adapters.inputs import Shape
 from milora_jax.adapters.learned_adapter import LearnedAdapter
 from milora_jax.adapters.lora import LoRA
 from milora_jax.adapters.midora import MiDoRA
@@ -18,10 +19,10 @@ from milora_jax.adapters.milora import MiLoRA
 from milora_jax.adapters.moelora import MOELoRA
 from milora_jax.adapters.p_tuning_v2 import PTuningV2
 from milora_jax.adapters.parallel_adapter import ParallelAdapter
-from milora_jax.adapters.protocol import Method, Shape
+from milora_jax.adapters.protocol import Method
 from milora_jax.adapters.ssp import SSP
 from milora_jax.config import AdapterSection, Config
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, one_of
 from milora_jax.model_config import ModelConfig
 
 METHOD_CLASSES: dict[str, type[Method]] = {
@@ -42,15 +43,19 @@ METHOD_CLASSES: dict[str, type[Method]] = {
         SSP,
     )
 }
-"""Every method by the name that ``adapter.method`` gives it."""
+"""Every method by the name that ``adapter.method`` gives it: the one place that lists them."""
+
+METHODS = tuple(METHOD_CLASSES)
 
 
 def build_method(settings: AdapterSection) -> Method:
     """The method of ``settings.method``; settings that are None take the method's default.
 
     Raises:
-      UserError: for a setting that the method does not have, or that is out of its range.
+      UserError: for a method that there is not, or a setting that it does not have or that is out of its
+        range.
     """
+    one_of("adapter.method", settings.method, tuple(METHOD_CLASSES))
     cls = METHOD_CLASSES[settings.method]
     known = [field.name for field in dataclasses.fields(cls)]
     given = {name: value for name, value in vars(settings).items() if name != "method" and value is not None}

@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from milora_jax.adapters.inputs import LayerInput
 from milora_jax.adapters.rational import gelu_coefficients, rational
-from milora_jax.adapters.routing import LayerInput
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, Route, RouterInputs
 
@@ -135,7 +135,7 @@ class Router:
             token_share=None if token_share is None else jnp.where(present, token_share, 0.0),
             sums=_sums(features, present) if self.standardizes else None,
         )
-        return Route(weights=weights, probs=probs, seen=jax.lax.stop_gradient(seen))
+        return Route(weights=weights, probs=probs, present=present, seen=jax.lax.stop_gradient(seen))
 
     def pooled(
         self, entering: LayerInput, weight: Float[Array, " D"] | None
@@ -300,55 +300,46 @@ def expert_weights(
     return weights + (1.0 - mask) * change if dense else weights
 
 
-def first_choices(
-    probs: Float[Array, "*L B Z E"], present: Bool[Array, "B Z"], prompts: Int[Array, ""] | None = None
-) -> Float[Array, "*L E"]:
+def first_choices(route: Route, prompts: Int[Array, ""] | None = None) -> Float[Array, "*L E"]:
     """``f_i`` of Eq. 5: the share of the prompts whose most probable expert is i, per layer; no gradient.
 
     Args:
-      present: false for rows and segments that hold no prompt.
       prompts: see :func:`load_balance`.
     """
-    first = jax.nn.one_hot(jnp.argmax(probs, axis=-1), probs.shape[-1], dtype=jnp.float32)
-    count = present.sum() if prompts is None else prompts
-    return jax.lax.stop_gradient(_mean_of_present(first, present, count))
+    first = jax.nn.one_hot(jnp.argmax(route.probs, axis=-1), route.probs.shape[-1], dtype=jnp.float32)
+    return jax.lax.stop_gradient(_mean_of_present(first, route.present, prompts))
 
 
 def load_balance(
-    probs: Float[Array, "*L B Z E"],
-    present: Bool[Array, "B Z"],
-    first: Float[Array, "*L E"] | None = None,
-    prompts: Int[Array, ""] | None = None,
+    route: Route, first: Float[Array, "*L E"] | None = None, prompts: Int[Array, ""] | None = None
 ) -> Float[Array, ""]:
     """``N sum_i f_i P_i`` (Eq. 4 and 5), averaged over layers; 1 when perfectly balanced.
 
     Args:
-      probs: router softmax of every prompt of the global batch, or of a part of it.
-      present: false for rows and segments that hold no prompt.
-      first: :func:`first_choices` of the global batch; needed where ``probs`` is a part of it, and the
+      route: of every prompt of the global batch, or of a part of it.
+      first: :func:`first_choices` of the global batch; needed where ``route`` is of a part of it, and the
         terms of all parts then sum to that of the whole.
       prompts: how many are present in the global batch; needed likewise.
     """
-    first = first_choices(probs, present) if first is None else first
-    mean = _mean_of_present(probs, present, present.sum() if prompts is None else prompts)
-    return jnp.mean(probs.shape[-1] * (first * mean).sum(axis=-1))
+    first = first_choices(route) if first is None else first
+    mean = _mean_of_present(route.probs, route.present, prompts)
+    return jnp.mean(route.probs.shape[-1] * (first * mean).sum(axis=-1))
 
 
-def expert_share(
-    weights: Float[Array, "*L B Z E"], present: Bool[Array, "B Z"], prompts: Int[Array, ""] | None = None
-) -> Float[Array, "*L E"]:
+def expert_share(route: Route, prompts: Int[Array, ""] | None = None) -> Float[Array, "*L E"]:
     """Share of the prompts that chose each expert, per layer (Figure 2 of the paper).
 
     Args:
       prompts: see :func:`load_balance`.
     """
-    chosen = (weights != 0).astype(jnp.float32)
-    return _mean_of_present(chosen, present, present.sum() if prompts is None else prompts)
+    return _mean_of_present((route.weights != 0).astype(jnp.float32), route.present, prompts)
 
 
 def _mean_of_present(
-    values: Float[Array, "*L B Z E"], present: Bool[Array, "B Z"], prompts: Int[Array, ""]
+    values: Float[Array, "*L B Z E"], present: Bool[Array, "*L B Z"], prompts: Int[Array, ""] | None
 ) -> Float[Array, "*L E"]:
-    """Sum over the prompts that are present, over the number of prompts."""
+    """Sum over the prompts that are present, over the number of prompts; None counts those here."""
     here = jnp.broadcast_to(present.astype(jnp.float32)[..., None], values.shape)
-    return (values * here).sum(axis=(-3, -2)) / jnp.maximum(prompts, 1).astype(jnp.float32)
+    count = jnp.asarray(present.sum(axis=(-2, -1)) if prompts is None else prompts)
+    count = jnp.maximum(count, 1).astype(jnp.float32)
+    return (values * here).sum(axis=(-3, -2)) / (count[..., None] if count.ndim else count)

@@ -20,17 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from milora_jax.adapters.hooks import LeafRole
+from milora_jax.adapters.inputs import ExpertUse, Kernels, ProjectionGroup, Shape
 from milora_jax.adapters.lora import TunedPairs
-from milora_jax.adapters.low_rank import (
-    LowRank,
-    drop,
-    init_pairs,
-    narrow,
-    of_group,
-    widen,
-)
-from milora_jax.adapters.protocol import Kernels, ProjectionGroup, Shape
-from milora_jax.adapters.routing import ExpertUse
+from milora_jax.adapters.low_rank import drop, init_pairs, narrow, of_group, widen
+from milora_jax.adapters.records import LowRank
 from milora_jax.config import COEFFICIENTS
 from milora_jax.errors import one_of, require
 from milora_jax.shapes import Array, Bool, Float, Int, Key
@@ -107,9 +101,9 @@ class SSP(TunedPairs):
         """The gates' own learning rate."""
         return self.gate_learning_rate
 
-    def is_coefficient(self, path: tuple[str, ...]) -> bool:
+    def role(self, path: tuple[str, ...]) -> LeafRole:
         """The gates are Theta."""
-        return path[-1] == "openness"
+        return LeafRole(coefficient=path[-1] == "openness")
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> SSPParams:
         """Candidates that change nothing yet, with equal gates."""

@@ -27,10 +27,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from milora_jax.adapters.inputs import ProjectionGroup, Shape
 from milora_jax.adapters.joined import JoinedPairs, by_module
 from milora_jax.adapters.kernel import SlotPairs, row_products
 from milora_jax.adapters.low_rank import add
-from milora_jax.adapters.protocol import Adapter, Method, ProjectionGroup, Shape
+from milora_jax.adapters.protocol import Adapter, Method
 from milora_jax.shapes import Array, Float, Int
 from milora_jax.types import PyTree
 

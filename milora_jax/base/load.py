@@ -16,6 +16,7 @@ from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.errors import one_of, require
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float, Int
+from milora_jax.types import Batch
 
 
 def load_base(
@@ -73,6 +74,4 @@ def logits(base: Base, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[
 
 @jax.jit(static_argnames="config")
 def _logits(base: Base, tokens: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T V"]:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-    output = forward(base, config, tokens, positions, jnp.ones_like(tokens))
-    return unembed(base, config, output.hidden)
+    return unembed(base, config, forward(base, config, Batch.unpadded(tokens)).hidden)

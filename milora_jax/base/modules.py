@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, Sharding
 
-from milora_jax.adapters.protocol import Frozen, Kernels
+from milora_jax.adapters.inputs import Frozen, Kernels
 from milora_jax.base import quantized
 from milora_jax.shapes import Array, Float
 from milora_jax.types import EXPERTS, GROUPS, unstack_layers

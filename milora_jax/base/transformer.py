@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.protocol import Adapter, LayerInput, ProjectionGroup
+from milora_jax.adapters.inputs import LayerInput, ProjectionGroup
+from milora_jax.adapters.protocol import Adapter
 from milora_jax.base import ops
 from milora_jax.base.attention import Attend, attention
+from milora_jax.base.attention_context import AttentionContext, scoring_of
 from milora_jax.base.cache import BeamCache, BeamLayerCache, KVCache, LayerCache
 from milora_jax.base.modules import Base, JoinedLayer, Layer, unroll
-from milora_jax.base.sight import Sight, scoring_of
 from milora_jax.model_config import ModelConfig
-from milora_jax.shapes import Array, Bool, Float, Int, Key
-from milora_jax.types import GROUPS, KEPT, PyTree, Route, kept, stack_layers, unstack_layers
+from milora_jax.shapes import Array, Float, Int, Key
+from milora_jax.types import GROUPS, KEPT, Batch, PyTree, Route, kept, stack_layers, unstack_layers
 
 POLICIES = {
     "products": jax.checkpoint_policies.save_only_these_names(KEPT),
@@ -63,101 +64,89 @@ def adapter_decode_layout(adapter: Adapter, base: Base) -> Adapter:
     return dataclasses.replace(adapter, params=prepared)
 
 
-def prompt_members(
-    segment_ids: Int[Array, "B T"], prompt_mask: Bool[Array, "B T"], prompts: int
-) -> Bool[Array, "B Z T"]:
-    """Which tokens are the prompt of which of the ``prompts`` (Z) records packed in a row."""
-    record = jnp.arange(1, prompts + 1)[None, :, None]
-    return (segment_ids[:, None, :] == record) & prompt_mask[:, None, :]
-
-
 def forward(
     base: Base,
     config: ModelConfig,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
+    batch: Batch,
     *,
     adapter: Adapter | None = None,
-    prompt_mask: Bool[Array, "B T"] | None = None,
-    prompts: int = 1,
-    route_weights: PyTree = None,
+    route: PyTree = None,
     top_k: Int[Array, ""] | None = None,
     inspect: Callable[[LayerInput], PyTree] | None = None,
     cache: KVCache | BeamCache | None = None,
-    cache_slots: int = 0,
+    cache_length: int = 0,
     key: Key[Array, ""] | None = None,
     remat: str = "none",
     attend: Attend = attention,
 ) -> Output:
-    """Run the model over tokens.
+    """Run the model over the tokens of a batch.
 
-    A pass without ``cache`` is the first over its records: every layer routes on the tokens of
-    ``prompt_mask``, the route is returned, and a method's prefix goes before the tokens. A pass with a
-    cache goes on where an earlier one ended: it takes that one's ``route_weights``, finds the prefix in
-    the cache, and has no router in it at all.
+    A pass without ``cache`` is the first over its records: unless it is given a ``route``, every layer
+    routes on the batch's prompts and the route is returned, and a method's prefix goes before the tokens. A
+    pass with a cache continues an earlier one: it takes that one's route, finds the prefix in the cache, and
+    has no router in it at all.
 
     Args:
-      tokens, positions, segment_ids: see ``types.Batch``.
       adapter: what changes the layers; None is the plain base. Its layers must have the layout of the
         base's.
-      prompt_mask: which tokens belong to prompts.
-      prompts: Z, the most records packed into one row.
-      route_weights: weights of an earlier pass, ``[L, B, Z, E]`` or a tuple of L ``[B, Z, E]``.
+      route: routing weights of an earlier pass, ``[L, B, Z, E]`` or a tuple of L ``[B, Z, E]``.
       top_k: experts that a route holds, where a schedule says other than the method.
-      inspect: asked about what enters each layer, for measuring; needs ``prompt_mask``.
+      inspect: is called with what enters each layer of a first pass, for measuring.
       cache: keys and values of earlier tokens; this pass's are appended, row by row. Every token counts:
         there is no padding in such a pass.
-      cache_slots: S of the cache that a first pass is to fill, at least P + T; 0 for none. Its rows
+      cache_length: S of the cache that a first pass is to fill, at least P + T; 0 for none. Its rows
         hold one record each and are padded on the right.
       key: switches dropout on.
       remat: what a backward pass computes again, one of ``config.REMAT``.
       attend: attention of a first pass.
+
+    Raises:
+      ValueError: an adapter with a router continues a pass without that pass's route, or a pass with a cache
+        is asked for what only a first pass does.
     """
-    method = None if adapter is None else adapter.method
-    if method is not None and method.routes and (prompt_mask is None) == (route_weights is None):
-        raise ValueError("an adapter with a router needs either prompt_mask or route_weights")
-    if method is not None and method.prefix_length and prompt_mask is None and cache is None:
-        raise ValueError("an adapter with a prefix needs prompt_mask, or the cache of a pass that had one")
-    if cache is not None and (prompt_mask is not None or cache_slots):
-        raise ValueError("a pass with a cache is not the first: it takes no prompt_mask and no cache_slots")
-    members = None if prompt_mask is None else prompt_members(segment_ids, prompt_mask, prompts)
-    prefix_length = 0 if method is None or members is None else method.prefix_length
+    method, first = None if adapter is None else adapter.method, cache is None
+    if not first and method is not None and method.routes and route is None:
+        raise ValueError("an adapter with a router continues a pass with that pass's route")
+    if not first and (inspect is not None or cache_length):
+        raise ValueError("a pass with a cache is not the first: it takes neither inspect nor cache_length")
+    routing = first and method is not None and method.routes and route is None
+    prefix_length = method.prefix_length if first and method is not None else 0
+    members, segment_ids = batch.members, batch.segment_ids
     with jax.named_scope("embed"):
-        hidden = jnp.take(base.embedding[...], tokens, axis=0, mode="clip")
+        hidden = jnp.take(base.embedding[...], batch.tokens, axis=0, mode="clip")
         if config.scale_embedding:
             hidden = hidden * jnp.asarray(config.hidden_size**0.5, hidden.dtype)
-        sight = Sight.of(config, positions, segment_ids, prompts, prefix_length, cache)
+        context = AttentionContext.of(config, batch, prefix_length, cache)
     slides = config.slides
 
     def run_layer(hidden: Array, inputs: tuple) -> tuple[Array, tuple[Route | None, Any, Any]]:
         index, sliding, layer, params, weights, layer_cache = inputs
         sliding = slides[0] if sliding is None else sliding
-        route = prefix = inspected = None
-        if members is not None:
+        computed = prefix = inspected = None
+        if first:
             normed = _norm(config, hidden, layer.norms.attention)
             depth = index.astype(jnp.float32) / config.num_layers
             entering = LayerInput(hidden, normed, members, depth)
             inspected = None if inspect is None else inspect(entering)
-        if method is not None and members is not None:
+        if method is not None and routing:
             with jax.named_scope("route"):
-                route = method.route(params, entering, top_k)
+                computed = method.route(params, entering, top_k)
+            weights = None if computed is None else computed.weights
+        if method is not None and prefix_length:
             with jax.named_scope("prefix"):
                 prefix = method.prefix(params, hidden, members, lambda soft: keys_of(config, layer, soft))
-        if route is not None:
-            weights = route.weights
         layer_key = None if key is None else jax.random.fold_in(key, index)
         adapted = AdaptedLayer(layer, adapter, params, _per_token(weights, segment_ids), layer_key)
-        past = None if cache is None else Past(layer_cache, cache.place, sight.cached(sliding))
+        past = None if cache is None else Past(layer_cache, cache.place, context.cached(sliding))
 
         def attend_own(q: Array, k: Array, v: Array) -> Array:
             segments = None if prefix_length else segment_ids
-            return attend(q, k, v, sight.mask, scoring_of(config), segments, sight.window(sliding))
+            return attend(q, k, v, context.mask, scoring_of(config), segments, context.window(sliding))
 
-        hidden, new = block(config, adapted, hidden, sight.angles(sliding), attend_own, past, prefix)
-        if cache is None:
-            new = new.padded(cache_slots) if cache_slots else None
-        return hidden, (route, new, inspected)
+        hidden, new = block(config, adapted, hidden, context.angles(sliding), attend_own, past, prefix)
+        if first:
+            new = new.padded(cache_length) if cache_length else None
+        return hidden, (computed, new, inspected)
 
     inputs = (
         jnp.arange(config.num_layers) if not base.unrolled else _indices(config.num_layers),
@@ -168,20 +157,20 @@ def forward(
         else adapter.params
         if base.unrolled
         else adapter.method.settle(adapter.params),
-        route_weights,
+        route,
         None if cache is None else cache.layers,
     )
     layer_step = run_layer
     if remat in POLICIES:
         layer_step = jax.checkpoint(run_layer, policy=POLICIES[remat], prevent_cse=base.unrolled)
-    hidden, (route, layers, inspected) = _over_layers(layer_step, hidden, inputs, base.unrolled)
+    hidden, (computed, layers, inspected) = _over_layers(layer_step, hidden, inputs, base.unrolled)
     hidden = _norm(config, hidden, base.final_norm)
     if cache is not None:
-        cache = cache.after(layers, tokens.shape[1])
-    elif cache_slots:
-        written = prompts * prefix_length + (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
+        cache = cache.after(layers, batch.tokens.shape[1])
+    elif cache_length:
+        written = batch.prompts * prefix_length + (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
         cache = KVCache(layers=layers, length=written)
-    return Output(hidden=hidden, route=route, cache=cache, inspected=inspected)
+    return Output(hidden=hidden, route=computed, cache=cache, inspected=inspected)
 
 
 @dataclasses.dataclass(frozen=True)

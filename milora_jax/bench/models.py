@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from milora_jax.adapters.protocol import Adapter, Kernels, Method, ProjectionGroup, init_adapter
+from milora_jax.adapters.inputs import Kernels, ProjectionGroup
+from milora_jax.adapters.protocol import Adapter, Method, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.hf_config import write_model_config
 from milora_jax.base.known import SHAPES

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from milora_jax.adapters.registry import build_method
+from milora_jax.adapters.registry import METHODS, build_method
 from milora_jax.base.attention import attention, spread_over
 from milora_jax.base.modules import Base
 from milora_jax.bench import machine
@@ -31,7 +31,7 @@ from milora_jax.bench.models import load_model, peer_directory, random_adapter
 from milora_jax.bench.peer import Peer, started
 from milora_jax.bench.rounds import add_common, in_turns, names, numbers, require_least, require_names
 from milora_jax.cli import Parser
-from milora_jax.config import METHODS, QUANTIZE, REMAT, AdapterSection, TrainSection
+from milora_jax.config import QUANTIZE, REMAT, AdapterSection, TrainSection
 from milora_jax.data.batches import collate
 from milora_jax.data.packing import in_rows
 from milora_jax.data.tokens import Example
@@ -209,12 +209,12 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse
     adapter = random_adapter(base, config, settings, 0)
     train = TrainSection(batch_size=variant.batch, remat=variant.remat, loss_chunk=asked.loss_chunk)
     rows = records(variant.rows, variant.batch, asked.seq, config.vocab_size)
-    batch = jax.device_put(collate(rows, asked.seq, 0, variant.batch))
+    batch = jax.device_put(collate(rows, asked.seq, 0, variant.batch, max(map(len, rows))))
     state = init_state(adapter, jax.random.key(0), train, 1000)
     # The base and a fresh state may share a constant: a state is donated, so each gets its own.
     held = [jax.tree.map(lambda leaf: leaf.copy(), state)]
     attend = functools.partial(attention, spread=spread_over(base.devices))
-    steps = make_steps(config, train, 1000, max(map(len, rows)), attend=attend)
+    steps = make_steps(config, train, 1000, attend=attend)
     begin = time.perf_counter()
     program = steps.train.lower(held[0], base, batch).compile()
     compile_s = time.perf_counter() - begin

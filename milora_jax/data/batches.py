@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from milora_jax.data.tokens import Example
-from milora_jax.shapes import Bool
 from milora_jax.types import Batch
 
 ORDER_STREAM = 2
@@ -41,15 +40,18 @@ def padded_length(longest: int, multiple: int, limit: int) -> int:
     return min(-(-longest // multiple) * multiple, limit)
 
 
-def collate(packed: Sequence[Sequence[Example]], length: int, pad_id: int, rows: int) -> Batch:
+def collate(
+    packed: Sequence[Sequence[Example]], length: int, pad_id: int, rows: int, prompts: int = 1
+) -> Batch:
     """Training rows, padded on the right; missing rows are all padding and count nowhere.
 
     Args:
       packed: the examples of each row, which follow each other as segments 1, 2, ...
       length: T, at least the tokens of any row.
       rows: B, at least the number of rows given.
+      prompts: Z, at least the examples of any row.
     """
-    batch = _empty(rows, length, pad_id)
+    batch = _empty(rows, length, pad_id, prompts)
     for row, examples in enumerate(packed):
         start = 0
         for segment, example in enumerate(examples, 1):
@@ -61,17 +63,6 @@ def collate(packed: Sequence[Sequence[Example]], length: int, pad_id: int, rows:
             batch.loss_mask[row, middle:end] = True
             start = end
     return batch
-
-
-def prompts_present(packed: Sequence[Sequence[Example]], rows: int, prompts: int) -> Bool[np.ndarray, "B Z"]:
-    """Which places of the batch that :func:`collate` makes hold a prompt.
-
-    Args:
-      rows: B, at least the number of rows given.
-      prompts: Z, the most examples of a row.
-    """
-    filled = [len(row) for row in packed] + [0] * (rows - len(packed))
-    return np.arange(prompts)[None, :] < np.array(filled)[:, None]
 
 
 def collate_prompts(prompts: Sequence[Sequence[int]], length: int, pad_id: int, rows: int) -> Batch:
@@ -90,7 +81,7 @@ def collate_prompts(prompts: Sequence[Sequence[int]], length: int, pad_id: int, 
     return batch
 
 
-def _empty(rows: int, length: int, pad_id: int) -> Batch:
+def _empty(rows: int, length: int, pad_id: int, prompts: int = 1) -> Batch:
     shape = (rows, length)
     # Host arrays: they become device arrays when they are placed.
     fields: dict[str, Any] = {
@@ -100,4 +91,4 @@ def _empty(rows: int, length: int, pad_id: int) -> Batch:
         "prompt_mask": np.zeros(shape, bool),
         "loss_mask": np.zeros(shape, bool),
     }
-    return Batch(**fields)
+    return Batch(**fields, prompts=prompts)

@@ -14,7 +14,7 @@ from milora_jax.adapters.tenants import Tenants
 from milora_jax.base.attention import spread_over
 from milora_jax.base.hf import Progress, load_leaves
 from milora_jax.base.modules import Base, decode_layout, frozen_kernels
-from milora_jax.base.transformer import adapter_decode_layout
+from milora_jax.base.transformer import adapter_decode_layout, forward
 from milora_jax.cli import Console
 from milora_jax.data.batches import collate, collate_prompts
 from milora_jax.data.packing import in_rows
@@ -28,9 +28,8 @@ from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.parallel.processes import place, to_host
 from milora_jax.parallel.rules import Rules, attend_over, base_sharding, batch_sharding, state_shardings
-from milora_jax.shapes import Bool, Float
+from milora_jax.shapes import Float
 from milora_jax.storage.adapters import newest_step, read_adapter, require_its_base
-from milora_jax.training.loss import run_batch
 from milora_jax.types import Batch, Route
 
 ROWS = 8
@@ -60,9 +59,10 @@ class Routes:
     weights: Float[np.ndarray, "L N E"]
 
     @classmethod
-    def of(cls, route: Route, present: Bool[np.ndarray, "B Z"]) -> Routes:
+    def of(cls, route: Route) -> Routes:
         """Those of the prompts that are present, row by row."""
         host = to_host(route)
+        present = host.present[0]  # the same in every layer
         return cls(host.probs[:, present], host.weights[:, present])
 
 
@@ -77,7 +77,7 @@ def routing_findings(subject: Subject) -> Iterator[Finding]:
     with Console().loading("base") as progress:
         base = _load(subject, rules, progress)
     adapter, origin = _adapter(subject, base)
-    placed: Adapter = jax.device_put(adapter, state_shardings(subject.mesh, rules, adapter))
+    placed: Adapter = jax.device_put(adapter, state_shardings(subject.mesh, adapter))
     trained = _trained(subject, placed, base, rows)
     prefilled, after = _decoded(subject, placed, decode_layout(base), examples)
     exact = config.model.dtype == "float32" and jax.default_backend() == "cpu"
@@ -155,20 +155,17 @@ def _rows_of(subject: Subject, count: int) -> int:
 def _trained(subject: Subject, adapter: Adapter, base: Base, rows: Sequence[Sequence[Example]]) -> Routes:
     """The routes of a training pass over prompts and answers, packed if the run packs."""
     longest = max(sum(len(example.tokens) for example in row) for row in rows)
-    prompts, model = max(map(len, rows)), subject.model
-    count = _rows_of(subject, len(rows))
-    batch = collate(rows, -(-longest // MULTIPLE) * MULTIPLE, 0, count)
-    filled = [len(row) for row in rows] + [0] * (count - len(rows))
-    present = np.arange(prompts) < np.array(filled)[:, None]
+    model, count = subject.model, _rows_of(subject, len(rows))
+    batch = collate(rows, -(-longest // MULTIPLE) * MULTIPLE, 0, count, max(map(len, rows)))
     attend = attend_over(subject.mesh, Rules())
 
     def routed(adapter: Adapter, base: Base, batch: Batch) -> Route | None:
-        return run_batch(adapter, base, model, batch, prompts, None, attend=attend).route
+        return forward(base, model, batch, adapter=adapter, attend=attend).route
 
     route = jax.jit(routed)(adapter, base, place(batch, batch_sharding(subject.mesh, Rules())))
     if route is None:
         raise AssertionError("a method that routes gives a route in training")
-    return Routes.of(route, present)
+    return Routes.of(route)
 
 
 def _decoded(
@@ -198,4 +195,5 @@ def _decoded(
     if state.route is None:
         raise AssertionError("a method that routes carries a route")
     carried = np.stack([np.asarray(layer)[:count, 0] for layer in to_host(state.route)])
-    return Routes.of(route, np.arange(rows)[:, None] < count), carried
+    routes = Routes.of(route)
+    return Routes(routes.probs[:, :count], routes.weights[:, :count]), carried

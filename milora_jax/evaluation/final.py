@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from milora_jax.adapters.protocol import Adapter, Method, Shape
+from milora_jax.adapters.inputs import Shape
+from milora_jax.adapters.protocol import Adapter, Method
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import Base, decode_layout
 from milora_jax.base.transformer import adapter_decode_layout
@@ -194,7 +195,7 @@ def score_tests(
 
 def for_decoding(run: Run, base: Base, adapter: Adapter) -> Adapter:
     """An adapter as loaded from the disk, over the run's devices and in the decode layout."""
-    placed: Adapter = jax.device_put(adapter, state_shardings(run.mesh, run.rules, adapter))
+    placed: Adapter = jax.device_put(adapter, state_shardings(run.mesh, adapter))
     return adapter_decode_layout(placed, base)
 
 

@@ -178,12 +178,9 @@ def score(
     output = forward(
         base,
         config,
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
+        batch,
         adapter=adapter,
-        prompt_mask=batch.prompt_mask if routes is None else None,
-        route_weights=routes,
+        route=routes,
         attend=functools.partial(attention, spread=spread),
     )
     rows, length = targets.shape

@@ -145,15 +145,7 @@ def _routes(
     base: Base, adapter: Adapter, batch: Batch, config: ModelConfig
 ) -> tuple[Float[Array, "B L E"], Float[Array, "B L E"]]:
     """Weights and probabilities; what only the hidden states after the last router need is not computed."""
-    route = forward(
-        base,
-        config,
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        adapter=adapter,
-        prompt_mask=batch.prompt_mask,
-    ).route
+    route = forward(base, config, batch, adapter=adapter).route
     if route is None:
         raise AssertionError("a method that routes gives a route")
     return route.weights[:, :, 0].swapaxes(0, 1), route.probs[:, :, 0].swapaxes(0, 1)

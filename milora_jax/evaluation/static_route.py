@@ -177,7 +177,7 @@ def perplexity(model: Model, adapter: Adapter, examples: Sequence[Example], max_
 
 @functools.partial(jax.jit, static_argnames="config")
 def _loss(adapter: Adapter, base: Base, batch: Any, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    return summed_loss(adapter, base, config, batch, prompts=1)[:2]
+    return summed_loss(adapter, base, config, batch)[:2]
 
 
 def _answers(model: Model, adapter: Adapter, records: Sequence[Record], settings: GenerationSettings) -> list:

@@ -203,16 +203,8 @@ def _step(
     last = state.cache.step
     tokens = jax.lax.dynamic_index_in_dim(state.running, last, axis=2, keepdims=False).reshape(-1, 1)
     positions = jnp.repeat(state.start + last, terms.beams)[:, None]
-    output = forward(
-        base,
-        config,
-        tokens,
-        positions,
-        jnp.ones_like(tokens),
-        adapter=adapter,
-        route_weights=state.route,
-        cache=state.cache,
-    )
+    batch = Batch.unpadded(tokens, positions)
+    output = forward(base, config, batch, adapter=adapter, route=state.route, cache=state.cache)
     logits = unembed(base, config, output.hidden[:, 0]).reshape(*state.scores.shape, -1)
     return select(dataclasses.replace(state, cache=output.cache), logits, last + 1, terms)
 

@@ -72,14 +72,14 @@ class DecodeState:
     sampler: Sampler
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots", "spread"))
+@functools.partial(jax.jit, static_argnames=("config", "cache_length", "spread"))
 def prefill(
     base: Base,
     tenants: Tenants | None,
     slot: Int[Array, ""],
     batch: Batch,
     config: ModelConfig,
-    slots: int,
+    cache_length: int,
     spread: Spread | None = None,
 ) -> tuple[Prefilled, Route | None]:
     """Run prompts of one tenant and choose their routes.
@@ -88,7 +88,7 @@ def prefill(
       base: in the decode layout.
       slot: of the tenant's adapter.
       batch: prompts, padded on the right.
-      slots: S of the cache, at least a prefix, T and what is to come.
+      cache_length: S, at least a prefix, T and what is to come.
       spread: of the rows and heads, for attention's kernels; see ``attention.spread_over``.
 
     Returns:
@@ -97,16 +97,13 @@ def prefill(
     output = forward(
         base,
         config,
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
+        batch,
         adapter=None if tenants is None else tenants.of_slot(slot),
-        prompt_mask=batch.prompt_mask,
-        cache_slots=slots,
+        cache_length=cache_length,
         attend=functools.partial(attention, spread=spread),
     )
     if not isinstance(output.cache, KVCache):
-        raise AssertionError("a first pass with cache_slots gives a cache")
+        raise AssertionError("a first pass with cache_length gives a cache")
     length = (batch.segment_ids > 0).sum(axis=1, dtype=jnp.int32)
     hidden = jnp.take_along_axis(output.hidden, length[:, None, None] - 1, axis=1)[:, 0]
     prefilled = Prefilled(
@@ -167,11 +164,9 @@ def decode_step(
     output = forward(
         base,
         config,
-        state.token[:, None],
-        state.position[:, None],
-        jnp.ones_like(state.token)[:, None],
+        Batch.unpadded(state.token[:, None], state.position[:, None]),
         adapter=adapter,
-        route_weights=state.route,
+        route=state.route,
         cache=state.cache,
     )
     if not isinstance(output.cache, KVCache):

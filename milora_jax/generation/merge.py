@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from milora_jax.adapters.inputs import ProjectionGroup
 from milora_jax.adapters.joined import JoinedPairs
-from milora_jax.adapters.protocol import Adapter, ProjectionGroup
+from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.modules import Base, JoinedLayer, Linear
 from milora_jax.errors import UserError
 from milora_jax.shapes import Array, Float

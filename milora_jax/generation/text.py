@@ -9,7 +9,8 @@ from typing import Any, TypeAlias, cast
 import jax
 import numpy as np
 
-from milora_jax.adapters.protocol import Adapter, Shape
+from milora_jax.adapters.inputs import Shape
+from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.registry import adapter_shape
 from milora_jax.adapters.tenants import Tenants
 from milora_jax.base.modules import Base, decode_layout

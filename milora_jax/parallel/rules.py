@@ -30,7 +30,6 @@ class Rules:
       ffn: F.
       vocab: V.
       layers: the stacking axis; splitting it would move whole layers between chips.
-      adapter: the wide axis of adapter matrices and of their optimiser moments; they are small.
     """
 
     rows: MeshAxes = ("data", "fsdp")
@@ -39,7 +38,6 @@ class Rules:
     ffn: MeshAxes = "tensor"
     vocab: MeshAxes = "tensor"
     layers: MeshAxes = None
-    adapter: MeshAxes = None
 
 
 BASE_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
@@ -64,37 +62,6 @@ BASE_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     **{("layers", name, "scales"): ("layers", None, "embed") for name in ("o", "down")},
 }
 """Logical axes of every leaf of the stacked base, by the names on its path."""
-
-
-STATE_AXES: dict[str, tuple[str | None, ...]] = {
-    "a": ("layers", "adapter", None),
-    "b": ("layers", None, "adapter"),
-    "magnitude": ("layers", "adapter"),
-    "singular": ("layers", None),
-    "chosen": ("layers", None),
-    "kept": (None, "layers", None),
-    "routing": ("layers", "adapter", None),
-    "vector": ("layers", None),
-    "projection": ("layers", None, "adapter"),
-    "reduce": ("layers", "adapter", None),
-    "expand": ("layers", None, "adapter"),
-    "key_vectors": ("layers", None, None),
-    "value_vectors": ("layers", None, None),
-    "scores": ("layers", None, None),
-    "openness": ("layers", None),
-    "pool": ("layers", None),
-    "weight": ("layers", None, None),
-    "numerator": ("layers", None),
-    "denominator": ("layers", None),
-    **dict.fromkeys(("mean", "deviation", "bias", "first"), ("layers", None)),
-    **dict.fromkeys(
-        ("step", "steps", "key", "bad_steps", "count", "omega_rate", "theta_rate", "settled"), ()
-    ),
-}
-"""Logical axes of every leaf of an adapter and of a training state, by the last name on its path.
-
-Optimiser moments end in the name of the parameter they belong to.
-"""
 
 
 def base_sharding(mesh: Mesh, rules: Rules, path: tuple) -> NamedSharding:
@@ -123,20 +90,12 @@ def base_shardings(mesh: Mesh, rules: Rules, base: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, rules, path), base)
 
 
-def state_shardings(mesh: Mesh, rules: Rules, state: PyTree) -> PyTree:
-    """A tree like ``state``, an adapter or a training state, with every leaf's sharding.
+def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
+    """A tree like ``state``, an adapter or a training state, whose leaves every device holds whole.
 
-    Raises:
-      KeyError: for a leaf that :data:`STATE_AXES` does not declare.
+    Adapters and their optimiser states are small beside the base, so a method declares no axes for them.
     """
-
-    def of_leaf(path: tuple, _: object) -> NamedSharding:
-        name = path_names(path)[-1]
-        if name not in STATE_AXES:
-            raise KeyError(f"no sharding is declared for state leaf {'.'.join(path_names(path))}")
-        return _named(mesh, rules, STATE_AXES[name])
-
-    return jax.tree_util.tree_map_with_path(of_leaf, state)
+    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
 
 
 def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:

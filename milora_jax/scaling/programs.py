@@ -41,14 +41,13 @@ def train_program(config: Config, model: ModelConfig, mesh: Mesh, prompts: int) 
     """
     base = abstract_base(model, config.model, mesh)
     state = _abstract_state(config, model, base, config.train)
-    state = _placed(state, state_shardings(mesh, RULES, state))
-    batch = _abstract_batch(mesh, config.train.batch_size, config.data.max_length)
+    state = _placed(state, state_shardings(mesh, state))
+    batch = _abstract_batch(mesh, config.train.batch_size, config.data.max_length, prompts)
     steps = make_steps(
         model,
         config.train,
         TOTAL_STEPS,
-        prompts,
-        lambda state: state_shardings(mesh, RULES, state),
+        lambda state: state_shardings(mesh, state),
         attend_over(mesh, RULES, cudnn=False),
     )
     return steps.train.lower(state, base, batch)
@@ -120,11 +119,11 @@ def _abstract_state(config: Config, model: ModelConfig, base: Base, train: Train
     return jax.eval_shape(fresh, base)
 
 
-def _abstract_batch(mesh: Mesh, rows: int, length: int) -> Batch:
+def _abstract_batch(mesh: Mesh, rows: int, length: int, prompts: int = 1) -> Batch:
     place = batch_sharding(mesh, RULES)
     ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
     mask: Any = jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=place)
-    return Batch(tokens=ids, segment_ids=ids, positions=ids, prompt_mask=mask, loss_mask=mask)
+    return Batch(ids, ids, ids, mask, mask, prompts)
 
 
 def _number(mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from milora_jax.adapters.registry import METHODS
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base
 from milora_jax.base.source import hub_name, model_directory
 from milora_jax.cli import Console, Parser, terminated_as_interrupted
-from milora_jax.config import METHODS, TEMPLATES, DataSection
+from milora_jax.config import TEMPLATES, DataSection
 from milora_jax.data.records import Record, Source, read_records, run_sources
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, printable, require, run_command

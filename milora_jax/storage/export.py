@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from milora_jax.adapters.ia3 import IA3
 from milora_jax.adapters.protocol import Method
 from milora_jax.base.json_files import parse_json_object
 from milora_jax.storage.adapters import checked_metadata, newest_step, read_adapter
 from milora_jax.storage.checkpoint import CheckpointDirectory
-from milora_jax.storage.exported import RECORDS, is_exported, write_exported
+from milora_jax.storage.exported import is_exported, write_exported
 from milora_jax.storage.files import json_bytes, new_directory, read_bytes
-from milora_jax.storage.fixed import FIXED, fixed_change, static_lora
+from milora_jax.storage.fixed import MERGED, fixed_change, static_lora
 from milora_jax.storage.manifest import write_manifest
 from milora_jax.storage.merged import write_merged
 from milora_jax.storage.peft import write_peft
@@ -33,12 +32,12 @@ def formats_of(method: Method, fused: bool) -> tuple[str, ...]:
     Args:
       fused: of the base's family, see ``base.families``.
     """
-    fixed = isinstance(method, FIXED)
+    always = method.record is not None and not method.routes
     has = {
-        "milora": method.name in RECORDS,
-        "peft": (fixed or isinstance(method, IA3)) and not fused,
+        "milora": method.portable,
+        "peft": always and not fused,
         "orbax": True,
-        "merged": fixed,
+        "merged": always and method.record in MERGED,
     }
     return tuple(name for name, there_is in has.items() if there_is)
 

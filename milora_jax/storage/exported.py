@@ -14,11 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from milora_jax.adapters.dora import Decomposed
-from milora_jax.adapters.low_rank import LowRank, LowRankMethod
-from milora_jax.adapters.milora import MiLoRA, MiLoRAParams
-from milora_jax.adapters.protocol import Adapter, Method, Shape
-from milora_jax.adapters.registry import before_features, build_method, full_settings, stored_settings
+from milora_jax.adapters.inputs import Shape
+from milora_jax.adapters.protocol import Adapter, Method, abstract_params
+from milora_jax.adapters.records import Parts
+from milora_jax.adapters.registry import (
+    METHOD_CLASSES,
+    before_features,
+    build_method,
+    full_settings,
+    stored_settings,
+)
 from milora_jax.adapters.router import NORMALIZE_EPS
 from milora_jax.base.json_files import parse_json_object
 from milora_jax.config import QUANTIZE
@@ -29,7 +34,6 @@ from milora_jax.storage.files import json_bytes
 from milora_jax.storage.manifest import DamagedError, manifest_errors, read_verified, write_manifest
 from milora_jax.storage.pair_tensors import (
     NOTHING,
-    Record,
     Shapes,
     changes_nothing,
     differences,
@@ -55,13 +59,8 @@ older reader, which would compute another route, refuses version 3."""
 
 READ = (1, 2, 3)
 
-RECORDS: dict[str, type[Record]] = {
-    "milora": LowRank,
-    "midora": Decomposed,
-    "lora": LowRank,
-    "dora": Decomposed,
-}
-"""The methods that have this form, and what each of their experts is."""
+PORTABLE = tuple(name for name, cls in METHOD_CLASSES.items() if cls.portable)
+"""The methods that have this form."""
 
 MOST_LAYERS, LARGEST_WIDTH = 10_000, 2**24
 """Of a base that an adapter may be for: tables of names are made from these before a file is read."""
@@ -83,15 +82,14 @@ def write_exported(directory: Path, adapter: Adapter, metadata: dict[str, Any]) 
       UserError: the method has no such form.
     """
     method = adapter.method
-    if method.name not in RECORDS:
+    if not method.portable:
         raise UserError(
-            f"method {method.name!r} has no portable form: expected one of {', '.join(RECORDS)}; "
+            f"method {method.name!r} has no portable form: expected one of {', '.join(PORTABLE)}; "
             "format 'orbax' takes any method"
         )
-    experts = adapter.params
-    if isinstance(method, MiLoRA):
-        experts = adapter.params.experts
-        write_tensors(directory / ROUTER_FILE, router_tensors(adapter.params.router))
+    experts, router = method.parts(adapter.params)
+    if router is not None:
+        write_tensors(directory / ROUTER_FILE, router_tensors(router))
     tensors = pair_tensors(experts)
     require_change(tensors, f"the adapter of method {method.name!r}")
     write_tensors(directory / EXPERTS_FILE, tensors)
@@ -125,9 +123,10 @@ def read_exported(directory: Path) -> tuple[Adapter, dict[str, Any]]:
         for line in differences(tensors[name], expected):
             raise UserError(f"{where}: {line}")
     require_change(tensors[EXPERTS_FILE], str(directory / EXPERTS_FILE))
-    params = stacked_pairs(tensors[EXPERTS_FILE], shape, RECORDS[method.name])
-    if isinstance(method, MiLoRA):
-        params = MiLoRAParams(params, stacked_router(tensors[ROUTER_FILE], shape, method.router))
+    abstract = method.parts(abstract_params(method, shape))
+    experts = stacked_pairs(tensors[EXPERTS_FILE], shape, _record(method))
+    router = None if abstract.router is None else stacked_router(tensors[ROUTER_FILE], abstract.router)
+    params = method.from_parts(Parts(experts, router))
     prompt_format = stored_prompt_format(metadata.get("prompt_format"), str(directory / CONFIG_FILE))
     return Adapter(params, method, shape, prompt_format), metadata
 
@@ -169,7 +168,7 @@ def exported_findings(directory: Path) -> Iterator[str]:
             yield f"{name}: {NOTHING}"
 
 
-def parse_config(values: dict[str, Any], where: str) -> tuple[LowRankMethod, Shape, dict[str, Any]]:
+def parse_config(values: dict[str, Any], where: str) -> tuple[Method, Shape, dict[str, Any]]:
     """Method, shape and metadata of ``milora_config.json``.
 
     Raises:
@@ -194,7 +193,7 @@ def parse_config(values: dict[str, Any], where: str) -> tuple[LowRankMethod, Sha
     return method, read_shape(values["shape"], where), values
 
 
-def read_method(values: Any, where: str, form: int = FORMAT) -> LowRankMethod:
+def read_method(values: Any, where: str, form: int = FORMAT) -> Method:
     """The method whose settings an exported file of a format holds, every one of them written out."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: adapter is {values!r}, expected an object")
@@ -203,8 +202,8 @@ def read_method(values: Any, where: str, form: int = FORMAT) -> LowRankMethod:
         method = build_method(settings)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if method.name not in RECORDS or not isinstance(method, LowRankMethod):
-        raise UserError(f"{where}: method is {method.name!r}, expected one of {', '.join(RECORDS)}")
+    if not method.portable:
+        raise UserError(f"{where}: method is {method.name!r}, expected one of {', '.join(PORTABLE)}")
     if before_features(values) != (form < 3 and method.routes):
         raise UserError(f"{where}: the settings of method {method.name!r} are not those of format {form}")
     if full_settings(method) != settings:
@@ -245,16 +244,22 @@ def _config_of(directory: Path, contents: dict[str, bytes]) -> dict[str, Any]:
     return parse_json_object(contents[CONFIG_FILE], str(directory / CONFIG_FILE))
 
 
-def _files(method: LowRankMethod, shape: Shape) -> dict[str, Shapes]:
+def _record(method: Method) -> type:
+    """What each expert of a portable method is."""
+    if method.record is None:
+        raise AssertionError(f"method {method.name!r} is portable and has no record")
+    return method.record
+
+
+def _files(method: Method, shape: Shape) -> dict[str, Shapes]:
     """The tensors of each file, by name."""
-    files = {EXPERTS_FILE: pair_shapes(shape, method.rank, RECORDS[method.name])}
-    if isinstance(method, MiLoRA):
-        files[ROUTER_FILE] = router_shapes(shape, method.router)
-    return files
+    experts, router = method.parts(abstract_params(method, shape))
+    files = {EXPERTS_FILE: pair_shapes(shape, experts[EXPERTS[0]].a.shape[-1], _record(method))}
+    return files if router is None else {**files, ROUTER_FILE: router_shapes(router)}
 
 
 def _file_errors(directory: Path, contents: dict[str, bytes], method: Method) -> Iterator[DamagedError]:
     """A file too few, or one too many."""
-    expected = {CONFIG_FILE, EXPERTS_FILE} | ({ROUTER_FILE} if isinstance(method, MiLoRA) else set())
+    expected = {CONFIG_FILE, EXPERTS_FILE} | ({ROUTER_FILE} if method.routes else set())
     for name in sorted(expected ^ contents.keys()):
         yield DamagedError(directory, name, "missing" if name in expected else "not expected here")

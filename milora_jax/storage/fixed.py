@@ -7,23 +7,22 @@ under one fixed route: expert e of layer l then changes its weight ``weights[l, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 
-from milora_jax.adapters.dora import Decomposed, DoRA
-from milora_jax.adapters.lora import LoRA, TunedPairs
-from milora_jax.adapters.milora import MiLoRA
+from milora_jax.adapters.lora import LoRA
 from milora_jax.adapters.protocol import Adapter
+from milora_jax.adapters.records import Decomposed, LowRank, WeightChange
+from milora_jax.adapters.registry import METHOD_CLASSES
 from milora_jax.errors import UserError
 from milora_jax.shapes import Float
-from milora_jax.storage.pair_tensors import Record
-from milora_jax.types import EXPERTS, stack_layers, unstack_layers
+from milora_jax.types import EXPERTS
 
-FIXED = (TunedPairs, DoRA)
-"""Methods that make one change of every weight, whatever the prompt."""
+MERGED = (LowRank, Decomposed)
+"""Records whose change can be added to a weight. Factors of outputs are not among them: they scale the bias,
+too, which a base need not have."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +30,21 @@ class FixedChange:
     """One change of every weight.
 
     Attributes:
-      pairs: of every module, stacked over layers.
-      scale: what their products are multiplied by.
+      change: of an adapter.
       weights: how many times each module's change acts; all ones without a route.
     """
 
-    pairs: Mapping[str, Record]
-    scale: float
+    change: WeightChange
     weights: Float[np.ndarray, "L E"]
 
     def outputs(self, module: str) -> int:
         """Outputs of a module."""
-        return self.pairs[module].b.shape[-1]
+        return self.change.records[module].b.shape[-1]
 
     def apply(
         self, layer: int, module: str, weight: Float[np.ndarray, "d_out d_in"]
     ) -> Float[np.ndarray, "d_out d_in"]:
-        """The changed weight of a module, in float32: ``W + w s (A B)^T``, or of DoRA
-        ``W + w (m V / n - W)`` with ``V = W + s (A B)^T`` and n the norms of V's rows.
+        """The changed weight of a module, in float32.
 
         Args:
           weight: frozen, laid out as files hold it.
@@ -57,14 +53,7 @@ class FixedChange:
         frozen = np.asarray(weight, np.float32)
         if share == 0:
             return frozen
-        record = self.pairs[module]
-        a, b = (np.asarray(leaf[layer], np.float32) for leaf in (record.a, record.b))
-        change = np.float32(self.scale) * (a @ b).T
-        if isinstance(record, Decomposed):
-            whole = frozen + change
-            ratio = np.asarray(record.magnitude[layer]) / np.linalg.norm(whole, axis=1)
-            change = ratio[:, None] * whole - frozen
-        return frozen + share * change
+        return frozen + share * self.change.records[module].change(layer, frozen, self.change.scale)
 
 
 def fixed_change(adapter: Adapter, weights: Float[np.ndarray, "L E"] | None = None) -> FixedChange:
@@ -77,23 +66,17 @@ def fixed_change(adapter: Adapter, weights: Float[np.ndarray, "L E"] | None = No
     Raises:
       UserError: the method is more than one change of each weight, or its route is missing.
     """
-    method, params = adapter.method, adapter.params
-    if isinstance(method, MiLoRA):
-        if weights is None:
-            raise UserError(
-                f"method {method.name!r} routes every prompt: a fixed route needs --calibration FILE"
-            )
-        return FixedChange(params.experts, method.scale, weights)
-    ones = np.ones((adapter.shape.num_layers, len(EXPERTS)), np.float32)
-    if isinstance(method, TunedPairs):
-        folded = stack_layers(tuple(map(method.folded, unstack_layers(method.settle(params)))))
-        return FixedChange(folded, method.scale, ones)
-    if isinstance(method, DoRA):
-        return FixedChange(params, method.scale, ones)
-    expected = "lora, dora, adalora, ssp, milora, midora"
-    raise UserError(
-        f"method {method.name!r} is more than one change of each weight: expected one of {expected}"
-    )
+    method = adapter.method
+    if method.record not in MERGED:
+        expected = ", ".join(name for name, cls in METHOD_CLASSES.items() if cls.record in MERGED)
+        raise UserError(
+            f"method {method.name!r} is more than one change of each weight: expected one of {expected}"
+        )
+    if method.routes and weights is None:
+        raise UserError(f"method {method.name!r} routes every prompt: a fixed route needs --calibration FILE")
+    if weights is None:
+        weights = np.ones((adapter.shape.num_layers, len(EXPERTS)), np.float32)
+    return FixedChange(method.weight_change(adapter.params), weights)
 
 
 def static_lora(adapter: Adapter, weights: Float[np.ndarray, "L E"]) -> Adapter:
@@ -106,12 +89,12 @@ def static_lora(adapter: Adapter, weights: Float[np.ndarray, "L E"]) -> Adapter:
       UserError: the experts are not plain pairs.
     """
     method = adapter.method
-    if not isinstance(method, MiLoRA) or method.name != "milora":
+    if not (method.routes and method.record is LowRank):
         raise UserError(f"method {method.name!r} has no static route that is a LoRA: expected milora")
-    share = jnp.asarray(weights, jnp.float32)
+    change, share = method.weight_change(adapter.params), jnp.asarray(weights, jnp.float32)
     pairs = {
         name: dataclasses.replace(pair, b=pair.b * share[:, i, None, None])
-        for i, (name, pair) in enumerate((name, adapter.params.experts[name]) for name in EXPERTS)
+        for i, (name, pair) in enumerate((name, change.records[name]) for name in EXPERTS)
     }
-    lora = LoRA(rank=method.rank, alpha=method.alpha, dropout=method.dropout)
+    lora = LoRA(rank=change.rank, alpha=change.scale * change.rank, dropout=change.dropout)
     return Adapter(pairs, lora, adapter.shape, adapter.prompt_format)

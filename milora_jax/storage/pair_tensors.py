@@ -15,10 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from milora_jax.adapters.dora import Decomposed
-from milora_jax.adapters.low_rank import LowRank
-from milora_jax.adapters.protocol import Shape
-from milora_jax.adapters.router import Router, RouterParams
+from milora_jax.adapters.inputs import Shape
+from milora_jax.adapters.records import Record
+from milora_jax.adapters.router import RouterParams
 from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.errors import UserError
 from milora_jax.types import EXPERTS
@@ -30,9 +29,6 @@ MATRICES = ("a", "b")
 """The leaves that files hold ``[out, in]`` and we ``[in, out]``."""
 
 NOTHING = "every product of lora_A and lora_B is zero: the adapter changes nothing"
-
-Record = LowRank | Decomposed
-"""What a module's parameters are, stacked over layers."""
 
 Shapes = dict[str, tuple[int, ...]]
 """Shapes of a file's tensors by their names."""
@@ -64,19 +60,11 @@ def pair_shapes(shape: Shape, rank: int, record: type[Record], modules: Sequence
     return expected
 
 
-def router_shapes(shape: Shape, router: Router) -> Shapes:
-    """The tensors of a router, by name, as files hold them."""
-    leaves: Shapes = {"weight": (len(EXPERTS), shape.hidden_size)}
-    if router.pooler == "attention":
-        leaves["pool"] = (shape.hidden_size,)
-    if router.activation == "rational":
-        leaves |= {"numerator": (7,), "denominator": (5,)}
-    if router.standardizes:
-        leaves |= {"mean": (shape.hidden_size,), "deviation": (shape.hidden_size,)}
-    if router.biased:
-        leaves["bias"] = (len(EXPERTS),)
+def router_shapes(router: RouterParams) -> Shapes:
+    """The tensors of stacked routers, abstract ones perhaps, by name, as files hold them."""
+    leaves = {leaf: values.shape for leaf, values in vars(router).items() if values is not None}
     return {
-        router_name(layer, leaf): size for layer in range(shape.num_layers) for leaf, size in leaves.items()
+        router_name(layer, leaf): size[:0:-1] for leaf, size in leaves.items() for layer in range(size[0])
     }
 
 
@@ -118,17 +106,20 @@ def stacked_pairs(
     return {module: record(**{name: leaf(module, name) for name in names}) for module in modules}
 
 
-def stacked_router(tensors: Mapping[str, np.ndarray], shape: Shape, router: Router) -> RouterParams:
-    """Stacked routers of tensors with the names and shapes of :func:`router_shapes`."""
-    given = {name.rpartition(".")[2] for name in router_shapes(shape, router)}
+def stacked_router(tensors: Mapping[str, np.ndarray], like: RouterParams) -> RouterParams:
+    """Stacked routers of tensors with the names and shapes of :func:`router_shapes`.
+
+    Args:
+      like: the same leaves, abstract ones perhaps.
+    """
     leaves = {
-        leaf: jnp.asarray(np.stack([tensors[router_name(i, leaf)].T for i in range(shape.num_layers)]))
-        for leaf in given
+        leaf: jnp.asarray(np.stack([tensors[router_name(i, leaf)].T for i in range(values.shape[0])]))
+        for leaf, values in vars(like).items()
+        if values is not None
     }
     if "deviation" in leaves and not (leaves["deviation"] > 0).all():
         raise UserError("a deviation of the router's features is not above 0")
-    others = {field.name: leaves.get(field.name) for field in dataclasses.fields(RouterParams)}
-    return RouterParams(**{**others, "weight": leaves["weight"]})
+    return dataclasses.replace(like, **leaves)
 
 
 def changes_nothing(tensors: Mapping[str, np.ndarray]) -> bool:

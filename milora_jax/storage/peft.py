@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from milora_jax.adapters.dora import Decomposed, DoRA
-from milora_jax.adapters.ia3 import IA3
-from milora_jax.adapters.low_rank import LARGEST_ALPHA, SMALLEST_ALPHA, LowRank
-from milora_jax.adapters.protocol import Adapter, Shape
+from milora_jax.adapters.inputs import Shape
+from milora_jax.adapters.low_rank import LARGEST_ALPHA, SMALLEST_ALPHA
+from milora_jax.adapters.protocol import Adapter
+from milora_jax.adapters.records import Decomposed, LowRank, Record, Rescaled
+from milora_jax.adapters.registry import METHOD_CLASSES
 from milora_jax.base.families import FAMILIES
 from milora_jax.base.json_files import parse_json_object
 from milora_jax.base.specs import MODULE_PATHS
@@ -27,9 +28,7 @@ from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
 from milora_jax.storage.adapter_tensors import read_tensors, write_tensors
 from milora_jax.storage.files import read_bytes
-from milora_jax.storage.fixed import FIXED, fixed_change
 from milora_jax.storage.pair_tensors import (
-    Record,
     Shapes,
     pair_name,
     pair_shapes,
@@ -38,7 +37,7 @@ from milora_jax.storage.pair_tensors import (
     require_same,
     stacked_pairs,
 )
-from milora_jax.types import EXPERTS, unstack_layers
+from milora_jax.types import EXPERTS
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
@@ -155,32 +154,33 @@ def require_unfused(model: ModelConfig, base: Path) -> None:
 def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Tensors and settings of an adapter in PEFT's form."""
     method = adapter.method
-    if isinstance(method, IA3):
-        tensors = {
-            pair_name(layer, name, IA3_LEAF): 1.0 + np.asarray(leaf.product(), np.float32)[:, None]
-            for name in method.modules
-            for layer, leaf in enumerate(unstack_layers(adapter.params[name]))
-        }
-        targets = [_suffix(name) for name in method.modules]
-        kind = {"peft_type": "IA3", "feedforward_modules": [], "init_ia3_weights": True}
-        return tensors, {**kind, "target_modules": targets, "fan_in_fan_out": False, "modules_to_save": None}
-    if not isinstance(method, FIXED):
+    if method.record is None or method.routes:
+        has = [name for name, cls in METHOD_CLASSES.items() if cls.record is not None and not cls.routes]
         raise UserError(
-            f"method {method.name!r} has no PEFT form: expected one of lora, dora, adalora, ssp, ia3 "
+            f"method {method.name!r} has no PEFT form: expected one of {', '.join(has)} "
             "(of a milora, format 'static' writes one fixed route as a LoRA)"
         )
-    change = fixed_change(adapter)
-    rank = change.pairs[EXPERTS[0]].a.shape[-1]
+    change = method.weight_change(adapter.params)
+    if method.record is Rescaled:
+        tensors = {
+            pair_name(layer, name, IA3_LEAF): factor[:, None]
+            for name, record in change.records.items()
+            for layer, factor in enumerate(np.asarray(record.factor, np.float32))
+        }
+        targets = [_suffix(name) for name in change.records]
+        kind = {"peft_type": "IA3", "feedforward_modules": [], "init_ia3_weights": True}
+        return tensors, {**kind, "target_modules": targets, "fan_in_fan_out": False, "modules_to_save": None}
+    rank = change.rank
     alpha = change.scale * rank
-    tensors = pair_tensors(change.pairs)
+    tensors = pair_tensors(change.records)
     require_change(tensors, f"the adapter of method {method.name!r}")
     return tensors, {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha,
-        "lora_dropout": method.dropout,
+        "lora_dropout": change.dropout,
         "target_modules": [_suffix(name) for name in EXPERTS],
-        "use_dora": isinstance(method, DoRA),
+        "use_dora": method.record is Decomposed,
         "use_rslora": False,
         "rank_pattern": {},
         "alpha_pattern": {},

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from milora_jax.adapters.protocol import Shape
+from milora_jax.adapters.inputs import Shape
 from milora_jax.adapters.registry import adapter_shape
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config

@@ -25,7 +25,7 @@ from milora_jax.shapes import Array, Bool, Float, Int
 from milora_jax.tiny import corpus, wide
 from milora_jax.tiny.corpus import Piece
 from milora_jax.tiny.tokenizer import SPECIAL, VOCAB_SIZE, save_tokenizer
-from milora_jax.types import stack_layers
+from milora_jax.types import Batch, stack_layers
 
 CONFIG = ModelConfig(
     vocab_size=VOCAB_SIZE,
@@ -142,7 +142,8 @@ def cross_entropy(base: Base, tokens: Int[Array, "B T1"], learnt: Bool[Array, "B
     # Attention must not look past the beginning of a document into the one before.
     segments = jnp.cumsum(given == SPECIAL.index("<s>"), axis=1).astype(jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(given.shape[1], dtype=jnp.int32)[None, :], given.shape)
-    hidden = forward(base, CONFIG, given, positions, segments).hidden
+    batch = Batch(given, segments, positions, jnp.zeros(given.shape, bool), counted)
+    hidden = forward(base, CONFIG, batch).hidden
     losses = optax.softmax_cross_entropy_with_integer_labels(unembed(base, CONFIG, hidden), wanted)
     return jnp.where(counted, losses, 0.0).sum() / counted.sum().astype(jnp.float32)
 

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from milora_jax.adapters.protocol import Method
+from milora_jax.adapters.hooks import Calibration
 from milora_jax.adapters.router import floored
 from milora_jax.base.attention import Attend
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward
-from milora_jax.data.batches import batch_rows, prompts_present
+from milora_jax.data.batches import batch_rows
 from milora_jax.data.tokens import Example
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
@@ -38,50 +38,41 @@ class FeatureStatistics:
     deviation: Float[np.ndarray, "L D"]
 
 
-def feature_program(
-    model: ModelConfig, method: Method, prompts: int, attend: Attend
-) -> Callable[[Base, Batch], Float[Array, "L B Z D"]]:
-    """The compiled program that gives the features of a batch's prompts on the frozen base.
+Features = tuple[Float[Array, "L B Z D"], Bool[Array, "B Z"]]
+"""The features of a batch's prompts, and which prompts there are."""
 
-    Args:
-      prompts: Z, the most records packed into one row.
-    """
+
+def feature_program(
+    model: ModelConfig, calibration: Calibration, attend: Attend
+) -> Callable[[Base, Batch], Features]:
+    """The compiled program that gives the features of a batch's prompts on the frozen base."""
 
     @jax.jit
-    def features(base: Base, batch: Batch) -> Float[Array, "L B Z D"]:
-        return forward(
-            base,
-            model,
-            batch.tokens,
-            batch.positions,
-            batch.segment_ids,
-            prompt_mask=batch.prompt_mask,
-            prompts=prompts,
-            inspect=method.pooled_features,
-            attend=attend,
-        ).inspected
+    def features(base: Base, batch: Batch) -> Features:
+        output = forward(base, model, batch, inspect=calibration.features, attend=attend)
+        return output.inspected, batch.present
 
     return features
 
 
 def feature_statistics(
-    features: Callable[[Batch], Float[Array, "L B Z D"]],
-    batches: Iterator[tuple[Batch, Bool[np.ndarray, "B Z"]]],
+    features: Callable[[Batch], Features],
+    batches: Iterator[Batch],
     prompts: int,
 ) -> FeatureStatistics:
     """Mean and deviation over the first ``prompts`` prompts of some batches.
 
     Args:
-      features: of a batch's prompts.
-      batches: with the places of their prompts.
+      features: the program of :func:`feature_program` on a base.
       prompts: at least 2; where the batches hold fewer, all of theirs.
 
     Raises:
       UserError: a feature is not finite, or there are fewer than two prompts.
     """
     count, mean, squares = 0, np.zeros(()), np.zeros(())
-    for batch, present in batches:
-        found = to_host(features(batch))[:, present][:, : prompts - count].astype(np.float64)
+    for batch in batches:
+        pooled, present = to_host(features(batch))
+        found = pooled[:, present][:, : prompts - count].astype(np.float64)
         if not np.isfinite(found).all():
             layer = int(np.flatnonzero(~np.isfinite(found).all(axis=(1, 2)))[0])
             raise UserError(
@@ -110,7 +101,7 @@ def feature_statistics(
 
 def measured_features(
     run: Run,
-    method: Method,
+    calibration: Calibration,
     batch_of: Callable[[list[list[Example]]], Batch],
     attend: Attend,
     say: Callable[[str], None],
@@ -125,16 +116,15 @@ def measured_features(
     Raises:
       UserError: see :func:`feature_statistics`.
     """
-    settings, count, prompts = run.config.train, len(run.train), run.prompts
+    settings, count = run.config.train, len(run.train)
 
-    def batches() -> Iterator[tuple[Batch, Bool[np.ndarray, "B Z"]]]:
+    def batches() -> Iterator[Batch]:
         for step in range(-(-count // settings.batch_size)):
             rows = batch_rows(settings.seed, step, count, settings.batch_size)
-            packed = [run.train[i] for i in rows]
-            yield batch_of(packed), prompts_present(packed, settings.batch_size, prompts)
+            yield batch_of([run.train[i] for i in rows])
 
     wanted = min(settings.feature_prompts, sum(map(len, run.train)))
     say(f"measuring the router's features on {wanted} training prompts")
-    program = feature_program(run.model, method, prompts, attend)
+    program = feature_program(run.model, calibration, attend)
     found = feature_statistics(lambda batch: program(run.base, batch), batches(), wanted)
     return found.mean, found.deviation

@@ -54,10 +54,10 @@ class PromptRoutes:
     token_share: Float[np.ndarray, "L N"] | None
 
     @classmethod
-    def of(cls, route: Route, present: Bool[np.ndarray, "B Z"]) -> PromptRoutes:
+    def of(cls, route: Route) -> PromptRoutes:
         """Those of the prompts that are present, row by row."""
         host = to_host(route)
-        share = host.seen.token_share
+        share, present = host.seen.token_share, host.present[0]  # the same in every layer
         return cls(
             probs=host.probs[:, present],
             chosen=host.weights[:, present] != 0,

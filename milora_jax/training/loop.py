@@ -23,7 +23,7 @@ from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import Base, frozen_kernels
 from milora_jax.base.source import model_directory
 from milora_jax.cli import LINE_EVERY
-from milora_jax.data.batches import batch_rows, collate, prompts_present
+from milora_jax.data.batches import batch_rows, collate
 from milora_jax.data.tokens import Example
 from milora_jax.errors import NonFiniteError, Preempted, UserError
 from milora_jax.parallel.processes import any_of_all, from_first, several, to_host
@@ -69,13 +69,11 @@ class Trainer:
         self._bilevel = bool(jax.tree.leaves(theta))
         self._run, self._say, self._settings = run, say, config.train
         self._total = planned_steps(config.train, len(run.train))
-        self._length, self._prompts = run.row_length, run.prompts
         self._steps = steps or make_steps(
             run.model,
             config.train,
             self._total,
-            self._prompts,
-            lambda s: state_shardings(run.mesh, run.rules, s),
+            lambda s: state_shardings(run.mesh, s),
             attend_over(run.mesh, run.rules),
         )
         self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, say)
@@ -193,28 +191,28 @@ class Trainer:
         return self._batch(packed), sum(len(example.tokens) for row in packed for example in row)
 
     def _batch(self, packed: list[list[Example]]) -> Batch:
-        batch = collate(packed, self._length, 0, self._settings.batch_size)
-        return self._run.place(batch)
+        run, rows = self._run, self._settings.batch_size
+        return run.place(collate(packed, run.row_length, 0, rows, run.prompts))
 
     def _restore_or_init(self) -> tuple[TrainState, Progress]:
         """The newest good checkpoint's state, or a fresh one."""
         config = self._run.config
         adapter_key, step_key = jax.random.split(jax.random.key(config.train.seed))
 
-        shape = adapter_shape(self._run.model)
+        shape, calibration = adapter_shape(self._run.model), self._method.calibration
 
         def fresh(base: Base, params: PyTree, measured: PyTree) -> TrainState:
             if params is None:
                 adapter = init_adapter(self._method, adapter_key, shape, frozen_kernels(base))
             else:
                 adapter = Adapter(params=params, method=self._method, shape=shape)
-            if measured is not None:
-                params = self._method.with_feature_statistics(adapter.params, *map(jnp.asarray, measured))
+            if calibration is not None and measured is not None:
+                params = calibration.store(adapter.params, *map(jnp.asarray, measured))
                 adapter = dataclasses.replace(adapter, params=params)
             return init_state(adapter, step_key, config.train, self._total)
 
         shapes = jax.eval_shape(fresh, self._run.base, None, None)
-        shardings = state_shardings(self._run.mesh, self._run.rules, shapes)
+        shardings = state_shardings(self._run.mesh, shapes)
         found = self._checkpoints.newest()
         newest = from_first(-1 if found is None else found)
         newest = None if newest == -1 else newest
@@ -257,10 +255,11 @@ class Trainer:
 
     def _measured(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Statistics of the router's features, where it has any."""
-        if not self._method.measures_features:
+        calibration = self._method.calibration
+        if calibration is None:
             return None
         attend = attend_over(self._run.mesh, self._run.rules)
-        return measured_features(self._run, self._method, self._batch, attend, self._say)
+        return measured_features(self._run, calibration, self._batch, attend, self._say)
 
     def _train_coefficients(self, state: TrainState, done: int) -> tuple[TrainState, Metrics]:
         """One update of Theta on dev rows (Appendix A)."""
@@ -363,7 +362,7 @@ class Trainer:
             loss, tokens, route = to_host(answer)
             total, count = total + float(loss), count + int(tokens)
             if route is not None:
-                seen.append(PromptRoutes.of(route, prompts_present(packed, size, self._prompts)))
+                seen.append(PromptRoutes.of(route))
         perplexity = math.exp(min(total / count, 700.0))
         if not seen:
             return perplexity, None

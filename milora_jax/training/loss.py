@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import struct
 
+from milora_jax.adapters.inputs import ExpertUse, RoutingSchedule
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.router import expert_share, first_choices, load_balance
-from milora_jax.adapters.routing import ExpertUse, RoutingSchedule
 from milora_jax.base.attention import Attend, attention
 from milora_jax.base.modules import Base
-from milora_jax.base.transformer import Output, forward, prompt_members
+from milora_jax.base.transformer import forward
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float, Int, Key, Shaped
 from milora_jax.training.cross_entropy import summed_cross_entropy
@@ -52,41 +52,12 @@ class Totals:
     parts: int = struct.field(pytree_node=False, default=1)
 
 
-def run_batch(
-    adapter: Adapter,
-    base: Base,
-    config: ModelConfig,
-    batch: Batch,
-    prompts: int,
-    key: Key[Array, ""] | None,
-    remat: str = "none",
-    attend: Attend = attention,
-    top_k: Int[Array, ""] | None = None,
-) -> Output:
-    """The forward pass over a batch; the arguments are those of :func:`adapted_loss`."""
-    return forward(
-        base,
-        config,
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        adapter=adapter,
-        prompt_mask=batch.prompt_mask,
-        prompts=prompts,
-        key=key,
-        remat=remat,
-        attend=attend,
-        top_k=top_k,
-    )
-
-
 def adapted_loss(
     adapter: Adapter,
     base: Base,
     config: ModelConfig,
     batch: Batch,
     *,
-    prompts: int,
     key: Key[Array, ""] | None,
     remat: str = "none",
     loss_chunk: int = 4096,
@@ -99,7 +70,6 @@ def adapted_loss(
     lambda times Eq. 4 where it routes, and its penalty on the parameters.
 
     Args:
-      prompts: Z, the most records packed into one row.
       key: switches dropout on.
       remat: what the backward pass computes again, one of ``config.REMAT``.
       loss_chunk: tokens whose logits exist at a time.
@@ -110,12 +80,13 @@ def adapted_loss(
       memory: what the method remembers of earlier steps; None is nothing.
     """
     schedule = adapter.method.final_schedule if schedule is None else schedule
-    output = run_batch(adapter, base, config, batch, prompts, key, remat, attend, schedule.top_k)
+    output = forward(
+        base, config, batch, adapter=adapter, key=key, remat=remat, attend=attend, top_k=schedule.top_k
+    )
     # The hidden state of token t predicts token t + 1; the last one of a row predicts nothing.
     targets, counted = (_next(field) for field in (batch.tokens, batch.loss_mask))
     summed = summed_cross_entropy(base, config, output.hidden, targets, counted, loss_chunk)
-    present = prompt_members(batch.segment_ids, batch.prompt_mask, prompts).any(axis=-1)
-    whole = totals_of(batch, output.route, prompts) if totals is None else totals
+    whole = totals_of(batch, output.route) if totals is None else totals
     cross_entropy = summed / jnp.maximum(whole.tokens, 1).astype(jnp.float32)
     loss = cross_entropy + adapter.method.penalty(adapter.params) / whole.parts
     if output.route is None or whole.first_choices is None:
@@ -123,13 +94,13 @@ def adapted_loss(
         shares = jnp.ones((config.num_layers, len(EXPERTS)), jnp.float32) / whole.parts
         return loss, LossParts(cross_entropy, zero, ExpertUse(shares, shares), zero, counted.sum(), None)
     first = adapter.method.first_choices(memory, whole.first_choices)
-    balance = load_balance(output.route.probs, present, first, whole.prompts)
+    balance = load_balance(output.route, first, whole.prompts)
     parts = LossParts(
         cross_entropy=cross_entropy,
         load_balance=balance,
         use=ExpertUse(
-            chosen=expert_share(output.route.weights, present, whole.prompts),
-            first=first_choices(output.route.probs, present, whole.prompts),
+            chosen=expert_share(output.route, whole.prompts),
+            first=first_choices(output.route, whole.prompts),
             features=_mean_of_prompts(output.route.seen.sums, whole.prompts),
         ),
         pooled_max=output.route.seen.largest.max(),
@@ -139,13 +110,12 @@ def adapted_loss(
     return loss + schedule.load_balance * balance, parts
 
 
-def totals_of(batch: Batch, route: Route | None, prompts: int) -> Totals:
+def totals_of(batch: Batch, route: Route | None) -> Totals:
     """The totals of a batch whose prompts took ``route``."""
-    present = prompt_members(batch.segment_ids, batch.prompt_mask, prompts).any(axis=-1)
     return Totals(
         tokens=_next(batch.loss_mask).sum(),
-        prompts=present.sum(),
-        first_choices=None if route is None else first_choices(route.probs, present),
+        prompts=batch.present.sum(),
+        first_choices=None if route is None else first_choices(route),
     )
 
 
@@ -165,12 +135,9 @@ def summed_loss(
     base: Base,
     config: ModelConfig,
     batch: Batch,
-    prompts: int,
     loss_chunk: int = 4096,
     attend: Attend = attention,
 ) -> tuple[Float[Array, ""], Int[Array, ""], Route | None]:
     """Sum of the counted tokens' losses, their number, and the route, for the dev evaluation."""
-    _, parts = adapted_loss(
-        adapter, base, config, batch, prompts=prompts, key=None, loss_chunk=loss_chunk, attend=attend
-    )
+    _, parts = adapted_loss(adapter, base, config, batch, key=None, loss_chunk=loss_chunk, attend=attend)
     return parts.cross_entropy * parts.tokens.astype(jnp.float32), parts.tokens, parts.route

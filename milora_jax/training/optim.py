@@ -43,15 +43,18 @@ def split_params(adapter: Adapter) -> tuple[PyTree, PyTree, PyTree]:
     :func:`join_params` puts them together.
 
     ``Method.theta`` decides: ``bilevel`` makes the method's coefficients Theta, ``joint`` leaves them
-    in Omega, ``frozen`` trains them not at all. Measured leaves are never trained.
+    in Omega, ``frozen`` trains them not at all.
     """
     places = {"joint": OMEGA, "bilevel": THETA, "frozen": REST}
-    of_coefficients = places[adapter.method.theta]
+    method = adapter.method
 
-    def place(coefficient: bool, measured: bool) -> int:
-        return REST if measured else of_coefficients if coefficient else OMEGA
+    def place(path: tuple, _: PyTree) -> int:
+        role = method.role(path_names(path))
+        if not role.trained:
+            return REST
+        return places[method.theta] if role.coefficient else OMEGA
 
-    placed = jax.tree.map(place, coefficient_mask(adapter), measured_mask(adapter))
+    placed = jax.tree_util.tree_map_with_path(place, adapter.params)
 
     def part(which: int) -> PyTree:
         return jax.tree.map(lambda leaf, its: leaf if its == which else None, adapter.params, placed)
@@ -66,17 +69,3 @@ def join_params(adapter: Adapter, *parts: PyTree) -> Adapter:
         return next((leaf for leaf in leaves if leaf is not None), None)
 
     return dataclasses.replace(adapter, params=jax.tree.map(first, *parts, is_leaf=lambda leaf: leaf is None))
-
-
-def measured_mask(adapter: Adapter) -> PyTree:
-    """A tree like ``adapter.params`` that is True on the leaves that no gradient trains."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: adapter.method.is_measured(path_names(path)), adapter.params
-    )
-
-
-def coefficient_mask(adapter: Adapter) -> PyTree:
-    """A tree like ``adapter.params`` that is True on the leaves of Theta."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: adapter.method.is_coefficient(path_names(path)), adapter.params
-    )

@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from milora_jax.adapters.inputs import Shape
 from milora_jax.adapters.milora import OF_TRAINING
-from milora_jax.adapters.protocol import Method, Shape
+from milora_jax.adapters.protocol import Method
 from milora_jax.errors import UserError, require
 from milora_jax.storage.adapters import read_adapter, require_its_base
 from milora_jax.types import PyTree

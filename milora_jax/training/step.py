@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from milora_jax.adapters.inputs import RoutingSchedule
 from milora_jax.adapters.protocol import Adapter, router_mask
-from milora_jax.adapters.routing import RoutingSchedule
 from milora_jax.base.attention import Attend, attention
 from milora_jax.base.modules import Base
+from milora_jax.base.transformer import forward
 from milora_jax.config import TrainSection
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.training.accumulate import value_and_gradient
-from milora_jax.training.loss import LossParts, Totals, adapted_loss, run_batch, summed_loss, totals_of
+from milora_jax.training.loss import LossParts, Totals, adapted_loss, summed_loss, totals_of
 from milora_jax.training.optim import join_params, make_optimizer, split_params
 from milora_jax.types import Batch, Metrics, PyTree, Route
 
@@ -102,7 +103,6 @@ def make_steps(
     model: ModelConfig,
     settings: TrainSection,
     total_steps: int,
-    prompts: int,
     shardings: Callable[[TrainState], PyTree] | None = None,
     attend: Attend = attention,
 ) -> Steps:
@@ -111,7 +111,6 @@ def make_steps(
 
     Args:
       total_steps: optimiser steps the schedules stretch over.
-      prompts: Z, the most records packed into one row.
       shardings: where every leaf of a state stays; without it the compiler chooses where an update leaves
         them, and a second step is compiled for what it chose.
       attend: attention, see ``parallel.rules.attend_over``.
@@ -132,7 +131,6 @@ def make_steps(
             base,
             model,
             batch,
-            prompts=prompts,
             key=key,
             remat=settings.remat,
             loss_chunk=settings.loss_chunk,
@@ -148,8 +146,8 @@ def make_steps(
         route = None
         if adapter.method.routes:
             top_k = schedule.top_k
-            route = run_batch(adapter, base, model, batch, prompts, key, attend=attend, top_k=top_k).route
-        return totals_of(batch, route, prompts)
+            route = forward(base, model, batch, adapter=adapter, key=key, attend=attend, top_k=top_k).route
+        return totals_of(batch, route)
 
     def settled(state: TrainState) -> TrainState:
         if shardings is None:
@@ -224,7 +222,7 @@ def make_steps(
         return settled(state), _metrics(value, parts, norm, norm, (~finite).astype(jnp.int32))
 
     def evaluate(adapter: Adapter, base: Base, batch: Batch) -> tuple:
-        return summed_loss(adapter, base, model, batch, prompts, settings.loss_chunk, attend)
+        return summed_loss(adapter, base, model, batch, settings.loss_chunk, attend)
 
     return Steps(
         train=jax.jit(train, donate_argnums=0),

@@ -9,9 +9,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from milora_jax.adapters.adalora import Triplets
-from milora_jax.adapters.dora import Decomposed
-from milora_jax.adapters.low_rank import LowRank
 from milora_jax.adapters.protocol import Adapter, Method
+from milora_jax.adapters.records import Decomposed, LowRank
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.config import AdapterSection

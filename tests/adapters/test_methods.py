@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from milora_jax.adapters.inputs import ProjectionGroup
 from milora_jax.adapters.milora import OF_TRAINING
-from milora_jax.adapters.protocol import ProjectionGroup, path_names
+from milora_jax.adapters.protocol import path_names
 from milora_jax.adapters.registry import METHOD_CLASSES, build_method, full_settings
 from milora_jax.base.modules import decode_layout
 from milora_jax.base.transformer import adapter_decode_layout, unembed
@@ -93,7 +94,7 @@ def test_packed_equals_unpacked_and_padding_is_nothing(method):
     rows = [row_batch(prompt, answer) for prompt, answer in records]
     packed = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *rows)
     ids = jnp.concatenate([jnp.full_like(row.segment_ids, i + 1) for i, row in enumerate(rows)], axis=1)
-    together = run(adapter, packed.replace(segment_ids=ids), prompts=3).hidden[0]
+    together = run(adapter, packed.replace(segment_ids=ids, prompts=3)).hidden[0]
     start = 0
     for prompt, answer in records:
         length = len(prompt) + len(answer)
@@ -109,7 +110,7 @@ def test_every_leaf_is_trained(method):
     adapter, batch = make_adapter(method=method, coefficients=None), two_rows()
 
     def loss(params):
-        return adapted_loss(adapter.replace(params=params), BASE, TINY, batch, prompts=1, key=None)[0]
+        return adapted_loss(adapter.replace(params=params), BASE, TINY, batch, key=None)[0]
 
     gradient = jax.jit(jax.grad(loss))(adapter.params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):

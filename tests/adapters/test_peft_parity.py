@@ -109,8 +109,7 @@ def theirs(model):
 
 
 def our_logits(adapter, base, config):
-    output = forward(base, config, BATCH.tokens, BATCH.positions, BATCH.segment_ids, adapter=adapter)
-    return unembed(base, config, output.hidden)
+    return unembed(base, config, forward(base, config, BATCH, adapter=adapter).hidden)
 
 
 def assert_near(found, expected, what):
@@ -142,7 +141,7 @@ def test_logits_loss_and_every_gradient_equal_those_of_peft(case):
 
     def our_loss(params):
         new = case.adapter.replace(params=params)
-        return adapted_loss(new, case.base, case.config, BATCH, prompts=1, key=None)[0]
+        return adapted_loss(new, case.base, case.config, BATCH, key=None)[0]
 
     found_loss, found = jax.jit(jax.value_and_grad(our_loss))(case.adapter.params)
     assert_near(found_loss, loss, "loss")

@@ -115,7 +115,7 @@ def test_the_penalty_of_adalora_is_the_distance_from_orthogonality():
     penalty = adapter.method.penalty(adapter.params)
     np.testing.assert_allclose(penalty, 0.5 * np.mean(distances), rtol=1e-5)
     batch = rows()
-    value, parts = adapted_loss(adapter, BASE, TINY, batch, prompts=1, key=None)
+    value, parts = adapted_loss(adapter, BASE, TINY, batch, key=None)
     np.testing.assert_allclose(value, parts.cross_entropy + penalty, rtol=1e-6)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from milora_jax.adapters.inputs import LayerInput
 from milora_jax.adapters.router import (
     Router,
     activate,
@@ -15,8 +16,8 @@ from milora_jax.adapters.router import (
     load_balance,
     pool,
 )
-from milora_jax.adapters.routing import LayerInput
 from milora_jax.config import ACTIVATIONS, GATES, POOLERS
+from milora_jax.types import Route
 
 RNG = np.random.default_rng(0)
 HIDDEN = jnp.asarray(RNG.normal(size=(2, 6, 4)), jnp.float32)
@@ -117,12 +118,17 @@ def test_a_bias_moves_the_choice_and_no_weight():
     np.testing.assert_array_equal(slope, 0)
 
 
+def routed(values, present):
+    """A route with these weights and probabilities of the prompts ``present``, ``[B, Z]``."""
+    return Route(values, values, jnp.broadcast_to(present, values.shape[:-1]), seen=None)
+
+
 def test_load_balance_is_one_when_uniform_and_seven_when_collapsed():
     present = jnp.ones((7, 1), bool)
     spread = jax.nn.one_hot(jnp.arange(7), 7)[None, :, None, :]
-    assert float(load_balance(spread, present)) == pytest.approx(1.0)
+    assert float(load_balance(routed(spread, present))) == pytest.approx(1.0)
     collapsed = jnp.tile(jax.nn.one_hot(2, 7), (1, 7, 1, 1))
-    assert float(load_balance(collapsed, present)) == pytest.approx(7.0)
+    assert float(load_balance(routed(collapsed, present))) == pytest.approx(7.0)
 
 
 def test_load_balance_by_hand_and_without_absent_prompts():
@@ -131,19 +137,19 @@ def test_load_balance_by_hand_and_without_absent_prompts():
     kept = np.asarray(PROBS)[[0, 1, 2, 4]]
     share = np.bincount(kept.argmax(-1), minlength=7) / 4
     expected = 7 * (share * kept.mean(0)).sum()
-    assert float(load_balance(probs, present)) == pytest.approx(expected, rel=1e-5)
+    assert float(load_balance(routed(probs, present))) == pytest.approx(expected, rel=1e-5)
 
 
 def test_load_balance_averages_layers():
     probs = jnp.stack([PROBS, PROBS[::-1] ** 2])[:, :, None, :]
     present = jnp.ones((5, 1), bool)
-    parts = [float(load_balance(probs[i : i + 1], present)) for i in range(2)]
-    assert float(load_balance(probs, present)) == pytest.approx(sum(parts) / 2, rel=1e-6)
+    parts = [float(load_balance(routed(probs[i : i + 1], present))) for i in range(2)]
+    assert float(load_balance(routed(probs, present))) == pytest.approx(sum(parts) / 2, rel=1e-6)
 
 
 def test_expert_share_counts_present_prompts():
     weights = jnp.zeros((1, 3, 1, 7)).at[0, 0, 0, 1].set(1.0).at[0, 1, 0, 1].set(0.5).at[0, 2, 0, 4].set(1.0)
-    share = expert_share(weights, jnp.array([1, 1, 0], bool)[:, None])
+    share = expert_share(routed(weights, jnp.array([1, 1, 0], bool)[:, None]))
     np.testing.assert_allclose(share[0], [0, 1, 0, 0, 0, 0, 0])
 
 

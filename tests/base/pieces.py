@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from milora_jax.base.sight import scoring_of
 
 from milora_jax.base import ops
 from milora_jax.base.attention import attention
 from milora_jax.base.load import load_base, logits
 from milora_jax.base.modules import decode_layout
-from milora_jax.base.sight import scoring_of
 from milora_jax.base.transformer import AdaptedLayer, block
 from milora_jax.model_config import Llama3Scaling, ModelConfig
 from milora_jax.types import EXPERTS

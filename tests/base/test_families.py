@@ -17,6 +17,7 @@ from milora_jax.base.transformer import forward, unembed
 from milora_jax.errors import UserError
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.settings import GenerationSettings
+from milora_jax.types import Batch
 from tests.families import FAMILY_CONFIGS
 from tests.models import write_hf_directory
 
@@ -111,9 +112,8 @@ def test_a_config_survives_writing_and_reading(name, folder):
 def test_layers_in_a_tuple_equal_layers_in_a_scan(name, folder):
     base, config = load_base(folder)
     tokens = jnp.asarray(tokens_of(config), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32)[None], tokens.shape)
     unrolled = decode_layout(base)
-    hidden = forward(unrolled, config, tokens, positions, jnp.ones_like(tokens)).hidden
+    hidden = forward(unrolled, config, Batch.unpadded(tokens)).hidden
     found = unembed(unrolled, config, hidden)
     assert np.abs(found - logits(base, config, tokens)).max() <= TOLERANCE
 

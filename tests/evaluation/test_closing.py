@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from milora_jax.config import METHODS, Config
+from milora_jax.adapters.registry import METHODS
+from milora_jax.config import Config
 from milora_jax.evaluation import score_command
 from milora_jax.evaluation.closing import closing_lines
 from milora_jax.generation import __main__ as generation

@@ -9,9 +9,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from milora_jax.adapters.registry import build_method
+from milora_jax.adapters.registry import METHODS, build_method
 from milora_jax.base.fingerprint import base_fingerprint
-from milora_jax.config import METHODS, AdapterSection, Config, DataSection, ModelSection
+from milora_jax.config import AdapterSection, Config, DataSection, ModelSection
 from milora_jax.errors import EXIT_NOTHING_LEARNED, NothingLearnedError
 from milora_jax.evaluation import final
 from milora_jax.evaluation.score import Prediction, TaskScore, compact_route, figures

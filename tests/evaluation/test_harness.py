@@ -21,6 +21,7 @@ from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
 from milora_jax.storage.export import export_milora
 from milora_jax.storage.files import json_bytes
+from milora_jax.types import Batch
 from tests.models import write_hf_directory
 from tests.serving.harness import TEMPLATE
 from tests.storage.adapters import run_of
@@ -129,9 +130,8 @@ def test_a_whole_text_has_the_route_of_the_prefix_token(folder, harness):
     tuned, prefix = harness.tuned, harness.prefix_token_id
     windows = rolling_passages(model.tok_encode(text), prefix, 16, led=True)
     assert len(windows) > 2
-    one = jnp.full((1, 1), prefix, jnp.int32)
-    start = (one, one * 0, one * 0 + 1)
-    route = forward(tuned.base, tuned.config, *start, adapter=tuned.adapter, prompt_mask=one > 0).route
+    start = Batch.unpadded(jnp.full((1, 1), prefix, jnp.int32)).replace(prompt_mask=jnp.ones((1, 1), bool))
+    route = forward(tuned.base, tuned.config, start, adapter=tuned.adapter).route
     weights = tuple(route.weights)
     expected = sum(_under_route(tuned, window, weights) for window in windows)
     assert abs(found - expected) <= 1e-3
@@ -146,9 +146,7 @@ def _under_route(tuned, window, weights):
 
 @functools.partial(jax.jit, static_argnames="config")
 def _logs_under_route(base, adapter, tokens, weights, config):
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    more = {"adapter": adapter, "route_weights": weights}
-    hidden = forward(base, config, tokens, positions, jnp.ones_like(tokens), **more).hidden
+    hidden = forward(base, config, Batch.unpadded(tokens), adapter=adapter, route=weights).hidden
     return jax.nn.log_softmax(unembed(base, config, hidden)[0])
 
 

@@ -11,6 +11,7 @@ from milora_jax.base.load import load_base
 from milora_jax.base.transformer import adapter_decode_layout, forward, unembed
 from milora_jax.errors import UserError
 from milora_jax.evaluation.likelihood import Passage, log_likelihoods, rolling_passages, score
+from milora_jax.types import Batch
 from tests.models import WITH_TOKENIZER, write_hf_directory
 from tests.storage.adapters import noisy_adapter
 
@@ -46,11 +47,9 @@ def alone(folder, method, passage):
 
     @functools.partial(jax.jit, static_argnames="prompt")
     def computed(tokens, route, prompt):
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        mask = None if prompt is None else positions < prompt
-        ones = jnp.ones_like(tokens)
-        more = {"adapter": adapter, "prompt_mask": mask, "route_weights": route}
-        return forward(base, config, tokens, positions, ones, **more)
+        batch = Batch.unpadded(tokens)
+        batch = batch if prompt is None else batch.replace(prompt_mask=batch.positions < prompt)
+        return forward(base, config, batch, adapter=adapter, route=route)
 
     shown, scored = passage.tokens[:-1], passage.scored
     if adapter is not None and adapter.method.routes:

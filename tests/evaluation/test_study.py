@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from milora_jax.config import METHODS, AdapterSection
+from milora_jax.adapters.registry import METHODS
+from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError
 from milora_jax.evaluation.study import plans
 from milora_jax.evaluation.study.plots import plot_bars, plot_lines, plot_shares

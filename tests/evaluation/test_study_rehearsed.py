@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from milora_jax.config import METHODS
+from milora_jax.adapters.registry import METHODS
 from milora_jax.evaluation.study.forced import FORCED
 from milora_jax.evaluation.study.reports import COMPARISONS
 from tests.evaluation.commands import start_study, study_command

@@ -17,7 +17,7 @@ from milora_jax.generation.decode import admit, decode_chunk, prefill
 from milora_jax.generation.engine import bucket_of
 from milora_jax.generation.sampling import Plan
 from milora_jax.generation.settings import GenerationSettings
-from milora_jax.types import stack_layers
+from milora_jax.types import Batch, stack_layers
 from tests.generation.decoding import DECODING, decoded, make_engine, one_tenant
 from tests.models import TINY, random_base
 from tests.training.test_equalities import BASE, make_adapter, row_batch, run, text
@@ -46,8 +46,8 @@ def prefilled(adapter, prompt, slots=32):
 @jax.jit
 def one_step(base, adapter, token, position, route, cache):
     """The forward pass of a decode step."""
-    ones = jnp.ones_like(token)
-    return forward(base, TINY, token, position, ones, adapter=adapter, route_weights=route, cache=cache)
+    batch = Batch.unpadded(token, position)
+    return forward(base, TINY, batch, adapter=adapter, route=route, cache=cache)
 
 
 @pytest.mark.sweep("milora")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from milora_jax.adapters.protocol import ProjectionGroup
+from milora_jax.adapters.inputs import ProjectionGroup
 from milora_jax.errors import UserError
 from milora_jax.generation.bank import Bank, rank_of
 from milora_jax.types import GROUPS

@@ -112,7 +112,7 @@ def run(folder, one_device, tmp_path_factory):
 def steps(run):
     """The programs that the runs of all methods share."""
     settings = run.config.train
-    return make_steps(run.model, settings, planned_steps(settings, len(run.train)), run.prompts)
+    return make_steps(run.model, settings, planned_steps(settings, len(run.train)))
 
 
 @pytest.fixture(scope="session")

@@ -71,8 +71,7 @@ def case(request, run, steps, theirs, text, tmp_path_factory):
     adapter = load_adapter(workdir)
     ids = run.tokenizer(text)["input_ids"][: ROWS * LENGTH]
     tokens = np.array(ids, np.int32).reshape(ROWS, LENGTH)
-    masks = {"prompt_mask": jnp.ones(tokens.shape, bool)} if reads_prompts(adapter.method) else {}
-    logits, route = logits_of(run.base, run.model, adapter, tokens, **masks)
+    logits, route = logits_of(run.base, run.model, adapter, tokens)
     return SimpleNamespace(
         method=method,
         workdir=workdir,
@@ -164,7 +163,7 @@ def test_a_fixed_route_is_a_lora_for_peft(case, folder, run, theirs, tmp_path, r
 def under_route(run, case, weights):
     """Our logits under one route for all rows."""
     shares = np.broadcast_to(weights[:, None, None], (len(weights), ROWS, 1, weights.shape[-1]))
-    return logits_of(run.base, run.model, case.adapter, case.tokens, route_weights=jnp.asarray(shares))[0]
+    return logits_of(run.base, run.model, case.adapter, case.tokens, route=jnp.asarray(shares))[0]
 
 
 def test_a_merged_model_is_the_same_here_and_in_transformers(case, folder, run, tmp_path, record):

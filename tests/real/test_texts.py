@@ -11,6 +11,7 @@ from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Source, read_records
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
+from milora_jax.types import Batch
 from tests.real.reference import rms, text_of, their_answer
 from tests.storage.test_export_parity import logits_of, their_logits
 
@@ -41,10 +42,10 @@ def padded_logits(base, config, rows):
     width = max(map(len, rows))
     tokens = jnp.asarray([np.pad(row, (0, width - len(row))) for row in rows], jnp.int32)
     real = jnp.asarray([[i < len(row) for i in range(width)] for row in rows], jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], tokens.shape)
+    batch = Batch.unpadded(tokens).replace(segment_ids=real)
 
     def compute(base):
-        output = forward(base, config, tokens, positions, real)
+        output = forward(base, config, batch)
         return unembed(base, config, output.hidden)
 
     whole = np.asarray(jax.jit(compute)(base))

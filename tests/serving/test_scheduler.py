@@ -20,7 +20,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from milora_jax.adapters.protocol import Adapter, Shape
+from milora_jax.adapters.inputs import Shape
+from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.registry import build_method
 from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError

@@ -16,6 +16,7 @@ from milora_jax.config import AdapterSection, Config, ModelSection
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory
 from milora_jax.storage.files import json_bytes
+from milora_jax.types import Batch
 from tests.models import SMALL
 
 STEP = 7
@@ -66,14 +67,12 @@ def hidden(folder, adapter=None, weights=None):
     """The final stream of a few tokens through a model directory, under a route where there are weights."""
     base, config = load_base(folder)
     tokens = jnp.asarray(np.random.default_rng(1).integers(4, config.vocab_size, (2, 9)), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], tokens.shape)
     route = None
     if weights is not None:
         route = jnp.broadcast_to(jnp.asarray(weights)[:, None, None], (config.num_layers, 2, 1, 7))
 
     def compute(base, adapter, route):
-        ones = jnp.ones_like(tokens)
-        return forward(base, config, tokens, positions, ones, adapter=adapter, route_weights=route).hidden
+        return forward(base, config, Batch.unpadded(tokens), adapter=adapter, route=route).hidden
 
     return np.asarray(jax.jit(compute)(base, adapter, route))
 

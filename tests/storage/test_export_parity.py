@@ -19,7 +19,7 @@ from milora_jax.storage.export import export_merged, export_milora, export_peft,
 from milora_jax.storage.imported import import_peft
 from milora_jax.storage.torch_reference import attach
 from milora_jax.storage.verify import findings
-from milora_jax.types import EXPERTS
+from milora_jax.types import EXPERTS, Batch
 from tests.families import FAMILY_CONFIGS
 from tests.models import TINY, tame_base, write_hf_directory
 from tests.storage.adapters import run_of
@@ -70,13 +70,13 @@ def our_logits(folder, adapter, tokens, **more):
     return logits_of(*load_base(folder), adapter, tokens, **more)
 
 
-def logits_of(base, config, adapter, tokens, **more):
-    """Logits of rows without padding, and their route."""
-    tokens = jnp.asarray(tokens)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+def logits_of(base, config, adapter, tokens, route=None):
+    """Logits of rows without padding, which are prompts from end to end, and their route."""
+    batch = Batch.unpadded(jnp.asarray(tokens))
+    batch = batch.replace(prompt_mask=~batch.prompt_mask)
 
     def compute(base, adapter):
-        output = forward(base, config, tokens, positions, jnp.ones_like(tokens), adapter=adapter, **more)
+        output = forward(base, config, batch, adapter=adapter, route=route)
         return unembed(base, config, output.hidden), output.route
 
     logits, route = jax.jit(compute)(base, adapter)
@@ -130,7 +130,7 @@ def test_a_static_route_gives_our_logits_in_peft_and_merged_in_transformers(name
     export_static(tmp_path / "run", tmp_path / "static", str(folder), weights, {})
     export_merged(tmp_path / "run", folder, tmp_path / "merged", weights, {}, 20_000)
     shares = np.broadcast_to(weights[:, None, None], (config.num_layers, len(tokens), 1, 7))
-    expected, _ = our_logits(folder, adapter, tokens, route_weights=jnp.asarray(shares))
+    expected, _ = our_logits(folder, adapter, tokens, route=jnp.asarray(shares))
     plain = torch_model(folder)
     with pytest.raises(AssertionError):
         assert_near(their_logits(plain, tokens), expected, 1e-2)

@@ -16,6 +16,7 @@ from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.attention import attention
 from milora_jax.base.load import load_base
 from milora_jax.base.modules import frozen_kernels
+from milora_jax.base.transformer import forward
 from milora_jax.config import AdapterSection, Config, DataSection, ModelSection, TrainSection
 from milora_jax.data.batches import collate
 from milora_jax.data.records import Source, read_records
@@ -25,7 +26,6 @@ from milora_jax.tiny import MODEL_DIR, TASKS, TASKS_DIR
 from milora_jax.training.calibration import feature_program, feature_statistics
 from milora_jax.training.health import PromptRoutes, routing_health
 from milora_jax.training.loop import Trainer
-from milora_jax.training.loss import run_batch
 from milora_jax.training.prepare import prepare_run
 
 MEASURED, ASKED, LENGTH = 40, 24, 160
@@ -53,16 +53,16 @@ def fresh_health(tiny, **settings):
     base, config, examples = tiny
     method = build_method(AdapterSection(rank=4, **settings))
     adapter = init_adapter(method, jax.random.key(1), adapter_shape(config), frozen_kernels(base))
-    if method.measures_features:
-        program = feature_program(config, method, 1, attention)
-        batches = ((batch_of(rows[:MEASURED]), np.ones((MEASURED, 1), bool)) for rows in examples.values())
+    if (calibration := method.calibration) is not None:
+        program = feature_program(config, calibration, attention)
+        batches = (batch_of(rows[:MEASURED]) for rows in examples.values())
         found = feature_statistics(lambda batch: program(base, batch), batches, MEASURED * len(TASKS))
         measured = jnp.asarray(found.mean), jnp.asarray(found.deviation)
-        params = method.with_feature_statistics(adapter.params, *measured)
+        params = calibration.store(adapter.params, *measured)
         adapter = dataclasses.replace(adapter, params=params)
     asked = [example for rows in examples.values() for example in rows[MEASURED:]]
-    route = jax.jit(lambda a, b: run_batch(a, base, config, b, 1, None).route)(adapter, batch_of(asked))
-    seen = PromptRoutes.of(route, np.ones((len(asked), 1), bool))
+    route = jax.jit(lambda a, b: forward(base, config, b, adapter=a).route)(adapter, batch_of(asked))
+    seen = PromptRoutes.of(route)
     return routing_health(seen, None, [example.source for example in asked])
 
 

@@ -47,7 +47,7 @@ def prepare_short_run(folder):
     one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), run.mesh.axis_names)  # compiles faster than 8
     base = jax.device_put(run.base, base_shardings(one, run.rules, run.base))
     run = dataclasses.replace(run, mesh=one, base=base)
-    return run, make_steps(run.model, settings, planned_steps(settings, len(run.train)), run.prompts)
+    return run, make_steps(run.model, settings, planned_steps(settings, len(run.train)))
 
 
 def fit(run, steps, workdir, stop_after=None):

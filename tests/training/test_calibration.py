@@ -70,12 +70,12 @@ def test_what_cannot_be_measured_is_refused(values, message):
 @pytest.mark.parametrize("pooler", ["attention", "mean", "max", "last"])
 def test_answers_have_no_part_in_the_features(pooler):
     base, batch = random_base(MODEL), rows()
-    method = build_method(dataclasses.replace(STANDARDIZED, pooler=pooler))
-    program = feature_program(MODEL, method, 1, attention)
+    calibration = build_method(dataclasses.replace(STANDARDIZED, pooler=pooler)).calibration
+    program = feature_program(MODEL, calibration, attention)
     answers = batch.loss_mask & ~batch.prompt_mask
     other = batch.replace(tokens=np.where(answers, 5, batch.tokens))
     assert (np.asarray(other.tokens) != np.asarray(batch.tokens)).any()
-    np.testing.assert_array_equal(program(base, batch), program(base, other))
+    np.testing.assert_array_equal(program(base, batch)[0], program(base, other)[0])
 
 
 def test_a_run_measures_before_its_first_step_and_stores_it(prepared, tmp_path):

@@ -1,7 +1,5 @@
 """The paper's claims as equalities, on a small random model."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,22 +48,13 @@ def row_batch(prompt, answer, length=None, left=False):
     )
 
 
-@functools.partial(jax.jit, static_argnames="prompts")
-def _forward(base, batch, adapter, prompts, more):
-    return forward(
-        base,
-        TINY,
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        adapter=adapter,
-        prompts=prompts,
-        **more,
-    )
+@jax.jit
+def _forward(base, batch, adapter, more):
+    return forward(base, TINY, batch, adapter=adapter, **more)
 
 
-def run(adapter, batch, base=BASE, prompts=1, **more):
-    return _forward(base, batch, adapter, prompts, more or {"prompt_mask": batch.prompt_mask})
+def run(adapter, batch, base=BASE, **more):
+    return _forward(base, batch, adapter, more)
 
 
 def stack(*batches):
@@ -121,7 +110,7 @@ def test_unchosen_experts_get_no_gradient(gate, top_k):
 
     def loss(params):
         new = adapter.replace(params=params)
-        return adapted_loss(new, BASE, TINY, batch, prompts=1, key=None)[0]
+        return adapted_loss(new, BASE, TINY, batch, key=None)[0]
 
     gradient = jax.jit(jax.grad(loss))(adapter.params)
     for i, name in enumerate(gradient.experts):
@@ -151,15 +140,20 @@ def test_a_given_route_equals_the_computed_one():
     adapter = make_adapter(gate="softmax")
     batch = row_batch(text(0, PROMPT), text(1, ANSWER))
     routed = run(adapter, batch)
-    given = run(adapter, batch, route_weights=routed.route.weights)
+    given = run(adapter, batch, route=routed.route.weights)
     assert given.route is None
     np.testing.assert_allclose(given.hidden, routed.hidden, rtol=1e-6, atol=1e-6)
 
 
-def test_a_router_needs_a_prompt_or_a_route():
-    adapter, batch = make_adapter(), row_batch(text(0, PROMPT), text(1, ANSWER))
-    with pytest.raises(ValueError, match="either prompt_mask or route_weights"):
-        run(adapter, batch, key=None)
+def test_a_pass_with_a_cache_needs_the_route_of_the_one_before():
+    adapter, prompt = make_adapter(), row_batch(text(0, PROMPT), text(1, 0))
+    adapter, base = adapter_decode_layout(adapter, BASE), decode_layout(BASE)
+    first = forward(base, TINY, prompt, adapter=adapter, cache_length=PROMPT + 1)
+    step = Batch.unpadded(jnp.ones((1, 1), jnp.int32), jnp.full((1, 1), PROMPT, jnp.int32))
+    with pytest.raises(ValueError, match="continues a pass with that pass's route"):
+        forward(base, TINY, step, adapter=adapter, cache=first.cache)
+    with pytest.raises(ValueError, match="neither inspect nor cache_length"):
+        forward(base, TINY, step, cache=first.cache, cache_length=PROMPT + 1)
 
 
 @pytest.mark.sweep("attention")
@@ -174,20 +168,20 @@ def test_packed_equals_unpacked(pooler, features, rtol):
     rows = [row_batch(prompt, answer) for prompt, answer in records]
     packed = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *rows)
     ids = jnp.concatenate([jnp.full_like(row.segment_ids, i + 1) for i, row in enumerate(rows)], axis=1)
-    packed = packed.replace(segment_ids=ids)
+    packed = packed.replace(segment_ids=ids, prompts=3)
 
-    one_route, many_route = run(adapter, packed, prompts=3).route, run(adapter, apart).route
+    one_route, many_route = run(adapter, packed).route, run(adapter, apart).route
     np.testing.assert_allclose(one_route.weights[:, 0], many_route.weights[:, :, 0], rtol=rtol, atol=1e-6)
     if pooler != "attention":  # the others differ in the route alone
         return
 
-    def loss(params, batch, prompts):
+    def loss(params, batch):
         new = adapter.replace(params=params)
-        return adapted_loss(new, BASE, TINY, batch, prompts=prompts, key=None)
+        return adapted_loss(new, BASE, TINY, batch, key=None)
 
-    value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
-    (one, one_parts), one_grads = value_and_grad(adapter.params, packed, 3)
-    (many, many_parts), many_grads = value_and_grad(adapter.params, apart, 1)
+    value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (one, one_parts), one_grads = value_and_grad(adapter.params, packed)
+    (many, many_parts), many_grads = value_and_grad(adapter.params, apart)
     np.testing.assert_allclose(one, many, rtol=1e-5)
     np.testing.assert_allclose(one_parts.load_balance, many_parts.load_balance, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one_grads, many_grads)

@@ -1,7 +1,5 @@
 """Adapters on models with windows, caps and further norms: routes, packing, decoding and beams stay equal."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,16 +38,7 @@ def ready(name, method):
 
 
 def logits_of(base, config, adapter, batch):
-    output = forward(
-        base,
-        config,
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        adapter=adapter,
-        prompt_mask=batch.prompt_mask,
-    )
-    return unembed(base, config, output.hidden)
+    return unembed(base, config, forward(base, config, batch, adapter=adapter).hidden)
 
 
 @pytest.mark.thorough
@@ -64,13 +53,12 @@ def test_packed_equals_unpacked(name, method):
     packed = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *rows)
     ids = jnp.concatenate([jnp.full_like(row.segment_ids, i + 1) for i, row in enumerate(rows)], axis=1)
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def loss(params, batch, prompts):
-        adapted = adapter.replace(params=params)
-        return adapted_loss(adapted, base, config, batch, prompts=prompts, key=None)[0]
+    @jax.jit
+    def loss(params, batch):
+        return adapted_loss(adapter.replace(params=params), base, config, batch, key=None)[0]
 
-    one, one_grads = jax.value_and_grad(loss)(adapter.params, packed.replace(segment_ids=ids), 3)
-    many, many_grads = jax.value_and_grad(loss)(adapter.params, apart, 1)
+    one, one_grads = jax.value_and_grad(loss)(adapter.params, packed.replace(segment_ids=ids, prompts=3))
+    many, many_grads = jax.value_and_grad(loss)(adapter.params, apart)
     np.testing.assert_allclose(one, many, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), one_grads, many_grads)
 
@@ -115,7 +103,7 @@ def test_sharded_equals_unsharded(name):
     batch = stack(*(row_batch(text(i, LONG), text(10 + i, 4)) for i in range(4)))
 
     def loss(params, base):
-        return adapted_loss(adapter.replace(params=params), base, config, batch, prompts=1, key=None)[0]
+        return adapted_loss(adapter.replace(params=params), base, config, batch, key=None)[0]
 
     step = jax.jit(jax.value_and_grad(loss))
     expected, expected_grads = step(adapter.params, base)

@@ -37,12 +37,12 @@ def losses(devices, steps=3):
     if devices is not None:
 
         def layout(tree):
-            return state_shardings(devices, RULES, tree)
+            return state_shardings(devices, tree)
 
         base = jax.device_put(base, base_shardings(devices, RULES, base))
         state = jax.device_put(state, layout(state))
         batches = [jax.device_put(batch, batch_sharding(devices, RULES)) for batch in batches]
-    programs, found = make_steps(MODEL, SETTINGS, 10, 1, layout), []
+    programs, found = make_steps(MODEL, SETTINGS, 10, layout), []
     for batch in batches:
         state, metrics = programs.train(state, base, batch)
         found.append((float(metrics.loss), float(metrics.load_balance)))
@@ -60,6 +60,6 @@ def test_every_mesh_gives_the_losses_of_one_device(alone, sizes):
     devices = make_mesh(MeshSection(*sizes))
     found, state = losses(devices)
     np.testing.assert_allclose(found, alone, rtol=1e-6)
-    places = state_shardings(devices, RULES, state)
+    places = state_shardings(devices, state)
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from milora_jax.adapters.registry import METHODS
 from milora_jax.base.modules import decode_layout
-from milora_jax.config import METHODS, AdapterSection
+from milora_jax.config import AdapterSection
 from milora_jax.errors import Preempted
 from milora_jax.generation.text import generate
 from milora_jax.storage.adapters import best_metadata, load_adapter

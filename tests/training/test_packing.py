@@ -51,9 +51,9 @@ def updated(packed, settings=None, **adapter_settings):
     settings = settings or TrainSection(learning_rate=1e-2, coefficient_learning_rate=1e-2)
     rows = in_rows(RECORDS, 16 if packed else None)
     assert (len(rows) < len(RECORDS)) == packed
-    batch = collate(rows, 16, 0, len(rows))
+    batch = collate(rows, 16, 0, len(rows), max(map(len, rows)))
     state = trained_state(settings, **adapter_settings)
-    steps = make_steps(TINY, settings, 10, max(map(len, rows)))
+    steps = make_steps(TINY, settings, 10)
     loss, tokens, route = steps.evaluate(state.adapter, BASE, batch)
     routes = None if route is None else [by_record(rows, values) for values in (route.weights, route.probs)]
     state, metrics = steps.train(state, BASE, batch)
@@ -94,11 +94,12 @@ def test_a_packed_step_equals_an_unpacked_one(settings):
 def test_a_router_that_ignored_segments_would_be_seen():
     """Without the records' own routes the loss of a packed batch is another one."""
     rows = in_rows(RECORDS, 16)
-    batch = collate(rows, 16, 0, len(rows))
+    batch = collate(rows, 16, 0, len(rows), max(map(len, rows)))
     settings = TrainSection()
     state = trained_state(settings)
-    right, _, route = make_steps(TINY, settings, 10, max(map(len, rows))).evaluate(state.adapter, BASE, batch)
-    wrong, *_ = make_steps(TINY, settings, 10, 1).evaluate(state.adapter, BASE, batch)
+    steps = make_steps(TINY, settings, 10)
+    right, _, route = steps.evaluate(state.adapter, BASE, batch)
+    wrong, *_ = steps.evaluate(state.adapter, BASE, batch.replace(prompts=1))
     assert abs(float(right) - float(wrong)) > 1e-3 * float(right)
     differ = [
         (np.asarray(route.weights)[:, b, 0] != np.asarray(route.weights)[:, b, 1]).any() for b in range(2)
@@ -121,7 +122,7 @@ def test_the_balance_term_of_parts_alone_would_be_another():
     """Why the shares of first choices are taken from the whole batch (Eq. 4)."""
     settings = TrainSection()
     state = trained_state(settings)
-    steps = make_steps(TINY, settings, 10, 1)
+    steps = make_steps(TINY, settings, 10)
     batch = collate(in_rows(RECORDS, None), 16, 0, len(LENGTHS))
     balance = []
     for part in (slice(0, 4), slice(4, 8), slice(0, 8)):

@@ -34,7 +34,7 @@ def fresh(base, method="milora"):
 
 
 def step(layout=None):
-    return make_steps(QUANTIZABLE, SETTINGS, TOTAL, 1, layout).train
+    return make_steps(QUANTIZABLE, SETTINGS, TOTAL, layout).train
 
 
 @pytest.mark.thorough
@@ -66,7 +66,7 @@ def test_a_step_writes_no_whole_kernel(monkeypatch, quantize):
     )
     state = init_state(adapter, jax.random.key(1), SETTINGS, TOTAL)
     batch, whole = rows(), 256 * 2048
-    steps = make_steps(wide, SETTINGS, TOTAL, 1)
+    steps = make_steps(wide, SETTINGS, TOTAL)
     assert wide.num_layers * batch.tokens.size < 256, "activations would be as large as a kernel"
     assert largest_floats(steps.train.lower(state, base, batch).compile()) < whole
     assert largest_floats(steps.train.lower(state, decoded_base(base), batch).compile()) >= whole
@@ -103,7 +103,7 @@ def test_every_mesh_gives_the_losses_of_one_device(sizes, quantize):
     devices, rules = make_mesh(MeshSection(*sizes)), Rules()
 
     def layout(tree):
-        return state_shardings(devices, rules, tree)
+        return state_shardings(devices, tree)
 
     base = quantized_base(QUANTIZABLE, quantize)
     state, batch = fresh(base), rows()

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from milora_jax.adapters.inputs import ExpertUse
 from milora_jax.adapters.milora import MiLoRA
-from milora_jax.adapters.routing import ExpertUse
+from milora_jax.base.transformer import forward
 from milora_jax.errors import UserError
-from milora_jax.training.loss import run_batch
 from tests.models import random_base
 from tests.training.test_step import MODEL, SETTINGS, params_of, prepare, rows
 
@@ -118,7 +118,7 @@ def test_a_bias_balances_the_load_and_is_trained_by_no_gradient():
     assert np.mean(balanced[8:], axis=0).std() < 0.5 * np.mean(unmoved[8:], axis=0).std()
     np.testing.assert_array_equal(still.adapter.params.router.bias, 0)
     assert float(jnp.abs(state.adapter.params.router.bias).max()) > 0
-    route = run_batch(state.adapter, base, MODEL, rows(), 1, None).route
+    route = forward(base, MODEL, rows(), adapter=state.adapter).route
     assert set(np.unique((np.asarray(route.weights) != 0).sum(axis=-1))) == {3}
 
 

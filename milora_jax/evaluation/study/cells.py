@@ -250,9 +250,9 @@ class CellRunner:
             run.config.train, seed=0, learning_rate=1.0, coefficient_learning_rate=1.0
         )
         total = planned_steps(settings, len(run.train))
-        key = settings, total, run.prompts
+        key = settings, total
         if key not in self._steps:
-            self._steps[key] = make_steps(run.model, settings, total, run.prompts)
+            self._steps[key] = make_steps(run.model, settings, total)
         return self._steps[key]
 
     def _score(self, cell: Cell, run: Run, workdir: Path, preempted: Callable[[], bool]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from milora_jax.adapters.protocol import Shape
+from milora_jax.adapters.inputs import Shape
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config

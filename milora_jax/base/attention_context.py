@@ -1,4 +1,4 @@
-"""What the queries of a pass see, and where they are: layers that slide, and layers that do not."""
+"""Attention masks, windows and rotary tables of a pass, of sliding-window layers and of the others."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import jax.numpy as jnp
 from milora_jax.base import ops
 from milora_jax.base.cache import BeamCache, KVCache
 from milora_jax.model_config import ModelConfig
-from milora_jax.shapes import Array, Int
-from milora_jax.types import PyTree
+from milora_jax.shapes import Array
+from milora_jax.types import Batch, PyTree
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What the queries of a pass may see and where they are, in layers that slide and in those that do not.
+class AttentionContext:
+    """What attention needs of a pass beside queries, keys and values, for both kinds of layers.
 
     Attributes:
-      mask: in layers that do not slide: of a first pass ``[B, T, S]``, of a later one its cache's.
-      local_mask: of a later pass, in layers that slide.
-      near: of a first pass, the window of layers that slide; None where it is wider than the rows.
-      tables: cosine and sine for the rotary embedding.
-      local_tables: the same in layers that slide.
+      mask: the attention mask of full-attention layers: of a first pass ``[B, T, S]``, of a later one its
+        cache's.
+      local_mask: of a later pass, the mask of sliding-window layers.
+      near: of a first pass, the window of sliding-window layers; None where it is wider than the rows.
+      tables: cosine and sine of the rotary embedding.
+      local_tables: the same in sliding-window layers.
     """
 
     mask: Any
@@ -37,13 +38,16 @@ class Sight:
     def of(
         cls,
         config: ModelConfig,
-        positions: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"],
-        prompts: int,
+        batch: Batch,
         prefix_length: int,
         cache: KVCache | BeamCache | None,
-    ) -> Sight:
-        """Of a pass, see ``transformer.forward``."""
+    ) -> AttentionContext:
+        """The context of a pass; the arguments are those of ``transformer.forward``.
+
+        Args:
+          prefix_length: P of a first pass.
+        """
+        positions, segment_ids = batch.positions, batch.segment_ids
         frequencies = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         tables, local_tables = ops.rope_tables(positions, frequencies), None
         if config.local_rope_theta is not None:
@@ -59,18 +63,18 @@ class Sight:
         def of_prefix(values: Array) -> Array:
             return jnp.broadcast_to(values.astype(jnp.int32)[None], (rows, values.size))
 
-        owners = of_prefix(jnp.repeat(jnp.arange(1, prompts + 1), prefix_length))
+        owners = of_prefix(jnp.repeat(jnp.arange(1, batch.prompts + 1), prefix_length))
         mask = ops.attention_mask(
             segment_ids, jnp.concatenate([owners, segment_ids], axis=1), owners.shape[1]
         )
         near = None
         if size is not None and size < prefix_length + length:
-            places = of_prefix(jnp.tile(jnp.arange(-prefix_length, 0), prompts))
+            places = of_prefix(jnp.tile(jnp.arange(-prefix_length, 0), batch.prompts))
             near = ops.Window(positions, jnp.concatenate([places, positions], axis=1), size)
         return cls(mask, mask, near, tables, local_tables)
 
     def angles(self, sliding: bool | Array) -> tuple[Array, Array]:
-        """Cosine and sine of a layer."""
+        """Cosine and sine of the rotary embedding in a layer."""
         return self.tables if self.local_tables is None else _choose(sliding, self.local_tables, self.tables)
 
     def cached(self, sliding: bool | Array) -> Any:
@@ -78,7 +82,7 @@ class Sight:
         return self.mask if self.local_mask is self.mask else _choose(sliding, self.local_mask, self.mask)
 
     def window(self, sliding: bool | Array) -> ops.Window | None:
-        """The window of a first pass in a layer; None where all is seen."""
+        """The window of a first pass in a layer; None where the layer has none."""
         if self.near is None or sliding is False:
             return None
         if sliding is True:

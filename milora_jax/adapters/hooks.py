@@ -1,0 +1,321 @@
+"""The protocols of a fine-tuning method, one for each of its readers.
+
+=================  =======================================================  ==============================
+protocol           what it answers                                          who asks
+=================  =======================================================  ==============================
+LayerHooks         how it changes the layers of the frozen base             ``base.transformer``
+TrainingHooks      what is trained, by which schedules and rules            ``training``
+DecodingHooks      what decoding and a bank of adapters need of it          ``generation``
+ParameterCounts    how many parameters it tunes and uses                    ``evaluation``
+ExportHooks        how it is written for other programs                     ``storage``
+=================  =======================================================  ==============================
+
+Every hook but ``LayerHooks.init`` has a default, which is that of a method without the thing in question: a
+method overrides what it has. ``adapters.protocol.Method`` is all five.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax.numpy as jnp
+
+from milora_jax.adapters.inputs import (
+    ExpertUse,
+    FrozenLayer,
+    Kernels,
+    LayerInput,
+    Project,
+    ProjectionGroup,
+    RoutingSchedule,
+    Shape,
+)
+from milora_jax.adapters.records import Parts, WeightChange
+from milora_jax.shapes import Array, Bool, Float, Int, Key
+from milora_jax.types import PyTree, Route
+
+
+class LayerHooks:
+    """How a method changes the layers of the frozen base.
+
+    Parameters live in a tree of the method's own making whose leaves are stacked on a leading layer axis.
+    Inside a layer ``route``, ``prefix``, ``adapt`` and ``branch`` see one layer's slice of it.
+    """
+
+    routes: ClassVar[bool] = False
+    """Whether the method has a router, so that a forward pass computes a route or is given one."""
+
+    @property
+    def prefix_length(self) -> int:
+        """P, the keys and values that the method puts before every record's tokens."""
+        return 0
+
+    def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> PyTree:
+        """Fresh float32 parameters, stacked on the layer axis.
+
+        They leave the base unchanged where the method's definition allows it.
+
+        Args:
+          kernels: the frozen weights, for methods that start from them.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.init")
+
+    def settle(self, params: PyTree) -> PyTree:
+        """What the layers read, from the stacked parameters: for what no layer can compute alone."""
+        return params
+
+    def route(
+        self, params: PyTree, entering: LayerInput, top_k: Int[Array, ""] | None = None
+    ) -> Route | None:
+        """Choose this layer's experts from the residual stream that enters it.
+
+        Args:
+          params: this layer's parameters.
+          entering: the stream and where the prompts are.
+          top_k: experts to choose, where a schedule says other than the method.
+
+        Returns:
+          The layer's route, or None for a method without a router.
+        """
+        del params, entering, top_k
+        return None
+
+    def prefix(
+        self, params: PyTree, hidden: Float[Array, "B T D"], members: Bool[Array, "B Z T"], project: Project
+    ) -> tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]] | None:
+        """Keys and values to put before the tokens of every record, ``Z * prefix_length`` of each.
+
+        Args:
+          members: which tokens are the prompt of which record.
+          project: gives soft tokens the keys and values of the frozen layer.
+        """
+        del params, hidden, members, project
+        return None
+
+    def adapt(self, params: PyTree, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
+        """The adapted outputs of one projection group, in the order of its modules.
+
+        Args:
+          params: this layer's parameters.
+          group: what the method may read.
+        """
+        del params
+        return group.outputs
+
+    def branch(self, params: PyTree, sublayer: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"] | None:
+        """What is added to a sublayer's output, from the normed stream that enters the sublayer.
+
+        Args:
+          sublayer: one of ``inputs.SUBLAYERS``.
+        """
+        del params, sublayer, x
+        return None
+
+
+class LeafRole(NamedTuple):
+    """What a leaf of the parameters is to training.
+
+    Attributes:
+      trained: whether a gradient trains it; otherwise a rule of the method sets it.
+      router: whether it decides a route, so that ``train.router_rate`` applies to it.
+      coefficient: whether it belongs to Theta, the bi-level set (Appendix A).
+    """
+
+    trained: bool = True
+    router: bool = False
+    coefficient: bool = False
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the statistics of a router's features are measured on the frozen base before the first step.
+
+    Attributes:
+      features: the pooled vectors of a layer's prompts, ``[B, Z, D]``, by a fresh pooler.
+      store: ``(params, mean, deviation)``, the statistics ``[L, D]``, to the parameters that hold them.
+    """
+
+    features: Callable[[LayerInput], Float[Array, "B Z D"]]
+    store: Callable[[PyTree, Float[Array, "L D"], Float[Array, "L D"]], PyTree]
+
+
+class TrainingHooks:
+    """What is trained, by which schedules, and what happens around the optimiser's update."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether training draws random numbers, as dropout does."""
+        return False
+
+    def role(self, path: tuple[str, ...]) -> LeafRole:
+        """What the leaf at ``path`` is, by the names of fields and keys along it."""
+        del path
+        return LeafRole()
+
+    @property
+    def theta(self) -> str:
+        """How the coefficients are trained; one of ``config.COEFFICIENTS``."""
+        return "joint"
+
+    def theta_rate(self, rate: float) -> float:
+        """Peak learning rate of a bi-level Theta, given the run's ``coefficient_learning_rate``."""
+        return rate
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """How the router's features are measured before the first step; None where nothing is measured."""
+        return None
+
+    @property
+    def final_schedule(self) -> RoutingSchedule:
+        """The routing settings after all schedules: those of dev evaluations and of the saved adapter."""
+        return RoutingSchedule(None, 0.0)
+
+    def schedule(self, step: Int[Array, ""], total_steps: int) -> RoutingSchedule:
+        """The routing settings of a training step; lambda is 0 without a router.
+
+        Args:
+          step: number of the step, from 0.
+          total_steps: how many there will be.
+        """
+        del step, total_steps
+        return self.final_schedule
+
+    def ready(self, step: int, total_steps: int) -> bool:
+        """Whether the adapter after ``step`` updates is what the method gives, within its budget.
+
+        Before that a dev evaluation is logged, but its adapter is not kept as the best.
+        """
+        del step, total_steps
+        return True
+
+    def penalty(self, params: PyTree) -> Float[Array, ""]:
+        """A term of the loss that depends on the parameters alone."""
+        del params
+        return jnp.zeros((), jnp.float32)
+
+    def init_memory(self, params: PyTree) -> PyTree:
+        """What the method remembers between steps beside its parameters; part of a checkpoint."""
+        del params
+        return None
+
+    def first_choices(self, memory: PyTree, first: Float[Array, "L E"]) -> Float[Array, "L E"]:
+        """``f_i`` of the load-balance term, from the batch's and what is remembered of earlier ones."""
+        del memory
+        return first
+
+    def after_update(
+        self,
+        params: PyTree,
+        grads: PyTree,
+        memory: PyTree,
+        step: Int[Array, ""],
+        total_steps: int,
+        use: ExpertUse | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        """Change parameters and memory after the optimiser's update, as pruning does.
+
+        Args:
+          grads: of the loss before the update, clipped as the optimiser saw them; None in place of the
+            leaves of a bi-level Theta and of those that are not trained.
+          step: number of the update, from 1.
+          total_steps: how many there will be.
+          use: of the experts by the batch; None with a method that does not route.
+        """
+        del grads, use, step, total_steps
+        return params, memory
+
+
+class DecodingHooks:
+    """What decoding and a bank of adapters need of a method."""
+
+    def prepare(self, params: PyTree, frozen: FrozenLayer, dtype: jnp.dtype) -> PyTree:
+        """One layer's settled parameters in the form that decoding reads.
+
+        For what need not be done again at every token: joining matrices, casting them, whatever depends
+        on frozen weights alone. The hooks of :class:`LayerHooks` take either form.
+
+        Args:
+          frozen: the layer's frozen leaves by place in ``types.GROUPS``; called only by methods that
+            need them.
+          dtype: of the base, in which activations are computed.
+        """
+        del frozen, dtype
+        return params
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether all that a prepared adapter does after prefill is what ``pairs_of`` says."""
+        return False
+
+    def pairs_of(self, params: PyTree, group: ProjectionGroup) -> tuple[Any, Float[Array, "B _ M 1"] | None]:
+        """The joined pairs that act on a group, and what their products are multiplied by, if anything.
+
+        Args:
+          params: of one layer, prepared.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.pairs_of")
+
+    def served(self) -> Any:
+        """The method with the settings that a prepared adapter depends on; all others take their defaults.
+
+        Adapters whose served methods are equal can share a bank. A rank is not among these settings: it is
+        read off the prepared pairs, which a bank fills up with zeros to its own rank.
+        """
+        return self
+
+
+class ParameterCounts:
+    """How many parameters a method tunes, and how many have a part in a token."""
+
+    def tunable_parameters(self, shape: Shape) -> int:
+        """Scalars that remain tuned at the end of training; of a method that prunes, its budget."""
+        raise NotImplementedError(f"{type(self).__name__}.tunable_parameters")
+
+    def count_parameters(self, params: PyTree) -> int:
+        """Trained scalars of this very adapter that have an effect: fewer than there are after pruning."""
+        raise NotImplementedError(f"{type(self).__name__}.count_parameters")
+
+    def active_parameters(self, shape: Shape, share: Mapping[str, float], tunable: int) -> float:
+        """Mean adapter parameters that have a part in a generated token, the paper's "active" column.
+
+        As in its Table 1, only what a router switches off, and the router that does, is left out.
+
+        Args:
+          share: for each expert the share of (prompt, layer) pairs that chose it.
+          tunable: parameters of the adapter, by ``count_parameters`` or, before there is one, by
+            ``tunable_parameters``.
+        """
+        del shape, share
+        return float(tunable)
+
+
+class ExportHooks:
+    """How an adapter is written for other programs. Checkpoints, and so format ``orbax``, need none of it."""
+
+    record: ClassVar[type | None] = None
+    """What changes one module's weight, one of ``adapters.records``; None for a method that is more than one
+    change of each weight. Under a fixed route, for a method that routes."""
+
+    portable: ClassVar[bool] = False
+    """Whether the parameters are such records, and a router where the method routes, and nothing else."""
+
+    def weight_change(self, params: PyTree) -> WeightChange:
+        """The change of every weight that an adapter makes, or that its experts make where they act.
+
+        Asked only of a method with a ``record``.
+
+        Args:
+          params: in the stacked layout.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.weight_change")
+
+    def parts(self, params: PyTree) -> Parts:
+        """The records and the router of a portable method's parameters."""
+        return Parts(params, None)
+
+    def from_parts(self, parts: Parts) -> PyTree:
+        """The parameters that have these parts; inverse of :meth:`parts`."""
+        return parts.records
