@@ -1,7 +1,10 @@
 """What every test runs under: eight devices, strict dtypes, no rank promotion, checked shapes."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +18,18 @@ FLAGS = (
 given = os.environ.get("XLA_FLAGS", "")
 missing = [flag for flag in FLAGS if flag.split("=")[0] not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+
+# Tests, their workers and the command lines that they start compile the same programs: JAX's persistent cache
+# lets each be compiled once. It is empty at the start, unless whoever starts pytest gives one of theirs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = tempfile.mkdtemp(prefix="milora-programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+if importlib.util.find_spec("filelock"):
+    # With a limit JAX locks the cache, so that nobody reads what another process has written in part.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))
 
 if all(importlib.util.find_spec(name) for name in ("jaxtyping", "beartype")):
     from jaxtyping import install_import_hook
