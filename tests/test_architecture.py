@@ -156,7 +156,7 @@ CORE_ALONE = """
     from milora_jax.base.modules import decode_layout, frozen_kernels
     from milora_jax.base.transformer import adapter_decode_layout
     from milora_jax.config import AdapterSection, TrainSection
-    from milora_jax.adapters.tenants import Tenants
+    from milora_jax.generation.adapter_stack import AdapterStack
     from milora_jax.generation.engine import Engine
     from milora_jax.generation.settings import GenerationSettings
     from milora_jax.training.step import init_state, make_steps
@@ -177,8 +177,8 @@ CORE_ALONE = """
         state, metrics = steps.train(state, base, batch)
         losses.append(float(metrics.loss))
     assert losses[2] < losses[0], losses
-    tenants = Tenants.single(adapter_decode_layout(state.adapter, base))
-    engine = Engine(decode_layout(base), config, tenants, rows=2, slots=16)
+    tenants = AdapterStack.single(adapter_decode_layout(state.adapter, base))
+    engine = Engine(decode_layout(base), config, tenants, batch_slots=2, cache_length=16)
     made = engine.submit([5, 6, 7], GenerationSettings(max_new_tokens=3, ignore_eos=True))
     engine.run()
     assert len(made.tokens[0]) == 3 and made.route.shape == (config.num_layers, 7)

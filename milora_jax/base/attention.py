@@ -37,7 +37,7 @@ CUDNN_LEAST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
-class Spread:
+class DeviceLayout:
     """How queries, keys and values lie over devices: XLA divides its own products, but no kernels.
 
     Attributes:
@@ -52,14 +52,14 @@ class Spread:
     cudnn: bool = False
 
 
-def spread_over(devices: Collection[Any]) -> Spread | None:
+def device_layout(devices: Collection[Any]) -> DeviceLayout | None:
     """How a pass lies over devices where it is one; None over several, whose axes are not known here."""
     device, *others = devices
-    return None if others else Spread(cudnn=has_cudnn(device))
+    return None if others else DeviceLayout(cudnn=has_cudnn(device))
 
 
 Attend = Callable[[Array, Array, Array, Array, Scoring, "Array | None", "Window | None"], Array]
-"""What :func:`attention` is to a layer, its ``spread`` given."""
+"""What :func:`attention` is to a layer, its ``layout`` given."""
 
 
 def attention(
@@ -70,7 +70,7 @@ def attention(
     scoring: Scoring,
     segments: Int[Array, "B T"] | None = None,
     window: Window | None = None,
-    spread: Spread | None = None,
+    layout: DeviceLayout | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention, softmax in float32.
 
@@ -80,11 +80,11 @@ def attention(
       scoring: how products become scores.
       segments: of the tokens, where the mask says no more than causality and they: 0 for padding.
       window: what of the keys that the mask leaves is near enough.
-      spread: allows kernels, and says how they are to be divided; None keeps to XLA's own products.
+      layout: allows kernels, and says how they are to be divided; None keeps to XLA's own products.
     """
-    if spread is None:
+    if layout is None:
         return blockwise(q, k, v, mask, window, scoring)
-    if spread.cudnn and scoring.cap is None and cudnn_serves(q, k):
+    if layout.cudnn and scoring.cap is None and cudnn_serves(q, k):
         seen = mask if window is None else mask & window.seen()
         return jax.nn.dot_product_attention(
             q, k, v, mask=seen[:, None], scale=scoring.scale, implementation="cudnn"
@@ -98,7 +98,7 @@ def attention(
         v,
         mask,
         segments,
-        tpu=lambda q, k, v, mask, segments: _splash(spread, q, k, v, segments, size, scoring),
+        tpu=lambda q, k, v, mask, segments: _splash(layout, q, k, v, segments, size, scoring),
         default=lambda q, k, v, mask, segments: blockwise(q, k, v, mask, window, scoring),
     )
 
@@ -122,17 +122,17 @@ def cudnn_serves(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> bool
 
 
 def _splash(
-    spread: Spread, q: Array, k: Array, v: Array, segments: Array, window: int | None, scoring: Scoring
+    layout: DeviceLayout, q: Array, k: Array, v: Array, segments: Array, window: int | None, scoring: Scoring
 ) -> Float[Array, "B T N H"]:
     """Splash attention, every device on its own rows and heads."""
     kernel = functools.partial(splash.splash, window=window, scoring=scoring)
-    if spread.mesh is None or spread.mesh.size == 1:
+    if layout.mesh is None or layout.mesh.size == 1:
         return kernel(q, k, v, segments)
-    by_head = jax.P(spread.rows, None, spread.heads, None)
+    by_head = jax.P(layout.rows, None, layout.heads, None)
     return jax.shard_map(
         kernel,
-        mesh=spread.mesh,
-        in_specs=(by_head, by_head, by_head, jax.P(spread.rows, None)),
+        mesh=layout.mesh,
+        in_specs=(by_head, by_head, by_head, jax.P(layout.rows, None)),
         out_specs=by_head,
         check_vma=False,
     )(q, k, v, segments)

@@ -17,7 +17,7 @@ from milora_jax.shapes import Array, Bool, Float, Int
 class LayerCache:
     """Keys and values of one layer, or of all layers on a leading axis.
 
-    Heads come before slots: a head's keys lie together, so that attention over them is a plain batched
+    Heads come before positions: a head's keys lie together, so that attention over them is a plain batched
     product. With the axes the other way round XLA transposes the whole cache at every step.
 
     Attributes:
@@ -33,9 +33,9 @@ class LayerCache:
         """The cache of a first pass."""
         return cls(k=jnp.swapaxes(k, 1, 2), v=jnp.swapaxes(v, 1, 2))
 
-    def padded(self, slots: int) -> LayerCache:
-        """The same with room for ``slots`` entries."""
-        widths = ((0, 0), (0, 0), (0, slots - self.k.shape[2]), (0, 0))
+    def padded(self, length: int) -> LayerCache:
+        """The same with room for ``length`` cache positions."""
+        widths = ((0, 0), (0, 0), (0, length - self.k.shape[2]), (0, 0))
         return LayerCache(k=jnp.pad(self.k, widths), v=jnp.pad(self.v, widths))
 
     def write(
@@ -43,17 +43,17 @@ class LayerCache:
     ) -> LayerCache:
         """This layer's cache with T new entries from each row's ``place`` on.
 
-        An entry beyond the last slot is dropped.
+        An entry beyond the last cache position is dropped.
         """
         rows = jnp.arange(k.shape[0])[:, None]
-        slots = place[:, None] + jnp.arange(k.shape[1])[None, :]
+        positions = place[:, None] + jnp.arange(k.shape[1])[None, :]
 
         def put(cache: Array, new: Array) -> Array:
             new = new.astype(cache.dtype)
             if cache.ndim == 3:
-                where, new = cache.at[:, slots[0]], jnp.swapaxes(new[0], 0, 1)
+                where, new = cache.at[:, positions[0]], jnp.swapaxes(new[0], 0, 1)
             else:
-                where = cache.at[rows, :, slots]
+                where = cache.at[rows, :, positions]
             return where.set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
 
         return LayerCache(k=put(self.k, k), v=put(self.v, v))
@@ -67,11 +67,11 @@ class LayerCache:
 
 @struct.dataclass
 class KVCache:
-    """The cache of a batch. A token's slot is its place in its row, whatever the other rows hold.
+    """The cache of a batch. A token's cache position is its place in its row, whatever the other rows hold.
 
     Attributes:
       layers: a tuple of one LayerCache per layer (decoding), or one stacked LayerCache.
-      length: slots each row has written, a method's prefix included.
+      length: cache positions that each row has written, a method's prefix included.
     """
 
     layers: tuple[LayerCache, ...] | LayerCache
@@ -96,18 +96,18 @@ class KVCache:
 
     @property
     def reach(self) -> int:
-        """How many slots the last query may see: a window so wide hides nothing."""
+        """How many cache positions the last query may see: a window so wide hides nothing."""
         return jax.tree.leaves(self.layers)[0].shape[-2]
 
     def mask(self, queries: int, window: int | None = None) -> Bool[Array, "B T S"]:
-        """Which slots the T queries of the next pass see: those before them, and their own.
+        """Which cache positions the T queries of the next pass see: those before them, and their own.
 
         Args:
           window: of them the last so many; None for all.
         """
-        slots = jnp.arange(self.reach)[None, None, :]
+        positions = jnp.arange(self.reach)[None, None, :]
         last = (self.length[:, None] + jnp.arange(queries)[None, :])[:, :, None]
-        return slots <= last if window is None else (slots <= last) & (last - slots < window)
+        return positions <= last if window is None else (positions <= last) & (last - positions < window)
 
     def after(self, layers: Any, queries: int) -> KVCache:
         """The cache after a pass."""
@@ -125,13 +125,13 @@ class BeamLayerCache:
 
     Attributes:
       prompt: of the prompts.
-      k, v: of the beams' new tokens, a slot per beam and step. A single prompt may lack its axis, as in
-        :class:`LayerCache`.
+      k, v: of the beams' new tokens, a cache position per beam and step. A single prompt may lack its axis,
+        as in :class:`LayerCache`.
     """
 
     prompt: LayerCache
-    k: Float[Array, "*P K slots H"]
-    v: Float[Array, "*P K slots H"]
+    k: Float[Array, "*P K own H"]
+    v: Float[Array, "*P K own H"]
 
     def write(
         self, k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"], place: tuple[int, Int[Array, ""]]
@@ -139,15 +139,15 @@ class BeamLayerCache:
         """The cache with every beam's new entry.
 
         Args:
-          place: how many slots a beam has, and the one that is written.
+          place: how many cache positions a beam has, and the one that is written.
         """
         steps, step = place
         beams = self.k.shape[-2] // steps
-        slots = steps * jnp.arange(beams) + step
+        positions = steps * jnp.arange(beams) + step
 
         def put(cache: Array, new: Array) -> Array:
             new = new.reshape(-1, beams, *new.shape[2:]).swapaxes(1, 2).astype(cache.dtype)
-            where = cache.at[:, slots] if cache.ndim == 3 else cache.at[:, :, slots]
+            where = cache.at[:, positions] if cache.ndim == 3 else cache.at[:, :, positions]
             return where.set(
                 new[0] if cache.ndim == 3 else new,
                 mode="promise_in_bounds",
@@ -160,7 +160,7 @@ class BeamLayerCache:
     def attend(
         self,
         q: Float[Array, "B 1 N H"],
-        mask: tuple[Bool[Array, "P beams S"], Bool[Array, "P beams slots"]],
+        mask: tuple[Bool[Array, "P beams S"], Bool[Array, "P beams own"]],
         scoring: ops.Scoring,
     ) -> Float[Array, "B 1 N H"]:
         """Attention of every beam's new query over its prompt and its ancestors."""
@@ -176,7 +176,7 @@ class BeamCache:
     """The cache of beam search; rows are beams, those of a prompt next to each other.
 
     Attributes:
-      length: slots that each prompt has written, a method's prefix included.
+      length: cache positions that each prompt has written, a method's prefix included.
       step: tokens that every beam has added.
       ancestry: which beam of the prompt added the token of each step of a beam.
     """
@@ -218,12 +218,12 @@ class BeamCache:
 
     @property
     def reach(self) -> int:
-        """How many slots the last query of a beam may see: a window so wide hides nothing."""
+        """How many cache positions the last query of a beam may see: a window so wide hides nothing."""
         return self.layers[0].prompt.k.shape[-2] + self.ancestry.shape[-1]
 
     def mask(
         self, queries: int, window: int | None = None
-    ) -> tuple[Bool[Array, "P beams S"], Bool[Array, "P beams slots"]]:
+    ) -> tuple[Bool[Array, "P beams S"], Bool[Array, "P beams own"]]:
         """What each beam's next query sees of its prompt, and of the new tokens of all beams.
 
         Args:
@@ -235,17 +235,17 @@ class BeamCache:
         if queries != 1:
             raise ValueError(f"beams go on token by token, not {queries} at a time")
         prompts, beams, steps = self.ancestry.shape
-        slots = self.layers[0].prompt.k.shape[-2]
-        of_prompt = jnp.arange(slots)[None, None, :] < self.length[:, None, None]
+        length = self.layers[0].prompt.k.shape[-2]
+        of_prompt = jnp.arange(length)[None, None, :] < self.length[:, None, None]
         mine = self.ancestry[:, :, None, :] == jnp.arange(beams)[None, None, :, None]
         past = self.step - jnp.arange(steps)[None, None, None, :]
         of_beams = mine & (past >= 0)
         if window is not None:
             last = self.length[:, None, None] + self.step
-            of_prompt &= last - jnp.arange(slots)[None, None, :] < window
+            of_prompt &= last - jnp.arange(length)[None, None, :] < window
             of_beams &= past < window
         return (
-            jnp.broadcast_to(of_prompt, (prompts, beams, slots)),
+            jnp.broadcast_to(of_prompt, (prompts, beams, length)),
             of_beams.reshape(prompts, beams, beams * steps),
         )
 

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from milora_jax.adapters.tenants import Tenants
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.bench import machine
@@ -39,6 +38,7 @@ from milora_jax.bench.rounds import add_common, in_turns, names, numbers, requir
 from milora_jax.cli import Parser
 from milora_jax.config import QUANTIZE, AdapterSection
 from milora_jax.errors import UserError, require
+from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.beam import beam_search
 from milora_jax.generation.engine import CHUNK, Engine
@@ -76,7 +76,7 @@ class Case:
     variant: Variant
     run: Callable[[int], None]
     base: Base | None
-    tenants: Tenants | None
+    tenants: AdapterStack | None
     peer: dict[str, str] | None = None
     compile_s: float = 0.0
     whole: list[float] = dataclasses.field(default_factory=list)
@@ -191,8 +191,8 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse
         base,
         config,
         tenants,
-        rows=variant.batch,
-        slots=asked.prompt + asked.new,
+        batch_slots=variant.batch,
+        cache_length=asked.prompt + asked.new,
         chunk=asked.chunk,
         penalties=False,
         prefill_rows=min(asked.prefill_rows, variant.batch),
@@ -207,7 +207,7 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse
     return Case(variant, run, base, tenants)
 
 
-def make_tenants(base: Base, config: ModelConfig, variant: Variant, path: str) -> Tenants | None:
+def make_tenants(base: Base, config: ModelConfig, variant: Variant, path: str) -> AdapterStack | None:
     """The adapters of a variant."""
     if variant.method == "none":
         return None
@@ -218,13 +218,13 @@ def make_tenants(base: Base, config: ModelConfig, variant: Variant, path: str) -
     if variant.method.endswith(RECOMPUTED):
         require(variant.tenants == 1, "--tenants", variant.tenants, f"1 with {variant.method}")
         params = unstack_layers(jax.tree.map(lambda leaf: leaf.astype(base.dtype), first.params))
-        return Tenants(params=params, method=Recomputed(first.method), shape=first.shape, path="one")
+        return AdapterStack(params=params, method=Recomputed(first.method), shape=first.shape, path="one")
     if variant.tenants == 1:
-        return Tenants.single(adapter_decode_layout(first, base))
+        return AdapterStack.single(adapter_decode_layout(first, base))
     bank = Bank(base, config, first, variant.tenants, path=path)
     for slot in range(variant.tenants):
         bank.load(str(slot), random_adapter(base, config, settings, 7 * slot), slot)
-    return bank.tenants
+    return bank.adapters
 
 
 def _timed(run: Callable[[int], None], new: int) -> float:
@@ -274,7 +274,7 @@ def read(
     return dict(zip(names, (*sizes, sum(sizes) / readable), strict=True))
 
 
-def adapter_bytes(tenants: Tenants | None, variant: Variant) -> int:
+def adapter_bytes(tenants: AdapterStack | None, variant: Variant) -> int:
     """Bytes of adapters that a step reads: the router is not among them.
 
     On the kernels' path only the chosen experts count, in the mean over random routes.

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 
 from milora_jax.adapters.protocol import Adapter
-from milora_jax.adapters.tenants import Tenants
 from milora_jax.base.load import load_base
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout
@@ -38,6 +37,7 @@ from milora_jax.bench.traffic import FIRST_ID, LAST_ID, Asking, Outcome, closed_
 from milora_jax.cli import Parser, named_directory
 from milora_jax.config import DTYPES
 from milora_jax.errors import UserError
+from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.settings import GenerationSettings
@@ -134,8 +134,8 @@ def _engines(
     bank = Bank(base, config, first, asked.slots + 1)  # the server keeps one for the base alone
     places = [bank.load(name, adapter, 1 + i) for i, (name, adapter) in enumerate(adapters.items())]
     kinds = {
-        "engine, one adapter": (Tenants.single(adapter_decode_layout(first, base)), [0]),
-        "engine, bank": (bank.tenants, places),
+        "engine, one adapter": (AdapterStack.single(adapter_decode_layout(first, base)), [0]),
+        "engine, bank": (bank.adapters, places),
     }
     return [
         _engine(name, base, config, tenants, slots, prompts, asked)
@@ -147,13 +147,13 @@ def _engine(
     name: str,
     base: Base,
     config: ModelConfig,
-    tenants: Tenants,
+    tenants: AdapterStack,
     slots: Sequence[int],
     prompts: list[list[int]],
     asked: argparse.Namespace,
 ) -> Case:
     context = asked.context or config.max_positions
-    engine = Engine(base, config, tenants, rows=asked.rows, slots=context, penalties=False)
+    engine = Engine(base, config, tenants, batch_slots=asked.rows, cache_length=context, penalties=False)
 
     def go_on(prompts: list[list[int]], new: int) -> int:
         settings = GenerationSettings(max_new_tokens=new, ignore_eos=True)

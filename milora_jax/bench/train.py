@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from milora_jax.adapters.registry import METHODS, build_method
-from milora_jax.base.attention import attention, spread_over
+from milora_jax.base.attention import attention, device_layout
 from milora_jax.base.modules import Base
 from milora_jax.bench import machine
 from milora_jax.bench.models import load_model, peer_directory, random_adapter
@@ -213,7 +213,7 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse
     state = init_state(adapter, jax.random.key(0), train, 1000)
     # The base and a fresh state may share a constant: a state is donated, so each gets its own.
     held = [jax.tree.map(lambda leaf: leaf.copy(), state)]
-    attend = functools.partial(attention, spread=spread_over(base.devices))
+    attend = functools.partial(attention, layout=device_layout(base.devices))
     steps = make_steps(config, train, 1000, attend=attend)
     begin = time.perf_counter()
     program = steps.train.lower(held[0], base, batch).compile()

@@ -10,8 +10,7 @@ import numpy as np
 
 from milora_jax.adapters.protocol import Adapter, init_adapter
 from milora_jax.adapters.registry import adapter_shape
-from milora_jax.adapters.tenants import Tenants
-from milora_jax.base.attention import spread_over
+from milora_jax.base.attention import device_layout
 from milora_jax.base.hf import Progress, load_leaves
 from milora_jax.base.modules import Base, decode_layout, frozen_kernels
 from milora_jax.base.transformer import adapter_decode_layout, forward
@@ -23,6 +22,7 @@ from milora_jax.doctor.findings import FAIL, OK, WARN, Finding
 from milora_jax.doctor.rows import sample
 from milora_jax.doctor.subject import Subject
 from milora_jax.errors import UserError
+from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefill
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
@@ -179,19 +179,19 @@ def _decoded(
     model, count = subject.model, len(examples)
     prompts = [example.tokens[: example.prompt_length].tolist() for example in examples]
     longest, rows = max(map(len, prompts)), _rows_of(subject, count)
-    tenants, spread = Tenants.single(adapter_decode_layout(adapter, base)), spread_over(base.devices)
-    slots = tenants.method.prefix_length + longest + STEPS + 1
+    adapters, layout = AdapterStack.single(adapter_decode_layout(adapter, base)), device_layout(base.devices)
+    length = adapters.method.prefix_length + longest + STEPS + 1
     batch = place(collate_prompts(prompts, longest, 0, rows), batch_sharding(subject.mesh, Rules()))
-    prefilled, route = prefill(base, tenants, np.int32(0), batch, model, slots, spread)
+    prefilled, route = prefill(base, adapters, np.int32(0), batch, model, length, layout)
     if route is None:
         raise AssertionError("a method that routes gives a route in prefill")
     settings = [GenerationSettings(max_new_tokens=STEPS + 1, ignore_eos=True)] * rows
     every = prompts + [[0]] * (rows - count)
     sampler = make_sampler(settings, [0] * rows, every, model.eos_ids, model.vocab_size, False)
-    state = empty_state(model, base, sampler, rows, slots, routed=True)
+    state = empty_state(model, base, sampler, rows, length, routed=True)
     places, plan = np.arange(rows, dtype=np.int32), Plan.of(settings)
-    state, _ = admit(state, prefilled, places, np.zeros(rows, np.int32), sampler, plan, spread)
-    state, _, _ = decode_chunk(base, tenants, state, model, STEPS, plan, spread)
+    state, _ = admit(state, prefilled, places, np.zeros(rows, np.int32), sampler, plan, layout)
+    state, _, _ = decode_chunk(base, adapters, state, model, STEPS, plan, layout)
     if state.route is None:
         raise AssertionError("a method that routes carries a route")
     carried = np.stack([np.asarray(layer)[:count, 0] for layer in to_host(state.route)])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.adapters.protocol import Adapter
-from milora_jax.base.attention import Spread, attention, spread_over
+from milora_jax.base.attention import DeviceLayout, attention, device_layout
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.errors import require
@@ -118,7 +118,7 @@ def log_likelihoods(
         most, least = max(passage.tokens), min(passage.tokens)
         fits = least >= 0 and most < config.vocab_size
         require(fits, "a token", most if least >= 0 else least, f"0 to {config.vocab_size - 1}")
-    spread = spread_over(base.devices)
+    layout = device_layout(base.devices)
     order = sorted(range(len(passages)), key=lambda i: (-len(passages[i].tokens), passages[i].tokens))
     for start in range(0, len(order), rows):
         places = order[start : start + rows]
@@ -131,7 +131,7 @@ def log_likelihoods(
             filled = routes[[*places, *[places[-1]] * (rows - len(group))]]
             forced = tuple(jnp.asarray(filled[:, None, layer]) for layer in range(config.num_layers))
         sums, greedy = jax.device_get(
-            score(base, adapter, place(batch), jnp.asarray(targets), forced, config=config, spread=spread)
+            score(base, adapter, place(batch), jnp.asarray(targets), forced, config=config, layout=layout)
         )
         yield {i: Likelihood(float(sums[n]), bool(greedy[n])) for n, i in enumerate(places)}
 
@@ -157,7 +157,7 @@ def _collate(passages: Sequence[Passage], length: int) -> tuple[Batch, np.ndarra
     return Batch(**fields), targets
 
 
-@functools.partial(jax.jit, static_argnames=("config", "spread"))
+@functools.partial(jax.jit, static_argnames=("config", "layout"))
 def score(
     base: Base,
     adapter: Adapter | None,
@@ -166,7 +166,7 @@ def score(
     routes: tuple[Float[Array, "B 1 E"], ...] | None = None,
     *,
     config: ModelConfig,
-    spread: Spread | None = None,
+    layout: DeviceLayout | None = None,
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """Of each row, the log-probability of the targets where ``batch.loss_mask`` is true, in nats, and
     whether each of them is the most probable token.
@@ -181,7 +181,7 @@ def score(
         batch,
         adapter=adapter,
         route=routes,
-        attend=functools.partial(attention, spread=spread),
+        attend=functools.partial(attention, layout=layout),
     )
     rows, length = targets.shape
     width = max(1, min(length, CHUNK // rows))

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from milora_jax.adapters.joined import JoinedPairs
 from milora_jax.adapters.protocol import Adapter, Method
 from milora_jax.adapters.registry import adapter_shape
-from milora_jax.adapters.tenants import PATHS, Tenants, choose_path, laid_out
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.errors import UserError, require
+from milora_jax.generation.adapter_stack import PATHS, AdapterStack, choose_path, laid_out
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.shapes import Array, Int
@@ -81,10 +81,10 @@ class Bank:
       like: any adapter of the kind the bank is to hold; its method's settings are the bank's.
       slots: adapters on the device at the same time.
       rank: that the bank's pairs have at least, for adapters of a higher rank than ``like``'s.
-      path: one of ``adapters.tenants.PATHS``; empty takes what suits bank and machine.
+      path: one of ``generation.adapter_stack.PATHS``; empty takes what suits bank and machine.
 
     Attributes:
-      tenants: what decoding reads.
+      adapters: what decoding reads.
       rank: of the bank's pairs, by ``rank_bucket``; 0 for a method that has no pairs.
       names: slot by tenant's name.
       prompt_formats: how prompts are written for each tenant, by name.
@@ -107,7 +107,7 @@ class Bank:
         empty = jax.tree.map(
             lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype, device=base.everywhere), one
         )
-        self.tenants = Tenants(params=empty, method=method, shape=like.shape, path=path)
+        self.adapters = AdapterStack(params=empty, method=method, shape=like.shape, path=path)
 
     def load(self, name: str, adapter: Adapter, slot: int | None = None) -> int:
         """Put a tenant's adapter on the device.
@@ -146,18 +146,18 @@ class Bank:
         Raises:
           UserError: for an adapter of another base or method, or of too high a rank.
         """
-        _require_same_method(name, adapter.method, self.tenants.method)
+        _require_same_method(name, adapter.method, self.adapters.method)
         rank = rank_of(self._base, self._config, adapter, name)
         if rank > self.rank:
             raise RankError(name, rank, self.rank)
-        prepared = self._prepared(adapter, self.tenants.path)
+        prepared = self._prepared(adapter, self.adapters.path)
         self._require_same_leaves(name, prepared)
         return prepared
 
     def place(self, prepared: PyTree, slot: int) -> None:
         """Write what :meth:`prepare` made into a slot."""
-        params = _write(self.tenants.params, prepared, jnp.asarray(slot, jnp.int32))
-        self.tenants = dataclasses.replace(self.tenants, params=params)
+        params = _write(self.adapters.params, prepared, jnp.asarray(slot, jnp.int32))
+        self.adapters = dataclasses.replace(self.adapters, params=params)
 
     def slot_of(self, name: str) -> int:
         """Where a tenant's adapter is.
@@ -170,7 +170,7 @@ class Bank:
         return self.names[name]
 
     def _require_same_leaves(self, name: str, prepared: PyTree) -> None:
-        bank = self.tenants.params
+        bank = self.adapters.params
         if jax.tree.structure(prepared) != jax.tree.structure(bank):
             raise UserError(f"adapter {name!r} has other parameters than this bank holds")
         for (place, mine), theirs in zip(

@@ -17,12 +17,12 @@ import numpy as np
 from flax import struct
 
 from milora_jax.adapters.protocol import Adapter
-from milora_jax.adapters.tenants import Tenants
-from milora_jax.base.attention import spread_over
+from milora_jax.base.attention import device_layout
 from milora_jax.base.cache import BeamCache
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.data.batches import collate_prompts
+from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.decode import Prefilled, prefill
 from milora_jax.generation.engine import CHUNK, bucket_of
 from milora_jax.generation.settings import GenerationSettings
@@ -101,11 +101,11 @@ class Found:
 def beam_search(
     base: Base,
     config: ModelConfig,
-    tenants: Tenants | None,
+    adapters: AdapterStack | None,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     *,
-    slot: int = 0,
+    adapter_slot: int = 0,
     rows: int = 0,
     place: Callable[[Batch], Batch] = jax.device_put,
 ) -> list[Found]:
@@ -115,15 +115,15 @@ def beam_search(
       base: in the decode layout.
       prompts: token ids.
       settings: of all of them.
-      slot: of their adapter.
+      adapter_slot: of their adapter.
       rows: prompts the program is compiled for, at least as many as there are; 0 is their number.
     """
     rows = rows or len(prompts)
     bucket = bucket_of(max(len(ids) for ids in prompts), config.max_positions)
     batch = place(collate_prompts(prompts, bucket, 0, rows=rows))
-    prefix = 0 if tenants is None else tenants.method.prefix_length
-    spread = spread_over(base.devices)
-    prefilled, route = prefill(base, tenants, np.int32(slot), batch, config, prefix + bucket, spread)
+    prefix = 0 if adapters is None else adapters.method.prefix_length
+    layout = device_layout(base.devices)
+    prefilled, route = prefill(base, adapters, np.int32(adapter_slot), batch, config, prefix + bucket, layout)
     ends = (*settings.stop_token_ids, *(() if settings.ignore_eos else config.eos_ids))
     terms = Terms(
         settings.num_beams, settings.max_new_tokens, ends, settings.length_penalty, settings.early_stopping
@@ -134,7 +134,7 @@ def beam_search(
     previous: jax.Array | None = None
     while started < steps:
         count = min(CHUNK, steps - started)
-        state, done = beam_chunk(base, tenants, np.int32(slot), state, config, count, terms)
+        state, done = beam_chunk(base, adapters, np.int32(adapter_slot), state, config, count, terms)
         started += count
         # The host looks at the flag of the chunk before while the device computes this one.
         if previous is not None and bool(np.asarray(previous)[: len(prompts)].all()):
@@ -178,15 +178,15 @@ def _start(prefilled: Prefilled, terms: Terms) -> BeamState:
 @functools.partial(jax.jit, static_argnames=("config", "steps", "terms"), donate_argnames="state")
 def beam_chunk(
     base: Base,
-    tenants: Tenants | None,
-    slot: Int[Array, ""],
+    adapters: AdapterStack | None,
+    adapter_slot: Int[Array, ""],
     state: BeamState,
     config: ModelConfig,
     steps: int,
     terms: Terms,
 ) -> tuple[BeamState, Bool[Array, " P"]]:
     """``steps`` steps of the search as one scan, and whose search is over."""
-    adapter = None if tenants is None else tenants.of_slot(slot)
+    adapter = None if adapters is None else adapters.of_slot(adapter_slot)
 
     def step(state: BeamState, _: None) -> tuple[BeamState, None]:
         return _step(base, adapter, state, config, terms), None

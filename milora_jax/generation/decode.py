@@ -20,11 +20,11 @@ from flax import struct
 from jax.sharding import NamedSharding
 
 from milora_jax.adapters.protocol import Adapter
-from milora_jax.adapters.tenants import Seats, Tenants
-from milora_jax.base.attention import Spread, attention
+from milora_jax.base.attention import DeviceLayout, attention
 from milora_jax.base.cache import KVCache, LayerCache
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
+from milora_jax.generation.adapter_stack import AdapterStack, GatheredAdapters
 from milora_jax.generation.sampling import Choice, Plan, Sampler, choose, is_end, note
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int
@@ -59,7 +59,7 @@ class DecodeState:
       cache: keys and values of everything before ``token``.
       route: routing weights of each layer, computed by ``prefill`` and never written by a step; None
         without a router.
-      tenant: slot of each row's adapter in the bank.
+      adapter_slot: slot of each row's adapter in the bank.
       sampler: each row's settings.
     """
 
@@ -68,28 +68,28 @@ class DecodeState:
     done: Bool[Array, " B"]
     cache: KVCache
     route: tuple[Float[Array, "B 1 E"], ...] | None
-    tenant: Int[Array, " B"]
+    adapter_slot: Int[Array, " B"]
     sampler: Sampler
 
 
-@functools.partial(jax.jit, static_argnames=("config", "cache_length", "spread"))
+@functools.partial(jax.jit, static_argnames=("config", "cache_length", "layout"))
 def prefill(
     base: Base,
-    tenants: Tenants | None,
-    slot: Int[Array, ""],
+    adapters: AdapterStack | None,
+    adapter_slot: Int[Array, ""],
     batch: Batch,
     config: ModelConfig,
     cache_length: int,
-    spread: Spread | None = None,
+    layout: DeviceLayout | None = None,
 ) -> tuple[Prefilled, Route | None]:
-    """Run prompts of one tenant and choose their routes.
+    """Run prompts of one adapter and choose their routes.
 
     Args:
       base: in the decode layout.
-      slot: of the tenant's adapter.
+      adapter_slot: of the adapter.
       batch: prompts, padded on the right.
       cache_length: S, at least a prefix, T and what is to come.
-      spread: of the rows and heads, for attention's kernels; see ``attention.spread_over``.
+      layout: of the rows and heads, for attention's kernels; see ``attention.device_layout``.
 
     Returns:
       What decoding starts from, and the whole route for looking at.
@@ -98,9 +98,9 @@ def prefill(
         base,
         config,
         batch,
-        adapter=None if tenants is None else tenants.of_slot(slot),
+        adapter=None if adapters is None else adapters.of_slot(adapter_slot),
         cache_length=cache_length,
-        attend=functools.partial(attention, spread=spread),
+        attend=functools.partial(attention, layout=layout),
     )
     if not isinstance(output.cache, KVCache):
         raise AssertionError("a first pass with cache_length gives a cache")
@@ -115,46 +115,47 @@ def prefill(
     return prefilled, output.route
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "spread"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("plan", "layout"), donate_argnames="state")
 def admit(
     state: DecodeState,
     prefilled: Prefilled,
-    rows: Int[Array, " n"],
-    tenant: Int[Array, " n"],
+    batch_slots: Int[Array, " n"],
+    adapter_slot: Int[Array, " n"],
     sampler: Sampler,
     plan: Plan,
-    spread: Spread | None = None,
+    layout: DeviceLayout | None = None,
 ) -> tuple[DecodeState, Choice]:
     """Put prefilled prompts into rows of the batch and choose their first tokens.
 
     Args:
       prefilled: n prompts, or one that is to be continued in n ways.
-      rows: where they go; a prompt whose row is beyond the batch is dropped.
-      sampler: of the n rows.
-      spread: of the state.
+      batch_slots: where they go; a prompt whose slot is beyond the batch is dropped.
+      adapter_slot: of their adapter.
+      sampler: of the n prompts.
+      layout: of the state.
     """
-    count = rows.shape[0]
+    count = batch_slots.shape[0]
 
     def repeated(leaf: Array) -> Array:
         return jnp.broadcast_to(leaf, (count, *leaf.shape[1:]))
 
     prefilled = jax.tree.map(repeated, prefilled)
     choice = choose(prefilled.logits, sampler, prefilled.position, plan)
-    sampler = note(sampler, choice.token, jnp.ones_like(rows, bool))
+    sampler = note(sampler, choice.token, jnp.ones_like(batch_slots, bool))
     new = DecodeState(
         token=choice.token,
         position=prefilled.position,
         done=is_end(sampler, choice.token),
         cache=prefilled.cache,
         route=prefilled.route,
-        tenant=tenant,
+        adapter_slot=adapter_slot,
         sampler=sampler,
     )
 
     def put(old: Array, leaf: Array) -> Array:
-        return old.at[rows].set(leaf.astype(old.dtype), mode="drop", unique_indices=True)
+        return old.at[batch_slots].set(leaf.astype(old.dtype), mode="drop", unique_indices=True)
 
-    return spread_out(jax.tree.map(put, state, new), spread), choice
+    return constrained(jax.tree.map(put, state, new), layout), choice
 
 
 def decode_step(
@@ -186,26 +187,27 @@ def decode_step(
     return state, choice
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps", "plan", "spread"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("config", "steps", "plan", "layout"), donate_argnames="state")
 def decode_chunk(
     base: Base,
-    tenants: Tenants | Seats | None,
+    adapters: AdapterStack | GatheredAdapters | None,
     state: DecodeState,
     config: ModelConfig,
     steps: int,
     plan: Plan,
-    spread: Spread | None = None,
+    layout: DeviceLayout | None = None,
 ) -> tuple[DecodeState, Choice, Bool[Array, "steps B"]]:
     """``steps`` decode steps as one scan.
 
     Args:
-      tenants: whose adapters act on the rows; what depends on who sits where is done once per chunk.
-      spread: of the state.
+      adapters: those that act on the batch; what depends on the adapter of each batch slot is done once per
+        chunk.
+      layout: of the state.
 
     Returns:
       The state, the choices of every step, and which rows had ended before each step.
     """
-    adapter = None if tenants is None else tenants.for_rows(state.tenant)
+    adapter = None if adapters is None else adapters.for_batch(state.adapter_slot)
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[Choice, Array]]:
         ended = state.done
@@ -215,48 +217,48 @@ def decode_chunk(
     state = dataclasses.replace(state, cache=state.cache.squeezed())
     state, (choices, ended) = jax.lax.scan(step, state, None, length=steps)
     state = dataclasses.replace(state, cache=state.cache.unsqueezed())
-    return spread_out(state, spread), choices, ended
+    return constrained(state, layout), choices, ended
 
 
-def spread_out(state: DecodeState, spread: Spread | None) -> DecodeState:
-    """The state of a program as :func:`places_of` says.
+def constrained(state: DecodeState, layout: DeviceLayout | None) -> DecodeState:
+    """The state of a program as :func:`state_shardings_of` says.
 
     Left to itself XLA would choose anew for every program, and every choice would be one more program.
     """
-    places = places_of(state, spread)
+    places = state_shardings_of(state, layout)
     return state if places is None else jax.lax.with_sharding_constraint(state, places)
 
 
-def places_of(state: DecodeState, spread: Spread | None) -> PyTree | None:
+def state_shardings_of(state: DecodeState, layout: DeviceLayout | None) -> PyTree | None:
     """Shardings like the state: keys and values by rows and heads, all else by rows; None on one device."""
-    if spread is None or spread.mesh is None:
+    if layout is None or layout.mesh is None:
         return None
-    by_row = NamedSharding(spread.mesh, jax.P(spread.rows))
-    by_head = NamedSharding(spread.mesh, jax.P(spread.rows, spread.heads))
+    by_row = NamedSharding(layout.mesh, jax.P(layout.rows))
+    by_head = NamedSharding(layout.mesh, jax.P(layout.rows, layout.heads))
     cache = jax.tree.map(lambda leaf: by_head if leaf.ndim == 4 else by_row, state.cache)
     return dataclasses.replace(jax.tree.map(lambda _: by_row, state), cache=cache)
 
 
 def empty_state(
-    config: ModelConfig, base: Base, sampler: Sampler, rows: int, slots: int, routed: bool
+    config: ModelConfig, base: Base, sampler: Sampler, batch_slots: int, cache_length: int, routed: bool
 ) -> DecodeState:
-    """A batch in which nobody sits yet.
+    """A batch whose slots are all free.
 
     Args:
-      sampler: of any one row, for its shapes.
+      sampler: of any one sample, for its shapes.
     """
-    shape = (rows, config.num_kv_heads, slots, config.head_dim)
+    shape = (batch_slots, config.num_kv_heads, cache_length, config.head_dim)
     layers = tuple(
         LayerCache(k=jnp.zeros(shape, base.dtype), v=jnp.zeros(shape, base.dtype))
         for _ in range(config.num_layers)
     )
-    zeros = functools.partial(jnp.zeros, (rows,), jnp.int32)
+    zeros = functools.partial(jnp.zeros, (batch_slots,), jnp.int32)
     return DecodeState(
         token=zeros(),
         position=zeros(),
-        done=jnp.ones((rows,), bool),
+        done=jnp.ones((batch_slots,), bool),
         cache=KVCache(layers=layers, length=zeros()),
-        route=tuple(jnp.zeros((rows, 1, 7), jnp.float32) for _ in layers) if routed else None,
-        tenant=zeros(),
-        sampler=jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), sampler),
+        route=tuple(jnp.zeros((batch_slots, 1, 7), jnp.float32) for _ in layers) if routed else None,
+        adapter_slot=zeros(),
+        sampler=jax.tree.map(lambda leaf: jnp.zeros((batch_slots, *leaf.shape[1:]), leaf.dtype), sampler),
     )

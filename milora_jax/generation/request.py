@@ -31,7 +31,7 @@ class Request:
     Attributes:
       prompt: token ids.
       settings: how it is continued.
-      slot: of its adapter in the bank.
+      adapter_slot: of its adapter in the bank.
       tokens: per sample what was produced so far.
       logprobs: per sample and token, where asked for.
       finish: per sample why it ended: "stop" (an end-of-sequence or stop token, or the caller said so),
@@ -41,7 +41,7 @@ class Request:
 
     prompt: tuple[int, ...]
     settings: GenerationSettings
-    slot: int = 0
+    adapter_slot: int = 0
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
     finish: list[str | None] = field(default_factory=list)

@@ -12,12 +12,12 @@ import numpy as np
 from milora_jax.adapters.inputs import Shape
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.registry import adapter_shape
-from milora_jax.adapters.tenants import Tenants
 from milora_jax.base.modules import Base, decode_layout
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.data.chat import Message, Messages, encode_chat
 from milora_jax.data.tokens import encode_prompt, require_embedded
 from milora_jax.errors import UserError, require
+from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.beam import Found, beam_search
 from milora_jax.generation.engine import Engine, bucket_of
@@ -146,7 +146,7 @@ def generate(
         base = decode_layout(base)
     if adapter is not None and not isinstance(adapter.params, tuple):
         adapter = adapter_decode_layout(adapter, base)
-    served = bank.tenants if bank is not None else None if adapter is None else Tenants.single(adapter)
+    served = bank.adapters if bank is not None else None if adapter is None else AdapterStack.single(adapter)
     answers: dict[int, Answer] = {}
     work: dict[int, _Job] = {}
     for i, (prompt, mine) in enumerate(zip(prompts, each, strict=True)):
@@ -175,8 +175,8 @@ def generate(
             base,
             config,
             served,
-            rows=min(batch_size, samples),
-            slots=max(job.slots(config) for job in group.values()),
+            batch_slots=min(batch_size, samples),
+            cache_length=max(job.length(config) for job in group.values()),
             penalties=any(job.settings.penalized for job in plain.values()),
             prefill_rows=prefill_rows,
             merge=merge,
@@ -189,7 +189,7 @@ def generate(
         ids = [beams[i].ids for i in group]
         rows = min(batch_size, len(beams))
         found = beam_search(
-            base, config, served, ids, first.settings, slot=first.slot, rows=rows, place=place
+            base, config, served, ids, first.settings, adapter_slot=first.adapter_slot, rows=rows, place=place
         )
         for i, best in zip(group, found, strict=True):
             answers[i] = Answer((_continued(tokenizer, best, first.settings),), best.route)
@@ -204,10 +204,10 @@ class _Job:
 
     ids: list[int]
     settings: GenerationSettings
-    slot: int
+    adapter_slot: int
 
-    def slots(self, config: ModelConfig) -> int:
-        """Cache slots it may fill, prompts rounded up to their bucket."""
+    def length(self, config: ModelConfig) -> int:
+        """Cache positions it may fill, its prompt rounded up to its bucket."""
         longest = bucket_of(len(self.ids), config.max_positions) + self.settings.max_new_tokens
         return min(longest, config.max_positions)
 
@@ -234,7 +234,7 @@ def _of_like_length(
     """Jobs in groups that each get a cache as long as they need; see ``generation.lengths``."""
     numbers = list(jobs)
     needs = [
-        Need(job.slots(config), job.settings.num_samples, job.settings.max_new_tokens)
+        Need(job.length(config), job.settings.num_samples, job.settings.max_new_tokens)
         for job in jobs.values()
     ]
     groups = groups_by_length(needs, rows, position_cost(base, config))
@@ -246,7 +246,7 @@ def _alike(config: ModelConfig, jobs: dict[int, _Job], most: int) -> list[list[i
     groups: dict[tuple, list[list[int]]] = {}
     for i, job in jobs.items():
         lots = groups.setdefault(
-            (job.settings, job.slot, bucket_of(len(job.ids), config.max_positions)), [[]]
+            (job.settings, job.adapter_slot, bucket_of(len(job.ids), config.max_positions)), [[]]
         )
         if len(lots[-1]) == most:
             lots.append([])
@@ -260,7 +260,7 @@ def _run(engine: Engine, tokenizer: Any, jobs: dict[int, _Job], report: _Report)
     numbers: dict[Request, int] = {}
     streams: dict[tuple[int, int], TextStream] = {}
     for i, job in jobs.items():
-        numbers[engine.submit(job.ids, job.settings, job.slot)] = i
+        numbers[engine.submit(job.ids, job.settings, job.adapter_slot)] = i
         for sample in range(job.settings.num_samples):
             streams[i, sample] = TextStream(tokenizer, job.settings.stop)
     while not engine.idle:

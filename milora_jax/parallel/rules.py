@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from milora_jax.adapters.protocol import path_names
-from milora_jax.base.attention import Attend, Spread, attention, has_cudnn
+from milora_jax.base.attention import Attend, DeviceLayout, attention, has_cudnn
 from milora_jax.types import PyTree
 
 MeshAxes = str | tuple[str, ...] | None
@@ -103,20 +103,20 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(rules.rows))
 
 
-def spread_on(mesh: Mesh, rules: Rules, cudnn: bool | None = None) -> Spread:
+def mesh_layout(mesh: Mesh, rules: Rules, cudnn: bool | None = None) -> DeviceLayout:
     """How rows and heads lie on a mesh.
 
     Args:
       cudnn: whether the devices have cuDNN's kernels; None looks at them, which needs devices that are there.
     """
     found = has_cudnn(mesh.devices.flat[0]) if cudnn is None else cudnn
-    return Spread(mesh, rules.rows, rules.heads, found)
+    return DeviceLayout(mesh, rules.rows, rules.heads, found)
 
 
 def attend_over(mesh: Mesh, rules: Rules, cudnn: bool | None = None) -> Attend:
     """Attention with kernels where the platform has them, each device on its own rows and heads.
 
     Args:
-      cudnn: see :func:`spread_on`.
+      cudnn: see :func:`mesh_layout`.
     """
-    return functools.partial(attention, spread=spread_on(mesh, rules, cudnn))
+    return functools.partial(attention, layout=mesh_layout(mesh, rules, cudnn))

@@ -10,12 +10,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from milora_jax.adapters.protocol import Adapter, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
-from milora_jax.adapters.tenants import Tenants
-from milora_jax.base.attention import Spread
+from milora_jax.base.attention import DeviceLayout
 from milora_jax.base.modules import Base, frozen_kernels, unroll
 from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.config import Config, ModelSection, TrainSection
+from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.decode import decode_chunk, empty_state, prefill
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
@@ -55,27 +55,27 @@ def train_program(config: Config, model: ModelConfig, mesh: Mesh, prompts: int) 
 
 def prefill_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
     """The lowered prefill of ``eval.batch_size`` prompts of ``data.max_length``."""
-    base, tenants = _decoding(config, model, mesh)
+    base, adapters = _decoding(config, model, mesh)
     batch = _abstract_batch(mesh, config.eval.batch_size, config.data.max_length)
-    slots = config.data.max_length + config.eval.max_new_tokens
-    spread = Spread() if mesh.size == 1 else None  # as ``attention.spread_over`` says
-    return prefill.lower(base, tenants, _number(mesh), batch, model, slots, spread)
+    length = config.data.max_length + config.eval.max_new_tokens
+    layout = DeviceLayout() if mesh.size == 1 else None  # as ``attention.device_layout`` says
+    return prefill.lower(base, adapters, _number(mesh), batch, model, length, layout)
 
 
 def decode_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
-    """The lowered steps of a full batch with slots for ``data.max_length`` and ``eval.max_new_tokens``."""
-    base, tenants = _decoding(config, model, mesh)
-    rows, slots = config.eval.batch_size, config.data.max_length + config.eval.max_new_tokens
+    """The lowered steps of a full batch; its caches hold ``data.max_length`` and ``eval.max_new_tokens``."""
+    base, adapters = _decoding(config, model, mesh)
+    rows, length = config.eval.batch_size, config.data.max_length + config.eval.max_new_tokens
     settings = [GenerationSettings()]
     sampler = make_sampler(settings, [0], [[0]], model.eos_ids, model.vocab_size, False)
-    routed = tenants.method.routes
-    state = jax.eval_shape(lambda: empty_state(model, _zeros_of(base), sampler, rows, slots, routed))
+    routed = adapters.method.routes
+    state = jax.eval_shape(lambda: empty_state(model, _zeros_of(base), sampler, rows, length, routed))
     # Heads over the tensor axis, as the products that write them are; all else by rows.
     by_head = NamedSharding(mesh, PartitionSpec(RULES.rows, RULES.heads))
     by_row = batch_sharding(mesh, RULES)
     cache = jax.tree.map(lambda leaf: by_head if leaf.ndim == 4 else by_row, state.cache)
     places = jax.tree.map(lambda _: by_row, state).replace(cache=cache)
-    return decode_chunk.lower(base, tenants, _placed(state, places), model, STEPS, Plan.of(settings))
+    return decode_chunk.lower(base, adapters, _placed(state, places), model, STEPS, Plan.of(settings))
 
 
 def abstract_base(model: ModelConfig, section: ModelSection, mesh: Mesh, decode: bool = False) -> Base:
@@ -99,14 +99,14 @@ def abstract_base(model: ModelConfig, section: ModelSection, mesh: Mesh, decode:
     return _placed(base, places)
 
 
-def _decoding(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[Base, Tenants]:
+def _decoding(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[Base, AdapterStack]:
     """The base in the layout for decoding and one adapter, on every device."""
     base = abstract_base(model, config.model, mesh, decode=True)
     stacked = abstract_base(model, config.model, mesh)
     adapter = _abstract_state(config, model, stacked, config.train).adapter
-    tenants = jax.eval_shape(lambda a, b: Tenants.single(adapter_decode_layout(a, b)), adapter, base)
+    adapters = jax.eval_shape(lambda a, b: AdapterStack.single(adapter_decode_layout(a, b)), adapter, base)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return base, _placed(tenants, jax.tree.map(lambda _: everywhere, tenants))
+    return base, _placed(adapters, jax.tree.map(lambda _: everywhere, adapters))
 
 
 def _abstract_state(config: Config, model: ModelConfig, base: Base, train: TrainSection) -> Any:

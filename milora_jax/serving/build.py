@@ -19,7 +19,7 @@ from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, one_of, require
 from milora_jax.generation.engine import Engine
 from milora_jax.parallel.mesh import check_divides, make_mesh
-from milora_jax.parallel.rules import Rules, base_sharding, spread_on
+from milora_jax.parallel.rules import Rules, base_sharding, mesh_layout
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.loop import PLANS, DeviceLoop
 from milora_jax.serving.metrics import COMPILATIONS, Metrics
@@ -106,7 +106,7 @@ def build_service(
         slots=limits.context,
         chunk=limits.chunk,
         plans=PLANS,
-        spread=None if mesh is None else spread_on(mesh, RULES),
+        layout=None if mesh is None else mesh_layout(mesh, RULES),
     )
     loop = DeviceLoop(engine, store, limits)
     say(f"compiling for {engine.rows} rows of {engine.slots} tokens: a minute, or several")

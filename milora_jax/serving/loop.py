@@ -95,7 +95,7 @@ class Counts:
     prompt_tokens: int = 0
     new_tokens: int = 0
     failures: int = 0
-    free_rows: int = 0
+    free_slots: int = 0
     last: float = field(default_factory=time.monotonic)
 
 
@@ -117,7 +117,7 @@ class DeviceLoop:
         self._running: dict[Request, Job] = {}
         self._begun = 0
         self._stopping = self._blocked = False
-        self.counts = Counts(free_rows=engine.free_rows)
+        self.counts = Counts(free_slots=engine.free_slots)
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
@@ -199,7 +199,7 @@ class DeviceLoop:
             while self._open_mail():
                 self._fill()
                 self._step()
-                self.counts.free_rows = self._engine.free_rows
+                self.counts.free_slots = self._engine.free_slots
                 self.counts.last = time.monotonic()
         except BaseException as error:  # the thread must not die in silence
             self.error = error
@@ -237,14 +237,14 @@ class DeviceLoop:
     def _fill(self) -> None:
         """Give free rows to those whose turn it is."""
         self._blocked = False
-        while self._engine.free_rows > 0:
+        while self._engine.free_slots > 0:
             job = self._held or self._queue.pop(self._seatable)
             self._held = None
             if job is None:
                 # Only a letter changes that: an adapter has been read, or somebody new has come.
                 self._blocked = True
                 return
-            if job.settings.num_samples > self._engine.free_rows:
+            if job.settings.num_samples > self._engine.free_slots:
                 self._held = job  # the next rows are its, or smaller ones would be served for ever
                 return
             self._begin(job)

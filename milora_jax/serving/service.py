@@ -198,7 +198,7 @@ class Service:
 
     async def state(self) -> tuple[bool, int]:
         """Whether the device loop runs, and how many rows are free."""
-        return self.loop.alive, self.loop.counts.free_rows
+        return self.loop.alive, self.loop.counts.free_slots
 
     async def figures(self) -> bytes:
         """All counters, in Prometheus' format."""

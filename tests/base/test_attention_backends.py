@@ -9,7 +9,7 @@ import pytest
 
 from milora_jax.base import attention as dispatch
 from milora_jax.base import ops, splash
-from milora_jax.base.attention import Spread, attention, cudnn_serves, has_cudnn
+from milora_jax.base.attention import DeviceLayout, attention, cudnn_serves, has_cudnn
 from milora_jax.base.blockwise import blockwise
 from milora_jax.base.ops import Scoring, Window
 
@@ -69,32 +69,32 @@ def test_what_cudnn_is_asked_for_is_the_plain_form(monkeypatch, case):
     monkeypatch.setattr(dispatch, "cudnn_serves", lambda q, k: True)
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     found = _with_slopes(
-        lambda q, k, v: attention(q, k, v, MASK, scoring, SEGMENTS, window, Spread(cudnn=True))
+        lambda q, k, v: attention(q, k, v, MASK, scoring, SEGMENTS, window, DeviceLayout(cudnn=True))
     )
     assert asked == ([] if scoring.cap else ["cudnn"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
 
 
-def lowered(platform, spread, q, k, v, segments=SEGMENTS, window=None):
+def lowered(platform, layout, q, k, v, segments=SEGMENTS, window=None):
     scoring = CASES["whole"][1]
-    traced = jax.jit(lambda *x: attention(*x, MASK, scoring, segments, window, spread)).trace(q, k, v)
+    traced = jax.jit(lambda *x: attention(*x, MASK, scoring, segments, window, layout)).trace(q, k, v)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_a_tpu_takes_the_kernel_where_it_serves():
     q, k, v = draw("bfloat16")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        assert "tpu_custom_call" in lowered("tpu", Spread(), q, k, v)
-        assert "tpu_custom_call" not in lowered("tpu", None, q, k, v), "no spread was given"
-        assert "tpu_custom_call" not in lowered("tpu", Spread(), q, k, v, None), "the mask says more"
-        assert "tpu_custom_call" not in lowered("cpu", Spread(), q, k, v)
-        assert "tpu_custom_call" in lowered("tpu", Spread(), q, k, v, window=Window(PLACES, PLACES, 30))
+        assert "tpu_custom_call" in lowered("tpu", DeviceLayout(), q, k, v)
+        assert "tpu_custom_call" not in lowered("tpu", None, q, k, v), "no layout was given"
+        assert "tpu_custom_call" not in lowered("tpu", DeviceLayout(), q, k, v, None), "the mask says more"
+        assert "tpu_custom_call" not in lowered("cpu", DeviceLayout(), q, k, v)
+        assert "tpu_custom_call" in lowered("tpu", DeviceLayout(), q, k, v, window=Window(PLACES, PLACES, 30))
         of_this_layer = Window(PLACES, PLACES, jnp.int32(30))
-        assert "tpu_custom_call" not in lowered("tpu", Spread(), q, k, v, window=of_this_layer)
+        assert "tpu_custom_call" not in lowered("tpu", DeviceLayout(), q, k, v, window=of_this_layer)
         narrow = [x[..., :32] for x in (q, k, v)]
-        assert "tpu_custom_call" not in lowered("tpu", Spread(), *narrow)
+        assert "tpu_custom_call" not in lowered("tpu", DeviceLayout(), *narrow)
         half = draw("float16")
-        assert "tpu_custom_call" not in lowered("tpu", Spread(), *half), "its compiler would refuse"
+        assert "tpu_custom_call" not in lowered("tpu", DeviceLayout(), *half), "its compiler would refuse"
 
 
 @pytest.mark.parametrize(

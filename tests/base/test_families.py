@@ -53,7 +53,7 @@ def ours(folder):
     tokens = tokens_of(config)
     found = np.asarray(logits(base, config, jnp.asarray(tokens)))
     endless = dataclasses.replace(config, eos_ids=())
-    engine = Engine(decode_layout(base), endless, None, rows=ROWS, slots=64)
+    engine = Engine(decode_layout(base), endless, None, batch_slots=ROWS, cache_length=64)
     # Rows of one batch: the shorter one is padded, and must not notice.
     made = [engine.submit([int(t) for t in row], GenerationSettings(max_new_tokens=NEW)) for row in tokens]
     engine.run()

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from milora_jax.adapters.tenants import Tenants
 from milora_jax.base.load import load_base
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.data.batches import collate_prompts
@@ -25,6 +24,7 @@ from milora_jax.evaluation.routing import (
     route_prompts,
     summary_lines,
 )
+from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.decode import prefill
 from milora_jax.storage.__main__ import main as storage
 from milora_jax.storage.adapters import load_adapter
@@ -70,10 +70,10 @@ def test_the_routes_are_those_of_generation(folder):
     prompts = [tokenizer.encode(text) for text in texts]
     done = []
     found = route_prompts(base, config, adapter, prompts, rows=4, progress=done.append)
-    tenants, slot = Tenants.single(adapter_decode_layout(adapter, base)), jnp.int32(0)
+    tenants, slot = AdapterStack.single(adapter_decode_layout(adapter, base)), jnp.int32(0)
     for prompt, weights in zip(prompts, found.weights, strict=True):
         batch = jax.device_put(collate_prompts([prompt], 64, 0, 1))
-        alone, _ = prefill(base, tenants, slot, batch, config, slots=64)
+        alone, _ = prefill(base, tenants, slot, batch, config, cache_length=64)
         np.testing.assert_array_equal(weights, np.stack(alone.route)[:, 0, 0])
     np.testing.assert_allclose(found.probs.sum(axis=-1), 1.0, rtol=1e-6)
     assert sum(done) == len(prompts)

@@ -167,7 +167,7 @@ def test_scan_equals_loop_with_a_cache():
 def compiled_chunk(adapter, rows, plan=None):
     """The optimised program of a chunk, and the cache shape of a layer."""
     engine = make_engine(adapter, rows=rows, slots=48)
-    lowered = decode_chunk.lower(DECODING, engine.tenants, engine._state, TINY, 16, plan or Plan())
+    lowered = decode_chunk.lower(DECODING, engine.adapters, engine._state, TINY, 16, plan or Plan())
     return lowered.compile().as_text()
 
 

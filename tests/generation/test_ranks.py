@@ -40,7 +40,7 @@ def alone(adapters):
 def assert_at_home(bank, own):
     """Every adapter changes in its slot what it changes alone."""
     for name, expected in own.items():
-        for mine, one in zip(changes(bank.tenants, bank.slot_of(name)), expected, strict=True):
+        for mine, one in zip(changes(bank.adapters, bank.slot_of(name)), expected, strict=True):
             np.testing.assert_allclose(mine, one, rtol=1e-5, atol=1e-5)
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from milora_jax.adapters.kernel import SlotPairs, reference_products, row_products, visits
-from milora_jax.adapters.tenants import choose_path
 from milora_jax.errors import UserError
+from milora_jax.generation.adapter_stack import choose_path
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.decode import decode_chunk
+from milora_jax.generation.kernel import SlotPairs, reference_products, row_products, visits
 from milora_jax.generation.settings import GenerationSettings
 from tests.generation.decoding import DECODING, decoded, make_engine
 from tests.models import TINY
@@ -32,7 +32,7 @@ def make_bank(path="gathered", method="milora", slots=SLOTS, **more):
 
 def together(bank, work, rows=4, new=8):
     """Tokens of ``(prompt, slot)`` pairs decoded in one batch."""
-    engine = make_engine(bank.tenants, rows=rows)
+    engine = make_engine(bank.adapters, rows=rows)
     settings = GenerationSettings(max_new_tokens=new, ignore_eos=True)
     made = [engine.submit(prompt.tolist(), settings, slot) for prompt, slot in work]
     engine.run()
@@ -91,7 +91,7 @@ def test_a_row_is_bit_for_bit_the_same_in_any_batch(count):
                 ),
             )
         )
-    engine = make_engine(bank.tenants, rows=4, slots=32, chunk=4)
+    engine = make_engine(bank.adapters, rows=4, slots=32, chunk=4)
 
     def run(numbers):
         made = [engine.submit(pool[n][0], pool[n][2], pool[n][1]) for n in numbers]

@@ -109,7 +109,7 @@ def test_nothing_is_compiled_after_the_start(service):
 def test_every_sample_has_a_row(service):
     listener = Listener(service, "math", [5, 6], max_new_tokens=40, num_samples=2)
     listener.end()
-    assert listener.counted[2].free_rows == service.limits.rows - 2, "after the first token of both"
+    assert listener.counted[2].free_slots == service.limits.rows - 2, "after the first token of both"
 
 
 def test_one_who_leaves_frees_the_row_and_disturbs_nobody(service):

@@ -47,7 +47,7 @@ class PaperEngine:
         self.begun, self.raises = [], False
 
     @property
-    def free_rows(self):
+    def free_slots(self):
         return self.rows.count(None) - sum(each.settings.num_samples for each in self.waiting)
 
     @property
@@ -58,7 +58,7 @@ class PaperEngine:
         if prompt[0] == 99:
             raise UserError("a prompt that cannot be decoded")
         request = Request(tuple(prompt), settings, slot)
-        assert self.free_rows >= settings.num_samples, "nobody is seated on another's lap"
+        assert self.free_slots >= settings.num_samples, "nobody is seated on another's lap"
         self.waiting.append(request)
         self.begun.append(request)
         return request

@@ -7,10 +7,10 @@ import pytest
 
 from milora_jax.adapters.protocol import init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
-from milora_jax.adapters.tenants import Tenants
 from milora_jax.base.modules import decode_layout, frozen_kernels
 from milora_jax.base.transformer import adapter_decode_layout, forward, unembed
 from milora_jax.config import AdapterSection, MeshSection
+from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.beam import beam_search
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.settings import GenerationSettings
@@ -68,8 +68,8 @@ def test_packed_equals_unpacked(name, method):
 def test_decoding_past_the_window_equals_the_full_forward(name, method):
     base, config, adapter = ready(name, method)
     prompts = [text(2, 4), text(3, LONG)]
-    tenants = Tenants.single(adapter_decode_layout(adapter, base))
-    engine = Engine(decode_layout(base), config, tenants, rows=2, slots=64)
+    tenants = AdapterStack.single(adapter_decode_layout(adapter, base))
+    engine = Engine(decode_layout(base), config, tenants, batch_slots=2, cache_length=64)
     settings = GenerationSettings(max_new_tokens=NEW, ignore_eos=True)
     made = [engine.submit([int(t) for t in prompt], settings) for prompt in prompts]
     engine.run()
@@ -84,7 +84,7 @@ def test_decoding_past_the_window_equals_the_full_forward(name, method):
 def test_beams_past_the_window_have_the_score_of_their_tokens(name):
     base, config, adapter = ready(name, "milora")
     prompts = [text(2, 4), text(3, LONG)]
-    tenants = Tenants.single(adapter_decode_layout(adapter, base))
+    tenants = AdapterStack.single(adapter_decode_layout(adapter, base))
     settings = GenerationSettings(num_beams=3, max_new_tokens=NEW, ignore_eos=True)
     asked = [[int(t) for t in prompt] for prompt in prompts]
     for found, prompt in zip(

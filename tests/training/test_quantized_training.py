@@ -8,11 +8,11 @@ import pytest
 
 from milora_jax.adapters.protocol import init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
-from milora_jax.adapters.tenants import Tenants
 from milora_jax.base import quantized
 from milora_jax.base.modules import decode_layout, frozen_kernels
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.config import AdapterSection, MeshSection
+from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.parallel.mesh import make_mesh
@@ -76,8 +76,8 @@ def continued(base, merge=False):
     """Greedy tokens of two prompts."""
     adapter = fresh(base).adapter
     noisy = jax.tree.map(lambda leaf: leaf + 0.1, adapter.params)
-    tenants = Tenants.single(adapter_decode_layout(dataclasses.replace(adapter, params=noisy), base))
-    engine = Engine(decode_layout(base), QUANTIZABLE, tenants, rows=2, slots=64, merge=merge)
+    tenants = AdapterStack.single(adapter_decode_layout(dataclasses.replace(adapter, params=noisy), base))
+    engine = Engine(decode_layout(base), QUANTIZABLE, tenants, batch_slots=2, cache_length=64, merge=merge)
     made = [
         engine.submit([int(t) for t in text(seed, 9)], GenerationSettings(max_new_tokens=8, ignore_eos=True))
         for seed in (1, 2)

@@ -1,17 +1,17 @@
-"""Adapters of several tenants at work on the rows of one batch.
+"""Adapters of one method at work on one batch, each row with its own.
 
-A :class:`Tenants` holds either one adapter for all rows or a bank of them, stacked on a leading slot
-axis. Prefill runs one tenant's prompts with :meth:`Tenants.of_slot`. Decoding asks
-:meth:`Tenants.for_rows` for an adapter whose method treats every row by its own tenant. Which way is
-taken depends on the bank, on the method and on the machine, never on who sits in the batch, so that a
-row's tokens cannot depend on its neighbours' tenants:
+An :class:`AdapterStack` holds either one adapter for all rows, or those of a bank on a leading adapter-slot
+axis. Prefill runs the prompts of one adapter with :meth:`AdapterStack.of_slot`. Decoding asks
+:meth:`AdapterStack.for_batch` for an adapter whose method treats every row by its own. How that is computed
+depends on the bank, on the method and on the machine, never on which adapters are in the batch, so that a
+row's tokens cannot depend on its neighbours' adapters:
 
 =========  ===============================================================================================
 one        a single adapter: plain matrix products
 one_hot    a few slots: one product with all slots' matrices, of which a row keeps its own
 tpu, gpu   many slots there: a kernel that reads and multiplies only what a row chose
 gathered   many slots elsewhere: each row's matrices are copied together once per chunk of steps, or once
-           for as long as somebody has the row, see :class:`Seats`
+           for as long as a request holds the batch slot, see :class:`GatheredAdapters`
 =========  ===============================================================================================
 """
 
@@ -29,9 +29,9 @@ from flax import struct
 
 from milora_jax.adapters.inputs import ProjectionGroup, Shape
 from milora_jax.adapters.joined import JoinedPairs, by_module
-from milora_jax.adapters.kernel import SlotPairs, row_products
 from milora_jax.adapters.low_rank import add
 from milora_jax.adapters.protocol import Adapter, Method
+from milora_jax.generation.kernel import SlotPairs, row_products
 from milora_jax.shapes import Array, Float, Int
 from milora_jax.types import PyTree
 
@@ -68,7 +68,7 @@ def _on_pairs(change: Callable[[Any], Any], params: PyTree, kind: type) -> PyTre
 
 
 @struct.dataclass
-class Tenants:
+class AdapterStack:
     """Prepared adapters of one method for one base.
 
     Attributes:
@@ -84,45 +84,47 @@ class Tenants:
     path: str = struct.field(pytree_node=False)
 
     @classmethod
-    def single(cls, adapter: Adapter) -> Tenants:
+    def single(cls, adapter: Adapter) -> AdapterStack:
         """One adapter, in the decode layout, for all rows."""
         return cls(params=adapter.params, method=adapter.method, shape=adapter.shape, path="one")
 
-    def of_slot(self, slot: Int[Array, ""]) -> Adapter:
-        """The adapter in one slot, for rows that are all this tenant's."""
+    def of_slot(self, adapter_slot: Int[Array, ""]) -> Adapter:
+        """The adapter in one slot, for rows that all use it."""
         params = self.params
         if self.path != "one":
-            params = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, 0, False), params)
+            params = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, adapter_slot, 0, False), params
+            )
             params = _on_pairs(SlotPairs.joined, params, SlotPairs)
         return Adapter(params=params, method=self.method, shape=self.shape)
 
-    def for_rows(self, tenant: Int[Array, " B"]) -> Adapter:
-        """An adapter for rows that each have their own tenant.
+    def for_batch(self, adapter_slots: Int[Array, " B"]) -> Adapter:
+        """An adapter for rows that each use their own.
 
         Args:
-          tenant: the slot of each row.
+          adapter_slots: of each row's adapter.
         """
         if self.path == "one":
             return Adapter(params=self.params, method=self.method, shape=self.shape)
         method: Method
         if self.path == "gathered":
             method = PerRow(self.method)
-            params = jax.tree.map(lambda leaf: leaf[tenant], self.params)
+            params = jax.tree.map(lambda leaf: leaf[adapter_slots], self.params)
         else:
             method = OneHot(self.method) if self.path == "one_hot" else Kernel(self.method, self.path)
-            params = tuple(Slots(layer, tenant) for layer in self.params)
+            params = tuple(StackedLayer(layer, adapter_slots) for layer in self.params)
         return Adapter(params=params, method=method, shape=self.shape)
 
 
 @struct.dataclass
-class Seats:
-    """The adapters of a batch's rows, copied out of a bank when somebody takes the row.
+class GatheredAdapters:
+    """The adapter of every batch slot, copied out of a bank when a request is admitted.
 
-    What a row has it keeps, whatever becomes of its slot in the bank. Stands where a :class:`Tenants` of path
-    "gathered" does, and treats rows as that would.
+    A request keeps the adapter that it was admitted with, whatever becomes of its slot in the bank. Stands
+    where an :class:`AdapterStack` of path "gathered" does, and computes as that would.
 
     Attributes:
-      params: leaves with a leading row axis.
+      params: leaves with a leading axis of batch slots.
     """
 
     params: tuple[PyTree, ...]
@@ -130,56 +132,62 @@ class Seats:
     shape: Shape = struct.field(pytree_node=False)
 
     @classmethod
-    def empty(cls, tenants: Tenants, rows: int) -> Seats:
-        """Rows that nobody has taken."""
+    def empty(cls, adapters: AdapterStack, batch_slots: int) -> GatheredAdapters:
+        """Batch slots that are all free."""
 
         def vacant(leaf: Array) -> Array:
-            return jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype, device=leaf.sharding)
+            return jnp.zeros((batch_slots, *leaf.shape[1:]), leaf.dtype, device=leaf.sharding)
 
-        return cls(jax.tree.map(vacant, tenants.params), tenants.method, tenants.shape)
+        return cls(jax.tree.map(vacant, adapters.params), adapters.method, adapters.shape)
 
-    def for_rows(self, tenant: Int[Array, " B"]) -> Adapter:
-        """An adapter for rows that each have their own."""
-        del tenant
+    def for_batch(self, adapter_slots: Int[Array, " B"]) -> Adapter:
+        """An adapter for rows that each use their own."""
+        del adapter_slots
         return Adapter(params=self.params, method=PerRow(self.method), shape=self.shape)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def take_seats(seats: Seats, tenants: Tenants, rows: Int[Array, " n"], slot: Int[Array, ""]) -> Seats:
-    """Copy the adapter of a slot to some rows; rows beyond the batch are left out."""
+def gather_adapter(
+    gathered: GatheredAdapters,
+    adapters: AdapterStack,
+    batch_slots: Int[Array, " n"],
+    adapter_slot: Int[Array, ""],
+) -> GatheredAdapters:
+    """Copy the adapter of a slot to some batch slots; those beyond the batch are left out."""
 
-    def put(mine: Array, bank: Array) -> Array:
-        return mine.at[rows].set(jax.lax.dynamic_index_in_dim(bank, slot, 0, False), mode="drop")
+    def put(held: Array, bank: Array) -> Array:
+        new = jax.lax.dynamic_index_in_dim(bank, adapter_slot, 0, False)
+        return held.at[batch_slots].set(new, mode="drop")
 
-    return dataclasses.replace(seats, params=jax.tree.map(put, seats.params, tenants.params))
+    return dataclasses.replace(gathered, params=jax.tree.map(put, gathered.params, adapters.params))
 
 
 @struct.dataclass
-class Slots:
-    """One layer of a bank and where each row finds its own.
+class StackedLayer:
+    """One layer of a bank, and which of its adapters each row uses.
 
     Attributes:
-      bank: leaves with a leading slot axis.
-      tenant: the slot of each row.
+      bank: leaves with a leading adapter-slot axis.
+      adapter_slots: of each row's adapter.
     """
 
     bank: PyTree
-    tenant: Int[Array, " B"]
+    adapter_slots: Int[Array, " B"]
 
 
 @dataclass(frozen=True)
-class Rows(Method):
-    """A method for decoding whose rows have different tenants; it has no router and no prefix.
+class BatchMethod(Method):
+    """A method for decode steps whose rows use different adapters; it has no router and no prefix.
 
     Attributes:
-      method: what every tenant's adapter is.
+      method: that of every adapter.
     """
 
     method: Any = None
 
 
 @dataclass(frozen=True)
-class PerRow(Rows):
+class PerRow(BatchMethod):
     """Any method, row by row: its hooks are vectorised over rows and their own parameters."""
 
     def adapt(self, params: PyTree, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
@@ -207,16 +215,16 @@ class PerRow(Rows):
 
 
 @dataclass(frozen=True)
-class OneHot(Rows):
+class OneHot(BatchMethod):
     """Methods of low-rank pairs: one product with the matrices of all slots."""
 
-    def adapt(self, params: Slots, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
+    def adapt(self, params: StackedLayer, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
         """The adapted outputs."""
         pairs, weights = self.method.pairs_of(params.bank, group)
         slots, _, rank, _ = pairs.b.shape
         u = jnp.einsum("BTD,SDU->BTSU", group.x, pairs.a)
         u = u.reshape(*u.shape[:3], len(pairs.tiles), rank)
-        mine = jax.nn.one_hot(params.tenant, slots, dtype=u.dtype)[:, None, :, None, None]
+        mine = jax.nn.one_hot(params.adapter_slots, slots, dtype=u.dtype)[:, None, :, None, None]
         u = u * mine
         if weights is not None:
             u = u * weights[:, :, None].astype(u.dtype)
@@ -226,16 +234,16 @@ class OneHot(Rows):
 
 
 @dataclass(frozen=True)
-class Kernel(Rows):
+class Kernel(BatchMethod):
     """Methods of low-rank pairs: a kernel that leaves out what a row did not choose.
 
     Attributes:
-      platform: the one of ``adapters.kernel.row_products``.
+      platform: the one of ``generation.kernel.row_products``.
     """
 
     platform: str = ""
 
-    def adapt(self, params: Slots, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
+    def adapt(self, params: StackedLayer, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
         """The adapted outputs of one token per row."""
         pairs, weights = self.method.pairs_of(params.bank, group)
         rows, modules = group.x.shape[0], len(pairs.tiles)
@@ -243,5 +251,5 @@ class Kernel(Rows):
             shares = jnp.ones((rows, modules), jnp.float32)
         else:
             shares = weights.astype(jnp.float32).reshape(rows, modules)
-        wide = row_products(group.x[:, 0], pairs, params.tenant, shares, self.platform)
+        wide = row_products(group.x[:, 0], pairs, params.adapter_slots, shares, self.platform)
         return add(group.outputs, by_module(pairs.tiles, wide[:, :, None]))
