@@ -41,7 +41,7 @@ def padded_length(longest: int, multiple: int, limit: int) -> int:
     return min(-(-longest // multiple) * multiple, limit)
 
 
-def collate(packed: Sequence[Sequence[Example]], length: int, pad_id: int, rows: int) -> Batch:
+def collate(packed: Sequence[Sequence[Example]], length: int, rows: int) -> Batch:
     """Training rows, padded on the right; missing rows are all padding and count nowhere.
 
     Args:
@@ -49,7 +49,7 @@ def collate(packed: Sequence[Sequence[Example]], length: int, pad_id: int, rows:
       length: T, at least the tokens of any row.
       rows: B, at least the number of rows given.
     """
-    batch = _empty(rows, length, pad_id)
+    batch = _empty(rows, length)
     for row, examples in enumerate(packed):
         start = 0
         for segment, example in enumerate(examples, 1):
@@ -90,7 +90,7 @@ def collate_prompts(prompts: Sequence[Sequence[int]], length: int, pad_id: int, 
     return batch
 
 
-def _empty(rows: int, length: int, pad_id: int) -> Batch:
+def _empty(rows: int, length: int, pad_id: int = 0) -> Batch:
     shape = (rows, length)
     # Host arrays: they become device arrays when they are placed.
     fields: dict[str, Any] = {

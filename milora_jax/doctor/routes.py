@@ -157,7 +157,7 @@ def _trained(subject: Subject, adapter: Adapter, base: Base, rows: Sequence[Sequ
     longest = max(sum(len(example.tokens) for example in row) for row in rows)
     prompts, model = max(map(len, rows)), subject.model
     count = _rows_of(subject, len(rows))
-    batch = collate(rows, -(-longest // MULTIPLE) * MULTIPLE, 0, count)
+    batch = collate(rows, -(-longest // MULTIPLE) * MULTIPLE, count)
     filled = [len(row) for row in rows] + [0] * (count - len(rows))
     present = np.arange(prompts) < np.array(filled)[:, None]
     attend = attend_over(subject.mesh, Rules())

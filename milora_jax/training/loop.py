@@ -193,7 +193,7 @@ class Trainer:
         return self._batch(packed), sum(len(example.tokens) for row in packed for example in row)
 
     def _batch(self, packed: list[list[Example]]) -> Batch:
-        batch = collate(packed, self._length, 0, self._settings.batch_size)
+        batch = collate(packed, self._length, self._settings.batch_size)
         return self._run.place(batch)
 
     def _restore_or_init(self) -> tuple[TrainState, Progress]:
