@@ -157,11 +157,6 @@ class Metrics:
     bad_steps: Int[Array, ""]
 
 
-def layer_count(stacked: PyTree) -> int:
-    """Number of layers of a stacked tree: the length of the leading axis of its first leaf."""
-    return jax.tree.leaves(stacked)[0].shape[0]
-
-
 def unstack_layers(stacked: PyTree) -> tuple[PyTree, ...]:
     """Turn a tree stacked on a leading layer axis into a tuple with one tree per layer.
 

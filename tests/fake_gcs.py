@@ -21,6 +21,8 @@ class FakeStorage:
       generations: versions by name, 1 for those that are not named.
       asked: (object, range as the header gives it or None) of every read.
       refuse: status of all answers, 0 for honest ones.
+      failures: statuses of the next answers.
+      cut: how many of the next bodies end half way.
     """
 
     def __init__(self) -> None:
@@ -28,6 +30,8 @@ class FakeStorage:
         self.generations: dict[str, int] = {}
         self.asked: list[tuple[str, str | None]] = []
         self.refuse = 0
+        self.failures: list[int] = []
+        self.cut = 0
 
     def upload(self, directory: Path, prefix: str) -> None:
         """Take the files of a directory."""
@@ -36,6 +40,8 @@ class FakeStorage:
 
     def answer(self, target: str, asked: str | None) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body."""
+        if self.failures:
+            return self.failures.pop(0), {}, b""
         address = urlsplit(target)
         front = f"/storage/v1/b/{BUCKET}/o"
         if self.refuse or not address.path.startswith(front):
@@ -73,6 +79,9 @@ def serving(storage: FakeStorage) -> Iterator[str]:
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
+            if body and storage.cut:
+                storage.cut -= 1
+                body, self.close_connection = body[: len(body) // 2], True
             self.wfile.write(body)
 
         def log_message(self, format: str, *values: object) -> None:

@@ -37,7 +37,7 @@ SIDEWAYS = {
 
 HEAVY = (
     *("torch", "transformers", "tokenizers", "datasets", "ml_collections", "absl", "matplotlib", "tqdm"),
-    *("tensorboardX", "wandb", "sacrebleu", "rouge_score"),
+    *("tensorboardX", "wandb", "sacrebleu", "rouge_score", "openai", "tensorstore"),
 )
 """Libraries that are imported inside the functions that need them."""
 

@@ -1,4 +1,4 @@
-"""A file as bytes of which ranges are read, wherever it lies; and such a file on a disk."""
+"""Files that are read by byte ranges: the protocol, and a file on a disk."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from typing import Protocol, runtime_checkable
 from milora_jax.errors import UserError
 
 Span = tuple[int, int]
-"""The first byte, and the one after the last."""
+"""The first byte, and the byte after the last."""
 
 
 @runtime_checkable
 class ByteFile(Protocol):
-    """A file whose bytes are read by ranges, from as many threads as like to."""
+    """A file that any number of threads read by byte ranges."""
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """The file's name in errors."""
         ...
 
     @property
     def block(self) -> int:
-        """Bytes that are well read at a time."""
+        """Bytes to read at a time."""
         ...
 
     def size(self) -> int:
         """Bytes of the file.
 
         Raises:
-          UserError: it is not there, not readable, or not a regular file.
+          UserError: the file is missing, not readable, or not a regular file.
         """
         ...
 
     def read(self, spans: Iterable[Span]) -> Iterator[memoryview]:
-        """The bytes of every span, in order; each is good until the next one is asked for.
+        """The bytes of every span, in order; each is valid until the next one is taken.
 
         Raises:
           UserError: the file is not readable, or ends within a span.
@@ -48,20 +48,20 @@ class ByteFile(Protocol):
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file on a disk, opened anew by every reader."""
+    """A file on a disk, which every call opens anew."""
 
     path: Path
 
     block = 2**20
-    """Enough for a disk, and what was read is still in the processor's cache when it is copied on."""
+    """Enough for a disk; the bytes are still in the processor's cache when they are copied."""
 
     @property
     def name(self) -> str:
-        """Its path."""
+        """The path."""
         return str(self.path)
 
     def size(self) -> int:
-        """Bytes of the file; UserError for a pipe, a directory, or none."""
+        """Bytes of the file; UserError for a pipe, a directory or a missing file."""
         descriptor = self._open()
         try:
             status = os.fstat(descriptor)
@@ -72,7 +72,7 @@ class LocalFile:
         return status.st_size
 
     def read(self, spans: Iterable[Span]) -> Iterator[memoryview]:
-        """The bytes of every span, all in the same memory."""
+        """The bytes of every span, in one buffer that is reused."""
         memory = bytearray(0)
         descriptor = self._open()
         try:
@@ -94,7 +94,7 @@ class LocalFile:
 
     def _open(self) -> int:
         try:
-            # A pipe would wait for a writer.
+            # Opening a pipe would else wait for its writer.
             return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise UserError(f"{self.path}: not readable ({error.strerror})") from None

@@ -1,8 +1,10 @@
-"""A directory of Google Cloud Storage: small files are copied, of large ones ranges are read.
+"""A model directory in Google Cloud Storage: small files are copied, weight files are read by byte ranges.
 
-tensorstore speaks to the storage, with the credentials of the machine (a service account of a TPU VM,
-``gcloud auth application-default login``) or without any for a public bucket; requests that fail are tried
-again, with growing pauses.
+tensorstore's key-value store makes the requests, with the credentials of the machine (a service account of a
+TPU VM, ``gcloud auth application-default login``) or without any for a public bucket. It retries after
+statuses 429 and 5xx and after truncated bodies, and ``TENSORSTORE_GCS_HTTP_URL`` points it to an emulator. It
+is preferred to gcsfs, which returns fewer bytes than were asked for without an error, cannot write on the
+condition of a generation, and brings another HTTP stack.
 """
 
 from __future__ import annotations
@@ -16,55 +18,61 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from milora_jax.base.byte_files import Span, read_span
-from milora_jax.base.tensor_file import LARGEST_HEADER, LENGTH_BYTES, declared_bytes
+from milora_jax.base.json_files import parse_json_object
+from milora_jax.base.tensor_file import LARGEST_HEADER, LENGTH_BYTES
 from milora_jax.errors import UserError
 
 SCHEME = "gs://"
 
 RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "16s"}
-"""About half a minute: a pod whose storage is away for longer does better to say so."""
+"""Half a minute in all: when storage is unavailable for longer, an error is of more use than waiting."""
 
 LARGEST_FILE = 2**53
-"""More bytes than any file has; and offsets up to it are whole numbers everywhere."""
+"""More bytes than any file has; offsets up to it are exact in every number format."""
 
 OUT_OF_RANGE = "OUT_OF_RANGE"
 """How tensorstore's error begins where a range is not in the file."""
 
 AHEAD = 6
-"""Ranges that a reader has asked for at a time: one connection does not fill a machine's network."""
+"""Ranges that are requested at a time: one connection does not saturate a machine's network."""
+
+
+def open_store(url: str) -> Any:
+    """The ``tensorstore.KvStore`` of ``gs://BUCKET/PATH``, whose keys are relative to the path.
+
+    Raises:
+      UserError: it is no such name.
+    """
+    import tensorstore
+
+    bucket, _, path = url.removeprefix(SCHEME).partition("/")
+    prefix = path.rstrip("/")
+    spec = {
+        "driver": "gcs",
+        "bucket": bucket,
+        "path": f"{prefix}/" if prefix else "",
+        "context": {"gcs_request_retries": RETRIES},
+    }
+    try:
+        if not url.startswith(SCHEME):
+            raise ValueError(f"expected {SCHEME}BUCKET/PATH")
+        return tensorstore.KvStore.open(spec).result()
+    except ValueError as error:
+        raise UserError(f"model {url!r}: {_reason(error)}") from None
 
 
 class RemoteDirectory:
     """The files directly within ``gs://BUCKET/PATH``."""
 
     def __init__(self, url: str) -> None:
-        """Take the name of a directory.
-
-        Raises:
-          UserError: it is none.
-        """
-        import tensorstore
-
-        bucket, _, path = url.removeprefix(SCHEME).partition("/")
-        self.url, prefix = url.rstrip("/"), path.rstrip("/")
-        spec = {
-            "driver": "gcs",
-            "bucket": bucket,
-            "path": f"{prefix}/" if prefix else "",
-            "context": {"gcs_request_retries": RETRIES},
-        }
-        try:
-            if not url.startswith(SCHEME):
-                raise ValueError(f"expected {SCHEME}BUCKET/PATH")
-            self._store = tensorstore.KvStore.open(spec).result()
-        except ValueError as error:
-            raise UserError(f"model {url!r}: {_reason(error)}") from None
+        """Open the directory; see :func:`open_store`."""
+        self.url, self._store = url.rstrip("/"), open_store(url)
 
     def names(self) -> list[str]:
-        """The names of the files, in order.
+        """The names of the files, sorted.
 
         Raises:
-          UserError: the storage does not say, or there are none.
+          UserError: the directory cannot be listed, or has no files.
         """
         try:
             keys = self._store.list().result()
@@ -77,15 +85,15 @@ class RemoteDirectory:
         return found
 
     def content(self, name: str) -> bytes:
-        """All of a small file.
+        """The content of a small file.
 
         Raises:
-          UserError: it is not there, or cannot be read.
+          UserError: the file is missing or cannot be read.
         """
         return _result(self._store.read(name), f"{self.url}/{name}").value
 
     def file(self, name: str) -> RemoteFile:
-        """A large safetensors file."""
+        """A weight file."""
         return RemoteFile(self._store, self.url, name)
 
 
@@ -94,9 +102,9 @@ class RemoteFile:
     """A safetensors file of a remote directory; see ``byte_files.ByteFile``.
 
     Attributes:
-      store: of its directory.
-      url: of its directory.
-      key: its name there.
+      store: the ``tensorstore.KvStore`` of its directory.
+      url: the directory.
+      key: the file's name in the directory.
     """
 
     store: Any
@@ -104,11 +112,11 @@ class RemoteFile:
     key: str
 
     block = 2**22
-    """A range of a few milliseconds' transfer, so that the time until it begins does not count for much."""
+    """Large enough that the transfer, and not the latency of a request, takes most of the time."""
 
     @property
     def name(self) -> str:
-        """Its whole address."""
+        """The whole address."""
         return f"{self.url}/{self.key}"
 
     def size(self) -> int:
@@ -119,50 +127,53 @@ class RemoteFile:
     def _size(self) -> int:
         """The size, found once.
 
-        tensorstore does not tell sizes. But a safetensors file says itself where it ends: that it does not
-        end before that and not behind costs two small requests, and only a damaged one is searched.
+        tensorstore does not report sizes. But a safetensors file declares where it ends: two requests of a
+        byte check that it does, and only the size of a damaged file is found by bisection.
         """
-        told = self._told()
-        if told is not None and self._reaches(told) and not self._reaches(told + 1):
-            return told
+        declared = self._declared_size()
+        if declared is not None and self._has_bytes(declared) and not self._has_bytes(declared + 1):
+            return declared
         most = LENGTH_BYTES
-        while self._reaches(most):
+        while self._has_bytes(most):
             most *= 2
-        return bisect.bisect_left(range(1, most), True, key=lambda count: not self._reaches(count))
+        return bisect.bisect_left(range(1, most), True, key=lambda count: not self._has_bytes(count))
 
     def read(self, spans: Iterable[Span]) -> Iterator[memoryview]:
-        """The bytes of every span, the next few of them already on their way."""
-        coming: deque[Any] = deque()
+        """The bytes of every span; the next few spans are requested meanwhile."""
+        pending: deque[Any] = deque()
         for start, end in spans:
-            coming.append(self.store.read(self.key, byte_range=slice(start, end)))
-            if len(coming) > AHEAD:
-                yield self._arrived(coming.popleft())
-        while coming:
-            yield self._arrived(coming.popleft())
+            pending.append(self.store.read(self.key, byte_range=slice(start, end)))
+            if len(pending) > AHEAD:
+                yield self._bytes_of(pending.popleft())
+        while pending:
+            yield self._bytes_of(pending.popleft())
 
     @functools.cached_property
     def _generation(self) -> bytes:
-        """Which version of the file this is; the storage replaces files while they are read."""
+        """The version of the file at the first read; an object may be replaced between two reads."""
         return _result(self.store.read(self.key, byte_range=slice(0, 1)), self.name).stamp.generation
 
-    def _arrived(self, coming: Any) -> memoryview:
-        found = _result(coming, self.name)
+    def _bytes_of(self, pending: Any) -> memoryview:
+        found = _result(pending, self.name)
         if found.stamp.generation != self._generation:
             raise UserError(f"{self.name}: was replaced while it was read")
         return memoryview(found.value)
 
-    def _told(self) -> int | None:
-        """Where the header says that the file ends, if there is a header."""
-        if not self._reaches(LENGTH_BYTES):
+    def _declared_size(self) -> int | None:
+        """The end of the last tensor as the header has it; None where no header can be read."""
+        try:
+            length = int.from_bytes(read_span(self, 0, LENGTH_BYTES), "little")
+            if length > LARGEST_HEADER:
+                return None
+            header = parse_json_object(read_span(self, LENGTH_BYTES, LENGTH_BYTES + length), self.name)
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (UserError, LookupError, TypeError):
             return None
-        length = int.from_bytes(read_span(self, 0, LENGTH_BYTES), "little")
-        if length > LARGEST_HEADER or not self._reaches(LENGTH_BYTES + length):
-            return None
-        data = declared_bytes(read_span(self, LENGTH_BYTES, LENGTH_BYTES + length))
-        return None if data is None else LENGTH_BYTES + length + data
+        return LENGTH_BYTES + length + end if type(end) is int and end >= 0 else None
 
-    def _reaches(self, count: int) -> bool:
-        """Whether the file has so many bytes."""
+    def _has_bytes(self, count: int) -> bool:
+        """Whether the file has at least so many bytes."""
         if count > LARGEST_FILE:
             return False
         try:
@@ -174,14 +185,14 @@ class RemoteFile:
         return True
 
 
-def _result(coming: Any, name: str) -> Any:
-    """What a read brought.
+def _result(pending: Any, name: str) -> Any:
+    """The ``ReadResult`` of a pending read.
 
     Raises:
-      UserError: nothing.
+      UserError: the object is missing, shorter than the range, or cannot be read.
     """
     try:
-        found = coming.result()
+        found = pending.result()
     except ValueError as error:
         reason = "ends where there were more bytes" if str(error).startswith(OUT_OF_RANGE) else _reason(error)
         raise UserError(f"{name}: {reason}") from None

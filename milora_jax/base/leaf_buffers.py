@@ -1,4 +1,4 @@
-"""Where the values of a leaf are put together: in host memory that a device takes as it is, or on devices."""
+"""Buffers in which a leaf is assembled: host memory that CPU devices share, or arrays on devices."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ import numpy as np
 from milora_jax.shapes import Array, Int
 
 ALIGNMENT = 64
-"""Bytes to which XLA aligns buffers: a CPU device takes a host array so aligned as it is, uncopied."""
+"""Bytes to which XLA aligns buffers: a CPU device uses a host array with this alignment without a copy."""
 
 Device = Any
-"""A ``jax.Device``, which type checkers take for a variable."""
+"""A ``jax.Device``, which type checkers read as a variable."""
 
 Box = tuple[slice, ...]
-"""A part of an array: one slice per axis."""
+"""A part of an array, one slice per axis."""
 
 
 def shape_of(box: Box) -> tuple[int, ...]:
-    """Of the part."""
+    """The shape of a box."""
     return tuple(side.stop - side.start for side in box)
 
 
 @runtime_checkable
 class Buffer(Protocol):
-    """The values of an array, which come in boxes and from several threads."""
+    """The values of an array, which several threads put box by box."""
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the values."""
+        """The dtype of the values."""
         ...
 
     def region(self, box: Box) -> np.ndarray:
@@ -43,22 +43,22 @@ class Buffer(Protocol):
         ...
 
     def put(self, box: Box, values: np.ndarray) -> None:
-        """Take the values of a box."""
+        """Store the values of a box."""
         ...
 
     def arrays(self) -> list[jax.Array]:
-        """The array on each of its devices, once all of it has been put."""
+        """The array on each device, once every box has been put."""
         ...
 
 
 def buffer_for(shape: tuple[int, ...], dtype: np.dtype, devices: Sequence[Device]) -> Buffer:
-    """What suits the devices, which are of one kind."""
+    """The buffer that suits the devices, which are of one kind."""
     kind = HostBuffer if devices[0].platform == "cpu" else DeviceBuffer
     return kind(shape, dtype, devices)
 
 
 class HostBuffer:
-    """An array in host memory, which CPU devices take as it is."""
+    """An array in host memory, which CPU devices use without a copy."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: Sequence[Device]) -> None:
         """Reserve the memory."""
@@ -84,9 +84,9 @@ class HostBuffer:
 
 
 class DeviceBuffer:
-    """An array on every one of some devices, each of which takes it box by box.
+    """An array on each of some devices, to which it is copied box by box.
 
-    A stacked leaf comes tensor by tensor: a host never holds more of it than its threads are reading.
+    The host never holds more of a stacked leaf than the tensors that its threads are reading.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: Sequence[Device]) -> None:
@@ -94,7 +94,7 @@ class DeviceBuffer:
         self.dtype: np.dtype = dtype
         self._shape = shape
         self._arrays: dict[Device, jax.Array | None] = dict.fromkeys(devices)
-        self._lock = threading.Lock()  # an update takes away the array before it
+        self._lock = threading.Lock()  # an update donates the array before it
 
     def region(self, box: Box) -> np.ndarray:
         """New memory."""
@@ -106,7 +106,7 @@ class DeviceBuffer:
         for device in self._arrays:
             part = jax.device_put(values, device)
             with self._lock:
-                if part.shape != self._shape:  # an array that comes as one is not written twice
+                if part.shape != self._shape:  # a whole array needs no update
                     part = _updated(self._reserved(device), part, starts)
                 self._arrays[device] = jax.block_until_ready(part)
 

@@ -1,8 +1,8 @@
 """Tensors of safetensors files into the leaves of a base, by several threads.
 
-A chunk of a file is transposed to ``[in, out]``, cast or encoded, and copied into its place. Beside the
-buffers each of :data:`THREADS` holds a chunk: of a quantised kernel one tensor in float32, and where devices
-take a leaf tensor by tensor one of those.
+A chunk of a file is cast or encoded, transposed to ``[in, out]``, and copied into its place. Beside the
+buffers each of :data:`THREADS` threads holds one chunk; for a quantised kernel one tensor in float32; and one
+tensor where devices take a leaf tensor by tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import pairwise
 
-import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.base.leaf_buffers import Box, Buffer
@@ -26,20 +25,19 @@ THREADS = 4
 """Tensors that are read at a time."""
 
 PIECE_BYTES = 2**25
-"""Of a tensor that is divided among threads, at least."""
+"""The smallest piece of a tensor that is divided among threads."""
 
 TRANSPOSED_ROWS = 16
-"""Rows that become columns together: more of them, and a processor's cache forgets the first before the last
-is written; measured on two EPYC cores, 1.5 GB/s against 0.3 for all of a tensor at once."""
+"""Rows that are transposed together. With more of them, a processor's cache loses the first row before the
+last is copied: two EPYC cores transpose 1.5 GB/s so, and 0.3 where a tensor is transposed at once."""
 
 Scales = dict[tuple[str, int, int], np.ndarray]
-"""Scales of the kernel read last, by the tensor, the first of its columns and the one after the last."""
-
+"""Scales of the kernel read last, by the tensor's name, its first column and the column after its last."""
 
 Task = Callable[[], int]
 
 Placed = Sequence[tuple[Box, Buffer]]
-"""Boxes of a leaf, and where their values go."""
+"""Boxes of a leaf, each with the buffer that its values go to."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Source:
     """A tensor to read from.
 
     Attributes:
-      shape: that it must have, as the leaf orders its axes.
+      shape: the shape that it must have, in the axis order of the leaf.
       transposed: whether the file holds it ``[out, in]``.
     """
 
@@ -68,20 +66,20 @@ def fill(
     """Read the values of a leaf within boxes.
 
     Args:
-      files: by tensor.
-      scales: filled by the codes of a kernel, emptied by its scales.
-      pool: reads.
-      note: told by the calling thread how many bytes of values have been put, again and again.
+      files: the file of every tensor.
+      scales: reading the codes of a kernel adds its scales, which reading the scales removes.
+      pool: the threads that read.
+      note: called by this thread with the bytes of every tensor or piece that has been put.
 
     Raises:
-      UserError: naming the tensor that is damaged or misshapen.
+      UserError: a tensor is damaged or misshapen; the error names it.
     """
     encoded = spec.encoded
     if encoded is None:
         tasks = _plain_tasks(spec, placed, files)
     else:
         tasks = _encoded_tasks(spec, encoded, placed, files, scales)
-    # The first error is raised when its result is asked for; no other thread is left behind.
+    # The first error is raised here, when its result is taken.
     for size in pool.map(lambda task: task(), tasks):
         note(size)
 
@@ -109,7 +107,7 @@ def _plain_tasks(spec: LeafSpec, placed: Placed, files: Mapping[str, TensorFile]
 
 
 def _pieces(place: Box, mine: Box, transposed: bool, itemsize: int) -> Iterator[tuple[Box, Box]]:
-    """A part of a tensor, divided by rows of the file: one tensor may be most of what there is to read."""
+    """Divide a part of a tensor by rows of the file: a leaf may consist of one large tensor."""
     axis = len(mine) - 1 if transposed else 0
     rows, front = mine[axis], len(place) - len(mine)
     size = math.prod(side.stop - side.start for side in mine) * itemsize
@@ -120,7 +118,7 @@ def _pieces(place: Box, mine: Box, transposed: bool, itemsize: int) -> Iterator[
 
 
 def _with_side(box: Box, axis: int, first: int, end: int) -> Box:
-    """A box of which some rows are left, counted from its own first one."""
+    """A box cut down to a range of rows, which are counted from its first row."""
     start = box[axis].start
     return (*box[:axis], slice(start + first, start + end), *box[axis + 1 :])
 
@@ -128,7 +126,7 @@ def _with_side(box: Box, axis: int, first: int, end: int) -> Box:
 def _encoded_tasks(
     spec: LeafSpec, encoded: Encoded, placed: Placed, files: Mapping[str, TensorFile], scales: Scales
 ) -> Iterator[Task]:
-    """One task for every tensor: of a quantised kernel all rows of the columns are read, once."""
+    """One task for every tensor: all rows of a quantised kernel's columns are read, once."""
 
     def encode(part: Part) -> int:
         source, size = _source(spec, part, files), 0
@@ -150,7 +148,7 @@ def _encoded_tasks(
 
 
 def _encoded(encoded: Encoded, source: Source, mine: Box, scales: Scales) -> np.ndarray:
-    """Codes or scales of whole columns of a tensor. The codes are asked for first, and leave their scales."""
+    """Codes or scales of whole columns of a tensor. The codes come first, and store the scales."""
     key = (source.name, mine[-1].start, mine[-1].stop)
     if encoded.scales:
         return scales.pop(key)
@@ -163,10 +161,10 @@ def _encoded(encoded: Encoded, source: Source, mine: Box, scales: Scales) -> np.
 
 
 def read_slices(into: np.ndarray, source: Source, mine: Box) -> None:
-    """Copy slices of one tensor into their place, checking its shape and that it holds floating numbers.
+    """Copy slices of one tensor to ``into``, after a check of its shape and its dtype.
 
     Args:
-      mine: the slices, one per axis, as the leaf orders them.
+      mine: the slices, one per axis, in the axis order of the leaf.
     """
     order = -1 if source.transposed else 1
     file, name = source.file, source.name
@@ -177,50 +175,16 @@ def read_slices(into: np.ndarray, source: Source, mine: Box) -> None:
         raise UserError(f"{file.name}: tensor {name!r} has dtype {entry.dtype}, expected a floating type")
     rows, *rest = mine[::order]
     for start, chunk in file.chunks(name, rows.start, rows.stop):
-        values = _cast(chunk[(slice(None), *rest)], into.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = chunk[(slice(None), *rest)].astype(into.dtype, copy=False)
         at = start - rows.start
         if source.transposed:
-            _transpose(values, into[:, at : at + len(values)])
+            _copy_transposed(values, into[:, at : at + len(values)])
         else:
             into[at : at + len(values)] = values
-
-
-def _transpose(rows: np.ndarray, into: np.ndarray) -> None:
-    """Copy rows into columns.
-
-    Two rows are woven into words of twice the width, by operations that a processor does for many numbers at
-    once, so that half as many words are then copied one by one: two EPYC cores transpose 3.3 GB/s of bfloat16
-    so, and 1.9 number by number; XLA's transposition is between the two, but into an array of its own.
-    """
-    bits = 8 * rows.dtype.itemsize
-    single, double = np.dtype(f"uint{bits}"), np.dtype(f"uint{2 * bits}")
-    rows, into = rows.view(single), into.view(single)
-    even = 0
-    if rows.shape[1] % 2 == 0 and rows.flags.c_contiguous:
-        even = len(rows) // 2 * 2
-        pairs = rows[:even].view(double)
-        first, second, lower = pairs[0::2], pairs[1::2], double.type(2**bits - 1)
-        woven = second << double.type(bits)
-        np.bitwise_or(woven, first & lower, out=woven)
-        _copy_transposed(woven, into[0::2, :even].view(double))
-        woven = first >> double.type(bits)
-        np.bitwise_or(woven, second & ~lower, out=woven)
-        _copy_transposed(woven, into[1::2, :even].view(double))
-    _copy_transposed(rows[even:], into[:, even:])
 
 
 def _copy_transposed(rows: np.ndarray, into: np.ndarray) -> None:
     for i in range(0, len(rows), TRANSPOSED_ROWS):
         few = rows[i : i + TRANSPOSED_ROWS]
         into[:, i : i + len(few)] = few.T
-
-
-def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The same numbers in another floating dtype."""
-    if values.dtype == dtype:
-        return values
-    if values.dtype == jnp.bfloat16 and dtype == np.float32:
-        # A bfloat16 is the upper half of a float32; the cast of ml_dtypes takes twice as long.
-        return (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return values.astype(dtype)

@@ -1,8 +1,8 @@
-"""Where a model lies: in a local directory, on the Hugging Face Hub, or in Google Cloud Storage.
+"""Where a model is: in a local directory, on the Hugging Face Hub, or in Google Cloud Storage.
 
-Whatever its name, a model is a local directory to its readers. One on the Hub is fetched into the Hub's
-cache. Of one in the cloud, config and tokenizer are fetched into a directory of this process; its weights
-stay where they are, and every process reads the ranges that its devices hold.
+Readers always get a local directory. A model on the Hub is downloaded into the Hub's cache. Config and
+tokenizer of a model in Cloud Storage are downloaded into a temporary directory of this process; its weights
+stay there, and every process reads the ranges that its devices hold.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ HUB = "hf://"
 WEIGHTS = ".safetensors"
 
 WANTED = ("*.json", "*.model", "*.txt", "*.jinja")
-"""Files that are fetched beside the weights: no pickles, and no code."""
+"""Files that are downloaded beside the weights: no pickles, and no code."""
 
 _REMOTE: dict[Path, dict[str, RemoteFile]] = {}
-"""The weights of the directories that this process made of models in the cloud. What lies in a directory
-cannot add to it: no model sends its reader to another place."""
+"""The weight files of the temporary directories that this process made for models in Cloud Storage. The
+content of a directory cannot add an entry: no model redirects its reader to another place."""
 
 
 def model_directory(path: str | Path) -> Path:
@@ -40,8 +40,7 @@ def model_directory(path: str | Path) -> Path:
         other weights.
 
     Raises:
-      UserError: for a name that is none, that the Hub or the cloud does not have or does not give, or no
-        connection to it.
+      UserError: the name is malformed, or the model cannot be found or downloaded.
     """
     text = str(path)
     require(bool(text), "the path of a model", text, "a directory, hf://OWNER/NAME or gs://BUCKET/PATH")
@@ -51,7 +50,7 @@ def model_directory(path: str | Path) -> Path:
 
 
 def weight_files(directory: Path) -> Mapping[str, ByteFile]:
-    """The safetensors files of a model by name, wherever they lie.
+    """The safetensors files of a model by name, local or remote.
 
     Args:
       directory: from :func:`model_directory`.
@@ -62,7 +61,7 @@ def weight_files(directory: Path) -> Mapping[str, ByteFile]:
 
 
 def hub_name(path: str) -> str:
-    """What libraries of Hugging Face call a model: OWNER/NAME of one on the Hub, else the path as it is.
+    """The name of a model for the libraries of Hugging Face: OWNER/NAME on the Hub, else the path.
 
     >>> hub_name("hf://meta-llama/Llama-3.2-1B@main"), hub_name("models/llama")
     ('meta-llama/Llama-3.2-1B', 'models/llama')
@@ -72,7 +71,7 @@ def hub_name(path: str) -> str:
 
 @functools.cache
 def _fetched(text: str) -> Path:
-    """Once in a process: a name without a revision means one model for as long as it lives."""
+    """Cached, so that a name without a revision means one model for as long as the process lives."""
     name, _, revision = text.removeprefix(HUB).partition("@")
     if not text.startswith(HUB) or name.count("/") != 1 or not all(name.split("/")):
         raise UserError(f"model {text!r}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION")
@@ -93,7 +92,7 @@ def _fetched(text: str) -> Path:
 
 @functools.cache
 def _mirrored(text: str) -> Path:
-    """Once in a process, as with the Hub."""
+    """Cached, as for the Hub."""
     remote = RemoteDirectory(text)
     names = remote.names()
     directory = Path(tempfile.mkdtemp(prefix="milora_jax-"))

@@ -209,7 +209,7 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse
     adapter = random_adapter(base, config, settings, 0)
     train = TrainSection(batch_size=variant.batch, remat=variant.remat, loss_chunk=asked.loss_chunk)
     rows = records(variant.rows, variant.batch, asked.seq, config.vocab_size)
-    batch = jax.device_put(collate(rows, asked.seq, 0, variant.batch, max(map(len, rows))))
+    batch = jax.device_put(collate(rows, asked.seq, variant.batch, max(map(len, rows))))
     state = init_state(adapter, jax.random.key(0), train, 1000)
     # The base and a fresh state may share a constant: a state is donated, so each gets its own.
     held = [jax.tree.map(lambda leaf: leaf.copy(), state)]

@@ -40,9 +40,7 @@ def padded_length(longest: int, multiple: int, limit: int) -> int:
     return min(-(-longest // multiple) * multiple, limit)
 
 
-def collate(
-    packed: Sequence[Sequence[Example]], length: int, pad_id: int, rows: int, prompts: int = 1
-) -> Batch:
+def collate(packed: Sequence[Sequence[Example]], length: int, rows: int, prompts: int = 1) -> Batch:
     """Training rows, padded on the right; missing rows are all padding and count nowhere.
 
     Args:
@@ -51,7 +49,7 @@ def collate(
       rows: B, at least the number of rows given.
       prompts: Z, at least the examples of any row.
     """
-    batch = _empty(rows, length, pad_id, prompts)
+    batch = _empty(rows, length, prompts=prompts)
     for row, examples in enumerate(packed):
         start = 0
         for segment, example in enumerate(examples, 1):
@@ -81,7 +79,7 @@ def collate_prompts(prompts: Sequence[Sequence[int]], length: int, pad_id: int, 
     return batch
 
 
-def _empty(rows: int, length: int, pad_id: int, prompts: int = 1) -> Batch:
+def _empty(rows: int, length: int, pad_id: int = 0, prompts: int = 1) -> Batch:
     shape = (rows, length)
     # Host arrays: they become device arrays when they are placed.
     fields: dict[str, Any] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from milora_jax.cli import Parser
 from milora_jax.config import Config
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding, guarded
-from milora_jax.doctor.versions import installed_versions, version_findings
+from milora_jax.doctor.versions import installed_versions, needed_by, requirements, version_findings
 from milora_jax.errors import UserError
 from milora_jax.train_flags import read_config_file
 
@@ -71,8 +71,7 @@ def examine(path: str, overrides: list[str], workdir: Path | None) -> Iterator[F
         yield from guarded("workdir", lambda: _settings("workdir", settings, lambda: kept_config(workdir)))
     given, kept = settings.get("config"), settings.get("workdir")
     config = given if path else kept
-    python = sys.version_info[:2]
-    yield from guarded("versions", lambda: version_findings(config, installed_versions(), python))
+    yield from guarded("versions", lambda: _versions(config))
     try:
         # Hangs on JAX and Flax, which may be what is broken.
         from milora_jax.doctor.checks import look_at
@@ -82,6 +81,12 @@ def examine(path: str, overrides: list[str], workdir: Path | None) -> Iterator[F
         yield Finding(FAIL, "import", f"{said}; nothing else was looked at, mend the installation first")
         return
     yield from look_at(Subject(given, kept, workdir), has_settings=config is not None)
+
+
+def _versions(config: Config | None) -> Iterator[Finding]:
+    required = requirements()
+    installed = installed_versions({**required, **needed_by(config)})
+    return version_findings(config, required, installed, sys.version_info[:2])
 
 
 def _is_new(workdir: Path) -> bool:

@@ -156,7 +156,7 @@ def _trained(subject: Subject, adapter: Adapter, base: Base, rows: Sequence[Sequ
     """The routes of a training pass over prompts and answers, packed if the run packs."""
     longest = max(sum(len(example.tokens) for example in row) for row in rows)
     model, count = subject.model, _rows_of(subject, len(rows))
-    batch = collate(rows, -(-longest // MULTIPLE) * MULTIPLE, 0, count, max(map(len, rows)))
+    batch = collate(rows, -(-longest // MULTIPLE) * MULTIPLE, count, max(map(len, rows)))
     attend = attend_over(subject.mesh, Rules())
 
     def routed(adapter: Adapter, base: Base, batch: Batch) -> Route | None:

@@ -115,7 +115,7 @@ def example_findings(split: str, examples: Sequence[Example], bos: int | None) -
     length = max(len(example.tokens) for example in examples)
     unasked = unlearned = bare = doubled = 0
     for example in examples:
-        batch = collate([[example]], length, 0, 1)
+        batch = collate([[example]], length, 1)
         unasked += not batch.prompt_mask.any()
         # The first token of a row is never predicted.
         unlearned += not batch.loss_mask[:, 1:].any()

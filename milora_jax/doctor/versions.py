@@ -1,41 +1,23 @@
-"""Which packages are here, and do they go together. Imports none of them: they may be what is broken."""
+"""Which packages are installed, and whether they work together. It imports none of those it looks at: they
+may be what is broken."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import milora_jax
-from milora_jax.config import Config, tracker_names
-from milora_jax.doctor.findings import FAIL, OK, Finding
+from milora_jax.config import TRACKERS, Config, tracker_names
+from milora_jax.doctor.findings import FAIL, OK, WARN, Finding
+
+DISTRIBUTION = "milora-jax"
 
 PYTHONS = ((3, 11), (3, 14))
 """The oldest Python that is supported, and the first that is not."""
-
-FLOORS = {
-    "jax": "0.10.2",
-    "flax": "0.12.8",
-    "optax": "0.2.5",
-    "numpy": "2.0",
-    "safetensors": "0.6",
-    "orbax-checkpoint": "0.12.8",
-    "tensorstore": "0.1.76",
-    "transformers": "4.56",
-    "huggingface_hub": "0.34",
-    "jinja2": "3.1.6",
-    "datasets": "4.0",
-    "ml_collections": "1.1",
-    "tqdm": "4.66",
-    "matplotlib": "3.9",
-    "sacrebleu": "2.5",
-    "rouge-score": "0.1.2",
-}
-"""The oldest version of each package that we run with, as ``pyproject.toml`` says."""
-
-TRACKER_FLOORS = {"tensorboardX": "2.6", "wandb": "0.19"}
-"""The same of the packages of ``train.trackers``, which come with extras."""
 
 CORE = ("jax", "flax", "optax", "numpy", "safetensors")
 """Nothing works without these."""
@@ -47,13 +29,26 @@ KNOWN_BAD = (("jax", "0.11.1", "flax", "0.12.8"),)
 """(package, from this version on, other package, up to this version): pairs that do not work together."""
 
 
-EVERY = FLOORS | TRACKER_FLOORS
+def requirements() -> dict[str, Requirement]:
+    """What the installed package milora-jax requires, by name, with the packages of ``train.trackers``.
+
+    It is empty where milora-jax runs from a checkout that is not installed, and so has no metadata.
+    """
+    try:
+        lines = importlib.metadata.requires(DISTRIBUTION) or ()
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    return {
+        one.name: one
+        for one in map(Requirement, lines)
+        if one.marker is None or any(one.marker.evaluate({"extra": name}) for name in TRACKERS)
+    }
 
 
-def installed_versions() -> dict[str, str | None]:
-    """The version of every package that we may need; None where it is missing."""
+def installed_versions(names: Iterable[str]) -> dict[str, str | None]:
+    """The installed version of every package; None where it is missing."""
     found: dict[str, str | None] = {}
-    for name in EVERY:
+    for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -78,46 +73,48 @@ def needed_by(config: Config | None) -> dict[str, str]:
     return needed
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """A version as numbers that can be compared.
-
-    >>> numbers("0.11.1") > numbers("0.11"), numbers("2.9.0rc1")
-    (True, (2, 9, 0))
-    """
-    release = re.match(r"[0-9.]*", version)
-    return tuple(int(part) for part in (release[0] if release else "").split(".") if part)
-
-
 def version_findings(
     config: Config | None,
+    required: Mapping[str, Requirement],
     installed: Mapping[str, str | None],
     python: tuple[int, int],
 ) -> Iterator[Finding]:
-    """Whether Python and the packages are new enough, go together, and are those that the config needs.
+    """Whether Python and the packages are new enough, work together, and are those that the config needs.
 
     Args:
-      installed: see :func:`installed_versions`.
+      required: see :func:`requirements`.
+      installed: see :func:`installed_versions`; of all that is required, or needed by the config.
       python: major and minor version.
     """
     good = True
     if not PYTHONS[0] <= python < PYTHONS[1]:
         good = False
         yield _failed(f"Python {python[0]}.{python[1]}: expected 3.11 to 3.13")
+    if not required:
+        good = False
+        yield Finding(
+            WARN,
+            "versions",
+            f"{DISTRIBUTION} is not installed, so nothing says which versions it requires: pip install -e .",
+        )
+    to_install = {name: f"{name}{one.specifier}" for name, one in required.items()}
     for name, purpose in needed_by(config).items():
         if installed.get(name) is None:
             good = False
-            yield _failed(f"{name} is missing, which {purpose} needs: pip install '{name}>={EVERY[name]}'")
-    for name, floor in EVERY.items():
-        version = installed.get(name)
-        if version is not None and numbers(version) < numbers(floor):
+            line = f"pip install '{to_install.get(name, name)}'"
+            yield _failed(f"{name} is missing, which {purpose} needs: {line}")
+    # A release candidate or a nightly build counts as its release.
+    releases = {name: Version(version).base_version for name, version in installed.items() if version}
+    for name, one in required.items():
+        if name in releases and releases[name] not in one.specifier:
             good = False
-            yield _failed(f"{name} {version} is too old: pip install '{name}>={floor}'")
+            yield _failed(f"{name} {installed[name]} is too old: pip install '{to_install[name]}'")
     for name, first, other, last in KNOWN_BAD:
-        mine, theirs = installed.get(name), installed.get(other)
-        if mine and theirs and numbers(mine) >= numbers(first) and numbers(theirs) <= numbers(last):
+        mine, theirs = releases.get(name), releases.get(other)
+        if mine and theirs and Version(mine) >= Version(first) and Version(theirs) <= Version(last):
             good = False
             yield _failed(
-                f"{name} {mine} does not work with {other} {theirs}: "
+                f"{name} {installed[name]} does not work with {other} {installed[other]}: "
                 f"pip install '{name}<{first}', or a newer {other}"
             )
     if good:

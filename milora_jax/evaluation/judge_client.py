@@ -1,12 +1,8 @@
-"""One question at a time to a server of OpenAI's API, asked again where that may help."""
+"""A judge behind OpenAI's chat completions API, with retries that one failure ends for all threads."""
 
 from __future__ import annotations
 
-import http.client
-import json
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,30 +10,23 @@ from urllib.parse import urlsplit
 
 from milora_jax.errors import UserError, require
 
-AGAIN = (408, 409, 429, 500, 502, 503, 504)
-"""Statuses after which the same request may be answered."""
+RETRIED = (408, 409, 429, 500, 502, 503, 504)
+"""Statuses after which the same request may succeed."""
 
 LONGEST_WAIT = 60.0
 """Seconds between two attempts, at most, whatever the server asks for."""
-
-LARGEST_ANSWER = 2**24
-"""Bytes of an answer that are read."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A key is for one server: it is not carried to another."""
-
-    def redirect_request(self, *given: Any) -> None:
-        """Stay."""
 
 
 @dataclass
 class JudgeClient:
     """A judge.
 
+    The ``openai`` package sends the requests. Its own retries are off: they cannot be interrupted, and one
+    failure here ends the waiting of all threads.
+
     Attributes:
-      url: of the API, what OpenAI's clients call the base URL: ``http://HOST:PORT/v1``.
-      key: sent as a bearer; empty sends none.
+      url: the base URL of the API: ``http://HOST:PORT/v1``.
+      key: the bearer token; an empty one is not sent.
       timeout: seconds that a connection may be silent.
       attempts: how often a request is sent at most.
       wait: seconds after the first failure; twice as many after each further one.
@@ -65,17 +54,17 @@ class JudgeClient:
             raise UserError("the judge's key has characters that no HTTP header can carry: expected ASCII")
         self._stopped = threading.Event()
         self._failure: UserError | None = None
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._api = _api(self.url, self.key, self.timeout)
 
     def give_up(self) -> None:
         """End the waiting of all threads."""
         self._stopped.set()
 
     def ask(self, messages: Sequence[dict[str, str]]) -> str:
-        """The judge's answer. After one failure nothing is sent any more: all further requests fail alike.
+        """The judge's answer. After one failure nothing more is sent: every later call raises the same error.
 
         Raises:
-          UserError: it refuses the request, or has not answered after the last attempt.
+          UserError: the judge refuses the request, or has not answered after the last attempt.
         """
         if self._failure is not None:
             raise self._failure
@@ -87,36 +76,37 @@ class JudgeClient:
             raise self._failure from None
 
     def _asked(self, messages: Sequence[dict[str, str]]) -> str:
-        body = {
-            "model": self.model,
-            "messages": list(messages),
-            "temperature": 0,
-            "max_tokens": self.max_tokens,
-        }
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
-        )
+        import openai
+
+        unsent = ("OpenAI-Organization", "OpenAI-Project", *([] if self.key else ["Authorization"]))
         for attempt in range(1, self.attempts + 1):
             asked_for = None
             try:
-                with self._opener.open(request, timeout=self.timeout) as answer:
-                    return self._text(answer.read(LARGEST_ANSWER))
-            except urllib.error.HTTPError as error:
-                reason = f"status {error.code}{_said(error)}"
-                if error.code not in AGAIN:
-                    raise UserError(f"the judge at {self.url} refuses: {reason}") from None
-                asked_for = error.headers.get("Retry-After")
-            except TimeoutError:
-                reason = f"no answer within {self.timeout:g} s"
-            except (OSError, http.client.HTTPException) as error:
-                cause = getattr(error, "reason", error)
-                slow = isinstance(cause, TimeoutError)
-                reason = (
-                    f"no answer within {self.timeout:g} s" if slow else str(cause) or type(cause).__name__
+                answer = self._api.chat.completions.create(
+                    model=self.model,
+                    messages=list(messages),
+                    temperature=0,
+                    max_tokens=self.max_tokens,
+                    # Variables of the environment say these for another server, or for none.
+                    extra_headers=dict.fromkeys(unsent, openai.Omit()),
                 )
+                text = answer.choices[0].message.content
+                if text is None or isinstance(text, str):
+                    return text or ""  # a filter or the length kept it back: a judgment without a verdict
+                raise TypeError(type(text))
+            except openai.APIStatusError as error:
+                reason = f"status {error.status_code}{_said(error.body)}"
+                if error.status_code not in RETRIED:
+                    raise UserError(f"the judge at {self.url} refuses: {reason}") from None
+                asked_for = error.response.headers.get("Retry-After")
+            except openai.APITimeoutError:
+                reason = f"no answer within {self.timeout:g} s"
+            except openai.APIConnectionError as error:
+                reason = str(error.__cause__ or error)
+            except (openai.APIError, AttributeError, IndexError, TypeError, ValueError, RecursionError):
+                raise UserError(
+                    f"the judge at {self.url} answers with something that is no chat completion"
+                ) from None
             last = attempt == self.attempts
             if last or self._stopped.wait(self._pause(attempt, asked_for)):
                 break
@@ -133,22 +123,25 @@ class JudgeClient:
             wanted = 0.0
         return min(LONGEST_WAIT, max(wanted, self.wait * 2 ** (attempt - 1)))
 
-    def _text(self, content: bytes) -> str:
-        """What the judge says; "" where it was kept from saying anything: a judgment without a verdict."""
-        try:
-            text = json.loads(content)["choices"][0]["message"]["content"]
-            text = "" if text is None else text
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            text = None
-        if not isinstance(text, str):
-            raise UserError(f"the judge at {self.url} answers with something that is no chat completion")
-        return text
 
+def _api(url: str, key: str, timeout: float) -> Any:
+    """The client of the package ``openai``.
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """The server's own words, if it has any."""
+    Raises:
+      UserError: the package is missing.
+    """
     try:
-        message = json.loads(error.read(LARGEST_ANSWER))["error"]["message"]
-    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
-        return ""
-    return f" ({str(message)[:200]})"
+        import openai
+    except ImportError:
+        raise UserError("mt-bench judge needs the package openai: pip install 'milora-jax[eval]'") from None
+    # A key is for one server: a redirect would carry it to another.
+    http = openai.DefaultHttpxClient(follow_redirects=False)
+    return openai.OpenAI(
+        base_url=url, api_key=key or "unsent", timeout=timeout, max_retries=0, http_client=http
+    )
+
+
+def _said(body: Any) -> str:
+    """The server's own words in the body of an error, if there are any."""
+    message = body.get("message") if isinstance(body, dict) else None
+    return f" ({str(message)[:200]})" if message else ""

@@ -99,10 +99,10 @@ def plot_distances(path: Path, tasks: Sequence[str], table: Float[np.ndarray, "t
     figure.savefig(path, dpi=120)
 
 
-def plot_strips(path: Path, routes: Mapping[str, Routes], most: int = STRIPS) -> None:
+def plot_strips(path: Path, routes: Mapping[str, Routes]) -> None:
     """The routes of the first prompts of each task, one strip of layers by experts per prompt."""
     layers = next(iter(routes.values())).probs.shape[1]
-    columns = min(most, max(len(each.probs) for each in routes.values()))
+    columns = min(STRIPS, max(len(each.probs) for each in routes.values()))
     figure = new_figure(1.75 * columns + 1.6, len(routes) * max(1.5, 0.12 * layers + 0.6))
     panels = figure.subplots(len(routes), columns, squeeze=False)
     for row, (task, each) in zip(panels, routes.items(), strict=True):

@@ -169,7 +169,7 @@ def perplexity(model: Model, adapter: Adapter, examples: Sequence[Example], max_
     adapter = adapter_decode_layout(adapter, model.base)
     for start in range(0, len(examples), size):
         rows = [[example] for example in examples[start : start + size]]
-        batch = collate(rows, length, model.config.eos_ids[0], size)
+        batch = collate(rows, length, size)
         loss, tokens = _loss(adapter, model.base, jax.tree.map(jnp.asarray, batch), model.config)
         total, count = total + float(loss), count + int(tokens)
     return math.exp(total / count)

@@ -192,7 +192,7 @@ class Trainer:
 
     def _batch(self, packed: list[list[Example]]) -> Batch:
         run, rows = self._run, self._settings.batch_size
-        return run.place(collate(packed, run.row_length, 0, rows, run.prompts))
+        return run.place(collate(packed, run.row_length, rows, run.prompts))
 
     def _restore_or_init(self) -> tuple[TrainState, Progress]:
         """The newest good checkpoint's state, or a fresh one."""

@@ -1,12 +1,14 @@
-"""Where the figures of a run go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases if asked for.
+"""Where the figures of a run are logged: ``metrics.jsonl``, and on request TensorBoard and Weights & Biases.
 
-A tracker shows what ``metrics.jsonl`` holds and nothing else. One that fails, because the network or the
-disk is gone, is given up with one line: the training goes on, and the file is whole.
+A tracker shows what ``metrics.jsonl`` holds and nothing else. A tracker that fails, because the network or
+the disk is gone, is dropped with one line: training continues, and ``metrics.jsonl`` is complete.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +19,7 @@ from milora_jax.config import Config, tracker_names
 from milora_jax.errors import UserError
 from milora_jax.parallel.processes import is_first
 from milora_jax.shapes import Float, UInt
+from milora_jax.storage.files import read_json, write_json_atomic
 from milora_jax.training.workdir import MetricsLog
 from milora_jax.types import EXPERTS, LETTERS
 
@@ -49,30 +52,119 @@ TAGS = {
 """Names under which the figures of ``metrics.jsonl`` are shown; of one value per layer, the mean."""
 
 SHARES = {"expert_share": "routing/expert_share", "expert_first": "routing/first_choice"}
-"""Shares per layer and expert, shown as pictures."""
+"""Shares per layer and expert, shown as heat maps."""
+
+TENSORBOARD_FOLDER = "tensorboard"
+"""Of a workdir: the event files, for ``tensorboard --logdir WORKDIR``."""
+
+WANDB_ID_FILE = "wandb.json"
+"""Of a workdir: the id under which Weights & Biases continues a resumed run."""
+
+WANDB_PROJECT = "milora_jax"
+"""The project of runs whose environment sets no ``WANDB_PROJECT``."""
+
+WANDB_SECONDS = 30
+"""How long the service, and a person who must log in, may take to respond when a run begins."""
 
 
 class Tracker(Protocol):
-    """Somewhere that figures are sent."""
+    """A service or a file format that shows the figures of a run."""
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Take the figures of a step, under the names of ``metrics.jsonl``."""
+        """Log the figures of a step, under the names of ``metrics.jsonl``."""
         ...
 
     def close(self) -> None:
-        """Bring everything to where it belongs; nothing is logged afterwards."""
+        """Flush everything; nothing is logged afterwards."""
         ...
 
 
+class TensorBoard:
+    """Writes event files. Each start of a run writes one; TensorBoard reads all of them as one run."""
+
+    def __init__(self, workdir: Path, resume_step: int) -> None:
+        """Begin an event file.
+
+        Args:
+          resume_step: TensorBoard is told to discard what earlier files hold of later steps.
+        """
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+
+        self._writer = SummaryWriter(
+            str(workdir / TENSORBOARD_FOLDER),
+            purge_step=resume_step + 1,
+            # Two starts within one second would write to the same name.
+            filename_suffix=f".{resume_step}",
+        )
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write the curves and heat maps of a step to the file."""
+        for tag, value in scalars(metrics):
+            self._writer.add_scalar(tag, value, step)
+        for tag, picture in pictures(metrics):
+            self._writer.add_image(tag, picture, step, dataformats="HWC")
+        # A run that is killed does not log again what it logged up to its checkpoint.
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Sends figures to Weights & Biases, or writes them to ``WORKDIR/wandb`` under ``WANDB_MODE=offline``.
+
+    A run keeps one id when it is resumed; the workdir holds it.
+    """
+
+    def __init__(self, workdir: Path, config: Config, logged: int, say: Callable[[str], None]) -> None:
+        """Begin or continue the run.
+
+        Args:
+          logged: the last step that was logged before a resume; the service discards nothing, so steps up to
+            this one are not sent twice.
+          say: receives one line that says where the run is.
+        """
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        id_path = workdir / WANDB_ID_FILE
+        if not id_path.is_file():
+            write_json_atomic(id_path, {"id": secrets.token_hex(4)})
+        self._logged, self._picture = logged, wandb.Image
+        self._run = wandb.init(
+            id=str(read_json(id_path)["id"]),
+            resume="allow",
+            project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
+            name=workdir.name,
+            dir=str(workdir),
+            config=config.to_dict(),
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=WANDB_SECONDS, login_timeout=WANDB_SECONDS
+            ),
+        )
+        later = f"wandb sync {workdir / 'wandb'}/offline-run-* sends it"
+        say(f"Weights & Biases: {later if self._run.offline else self._run.url}")
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Send the curves and heat maps of a step."""
+        if step > self._logged:
+            shown = {tag: self._picture(picture) for tag, picture in pictures(metrics)}
+            self._run.log({**dict(scalars(metrics)), **shown}, step=step)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()
+
+
 class RunLog:
-    """A run's log: the file, and the trackers that the config asks for. Only the first process has any."""
+    """A run's log: the file, and the trackers of the config, which only the first process opens."""
 
     def __init__(self, workdir: Path, config: Config, resume_step: int, say: Callable[[str], None]) -> None:
         """Open the log.
 
         Args:
-          resume_step: the step at which training goes on; what was logged of later ones is forgotten.
-          say: receives one line when a tracker is given up.
+          resume_step: the step from which training resumes; figures of later steps are discarded.
+          say: receives one line when a tracker is dropped.
         """
         self._say = say
         self._file = MetricsLog(workdir, resume_step, say)
@@ -81,7 +173,7 @@ class RunLog:
             self._try(name, lambda name=name: self._open(name, workdir, config, resume_step))
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write a line, and tell every tracker that still works."""
+        """Write a line to the file, and log to every tracker that still works."""
         self._file.write(step, dict(metrics))
         for name, tracker in list(self._trackers.items()):
             self._try(name, lambda tracker=tracker: tracker.log(step, metrics))
@@ -94,18 +186,14 @@ class RunLog:
 
     def _open(self, name: str, workdir: Path, config: Config, resume_step: int) -> None:
         if name == "tensorboard":
-            from milora_jax.training.tensorboard import TensorBoard
-
             self._trackers[name] = TensorBoard(workdir, resume_step)
         else:
-            from milora_jax.training.weights_and_biases import WeightsAndBiases
-
             self._trackers[name] = WeightsAndBiases(workdir, config, self._file.last_step, self._say)
 
     def _try(self, name: str, act: Callable[[], None]) -> None:
         try:
             act()
-        except Exception as error:  # whatever it is, it is not worth a training run
+        except Exception as error:  # no failure of a tracker is worth a training run
             self._trackers.pop(name, None)
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             self._say(f"train.trackers: {name} is given up, metrics.jsonl goes on: {reason}")
@@ -129,9 +217,9 @@ def require_installed(trackers: str) -> None:
 
 
 def scalars(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The figures that are shown as curves, under the names they are shown by.
+    """The figures that are shown as curves, with their tags.
 
-    Of shares per layer and expert it is each expert's mean over layers.
+    Shares per layer and expert become one curve per expert, the mean over layers.
     """
     for name, value in metrics.items():
         if value is None:
@@ -144,14 +232,14 @@ def scalars(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def pictures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, UInt[np.ndarray, "height width 3"]]]:
-    """The shares per layer and expert as heat maps, under the names they are shown by."""
+    """The shares per layer and expert as heat maps, with their tags."""
     for name, tag in SHARES.items():
         if metrics.get(name) is not None:
             yield tag, heat_map(np.asarray(metrics[name], np.float32))
 
 
 def heat_map(share: Float[np.ndarray, "L E"]) -> UInt[np.ndarray, "height width 3"]:
-    """Shares from 0 (dark) to 1 (bright), layers from the bottom up, in pixels."""
+    """An RGB image of shares from 0 (dark) to 1 (bright), layers from the bottom up."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

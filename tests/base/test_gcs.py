@@ -173,6 +173,21 @@ def test_a_storage_that_refuses_is_one_line(storage, model, status):
         base_fingerprint(directory)
 
 
+def test_busy_answers_and_cut_bodies_are_retried(storage, model, monkeypatch):
+    monkeypatch.setattr(gcs, "RETRIES", {"max_retries": 4, "initial_delay": "1ms", "max_delay": "1ms"})
+    storage.failures = [503, 429, 500]
+    directory = model_directory(URL)
+    storage.failures = [429, 503]
+    storage.cut = 1
+    base, _ = load_base(URL)
+    assert (storage.failures, storage.cut) == ([], 0)
+    jax.tree.map(np.testing.assert_array_equal, base, random_base(PLAIN))
+    storage.cut = 10**6
+    with pytest.raises(UserError, match=rf"^{URL}/model.safetensors: .*missing") as caught:
+        read_span(weight_files(directory)["model.safetensors"], 0, 1000)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_storage_that_is_not_there_is_one_line(storage, monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

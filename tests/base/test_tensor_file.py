@@ -72,7 +72,7 @@ def test_rows_become_columns(dtype, shape):
     for rows in (values, np.repeat(values, 2, axis=1)[:, ::2]):
         for offset in (0, 1):
             around = np.zeros((shape[1], shape[0] + 3), values.dtype)
-            leaf_reading._transpose(rows, around[:, offset : offset + shape[0]])
+            leaf_reading._copy_transposed(rows, around[:, offset : offset + shape[0]])
             np.testing.assert_array_equal(around[:, offset : offset + shape[0]], values.T)
             assert not around[:, :offset].any()
             assert not around[:, offset + shape[0] :].any()

@@ -77,7 +77,7 @@ def test_a_control_token_written_in_a_record_is_plain_text(tokenizer):
 
 
 def test_collate_marks_prompt_response_and_padding():
-    batch = collate([[example(3, 2)], [example(1, 1)]], length=6, pad_id=0, rows=3)
+    batch = collate([[example(3, 2)], [example(1, 1)]], length=6, rows=3)
     np.testing.assert_array_equal(batch.tokens, [[10, 11, 12, 13, 14, 0], [10, 11, 0, 0, 0, 0], [0] * 6])
     np.testing.assert_array_equal(batch.segment_ids, [[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0], [0] * 6])
     np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 3, 4, 0], [0, 1, 0, 0, 0, 0], [0] * 6])

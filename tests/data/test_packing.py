@@ -44,7 +44,7 @@ def test_without_a_capacity_every_record_has_its_row():
 
 
 def test_a_packed_row_keeps_its_records_apart():
-    batch = collate([[example(2, 1), example(1, 2, first=50)], [example(1, 1)]], length=7, pad_id=0, rows=3)
+    batch = collate([[example(2, 1), example(1, 2, first=50)], [example(1, 1)]], length=7, rows=3)
     np.testing.assert_array_equal(
         batch.tokens, [[10, 11, 12, 50, 51, 52, 0], [10, 11, 0, 0, 0, 0, 0], [0] * 7]
     )

@@ -1,12 +1,14 @@
 """Each check sees what it is there for."""
 
 import dataclasses
+import importlib.metadata
 import json
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 
 from milora_jax.config import Config, MeshSection
 from milora_jax.data.tokens import Example, load_tokenizer
@@ -14,7 +16,7 @@ from milora_jax.doctor import machine
 from milora_jax.doctor.machine import fit_finding
 from milora_jax.doctor.rows import example_findings, length_finding, prompt_finding
 from milora_jax.doctor.template import chat_findings
-from milora_jax.doctor.versions import FLOORS, installed_versions, version_findings
+from milora_jax.doctor.versions import installed_versions, requirements, version_findings
 from milora_jax.errors import UserError
 from milora_jax.scaling.chips import GIB
 from milora_jax.storage.workdir import read_workdir_config
@@ -25,7 +27,9 @@ from tests.storage.adapters import flip
 
 pytest.importorskip("transformers", reason="the doctor looks at tokenizers")
 ROOT = Path(__file__).resolve().parents[2]
-GOOD = dict.fromkeys(FLOORS, "99.0")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIRED = {line.name: line for line in map(Requirement, PROJECT["dependencies"])}
+GOOD = dict.fromkeys(REQUIRED, "99.0")
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +39,8 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def versions(python=(3, 11), config=None, **installed):
-    return bad(version_findings(config, {**GOOD, **installed}, python))
+def versions(python=(3, 11), config=None, required=REQUIRED, **installed):
+    return bad(version_findings(config, required, {**GOOD, **installed}, python))
 
 
 def test_versions_that_do_not_go_together():
@@ -62,11 +66,38 @@ def test_what_the_config_needs_must_be_there():
         assert said in found
 
 
-def test_the_floors_are_those_of_the_package():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    floors = dict(line.split(">=") for line in project["dependencies"])
-    assert floors | {"jaxtyping": ""} == FLOORS | {"jaxtyping": ""}
-    assert installed_versions()["jax"] is not None
+def test_the_floors_are_those_of_the_package(monkeypatch):
+    lines = list(PROJECT["dependencies"])
+    for extra, packages in PROJECT["optional-dependencies"].items():
+        lines += [f'{package}; extra == "{extra}"' for package in packages]
+    monkeypatch.setattr(importlib.metadata, "requires", {"milora-jax": lines}.__getitem__)
+    found = {name: str(one.specifier) for name, one in requirements().items()}
+    floors = dict(line.split(">=") for line in PROJECT["dependencies"])
+    assert found == {name: f">={floor}" for name, floor in floors.items()} | {
+        "tensorboardX": ">=2.6",
+        "wandb": ">=0.19",
+    }
+    assert installed_versions(["jax", "no-such-package"]).popitem() == ("no-such-package", None)
+    assert installed_versions(found)["jax"] is not None
+
+
+def test_a_candidate_counts_as_its_release():
+    assert versions(jax="0.10.2rc1", flax="0.13.0.dev20260101+gabc") == []
+    assert "jax 0.11.1.dev1 does not work with flax" in versions(jax="0.11.1.dev1", flax="0.12.8")[0]
+
+
+def test_a_checkout_that_is_not_installed_has_no_floors(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    assert requirements() == {}
+    (line,) = versions(required={}, numpy="0.1")
+    assert "milora-jax is not installed, so nothing says which versions it requires" in line
+    chat = Config.from_dict({"data": {"template": "chat"}})
+    assert "jinja2 is missing, which data.template=chat needs: pip install 'jinja2'" in "".join(
+        versions(config=chat, required={}, jinja2=None)
+    )
 
 
 def test_a_run_that_does_not_fit():

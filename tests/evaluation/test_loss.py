@@ -64,7 +64,7 @@ def test_it_is_the_loss_whose_exponential_is_the_dev_perplexity(folder, tokenize
     adapter = noisy_adapter(base, config, "milora", gate="softmax")
     examples = [encode_example(tokenizer, each, config.eos_ids, 512, PromptFormat()) for each in RECORDS]
     length = max(len(example.tokens) for example in examples) + 3
-    batch = collate([[example] for example in examples], length, 0, len(examples))
+    batch = collate([[example] for example in examples], length, len(examples))
     run = jax.jit(functools.partial(summed_loss, config=config))
     summed, tokens, _ = run(adapter, base, batch=jax.device_put(batch))
     found = loss_of(folder, tokenizer, RECORDS, "milora")

@@ -45,7 +45,7 @@ def tiny():
 
 
 def batch_of(examples):
-    return jax.tree.map(jnp.asarray, collate([[e] for e in examples], LENGTH, 0, len(examples)))
+    return jax.tree.map(jnp.asarray, collate([[e] for e in examples], LENGTH, len(examples)))
 
 
 def fresh_health(tiny, **settings):

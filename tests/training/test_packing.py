@@ -51,7 +51,7 @@ def updated(packed, settings=None, **adapter_settings):
     settings = settings or TrainSection(learning_rate=1e-2, coefficient_learning_rate=1e-2)
     rows = in_rows(RECORDS, 16 if packed else None)
     assert (len(rows) < len(RECORDS)) == packed
-    batch = collate(rows, 16, 0, len(rows), max(map(len, rows)))
+    batch = collate(rows, 16, len(rows), max(map(len, rows)))
     state = trained_state(settings, **adapter_settings)
     steps = make_steps(TINY, settings, 10)
     loss, tokens, route = steps.evaluate(state.adapter, BASE, batch)
@@ -94,7 +94,7 @@ def test_a_packed_step_equals_an_unpacked_one(settings):
 def test_a_router_that_ignored_segments_would_be_seen():
     """Without the records' own routes the loss of a packed batch is another one."""
     rows = in_rows(RECORDS, 16)
-    batch = collate(rows, 16, 0, len(rows), max(map(len, rows)))
+    batch = collate(rows, 16, len(rows), max(map(len, rows)))
     settings = TrainSection()
     state = trained_state(settings)
     steps = make_steps(TINY, settings, 10)
@@ -123,7 +123,7 @@ def test_the_balance_term_of_parts_alone_would_be_another():
     settings = TrainSection()
     state = trained_state(settings)
     steps = make_steps(TINY, settings, 10)
-    batch = collate(in_rows(RECORDS, None), 16, 0, len(LENGTHS))
+    batch = collate(in_rows(RECORDS, None), 16, len(LENGTHS))
     balance = []
     for part in (slice(0, 4), slice(4, 8), slice(0, 8)):
         _, _, route = steps.evaluate(

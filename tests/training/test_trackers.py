@@ -12,8 +12,15 @@ import pytest
 from milora_jax.config import Config, TrainSection
 from milora_jax.errors import Preempted, UserError
 from milora_jax.training import trackers
-from milora_jax.training.tensorboard import FOLDER
-from milora_jax.training.trackers import SHARES, TAGS, RunLog, heat_map, require_installed, scalars
+from milora_jax.training.trackers import (
+    SHARES,
+    TAGS,
+    TENSORBOARD_FOLDER,
+    RunLog,
+    heat_map,
+    require_installed,
+    scalars,
+)
 from tests.training.short_runs import STEPS, STOP, fit
 
 SHARE = np.linspace(0, 1, 14).reshape(2, 7).tolist()
@@ -26,7 +33,7 @@ def events(workdir):
     """What the event files hold, file by file in the order in which TensorBoard reads them."""
     from tensorboardX.proto.event_pb2 import Event
 
-    for path in sorted((workdir / FOLDER).iterdir()):
+    for path in sorted((workdir / TENSORBOARD_FOLDER).iterdir()):
         content, at, found = path.read_bytes(), 0, []
         while at < len(content):
             (length,) = struct.unpack_from("<Q", content, at)
@@ -113,7 +120,7 @@ def test_a_resumed_run_doubles_no_step(tmp_path):
     log.close()
     assert shown(tmp_path) == [(step, "train/loss") for step in (1, 2, 3, 4, 5)]
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = accumulators.EventAccumulator(str(tmp_path / FOLDER)).Reload()
+    found = accumulators.EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload()
     assert [event.step for event in found.Scalars("train/loss")] == [1, 2, 3, 4, 5]
 
 
