@@ -1,10 +1,10 @@
-"""Which directories adapters' names stand for, and which of them were loaded: kept through a restart.
+"""The registry of adapters: their names, directories, and whether they are loaded. It survives a restart.
 
-One JSON object, replaced as a whole whenever it changes::
+Its file is one JSON object, which is replaced as a whole at every change::
 
     {"adapters": {"math": {"path": "runs/math", "loaded": true, "pinned": false}}}
 
-Operators write it, or begin a server with ``--adapter NAME=DIR``; a client names adapters, never paths.
+Operators write it, or start a server with ``--adapter NAME=DIR``. A client names adapters, never paths.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Registered:
 
     Attributes:
       path: its directory: a workdir, a copy of its ``best`` folder, or an export.
-      loaded: whether a server that starts is to load it.
-      pinned: whether it stays on the device.
+      loaded: whether a server loads it at the start.
+      pinned: whether it is never evicted from the device.
     """
 
     path: Path
@@ -41,8 +41,8 @@ class Registry:
     """The adapters by name.
 
     Args:
-      path: of the file; None keeps nothing.
-      given: adapters of the command line, which are added, or replace those of the file.
+      path: of the file; None to keep nothing.
+      given: adapters of the command line, which are added to those of the file or replace them.
     """
 
     def __init__(self, path: Path | None, given: Mapping[str, Registered]) -> None:
@@ -52,15 +52,15 @@ class Registry:
         self._write()
 
     def get(self, name: str) -> Registered | None:
-        """What is registered under a name."""
+        """The adapter that is registered under a name."""
         return self._adapters.get(name)
 
     def to_load(self) -> dict[str, Registered]:
-        """Those that a server begins with."""
+        """The adapters that a server loads at the start."""
         return {name: each for name, each in self._adapters.items() if each.loaded}
 
     def note(self, name: str, loaded: bool) -> None:
-        """Remember that an adapter was loaded or unloaded."""
+        """Record that an adapter was loaded or unloaded."""
         with self._lock:
             self._adapters[name] = dataclasses.replace(self._adapters[name], loaded=loaded)
             self._write()

@@ -43,19 +43,19 @@ def test_a_key_is_its_tenants(tmp_path):
     assert not found.open
 
 
-def test_who_may_watch(tmp_path):
+def test_who_may_read_metrics(tmp_path):
     watcher = "d" * 16
     alone = ring(tmp_path, tenants=[tenant("one", KEY)], admin=[digest_of(OTHER)])
-    assert alone.may_watch(KEY.encode()), "there is nobody else"
-    assert alone.may_watch(OTHER.encode())
-    assert not alone.may_watch(None)
+    assert alone.may_read_metrics(KEY.encode()), "there is nobody else"
+    assert alone.may_read_metrics(OTHER.encode())
+    assert not alone.may_read_metrics(None)
     both = ring(tmp_path, tenants=[tenant("one", KEY), tenant("two", OTHER)], monitor=[digest_of(watcher)])
     assert both.is_monitor(watcher.encode())
-    assert both.may_watch(watcher.encode())
+    assert both.may_read_metrics(watcher.encode())
     assert both.tenant_of(watcher.encode()) is None
     assert not both.is_admin(watcher.encode())
-    assert not any(both.may_watch(key) for key in (KEY.encode(), OTHER.encode(), b"nobody's", None))
-    assert Keyring(open=True).may_watch(None)
+    assert not any(both.may_read_metrics(key) for key in (KEY.encode(), OTHER.encode(), b"nobody's", None))
+    assert Keyring(open=True).may_read_metrics(None)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Fields of OpenAI's and vLLM's APIs that this server knows and does not serve.
+"""Fields of OpenAI's and vLLM's APIs that this server knows and does not support.
 
-Clients and frameworks send them with ``null`` or their defaults, which ask for nothing: such a value is
-accepted. Any other would change the answer, and is refused by the field's name. ``docs/serving.md`` has the
+Clients and frameworks send them with ``null`` or their defaults, which have no effect: such a value is
+accepted. Any other would change the response, and is refused by the field's name. ``docs/serving.md`` has the
 tables; the OpenAPI document has the values.
 """
 
@@ -13,13 +13,13 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
-Unserved = Mapping[str, tuple[Any, ...]]
-"""Values beside ``null`` that ask for nothing, by field."""
+Unsupported = Mapping[str, tuple[Any, ...]]
+"""By field, the values beside ``null`` that are accepted: those that have no effect."""
 
-NOT_SERVED = "not_served"
-"""Type of the error that refuses a field; its context has ``field``."""
+UNSUPPORTED = "unsupported_parameter"
+"""Type of the validation error that refuses a field; its context has ``field``."""
 
-SAMPLED: Unserved = {
+GENERATION: Unsupported = {
     # OpenAI's
     "frequency_penalty": (0,),
     "logit_bias": ({},),
@@ -56,10 +56,10 @@ SAMPLED: Unserved = {
     "vllm_xargs": ({},),
     "echo": (False,),
 }
-"""Of both kinds of requests."""
+"""Fields of completions and of chat completions."""
 
-COMPLETION: Unserved = {
-    **SAMPLED,
+COMPLETION: Unsupported = {
+    **GENERATION,
     # OpenAI's
     "best_of": (1,),
     "suffix": ("",),
@@ -68,8 +68,8 @@ COMPLETION: Unserved = {
     "prompt_embeds": (),
 }
 
-CHAT: Unserved = {
-    **SAMPLED,
+CHAT: Unsupported = {
+    **GENERATION,
     # OpenAI's
     "audio": (),
     "function_call": ("none", "auto"),
@@ -96,7 +96,7 @@ CHAT: Unserved = {
     "mm_processor_kwargs": ({},),
 }
 
-MESSAGE: Unserved = {
+MESSAGE: Unsupported = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
@@ -106,34 +106,34 @@ MESSAGE: Unserved = {
     "tool_call_id": (),
     "tool_calls": ([],),
 }
-"""Of a message: an answer of a server's that is sent back as a part of the chat has them."""
+"""Fields of a message: clients send the message of a response back as a part of the chat."""
 
-STREAM_OPTIONS: Unserved = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+STREAM_OPTIONS: Unsupported = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
-NAMED_ADAPTER: Unserved = {"lora_path": (), "lora_int_id": (), "base_model_name": ()}
+ADAPTER: Unsupported = {"lora_path": (), "lora_int_id": (), "base_model_name": ()}
 
 
-def without_unserved(values: dict[str, Any], table: Unserved) -> dict[str, Any]:
-    """The fields of a body that are served.
+def without_unsupported(values: dict[str, Any], table: Unsupported) -> dict[str, Any]:
+    """The fields of a body that are supported.
 
     Raises:
-      PydanticCustomError: one that is not asks for something.
+      PydanticCustomError: a field that is not has a value that would have an effect.
     """
-    served = {}
+    supported = {}
     for name, value in values.items():
         if name not in table:
-            served[name] = value
+            supported[name] = value
         elif value is not None and not any(_same(value, each) for each in table[name]):
-            said = {"field": name, "expected": " or ".join(["null", *map(json.dumps, table[name])])}
-            raise PydanticCustomError(NOT_SERVED, "{field} is not supported: expected {expected}", said)
-    return served
+            context = {"field": name, "expected": " or ".join(["null", *map(json.dumps, table[name])])}
+            raise PydanticCustomError(UNSUPPORTED, "{field} is not supported: expected {expected}", context)
+    return supported
 
 
-def describe(schema: dict[str, Any], table: Unserved) -> None:
+def describe(schema: dict[str, Any], table: Unsupported) -> None:
     """Add the fields of a table to the JSON schema of a body."""
     for name, values in table.items():
         schema.setdefault("properties", {})[name] = {
-            "description": "Not supported: only values that ask for nothing are accepted.",
+            "description": "Not supported: only values that have no effect are accepted.",
             "enum": [None, *values],
         }
 
