@@ -12,27 +12,11 @@ from pydantic import BaseModel
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from milora_jax.serving import responses
 from milora_jax.serving.api_errors import APIError
 from milora_jax.serving.keys import Tenant
 from milora_jax.serving.requests import ChatRequest, CompletionRequest, GenerationRequest
-from milora_jax.serving.responses import (
-    AssistantMessage,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatDelta,
-    ChatLogprobs,
-    ChatResponse,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionResponse,
-    ErrorResponse,
-    RouteInfo,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-    as_json,
-)
+from milora_jax.serving.responses import ErrorResponse, RouteInfo, Usage, as_json
 from milora_jax.serving.service import Backend, Delta, Generation
 from milora_jax.types import EXPERTS
 
@@ -103,6 +87,10 @@ class Writer(ABC):
         prompt, new = self._generation.prompt_tokens, self._new_tokens
         return Usage(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new)
 
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        """The fields that all choices have."""
+        return {"index": delta.sample, "logprobs": self._logprobs(delta), "finish_reason": delta.finish}
+
     @abstractmethod
     def _response(self, samples: Sequence[Delta], fields: dict[str, Any]) -> BaseModel:
         """The whole response."""
@@ -115,35 +103,32 @@ class Writer(ABC):
     def _chunk(self, deltas: Sequence[Delta], fields: dict[str, Any]) -> BaseModel:
         """The event of one delta, or of none."""
 
+    @abstractmethod
+    def _logprobs(self, delta: Delta) -> BaseModel | None:
+        """The log-probabilities of a delta, if they are wanted."""
+
 
 class CompletionWriter(Writer):
     """Of ``/v1/completions``, whose stream events look like the whole response."""
 
     _body: CompletionRequest
 
-    def _response(self, samples: Sequence[Delta], fields: dict[str, Any]) -> CompletionResponse:
-        choices = [
-            CompletionChoice(
-                index=each.sample, text=each.text, logprobs=self._logprobs(each), finish_reason=each.finish
-            )
-            for each in samples
-        ]
-        return CompletionResponse(object="text_completion", choices=choices, **fields)
+    def _response(self, samples: Sequence[Delta], fields: dict[str, Any]) -> BaseModel:
+        choices = [responses.CompletionChoice(text=each.text, **self._choice(each)) for each in samples]
+        return responses.CompletionResponse(object="text_completion", choices=choices, **fields)
 
-    def _chunk(self, deltas: Sequence[Delta], fields: dict[str, Any]) -> CompletionResponse:
+    def _chunk(self, deltas: Sequence[Delta], fields: dict[str, Any]) -> BaseModel:
         return self._response(deltas, fields)
 
-    def _logprobs(self, delta: Delta) -> CompletionLogprobs | None:
+    def _logprobs(self, delta: Delta) -> responses.CompletionLogprobs | None:
         most = self._body.logprobs
         if most is None:
             return None
-        return CompletionLogprobs(
+        tops = [each.top[:most] for each in delta.logprobs]
+        return responses.CompletionLogprobs(
             tokens=[self._token_text(token) for token in delta.tokens],
             token_logprobs=[_finite(each.logprob) for each in delta.logprobs],
-            top_logprobs=[
-                {self._token_text(token): _finite(value) for token, value in each.top[:most]}
-                for each in delta.logprobs
-            ],
+            top_logprobs=[{self._token_text(token): _finite(value) for token, value in top} for top in tops],
         )
 
 
@@ -152,48 +137,38 @@ class ChatWriter(Writer):
 
     _body: ChatRequest
 
-    def _response(self, samples: Sequence[Delta], fields: dict[str, Any]) -> ChatResponse:
+    def _response(self, samples: Sequence[Delta], fields: dict[str, Any]) -> BaseModel:
         choices = [
-            ChatChoice(
-                index=each.sample,
-                message=AssistantMessage(role="assistant", content=each.text),
-                logprobs=self._logprobs(each),
-                finish_reason=each.finish,
+            responses.ChatChoice(
+                message=responses.AssistantMessage(role="assistant", content=each.text), **self._choice(each)
             )
             for each in samples
         ]
-        return ChatResponse(object="chat.completion", choices=choices, **fields)
+        return responses.ChatResponse(object="chat.completion", choices=choices, **fields)
 
-    def _opening(self, fields: dict[str, Any]) -> Iterator[ChatChunk]:
+    def _opening(self, fields: dict[str, Any]) -> Iterator[BaseModel]:
+        delta = responses.ChatDelta(role="assistant", content="")
         for i in self._samples:
-            delta = ChatDelta(role="assistant", content="")
-            choice = ChatChunkChoice(index=i, delta=delta, logprobs=None, finish_reason=None)
-            yield ChatChunk(object="chat.completion.chunk", choices=[choice], **fields)
+            choice = responses.ChatChunkChoice(index=i, delta=delta, logprobs=None, finish_reason=None)
+            yield responses.ChatChunk(object="chat.completion.chunk", choices=[choice], **fields)
 
-    def _chunk(self, deltas: Sequence[Delta], fields: dict[str, Any]) -> ChatChunk:
-        choices = [
-            ChatChunkChoice(
-                index=each.sample,
-                delta=ChatDelta(content=each.text) if each.text or not each.finish else ChatDelta(),
-                logprobs=self._logprobs(each),
-                finish_reason=each.finish,
-            )
-            for each in deltas
-        ]
-        return ChatChunk(object="chat.completion.chunk", choices=choices, **fields)
+    def _chunk(self, deltas: Sequence[Delta], fields: dict[str, Any]) -> BaseModel:
+        choices = []
+        for each in deltas:
+            has_content = each.text or not each.finish
+            delta = responses.ChatDelta(content=each.text) if has_content else responses.ChatDelta()
+            choices.append(responses.ChatChunkChoice(delta=delta, **self._choice(each)))
+        return responses.ChatChunk(object="chat.completion.chunk", choices=choices, **fields)
 
-    def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
+    def _logprobs(self, delta: Delta) -> responses.ChatLogprobs | None:
         if not self._body.logprobs:
             return None
         most = self._body.top_logprobs or 0
-        content = [
-            TokenLogprob(
-                **self._token(token, each.logprob),
-                top_logprobs=[TopLogprob(**self._token(*pair)) for pair in each.top[:most]],
-            )
-            for token, each in zip(delta.tokens, delta.logprobs, strict=True)
-        ]
-        return ChatLogprobs(content=content)
+        content = []
+        for token, each in zip(delta.tokens, delta.logprobs, strict=True):
+            top = [responses.TopLogprob(**self._token(*pair)) for pair in each.top[:most]]
+            content.append(responses.TokenLogprob(**self._token(token, each.logprob), top_logprobs=top))
+        return responses.ChatLogprobs(content=content)
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._token_text(token)

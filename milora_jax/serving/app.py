@@ -24,30 +24,12 @@ import milora_jax
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
 from milora_jax.errors import UserError
+from milora_jax.serving import middleware, responses
 from milora_jax.serving.answers import GenerationResponse
 from milora_jax.serving.api_errors import APIError, bad_request
 from milora_jax.serving.keys import Keyring, Tenant
-from milora_jax.serving.middleware import (
-    METRICS_PATH,
-    AccessControl,
-    ErrorResponses,
-    RequestBody,
-    error_response,
-)
 from milora_jax.serving.registry import Registry
 from milora_jax.serving.requests import AdapterRequest, ChatRequest, CompletionRequest, invalid_request
-from milora_jax.serving.responses import (
-    BODY_ERRORS,
-    ERRORS,
-    AdapterStatus,
-    ChatResponse,
-    CompletionResponse,
-    ErrorResponse,
-    Liveness,
-    Model,
-    ModelList,
-    Readiness,
-)
 from milora_jax.serving.service import Backend
 
 log = logging.getLogger("milora_jax.serving")
@@ -73,11 +55,11 @@ TEXT = {"schema": {"type": "string"}}
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": TEXT}}}
 METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": TEXT}}}
 
-open_routes = APIRouter(responses=ERRORS)
+open_routes = APIRouter(responses=responses.ERRORS)
 routes = APIRouter(
     # AccessControl has checked the key; this tells the OpenAPI document that there is one.
     dependencies=[Security(HTTPBearer(auto_error=False))],
-    responses={**ERRORS, "4XX": {"model": ErrorResponse, "description": "Another error of the client."}},
+    responses=responses.ERRORS,
 )
 
 
@@ -117,9 +99,9 @@ def make_app(
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(ErrorResponses, service),
-            Middleware(AccessControl, service, keys, hosts),
-            Middleware(RequestBody, service, frozenset(posts)),
+            Middleware(middleware.ErrorResponses, service),
+            Middleware(middleware.AccessControl, service, keys, hosts),
+            Middleware(middleware.RequestBody, service, frozenset(posts)),
         ],
     )
     app.add_exception_handler(RequestValidationError, _invalid_request)
@@ -133,35 +115,35 @@ def make_app(
 def _invalid_request(request: Request, error: Exception) -> JSONResponse:
     """The error of FastAPI for a body, as OpenAI writes it."""
     found = error.errors() if isinstance(error, RequestValidationError) else []
-    return error_response(invalid_request([{**each, "loc": each["loc"][1:]} for each in found]))
+    return middleware.error_response(invalid_request([{**each, "loc": each["loc"][1:]} for each in found]))
 
 
 def _routing_error(request: Request, error: Exception) -> JSONResponse:
     """The error of Starlette for a path or a method, as OpenAI writes it."""
     if isinstance(error, HTTPException) and error.status_code == 405:
-        return error_response(APIError(405, "This path has no such method."))
-    return error_response(APIError(404, "There is no such path."))
+        return middleware.error_response(APIError(405, "This path has no such method."))
+    return middleware.error_response(APIError(404, "There is no such path."))
 
 
 @open_routes.get("/health/live")
-async def live() -> Liveness:
+async def live() -> responses.Liveness:
     """Whether the process answers."""
-    return Liveness(status="alive")
+    return responses.Liveness(status="alive")
 
 
-@routes.get("/health/ready", responses={503: {"model": Readiness, "description": "Not ready."}})
-async def ready(service: CurrentService) -> Readiness:
+@routes.get("/health/ready", responses={503: {"model": responses.Readiness, "description": "Not ready."}})
+async def ready(service: CurrentService) -> responses.Readiness:
     """Whether requests are served, and the number of free batch slots."""
     alive, free = await service.health()
     admission = service.admission
     is_ready = alive and not admission.closed
-    body = Readiness(
+    body = responses.Readiness(
         status="ready" if is_ready else "not ready", free_slots=free, under_way=admission.active_requests
     )
     return JSONResponse(body.model_dump(), 200 if is_ready else 503)  # pyright: ignore[reportReturnType]
 
 
-@routes.get(METRICS_PATH, response_class=JSONResponse, responses=METRICS)
+@routes.get(middleware.METRICS_PATH, response_class=JSONResponse, responses=METRICS)
 async def metrics(service: CurrentService) -> Response:
     """Counters in the format of Prometheus."""
     text = await service.metrics_text()
@@ -183,12 +165,12 @@ async def page(request: Request) -> Response:
 
 
 @routes.get("/v1/models")
-async def models(service: CurrentService, tenant: CurrentTenant) -> ModelList:
+async def models(service: CurrentService, tenant: CurrentTenant) -> responses.ModelList:
     """The models that the caller may use."""
-    return ModelList(data=[Model(id=name) for name in service.models(tenant)])
+    return responses.ModelList(data=[responses.Model(id=name) for name in service.models(tenant)])
 
 
-@routes.post("/v1/completions", response_model=CompletionResponse, responses={**BODY_ERRORS, **STREAM})
+@routes.post("/v1/completions", response_model=responses.CompletionResponse, responses=STREAM)
 async def completions(
     body: CompletionRequest, service: CurrentService, tenant: CurrentTenant
 ) -> GenerationResponse:
@@ -196,7 +178,7 @@ async def completions(
     return GenerationResponse(service, tenant, body)
 
 
-@routes.post("/v1/chat/completions", response_model=ChatResponse, responses={**BODY_ERRORS, **STREAM})
+@routes.post("/v1/chat/completions", response_model=responses.ChatResponse, responses=STREAM)
 async def chat_completions(
     body: ChatRequest, service: CurrentService, tenant: CurrentTenant
 ) -> GenerationResponse:
@@ -204,10 +186,10 @@ async def chat_completions(
     return GenerationResponse(service, tenant, body)
 
 
-@routes.post("/v1/load_lora_adapter", responses=BODY_ERRORS)
+@routes.post("/v1/load_lora_adapter")
 async def load_lora_adapter(
     body: AdapterRequest, service: CurrentService, registry: CurrentRegistry
-) -> AdapterStatus:
+) -> responses.AdapterStatus:
     """Load a registered adapter."""
     name = body.lora_name
     registered = registry.get(name)
@@ -219,16 +201,16 @@ async def load_lora_adapter(
     except (UserError, OSError) as error:
         log.warning("adapter %s was not loaded: %s", name, error)
         raise bad_request("The adapter cannot be loaded; the server's log says why.") from None
-    return AdapterStatus(status="loaded", lora_name=name)
+    return responses.AdapterStatus(status="loaded", lora_name=name)
 
 
-@routes.post("/v1/unload_lora_adapter", responses=BODY_ERRORS)
+@routes.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(
     body: AdapterRequest, service: CurrentService, registry: CurrentRegistry
-) -> AdapterStatus:
+) -> responses.AdapterStatus:
     """Unload an adapter; requests that use it complete."""
     name = body.lora_name
     if not await service.unload(name):
         raise APIError(404, f"No adapter is loaded as {name!r}.", code="adapter_not_found")
     await asyncio.to_thread(registry.note, name, False)
-    return AdapterStatus(status="unloaded", lora_name=name)
+    return responses.AdapterStatus(status="unloaded", lora_name=name)

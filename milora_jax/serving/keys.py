@@ -16,26 +16,22 @@ import dataclasses
 import hashlib
 import hmac
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from milora_jax.base.json_files import read_json_object
+from pydantic import BeforeValidator, NonNegativeInt
+from pydantic_core import PydanticCustomError
+
 from milora_jax.errors import UserError, require
+from milora_jax.serving.json_models import FileModel, Name, read_model
 
 KEY_VARIABLE, ADMIN_VARIABLE = "MILORA_API_KEY", "MILORA_ADMIN_KEY"
 """Environment variables for the key of a tenant that may use all adapters, and for the administrator's."""
 
-DIGEST = re.compile("[0-9a-f]{64}")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""A name of a tenant or an adapter: a label in metrics, never a part of a path."""
-
 SHORTEST_KEY = 16
 """Characters of a key; a shorter one can be guessed."""
-
-EVERY = "*"
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,39 @@ class Tenant:
 
 LOCAL = Tenant("local", concurrency=0, alone=True)
 """The tenant of a server without keys, which listens to its own machine only."""
+
+
+def _digest_of_hex(value: object) -> bytes:
+    if isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"):
+        return bytes.fromhex(value)
+    hint = "expected the 64 digits 0-9a-f of a SHA-256; see python -m milora_jax.serving hash-key"
+    raise PydanticCustomError("digest", hint)
+
+
+Digest = Annotated[bytes, BeforeValidator(_digest_of_hex)]
+
+
+class TenantEntry(FileModel):
+    """A tenant in a file of keys."""
+
+    name: Name
+    sha256: Digest
+    adapters: Literal["*"] | frozenset[str] = "*"
+    concurrency: NonNegativeInt = Tenant.concurrency
+    tokens_per_minute: NonNegativeInt = Tenant.tokens_per_minute
+
+    def tenant(self) -> Tenant:
+        """The tenant."""
+        adapters = self.adapters if isinstance(self.adapters, frozenset) else None
+        return Tenant(self.name, adapters, self.concurrency, self.tokens_per_minute)
+
+
+class KeysFile(FileModel):
+    """A file of keys."""
+
+    tenants: tuple[TenantEntry, ...] = ()
+    admin: tuple[Digest, ...] = ()
+    monitor: tuple[Digest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,17 +143,9 @@ class Keyring:
         Raises:
           UserError: the file is not as described above, or a key of the environment is too short.
         """
-        tenants: list[tuple[bytes, Tenant]] = []
-        admins: list[bytes] = []
-        monitors: list[bytes] = []
-        if path is not None:
-            values = read_json_object(path)
-            _require_fields(values, {"tenants", "admin", "monitor"}, str(path))
-            tenants = [_tenant(each, f"{path}: a tenant") for each in _listed(values, "tenants", path)]
-            admins, monitors = (
-                [_known_digest(each, f"{path}: {role}") for each in _listed(values, role, path)]
-                for role in ("admin", "monitor")
-            )
+        file = KeysFile() if path is None else read_model(path, KeysFile)
+        tenants = [(each.sha256, each.tenant()) for each in file.tenants]
+        admins = list(file.admin)
         for variable in (KEY_VARIABLE, ADMIN_VARIABLE):
             key = environment.get(variable)
             if key is None:
@@ -136,11 +157,11 @@ class Keyring:
             else:
                 admins.append(_digest(key.encode()))
         _require_distinct((tenant.name for _, tenant in tenants), "tenant")
-        digests = (*(digest for digest, _ in tenants), *admins, *monitors)
+        digests = (*(digest for digest, _ in tenants), *admins, *file.monitor)
         _require_distinct(map(bytes.hex, digests), "key")
         if len(tenants) == 1:
             tenants = [(digest, dataclasses.replace(tenant, alone=True)) for digest, tenant in tenants]
-        return cls(tuple(tenants), tuple(admins), tuple(monitors), open=not tenants)
+        return cls(tuple(tenants), tuple(admins), file.monitor, open=not tenants)
 
 
 def digest_of(key: str) -> str:
@@ -165,53 +186,9 @@ def _is_among(digests: Iterable[bytes], key: bytes | None) -> bool:
     return found and key is not None
 
 
-def _listed(values: dict[str, Any], name: str, path: Path) -> list[Any]:
-    found = values.get(name, [])
-    if not isinstance(found, list):
-        raise UserError(f"{path}: {name} is no list")
-    return found
-
-
-def _require_fields(values: dict[str, Any], allowed: set[str], where: str) -> None:
-    unknown = sorted(values.keys() - allowed)
-    if unknown:
-        raise UserError(f"{where} has a field {unknown[0]!r}: expected {', '.join(sorted(allowed))}")
-
-
 def _require_distinct(values: Iterable[str], what: str) -> None:
     seen: set[str] = set()
     for value in values:
         if value in seen:
             raise UserError(f"a {what} is given twice" + (f": {value!r}" if what == "tenant" else ""))
         seen.add(value)
-
-
-def _known_digest(value: Any, where: str) -> bytes:
-    if not isinstance(value, str) or not DIGEST.fullmatch(value):
-        raise UserError(
-            f"{where}: a sha256 is no 64 digits of 0-9a-f; see python -m milora_jax.serving hash-key"
-        )
-    return bytes.fromhex(value)
-
-
-def _tenant(values: Any, where: str) -> tuple[bytes, Tenant]:
-    if not isinstance(values, dict):
-        raise UserError(f"{where} is no object")
-    _require_fields(values, {"name", "sha256", "adapters", "concurrency", "tokens_per_minute"}, where)
-    name = values.get("name")
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise UserError(f"{where} has name {name!r}: expected letters, digits, '.', '_', '-', at most 64")
-    where = f"{where.removesuffix('a tenant')}tenant {name!r}"
-    adapters = values.get("adapters", EVERY)
-    named = isinstance(adapters, list) and all(isinstance(each, str) for each in adapters)
-    if adapters != EVERY and not named:
-        raise UserError(f"{where}: adapters is {adapters!r}: expected '*' or a list of names")
-    numbers = {}
-    for field in ("concurrency", "tokens_per_minute"):
-        value = values.get(field, getattr(Tenant, field))
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < 0:
-            raise UserError(f"{where}: {field} is {value!r}: expected a whole number, 0 for no limit")
-        numbers[field] = value
-    allowed = None if adapters == EVERY else frozenset(adapters)
-    return _known_digest(values.get("sha256"), where), Tenant(name, allowed, **numbers)

@@ -12,17 +12,15 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from milora_jax.base.json_files import read_json_object
-from milora_jax.errors import UserError
-from milora_jax.serving.keys import NAME
+from pydantic.dataclasses import dataclass
+
+from milora_jax.serving.json_models import FileModel, Name, read_model
 from milora_jax.storage.files import write_json_atomic
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FileModel.model_config)
 class Registered:
     """An adapter that a server may load.
 
@@ -37,6 +35,12 @@ class Registered:
     pinned: bool = False
 
 
+class RegistryFile(FileModel):
+    """The file of a registry."""
+
+    adapters: dict[Name, Registered]
+
+
 class Registry:
     """The adapters by name.
 
@@ -47,7 +51,7 @@ class Registry:
 
     def __init__(self, path: Path | None, given: Mapping[str, Registered]) -> None:
         self._path, self._lock = path, threading.Lock()
-        stored = _read(path) if path is not None and path.exists() else {}
+        stored = read_model(path, RegistryFile).adapters if path is not None and path.exists() else {}
         self._adapters = {**stored, **given}
         self._write()
 
@@ -67,32 +71,5 @@ class Registry:
 
     def _write(self) -> None:
         if self._path is not None:
-            adapters = {
-                name: {"path": str(each.path), "loaded": each.loaded, "pinned": each.pinned}
-                for name, each in sorted(self._adapters.items())
-            }
-            write_json_atomic(self._path, {"adapters": adapters})
-
-
-def _read(path: Path) -> dict[str, Registered]:
-    adapters = read_json_object(path).get("adapters")
-    if not isinstance(adapters, dict):
-        raise UserError(f"{path}: expected an object 'adapters'")
-    return {name: _registered(name, values, str(path)) for name, values in adapters.items()}
-
-
-def _registered(name: str, values: Any, where: str) -> Registered:
-    if not NAME.fullmatch(name):
-        raise UserError(f"{where}: adapter name {name!r}: expected letters, digits, '.', '_', '-'")
-    if not isinstance(values, dict) or not isinstance(values.get("path"), str):
-        raise UserError(f"{where}: adapter {name!r} has no path")
-    unknown = sorted(values.keys() - {"path", "loaded", "pinned"})
-    if unknown:
-        raise UserError(
-            f"{where}: adapter {name!r} has a field {unknown[0]!r}: expected path, loaded, pinned"
-        )
-    flags = {field: values.get(field, default) for field, default in (("loaded", True), ("pinned", False))}
-    for field, value in flags.items():
-        if not isinstance(value, bool):
-            raise UserError(f"{where}: adapter {name!r}: {field} is {value!r}: expected true or false")
-    return Registered(Path(values["path"]), **flags)
+            file = RegistryFile(adapters=dict(sorted(self._adapters.items())))
+            write_json_atomic(self._path, file.model_dump(mode="json"))

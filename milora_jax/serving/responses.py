@@ -190,30 +190,25 @@ def as_json(response: BaseModel) -> bytes:
     return response.model_dump_json(exclude_unset=True).encode()
 
 
+RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
+    | ({"headers": RETRY_AFTER} if status in (429, 503) else {})
     for status, text in {
         400: "The request is invalid or not supported.",
         401: "The key is missing or wrong.",
         403: "The key may not make this call.",
+        404: "There is no such path, model or adapter.",
+        405: "The path has no such method.",
+        408: "The body took too long.",
+        413: "The body is too long.",
+        415: "The body is not JSON by its headers.",
         429: "A limit of the tenant is reached.",
         431: "The head of the request is too long.",
+        "4XX": "Another error of the client.",
         500: "An internal error.",
         503: "The server is overloaded or stopping.",
     }.items()
 }
-"""Errors of every call, for the OpenAPI document."""
-
-BODY_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse, "description": text}
-    for status, text in {
-        404: "There is no such model or adapter.",
-        408: "The body took too long.",
-        413: "The body is too long.",
-        415: "The body is not JSON by its headers.",
-    }.items()
-}
-"""Errors of the calls with a body."""
-
-for _status in (429, 503):
-    ERRORS[_status]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
+"""The errors of all calls, for the OpenAPI document."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
@@ -26,7 +27,7 @@ from milora_jax.errors import UserError
 from milora_jax.generation.bank import Bank, RankError, rank_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
-from milora_jax.serving.keys import NAME
+from milora_jax.serving.json_models import NAME
 from milora_jax.storage.adapters import read_adapter
 from milora_jax.types import PyTree
 
@@ -237,7 +238,7 @@ class AdapterStore:
             return [adapter.name for adapter in self._slots[1:] if adapter is not None]
 
     def _read(self, name: str, directory: Path) -> Adapter:
-        if not NAME.fullmatch(name):
+        if not re.fullmatch(NAME, name):
             raise UserError(f"adapter name {name!r}: expected letters, digits, '.', '_', '-', at most 64")
         loaded, metadata = read_adapter(directory)
         if metadata["base_fingerprint"] != self._fingerprint:

@@ -19,98 +19,60 @@ Unsupported = Mapping[str, tuple[Any, ...]]
 UNSUPPORTED = "unsupported_parameter"
 """Type of the validation error that refuses a field; its context has ``field``."""
 
+
+def fields(names: str, *values: Any) -> Unsupported:
+    """Several fields with the values that are accepted in them."""
+    return dict.fromkeys(names.split(), values)
+
+
 GENERATION: Unsupported = {
-    # OpenAI's
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "metadata": ({},),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    # vLLM's
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "documents": ([],),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
-    "include_stop_str_in_output": (False,),
-    "kv_transfer_params": ({},),
-    "length_penalty": (1,),
-    "logits_processors": ([],),
-    "min_tokens": (0,),
-    "priority": (0,),
-    "prompt_logprobs": (),
-    "request_id": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "structural_tag": (),
-    "structured_outputs": (),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "vllm_xargs": ({},),
-    "echo": (False,),
+    **fields("frequency_penalty min_tokens priority", 0),
+    **fields("length_penalty", 1),
+    **fields("kv_transfer_params logit_bias metadata vllm_xargs", {}),
+    **fields("bad_words documents logits_processors", []),
+    **fields("response_format", {"type": "text"}),
+    **fields("service_tier", "auto", "default"),
+    **fields("echo include_stop_str_in_output return_token_ids return_tokens_as_token_ids store", False),
+    **fields("use_beam_search", False),
+    **fields("skip_special_tokens spaces_between_special_tokens", True),
+    **fields("allowed_token_ids guided_choice guided_decoding_backend guided_grammar guided_json"),
+    **fields("guided_regex guided_whitespace_pattern prompt_logprobs request_id structural_tag"),
+    **fields("structured_outputs truncate_prompt_tokens"),
 }
 """Fields of completions and of chat completions."""
 
 COMPLETION: Unsupported = {
     **GENERATION,
-    # OpenAI's
-    "best_of": (1,),
-    "suffix": ("",),
-    # vLLM's
-    "add_special_tokens": (True,),
-    "prompt_embeds": (),
+    **fields("best_of", 1),
+    **fields("suffix", ""),
+    **fields("add_special_tokens", True),
+    **fields("prompt_embeds"),
 }
 
 CHAT: Unsupported = {
     **GENERATION,
-    # OpenAI's
-    "audio": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "moderation": (),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": ("in_memory",),
-    "reasoning_effort": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-    # vLLM's
-    "add_generation_prompt": (True,),
-    "add_special_tokens": (False,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "include_reasoning": (True,),
-    "media_io_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
+    **fields("functions tools", []),
+    **fields("function_call tool_choice", "none", "auto"),
+    **fields("parallel_tool_calls", True, False),
+    **fields("modalities", ["text"]),
+    **fields("verbosity", "medium"),
+    **fields("prompt_cache_retention", "in_memory"),
+    **fields("add_generation_prompt include_reasoning", True),
+    **fields("add_special_tokens continue_final_message", False),
+    **fields("chat_template_kwargs media_io_kwargs mm_processor_kwargs", {}),
+    **fields("audio chat_template moderation prediction prompt_cache_options reasoning_effort"),
+    **fields("web_search_options"),
 }
 
 MESSAGE: Unsupported = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "reasoning": (),
-    "reasoning_content": (),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
+    **fields("annotations tool_calls", []),
+    **fields("audio function_call reasoning reasoning_content refusal tool_call_id"),
 }
 """Fields of a message: clients send the message of a response back as a part of the chat."""
 
-STREAM_OPTIONS: Unsupported = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+STREAM_OPTIONS = fields("continuous_usage_stats include_obfuscation", False)
 
-ADAPTER: Unsupported = {"lora_path": (), "lora_int_id": (), "base_model_name": ()}
+ADAPTER = fields("base_model_name lora_int_id lora_path")
 
 
 def without_unsupported(values: dict[str, Any], table: Unsupported) -> dict[str, Any]:
