@@ -63,15 +63,16 @@ routes = APIRouter(
 )
 
 
-def _service(request: Request) -> Backend:
+# FastAPI runs plain functions in threads.
+async def _service(request: Request) -> Backend:
     return request.app.state.service
 
 
-def _registry(request: Request) -> Registry:
+async def _registry(request: Request) -> Registry:
     return request.app.state.registry
 
 
-def _tenant(request: Request) -> Tenant:
+async def _tenant(request: Request) -> Tenant:
     return request.state.tenant
 
 
@@ -112,13 +113,13 @@ def make_app(
     return app
 
 
-def _invalid_request(request: Request, error: Exception) -> JSONResponse:
+async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
     """The error of FastAPI for a body, as OpenAI writes it."""
     found = error.errors() if isinstance(error, RequestValidationError) else []
     return middleware.error_response(invalid_request([{**each, "loc": each["loc"][1:]} for each in found]))
 
 
-def _routing_error(request: Request, error: Exception) -> JSONResponse:
+async def _routing_error(request: Request, error: Exception) -> JSONResponse:
     """The error of Starlette for a path or a method, as OpenAI writes it."""
     if isinstance(error, HTTPException) and error.status_code == 405:
         return middleware.error_response(APIError(405, "This path has no such method."))
