@@ -96,8 +96,6 @@ class Counts:
     """Counters of the loop and its free batch slots; written by the loop alone, read by other threads."""
 
     steps: int = 0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
     failures: int = 0
     free_slots: int = 0
     last_step: float = field(default_factory=time.monotonic)
@@ -289,7 +287,6 @@ class DeviceLoop:
             log_error("a request could not be started", error)
             self._fail(job)
             return
-        self.counts.prompt_tokens += len(job.prompt)
         self._running[job.request] = job
 
     def _step(self) -> None:
@@ -323,7 +320,6 @@ class DeviceLoop:
             logprobs = tuple(request.logprobs[sample][first:])
             job.sent[sample] += len(tokens)
             job.ended[sample] = finish is not None
-            self.counts.new_tokens += len(tokens)
             self._send(job, StreamEvent(sample, tokens, logprobs, finish, route))
         if request.done:
             self._running.pop(request, None)
