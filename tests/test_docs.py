@@ -14,7 +14,7 @@ from milora_jax.columns import parse_columns
 from milora_jax.config import AdapterSection, Config
 from milora_jax.data.records import Source, read_records
 from milora_jax.serving.limits import Limits
-from milora_jax.serving.unserved import CHAT, COMPLETION, MESSAGE, NAMED_ADAPTER, SAMPLED, STREAM_OPTIONS
+from milora_jax.serving.unsupported import ADAPTER, CHAT, COMPLETION, GENERATION, MESSAGE, STREAM_OPTIONS
 from tests.test_architecture import PACKAGE, ROOT
 
 DOCS = ROOT / "docs"
@@ -48,16 +48,16 @@ def test_every_setting_of_a_method_is_described(generated, method):
         assert len(row.meaning) > 5, f"say in {METHOD_CLASSES[method].__name__} what {row.name} means"
 
 
-def test_every_field_that_is_not_served_is_in_the_page():
+def test_every_unsupported_field_is_in_the_page():
     page = (DOCS / "serving.md").read_text()
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
     for table, where in (
-        (SAMPLED, "both"),
-        ({name: COMPLETION[name] for name in COMPLETION.keys() - SAMPLED.keys()}, "completions"),
-        ({name: CHAT[name] for name in CHAT.keys() - SAMPLED.keys()}, "chats"),
+        (GENERATION, "both"),
+        ({name: COMPLETION[name] for name in COMPLETION.keys() - GENERATION.keys()}, "completions"),
+        ({name: CHAT[name] for name in CHAT.keys() - GENERATION.keys()}, "chats"),
         (MESSAGE, "messages"),
         (STREAM_OPTIONS, "stream_options"),
-        (NAMED_ADAPTER, "loading"),
+        (ADAPTER, "loading"),
     ):
         for name, values in table.items():
             (values_of,) = [row[2] for row in rows if f"`{name}`" in row[0] and where in row[1]]

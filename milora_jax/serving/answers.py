@@ -1,157 +1,216 @@
-"""Answers in the shape of OpenAI's API: whole, and in the pieces of a stream."""
+"""Responses of the calls that generate: whole, and as the events of a stream."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from milora_jax.generation.request import TokenLogprobs
-from milora_jax.serving.schema import Chat, Completion
-from milora_jax.serving.service import Piece, Turn
+from milora_jax.serving import responses
+from milora_jax.serving.api_errors import APIError
+from milora_jax.serving.keys import Tenant
+from milora_jax.serving.requests import ChatRequest, CompletionRequest, GenerationRequest
+from milora_jax.serving.responses import ErrorResponse, RouteInfo, Usage, as_json
+from milora_jax.serving.service import Backend, Delta, Generation
 from milora_jax.types import EXPERTS
 
-LEAST_LOGPROB = -9999.0
-"""JSON has no minus infinity."""
+LOWEST_LOGPROB = -9999.0
+"""Minus infinity, which JSON does not have."""
 
 
-def as_json(value: Any) -> bytes:
-    """Bytes of a JSON value; a number that JSON does not have is an error of ours."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-
-@dataclass
-class Sample:
-    """One sample, as far as it has come."""
-
-    text: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish: str | None = None
-
-
-@dataclass
-class Writer:
-    """Writes the answer to one request.
+class Writer(ABC):
+    """Writes the response to one request.
 
     Args:
-      say: the text of a token.
+      token_text: gives the text of a token.
     """
 
-    asked: Completion | Chat
-    turn: Turn
-    say: Callable[[int], str]
-    samples: list[Sample] = field(init=False)
-    route: np.ndarray | None = None
-    new_tokens: int = 0
+    def __init__(
+        self, body: GenerationRequest, generation: Generation, token_text: Callable[[int], str]
+    ) -> None:
+        self._body, self._generation, self._token_text = body, generation, token_text
+        self._samples = range(body.n or 1)
+        self._new_tokens = 0
 
-    def __post_init__(self) -> None:
-        self.samples = [Sample() for _ in range(self.asked.n or 1)]
+    async def whole(self) -> BaseModel:
+        """The response of all deltas."""
+        deltas = [delta async for delta in self._generation.deltas]
+        self._new_tokens = sum(len(delta.tokens) for delta in deltas)
+        route = next((delta.route for delta in deltas if delta.route is not None), None)
+        samples = [joined([delta for delta in deltas if delta.sample == i]) for i in self._samples]
+        return self._response(samples, {**self._fields(route), "usage": self._usage()})
 
-    def add(self, piece: Piece) -> None:
-        """Take a piece of a whole answer."""
-        sample = self.samples[piece.sample]
-        self.new_tokens += len(piece.tokens)
-        sample.text.append(piece.text)
-        sample.tokens += piece.tokens
-        sample.logprobs += piece.logprobs
-        sample.finish = piece.finish or sample.finish
-        self.route = piece.route if piece.route is not None else self.route
+    async def events(self, first: Delta) -> AsyncIterator[bytes]:
+        """The server-sent events of a stream; an error after the first one is an event too.
 
-    def whole(self) -> dict[str, Any]:
-        """The answer of all pieces."""
-        choices = []
-        for i, sample in enumerate(self.samples):
-            text = "".join(sample.text)
-            said = {"message": {"role": "assistant", "content": text}} if self._chats else {"text": text}
-            logprobs = self._logprobs(sample.tokens, sample.logprobs)
-            choices.append({"index": i, **said, "logprobs": logprobs, "finish_reason": sample.finish})
-        return {**self._head(""), "choices": choices, "usage": self.usage(), **self._told_route(self.route)}
+        Args:
+          first: the first delta, which has been taken from the generation.
 
-    def first(self) -> list[dict[str, Any]]:
-        """What a stream begins with."""
-        if not self._chats:
-            return []
-        delta = {"role": "assistant", "content": ""}
-        return [
-            {
-                **self._head(".chunk"),
-                "choices": [_choice(i, {"delta": delta}, None, None)],
-                **self._no_usage(),
-            }
-            for i in range(len(self.samples))
-        ]
+        Raises:
+          APIError: after its event.
+        """
+        no_usage = {"usage": None} if self._body.include_usage else {}
+        try:
+            for response in self._opening({**self._fields(None), **no_usage}):
+                yield _event(as_json(response))
+            yield self._delta_event(first, no_usage)
+            async for delta in self._generation.deltas:
+                event = self._delta_event(delta, no_usage)  # counts its tokens, even if it has no text
+                if delta.text or delta.finish or delta.logprobs:
+                    yield event
+            if self._body.include_usage:
+                yield _event(as_json(self._chunk([], {**self._fields(None), "usage": self._usage()})))
+            yield _event(b"[DONE]")
+        except APIError as error:
+            yield _event(as_json(ErrorResponse(**error.body)))
+            raise
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        """A piece of a stream."""
-        self.new_tokens += len(piece.tokens)
-        delta = {"content": piece.text} if piece.text or not piece.finish else {}
-        said = {"delta": delta} if self._chats else {"text": piece.text}
-        choice = _choice(piece.sample, said, self._logprobs(piece.tokens, piece.logprobs), piece.finish)
-        route = self._told_route(piece.route)
-        return {**self._head(".chunk"), "choices": [choice], **self._no_usage(), **route}
+    def _delta_event(self, delta: Delta, no_usage: dict[str, None]) -> bytes:
+        self._new_tokens += len(delta.tokens)
+        return _event(as_json(self._chunk([delta], {**self._fields(delta.route), **no_usage})))
 
-    def last(self) -> list[dict[str, Any]]:
-        """What a stream ends with, before its mark."""
-        if not self.asked.counts_usage:
-            return []
-        return [{**self._head(".chunk"), "choices": [], "usage": self.usage()}]
+    def _fields(self, route: np.ndarray | None) -> dict[str, Any]:
+        generation = self._generation
+        fields = {"id": generation.id, "created": generation.created, "model": generation.model}
+        if route is not None and self._body.return_route:
+            weights = route.astype(float).round(6).tolist()
+            fields["milora"] = RouteInfo(experts=list(EXPERTS), route=weights)
+        return fields
 
-    def usage(self) -> dict[str, int]:
-        """Tokens of prompt and samples."""
-        prompt, new = self.turn.prompt_tokens, self.new_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    def _usage(self) -> Usage:
+        prompt, new = self._generation.prompt_tokens, self._new_tokens
+        return Usage(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new)
 
-    @property
-    def _chats(self) -> bool:
-        return isinstance(self.asked, Chat)
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        """The fields that all choices have."""
+        return {"index": delta.sample, "logprobs": self._logprobs(delta), "finish_reason": delta.finish}
 
-    def _head(self, chunk: str) -> dict[str, Any]:
-        kind = f"chat.completion{chunk}" if self._chats else "text_completion"
-        turn = self.turn
-        return {"id": turn.id, "object": kind, "created": turn.created, "model": turn.model}
+    @abstractmethod
+    def _response(self, samples: Sequence[Delta], fields: dict[str, Any]) -> BaseModel:
+        """The whole response."""
 
-    def _no_usage(self) -> dict[str, None]:
-        return {"usage": None} if self.asked.counts_usage else {}
+    def _opening(self, fields: dict[str, Any]) -> Iterator[BaseModel]:
+        """The events before the first delta."""
+        yield from ()
 
-    def _told_route(self, route: np.ndarray | None) -> dict[str, Any]:
-        if route is None or not self.asked.tells_route:
-            return {}
-        return {"milora": {"experts": list(EXPERTS), "route": route.astype(float).round(6).tolist()}}
+    @abstractmethod
+    def _chunk(self, deltas: Sequence[Delta], fields: dict[str, Any]) -> BaseModel:
+        """The event of one delta, or of none."""
 
-    def _logprobs(self, tokens: Sequence[int], found: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        if not self.asked.alternatives():
+    @abstractmethod
+    def _logprobs(self, delta: Delta) -> BaseModel | None:
+        """The log-probabilities of a delta, if they are wanted."""
+
+
+class CompletionWriter(Writer):
+    """Of ``/v1/completions``, whose stream events look like the whole response."""
+
+    _body: CompletionRequest
+
+    def _response(self, samples: Sequence[Delta], fields: dict[str, Any]) -> BaseModel:
+        choices = [responses.CompletionChoice(text=each.text, **self._choice(each)) for each in samples]
+        return responses.CompletionResponse(object="text_completion", choices=choices, **fields)
+
+    def _chunk(self, deltas: Sequence[Delta], fields: dict[str, Any]) -> BaseModel:
+        return self._response(deltas, fields)
+
+    def _logprobs(self, delta: Delta) -> responses.CompletionLogprobs | None:
+        most = self._body.logprobs
+        if most is None:
             return None
-        pairs = list(zip(tokens, found, strict=True))
-        if isinstance(self.asked, Chat):
-            return {"content": [self._chat_logprob(token, mine) for token, mine in pairs]}
-        asked = self.asked.logprobs or 0
-        return {
-            "tokens": [self.say(token) for token, _ in pairs],
-            "token_logprobs": [_number(mine.logprob) for _, mine in pairs],
-            "top_logprobs": [
-                {self.say(token): _number(value) for token, value in mine.top[:asked]} for _, mine in pairs
-            ],
-        }
-
-    def _chat_logprob(self, token: int, mine: TokenLogprobs) -> dict[str, Any]:
-        asked = (self.asked.top_logprobs or 0) if isinstance(self.asked, Chat) else 0
-        top = [self._one(other, value) for other, value in mine.top[:asked]]
-        return {**self._one(token, mine.logprob), "top_logprobs": top}
-
-    def _one(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.say(token)
-        return {"token": text, "logprob": _number(logprob), "bytes": list(text.encode())}
+        tops = [each.top[:most] for each in delta.logprobs]
+        return responses.CompletionLogprobs(
+            tokens=[self._token_text(token) for token in delta.tokens],
+            token_logprobs=[_finite(each.logprob) for each in delta.logprobs],
+            top_logprobs=[{self._token_text(token): _finite(value) for token, value in top} for top in tops],
+        )
 
 
-def _choice(
-    index: int, said: dict[str, Any], logprobs: dict[str, Any] | None, finish: str | None
-) -> dict[str, Any]:
-    return {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
+class ChatWriter(Writer):
+    """Of ``/v1/chat/completions``."""
+
+    _body: ChatRequest
+
+    def _response(self, samples: Sequence[Delta], fields: dict[str, Any]) -> BaseModel:
+        choices = [
+            responses.ChatChoice(
+                message=responses.AssistantMessage(role="assistant", content=each.text), **self._choice(each)
+            )
+            for each in samples
+        ]
+        return responses.ChatResponse(object="chat.completion", choices=choices, **fields)
+
+    def _opening(self, fields: dict[str, Any]) -> Iterator[BaseModel]:
+        delta = responses.ChatDelta(role="assistant", content="")
+        for i in self._samples:
+            choice = responses.ChatChunkChoice(index=i, delta=delta, logprobs=None, finish_reason=None)
+            yield responses.ChatChunk(object="chat.completion.chunk", choices=[choice], **fields)
+
+    def _chunk(self, deltas: Sequence[Delta], fields: dict[str, Any]) -> BaseModel:
+        choices = []
+        for each in deltas:
+            has_content = each.text or not each.finish
+            delta = responses.ChatDelta(content=each.text) if has_content else responses.ChatDelta()
+            choices.append(responses.ChatChunkChoice(delta=delta, **self._choice(each)))
+        return responses.ChatChunk(object="chat.completion.chunk", choices=choices, **fields)
+
+    def _logprobs(self, delta: Delta) -> responses.ChatLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        most = self._body.top_logprobs or 0
+        content = []
+        for token, each in zip(delta.tokens, delta.logprobs, strict=True):
+            top = [responses.TopLogprob(**self._token(*pair)) for pair in each.top[:most]]
+            content.append(responses.TokenLogprob(**self._token(token, each.logprob), top_logprobs=top))
+        return responses.ChatLogprobs(content=content)
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._token_text(token)
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
 
-def _number(logprob: float) -> float:
-    return max(logprob, LEAST_LOGPROB)
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """All deltas of one sample as a single one."""
+    return Delta(
+        deltas[0].sample,
+        "".join(each.text for each in deltas),
+        tuple(itertools.chain.from_iterable(each.tokens for each in deltas)),
+        tuple(itertools.chain.from_iterable(each.logprobs for each in deltas)),
+        deltas[-1].finish,
+    )
+
+
+class GenerationResponse(Response):
+    """Generates while it is sent, so that whatever ends the sending ends the generation."""
+
+    def __init__(self, service: Backend, tenant: Tenant, body: CompletionRequest | ChatRequest) -> None:
+        self._service, self._tenant, self._body = service, tenant, body
+        self.background = None  # which FastAPI looks at
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the whole response, or a stream whose status is known once the first tokens are there."""
+        body = self._body
+        async with self._service.generate(self._tenant, body) as generation:
+            kind = ChatWriter if isinstance(body, ChatRequest) else CompletionWriter
+            writer = kind(body, generation, self._service.token_text)
+            if body.stream:
+                events = writer.events(await anext(generation.deltas))
+                headers = {"cache-control": "no-store"}
+                response = StreamingResponse(events, headers=headers, media_type="text/event-stream")
+            else:
+                response = Response(as_json(await writer.whole()), media_type="application/json")
+            await response(scope, receive, send)
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

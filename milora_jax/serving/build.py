@@ -1,4 +1,4 @@
-"""A service put together: the base, its adapters, the engine, all programs compiled."""
+"""Builds a service: loads the base and the adapters, and compiles all programs."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from milora_jax.serving.metrics import COMPILATIONS, Metrics
 from milora_jax.serving.registry import Registry
 from milora_jax.serving.service import Service
 from milora_jax.serving.store import AdapterStore, Model
-from milora_jax.serving.template import require_tame_template
+from milora_jax.serving.template import require_bounded_template
 
 RULES = Rules()
-"""How a base is divided over the devices of an engine: as training divides it."""
+"""The sharding of the base over the devices of an engine, that of training."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a server serves.
+    """The base that a server serves.
 
     Attributes:
       base: path of the model, as ``base.source`` takes it.
-      name: under which the base alone is offered.
-      dtype, quantize: how it is kept.
-      tensor: devices that share the work of every layer.
+      name: name of the base alone as a model.
+      dtype, quantize: in which it is loaded.
+      tensor: devices that every layer is divided over.
     """
 
     base: str
@@ -54,7 +54,7 @@ class Offer:
         one_of("quantize", self.quantize, QUANTIZE)
 
 
-def _say_nothing(line: str) -> None:
+def _no_log(line: str) -> None:
     pass
 
 
@@ -63,19 +63,19 @@ def build_service(
     registry: Registry,
     limits: Limits,
     progress: Progress = ignore,
-    say: Callable[[str], None] = _say_nothing,
+    log: Callable[[str], None] = _no_log,
 ) -> Service:
-    """Load the base and its adapters, and compile all programs; the loop is started by whoever serves.
+    """Load the base and its adapters, and compile all programs; the caller starts the device loop.
 
     Args:
-      progress: told how far the base is read.
-      say: told what takes long after that.
+      progress: called while the base is read.
+      log: called with a line before the programs are compiled.
 
     Raises:
       UserError: naming the file or the setting that is wrong.
     """
     directory = model_directory(offer.base)
-    require_tame_template(directory)
+    require_bounded_template(directory)
     tokenizers = load_tokenizer(str(directory)), load_tokenizer(str(directory))
     mesh, config = _mesh(offer.tensor), read_model_config(directory)
     places = None
@@ -101,32 +101,35 @@ def build_service(
     engine = Engine(
         base,
         config,
-        None if store is None else store.bank.tenants,
-        rows=limits.rows,
-        slots=limits.context,
+        None if store is None else store.bank.adapters,
+        batch_slots=limits.rows,
+        cache_length=limits.context,
         chunk=limits.chunk,
         plans=PLANS,
         layout=None if mesh is None else mesh_layout(mesh, RULES),
     )
     loop = DeviceLoop(engine, store, limits)
-    say(f"compiling for {engine.rows} rows of {engine.slots} tokens: a minute, or several")
+    rows, length = engine.batch_slots, engine.cache_length
+    log(f"compiling for {rows} batch slots of {length} tokens: a minute, or several")
     loop.warm_up()
     metrics = Metrics()
-    COMPILATIONS.tell(metrics.compiled)
+    COMPILATIONS.add(metrics.compiled)
     name = offer.name if store is None or store.has_base else ""
     service = Service(engine, loop, store, tokenizers, name, limits, metrics)
     metrics.gauge("milora_running", "Requests in the batch", lambda: loop.running)
-    metrics.gauge("milora_under_way", "Requests that were let in", lambda: service.door.under_way)
-    metrics.gauge("milora_waiting_tokens", "Of prompts that wait", lambda: service.door.waiting_tokens)
-    metrics.gauge("milora_rows", "Rows of the batch", lambda: limits.rows)
-    metrics.gauge("milora_tasks", "Of the event loop", _tasks)
+    metrics.gauge("milora_under_way", "Admitted requests", lambda: service.admission.active_requests)
+    metrics.gauge(
+        "milora_waiting_tokens", "Tokens of queued prompts", lambda: service.admission.queued_tokens
+    )
+    metrics.gauge("milora_rows", "Batch slots", lambda: limits.rows)
+    metrics.gauge("milora_tasks", "Tasks of the event loop", _tasks)
     metrics.gauge("milora_steps", "Steps of the device loop", lambda: loop.counts.steps)
     metrics.gauge("milora_step_failures", "Steps that raised", lambda: loop.counts.failures)
     return service
 
 
 def _tasks() -> int:
-    """Of the event loop that asks; none where no loop does."""
+    """Tasks of the running event loop; 0 if there is none."""
     try:
         return len(asyncio.all_tasks())
     except RuntimeError:

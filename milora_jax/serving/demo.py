@@ -1,4 +1,4 @@
-"""Two adapters of the embedded model: those of an earlier demonstration, or trained on the spot."""
+"""Two adapters of the embedded model, trained here unless an earlier demonstration has left them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEMO_TASKS = ("arithmetic", "word_order")
 ROOT = Path(__file__).resolve().parents[2]
 
 STEPS = 200
-"""Enough to tell the two apart: about a minute each on two cores."""
+"""Optimizer steps that tell the two apart: about a minute each on two cores."""
 
 
 def demo_adapters(root: Path) -> dict[str, Path]:
@@ -48,6 +48,6 @@ def _train(task: str, workdir: Path) -> None:
         "--config.eval.limit=20",
         *data,
     ]
-    # Its report is of a run that ends there; what goes wrong, and how far it is, is on standard error.
+    # Its report on standard output is not this command's; errors and progress are on standard error.
     if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         raise UserError(f"the adapter {task!r} could not be trained, see above")

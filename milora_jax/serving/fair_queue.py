@@ -1,7 +1,7 @@
-"""Who is served next: deficit round robin over tenants (Shreedhar and Varghese, SIGCOMM 1995).
+"""Fair queuing: deficit round robin over tenants, weighted by tokens (Shreedhar and Varghese, SIGCOMM 1995).
 
-In every round a tenant may spend as many tokens as every other: one who sends ten thousand requests waits
-behind itself, and another's single request is served after at most one request of each of the others.
+In each round every tenant may spend the same number of tokens: one that sends ten thousand requests waits
+behind its own, and a single request of another is served after at most one request of each other tenant.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ QUANTUM = 512
 
 
 @dataclass(eq=False)
-class _Line(Generic[Item]):
-    """What waits of one tenant.
+class _TenantQueue(Generic[Item]):
+    """The items of one tenant.
 
     Attributes:
-      deficit: tokens that it may spend now.
-      served: whether it has been given its quantum in this round.
+      waiting: costs and items.
+      deficit: tokens that the tenant may spend now.
+      credited: whether it has got its quantum in this round.
     """
 
     waiting: deque[tuple[int, Item]]
     deficit: int = 0
-    served: bool = False
+    credited: bool = False
 
 
 class FairQueue(Generic[Item]):
@@ -36,10 +37,10 @@ class FairQueue(Generic[Item]):
 
     def __init__(self, quantum: int = QUANTUM) -> None:
         self._quantum = quantum
-        self._lines: OrderedDict[str, _Line[Item]] = OrderedDict()
+        self._tenants: OrderedDict[str, _TenantQueue[Item]] = OrderedDict()
 
     def __len__(self) -> int:
-        return sum(len(line.waiting) for line in self._lines.values())
+        return sum(len(queue.waiting) for queue in self._tenants.values())
 
     def push(self, tenant: str, cost: int, item: Item) -> None:
         """Add an item.
@@ -47,15 +48,15 @@ class FairQueue(Generic[Item]):
         Args:
           cost: tokens, at least 1.
         """
-        self._lines.setdefault(tenant, _Line(deque())).waiting.append((max(1, cost), item))
+        self._tenants.setdefault(tenant, _TenantQueue(deque())).waiting.append((max(1, cost), item))
 
     def remove(self, tenant: str, item: Item) -> bool:
-        """Take an item out wherever it stands; False if it is not there."""
-        line = self._lines.get(tenant)
-        for i, (_, found) in enumerate(line.waiting if line else ()):
-            if line is not None and found is item:
-                del line.waiting[i]
-                self._forget_empty(tenant)
+        """Remove an item from any position; False if it is not queued."""
+        queue = self._tenants.get(tenant)
+        for i, (_, found) in enumerate(queue.waiting if queue else ()):
+            if queue is not None and found is item:
+                del queue.waiting[i]
+                self._drop_if_empty(tenant)
                 return True
         return False
 
@@ -63,42 +64,42 @@ class FairQueue(Generic[Item]):
         """The next item that can be served.
 
         Args:
-          ready: whether an item can be; a tenant's first that can is taken, so that one who waits for its
-            adapter does not hold up the others.
+          ready: whether an item can be served; the first such item of a tenant is taken, so that one that
+            waits for its adapter does not block the others.
 
         Returns:
-          None where none can be.
+          None if no item is ready.
         """
-        candidates = {tenant: self._first(line, ready) for tenant, line in self._lines.items()}
-        if all(place is None for place in candidates.values()):
+        candidates = {tenant: self._first(queue, ready) for tenant, queue in self._tenants.items()}
+        if all(position is None for position in candidates.values()):
             return None
         while True:
-            tenant, line = next(iter(self._lines.items()))
-            place = candidates[tenant]
-            if place is not None:
-                if not line.served:
-                    line.deficit += self._quantum
-                    line.served = True
-                cost, item = line.waiting[place]
-                if cost <= line.deficit:
-                    line.deficit -= cost
-                    del line.waiting[place]
-                    self._forget_empty(tenant)
+            tenant, queue = next(iter(self._tenants.items()))
+            position = candidates[tenant]
+            if position is not None:
+                if not queue.credited:
+                    queue.deficit += self._quantum
+                    queue.credited = True
+                cost, item = queue.waiting[position]
+                if cost <= queue.deficit:
+                    queue.deficit -= cost
+                    del queue.waiting[position]
+                    self._drop_if_empty(tenant)
                     return item
-            line.served = False
-            self._lines.move_to_end(tenant)
+            queue.credited = False
+            self._tenants.move_to_end(tenant)
 
     def drain(self) -> list[Item]:
-        """Take all out."""
-        items = [item for line in self._lines.values() for _, item in line.waiting]
-        self._lines.clear()
+        """Remove all items."""
+        items = [item for queue in self._tenants.values() for _, item in queue.waiting]
+        self._tenants.clear()
         return items
 
     @staticmethod
-    def _first(line: _Line[Item], ready: Callable[[Item], bool]) -> int | None:
-        return next((i for i, (_, item) in enumerate(line.waiting) if ready(item)), None)
+    def _first(queue: _TenantQueue[Item], ready: Callable[[Item], bool]) -> int | None:
+        return next((i for i, (_, item) in enumerate(queue.waiting) if ready(item)), None)
 
-    def _forget_empty(self, tenant: str) -> None:
-        # A tenant that has nothing to do saves nothing up.
-        if not self._lines[tenant].waiting:
-            del self._lines[tenant]
+    def _drop_if_empty(self, tenant: str) -> None:
+        # An idle tenant accumulates no deficit.
+        if not self._tenants[tenant].waiting:
+            del self._tenants[tenant]

@@ -1,4 +1,4 @@
-"""Who may use what: API keys, kept as SHA-256 digests and compared in constant time.
+"""API keys, kept as SHA-256 digests and compared in constant time.
 
 A file of keys is one JSON object::
 
@@ -6,8 +6,8 @@ A file of keys is one JSON object::
                   "concurrency": 8, "tokens_per_minute": 60000}],
      "admin": ["ab12..."], "monitor": ["cd34..."]}
 
-``adapters`` of ``"*"`` are all. ``python -m milora_jax.serving hash-key`` makes a digest of a key that it
-reads from standard input. A key itself is in no file of the server's, and in no argument.
+``"adapters": "*"`` allows all adapters. ``python -m milora_jax.serving hash-key`` prints the digest of a key
+that it reads from standard input. No file and no argument of the server holds a key itself.
 """
 
 from __future__ import annotations
@@ -16,37 +16,33 @@ import dataclasses
 import hashlib
 import hmac
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from milora_jax.base.json_files import read_json_object
+from pydantic import BeforeValidator, NonNegativeInt
+from pydantic_core import PydanticCustomError
+
 from milora_jax.errors import UserError, require
+from milora_jax.serving.json_models import FileModel, Name, read_model
 
 KEY_VARIABLE, ADMIN_VARIABLE = "MILORA_API_KEY", "MILORA_ADMIN_KEY"
-"""Environment variables with the key of a single tenant who may use all adapters, and with the admin's."""
-
-DIGEST = re.compile("[0-9a-f]{64}")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""Of tenants and of adapters: it is a label in metrics and a part of no path."""
+"""Environment variables for the key of a tenant that may use all adapters, and for the administrator's."""
 
 SHORTEST_KEY = 16
-"""Characters of a key that is no joke; what is shorter can be guessed."""
-
-EVERY = "*"
+"""Characters of a key; a shorter one can be guessed."""
 
 
 @dataclass(frozen=True)
 class Tenant:
-    """A customer.
+    """A customer of the server.
 
     Attributes:
-      adapters: those that it may use; None for all, and the base alone.
-      concurrency: requests that it may have under way or waiting; 0 is no limit but the server's own.
-      tokens_per_minute: of prompts and continuations together; 0 is no limit.
-      alone: whether there is no other tenant to whom places would have to be left.
+      adapters: names of the adapters that it may use; None for all, and the base alone.
+      concurrency: active requests that it may have; 0 for no limit but the server's own.
+      tokens_per_minute: of prompts and continuations together; 0 for no limit.
+      alone: whether the server has no other tenant.
     """
 
     name: str
@@ -56,12 +52,45 @@ class Tenant:
     alone: bool = False
 
     def may_use(self, adapter: str) -> bool:
-        """Whether an adapter is this tenant's to use."""
+        """Whether the tenant may use an adapter."""
         return self.adapters is None or adapter in self.adapters
 
 
 LOCAL = Tenant("local", concurrency=0, alone=True)
-"""Whoever asks a server without keys, which listens to its own machine only."""
+"""The tenant of a server without keys, which listens to its own machine only."""
+
+
+def _digest_of_hex(value: object) -> bytes:
+    if isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"):
+        return bytes.fromhex(value)
+    hint = "expected the 64 digits 0-9a-f of a SHA-256; see python -m milora_jax.serving hash-key"
+    raise PydanticCustomError("digest", hint)
+
+
+Digest = Annotated[bytes, BeforeValidator(_digest_of_hex)]
+
+
+class TenantEntry(FileModel):
+    """A tenant in a file of keys."""
+
+    name: Name
+    sha256: Digest
+    adapters: Literal["*"] | frozenset[str] = "*"
+    concurrency: NonNegativeInt = Tenant.concurrency
+    tokens_per_minute: NonNegativeInt = Tenant.tokens_per_minute
+
+    def tenant(self) -> Tenant:
+        """The tenant."""
+        adapters = self.adapters if isinstance(self.adapters, frozenset) else None
+        return Tenant(self.name, adapters, self.concurrency, self.tokens_per_minute)
+
+
+class KeysFile(FileModel):
+    """A file of keys."""
+
+    tenants: tuple[TenantEntry, ...] = ()
+    admin: tuple[Digest, ...] = ()
+    monitor: tuple[Digest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,10 +98,10 @@ class Keyring:
     """The keys of a server.
 
     Attributes:
-      tenants: by the digest of the key.
-      admins: digests of the keys for loading and unloading adapters; none switches these calls off.
-      monitors: digests of the keys that read the server's figures and can do nothing else.
-      open: no key is needed: everybody is :data:`LOCAL`.
+      tenants: digest of the key and tenant.
+      admins: digests of the keys that may load and unload adapters; without any, these calls are refused.
+      monitors: digests of the keys that may read the metrics and nothing else.
+      open: whether no key is needed, and every client is :data:`LOCAL`.
     """
 
     tenants: tuple[tuple[bytes, Tenant], ...] = ()
@@ -81,50 +110,42 @@ class Keyring:
     open: bool = False
 
     def tenant_of(self, key: bytes | None) -> Tenant | None:
-        """Whose key this is; None for nobody's."""
+        """The tenant of a key; None if the key is none of a tenant."""
         if self.open:
             return LOCAL
         found = None
         digest = _digest(key or b"")
-        for known, tenant in self.tenants:  # all of them, whichever it is: time tells nothing
+        for known, tenant in self.tenants:  # no early exit, so that the time does not depend on the key
             if hmac.compare_digest(known, digest):
                 found = tenant
         return None if key is None else found
 
     def is_admin(self, key: bytes | None) -> bool:
-        """Whether this is an admin's key."""
+        """Whether this is the key of an administrator."""
         return _is_among(self.admins, key)
 
     def is_monitor(self, key: bytes | None) -> bool:
-        """Whether this is a monitor's key."""
+        """Whether this is the key of a monitor."""
         return _is_among(self.monitors, key)
 
-    def may_watch(self, key: bytes | None) -> bool:
-        """Whether this key may read figures, which name all tenants and say how much each has asked for.
+    def may_read_metrics(self, key: bytes | None) -> bool:
+        """Whether a key may read the metrics, which name all tenants and their usage.
 
-        A monitor's and an admin's may, and that of a tenant who is alone: there is nobody to hide.
+        The keys of monitors and administrators may, and that of the only tenant.
         """
         alone = len(self.tenants) == 1 and self.tenant_of(key) is not None
         return self.is_monitor(key) | self.is_admin(key) | alone | self.open
 
     @classmethod
     def of(cls, path: Path | None, environment: Mapping[str, str] = os.environ) -> Keyring:
-        """The keys of a file and of the environment; open if there are none.
+        """The keys of a file and of the environment; open if neither has a key of a tenant.
 
         Raises:
           UserError: the file is not as described above, or a key of the environment is too short.
         """
-        tenants: list[tuple[bytes, Tenant]] = []
-        admins: list[bytes] = []
-        monitors: list[bytes] = []
-        if path is not None:
-            values = read_json_object(path)
-            _require_fields(values, {"tenants", "admin", "monitor"}, str(path))
-            tenants = [_tenant(each, f"{path}: a tenant") for each in _listed(values, "tenants", path)]
-            admins, monitors = (
-                [_known_digest(each, f"{path}: {role}") for each in _listed(values, role, path)]
-                for role in ("admin", "monitor")
-            )
+        file = KeysFile() if path is None else read_model(path, KeysFile)
+        tenants = [(each.sha256, each.tenant()) for each in file.tenants]
+        admins = list(file.admin)
         for variable in (KEY_VARIABLE, ADMIN_VARIABLE):
             key = environment.get(variable)
             if key is None:
@@ -136,15 +157,15 @@ class Keyring:
             else:
                 admins.append(_digest(key.encode()))
         _require_distinct((tenant.name for _, tenant in tenants), "tenant")
-        digests = (*(digest for digest, _ in tenants), *admins, *monitors)
+        digests = (*(digest for digest, _ in tenants), *admins, *file.monitor)
         _require_distinct(map(bytes.hex, digests), "key")
         if len(tenants) == 1:
             tenants = [(digest, dataclasses.replace(tenant, alone=True)) for digest, tenant in tenants]
-        return cls(tuple(tenants), tuple(admins), tuple(monitors), open=not tenants)
+        return cls(tuple(tenants), tuple(admins), file.monitor, open=not tenants)
 
 
 def digest_of(key: str) -> str:
-    """What stands in a file for a key.
+    """The digest of a key, as a file of keys holds it.
 
     Raises:
       UserError: the key is too short.
@@ -160,22 +181,9 @@ def _digest(key: bytes) -> bytes:
 def _is_among(digests: Iterable[bytes], key: bytes | None) -> bool:
     digest = _digest(key or b"")
     found = False
-    for known in digests:  # all of them, whichever it is: time tells nothing
+    for known in digests:  # no early exit, so that the time does not depend on the key
         found |= hmac.compare_digest(known, digest)
     return found and key is not None
-
-
-def _listed(values: dict[str, Any], name: str, path: Path) -> list[Any]:
-    found = values.get(name, [])
-    if not isinstance(found, list):
-        raise UserError(f"{path}: {name} is no list")
-    return found
-
-
-def _require_fields(values: dict[str, Any], allowed: set[str], where: str) -> None:
-    unknown = sorted(values.keys() - allowed)
-    if unknown:
-        raise UserError(f"{where} has a field {unknown[0]!r}: expected {', '.join(sorted(allowed))}")
 
 
 def _require_distinct(values: Iterable[str], what: str) -> None:
@@ -184,34 +192,3 @@ def _require_distinct(values: Iterable[str], what: str) -> None:
         if value in seen:
             raise UserError(f"a {what} is given twice" + (f": {value!r}" if what == "tenant" else ""))
         seen.add(value)
-
-
-def _known_digest(value: Any, where: str) -> bytes:
-    if not isinstance(value, str) or not DIGEST.fullmatch(value):
-        raise UserError(
-            f"{where}: a sha256 is no 64 digits of 0-9a-f; see python -m milora_jax.serving hash-key"
-        )
-    return bytes.fromhex(value)
-
-
-def _tenant(values: Any, where: str) -> tuple[bytes, Tenant]:
-    if not isinstance(values, dict):
-        raise UserError(f"{where} is no object")
-    _require_fields(values, {"name", "sha256", "adapters", "concurrency", "tokens_per_minute"}, where)
-    name = values.get("name")
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise UserError(f"{where} has name {name!r}: expected letters, digits, '.', '_', '-', at most 64")
-    where = f"{where.removesuffix('a tenant')}tenant {name!r}"
-    adapters = values.get("adapters", EVERY)
-    named = isinstance(adapters, list) and all(isinstance(each, str) for each in adapters)
-    if adapters != EVERY and not named:
-        raise UserError(f"{where}: adapters is {adapters!r}: expected '*' or a list of names")
-    numbers = {}
-    for field in ("concurrency", "tokens_per_minute"):
-        value = values.get(field, getattr(Tenant, field))
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < 0:
-            raise UserError(f"{where}: {field} is {value!r}: expected a whole number, 0 for no limit")
-        numbers[field] = value
-    allowed = None if adapters == EVERY else frozenset(adapters)
-    return _known_digest(values.get("sha256"), where), Tenant(name, allowed, **numbers)

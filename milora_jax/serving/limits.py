@@ -1,4 +1,4 @@
-"""Every number that bounds a server, in one place."""
+"""The limits of a server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from milora_jax.errors import UserError, require
 
 MAY_BE_ZERO = ("context", "max_lora_rank", "samples", "grace_seconds")
-"""Limits of which 0 means something of its own."""
+"""Limits for which 0 has a meaning of its own."""
 
 USUAL_SAMPLES = 4
 
@@ -25,31 +25,31 @@ def flag_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes on, and how long it waits.
+    """The limits of one server; each is a flag of ``serve.py``.
 
     Attributes:
-      rows: continuations decoded together; its programs are compiled for this number and no other.
-      context: tokens of a prompt and its continuation together; 0 is what the model has.
-      chunk: decode steps between two looks at who has ended: the longest that a new request waits for the
-        device, and the tokens that a stream gets at a time.
-      adapters_on_device: adapters that can be used at the same time.
+      rows: batch slots, the continuations that are decoded together; programs are compiled for this number.
+      context: tokens of a prompt and its continuation together; 0 is the model's own.
+      chunk: decode steps between two turns of the scheduler: the longest time that a new request waits for
+        the device, and the tokens that a stream gets at a time.
+      adapters_on_device: adapter slots, the adapters that can decode at the same time.
       max_lora_rank: highest rank of the pairs of an adapter that is loaded later; 0 is that of the adapters
         at the start, rounded up to a power of two.
-      queue: requests that wait, of all tenants; more are refused with 503.
-      queue_tokens: tokens of the prompts that wait.
-      body_bytes: of a request's body.
-      body_seconds: in which a request's body must have come.
-      header_bytes: of a request's first line and headers.
-      header_seconds: in which they must have come.
-      headers: of a request.
-      messages: of one chat.
-      stops: stop strings of a request.
-      stop_characters: of each of them.
-      samples: continuations of one request; 0 is 4, or ``rows`` where that is less.
-      unread_bytes: that one response may hold for a client who does not read.
-      write_seconds: in which a client who does not read must take some of it.
-      grace_seconds: after SIGTERM, for what was begun.
-      stalled_seconds: without an end of a step while there is work, after which a server is not ready.
+      queue: requests of all tenants that may wait; more are refused with 503.
+      queue_tokens: tokens of all prompts that may wait.
+      body_bytes: size of the body of a request.
+      body_seconds: time in which the body of a request must arrive.
+      header_bytes: size of the first line and the headers of a request.
+      header_seconds: time in which they must arrive.
+      headers: number of headers of a request.
+      messages: number of messages of a chat.
+      stops: number of stop strings of a request.
+      stop_characters: length of a stop string.
+      samples: samples of one request; 0 is 4, or ``rows`` if that is less.
+      unread_bytes: bytes of a response that may wait in memory for a slow reader.
+      write_seconds: time in which a client must read some of a response that waits for it.
+      grace_seconds: time after SIGTERM in which admitted requests may complete.
+      stalled_seconds: time without a step, while there is work, after which a server is not ready.
     """
 
     rows: int = 8
@@ -82,12 +82,12 @@ class Limits:
 
     @property
     def most_samples(self) -> int:
-        """Continuations that one request may ask for."""
+        """Samples that one request may have."""
         return self.samples or min(USUAL_SAMPLES, self.rows)
 
     @classmethod
     def of(cls, values: Mapping[str, str]) -> Limits:
-        """Limits by name, as a command line has them.
+        """Limits from text, by name.
 
         Raises:
           UserError: there is no such limit, or it is no number.

@@ -1,8 +1,7 @@
-"""The device loop: one thread that does nothing but start steps and hand out what they gave.
+"""The device loop: the scheduler, and the one thread that starts steps and distributes their tokens.
 
-Other threads put jobs, cancellations and writes of the bank into its mailbox, which it empties between two
-steps; it tells them what came by calling a job's ``sink``, which must not wait. Text, HTTP and files are
-not its business.
+Other threads put commands into its queue, which it empties between two steps; it calls a job's ``on_event``
+with the tokens, which must not block. It handles no text, HTTP or files.
 """
 
 from __future__ import annotations
@@ -22,29 +21,29 @@ from milora_jax.generation.engine import Engine, bucket_of
 from milora_jax.generation.request import Request, TokenLogprobs
 from milora_jax.generation.sampling import Plan
 from milora_jax.generation.settings import GenerationSettings
+from milora_jax.serving.error_log import log_error
 from milora_jax.serving.fair_queue import FairQueue
 from milora_jax.serving.limits import Limits
-from milora_jax.serving.store import BASE_SLOT, AdapterStore, Entry
-from milora_jax.serving.trace import log_error
+from milora_jax.serving.store import BASE_SLOT, AdapterStore, AdapterVersion
 
 log = logging.getLogger("milora_jax.serving")
 
-PATIENCE = 32
-"""Requests that are begun before one whose adapter finds no slot; then a slot is left to become free."""
+MAX_OVERTAKES = 32
+"""Requests that may start before one whose adapter finds no adapter slot; then one is kept for it."""
 
 PLANS = (Plan(), Plan(sampled=True, limited=True), Plan(True, True, True, True))
-"""The decode programs of a server: greedy; whatever samples; and all that can be asked for."""
+"""The decode programs of a server: greedy; sampled; and with everything that a request can ask for."""
 
 
 @dataclass(frozen=True)
-class News:
-    """What became of one sample of a job since the last news.
+class StreamEvent:
+    """New tokens of one sample of a job, or its end.
 
     Attributes:
-      tokens: new ones.
-      logprobs: of them, where asked for.
-      finish: why it ended, as ``generation.request.Request.finish`` says; None while it goes on.
-      route: routing weights ``[L, E]`` of the prompt, with the first news.
+      tokens: since the previous event.
+      logprobs: of these tokens, if the request wants them.
+      finish: why the sample ended, as in ``generation.request.Request.finish``; None while it continues.
+      route: routing weights ``[L, E]`` of the prompt, with the first event.
     """
 
     sample: int
@@ -56,47 +55,50 @@ class News:
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way.
+    """A request in the queue or in the batch.
 
     Attributes:
-      tenant: whose turn it takes.
-      entry: the adapter that it holds; None is the base alone.
-      sink: takes its news; must not wait.
-      queued: how many jobs the loop had begun when this one came.
+      tenant: name of the tenant, for fair queuing.
+      adapter: the adapter that it uses; None for the base alone.
+      on_event: called with each stream event; must not block.
+      request: the engine's, once the job has started.
+      sent: tokens of each sample that were in events.
+      ended: which samples have ended.
+      has_slot: whether it uses the slot of its adapter.
+      released: whether its adapter has been released.
+      started_before: how many jobs the loop had started when this one was queued.
     """
 
     tenant: str
-    entry: Entry | None
+    adapter: AdapterVersion | None
     prompt: tuple[int, ...]
     settings: GenerationSettings
-    sink: Callable[[News], object]
+    on_event: Callable[[StreamEvent], object]
     request: Request | None = None
-    told: list[int] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
-    seated: bool = False
+    has_slot: bool = False
     released: bool = False
-    queued: int = 0
+    started_before: int = 0
 
     def __post_init__(self) -> None:
-        self.told = [0] * self.settings.num_samples
+        self.sent = [0] * self.settings.num_samples
         self.ended = [False] * self.settings.num_samples
 
     @property
     def cost(self) -> int:
-        """Tokens that it may take."""
+        """Most tokens of prompt and samples."""
         return len(self.prompt) + self.settings.max_new_tokens * self.settings.num_samples
 
 
 @dataclass
 class Counts:
-    """What a loop has done, and the rows that are free; read by other threads, written by the loop alone."""
+    """Counters of the loop and its free batch slots; written by the loop alone, read by other threads."""
 
     steps: int = 0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
     failures: int = 0
     free_slots: int = 0
-    last: float = field(default_factory=time.monotonic)
+    last_step: float = field(default_factory=time.monotonic)
 
 
 class DeviceLoop:
@@ -104,61 +106,67 @@ class DeviceLoop:
 
     Args:
       engine: made with :data:`PLANS`.
-      store: of the adapters; None serves the base alone.
+      store: adapters; None to serve the base alone.
     """
 
     def __init__(self, engine: Engine, store: AdapterStore | None, limits: Limits) -> None:
         self._engine, self._store, self._limits = engine, store, limits
-        self._mail: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
         self._queue: FairQueue[Job] = FairQueue()
-        self._held: Job | None = None
-        self._starving: Job | None = None
+        self._next: Job | None = None  # waits for as many batch slots as it has samples
+        self._overtaken: Job | None = None  # waits for an adapter slot, which no other job may take
         self._running: dict[Request, Job] = {}
-        self._begun = 0
+        self._started = 0
         self._stopping = self._blocked = False
         self.counts = Counts(free_slots=engine.free_slots)
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queue a job, which holds its adapter; its sink hears of it from now on.
+        """Queue a job, whose adapter the caller holds.
 
         Raises:
           RuntimeError: the loop has ended.
         """
-        with self._wake:
+        with self._changed:
             if self._stopping:
                 raise RuntimeError("the device loop has ended")
-            if self._store is not None and job.entry is not None:
-                self._store.hold_again(job.entry)
-            self._mail.append(lambda: self._line_up(job))
-            self._wake.notify()
+            if self._store is not None and job.adapter is not None:
+                self._store.retain(job.adapter)
+            self._commands.append(lambda: self._enqueue(job))
+            self._changed.notify()
 
     def end(self, job: Job, sample: int, reason: str) -> None:
-        """End a sample: its stop string came ("stop"), or nobody wants it any more ("cancelled")."""
-        self._post(lambda: self._end(job, sample, reason))
+        """End a sample at its stop string ("stop"), or because its client has gone ("cancelled")."""
+        self.call(lambda: self._end(job, sample, reason))
 
-    def poke(self) -> None:
-        """Look again at who waits: what they waited for may be there."""
-        self._post(lambda: None)
+    def wake(self) -> None:
+        """Schedule again: what queued jobs wait for may be there."""
+        self.call(lambda: None)
+
+    def call(self, command: Callable[[], None]) -> None:
+        """Run a command in the thread of the loop, between two steps."""
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify()
 
     def stop(self) -> None:
-        """End all that is under way, and the thread."""
-        with self._wake:
+        """End all jobs and the thread."""
+        with self._changed:
             self._stopping = True
-            self._wake.notify()
+            self._changed.notify()
         self._thread.join()
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits or runs."""
-        with self._wake:
-            return not (self._mail or self._queue or self._held or self._running)
+        """Whether no job is queued or running."""
+        with self._changed:
+            return not (self._commands or self._queue or self._next or self._running)
 
     @property
     def running(self) -> int:
@@ -167,118 +175,118 @@ class DeviceLoop:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs, and ended a step not long ago if there is work."""
-        recent = time.monotonic() - self.counts.last < self._limits.stalled_seconds
+        """Whether the thread runs and, if there is work, ended a step recently."""
+        recent = time.monotonic() - self.counts.last_step < self._limits.stalled_seconds
         return self._thread.is_alive() and (recent or self.idle)
 
     def warm_up(self) -> None:
-        """Compile every program that requests will need; before :meth:`start`."""
+        """Compile every program that requests need; before :meth:`start`."""
         engine, limits = self._engine, self._limits
-        longest = engine.slots - 1  # one place is for what comes
+        longest = engine.cache_length - 1  # one cache position is for the first new token
         buckets, length = {}, 1
         while length <= longest:
-            buckets[bucket_of(length, engine.slots)] = length
+            buckets[bucket_of(length, engine.cache_length)] = length
             length = length + 1 if length == longest else min(2 * length, longest)
         for length in buckets.values():
-            self._try([0] * length, GenerationSettings(max_new_tokens=1, ignore_eos=True))
+            self._compile([0] * length, GenerationSettings(max_new_tokens=1, ignore_eos=True))
         samples = range(1, limits.most_samples + 1)
         for number, plan in itertools.product(samples, PLANS):
-            self._try([0], _settings_for(plan, number, min(2, longest)))
+            self._compile([0], _settings_for(plan, number, min(2, longest)))
 
-    def _try(self, prompt: Sequence[int], settings: GenerationSettings) -> None:
+    def _compile(self, prompt: Sequence[int], settings: GenerationSettings) -> None:
         self._engine.submit(prompt, settings, 0)
         self._engine.run()
 
-    def _post(self, letter: Callable[[], None]) -> None:
-        with self._wake:
-            self._mail.append(letter)
-            self._wake.notify()
-
     def _run(self) -> None:
         try:
-            while self._open_mail():
-                self._fill()
-                self._step()
-                self.counts.free_slots = self._engine.free_slots
-                self.counts.last = time.monotonic()
-        except BaseException as error:  # the thread must not die in silence
+            while self._wait_for_work():
+                self.turn()
+        except BaseException as error:  # log it: the thread must not end silently
             self.error = error
             log_error("the device loop ended", error)
         finally:
-            with self._wake:
+            with self._changed:
                 self._stopping = True
-                mail, self._mail = self._mail, deque()
-            for letter in mail:
-                letter()
-            for job in [*self._running.values(), *self._queue.drain(), *([self._held] if self._held else [])]:
-                self._tell_end(job, "error")
+                commands, self._commands = self._commands, deque()
+            for command in commands:
+                command()
+            for job in [*self._running.values(), *self._queue.drain(), *([self._next] if self._next else [])]:
+                self._fail(job)
 
-    def _open_mail(self) -> bool:
-        """Do what others asked for; wait if there is nothing else to do. False when it is time to stop."""
-        with self._wake:
-            while not (self._mail or self._stopping or self._busy()):
-                self._wake.wait()
-                self.counts.last = time.monotonic()  # nothing was late: there was nothing to do
-            if self._stopping:
-                return False
-            mail, self._mail = self._mail, deque()
-        for letter in mail:
-            letter()
-        return True
+    @property
+    def has_work(self) -> bool:
+        """Whether a turn would do something."""
+        waiting = self._next is not None or len(self._queue) > 0
+        return bool(self._commands) or not self._engine.idle or (waiting and not self._blocked)
 
-    def _busy(self) -> bool:
-        waiting = self._held is not None or len(self._queue) > 0
-        return not self._engine.idle or (waiting and not self._blocked)
+    def turn(self) -> None:
+        """Run the commands of other threads, start queued jobs in free batch slots, and run a step."""
+        with self._changed:
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command()
+        self._fill_slots()
+        self._step()
+        self.counts.free_slots = self._engine.free_slots
+        self.counts.last_step = time.monotonic()
 
-    def _line_up(self, job: Job) -> None:
-        job.queued = self._begun
+    def _wait_for_work(self) -> bool:
+        """False when the loop stops."""
+        with self._changed:
+            while not (self._stopping or self.has_work):
+                self._changed.wait()
+                self.counts.last_step = time.monotonic()  # an idle loop is not a stalled one
+            return not self._stopping
+
+    def _enqueue(self, job: Job) -> None:
+        job.started_before = self._started
         self._queue.push(job.tenant, job.cost, job)
 
-    def _fill(self) -> None:
-        """Give free rows to those whose turn it is."""
+    def _fill_slots(self) -> None:
+        """Start jobs while batch slots are free."""
         self._blocked = False
         while self._engine.free_slots > 0:
-            job = self._held or self._queue.pop(self._seatable)
-            self._held = None
+            job = self._next or self._queue.pop(self._can_start)
+            self._next = None
             if job is None:
-                # Only a letter changes that: an adapter has been read, or somebody new has come.
+                # Only a command changes that: an adapter has been read, or a job has been queued.
                 self._blocked = True
                 return
             if job.settings.num_samples > self._engine.free_slots:
-                self._held = job  # the next rows are its, or smaller ones would be served for ever
+                self._next = job  # keep the next slots for it, or jobs of fewer samples would starve it
                 return
-            self._begin(job)
+            self._start(job)
 
-    def _seatable(self, job: Job) -> bool:
-        if self._store is None or job.entry is None:
+    def _can_start(self, job: Job) -> bool:
+        if self._store is None or job.adapter is None:
             return True
-        seatable = self._store.seatable(job.entry, self.poke)
-        if not seatable and job.entry.prepared is not None and self._begun - job.queued > PATIENCE:
-            self._starving = self._starving or job
-        return seatable and self._starving in (None, job)
+        available = self._store.slot_available(job.adapter, self.wake)
+        overtaken = self._started - job.started_before > MAX_OVERTAKES
+        if not available and job.adapter.prepared is not None and overtaken:
+            self._overtaken = self._overtaken or job
+        return available and self._overtaken in (None, job)
 
-    def _begin(self, job: Job) -> None:
-        self._begun += 1
-        if self._starving is job:
-            self._starving = None
+    def _start(self, job: Job) -> None:
+        self._started += 1
+        if self._overtaken is job:
+            self._overtaken = None
         try:
             slot = BASE_SLOT
-            if self._store is not None and job.entry is not None:
-                if job.entry.failed:
-                    raise UserError(job.entry.failed)
-                slot = self._store.seat(job.entry)
-                self._engine.tenants = self._store.bank.tenants
-                job.seated = True
+            if self._store is not None and job.adapter is not None:
+                if job.adapter.failed:
+                    raise UserError(job.adapter.failed)
+                slot = self._store.acquire_slot(job.adapter)
+                self._engine.adapters = self._store.bank.adapters
+                job.has_slot = True
             job.request = self._engine.submit(job.prompt, job.settings, slot)
         except UserError as error:
-            log.warning("a request could not be begun: %s", error)
-            self._tell_end(job, "error")
+            log.warning("a request could not be started: %s", error)
+            self._fail(job)
             return
         except Exception as error:
-            log_error("a request could not be begun", error)
-            self._tell_end(job, "error")
+            log_error("a request could not be started", error)
+            self._fail(job)
             return
-        self.counts.prompt_tokens += len(job.prompt)
         self._running[job.request] = job
 
     def _step(self) -> None:
@@ -287,7 +295,7 @@ class DeviceLoop:
         try:
             touched = self._engine.step()
         except Exception as error:
-            # Whatever it was, those who were on the device have lost it; the others have not.
+            # Requests on the device are lost with its state, whatever the error was; queued ones are not.
             log_error("a step failed", error)
             self.counts.failures += 1
             touched = self._engine.fail()
@@ -295,66 +303,65 @@ class DeviceLoop:
         for request in touched:
             job = self._running.get(request)
             if job is not None:
-                self._tell(job)
+                self._publish(job)
 
-    def _tell(self, job: Job) -> None:
-        """Hand out what is new of a job."""
+    def _publish(self, job: Job) -> None:
+        """Send the new tokens of a job, and release it when it is done."""
         request = job.request
         if request is None:
             return
         for sample, finish in enumerate(request.finish):
-            first = job.told[sample]
+            first = job.sent[sample]
             tokens = tuple(request.tokens[sample][first:])
             if job.ended[sample] or not (tokens or finish):
                 continue
-            # The base alone has no router: what its slot of zeros chose says nothing.
-            route = request.route if first == 0 and job.entry is not None else None
+            # The base alone has no router: what its slot of zeros chose has no meaning.
+            route = request.route if first == 0 and job.adapter is not None else None
             logprobs = tuple(request.logprobs[sample][first:])
-            job.told[sample] += len(tokens)
+            job.sent[sample] += len(tokens)
             job.ended[sample] = finish is not None
-            self.counts.new_tokens += len(tokens)
-            self._send(job, News(sample, tokens, logprobs, finish, route))
+            self._send(job, StreamEvent(sample, tokens, logprobs, finish, route))
         if request.done:
             self._running.pop(request, None)
             self._release(job)
 
-    def _tell_end(self, job: Job, reason: str) -> None:
-        """End a job that has no more to come."""
+    def _fail(self, job: Job) -> None:
+        """End all samples of a job with an error."""
         for sample, ended in enumerate(job.ended):
             if not ended:
                 job.ended[sample] = True
-                self._send(job, News(sample, (), (), reason))
+                self._send(job, StreamEvent(sample, (), (), "error"))
         if job.request is not None:
             self._running.pop(job.request, None)
         self._release(job)
 
-    def _send(self, job: Job, news: News) -> None:
+    def _send(self, job: Job, event: StreamEvent) -> None:
         try:
-            job.sink(news)
-        except Exception as error:  # whoever listened is gone
-            log_error("news could not be delivered", error)
+            job.on_event(event)
+        except Exception as error:  # the listener is gone
+            log_error("a stream event could not be delivered", error)
 
     def _release(self, job: Job) -> None:
-        if self._store is not None and job.entry is not None and not job.released:
-            if job.seated:
-                self._store.leave(job.entry)
-            self._store.release(job.entry)
+        if self._store is not None and job.adapter is not None and not job.released:
+            if job.has_slot:
+                self._store.release_slot(job.adapter)
+            self._store.release(job.adapter)
         job.released = True
-        self._blocked = False  # somebody may have waited for its slot
+        self._blocked = False  # another job may have waited for its adapter slot
 
     def _end(self, job: Job, sample: int, reason: str) -> None:
         if job.request is not None:
             self._engine.end(job.request, sample, reason)
-            self._tell(job)
+            self._publish(job)
             return
         job.ended[sample] = True
         if all(job.ended):
             waited = self._queue.remove(job.tenant, job)
-            if self._held is job:
-                self._held = None
+            if self._next is job:
+                self._next = None
                 waited = True
-            if self._starving is job:
-                self._starving = None
+            if self._overtaken is job:
+                self._overtaken = None
             if waited:
                 self._release(job)
 

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus. Labels are names of tenants, adapters and layers: never a text."""
+"""The metrics of a server, for Prometheus. Labels are names of tenants, layers and experts, never a text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Metrics:
-    """The counters of one server."""
+    """The metrics of one server."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -37,45 +37,45 @@ class Metrics:
         )
         self.compiled = Counter(
             "milora_compiled_programs_total",
-            "Programs compiled since it was ready",
+            "Programs compiled since the start",
             registry=registry,
         )
 
     def gauge(self, name: str, help: str, value: Callable[[], float]) -> None:
-        """Add a value that is read when it is asked for."""
+        """Add a gauge whose value is read at every scrape."""
         Gauge(name, help, registry=self.registry).set_function(value)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' format."""
+        """All metrics in the format of Prometheus."""
         return generate_latest(self.registry)
 
 
 class _Compilations:
-    """Compilations of this process, for whoever listens: JAX takes listeners and never gives them back."""
+    """Counts compilations of this process: one listener for all, because JAX cannot remove a listener."""
 
     def __init__(self) -> None:
-        self._lock, self._listeners = threading.Lock(), list[Counter]()
-        self._known = False
+        self._lock, self._counters = threading.Lock(), list[Counter]()
+        self._registered = False
 
-    def tell(self, counter: Counter) -> None:
+    def add(self, counter: Counter) -> None:
         """Count compilations from now on."""
         with self._lock:
-            self._listeners.append(counter)
-            if not self._known:
-                jax.monitoring.register_event_duration_secs_listener(self._heard)
-                self._known = True
+            self._counters.append(counter)
+            if not self._registered:
+                jax.monitoring.register_event_duration_secs_listener(self._on_event)
+                self._registered = True
 
-    def forget(self, counter: Counter) -> None:
-        """Count them no more."""
+    def remove(self, counter: Counter) -> None:
+        """Stop counting."""
         with self._lock:
-            self._listeners.remove(counter)
+            self._counters.remove(counter)
 
-    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         del duration_secs, kwargs
         if event == COMPILED:
-            for counter in list(self._listeners):
+            for counter in list(self._counters):
                 counter.inc()
 
 
 COMPILATIONS = _Compilations()
-"""Of this process."""
+"""The compilations of this process."""

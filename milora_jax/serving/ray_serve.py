@@ -1,14 +1,13 @@
-"""Replicas under Ray Serve: one front with keys, limits and HTTP, and engines behind it.
+"""Replicas under Ray Serve: one front end with keys, limits and HTTP, and engines behind it.
 
     serve run milora_jax.serving.ray_serve:build base=DIR adapters=math=runs/math,law=runs/law replicas=2
 
-The front is the application of ``serve.py`` itself; what is behind it, :class:`Replicas` instead of a
-``Service``, asks an engine in another process. A request goes to a replica that has had its adapter on the
-device lately, as Ray's multiplexing has it, and to the least busy one where none has. Loading and unloading
-reach every replica.
+The front end is the application of ``serve.py``; its backend is :class:`Replicas` instead of a ``Service``,
+and calls engines in other processes. Ray's multiplexing sends a request to a replica that used its adapter
+lately, or to the least busy one. Adapters are loaded and unloaded on every replica.
 
-Needs ``pip install -e '.[ray]'``. Ray's own proxy stands before the front: it has no deadline for the head of
-a request, and answers ``/-/healthz`` and ``/-/routes`` to everybody.
+Needs ``pip install -e '.[ray]'``. Ray's own proxy stands in front: it has no time limit for the head of a
+request, and answers ``/-/healthz`` and ``/-/routes`` without a key.
 """
 
 # pyright: reportMissingImports=false
@@ -16,7 +15,6 @@ a request, and answers ``/-/healthz`` and ``/-/routes`` to everybody.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,25 +29,23 @@ from prometheus_client.parser import text_string_to_metric_families
 from milora_jax.cli import named_directory
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
-from milora_jax.serving.app import App
+from milora_jax.serving.admission import AdmissionControl
+from milora_jax.serving.api_errors import APIError, internal_error, model_not_found
+from milora_jax.serving.app import make_app
 from milora_jax.serving.build import Offer, build_service
-from milora_jax.serving.door import Door
 from milora_jax.serving.keys import Keyring, Tenant
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.metrics import Metrics
-from milora_jax.serving.refusal import Refusal, internal, no_such_model
 from milora_jax.serving.registry import Registered, Registry
-from milora_jax.serving.schema import Chat, Completion
-from milora_jax.serving.server import CONNECTIONS
-from milora_jax.serving.service import Piece, Turn
-from milora_jax.serving.wire import Receive, Scope, Send
+from milora_jax.serving.server import MAX_CONNECTIONS
+from milora_jax.serving.service import Delta, Generation, GenerationBody
 
 log = logging.getLogger("milora_jax.serving")
 
 
 @dataclass(frozen=True)
-class Head:
-    """What an engine says first of a request: it has been begun."""
+class Started:
+    """The first message of an engine about a request: it has been queued."""
 
     id: str
     prompt_tokens: int
@@ -59,7 +55,7 @@ class Engine:
     """A replica: one base, one bank, one device loop.
 
     Args:
-      registered: adapters to begin with, by name.
+      registered: adapters to load at the start, by name.
     """
 
     def __init__(self, offer: Offer, registered: dict[str, Registered], limits: Limits) -> None:
@@ -67,24 +63,24 @@ class Engine:
 
         self._service = build_service(offer, Registry(None, registered), limits)
         self._service.loop.start()
-        # Ray asks who has which adapter: it hears of those that were wanted last, as the bank keeps them.
-        self._note: Any = serve.multiplexed(max_num_models_per_replica=limits.adapters_on_device)(_name)
+        # Ray's router learns which adapters a replica has used last, as many as the bank holds.
+        self._mark_used: Any = serve.multiplexed(max_num_models_per_replica=limits.adapters_on_device)(_name)
 
-    async def answer(
-        self, tenant: Tenant, asked: Completion | Chat
-    ) -> AsyncGenerator[Head | Piece | Refusal]:
-        """The head, and the pieces as they come; or a refusal, of which nothing follows."""
+    async def generate(
+        self, tenant: Tenant, body: GenerationBody
+    ) -> AsyncGenerator[Started | Delta | APIError]:
+        """The start and the deltas; or an error, which is the last message."""
         try:
-            async with self._service.turn(tenant, asked) as turn:
-                await self._note(asked.model)
-                yield Head(turn.id, turn.prompt_tokens)
-                async for piece in turn.pieces:
-                    yield piece
-        except Refusal as refusal:
-            yield refusal
+            async with self._service.generate(tenant, body) as generation:
+                await self._mark_used(body.model)
+                yield Started(generation.id, generation.prompt_tokens)
+                async for delta in generation.deltas:
+                    yield delta
+        except APIError as error:
+            yield error
 
     async def load(self, name: str, registered: Registered) -> str:
-        """Offer an adapter; says what is wrong with it, and nothing where it is offered."""
+        """Load an adapter; returns what is wrong with it, and an empty text if it is loaded."""
         try:
             await self._service.load(name, registered)
         except (UserError, OSError) as error:
@@ -92,19 +88,19 @@ class Engine:
         return ""
 
     async def unload(self, name: str) -> bool:
-        """Offer an adapter no more."""
+        """Unload an adapter; False if none of that name is loaded."""
         return await self._service.unload(name)
 
-    async def state(self) -> tuple[bool, int]:
-        """Whether requests can be served, and how many rows are free."""
-        return await self._service.state()
+    async def health(self) -> tuple[bool, int]:
+        """Whether requests can be served, and the number of free batch slots."""
+        return await self._service.health()
 
-    async def figures(self) -> str:
-        """The counters."""
-        return (await self._service.figures()).decode()
+    async def metrics_text(self) -> str:
+        """The counters in the format of Prometheus."""
+        return (await self._service.metrics_text()).decode()
 
     def check_health(self) -> None:
-        """Ray asks; a replica that raises is replaced.
+        """Called by Ray, which replaces a replica that raises.
 
         Raises:
           RuntimeError: the device loop has ended.
@@ -118,47 +114,48 @@ async def _name(name: str) -> str:
 
 
 class Replicas:
-    """What stands behind HTTP: engines in other processes, see ``service.Backend``.
+    """The backend of the front end: engines in other processes, see ``service.Backend``.
 
     Args:
       engines: handle of the deployment.
-      names: of the adapters that the engines begin with.
+      names: adapters that the engines load at the start.
     """
 
     def __init__(self, engines: Any, offer: Offer, names: set[str], limits: Limits) -> None:
         self._engines, self._base_name, self._names = engines, offer.name, names
         self._tokenizer = load_tokenizer(offer.base)
-        self.limits, self.door, self.metrics = limits, Door(limits), Metrics()
-        self.metrics.gauge("milora_under_way", "Requests that were let in", lambda: self.door.under_way)
+        self.limits, self.admission, self.metrics = limits, AdmissionControl(limits), Metrics()
+        self.metrics.gauge("milora_under_way", "Admitted requests", lambda: self.admission.active_requests)
 
     def models(self, tenant: Tenant) -> list[str]:
-        """Names that a tenant may ask for."""
+        """Names of the models that a tenant may use."""
         return [name for name in (self._base_name, *sorted(self._names)) if tenant.may_use(name)]
 
     @asynccontextmanager
-    async def turn(self, tenant: Tenant, asked: Completion | Chat) -> AsyncIterator[Turn]:
-        """Begin a request on an engine; leaving ends it there."""
-        if asked.model not in self.models(tenant):
-            raise no_such_model(asked.model)  # before Ray is asked who has it: that takes time that tells
-        engine = self._engines.options(method_name="answer", stream=True, multiplexed_model_id=asked.model)
-        coming = engine.remote(tenant, asked)
+    async def generate(self, tenant: Tenant, body: GenerationBody) -> AsyncIterator[Generation]:
+        """Queue a request on an engine; leaving the context ends it there."""
+        if body.model not in self.models(tenant):
+            # Not after Ray has looked for a replica: the time of that would tell whether the adapter exists.
+            raise model_not_found(body.model)
+        engine = self._engines.options(method_name="generate", stream=True, multiplexed_model_id=body.model)
+        messages = engine.remote(tenant, body)
         try:
-            head = await _next(coming)
-            if not isinstance(head, Head):
-                raise internal()
-            yield Turn(head.id, asked.model, head.prompt_tokens, _pieces(coming))
+            started = await _next(messages)
+            if not isinstance(started, Started):
+                raise internal_error()
+            yield Generation(started.id, body.model, started.prompt_tokens, _deltas(messages))
         finally:
-            coming.cancel()  # of one that has ended nothing is left to cancel
+            messages.cancel()  # does nothing if it has ended
 
-    def say(self, token: int) -> str:
+    def token_text(self, token: int) -> str:
         """The text of one token."""
         return self._tokenizer.decode([token])
 
     async def load(self, name: str, registered: Registered) -> None:
-        """Offer an adapter on all engines; a new name that one refuses is taken back from the others.
+        """Load an adapter on all engines; if one cannot, a new name is unloaded from the others.
 
         Raises:
-          UserError: it cannot be.
+          UserError: it cannot be loaded.
         """
         found = await self._engines.broadcast("load", name, registered).results_async()
         wrong = [text for text in found if text]
@@ -169,22 +166,22 @@ class Replicas:
         self._names.add(name)
 
     async def unload(self, name: str) -> bool:
-        """Offer an adapter no more on any engine."""
+        """Unload an adapter from all engines."""
         self._names.discard(name)
         return any(await self._engines.broadcast("unload", name).results_async())
 
-    async def state(self) -> tuple[bool, int]:
-        """Whether some engine serves, and the free rows of all."""
+    async def health(self) -> tuple[bool, int]:
+        """Whether an engine serves requests, and the free batch slots of all."""
         try:
-            found = await self._engines.broadcast("state").results_async()
-        except Exception as error:  # Ray's own errors have no common root below it
-            log.warning("the engines' state is not known: %s", type(error).__name__)
+            found = await self._engines.broadcast("health").results_async()
+        except Exception as error:  # Ray's errors have no common base class but this
+            log.warning("the health of the engines is unknown: %s", type(error).__name__)
             return False, 0
         return any(alive for alive, _ in found), sum(free for _, free in found)
 
-    async def figures(self) -> bytes:
-        """The counters of the front and of all engines, each with its process in a label."""
-        engines = await self._engines.broadcast("figures").results_async()
+    async def metrics_text(self) -> bytes:
+        """The counters of the front end and of all engines, with the process in a label."""
+        engines = await self._engines.broadcast("metrics_text").results_async()
         names = ("front", *(str(number) for number in range(len(engines))))
         return generate_latest(
             _Labelled(dict(zip(names, (self.metrics.text().decode(), *engines), strict=True)))
@@ -193,12 +190,12 @@ class Replicas:
 
 @dataclass(frozen=True)
 class _Labelled:
-    """Counters of several processes, by name, as one collector."""
+    """Metrics of several processes as one collector, by the name of the process."""
 
     texts: dict[str, str]
 
     def collect(self) -> list[Metric]:
-        """Families of all, each sample with its process."""
+        """The metric families of all, with a label for the process."""
         families: dict[str, Metric] = {}
         for process, text in self.texts.items():
             for family in text_string_to_metric_families(text):
@@ -210,33 +207,33 @@ class _Labelled:
         return list(families.values())
 
 
-async def _next(coming: Any) -> Head | Piece | None:
-    """The next of what an engine says; None when it has said all.
+async def _next(messages: Any) -> Started | Delta | None:
+    """The next message of an engine; None after the last.
 
     Raises:
-      Refusal: it refuses, or is gone.
+      APIError: of the engine, or because it did not answer.
     """
     try:
-        said = await anext(coming, None)
-    except Exception as error:  # the engine died, or an error of ours was raised there
+        message = await anext(messages, None)
+    except Exception as error:  # the engine has ended, or had an internal error
         log.warning("an engine did not answer: %s", type(error).__name__)
-        raise internal() from None
-    if isinstance(said, Refusal):
-        raise said
-    return said
+        raise internal_error() from None
+    if isinstance(message, APIError):
+        raise message
+    return message
 
 
-async def _pieces(coming: Any) -> AsyncIterator[Piece]:
-    while isinstance(said := await _next(coming), Piece):
-        yield said
+async def _deltas(messages: Any) -> AsyncIterator[Delta]:
+    while isinstance(message := await _next(messages), Delta):
+        yield message
 
 
 class Front:
-    """The one that clients see.
+    """The deployment that clients reach.
 
     Args:
       engines: handle of the engines.
-      registry: its file; None keeps nothing.
+      registry: path of its file; None to keep nothing.
     """
 
     def __init__(
@@ -249,27 +246,11 @@ class Front:
         limits: Limits,
     ) -> None:
         known = Registry(registry, adapters)
-        behind = Replicas(engines, offer, set(known.to_load()), limits)
-        self._app = App(behind, keys, known)
+        self._app = make_app(Replicas(engines, offer, set(known.to_load()), limits), keys, known)
 
     def __serve_build_asgi_app__(self) -> Any:
-        """What Ray serves."""
-        return _with_lifespan(self._app)
-
-
-def _with_lifespan(app: App) -> Any:
-    """An application that is asked to start and to stop, and has nothing to do then."""
-
-    async def whole(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "lifespan":
-            await app(scope, receive, send)
-            return
-        for step in ("startup", "shutdown"):
-            while (await receive())["type"] != f"lifespan.{step}":
-                await asyncio.sleep(0)
-            await send({"type": f"lifespan.{step}.complete"})
-
-    return whole
+        """The application that Ray serves."""
+        return self._app
 
 
 def build(arguments: dict[str, str]) -> Any:
@@ -278,8 +259,8 @@ def build(arguments: dict[str, str]) -> Any:
     Args:
       arguments: ``base`` (a Hugging Face directory that every node has), ``adapters`` (NAME=DIR,...), and
         if wanted ``name``, ``dtype``, ``quantize``, ``tensor``, ``replicas``, ``cpus`` and ``gpus`` of each,
-        ``keys`` and ``registry`` (files of the front's node), and any limit of ``serving/limits.py``. Without
-        a file the keys are those of the environment; without any nothing is served.
+        ``keys`` and ``registry`` (files on the front end's node), and any limit of ``serving/limits.py``.
+        Without a file the keys are those of the environment; without any key nothing is served.
 
     Raises:
       UserError: naming the argument that is wrong.
@@ -305,7 +286,7 @@ def build(arguments: dict[str, str]) -> Any:
     replicas, cpus, gpus = int(take("replicas", "1")), float(take("cpus", "1")), float(take("gpus", "0"))
     limits, ring = Limits.of(given), Keyring.of(keys)
     if ring.open:
-        # What Ray listens to is Ray's affair: its config files begin with all addresses.
+        # Ray decides which addresses it listens to, and its config files listen to all by default.
         raise UserError("there are no keys: give keys=FILE, or MILORA_API_KEY in the environment")
     registered = {name: Registered(directory.resolve()) for name, directory in adapters.items()}
     engines = serve.deployment(Engine).options(
@@ -315,8 +296,8 @@ def build(arguments: dict[str, str]) -> Any:
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
     )
     first = Registry(path, registered).to_load()
-    # Decorated here and not above: Ray sends a class by its name only where the name means the class.
+    # Not a decorator of the class: Ray pickles a class by its name, which would mean the decorated one then.
     front = serve.deployment(serve.ingress()(Front)).options(
-        name="front", num_replicas=1, max_ongoing_requests=CONNECTIONS
+        name="front", num_replicas=1, max_ongoing_requests=MAX_CONNECTIONS
     )
     return front.bind(engines.bind(offer, first, limits), offer, path, registered, ring, limits)

@@ -1,4 +1,4 @@
-"""From a parsed request to the pieces of its answer: tokens, turns, text. Runs in the event loop's thread."""
+"""From a validated request to the text of its samples. Runs in the thread of the event loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,112 +21,116 @@ from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.stream import TextStream
 from milora_jax.generation.text import prompt_ids
 from milora_jax.prompt_format import PromptFormat
-from milora_jax.serving.door import Door
+from milora_jax.serving.admission import AdmissionControl
+from milora_jax.serving.api_errors import bad_request, internal_error, model_not_found, overloaded
 from milora_jax.serving.keys import Tenant
 from milora_jax.serving.limits import Limits
-from milora_jax.serving.loop import DeviceLoop, Job, News
+from milora_jax.serving.loop import DeviceLoop, Job, StreamEvent
 from milora_jax.serving.metrics import Metrics
-from milora_jax.serving.refusal import bad_request, internal, no_such_model, overloaded
 from milora_jax.serving.registry import Registered
-from milora_jax.serving.schema import Chat, Completion
-from milora_jax.serving.store import AdapterStore, Entry
+from milora_jax.serving.requests import ChatRequest, CompletionRequest
+from milora_jax.serving.responses import FinishReason
+from milora_jax.serving.store import AdapterStore, AdapterVersion
 from milora_jax.types import EXPERTS
 
 COMPLETION_TOKENS = 16
-"""Longest completion where none is given, as OpenAI has it; of a chat it is what the context leaves."""
+"""``max_tokens`` of a completion where none is given, as in OpenAI's API; a chat may fill the context."""
+
+GenerationBody = CompletionRequest | ChatRequest
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some more of one sample.
+class Delta:
+    """What one sample has gained.
 
     Attributes:
       text: that can be shown.
-      tokens, logprobs: that came since the piece before; of a stop token too.
-      finish: "stop" or "length" with the last piece.
-      route: of the prompt, with the first piece.
+      tokens, logprobs: since the previous delta; a stop token included.
+      finish: "stop" or "length" with the last delta.
+      route: of the prompt, with the first delta.
     """
 
     sample: int
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
-    finish: str | None
+    finish: FinishReason | None
     route: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A request that has been begun.
+class Generation:
+    """A request that has been queued.
 
     Attributes:
-      model: as it was asked for.
-      prompt_tokens: of the prompt.
-      pieces: what comes; to be read to its end.
+      model: the name in the request.
+      prompt_tokens: length of the prompt.
+      deltas: of all samples, to be read to the end.
     """
 
     id: str
     model: str
     prompt_tokens: int
-    pieces: AsyncIterator[Piece]
+    deltas: AsyncIterator[Delta]
     created: int = field(default_factory=lambda: int(time.time()))
 
 
+@runtime_checkable
 class Backend(Protocol):
-    """What stands behind HTTP: a :class:`Service` of this process, or several of others.
+    """What the HTTP API calls: a :class:`Service` of this process, or replicas in others.
 
     Attributes:
-      door: who is let in here.
-      metrics: where requests are counted here.
+      admission: admission control of this process.
+      metrics: where requests are counted in this process.
     """
 
     limits: Limits
-    door: Door
+    admission: AdmissionControl
     metrics: Metrics
 
     def models(self, tenant: Tenant) -> list[str]:
-        """Names that a tenant may ask for."""
+        """Names of the models that a tenant may use."""
         ...
 
-    def turn(self, tenant: Tenant, asked: Completion | Chat) -> AbstractAsyncContextManager[Turn]:
-        """Begin a request that the door has let in; leaving ends whatever of it still goes on.
+    def generate(self, tenant: Tenant, body: GenerationBody) -> AbstractAsyncContextManager[Generation]:
+        """Queue an admitted request; leaving the context ends what still runs of it.
 
         Raises:
-          Refusal: it is not served.
+          APIError: the request is refused.
         """
         ...
 
-    def say(self, token: int) -> str:
+    def token_text(self, token: int) -> str:
         """The text of one token."""
         ...
 
     async def load(self, name: str, registered: Registered) -> None:
-        """Offer an adapter.
+        """Load an adapter.
 
         Raises:
-          UserError, OSError: it cannot be; what was offered before stays so.
+          UserError, OSError: it cannot be loaded; what was loaded before stays loaded.
         """
         ...
 
     async def unload(self, name: str) -> bool:
-        """Offer an adapter no more; False if none of that name was."""
+        """Unload an adapter; False if none of that name is loaded."""
         ...
 
-    async def state(self) -> tuple[bool, int]:
-        """Whether requests can be served, and how many rows are free."""
+    async def health(self) -> tuple[bool, int]:
+        """Whether requests can be served, and the number of free batch slots."""
         ...
 
-    async def figures(self) -> bytes:
-        """All counters, in Prometheus' format."""
+    async def metrics_text(self) -> bytes:
+        """All counters in the format of Prometheus."""
         ...
 
 
 class Service:
-    """What a server does, without HTTP.
+    """A server without its HTTP.
 
     Args:
-      base_name: under which the base alone is offered; empty where it is not.
-      tokenizers: two of the same: threads must not share one, and this room has two.
+      base_name: name of the base alone as a model; empty if it is not served.
+      tokenizers: two of the same, one for each of two threads: a tokenizer is not thread-safe.
     """
 
     def __init__(
@@ -141,187 +145,189 @@ class Service:
     ) -> None:
         self.engine, self.loop, self.store, self.limits = engine, loop, store, limits
         self.metrics, self.base_name = metrics, base_name
-        self.door = Door(limits)
+        self.admission = AdmissionControl(limits)
         self._encoder, self._decoder = tokenizers
-        self._said: dict[int, str] = {}  # at most the vocabulary
+        self._token_texts: dict[int, str] = {}  # at most the vocabulary
         longest = max(map(len, self._encoder.get_vocab()), default=1)
-        self._most_characters = longest * engine.slots
+        self._max_characters = longest * engine.cache_length
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
     def models(self, tenant: Tenant) -> list[str]:
-        """Names that a tenant may ask for."""
+        """Names of the models that a tenant may use."""
         names = self.store.names() if self.store is not None else []
         mine = [name for name in names if tenant.may_use(name)]
         return [*([self.base_name] if self._serves_base(tenant) else []), *mine]
 
     @asynccontextmanager
-    async def turn(self, tenant: Tenant, asked: Completion | Chat) -> AsyncIterator[Turn]:
-        """Begin a request that the door has let in; leaving ends whatever of it still goes on.
+    async def generate(self, tenant: Tenant, body: GenerationBody) -> AsyncIterator[Generation]:
+        """Queue an admitted request; leaving the context ends what still runs of it.
 
         Raises:
-          Refusal: it is not served.
+          APIError: the request is refused.
         """
-        with self._held(tenant, asked.model) as entry:
-            self._require_short(asked)
+        with self._adapter(tenant, body.model) as adapter:
+            self._require_short(body)
+            prompt_format = PromptFormat() if adapter is None else adapter.prompt_format
             ids = await asyncio.get_running_loop().run_in_executor(
-                self._encoding, self._encode, asked, PromptFormat() if entry is None else entry.prompt_format
+                self._encoding, self._encode, body, prompt_format
             )
-            default = COMPLETION_TOKENS if isinstance(asked, Completion) else 0
-            settings = asked.settings(self.limits, len(ids), self.engine.slots, default)
+            default = COMPLETION_TOKENS if isinstance(body, CompletionRequest) else 0
+            settings = body.settings(self.limits, len(ids), self.engine.cache_length, default)
             try:
                 self.engine.check(ids, settings)
             except UserError as error:
                 raise bad_request(f"{error}.") from None
-            kind = "chatcmpl" if isinstance(asked, Chat) else "cmpl"
-            with ExitStack() as waiting:
-                waiting.enter_context(self.door.waiting(tenant, len(ids)))
-                self.door.spend(tenant, len(ids) + settings.max_new_tokens * settings.num_samples)
-                async with aclosing(self._pieces(tenant, entry, ids, settings, waiting.close)) as pieces:
-                    yield Turn(f"{kind}-{secrets.token_hex(16)}", asked.model, len(ids), pieces)
+            kind = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
+            with ExitStack() as queued:
+                queued.enter_context(self.admission.queue_prompt(tenant, len(ids)))
+                self.admission.spend_tokens(tenant, len(ids) + settings.max_new_tokens * settings.num_samples)
+                async with aclosing(self._deltas(tenant, adapter, ids, settings, queued.close)) as deltas:
+                    yield Generation(f"{kind}-{secrets.token_hex(16)}", body.model, len(ids), deltas)
 
-    def say(self, token: int) -> str:
+    def token_text(self, token: int) -> str:
         """The text of one token."""
-        text = self._said.get(token)
+        text = self._token_texts.get(token)
         if text is None:
-            text = self._said[token] = self._decoder.decode([token])
+            text = self._token_texts[token] = self._decoder.decode([token])
         return text
 
     async def load(self, name: str, registered: Registered) -> None:
-        """Read an adapter, check it, and offer it: see ``AdapterStore.load``."""
+        """Read an adapter, check it, and load it: see ``AdapterStore.load``."""
         if self.store is None:
-            raise UserError("a server that was started without adapters has no place for one")
+            raise UserError("a server that was started without adapters has no slot for one")
         await asyncio.to_thread(self.store.load, name, registered.path, registered.pinned)
 
     async def unload(self, name: str) -> bool:
-        """Offer an adapter no more; False if none of that name was."""
+        """Unload an adapter; False if none of that name is loaded."""
         return self.store is not None and self.store.unload(name)
 
-    async def state(self) -> tuple[bool, int]:
-        """Whether the device loop runs, and how many rows are free."""
+    async def health(self) -> tuple[bool, int]:
+        """Whether the device loop runs, and the number of free batch slots."""
         return self.loop.alive, self.loop.counts.free_slots
 
-    async def figures(self) -> bytes:
-        """All counters, in Prometheus' format."""
+    async def metrics_text(self) -> bytes:
+        """All counters in the format of Prometheus."""
         return self.metrics.text()
 
     def close(self) -> None:
-        """Let nobody in any more."""
-        self.door.closed = True
+        """Admit no more requests."""
+        self.admission.closed = True
 
     def _serves_base(self, tenant: Tenant) -> bool:
         return bool(self.base_name) and (tenant.adapters is None or self.base_name in tenant.adapters)
 
     @contextmanager
-    def _held(self, tenant: Tenant, name: str) -> Iterator[Entry | None]:
-        """The adapter of a model's name, which cannot go until its job has taken it over."""
+    def _adapter(self, tenant: Tenant, name: str) -> Iterator[AdapterVersion | None]:
+        """The adapter of a model, held until its job holds it too; None for the base alone."""
         if name == self.base_name and self._serves_base(tenant):
             yield None
             return
-        entry = self.store.hold(name) if self.store is not None and tenant.may_use(name) else None
-        if entry is None or self.store is None:
-            raise no_such_model(name)
+        adapter = self.store.acquire(name) if self.store is not None and tenant.may_use(name) else None
+        if adapter is None or self.store is None:
+            raise model_not_found(name)
         try:
-            yield entry
+            yield adapter
         finally:
-            self.store.release(entry)
-            self.loop.poke()
+            self.store.release(adapter)
+            self.loop.wake()
 
-    def _require_short(self, asked: Completion | Chat) -> None:
-        """Refuse what cannot fit, whatever tokens it is made of, before it is cut into tokens."""
-        texts = [message.content for message in asked.messages] if isinstance(asked, Chat) else [asked.prompt]
-        if sum(len(text) for text in texts if isinstance(text, str)) > self._most_characters:
+    def _require_short(self, body: GenerationBody) -> None:
+        """Refuse a text that cannot fit into the context, whatever its tokens are, before it is tokenized."""
+        chat = isinstance(body, ChatRequest)
+        texts = [message.content for message in body.messages] if chat else [body.prompt]
+        if sum(len(text) for text in texts if isinstance(text, str)) > self._max_characters:
             raise bad_request(
-                f"This model has a context of {self.engine.slots} tokens (--context): "
+                f"This model has a context of {self.engine.cache_length} tokens (--context): "
                 "the prompt is far longer.",
-                "messages" if isinstance(asked, Chat) else "prompt",
+                "messages" if chat else "prompt",
                 "context_length_exceeded",
             )
 
-    def _encode(self, asked: Completion | Chat, written: PromptFormat) -> list[int]:
-        """Ids of a prompt, as the adapter was trained on them.
+    def _encode(self, body: GenerationBody, prompt_format: PromptFormat) -> list[int]:
+        """Token ids of a prompt, as the adapter was trained on them.
 
-        As in vLLM, special tokens are read in the prompt of a completion, which its client has written out,
-        and never in the contents of a chat, which somebody else may have typed.
+        As in vLLM, special tokens are parsed in the prompt of a completion, which its client has written out,
+        and never in the contents of a chat, which a user may have typed.
         """
         try:
-            if isinstance(asked, Chat):
-                return encode_chat(self._encoder, asked.chat(self.limits), time=written.time)
-            return prompt_ids(self._encoder, asked.prompt, written, parse_special_tokens=True)
+            if isinstance(body, ChatRequest):
+                return encode_chat(self._encoder, body.chat(self.limits), time=prompt_format.time)
+            return prompt_ids(self._encoder, body.prompt, prompt_format, parse_special_tokens=True)
         except UserError as error:
             raise bad_request(f"{error}.") from None
 
-    async def _pieces(
+    async def _deltas(
         self,
         tenant: Tenant,
-        entry: Entry | None,
+        adapter: AdapterVersion | None,
         ids: Sequence[int],
         settings: GenerationSettings,
-        begun: Callable[[], None],
-    ) -> AsyncGenerator[Piece]:
-        """Submit, and turn what comes into text until every sample has ended.
+        on_start: Callable[[], None],
+    ) -> AsyncGenerator[Delta]:
+        """Submit a job, and turn its stream events into text until every sample has ended.
 
         Args:
-          begun: called when the prompt waits no more.
+          on_start: called when the prompt is no longer queued.
         """
-        events = asyncio.get_running_loop()
-        came: asyncio.Queue[News] = asyncio.Queue()
+        event_loop = asyncio.get_running_loop()
+        events: asyncio.Queue[StreamEvent] = asyncio.Queue()
         job = Job(
             tenant.name,
-            entry,
+            adapter,
             tuple(ids),
             settings,
-            lambda news: events.call_soon_threadsafe(came.put_nowait, news),
+            lambda event: event_loop.call_soon_threadsafe(events.put_nowait, event),
         )
         samples = range(settings.num_samples)
         texts = [TextStream(self._decoder, settings.stop) for _ in samples]
         open_samples, new_tokens = set(samples), 0
-        start, last = time.monotonic(), 0.0
+        submitted, last = time.monotonic(), 0.0
         try:
             self.loop.submit(job)
         except RuntimeError:
             raise overloaded("The server is stopping.") from None
         try:
-            news = await came.get()
-            begun()
-            self.metrics.first_token.observe(time.monotonic() - start)
+            event = await events.get()
+            on_start()
+            self.metrics.first_token.observe(time.monotonic() - submitted)
             while True:
-                if news.finish in ("error", "cancelled"):
-                    raise internal()
+                if event.finish in ("error", "cancelled"):
+                    raise internal_error()
                 now = time.monotonic()
-                if last and news.tokens:
-                    self.metrics.between_tokens.observe((now - last) / len(news.tokens))
+                if last and event.tokens:
+                    self.metrics.between_tokens.observe((now - last) / len(event.tokens))
                 last = now
-                if news.route is not None:
-                    self._note_route(news.route)
-                if news.sample in open_samples:
-                    piece = self._piece(job, texts[news.sample], news)
-                    new_tokens += len(piece.tokens)
-                    if piece.finish is not None:
-                        open_samples.discard(news.sample)
-                    yield piece
+                if event.route is not None:
+                    self._count_experts(event.route)
+                if event.sample in open_samples:
+                    delta = self._delta(job, texts[event.sample], event)
+                    new_tokens += len(delta.tokens)
+                    if delta.finish is not None:
+                        open_samples.discard(event.sample)
+                    yield delta
                 if not open_samples:
                     return
-                news = await came.get()
+                event = await events.get()
         finally:
             for sample in open_samples:
                 self.loop.end(job, sample, "cancelled")
             self.metrics.tokens.labels(tenant.name, "prompt").inc(len(ids))
             self.metrics.tokens.labels(tenant.name, "completion").inc(new_tokens)
 
-    def _note_route(self, route: np.ndarray) -> None:
+    def _count_experts(self, route: np.ndarray) -> None:
         for layer, weights in enumerate(route):
             for expert, weight in zip(EXPERTS, weights, strict=True):
                 self.metrics.experts.labels(str(layer), expert).inc(float(weight))
 
-    def _piece(self, job: Job, text: TextStream, news: News) -> Piece:
-        """The text of some tokens; a stop string ends the sample here, and the loop hears of it."""
-        ends = news.finish == "stop"
-        shown = news.tokens[:-1] if ends else news.tokens
+    def _delta(self, job: Job, text: TextStream, event: StreamEvent) -> Delta:
+        """The text of an event's tokens; a stop string ends the sample, here and in the device loop."""
+        finish: Any = event.finish
+        shown = event.tokens[:-1] if finish == "stop" else event.tokens
         before = len(text.tokens)
-        fresh = text.add(shown, last=news.finish is not None)
+        fresh = text.add(shown, last=finish is not None)
         if not text.stopped:
-            return Piece(news.sample, fresh, news.tokens, news.logprobs, news.finish, news.route)
-        if news.finish is None:
-            self.loop.end(job, news.sample, "stop")
+            return Delta(event.sample, fresh, event.tokens, event.logprobs, finish, event.route)
+        if finish is None:
+            self.loop.end(job, event.sample, "stop")
         kept = len(text.tokens) - before
-        return Piece(news.sample, fresh, news.tokens[:kept], news.logprobs[:kept], "stop", news.route)
+        return Delta(event.sample, fresh, event.tokens[:kept], event.logprobs[:kept], "stop", event.route)

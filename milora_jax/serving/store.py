@@ -1,8 +1,8 @@
-"""The adapters of a server: in directories, in host memory, and some of them on the device.
+"""The adapters of a server: on disk, in host memory, and some of them in the slots of the device's bank.
 
-An :class:`Entry` is one version of an adapter. Whoever decodes with it holds it, so a version that was
-unloaded or replaced meanwhile is kept until the last of its requests is done. Reading and checking happen
-beside the device loop; writing a slot of the bank is the loop's, between two of its steps.
+An :class:`AdapterVersion` is counted by the requests that use it, so that one that is unloaded or replaced is
+kept until the last of its requests is done. Adapters are read and checked in other threads; the device loop
+alone writes the slots of the bank, between two of its steps.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
@@ -26,29 +27,29 @@ from milora_jax.errors import UserError
 from milora_jax.generation.bank import Bank, RankError, rank_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
-from milora_jax.serving.keys import NAME
+from milora_jax.serving.json_models import NAME
 from milora_jax.storage.adapters import read_adapter
 from milora_jax.types import PyTree
 
 BASE_SLOT = 0
-"""Of the bank: where requests for the base alone sit."""
+"""The adapter slot of requests for the base alone."""
 
 
 @dataclass(eq=False)
-class Entry:
+class AdapterVersion:
     """One version of an adapter.
 
     Attributes:
-      version: tells two contents of one name apart.
+      version: a digest of the contents.
       prompt_format: how prompts are written for it.
-      prepared: as a slot of the bank holds it, in host memory; None while it lies in its directory alone.
-      slot: where it is on the device; None while it is not.
-      users: requests that hold it, waiting ones included: the version is kept for them.
-      running: requests that decode with it: its slot is kept for them.
-      pinned: never taken off the device.
-      draining: unloaded or replaced: no new request gets it.
-      used: when it was last wanted, as a running number.
-      failed: why it could not be read again; empty where it could.
+      prepared: its leaves as a slot of the bank holds them, in host memory; None while they are on disk only.
+      slot: its adapter slot; None while it is not on the device.
+      users: requests that hold it, queued ones included; it is kept for them.
+      running: requests that decode with it; its slot is kept for them.
+      pinned: whether it is never evicted from the device.
+      draining: whether it was unloaded or replaced, and takes no new requests.
+      last_used: when it was last acquired, as a running number.
+      failed: why it could not be read again; empty if it could.
       reading: whether it is being read again.
     """
 
@@ -62,19 +63,19 @@ class Entry:
     users: int = 0
     running: int = 0
     draining: bool = False
-    used: int = 0
+    last_used: int = 0
     failed: str = ""
     reading: bool = field(default=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a server's adapters act on.
+    """The base of a server.
 
     Attributes:
       base: in the decode layout.
       directory: of its files, for the fingerprint.
-      quantize: how it is kept; an adapter of a base that was kept otherwise is refused.
+      quantize: its quantization; an adapter that was trained on another one is refused.
     """
 
     base: Base
@@ -87,11 +88,11 @@ class AdapterStore:
     """Adapters by name.
 
     Args:
-      first: adapters to begin with, at least one: its method is that of all.
+      first: adapters to load at the start, at least one; its method is that of all.
       slots: adapters on the device at the same time.
-      host: adapters in host memory; others are read again from their directories when they are wanted.
+      host: adapters in host memory; others are read again from their directories when they are needed.
       reader: runs what reads from the disk.
-      rank: that adapters may have at least which are loaded later, where those of ``first`` have less.
+      rank: highest rank of adapters that are loaded later, if it is above that of ``first``.
     """
 
     def __init__(
@@ -109,131 +110,137 @@ class AdapterStore:
         self._fingerprint = base_fingerprint(model.directory)
         self._lock = threading.Lock()
         self._clock = itertools.count(1)
-        self._entries: dict[str, Entry] = {}
+        self._adapters: dict[str, AdapterVersion] = {}
         # The first slot is never written: pairs of zeros change nothing, so it is the base alone.
-        nobody = Entry("", Path(), "", PromptFormat(), None, pinned=True, slot=BASE_SLOT)
-        self._seats: list[Entry | None] = [nobody, *[None] * slots]
+        no_adapter = AdapterVersion("", Path(), "", PromptFormat(), None, pinned=True, slot=BASE_SLOT)
+        self._slots: list[AdapterVersion | None] = [no_adapter, *[None] * slots]
         read = {name: self._read(name, path) for name, path in first.items()}
-        ranks = [rank_of(model.base, model.config, adapter, name) for name, adapter in read.items()]
+        ranks = [rank_of(model.base, model.config, loaded, name) for name, loaded in read.items()]
         like = next(iter(read.values()))
-        self.bank = Bank(model.base, model.config, like, len(self._seats), rank=max(rank, *ranks))
-        for name, adapter in read.items():
-            self._add(name, first[name], adapter, name in pinned)
-        # The device has some from the start, and the program that writes them has been compiled.
-        for entry in sorted(self._entries.values(), key=lambda entry: not entry.pinned)[:slots]:
-            self.seat(entry)
-            self.leave(entry)
+        self.bank = Bank(model.base, model.config, like, len(self._slots), rank=max(rank, *ranks))
+        for name, loaded in read.items():
+            self._add(name, first[name], loaded, name in pinned)
+        # Fill the device at the start, which compiles the program that writes a slot.
+        for adapter in sorted(self._adapters.values(), key=lambda adapter: not adapter.pinned)[:slots]:
+            self.acquire_slot(adapter)
+            self.release_slot(adapter)
 
     @property
     def has_base(self) -> bool:
-        """Whether the base alone can be asked for: adapters are pairs, of which zeros change nothing."""
-        return self.bank.tenants.method.is_pairs
+        """Whether the base alone can be served: pairs of zeros, as its slot holds, change nothing."""
+        return self.bank.adapters.method.is_pairs
 
     def names(self) -> list[str]:
-        """Of the adapters that new requests may ask for."""
+        """Names of the adapters that new requests may use."""
         with self._lock:
-            return sorted(self._entries)
+            return sorted(self._adapters)
 
-    def hold(self, name: str) -> Entry | None:
-        """The newest version of an adapter, for one request; None if there is no such adapter."""
+    def versions(self) -> list[AdapterVersion]:
+        """The newest version of each adapter."""
         with self._lock:
-            entry = self._entries.get(name)
-            if entry is not None:
-                entry.users += 1
-                entry.used = next(self._clock)
-            return entry
+            return list(self._adapters.values())
 
-    def hold_again(self, entry: Entry) -> None:
-        """Hold a version for one more who uses it, by somebody who holds it."""
+    def acquire(self, name: str) -> AdapterVersion | None:
+        """The newest version of an adapter, for one more user; None if there is no such adapter."""
         with self._lock:
-            entry.users += 1
+            adapter = self._adapters.get(name)
+            if adapter is not None:
+                adapter.users += 1
+                adapter.last_used = next(self._clock)
+            return adapter
 
-    def release(self, entry: Entry) -> None:
-        """Say that a request that held a version is done."""
+    def retain(self, adapter: AdapterVersion) -> None:
+        """Count one more user of a version that the caller holds."""
         with self._lock:
-            entry.users -= 1
-            if not entry.users:
-                entry.failed = ""  # the next who wants it reads it again: a disk can come back
-            self._forget_if_gone(entry)
+            adapter.users += 1
 
-    def load(self, name: str, directory: Path, pinned: bool = False) -> Entry:
-        """Read an adapter, check it, and offer it; one of the same name goes on for who holds it.
+    def release(self, adapter: AdapterVersion) -> None:
+        """Count one user less."""
+        with self._lock:
+            adapter.users -= 1
+            if not adapter.users:
+                adapter.failed = ""  # the next user reads it again: a disk can come back
+            self._drop_if_unused(adapter)
 
-        Takes as long as reading takes: not for the loop.
+    def load(self, name: str, directory: Path, pinned: bool = False) -> AdapterVersion:
+        """Read an adapter, check it, and load it; requests go on with an older version of the same name.
+
+        Blocks while it reads, so the device loop must not call it.
 
         Raises:
           UserError: for a bad name, a damaged or hostile directory, an adapter of another base or method, or
-            of too high a rank; what was offered before stays so.
+            of too high a rank; what was loaded before stays loaded.
         """
         return self._add(name, directory, self._read(name, directory), pinned)
 
     def unload(self, name: str) -> bool:
-        """Offer an adapter no more; False if there is none of that name."""
+        """Unload an adapter; False if none of that name is loaded."""
         with self._lock:
-            entry = self._entries.pop(name, None)
-            if entry is None:
+            adapter = self._adapters.pop(name, None)
+            if adapter is None:
                 return False
-            entry.draining = True
-            self._forget_if_gone(entry)
+            adapter.draining = True
+            self._drop_if_unused(adapter)
             return True
 
-    def seatable(self, entry: Entry, wake: Callable[[], None]) -> bool:
-        """Whether the loop can have an adapter on the device now; if it must be read first, that begins.
+    def slot_available(self, adapter: AdapterVersion, wake: Callable[[], None]) -> bool:
+        """Whether an adapter is or can be on the device now; starts to read it if that is needed first.
 
         Args:
           wake: called from another thread when it has been read, or could not be.
         """
         with self._lock:
-            if entry.slot is not None or entry.failed:
+            if adapter.slot is not None or adapter.failed:
                 return True
-            if entry.prepared is None:
-                if not entry.reading:
-                    entry.reading = True
-                    self._reader.submit(self._read_again, entry, wake)
+            if adapter.prepared is None:
+                if not adapter.reading:
+                    adapter.reading = True
+                    self._reader.submit(self._read_again, adapter, wake)
                 return False
-            return self._seat_for() is not None
+            return self._free_slot() is not None
 
-    def seat(self, entry: Entry) -> int:
-        """The slot of an adapter that is :meth:`seatable`, for one more who decodes with it.
+    def acquire_slot(self, adapter: AdapterVersion) -> int:
+        """The slot of an adapter for one more running request, where :meth:`slot_available`.
 
-        Written if the adapter is not there. The loop's alone, like :meth:`leave`.
+        Writes the adapter to the device if it is not there. The device loop alone calls this and
+        :meth:`release_slot`.
         """
         with self._lock:
-            if entry.slot is not None:
-                entry.running += 1
-                return entry.slot
-            slot = self._seat_for()
-            if slot is None or entry.prepared is None:
-                raise RuntimeError("an adapter that cannot be seated was seated")
-            before = self._seats[slot]
+            if adapter.slot is not None:
+                adapter.running += 1
+                return adapter.slot
+            slot = self._free_slot()
+            if slot is None or adapter.prepared is None:
+                raise RuntimeError("no slot is available for the adapter")
+            before = self._slots[slot]
             if before is not None:
                 before.slot = None
-            self._seats[slot], entry.slot = entry, slot
-            prepared = entry.prepared
+            self._slots[slot], adapter.slot = adapter, slot
+            prepared = adapter.prepared
         try:
             self.bank.place(prepared, slot)
         except BaseException:
             with self._lock:
-                self._seats[slot] = entry.slot = None  # nobody knows what it holds
+                self._slots[slot] = adapter.slot = None  # its contents are unknown
             raise
         with self._lock:
-            entry.running += 1
+            adapter.running += 1
         return slot
 
-    def leave(self, entry: Entry) -> None:
-        """Say that somebody decodes with an adapter no more."""
+    def release_slot(self, adapter: AdapterVersion) -> None:
+        """Count one running request less."""
         with self._lock:
-            entry.running -= 1
+            adapter.running -= 1
 
     def on_device(self) -> list[str]:
-        """Names of the adapters in the bank's slots."""
+        """Names of the adapters on the device."""
         with self._lock:
-            return [entry.name for entry in self._seats[1:] if entry is not None]
+            return [adapter.name for adapter in self._slots[1:] if adapter is not None]
 
     def _read(self, name: str, directory: Path) -> Adapter:
-        if not NAME.fullmatch(name):
+        if not re.fullmatch(NAME, name):
             raise UserError(f"adapter name {name!r}: expected letters, digits, '.', '_', '-', at most 64")
-        adapter, metadata = read_adapter(directory)
+        loaded, metadata = read_adapter(directory)
         if metadata["base_fingerprint"] != self._fingerprint:
             raise UserError(f"adapter {name!r} was made on other files than those of the base that is served")
         kept = metadata.get("quantize", "none")
@@ -242,74 +249,74 @@ class AdapterStore:
                 f"adapter {name!r} was made on a base kept as {kept!r}: this one is kept as "
                 f"{self._model.quantize!r}"
             )
-        return adapter
+        return loaded
 
-    def _prepared(self, name: str, adapter: Adapter) -> PyTree:
+    def _prepared(self, name: str, loaded: Adapter) -> PyTree:
         try:
-            return jax.device_get(self.bank.prepare(name, adapter))
+            return jax.device_get(self.bank.prepare(name, loaded))
         except RankError as error:
             raise UserError(f"{error}; start the server with --max-lora-rank {error.rank}") from None
 
-    def _add(self, name: str, directory: Path, adapter: Adapter, pinned: bool) -> Entry:
-        prepared = self._prepared(name, adapter)
-        entry = Entry(name, directory, version_of(adapter), adapter.prompt_format, prepared, pinned)
+    def _add(self, name: str, directory: Path, loaded: Adapter, pinned: bool) -> AdapterVersion:
+        prepared = self._prepared(name, loaded)
+        adapter = AdapterVersion(name, directory, version_of(loaded), loaded.prompt_format, prepared, pinned)
         with self._lock:
-            pins = sum(other.pinned for other in self._entries.values() if other.name != name)
-            if pinned and pins >= len(self._seats) - 2:
+            pins = sum(other.pinned for other in self._adapters.values() if other.name != name)
+            if pinned and pins >= len(self._slots) - 2:
                 raise UserError(
-                    f"adapter {name!r} cannot be pinned: of --adapters-on-device {len(self._seats) - 1} one "
+                    f"adapter {name!r} cannot be pinned: of --adapters-on-device {len(self._slots) - 1} one "
                     "must stay free for the others"
                 )
-            before = self._entries.get(name)
-            entry.used = next(self._clock)
-            self._entries[name] = entry
+            before = self._adapters.get(name)
+            adapter.last_used = next(self._clock)
+            self._adapters[name] = adapter
             if before is not None:
                 before.draining = True
-                self._forget_if_gone(before)
-            self._leave_host()
-        return entry
+                self._drop_if_unused(before)
+            self._evict_from_host()
+        return adapter
 
-    def _read_again(self, entry: Entry, wake: Callable[[], None]) -> None:
+    def _read_again(self, adapter: AdapterVersion, wake: Callable[[], None]) -> None:
         prepared, failed = None, ""
         try:
-            adapter = self._read(entry.name, entry.directory)
-            if version_of(adapter) != entry.version:
+            loaded = self._read(adapter.name, adapter.directory)
+            if version_of(loaded) != adapter.version:
                 raise UserError("its files have been changed since it was loaded")
-            prepared = self._prepared(entry.name, adapter)
+            prepared = self._prepared(adapter.name, loaded)
         except (UserError, OSError) as error:
             failed = str(error)
         finally:
             with self._lock:
-                entry.prepared, entry.failed, entry.reading = prepared, failed, False
+                adapter.prepared, adapter.failed, adapter.reading = prepared, failed, False
                 if prepared is None and not failed:
-                    entry.failed = "reading it failed"
-                self._leave_host()
+                    adapter.failed = "reading it failed"
+                self._evict_from_host()
             wake()
 
-    def _seat_for(self) -> int | None:
-        """A free slot, or that of the adapter that was not wanted for longest and is not in use."""
-        if None in self._seats:
-            return self._seats.index(None)
+    def _free_slot(self) -> int | None:
+        """A free slot, or that of the least recently used adapter that no request runs with."""
+        if None in self._slots:
+            return self._slots.index(None)
         idle = [
-            (entry.used, slot)
-            for slot, entry in enumerate(self._seats)
-            if entry is not None and not entry.running and not entry.pinned
+            (adapter.last_used, slot)
+            for slot, adapter in enumerate(self._slots)
+            if adapter is not None and not adapter.running and not adapter.pinned
         ]
         return min(idle)[1] if idle else None
 
-    def _forget_if_gone(self, entry: Entry) -> None:
-        if entry.draining and not entry.users:
-            if entry.slot is not None:
-                self._seats[entry.slot] = None
-            entry.slot = entry.prepared = None
+    def _drop_if_unused(self, adapter: AdapterVersion) -> None:
+        if adapter.draining and not adapter.users:
+            if adapter.slot is not None:
+                self._slots[adapter.slot] = None
+            adapter.slot = adapter.prepared = None
 
-    def _leave_host(self) -> None:
-        """Take those out of host memory that were not wanted for longest."""
-        kept = [entry for entry in self._entries.values() if entry.prepared is not None]
-        kept.sort(key=lambda entry: entry.used)
-        for entry in kept[: max(0, len(kept) - self._host)]:
-            if entry.slot is None and not entry.users and not entry.pinned:
-                entry.prepared = None
+    def _evict_from_host(self) -> None:
+        """Evict the least recently used adapters from host memory."""
+        kept = [adapter for adapter in self._adapters.values() if adapter.prepared is not None]
+        kept.sort(key=lambda adapter: adapter.last_used)
+        for adapter in kept[: max(0, len(kept) - self._host)]:
+            if adapter.slot is None and not adapter.users and not adapter.pinned:
+                adapter.prepared = None
 
 
 def version_of(adapter: Adapter) -> str:

@@ -1,6 +1,6 @@
-"""A chat template tried before it is served: rendered once, in a process that may not take long or much.
+"""Renders a chat template once before it is served, in a process with limits of time and memory.
 
-Jinja's sandbox keeps a template from running code; nothing keeps it from counting to a billion.
+Jinja's sandbox keeps a template from running code, and does not bound its time or memory.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from milora_jax.errors import UserError, printable
 
 CPU_SECONDS, BYTES = 20, 4 * 2**30
-"""Of the process, most of both for reading the tokenizer: a template itself takes a millisecond."""
+"""Limits of the process, mostly for reading the tokenizer: a template itself takes a millisecond."""
 
-PATIENCE = 15
-"""Times CPU_SECONDS that are waited for: on a busy machine a process gets a small part of its time."""
+WALL_FACTOR = 15
+"""Wall time over CPU time: on a busy machine a process gets a small part of the time."""
 
 TRIAL = """
 import resource, sys
@@ -37,11 +37,11 @@ except UserError as error:
 """A model without a template can be served, and refuses chats."""
 
 
-def require_tame_template(directory: Path) -> None:
+def require_bounded_template(directory: Path) -> None:
     """Refuse a model whose chat template cannot write one message within limits of time and memory.
 
     Raises:
-      UserError: with what the template said, where it said anything.
+      UserError: with the error of the template, if it raised one.
     """
     program = TRIAL.format(seconds=CPU_SECONDS, size=BYTES)
     limits = f"{CPU_SECONDS} s and {BYTES // 2**30} GiB"
@@ -50,14 +50,16 @@ def require_tame_template(directory: Path) -> None:
             [sys.executable, "-c", program, str(directory)],
             capture_output=True,
             text=True,
-            timeout=PATIENCE * CPU_SECONDS,
+            timeout=WALL_FACTOR * CPU_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"{str(directory)!r}: the chat template is not done within {limits}") from None
     if trial.returncode:
-        said = trial.stderr.strip().splitlines()
+        lines = trial.stderr.strip().splitlines()
         why = (
-            printable(said[-1])[:300] if trial.returncode > 0 and said else f"it is not done within {limits}"
+            printable(lines[-1])[:300]
+            if trial.returncode > 0 and lines
+            else f"it is not done within {limits}"
         )
         raise UserError(f"{str(directory)!r}: the chat template is not to be served: {why}")

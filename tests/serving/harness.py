@@ -9,16 +9,19 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 
 from milora_jax.generation.settings import GenerationSettings
+from milora_jax.serving.app import make_app
 from milora_jax.serving.build import Offer, build_service
 from milora_jax.serving.keys import Keyring
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.loop import Job
 from milora_jax.serving.registry import Registered, Registry
 from milora_jax.serving.server import bound_socket, make_server
+from milora_jax.serving.service import Backend
 from tests.models import WITH_TOKENIZER, write_hf_directory
 from tests.storage.adapters import run_of
 
@@ -88,24 +91,24 @@ def serving(service, registry, keys: Keyring):
 
 
 WAIT = 60
-"""Seconds for a piece of news of a job: longer is a hang."""
+"""Seconds for a stream event of a job: longer is a hang."""
 
 
 class Listener:
-    """A job and what is heard of it, with what the loop had counted at the time."""
+    """A job and its stream events, with the counters of the loop at the time of each."""
 
     def __init__(self, service, name, prompt, **settings):
-        self.service, self.news, self.counted = service, queue.Queue(), []
-        entry = None if name == "base" else service.store.hold(name)
+        self.service, self.events, self.counted = service, queue.Queue(), []
+        adapter = None if name == "base" else service.store.acquire(name)
         settings = GenerationSettings(**{"max_new_tokens": 6, "ignore_eos": True, **settings})
-        self.job = Job("tenant", entry, tuple(prompt), settings, self._hear)
+        self.job = Job("tenant", adapter, tuple(prompt), settings, self._on_event)
         service.loop.submit(self.job)
-        if entry is not None:
-            service.store.release(entry)
+        if adapter is not None:
+            service.store.release(adapter)
 
-    def _hear(self, news):
+    def _on_event(self, event):
         self.counted.append(dataclasses.replace(self.service.loop.counts))
-        self.news.put(news)
+        self.events.put(event)
 
     def end(self):
         """Tokens, log-probabilities and endings of all samples."""
@@ -113,12 +116,12 @@ class Listener:
         tokens, logprobs, finish = [[] for _ in range(count)], [[] for _ in range(count)], [None] * count
         self.route = None
         while None in finish:
-            news = self.news.get(timeout=WAIT)
-            tokens[news.sample] += news.tokens
-            logprobs[news.sample] += news.logprobs
-            finish[news.sample] = news.finish
-            self.route = news.route if news.route is not None else self.route
-        assert self.news.empty()
+            event = self.events.get(timeout=WAIT)
+            tokens[event.sample] += event.tokens
+            logprobs[event.sample] += event.logprobs
+            finish[event.sample] = event.finish
+            self.route = event.route if event.route is not None else self.route
+        assert self.events.empty()
         return tokens, logprobs, finish
 
 
@@ -155,6 +158,24 @@ def client_of(served, name):
     """A client with somebody's key, or with none."""
     headers = {"Authorization": f"Bearer {KEYS[name]}"} if name else {}
     return httpx.Client(base_url=served[1], headers=headers, timeout=60)
+
+
+def openapi():
+    """The OpenAPI document."""
+    return make_app(Mock(spec=Backend), Keyring(), Registry(None, {})).openapi()
+
+
+def http_scope(path, headers, method="POST"):
+    """An ASGI scope, for a call without a socket."""
+    return {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": headers,
+    }
 
 
 def ask(client, **more):

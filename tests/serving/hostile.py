@@ -4,7 +4,7 @@ import json
 
 from hypothesis import strategies as st
 
-from milora_jax.serving.schema import Chat, Completion
+from milora_jax.serving.requests import ChatRequest, CompletionRequest
 
 EDGES = (31, 32, 53, 63, 64, 128)
 
@@ -79,7 +79,8 @@ JUNK = (
 )
 
 FIELDS = sorted(
-    {*Completion.model_fields, *Chat.model_fields, *Completion.unserved, *Chat.unserved}
+    {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+    | {*CompletionRequest.unsupported, *ChatRequest.unsupported}
     | {"lora_path", "__class__", "temprature"}
 )
 """Those that there are, and some that other servers have."""

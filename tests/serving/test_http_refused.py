@@ -9,7 +9,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from milora_jax.serving.schema import Chat
+from milora_jax.serving.requests import ChatRequest
 from tests.serving.harness import ask
 
 BAD = {
@@ -207,17 +207,17 @@ def test_a_connection_with_a_body_that_nobody_reads_is_not_kept(served):
         connection.sendall(b"x")
         while connection.recv(4096):
             pass
-    served[0].door._mistakes.clear()
+    served[0].admission.wrong_keys.clear()
 
 
 @pytest.mark.parametrize("field", ["messages", "stop"])
 def test_of_many_wrong_entries_the_first_is_told(field):
     values = {"model": "m", "messages": [{"role": "user", "content": "x"}], field: [{}] * 4000}
     with pytest.raises(ValidationError) as caught:
-        Chat.model_validate(values)
+        ChatRequest.model_validate(values)
     assert caught.value.error_count() < 10
 
 
 def test_a_text_that_cannot_fit_is_not_cut_into_tokens(served, client, monkeypatch):
-    monkeypatch.setattr(served[0], "_encode", None)
+    monkeypatch.setattr("milora_jax.serving.service.prompt_ids", None)
     assert ask(client, prompt="x" * 900_000).json()["error"]["code"] == "context_length_exceeded"

@@ -43,19 +43,19 @@ def test_a_key_is_its_tenants(tmp_path):
     assert not found.open
 
 
-def test_who_may_watch(tmp_path):
+def test_who_may_read_metrics(tmp_path):
     watcher = "d" * 16
     alone = ring(tmp_path, tenants=[tenant("one", KEY)], admin=[digest_of(OTHER)])
-    assert alone.may_watch(KEY.encode()), "there is nobody else"
-    assert alone.may_watch(OTHER.encode())
-    assert not alone.may_watch(None)
+    assert alone.may_read_metrics(KEY.encode()), "there is nobody else"
+    assert alone.may_read_metrics(OTHER.encode())
+    assert not alone.may_read_metrics(None)
     both = ring(tmp_path, tenants=[tenant("one", KEY), tenant("two", OTHER)], monitor=[digest_of(watcher)])
     assert both.is_monitor(watcher.encode())
-    assert both.may_watch(watcher.encode())
+    assert both.may_read_metrics(watcher.encode())
     assert both.tenant_of(watcher.encode()) is None
     assert not both.is_admin(watcher.encode())
-    assert not any(both.may_watch(key) for key in (KEY.encode(), OTHER.encode(), b"nobody's", None))
-    assert Keyring(open=True).may_watch(None)
+    assert not any(both.may_read_metrics(key) for key in (KEY.encode(), OTHER.encode(), b"nobody's", None))
+    assert Keyring(open=True).may_read_metrics(None)
 
 
 @pytest.mark.parametrize(
@@ -100,22 +100,28 @@ def test_without_keys_a_server_is_open_but_for_administrators():
     assert not found.is_admin(None)
 
 
+TENANT = {"name": "x", "sha256": "0" * 64}
+
 BAD = {
-    "tenants is no list": {"tenants": {}},
-    "admin: a sha256 is no 64 digits": {"admin": ["abc"]},
-    "monitor: a sha256 is no 64 digits": {"monitor": ["abc"]},
-    "a tenant is no object": {"tenants": ["x"]},
-    "a tenant has name '../x'": {"tenants": [{"name": "../x", "sha256": "0" * 64}]},
-    "tenant 'x': a sha256 is no 64 digits": {"tenants": [{"name": "x", "sha256": "A" * 64}]},
-    "tenant 'x': adapters is 3": {"tenants": [{"name": "x", "sha256": "0" * 64, "adapters": 3}]},
-    "tenant 'x': concurrency is True": {"tenants": [{"name": "x", "sha256": "0" * 64, "concurrency": True}]},
-    "tenant 'x': concurrency is -1": {"tenants": [{"name": "x", "sha256": "0" * 64, "concurrency": -1}]},
-    "a tenant has a field 'key'": {"tenants": [{"name": "x", "key": "secret"}]},
-    "has a field 'tenant'": {"tenant": []},
-    "a tenant is given twice: 'x'": {
-        "tenants": [{"name": "x", "sha256": "0" * 64}, {"name": "x", "sha256": "1" * 64}]
+    "tenants: Input should be a valid array": {"tenants": {}},
+    "admin.0: expected the 64 digits 0-9a-f of a SHA-256; see python -m milora_jax.serving hash-key": {
+        "admin": ["abc"]
     },
-    "a key is given twice": {"tenants": [{"name": "x", "sha256": "0" * 64}], "admin": ["0" * 64]},
+    "monitor.0: expected the 64 digits 0-9a-f": {"monitor": ["abc"]},
+    "tenants.0: Input should be an object": {"tenants": ["x"]},
+    "tenants.0.name: String should match pattern '^[A-Za-z0-9]": {"tenants": [{**TENANT, "name": "../x"}]},
+    "tenants.0.sha256: Field required": {"tenants": [{"name": "x"}]},
+    "tenants.0.sha256: expected the 64 digits 0-9a-f": {"tenants": [{**TENANT, "sha256": "A" * 64}]},
+    "tenants.0.adapters": {"tenants": [{**TENANT, "adapters": 3}]},
+    "tenants.0.adapters.literal['*']: Input should be '*'": {"tenants": [{**TENANT, "adapters": "math"}]},
+    "tenants.0.concurrency: Input should be a valid integer": {"tenants": [{**TENANT, "concurrency": True}]},
+    "tenants.0.concurrency: Input should be greater than or equal to 0": {
+        "tenants": [{**TENANT, "concurrency": -1}]
+    },
+    "tenants.0.key: Extra inputs are not permitted": {"tenants": [{**TENANT, "key": "secret"}]},
+    "tenant: Extra inputs are not permitted": {"tenant": []},
+    "a tenant is given twice: 'x'": {"tenants": [TENANT, {**TENANT, "sha256": "1" * 64}]},
+    "a key is given twice": {"tenants": [TENANT], "admin": ["0" * 64]},
 }
 
 
@@ -124,7 +130,9 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path, message):
     with pytest.raises(UserError) as caught:
         ring(tmp_path, **BAD[message])
     assert message in str(caught.value)
+    assert "twice" in message or str(caught.value).startswith(f"{tmp_path / 'keys.json'}: ")
     assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.slow

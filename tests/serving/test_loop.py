@@ -58,11 +58,12 @@ def test_adapters_differ_and_the_base_is_the_plain_model(service, folder):
     found = {name: Listener(service, name, prompt).end()[0][0] for name in ("base", "math", "law", "art")}
     assert len({tuple(tokens) for tokens in found.values()}) == 4
     from milora_jax import load_base
+    from milora_jax.data.tokens import load_tokenizer
     from milora_jax.generation.text import generate
 
     base, config = load_base(folder / "model")
     settings = GenerationSettings(max_new_tokens=6, ignore_eos=True)
-    (expected,) = generate(base, config, service._decoder, [prompt], settings=settings)
+    (expected,) = generate(base, config, load_tokenizer(str(folder / "model")), [prompt], settings=settings)
     assert tuple(found["base"]) == expected.tokens
 
 
@@ -82,11 +83,11 @@ def test_more_adapters_than_the_device_holds_take_turns(service):
     for name, listener in listeners:
         assert listener.end() == expected[name]
     assert len(service.store.on_device()) <= LIMITS.adapters_on_device
-    assert all(entry.users == 0 for entry in service.store._entries.values())
+    assert all(adapter.users == 0 for adapter in service.store.versions())
 
 
 def test_one_whose_adapter_finds_no_slot_is_not_passed_over_for_ever(service, monkeypatch):
-    monkeypatch.setattr("milora_jax.serving.loop.PATIENCE", 3)
+    monkeypatch.setattr("milora_jax.serving.loop.MAX_OVERTAKES", 3)
     others = [Listener(service, ("math", "law")[i % 2], [i], max_new_tokens=40) for i in range(8)]
     waiting = Listener(service, "art", [9], max_new_tokens=4)
     others += [Listener(service, ("math", "law")[i % 2], [i], max_new_tokens=40) for i in range(40)]
@@ -98,11 +99,11 @@ def test_one_whose_adapter_finds_no_slot_is_not_passed_over_for_ever(service, mo
 
 def test_nothing_is_compiled_after_the_start(service):
     metrics = Metrics()
-    COMPILATIONS.tell(metrics.compiled)
+    COMPILATIONS.add(metrics.compiled)
     rng = np.random.default_rng(5)
     for listener in [Listener(service, n, p, **s) for n, p, s in (random_request(rng) for _ in range(30))]:
         listener.end()
-    COMPILATIONS.forget(metrics.compiled)
+    COMPILATIONS.remove(metrics.compiled)
     assert b"milora_compiled_programs_total 0.0" in metrics.text()
 
 
@@ -116,13 +117,13 @@ def test_one_who_leaves_frees_the_row_and_disturbs_nobody(service):
     expected = Listener(service, "law", [5, 6], max_new_tokens=40).end()
     stayed = Listener(service, "law", [5, 6], max_new_tokens=40)
     left = Listener(service, "math", [5], max_new_tokens=90)
-    left.news.get(timeout=WAIT)
+    left.events.get(timeout=WAIT)
     before = []
-    service.loop._post(lambda: before.append(service.loop.counts.steps))
+    service.loop.call(lambda: before.append(service.loop.counts.steps))
     service.loop.end(left.job, 0, "cancelled")
-    while (news := left.news.get(timeout=WAIT)).finish is None:
+    while (event := left.events.get(timeout=WAIT)).finish is None:
         pass
-    assert news.finish == "cancelled"
+    assert event.finish == "cancelled"
     assert left.counted[-1].steps - before[0] <= 2
     assert stayed.end() == expected
     waiting = [Listener(service, "math", [i], max_new_tokens=40) for i in range(12)]
@@ -131,7 +132,7 @@ def test_one_who_leaves_frees_the_row_and_disturbs_nobody(service):
     for listener in waiting[:6]:
         listener.end()
     eventually(lambda: service.loop.idle)
-    assert all(entry.users == 0 for entry in service.store._entries.values())
+    assert all(adapter.users == 0 for adapter in service.store.versions())
 
 
 def eventually(holds):
@@ -157,7 +158,7 @@ def test_a_step_that_fails_ends_those_on_the_device_and_nobody_else(service, mon
     monkeypatch.setattr(engine, "step", failing)
     running = [Listener(service, "math", [i], max_new_tokens=80) for i in range(4)]
     for listener in running:
-        listener.news.get(timeout=WAIT)
+        listener.events.get(timeout=WAIT)
     waiting = [Listener(service, "law", [5, 6]) for _ in range(3)]
     fail.set()
     for listener in running:
@@ -171,20 +172,20 @@ def test_a_step_that_fails_ends_those_on_the_device_and_nobody_else(service, mon
 
 def test_logits_that_are_no_numbers_end_their_own_request_alone(service):
     expected = Listener(service, "law", [5, 6]).end()
-    entry = service.store.hold("art")
+    adapter = service.store.acquire("art")
     import jax
 
-    whole = entry.prepared
-    entry.prepared = jax.tree.map(
+    whole = adapter.prepared
+    adapter.prepared = jax.tree.map(
         lambda leaf: np.full_like(leaf, np.nan) if np.issubdtype(leaf.dtype, np.floating) else leaf, whole
     )
-    service.store.release(entry)
-    if entry.slot is not None:  # written anew with the next request
+    service.store.release(adapter)
+    if adapter.slot is not None:  # written anew with the next request
         Listener(service, "math", [1]).end(), Listener(service, "law", [1]).end()
     spoilt, healthy = Listener(service, "art", [5, 6]), Listener(service, "law", [5, 6])
     assert spoilt.end()[2] == ["error"]
     assert healthy.end() == expected
-    entry.prepared = whole
+    adapter.prepared = whole
     Listener(service, "math", [1]).end(), Listener(service, "law", [1]).end()
     assert Listener(service, "art", [5, 6]).end()[2] == ["length"]
     assert jnp.isfinite(jnp.asarray(expected[1] or [0])).all()
@@ -193,19 +194,19 @@ def test_logits_that_are_no_numbers_end_their_own_request_alone(service):
 def test_one_that_is_replaced_or_unloaded_goes_on_for_who_holds_it(service, adapters):
     math, law = (Listener(service, name, [9], max_new_tokens=60).end() for name in ("math", "law"))
     old = Listener(service, "math", [9], max_new_tokens=60)
-    old.news.get(timeout=WAIT)
+    old.events.get(timeout=WAIT)
     service.store.load("math", adapters["law"])
     new = Listener(service, "math", [9], max_new_tokens=60)
-    assert old.job.entry is not new.job.entry
+    assert old.job.adapter is not new.job.adapter
     assert new.end() == law
     old_tokens = old.job.request.tokens
     eventually(lambda: old.job.request.done)
     assert old_tokens == math[0]
     goes = Listener(service, "math", [9], max_new_tokens=60)
     assert service.store.unload("math")
-    assert service.store.hold("math") is None
+    assert service.store.acquire("math") is None
     assert goes.end() == law
-    eventually(lambda: goes.job.entry.prepared is None)
+    eventually(lambda: goes.job.adapter.prepared is None)
     service.store.load("math", adapters["math"])
     assert Listener(service, "math", [9], max_new_tokens=60).end() == math
 
@@ -214,13 +215,13 @@ def test_those_that_are_not_in_host_memory_are_read_again(service, folder, adapt
     expected = Listener(service, "art", [9]).end()
     for name in ("math", "law"):
         Listener(service, name, [9]).end()
-    entry = service.store._entries["art"]
-    eventually(lambda: entry.slot is None and entry.users == 0)
-    entry.prepared = None
+    adapter = next(each for each in service.store.versions() if each.name == "art")
+    eventually(lambda: adapter.slot is None and adapter.users == 0)
+    adapter.prepared = None
     assert Listener(service, "art", [9]).end() == expected
     for name in ("math", "law"):
         Listener(service, name, [9]).end()
-    entry.prepared, entry.directory = None, folder / "nowhere"
+    adapter.prepared, adapter.directory = None, folder / "nowhere"
     assert Listener(service, "art", [9]).end()[2] == ["error"]
     service.store.load("art", adapters["art"])
     assert Listener(service, "art", [9]).end() == expected
@@ -256,5 +257,5 @@ def test_an_error_that_shows_late_or_early_ends_those_it_concerns_and_nobody_wai
     assert lost.end()[2] == ["error"]
     monkeypatch.undo()
     eventually(lambda: service.loop.idle)
-    assert all(entry.users == entry.running == 0 for entry in service.store._entries.values())
+    assert all(adapter.users == adapter.running == 0 for adapter in service.store.versions())
     assert Listener(service, "law", [5, 6]).end() == expected

@@ -24,7 +24,7 @@ def test_the_page_needs_a_key_and_loads_nothing_from_elsewhere(served, client):
     assert client.get("/../serve.py").status_code == 404
     basic = client.get("/", headers={"Authorization": ""}, auth=("anybody", KEYS["one"]))
     assert basic.status_code == 200
-    served[0].door._mistakes.clear()
+    served[0].admission.wrong_keys.clear()
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ class PaperBank:
 
     def __init__(self, base, config, like, slots, rank):
         self.tenants = SimpleNamespace(method=SimpleNamespace(is_pairs=True))
-        self.store, self.owners = None, {}
+        self.adapters, self.owners = [], {}
 
     def prepare(self, name, adapter):
         return {"adapter": 0}
@@ -114,8 +114,7 @@ class PaperBank:
     def place(self, prepared, slot):
         before = self.owners.get(slot)
         assert before is None or not before.running, "nobody decodes with what is overwritten"
-        if self.store is not None:
-            self.owners[slot] = self.store._seats[slot]
+        self.owners[slot] = next((each for each in self.adapters if each.slot == slot), None)
 
 
 class PaperReader:
@@ -150,24 +149,18 @@ class Scheduler(RuleBasedStateMachine):
         self.reader = PaperReader()
         model = Model(None, None, None, "none")
         self.store = AdapterStore(model, {"a": Path("a"), "b": Path("b")}, slots, self.reader, host=2)
-        self.store.bank.store = self.store
-        self.store.bank.owners = dict(enumerate(self.store._seats))
         self.engine = PaperEngine()
         limits = Limits(rows=ROWS, samples=2, adapters_on_device=slots)
         self.loop = DeviceLoop(self.engine, self.store, limits)
-        self.entries = list(self.store._entries.values())
+        self.adapters = self.store.bank.adapters = self.store.versions()
+        self.store.bank.owners = {each.slot: each for each in self.adapters if each.slot is not None}
         self.all, self.heard = [], {}
 
     def turn(self):
         """What the loop's thread does between two waits; False where it would go on waiting."""
-        if not (self.loop._mail or self.loop._busy()):
+        if not self.loop.has_work:
             return False
-        with self.loop._wake:
-            mail, self.loop._mail = self.loop._mail, type(self.loop._mail)()
-        for letter in mail:
-            letter()
-        self.loop._fill()
-        self.loop._step()
+        self.loop.turn()
         return True
 
     @rule(
@@ -180,19 +173,19 @@ class Scheduler(RuleBasedStateMachine):
     )
     def come(self, tenant, name, samples, tokens, bad):
         """A request comes; of an adapter that is not there none does."""
-        entry = None
+        adapter = None
         if name is not None:
-            entry = self.store.hold(name)
-            if entry is None:
+            adapter = self.store.acquire(name)
+            if adapter is None:
                 return multiple()
         asked = GenerationSettings(max_new_tokens=tokens, num_samples=samples)
         prompt = (99 if bad == 0 else len(self.all) % 90,)
-        job = Job(tenant, entry, prompt, asked, lambda news: self.heard[id(job)].append(news))
+        job = Job(tenant, adapter, prompt, asked, lambda event: self.heard[id(job)].append(event))
         self.heard[id(job)] = []
         self.all.append(job)
         self.loop.submit(job)
-        if entry is not None:
-            self.store.release(entry)
+        if adapter is not None:
+            self.store.release(adapter)
         return job
 
     @rule(job=jobs, sample=st.integers(0, 1), reason=st.sampled_from(["stop", "cancelled"]))
@@ -205,13 +198,13 @@ class Scheduler(RuleBasedStateMachine):
     def load(self, name, pinned):
         """An adapter comes, or a new version of one."""
         with contextlib.suppress(UserError):  # one slot must not be pinned
-            self.entries.append(self.store.load(name, Path(name), pinned))
+            self.adapters.append(self.store.load(name, Path(name), pinned))
 
     @rule(name=st.sampled_from(NAMES))
     def unload(self, name):
         """An adapter goes."""
         self.store.unload(name)
-        self.loop.poke()
+        self.loop.wake()
 
     def read(self):
         """What was to be read has been."""
@@ -238,10 +231,10 @@ class Scheduler(RuleBasedStateMachine):
     @invariant()
     def holds_nothing_too_much(self):
         """Counts are never below zero, and a slot has one adapter."""
-        assert all(entry.users >= entry.running >= 0 for entry in self.entries)
-        slots = [entry.slot for entry in self.entries if entry.slot is not None]
+        assert all(adapter.users >= adapter.running >= 0 for adapter in self.adapters)
+        slots = [adapter.slot for adapter in self.adapters if adapter.slot is not None]
         assert len(slots) == len(set(slots))
-        assert sum(seat is not None for seat in self.engine.rows) <= ROWS
+        assert sum(seat is not None for seat in self.engine.batch_slots) <= ROWS
 
     def teardown(self):
         """Let it run to its end: every sample has ended once, and everything is given back."""
@@ -262,18 +255,20 @@ class Scheduler(RuleBasedStateMachine):
                     assert len(tokens) == job.settings.max_new_tokens
         begun = {id(request): place for place, request in enumerate(self.engine.begun)}
         for job in self.all:
-            alike = [other for other in self.all if (other.tenant, other.entry) == (job.tenant, job.entry)]
+            alike = [
+                other for other in self.all if (other.tenant, other.adapter) == (job.tenant, job.adapter)
+            ]
             places = [begun[id(each.request)] for each in alike if each.request is not None]
             assert places == sorted(places), "first come, first served, of one tenant and adapter"
-        assert all(entry.users == entry.running == 0 for entry in self.entries)
-        assert all(entry.slot is None for entry in self.entries if entry.draining)
+        assert all(adapter.users == adapter.running == 0 for adapter in self.adapters)
+        assert all(adapter.slot is None for adapter in self.adapters if adapter.draining)
         self.patch.undo()
 
 
 @pytest.mark.parametrize("slots", [2, 3, 33, 34, 64, 66, 96])
 def test_every_length_is_warmed_up(slots):
     engine, asked = PaperEngine(), []
-    engine.slots = slots
+    engine.cache_length = slots
     engine.run = lambda: None
     engine.submit = lambda prompt, settings, slot: asked.append((len(prompt), settings.max_new_tokens))
     DeviceLoop(engine, None, Limits(rows=ROWS, samples=2)).warm_up()

@@ -144,11 +144,13 @@ def test_a_registry_is_kept_and_checked(folder, tmp_path):
     assert again.get("math") == Registered(folder / "math", loaded=False, pinned=True)
     assert again.to_load() == {}
     for values, message in (
-        ({}, "expected an object 'adapters'"),
-        ({"adapters": {"a/b": {"path": "x"}}}, "adapter name 'a/b'"),
-        ({"adapters": {"a": {}}}, "has no path"),
-        ({"adapters": {"a": {"path": "x", "url": "y"}}}, "has a field 'url'"),
-        ({"adapters": {"a": {"path": "x", "loaded": 1}}}, "loaded is 1"),
+        ({}, "r.json: adapters: Field required"),
+        ({"adapters": []}, "adapters: Input should be an object"),
+        ({"adapters": {"a/b": {"path": "x"}}}, "adapters.a/b.*: String should match pattern"),
+        ({"adapters": {"a": {}}}, "adapters.a.path: Field required"),
+        ({"adapters": {"a": {"path": 3}}}, "adapters.a.path: Input should be a valid string"),
+        ({"adapters": {"a": {"path": "x", "url": "y"}}}, "adapters.a.url: Unexpected keyword argument"),
+        ({"adapters": {"a": {"path": "x", "loaded": 1}}}, "adapters.a.loaded: Input should be a valid bool"),
     ):
         path.write_text(json.dumps(values))
         with pytest.raises(UserError, match=message):

@@ -60,14 +60,14 @@ class Workdirs:
     def assert_seated(self, store, *names):
         """On the device is what each adapter is, filled up with zeros."""
         for name in names:
-            entry = store.hold(name)
-            slot = store.seat(entry)
-            mine = jax.tree.leaves(store.bank.tenants.of_slot(jnp.int32(slot)).params)
+            adapter = store.acquire(name)
+            slot = store.acquire_slot(adapter)
+            mine = jax.tree.leaves(store.bank.adapters.of_slot(jnp.int32(slot)).params)
             own = jax.tree.leaves(adapter_decode_layout(self.made[name], self.model.base).params)
             for found, expected in zip(mine, own, strict=True):
                 assert float(abs(found).sum()) == pytest.approx(float(abs(expected).sum()), rel=1e-5)
-            store.leave(entry)
-            store.release(entry)
+            store.release_slot(adapter)
+            store.release(adapter)
 
 
 @pytest.fixture(scope="module")

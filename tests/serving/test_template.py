@@ -6,7 +6,7 @@ import pytest
 
 from milora_jax.errors import UserError
 from milora_jax.serving import template
-from milora_jax.serving.template import require_tame_template
+from milora_jax.serving.template import require_bounded_template
 from tests.models import WITH_TOKENIZER, write_hf_directory
 from tests.serving.harness import TEMPLATE
 
@@ -37,7 +37,7 @@ def with_template(model, text):
 @pytest.mark.sweep("named")
 @pytest.mark.parametrize("text", [None, TEMPLATE], ids=["none", "named"])
 def test_an_ordinary_one_and_none_are_served(model, text):
-    require_tame_template(with_template(model, text))
+    require_bounded_template(with_template(model, text))
 
 
 @pytest.mark.sweep("grows")
@@ -45,4 +45,4 @@ def test_an_ordinary_one_and_none_are_served(model, text):
 def test_one_that_takes_too_much_is_refused(model, name, monkeypatch):
     monkeypatch.setattr(template, "CPU_SECONDS", 8)
     with pytest.raises(UserError, match="the chat template is not"):
-        require_tame_template(with_template(model, BOMBS[name]))
+        require_bounded_template(with_template(model, BOMBS[name]))

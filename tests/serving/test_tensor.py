@@ -60,14 +60,14 @@ def test_two_devices_say_what_one_says_and_compile_nothing_late(folder, adapters
     kernel = service.engine._base.layers[0].up.kernel.get_value()
     assert kernel.addressable_shards[0].data.shape[1] * 2 == kernel.shape[1]
     metrics = Metrics()
-    COMPILATIONS.tell(metrics.compiled)
+    COMPILATIONS.add(metrics.compiled)
     try:
         with running(service):
             found = answers(service, requests)
             assert answers(service, requests) == found, "and the same again, bit for bit"
     finally:
-        COMPILATIONS.forget(metrics.compiled)
-    assert metrics.compiled._value.get() == 0
+        COMPILATIONS.remove(metrics.compiled)
+    assert b"milora_compiled_programs_total 0.0" in metrics.text()
     cache = service.engine._state.cache.layers[0].k
     assert cache.addressable_shards[0].data.shape[1] * 2 == cache.shape[1], "heads are divided"
     for (tokens, logprobs, finish), (its_tokens, its_logprobs, its_finish) in zip(

@@ -1,15 +1,16 @@
-"""Bodies of requests: their fields, checked to the last one, and the settings that they ask for.
+"""Request bodies as pydantic models, and the generation settings that they ask for.
 
 Field names and meanings are those of OpenAI's API; ``top_k``, ``min_p``, ``repetition_penalty``,
-``ignore_eos`` and ``stop_token_ids`` are vLLM's. ``serving.unserved`` has the fields that are known and not
-served. A field that is not known is refused: a typo must not be a default.
+``ignore_eos`` and ``stop_token_ids`` are vLLM's. ``serving.unsupported`` lists the fields that are known and
+not supported. An unknown field is refused: a misspelt field must not silently mean its default.
 """
 
 from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -17,7 +18,6 @@ from pydantic import (
     FailFast,
     Field,
     GetJsonSchemaHandler,
-    ValidationError,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -26,77 +26,78 @@ from milora_jax.base.json_files import parse_json_object
 from milora_jax.data.chat import UNWRITABLE, Message
 from milora_jax.errors import UserError
 from milora_jax.generation.settings import LARGEST_SEED, MOST_LOGPROBS, GenerationSettings
+from milora_jax.serving.api_errors import APIError, bad_request
 from milora_jax.serving.limits import Limits
-from milora_jax.serving.refusal import bad_request
-from milora_jax.serving.unserved import (
+from milora_jax.serving.unsupported import (
+    ADAPTER,
     CHAT,
     COMPLETION,
     MESSAGE,
-    NAMED_ADAPTER,
-    NOT_SERVED,
     STREAM_OPTIONS,
-    Unserved,
+    UNSUPPORTED,
+    Unsupported,
     describe,
-    without_unserved,
+    without_unsupported,
 )
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _FirstMistake(FailFast):
-    """pydantic's, which can stand in a union: those must be hashable."""
+class _HashableFailFast(FailFast):
+    """pydantic's ``FailFast`` is not hashable, and members of a union must be."""
 
     def __hash__(self) -> int:
         return id(self)
 
 
-FIRST = _FirstMistake()
-"""Of a list the first wrong entry ends the check: a megabyte of wrong ones is not looked through."""
+FAIL_FAST = _HashableFailFast()
+"""Validation of a list ends at its first invalid entry: a body may hold a megabyte of them."""
 
-MANY = Field(max_length=4096)
-"""Entries of a list whose own limit is in ``serving.limits``."""
+BOUNDED = Field(max_length=4096)
+"""A list whose own limit, a smaller one, is in ``serving.limits``."""
 
-Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
-
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 Ignored = Annotated[str, Field(max_length=256)] | None
-"""What names a client or a conversation, and changes no answer."""
+"""Names a client or a conversation, and has no effect on the response."""
 
 
-class _Body(BaseModel):
+class RequestBase(BaseModel):
+    """A body, or an object in one: no type is coerced, no unknown field is accepted."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    unserved: ClassVar[Unserved] = {}
-    """Fields that are known and not served."""
+    unsupported: ClassVar[Unsupported] = {}
+    """Fields that are known and not supported."""
 
     @model_validator(mode="before")
     @classmethod
-    def _accept_what_asks_for_nothing(cls, values: Any) -> Any:
-        return without_unserved(values, cls.unserved) if isinstance(values, dict) else values
+    def _drop_unsupported(cls, values: Any) -> Any:
+        return without_unsupported(values, cls.unsupported) if isinstance(values, dict) else values
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         schema = handler(core)
-        describe(handler.resolve_ref_schema(schema), cls.unserved)
+        describe(handler.resolve_ref_schema(schema), cls.unsupported)
         return schema
 
 
-class StreamOptions(_Body):
-    """What a stream says besides text."""
+class StreamOptions(RequestBase):
+    """What a stream contains besides text."""
 
-    unserved = STREAM_OPTIONS
+    unsupported = STREAM_OPTIONS
 
     include_usage: bool | None = None
 
 
-class MiloraOptions(_Body):
-    """What this server can tell that others cannot."""
+class MiloraOptions(RequestBase):
+    """Options of this server alone."""
 
     return_route: bool | None = None
 
 
-class Sampled(_Body):
-    """What both kinds of requests have.
+class GenerationRequest(RequestBase):
+    """The fields that completions and chat completions share.
 
     ``user``, ``safety_identifier``, ``prompt_cache_key`` and ``cache_salt`` have no effect: requests
     share no cache.
@@ -109,7 +110,7 @@ class Sampled(_Body):
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | Annotated[list[str], MANY, FIRST] | None = None
+    stop: str | Annotated[list[str], BOUNDED, FAIL_FAST] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     user: Ignored = None
@@ -120,41 +121,46 @@ class Sampled(_Body):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[Whole], Field(max_length=16), FIRST] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=16), FAIL_FAST] | None = None
     milora: MiloraOptions | None = None
 
     @property
-    def counts_usage(self) -> bool:
+    def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
-    def tells_route(self) -> bool:
-        """Whether the answer has the prompt's route."""
+    def return_route(self) -> bool:
+        """Whether the response contains the route of the prompt."""
         return bool(self.milora and self.milora.return_route)
 
+    @property
+    def token_limit(self) -> int | None:
+        """Longest continuation, where the client gives one."""
+        return self.max_tokens
+
     @abstractmethod
-    def alternatives(self) -> int:
-        """How many most probable tokens are asked for beside each; 0 is no log-probabilities at all."""
+    def logprobs_wanted(self) -> int:
+        """Most probable tokens that are wanted for each token; 0 for no log-probabilities at all."""
 
     def settings(self, limits: Limits, prompt_tokens: int, context: int, default: int) -> GenerationSettings:
-        """What the engine is asked for.
+        """The settings of the engine.
 
         Args:
           prompt_tokens: length of the prompt.
           context: tokens of a prompt and its continuation together.
-          default: longest continuation where none is given; 0 is what the context leaves.
+          default: ``max_tokens`` where none is given; 0 for what the context leaves.
 
         Raises:
-          Refusal: naming the field.
+          APIError: naming the field.
         """
         room = context - prompt_tokens
-        wanted = self.max_tokens or min(default or room, room)
+        wanted = self.token_limit or min(default or room, room)
         if room < 1 or wanted > room:
             raise bad_request(
                 f"This model has a context of {context} tokens (--context): the prompt has {prompt_tokens} "
                 f"and {max(wanted, 1)} were asked for.",
-                "max_tokens" if self.max_tokens else "prompt",
+                "max_tokens" if self.token_limit else "prompt",
                 "context_length_exceeded",
             )
         if (self.n or 1) > limits.most_samples:
@@ -181,62 +187,67 @@ class Sampled(_Body):
                 stop=tuple(stops),
                 stop_token_ids=tuple(self.stop_token_ids or ()),
                 ignore_eos=bool(self.ignore_eos),
-                logprobs=self.alternatives(),
+                logprobs=self.logprobs_wanted(),
                 num_samples=self.n or 1,
             )
         except UserError as error:
             raise bad_request(f"{error}.") from None
 
 
-class Completion(Sampled):
+class CompletionRequest(GenerationRequest):
     """``/v1/completions``."""
 
-    unserved = COMPLETION
+    unsupported = COMPLETION
 
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Whole], Field(min_length=1), FIRST]
+    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[TokenId], Field(min_length=1), FAIL_FAST]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
-    def alternatives(self) -> int:
-        """At least one where any are asked for: 0 of OpenAI's is the token's own."""
+    def logprobs_wanted(self) -> int:
+        """At least one where any are wanted: OpenAI's 0 means the token's own alone."""
         return 0 if self.logprobs is None else max(1, self.logprobs)
 
 
-class Said(_Body):
-    """A message."""
+class ChatMessage(RequestBase):
+    """A message of a chat."""
 
-    unserved = MESSAGE
+    unsupported = MESSAGE
 
     role: Literal["system", "user", "assistant"]
     content: str
     name: Annotated[str, Field(max_length=64)] | None = None
 
 
-class Chat(Sampled):
+class ChatRequest(GenerationRequest):
     """``/v1/chat/completions``."""
 
-    unserved = CHAT
+    unsupported = CHAT
 
-    messages: Annotated[list[Said], Field(min_length=1), MANY, FIRST]
+    messages: Annotated[list[ChatMessage], Field(min_length=1), BOUNDED, FAIL_FAST]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
-    def alternatives(self) -> int:
-        """At least one where any are asked for."""
+    @property
+    def token_limit(self) -> int | None:
+        """OpenAI's newer name, or the older one."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def logprobs_wanted(self) -> int:
+        """At least one where any are wanted."""
         return max(1, self.top_logprobs or 0) if self.logprobs else 0
 
     @model_validator(mode="after")
-    def _require_logprobs(self) -> Chat:
+    def _require_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             message = "top_logprobs is not served without logprobs: expected logprobs true"
-            raise PydanticCustomError(NOT_SERVED, message, {"field": "top_logprobs"})
+            raise PydanticCustomError(UNSUPPORTED, message, {"field": "top_logprobs"})
         return self
 
     def chat(self, limits: Limits) -> list[Message]:
         """The messages.
 
         Raises:
-          Refusal: there are too many.
+          APIError: there are too many.
         """
         if len(self.messages) > limits.messages:
             found = len(self.messages)
@@ -244,50 +255,49 @@ class Chat(Sampled):
         return [Message(message.role, message.content) for message in self.messages]
 
 
-class NamedAdapter(_Body):
+class AdapterRequest(RequestBase):
     """``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``."""
 
-    unserved = NAMED_ADAPTER
+    unsupported = ADAPTER
 
     lora_name: Annotated[str, Field(max_length=64)]
 
 
-Parsed = TypeVar("Parsed", bound=_Body)
-
-
-def parse(kind: type[Parsed], content: bytes) -> Parsed:
-    """A body of a kind.
+def parse_body(content: bytes) -> dict[str, Any]:
+    """The JSON object of a body, whatever its fields.
 
     Raises:
-      Refusal: it is no such JSON; naming the field.
+      APIError: it is none, or has a name twice or a character that no tokenizer can take.
     """
     try:
         values = parse_json_object(content, "The body")
     except UserError:
         raise bad_request("The body is not a JSON object without doubled names.") from None
-    _require_text(values)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if str(part) in kind.model_fields)[:80]
-        if first["type"] == "extra_forbidden":
-            unknown = str(first["loc"][-1])[:80]
-            raise bad_request(f"Unrecognized request argument supplied: {unknown!r}.", unknown) from None
-        if first["type"] == NOT_SERVED:
-            name = ".".join(part for part in (place, first.get("ctx", {})["field"]) if part)
-            raise bad_request(f"{first['msg']}.", name, "unsupported_parameter") from None
-        raise bad_request(f"{place}: {first['msg']}.", place or None) from None
-
-
-def _require_text(values: Any) -> None:
-    """Refuse characters that no tokenizer can take, wherever they are."""
-    waiting = [values]
-    while waiting:
-        value = waiting.pop()
+    pending: list[Any] = [values]
+    while pending:
+        value = pending.pop()
         if isinstance(value, str) and UNWRITABLE.search(value):
             raise bad_request("The body holds a lone surrogate or a NUL character.")
         if isinstance(value, dict):
-            waiting += [*value.keys(), *value.values()]
+            pending += [*value.keys(), *value.values()]
         elif isinstance(value, list):
-            waiting += value
+            pending += value
+    return values
+
+
+def invalid_request(errors: Sequence[Mapping[str, Any]]) -> APIError:
+    """The error for a body that a model does not accept, naming the field.
+
+    Args:
+      errors: as :meth:`pydantic.ValidationError.errors` has them.
+    """
+    first = errors[0]
+    location = first["loc"]
+    field = str(location[0])[:80] if location else ""
+    if first["type"] == "extra_forbidden":
+        unknown = str(location[-1])[:80]
+        return bad_request(f"Unrecognized request argument supplied: {unknown!r}.", unknown)
+    if first["type"] == UNSUPPORTED:
+        name = ".".join(part for part in (field, first["ctx"]["field"]) if part)
+        return bad_request(f"{first['msg']}.", name, "unsupported_parameter")
+    return bad_request(f"{field}: {first['msg']}.", field or None)

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from milora_jax.serving.app import App
+from milora_jax.serving.app import make_app
 from milora_jax.serving.registry import Registry
-from tests.serving.harness import KEYS, LIMITS, ask, client_of, raw, status
+from tests.serving.harness import KEYS, LIMITS, ask, client_of, http_scope, raw, status
 
 
 def eventually(holds):
@@ -41,8 +41,8 @@ def test_one_who_leaves_frees_its_row(served, client, stream):
             connection.sendall(request.encode())
             if stream:
                 connection.recv(64)
-    eventually(lambda: service.loop.idle and service.door.under_way == 0)
-    assert all(entry.users == entry.running == 0 for entry in service.store._entries.values())
+    eventually(lambda: service.loop.idle and service.admission.active_requests == 0)
+    assert all(adapter.users == adapter.running == 0 for adapter in service.store.versions())
     assert threading.active_count() <= threads
     assert ask(client).status_code == 200
 
@@ -98,11 +98,11 @@ def test_one_who_does_not_read_is_cut(served, ring, monkeypatch):
     import dataclasses
 
     service, _, _ = served
-    app = App(service, ring, Registry(None, {}))
+    app = make_app(service, ring, Registry(None, {}))
     body = json.dumps({"model": "math", "prompt": "x", "max_tokens": 80, "stream": True, "ignore_eos": True})
     headers = [(b"host", b"localhost"), (b"authorization", f"Bearer {KEYS['one']}".encode())]
     headers.append((b"content-type", b"application/json"))
-    scope = {"type": "http", "method": "POST", "raw_path": b"/v1/completions", "headers": headers}
+    scope = http_scope("/v1/completions", headers)
     monkeypatch.setattr(service, "limits", dataclasses.replace(service.limits, write_seconds=1.0))
 
     async def ask_and_not_read():
@@ -122,7 +122,7 @@ def test_one_who_does_not_read_is_cut(served, ring, monkeypatch):
         return len(sent)
 
     assert asyncio.run(ask_and_not_read()) == 3
-    eventually(lambda: service.loop.idle and service.door.under_way == 0)
+    eventually(lambda: service.loop.idle and service.admission.active_requests == 0)
     assert 'status="499"' in service.metrics.text().decode()
 
 
@@ -148,13 +148,13 @@ def test_a_tenant_with_too_many_requests_is_told_to_come_again(served):
 
 def test_a_server_that_has_enough_says_so(served):
     service, _, _ = served
-    service.door.under_way += LIMITS.queue + LIMITS.rows
+    service.admission.active_requests += LIMITS.queue + LIMITS.rows
     try:
         with client_of(served, "one") as client:
             answer = ask(client)
             unread = client.post("/v1/completions", content=b"{", headers={"Content-Type": "text/plain"})
     finally:
-        service.door.under_way -= LIMITS.queue + LIMITS.rows
+        service.admission.active_requests -= LIMITS.queue + LIMITS.rows
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert unread.status_code == 503, "whatever the body is: it is not looked at"
 
@@ -199,14 +199,13 @@ def test_figures_are_there_for_who_watches(served):
 
 
 def test_errors_of_ours_tell_nothing_and_logs_hold_no_text(served, client, monkeypatch, caplog):
-    service, _, _ = served
     secret = "canary-of-a-prompt"
 
-    def broken(asked):
-        raise RuntimeError(f"at /secret/path.py 0x7f3a11223344 {asked.prompt}")
+    def broken(tokenizer, prompt, prompt_format, **options):
+        raise RuntimeError(f"at /secret/path.py 0x7f3a11223344 {prompt}")
 
     with monkeypatch.context() as patched, caplog.at_level(logging.DEBUG):
-        patched.setattr(service, "_encode", broken)
+        patched.setattr("milora_jax.serving.service.prompt_ids", broken)
         answer = ask(client, prompt=secret)
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "The server could not complete the request."

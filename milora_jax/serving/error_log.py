@@ -1,4 +1,4 @@
-"""An error of ours in the log: where it came from and what kind it is, never what it says.
+"""Internal errors in the log: where one was raised and of what type, never its message.
 
 The message of an exception may quote a prompt, a path or a key.
 """
@@ -13,7 +13,7 @@ log = logging.getLogger("milora_jax.serving")
 
 
 def log_error(what: str, error: BaseException) -> None:
-    """Note that something failed."""
+    """Log that something failed."""
     frames = traceback.extract_tb(error.__traceback__)
     places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
     log.error("%s: %s at %s", what, type(error).__name__, places)

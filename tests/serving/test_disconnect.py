@@ -3,17 +3,18 @@
 import asyncio
 import json
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
-from milora_jax.serving.app import App
-from milora_jax.serving.door import Door
+from milora_jax.serving.admission import AdmissionControl
+from milora_jax.serving.app import make_app
 from milora_jax.serving.keys import Keyring
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.metrics import Metrics
 from milora_jax.serving.registry import Registry
-from milora_jax.serving.service import Piece, Turn
+from milora_jax.serving.service import Backend, Delta, Generation
+from tests.serving.harness import http_scope
 
 LIMITS = Limits(rows=4, context=96)
 ENDLESS = 400
@@ -30,11 +31,11 @@ async def answer(waits, between):
             made += 1
             for _ in range(between):
                 await asyncio.sleep(0)
-            yield Piece(0, "a", (1,), (), None, None)
+            yield Delta(0, "a", (1,), (), None, None)
 
     @asynccontextmanager
-    async def turn(tenant, asked):
-        yield Turn("cmpl-0", "m", 1, pieces())
+    async def generate(tenant, body):
+        yield Generation("cmpl-0", "m", 1, pieces())
 
     async def receive():
         if came:
@@ -46,12 +47,17 @@ async def answer(waits, between):
     async def send(message):
         await asyncio.sleep(0)
 
-    service = SimpleNamespace(
-        limits=LIMITS, door=Door(LIMITS), metrics=Metrics(), turn=turn, say=lambda token: "a"
+    service = Mock(
+        spec=Backend,
+        limits=LIMITS,
+        admission=AdmissionControl(LIMITS),
+        metrics=Metrics(),
+        generate=generate,
+        token_text=lambda token: "a",
     )
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "raw_path": b"/v1/completions", "headers": headers}
-    await App(service, Keyring(open=True), Registry(None, {}))(scope, receive, send)
+    app = make_app(service, Keyring(open=True), Registry(None, {}))
+    await app(http_scope("/v1/completions", headers), receive, send)
     return made
 
 

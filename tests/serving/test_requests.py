@@ -1,19 +1,28 @@
-"""Bodies of requests: what asks for nothing is accepted, what asks for something unserved is named."""
+"""Request bodies: values without effect are accepted, unsupported ones are refused by the field's name."""
 
 import itertools
 import json
 
 import pytest
+from pydantic import ValidationError
 
+from milora_jax.serving.api_errors import APIError
 from milora_jax.serving.limits import Limits
-from milora_jax.serving.openapi import document
-from milora_jax.serving.refusal import Refusal
-from milora_jax.serving.schema import Chat, Completion, NamedAdapter, Said, StreamOptions, parse
+from milora_jax.serving.requests import (
+    AdapterRequest,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    StreamOptions,
+    invalid_request,
+    parse_body,
+)
+from tests.serving.harness import openapi
 
 BODIES = {
-    Completion: {"model": "m", "prompt": "x"},
-    Chat: {"model": "m", "messages": [{"role": "user", "content": "x"}]},
-    NamedAdapter: {"lora_name": "m"},
+    CompletionRequest: {"model": "m", "prompt": "x"},
+    ChatRequest: {"model": "m", "messages": [{"role": "user", "content": "x"}]},
+    AdapterRequest: {"lora_name": "m"},
 }
 KINDS = list(BODIES)
 
@@ -35,11 +44,14 @@ SOMETHING = {
 
 
 def read(kind, **more):
-    return parse(kind, json.dumps({**BODIES[kind], **more}).encode())
+    try:
+        return kind.model_validate(parse_body(json.dumps({**BODIES[kind], **more}).encode()))
+    except ValidationError as error:
+        raise invalid_request(error.errors()) from None
 
 
 def refused(kind, **more):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(APIError) as caught:
         read(kind, **more)
     return caught.value.body["error"]
 
@@ -47,16 +59,16 @@ def refused(kind, **more):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_field_that_is_not_served_may_ask_for_nothing(kind):
     plain = read(kind)
-    for name, values in kind.unserved.items():
+    for name, values in kind.unsupported.items():
         for value in (None, *values):
             assert read(kind, **{name: value}) == plain, (name, value)
-    together = {name: values[0] if values else None for name, values in kind.unserved.items()}
+    together = {name: values[0] if values else None for name, values in kind.unsupported.items()}
     assert read(kind, **together) == plain
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_field_that_is_not_served_is_named_where_it_asks_for_something(kind):
-    for name, values in kind.unserved.items():
+    for name, values in kind.unsupported.items():
         for value in SOMETHING.get(name, [{"x": [1]}, 7]):
             error = refused(kind, **{name: value})
             assert (error["param"], error["code"]) == (name, "unsupported_parameter"), (name, value)
@@ -74,24 +86,24 @@ def test_null_asks_for_nothing_in_every_optional_field(kind):
 
 
 def test_what_is_nested_may_ask_for_nothing_too():
-    plain = read(Chat)
-    assert read(Chat, milora={"return_route": None}).tells_route is False
-    assert read(Chat, stream_options={"include_usage": None}).counts_usage is False
+    plain = read(ChatRequest)
+    assert read(ChatRequest, milora={"return_route": None}).return_route is False
+    assert read(ChatRequest, stream_options={"include_usage": None}).include_usage is False
     options = {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": None}
-    assert read(Chat, stream_options=options).stream_options == StreamOptions(include_usage=True)
-    assert refused(Chat, stream_options={"include_obfuscation": True})["param"] == (
+    assert read(ChatRequest, stream_options=options).stream_options == StreamOptions(include_usage=True)
+    assert refused(ChatRequest, stream_options={"include_obfuscation": True})["param"] == (
         "stream_options.include_obfuscation"
     )
-    said = {**BODIES[Chat]["messages"][0], "name": None, **dict.fromkeys(Said.unserved)}
-    assert read(Chat, messages=[said]) == plain
-    assert read(Chat, messages=[{**said, "tool_calls": [], "annotations": []}]) == plain
-    assert refused(Chat, messages=[{**said, "tool_calls": [{}]}])["param"] == "messages.tool_calls"
+    said = {**BODIES[ChatRequest]["messages"][0], "name": None, **dict.fromkeys(ChatMessage.unsupported)}
+    assert read(ChatRequest, messages=[said]) == plain
+    assert read(ChatRequest, messages=[{**said, "tool_calls": [], "annotations": []}]) == plain
+    assert refused(ChatRequest, messages=[{**said, "tool_calls": [{}]}])["param"] == "messages.tool_calls"
 
 
 def test_defaults_of_served_fields_are_served():
     defaults = {"n": 1, "stream": False, "temperature": 1, "top_p": 1, "stop": [], "presence_penalty": 0}
     defaults |= {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "ignore_eos": False, "stop_token_ids": []}
-    for kind, more in ((Completion, {}), (Chat, {"logprobs": False, "top_logprobs": 0})):
+    for kind, more in ((CompletionRequest, {}), (ChatRequest, {"logprobs": False, "top_logprobs": 0})):
         one, other = (
             read(kind, seed=3, **each).settings(Limits(), 5, 90, 16) for each in ({}, {**defaults, **more})
         )
@@ -100,14 +112,14 @@ def test_defaults_of_served_fields_are_served():
 
 def test_what_names_a_client_has_no_effect():
     names = ("user", "safety_identifier", "prompt_cache_key", "cache_salt")
-    for kind, name in itertools.product((Completion, Chat), names):
+    for kind, name in itertools.product((CompletionRequest, ChatRequest), names):
         asked = read(kind, seed=3, **{name: "someone"})
         assert asked.settings(Limits(), 5, 90, 16) == read(kind, seed=3).settings(Limits(), 5, 90, 16)
         assert refused(kind, **{name: 5})["param"] == name
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["temprature", "logit_biases", "unserved", "Tools"])
+@pytest.mark.parametrize("name", ["temprature", "logit_biases", "unsupported", "Tools"])
 def test_a_field_that_is_not_known_is_refused_even_if_it_is_null(kind, name):
     for value in (None, 1, []):
         error = refused(kind, **{name: value})
@@ -116,15 +128,15 @@ def test_a_field_that_is_not_known_is_refused_even_if_it_is_null(kind, name):
 
 
 def test_log_probabilities_of_others_need_those_of_the_tokens():
-    assert read(Chat, logprobs=True, top_logprobs=3).alternatives() == 3
+    assert read(ChatRequest, logprobs=True, top_logprobs=3).logprobs_wanted() == 3
     for more in ({}, {"logprobs": False}, {"logprobs": None}):
-        assert refused(Chat, top_logprobs=3, **more)["param"] == "top_logprobs"
+        assert refused(ChatRequest, top_logprobs=3, **more)["param"] == "top_logprobs"
 
 
 def test_the_document_has_the_values():
-    schemas = document()["components"]["schemas"]
-    for kind in (*KINDS, Said, StreamOptions):
+    schemas = openapi()["components"]["schemas"]
+    for kind in (*KINDS, ChatMessage, StreamOptions):
         properties = schemas[kind.__name__]["properties"]
-        for name, values in kind.unserved.items():
+        for name, values in kind.unsupported.items():
             assert properties[name]["enum"] == [None, *values]
-        assert properties.keys() == kind.model_fields.keys() | kind.unserved.keys()
+        assert properties.keys() == kind.model_fields.keys() | kind.unsupported.keys()

@@ -1,0 +1,78 @@
+"""Errors in the shape of OpenAI's: a status, and one JSON object that says what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+INTERNAL = "The server could not complete the request."
+"""All that a client is told of an internal error."""
+
+
+class APIError(Exception):
+    """A request that is refused or that failed.
+
+    Attributes:
+      status: the HTTP status.
+      body: the JSON object of the response.
+      retry_after: seconds after which a client may try again; 0 where trying again is of no use.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.retry_after = status, retry_after
+        self.body: dict[str, Any] = {
+            "error": {"message": message, "type": kind, "param": param, "code": code}
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle all arguments: an exception keeps its message alone, and Ray sends it between processes."""
+        return _rebuild, (self.status, self.retry_after, self.body["error"])
+
+
+def _rebuild(status: int, retry_after: int, error: dict[str, Any]) -> APIError:
+    kept = {"kind": error["type"], "code": error["code"], "param": error["param"]}
+    return APIError(status, error["message"], retry_after=retry_after, **kept)
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
+    """An error that the client can correct."""
+    return APIError(400, message, param=param, code=code)
+
+
+def model_not_found(name: str) -> APIError:
+    """The same error for an adapter that does not exist and for one of another tenant."""
+    return APIError(404, f"The model {name[:80]!r} does not exist.", param="model", code="model_not_found")
+
+
+def forbidden() -> APIError:
+    """The key is valid, and may not make this call."""
+    return APIError(403, "This key may not make this call.", kind="permission_error")
+
+
+def invalid_key() -> APIError:
+    """The key is missing or wrong."""
+    return APIError(401, "Incorrect API key provided.", kind="authentication_error", code="invalid_api_key")
+
+
+def rate_limited(message: str) -> APIError:
+    """A limit of the tenant is reached."""
+    return APIError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=1)
+
+
+def overloaded(message: str) -> APIError:
+    """A limit of the server is reached, or it is stopping."""
+    return APIError(503, message, kind="server_error", code="overloaded", retry_after=1)
+
+
+def internal_error() -> APIError:
+    """An internal error, of which the client is told nothing."""
+    return APIError(500, INTERNAL, kind="server_error", code="internal_error")
