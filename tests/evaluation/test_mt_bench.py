@@ -8,12 +8,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from milora_jax.commands import mt_bench as command
 from milora_jax.data.chat import Message, encode_chat
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
 from milora_jax.data.tokens import encode_prompt
 from milora_jax.errors import UserError
-from milora_jax.evaluation import mt_bench, mt_bench_command
+from milora_jax.evaluation import mt_bench
 from milora_jax.evaluation.judge import pair_tasks, summary, verdict
 from milora_jax.evaluation.judge_client import JudgeClient
 from milora_jax.evaluation.mt_bench import read_answers, read_questions, turn_prompt
@@ -68,11 +69,11 @@ def answers_of(path, model_id, said="yes"):
 
 def answer(folder, out, *more):
     given = ("--workdir", folder / "run", "--questions", folder / "questions.jsonl", "--out", out)
-    mt_bench_command.main(["answer", *map(str, (*given, "--max-new-tokens", 12, *more))])
+    command.main(["answer", *map(str, (*given, "--max-new-tokens", 12, *more))])
 
 
 def judged(*more):
-    mt_bench_command.main(["judge", "--judge-model", "judge", "--wait", "0.01", *map(str, more)])
+    command.main(["judge", "--judge-model", "judge", "--wait", "0.01", *map(str, more)])
 
 
 @pytest.mark.thorough

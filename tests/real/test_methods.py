@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from milora_jax.base.load import load_base
+from milora_jax.commands import storage
 from milora_jax.config import METHODS, AdapterSection
 from milora_jax.errors import UserError
-from milora_jax.storage import __main__ as storage
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.export import export_merged, export_milora, export_orbax, export_peft, export_static
 from milora_jax.storage.exported import RECORDS

@@ -18,7 +18,6 @@ import numpy as np
 
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
 from milora_jax.base.modules import Base, decode_layout
-from milora_jax.cli import stop_if
 from milora_jax.config import AdapterSection, Config
 from milora_jax.errors import NonFiniteError
 from milora_jax.evaluation.final import for_decoding, parameter_counts, score_tests
@@ -27,6 +26,7 @@ from milora_jax.evaluation.study.forced import FORCED, forced_scores
 from milora_jax.evaluation.study.rows import ROUTED, Encoded, read_scores, with_answers, write_scores
 from milora_jax.evaluation.study.settings import MIXED, Converged, Study
 from milora_jax.evaluation.study.starts import START, with_fixed_mask
+from milora_jax.preemption import stop_if_preempted
 from milora_jax.storage.adapters import best_metadata, load_adapter
 from milora_jax.storage.files import read_json, write_json_atomic
 from milora_jax.training.health import BLIND
@@ -265,7 +265,7 @@ class CellRunner:
         routed = {task: each.scores(run, base, adapter, None) for task, each in rows.items()}
         answers = []
         if cell.generate:
-            answers = score_tests(run, base, stored, lambda _: stop_if(preempted, "scoring a cell"))
+            answers = score_tests(run, base, stored, lambda _: stop_if_preempted(preempted, "scoring a cell"))
             routed |= {score.task: with_answers(routed[score.task], score) for score in answers}
         else:
             routed = {task: dataclasses.replace(s, correct=s.exact) for task, s in routed.items()}
