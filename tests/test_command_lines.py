@@ -7,7 +7,7 @@ import pytest
 
 from milora_jax.commands.command_line import choose_command
 from milora_jax.errors import UserError
-from tests.test_architecture import ROOT
+from tests.paths import ROOT
 
 pytest.importorskip("ml_collections", reason="train.py reads its configs with it")
 

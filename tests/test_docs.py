@@ -15,7 +15,7 @@ from milora_jax.config import AdapterSection, Config
 from milora_jax.data.records import Source, read_records
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.unserved import CHAT, COMPLETION, MESSAGE, NAMED_ADAPTER, SAMPLED, STREAM_OPTIONS
-from tests.test_architecture import PACKAGE, ROOT
+from tests.paths import PACKAGE, ROOT
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]

@@ -10,7 +10,7 @@ from milora_jax.base.known import SHAPES
 from milora_jax.config import METHODS
 from milora_jax.data.records import parse_sources, read_records
 from milora_jax.errors import UserError
-from tests.test_architecture import ROOT
+from tests.paths import ROOT
 
 pytest.importorskip("ml_collections", reason="train.py reads its configs with it")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from milora_jax.commands.command_line import Parser, with_default
 from milora_jax.commands.options import help_texts
-from milora_jax.config import AdapterSection, Config
+from milora_jax.config import AdapterSection, Config, value_type
 from milora_jax.config_file import call_config_file
 from milora_jax.errors import UserError
 
@@ -72,9 +71,7 @@ def settings_parser() -> Parser:
 
 
 def _kind(section: str, field: str) -> Any:
-    """The type of a setting: ``int`` also where none may be given."""
-    hint = typing.get_type_hints(typing.get_type_hints(Config)[section])[field]
-    return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+    return value_type(typing.get_type_hints(typing.get_type_hints(Config)[section])[field])
 
 
 def _converted(section: str, field: str, text: str) -> Any:

@@ -15,18 +15,9 @@ from milora_jax.base.transformer import adapter_decode_layout, unembed
 from milora_jax.config import METHODS, AdapterSection
 from milora_jax.errors import UserError
 from milora_jax.training.loss import adapted_loss
+from tests.adapted import ANSWER, BASE, PROMPT, make_adapter, row_batch, run, stack, text
 from tests.generation.decoding import decoded
-from tests.training.test_equalities import (
-    ANSWER,
-    BASE,
-    PROMPT,
-    TINY,
-    make_adapter,
-    row_batch,
-    run,
-    stack,
-    text,
-)
+from tests.models import TINY
 
 EXACT = (
     "milora",

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -164,8 +163,8 @@ class Judge:
         number a status, None silence.
     """
 
-    def __init__(self, *replies, seconds=0.0):
-        self.replies, self.asked, self.seconds = replies, [], seconds
+    def __init__(self, *replies):
+        self.replies, self.asked, self.over = replies, [], threading.Event()
 
     @contextlib.contextmanager
     def serving(self):
@@ -178,7 +177,7 @@ class Judge:
                     reply = judge.replies[min(len(judge.asked), len(judge.replies) - 1)]
                     judge.asked.append((self.path, self.headers.get("Authorization"), body))
                 if reply is None:
-                    time.sleep(judge.seconds)
+                    judge.over.wait()
                     return
                 status = reply if isinstance(reply, int) else 200
                 said = None if isinstance(reply, Silence) else reply
@@ -202,6 +201,7 @@ class Judge:
         try:
             yield f"http://127.0.0.1:{server.server_port}/v1"
         finally:
+            judge.over.set()
             server.shutdown()
             server.server_close()
             thread.join()
@@ -320,7 +320,7 @@ def test_a_judge_that_is_busy_is_asked_again(tmp_path, capsys):
 )
 def test_a_judge_that_fails_ends_in_one_line_and_finished_work_is_kept(tmp_path, capsys, reply, line, count):
     answers, out = answers_of(tmp_path / "answers.jsonl", "mine"), tmp_path / "out.jsonl"
-    judge = Judge("[[5]]", "[[6]]", reply, seconds=4.0)
+    judge = Judge("[[5]]", "[[6]]", reply)
     seconds = 60 if reply else 1.5
     given = ("--answers", answers, "--out", out, "--parallel", 1, "--timeout", seconds, "--attempts", 2)
     with judge.serving() as url:

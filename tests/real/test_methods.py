@@ -27,7 +27,7 @@ from tests.models import SMALL
 from tests.real.conftest import STEPS
 from tests.real.reference import rms, their_loss
 from tests.storage.adapters import assert_equal
-from tests.storage.test_export_parity import assert_near, logits_of, their_logits, torch_model
+from tests.storage.torch_logits import assert_near, logits_of, their_logits, torch_model
 from tests.training.short_runs import fit
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]

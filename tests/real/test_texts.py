@@ -12,7 +12,7 @@ from milora_jax.data.records import Source, read_records
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
 from tests.real.reference import rms, text_of, their_answer
-from tests.storage.test_export_parity import logits_of, their_logits
+from tests.storage.torch_logits import logits_of, their_logits
 
 pytestmark = pytest.mark.real
 

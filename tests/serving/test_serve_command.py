@@ -10,8 +10,8 @@ import time
 import httpx
 import pytest
 
+from tests.paths import ROOT
 from tests.serving.harness import ask, write_model
-from tests.test_architecture import ROOT
 
 pytest.importorskip("transformers")
 

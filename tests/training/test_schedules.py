@@ -12,7 +12,7 @@ from milora_jax.adapters.routing import ExpertUse
 from milora_jax.errors import UserError
 from milora_jax.training.loss import run_batch
 from tests.models import random_base
-from tests.training.test_step import MODEL, SETTINGS, params_of, prepare, rows
+from tests.training.steps import MODEL, SETTINGS, params_of, prepare, rows
 
 TOTAL = 20
 
