@@ -239,6 +239,20 @@ def test_overrides_reach_the_config(parse):
     assert workdir == Path("here")
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--config.train.seed=7", "--config.data.pack=true"],
+        ["--config.train.seed", "7", "--config.data.pack"],
+        ["--config.train.seed=x", "--config.data.pack=T", "--config.train.seed=7"],
+        ["-config.train.seed=7", "-config.data.pack=1"],
+    ],
+)
+def test_a_setting_may_be_spelt_in_many_ways(parse, flags):
+    config, *_ = parse("--config=configs/tiny.py", *flags)
+    assert (config.train.seed, config.data.pack) == (7, True)
+
+
 def test_the_paper_settings_and_the_router_we_recommend(parse):
     math, *_ = parse("--config", "configs/llama7b_math.py")
     method = build_method(math.adapter)

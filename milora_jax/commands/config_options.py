@@ -61,12 +61,11 @@ def settings_parser() -> Parser:
         note = "where none is given, the method's own" if cls is AdapterSection else None
         group, texts = parser.add_argument_group(f"settings of {section}", note), help_texts(cls)
         for field in dataclasses.fields(cls):
-            bare: dict[str, Any] = (
-                {"nargs": "?", "const": "true"} if _kind(section, field.name) is bool else {}
-            )
-            shown = with_default(texts.get(field.name, ""), field.default)
+            about: dict[str, Any] = {"help": with_default(texts.get(field.name, ""), field.default)}
+            if _kind(section, field.name) is bool:
+                about |= {"nargs": "?", "const": "true"}  # --config.data.pack alone is true
             name = f"--config.{section}.{field.name}"
-            group.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=shown, **bare)
+            group.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, **about)
     return parser
 
 

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever lm_eval, a task of somebody's or a data set raises
-        if _raised_here(error):
+        if _raised_in_this_package(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"lm_eval ended: {type(error).__name__}: {reason}{_advice(error)}") from None
@@ -50,8 +50,8 @@ def with_model(given: Sequence[str]) -> list[str]:
     return ["run", *([] if named else ["--model", NAME]), *rest]
 
 
-def _raised_here(error: BaseException) -> bool:
-    """Whether an error was raised in this package: a defect, which keeps its traceback."""
+def _raised_in_this_package(error: BaseException) -> bool:
+    """Whether it is a defect of ours, which keeps its traceback."""
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     return any(name.startswith("milora_jax.") and name != __name__ for name in frames)
 
