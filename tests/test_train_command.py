@@ -246,6 +246,7 @@ def test_overrides_reach_the_config(parse):
         ["--config.train.seed", "7", "--config.data.pack"],
         ["--config.train.seed=x", "--config.data.pack=T", "--config.train.seed=7"],
         ["-config.train.seed=7", "-config.data.pack=1"],
+        ["--config.train.seed=0x7", "--noconfig.data.pack", "--config.data.pack"],
     ],
 )
 def test_a_setting_may_be_spelt_in_many_ways(parse, flags):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ from milora_jax.config_file import call_config_file
 from milora_jax.errors import UserError
 
 TRUTHS = {**dict.fromkeys(("true", "t", "1"), True), **dict.fromkeys(("false", "f", "0"), False)}
+
+READERS: dict[Any, Callable[[str], Any]] = {
+    bool: lambda text: TRUTHS[text.lower()],
+    int: lambda text: int(text, 0 if text[:2].lower() in ("0x", "0o") else 10),
+}
+"""What reads a value of a type, where the type itself does not."""
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -45,7 +52,9 @@ def read_config_file(given: str, overrides: Sequence[str] = ()) -> Config:
             f"--config {path!r}: get_config() gives a {kind}, expected to_config_dict(Config(...))"
         )
     values = found.to_dict()
-    asked, unknown = settings_parser().parse_known_args(list(overrides))
+    # --noconfig.data.pack is absl's spelling of --config.data.pack=false.
+    spelt = [re.sub(r"^--noconfig\.(.+)", r"--config.\1=false", each) for each in overrides]
+    asked, unknown = settings_parser().parse_known_args(spelt)
     if unknown:
         raise UserError(f"command line: {_reason(unknown[0])}")
     for name, text in vars(asked).items():
@@ -76,7 +85,7 @@ def _kind(section: str, field: str) -> Any:
 def _converted(section: str, field: str, text: str) -> Any:
     kind = _kind(section, field)
     try:
-        return TRUTHS[text.lower()] if kind is bool else kind(text)
+        return READERS.get(kind, kind)(text)
     except (KeyError, ValueError):
         expected = EXPECTED[kind]
         raise UserError(
@@ -89,9 +98,9 @@ def _reason(argument: str) -> str:
     name = argument.partition("=")[0]
     if not name.startswith("--"):
         return f"unexpected argument {argument!r}, settings are --config.group.field=value"
+    hints = typing.get_type_hints(Config)
     if not name.startswith("--config."):
         return f"unknown option {name} (--help lists what there is)"
-    hints = typing.get_type_hints(Config)
     section, _, field = name.removeprefix("--config.").partition(".")
     known = [each.name for each in dataclasses.fields(hints[section])] if section in hints else list(hints)
     wrong = field if section in hints and field else section

@@ -199,7 +199,7 @@ def for_decoding(run: Run, base: Base, adapter: Adapter) -> Adapter:
     return adapter_decode_layout(placed, base)
 
 
-def check_tests(tests: Mapping[str, list[Record]], say: Callable[[str], None]) -> None:
+def check_tests(tests: Mapping[str, list[Record]], log: Callable[[str], None]) -> None:
     """Look early at what test rows need at the end, and say what is unusual about the answers of rows that
     bear the name of a task of LLM-Adapters.
 
@@ -210,7 +210,7 @@ def check_tests(tests: Mapping[str, list[Record]], say: Callable[[str], None]) -
         golds = [record.answer for record in records]
         rule = rule_for(task, golds)
         if unusual := require_golds(task, golds, rule):
-            say(f"note: {unusual}")
+            log(f"note: {unusual}")
         if is_free_text(rule, records):
             require_text_packages()
 

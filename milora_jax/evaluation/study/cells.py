@@ -162,8 +162,8 @@ def memory_maps() -> int:
 class CellRunner:
     """Runs cells on one base, whose leaves, rows and compiled programs it keeps between them."""
 
-    def __init__(self, root: Path, say: Callable[[str], None]) -> None:
-        self._root, self._say = root, say
+    def __init__(self, root: Path, log: Callable[[str], None]) -> None:
+        self._root, self._log = root, log
         self._runs: dict[str, Run] = {}
         self._steps: dict[tuple, Steps] = {}
         self._decoding: Base | None = None
@@ -190,7 +190,7 @@ class CellRunner:
         run = self._prepare(cell)
         claim_workdir(workdir, run.config)
         if cell.fixed_mask:
-            run = with_fixed_mask(run, workdir / START, self._say)
+            run = with_fixed_mask(run, workdir / START, self._log)
         method, shape = build_method(run.config.adapter), adapter_shape(run.model)
         found: dict[str, Any] = {
             "trained_on": cell.trained_on,
@@ -239,9 +239,9 @@ class CellRunner:
         if cell.trained_on not in self._runs:
             if self._runs:
                 other = next(iter(self._runs.values()))
-                self._runs[cell.trained_on] = with_rows(other, cell.config, self._say)
+                self._runs[cell.trained_on] = with_rows(other, cell.config, self._log)
             else:
-                self._runs[cell.trained_on] = prepare_run(cell.config, None, self._say)
+                self._runs[cell.trained_on] = prepare_run(cell.config, None, self._log)
         return dataclasses.replace(self._runs[cell.trained_on], config=cell.config)
 
     def _programs(self, run: Run) -> Steps:
