@@ -85,7 +85,7 @@ def _kind(section: str, field: str) -> Any:
 def _converted(section: str, field: str, text: str) -> Any:
     kind = _kind(section, field)
     try:
-        return READERS.get(kind, kind)(text)
+        return READERS[kind](text) if kind in READERS else kind(text)
     except (KeyError, ValueError):
         expected = EXPECTED[kind]
         raise UserError(
