@@ -9,25 +9,26 @@ docs/serving.md says what can be asked, who may ask, and what is refused.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import sys
 from pathlib import Path
 
-from milora_jax.cli import Console, Parser, meanings_of, named_directory
+from milora_jax.commands.command_line import Parser, run_command
+from milora_jax.commands.options import add_options, settings_of
 from milora_jax.config import DTYPES, QUANTIZE
-from milora_jax.errors import UserError, run_command
+from milora_jax.console import Console
+from milora_jax.errors import UserError, named_directory
 from milora_jax.serving.build import Offer, build_service
 from milora_jax.serving.demo import demo_adapters
 from milora_jax.serving.keys import Keyring
-from milora_jax.serving.limits import Limits, flag_of
+from milora_jax.serving.limits import Limits
 from milora_jax.serving.registry import Registered, Registry
 from milora_jax.serving.server import bound_socket, serve
 from milora_jax.tiny import MODEL_DIR
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Read the options."""
     parser = Parser(prog="serve.py", description=__doc__)
     add = parser.add_argument
     add("--demo", action="store_true", help="the embedded model with two adapters, trained first")
@@ -42,11 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", default="float32", choices=DTYPES, help="of the base")
     add("--quantize", default="none", choices=QUANTIZE, help="how the base is kept")
     add("--tensor", type=int, default=1, help="devices that share the work of every layer")
-    meanings = meanings_of(Limits)
-    for field in dataclasses.fields(Limits):
-        kind = int if isinstance(field.default, int) else float
-        meaning = meanings.get(field.name, "").rstrip(".")  # without docstrings (python -OO) there is none
-        add(flag_of(field.name), type=kind, default=field.default, help=meaning)
+    add_options(parser, Limits)
     return parser.parse_args()
 
 
@@ -54,7 +51,7 @@ def main() -> None:
     """Load, compile, serve."""
     asked = parse_arguments()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
-    limits = Limits(**{field.name: getattr(asked, field.name) for field in dataclasses.fields(Limits)})
+    limits = settings_of(Limits, asked)
     keys = Keyring.of(asked.keys)
     given = dict(named_directory("--adapter", each) for each in asked.adapter)
     if not asked.base and not asked.demo:
@@ -71,7 +68,7 @@ def main() -> None:
         offer = Offer(base, asked.name, asked.dtype, asked.quantize, asked.tensor)
         console = Console()
         with console.loading("base") as progress:
-            service = build_service(offer, registry, limits, progress, console.say)
+            service = build_service(offer, registry, limits, progress, console.log)
         raise SystemExit(serve(service, keys, registry, bound))
 
 

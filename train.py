@@ -8,7 +8,7 @@ Any setting of the config can be given as ``--config.group.field=value``: ``--he
 ``docs/configuration.md`` has what those of ``adapter`` mean for each method. What follows a colon is handed
 to the config file. On a cluster the same command is run on every host (docs/scaling.md).
 
-Everything is written under the workdir, and the same command run again resumes:
+Everything is written under the workdir; run the same command again to resume:
 
     config.json      the settings of the run
     metrics.jsonl    one line per logged step or dev evaluation
@@ -20,10 +20,20 @@ Everything is written under the workdir, and the same command run again resumes:
 
 from __future__ import annotations
 
+import re
+import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-from milora_jax.cli import Console, stop_noted
-from milora_jax.errors import run_command
+from milora_jax.cluster import Cluster
+from milora_jax.commands.command_line import Parser, run_command
+from milora_jax.commands.config_options import read_config_file, settings_parser
+from milora_jax.commands.options import add_options, settings_of
+from milora_jax.config import Config
+from milora_jax.console import Console
+from milora_jax.errors import UserError
 from milora_jax.evaluation.final import (
     check_tests,
     evaluate_adapter,
@@ -32,26 +42,63 @@ from milora_jax.evaluation.final import (
     write_report,
 )
 from milora_jax.parallel.processes import is_first, together
-from milora_jax.train_flags import parse_train_flags
+from milora_jax.preemption import watch_for_preemption
 from milora_jax.training.loop import Trainer
 from milora_jax.training.prepare import prepare_run
 from milora_jax.training.workdir import claimed
 
 
+class Arguments(NamedTuple):
+    """What the command line says."""
+
+    config: Config
+    workdir: Path
+    cluster: Cluster
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
+    """Read the options, the config file and the settings given in its place."""
+    parser = Parser(
+        allow_abbrev=False,
+        usage="python train.py --config FILE[:WORDS] [--config.GROUP.FIELD=VALUE ...] [--workdir DIR]",
+        description=__doc__,
+        epilog=settings_parser().format_help(),
+    )
+    about = "a file of settings, and after a colon words for it"
+    parser.add_argument("--config", metavar="FILE", action="append", default=[], help=about)
+    about = "folder of the run (default: runs/ and the name of the config file)"
+    parser.add_argument("--workdir", metavar="DIR", default="", help=about)
+    add_options(parser, Cluster)
+    given = sys.argv[1:] if arguments is None else arguments
+    # absl, which read these options before, takes one dash as well as two.
+    asked, overrides = parser.parse_known_args([re.sub(r"^-(?=\w\w)", "--", each) for each in given])
+    if not asked.config:
+        raise UserError("--config is missing, expected for example --config configs/tiny.py")
+    if len(asked.config) > 1:
+        raise UserError(f"--config is given {len(asked.config)} times, expected once")
+    path, _, words = asked.config[0].partition(":")
+    named_after = "-".join([Path(path).stem, *filter(None, words.split(","))])
+    return Arguments(
+        config=read_config_file(asked.config[0], overrides),
+        workdir=Path(asked.workdir or Path("runs") / named_after),
+        cluster=settings_of(Cluster, asked),
+    )
+
+
 def main() -> None:
     """Prepare, score the base, train, score the best adapter, report."""
     started = time.monotonic()
-    config, workdir, cluster = parse_train_flags()
+    config, workdir, cluster = parse_arguments()
     # JAX takes SIGTERM for itself when it joins other processes: ours is noted after that.
-    with together(cluster), stop_noted() as preempted:
+    with together(cluster), watch_for_preemption() as preempted:
         console = Console(silent=not is_first())
         with console.loading("base") as progress:
-            run = prepare_run(config, workdir, console.say, progress)
-        check_tests(run.tests, console.say)
+            run = prepare_run(config, workdir, console.log, progress)
+        check_tests(run.tests, console.log)
         with claimed(workdir, run.config):
-            console.say(f"workdir {workdir}: {run.model.num_layers} layers, {config.adapter.method}")
+            console.log(f"workdir {workdir}: {run.model.num_layers} layers, {config.adapter.method}")
             before = evaluate_base(run, workdir, console, preempted)
-            trainer = Trainer(run, workdir, console.say)
+            trainer = Trainer(run, workdir, console.log)
             with console.progress("training", trainer.total_steps, "step") as bar:
                 fit = trainer.fit(bar.reach, preempted)
             after = evaluate_adapter(run, workdir, console, preempted)

@@ -76,9 +76,9 @@ class Described(typing.NamedTuple):
 
 def described(cls: Any) -> list[Described]:
     """Every field of a dataclass of settings, in its order."""
-    from milora_jax.cli import meanings_of
+    from milora_jax.commands.options import attribute_docs
 
-    hints, meanings = typing.get_type_hints(cls), meanings_of(cls)
+    hints, meanings = typing.get_type_hints(cls), attribute_docs(cls)
     rows = []
     for field in dataclasses.fields(cls):
         kind = getattr(hints[field.name], "__name__", str(hints[field.name]))

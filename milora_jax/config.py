@@ -1,7 +1,7 @@
 """Every setting of a run as frozen dataclasses, checked when they are made.
 
-A file in ``configs/`` returns ``to_config_dict(Config(...))``; ``train.py`` reads the flags into
-that ConfigDict and turns it back with ``Config.from_dict``, so library users never need flags.
+A file in ``configs/`` returns ``to_config_dict(Config(...))``; a command line
+puts its options in their places and turns it back with ``Config.from_dict``.
 """
 
 from __future__ import annotations
@@ -324,19 +324,13 @@ class Config:
 
 
 def to_config_dict(config: Config) -> Any:
-    """The ``ml_collections.ConfigDict`` of a Config, whose fields flags may override."""
-    from ml_collections import config_dict  # only config files and train.py need it
+    """The ``ml_collections.ConfigDict`` of a Config, which a file in ``configs/`` returns."""
+    from ml_collections import ConfigDict  # only config files need it
 
-    values = config.to_dict()
-    hints = typing.get_type_hints(AdapterSection)
-    for name, value in values["adapter"].items():
-        if value is None:
-            # A flag can only give a value to a field whose type is known.
-            values["adapter"][name] = config_dict.placeholder(_value_type(hints[name]))
-    return config_dict.ConfigDict(values)
+    return ConfigDict(config.to_dict())
 
 
-def _value_type(kind: Any) -> Any:
+def value_type(kind: Any) -> Any:
     """``int`` of ``int | None``; any other type as it is."""
     inner = [arm for arm in typing.get_args(kind) if arm is not type(None)]
     return inner[0] if isinstance(kind, types.UnionType) else kind
@@ -352,7 +346,7 @@ def _from_dict(cls: Any, values: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     parsed = {}
     for name in known & set(values):
-        value, kind = values[name], _value_type(hints[name])
+        value, kind = values[name], value_type(hints[name])
         label = f"{where}.{name}"
         if value is None and isinstance(hints[name], types.UnionType):
             parsed[name] = None

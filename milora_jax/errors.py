@@ -1,10 +1,9 @@
-"""The one exception for mistakes a user can make and fix, and how a command line reports it."""
+"""The one exception for mistakes a user can make and fix, checks that raise it, and exit codes."""
 
 from __future__ import annotations
 
 import difflib
-import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 EXIT_BAD_INPUT = 2
@@ -57,12 +56,27 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     require(value in allowed, name, value, f"one of {', '.join(allowed)}{hint}")
 
 
-TOLD = (UserError, OSError, KeyboardInterrupt)
+def named_directory(option: str, text: str) -> tuple[str, Path]:
+    """The parts of ``NAME=DIR``.
+
+    Args:
+      option: whose value it is, for the error.
+
+    Raises:
+      UserError: it is of another form.
+    """
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise UserError(f"{option} {text!r}: expected NAME=DIR")
+    return name, Path(path)
+
+
+REPORTED_IN_ONE_LINE = (UserError, OSError, KeyboardInterrupt)
 """What ends a command with one line; anything else is a defect of ours and keeps its traceback."""
 
 
-class Ending(NamedTuple):
-    """How a command ends: its line on standard error, and its exit code."""
+class ExitReport(NamedTuple):
+    """The line on standard error and the exit code with which a command ends."""
 
     line: str
     code: int
@@ -77,21 +91,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
-def ending(error: UserError | OSError | KeyboardInterrupt) -> Ending:
+def exit_report(error: UserError | OSError | KeyboardInterrupt) -> ExitReport:
     """The line and the exit code of a mistake, of what the file system refuses, or of Ctrl-C."""
     if isinstance(error, UserError):
-        return Ending(printable(" ".join(str(error).split())), error.exit_code)
+        return ExitReport(printable(" ".join(str(error).split())), error.exit_code)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return Ending(f"{where}{error.strerror or error}", EXIT_BAD_INPUT)
-    return Ending("interrupted", 130)
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command's main function; what is in :data:`TOLD` becomes one line and an exit code."""
-    try:
-        main()
-    except TOLD as error:
-        line, code = ending(error)
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        raise SystemExit(code) from None
+        return ExitReport(f"{where}{error.strerror or error}", EXIT_BAD_INPUT)
+    return ExitReport("interrupted", 130)

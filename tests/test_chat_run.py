@@ -7,13 +7,12 @@ import sys
 import pytest
 
 import train
+from milora_jax.commands import evaluation, generation
 from milora_jax.config import Config, EvalSection
 from milora_jax.data.chat import Message, encode_chat
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
-from milora_jax.evaluation import __main__ as evaluation
 from milora_jax.evaluation.score import score_task
-from milora_jax.generation import __main__ as generation
 from milora_jax.training.prepare import prepare_run
 from tests.data.chats import LLAMA3, write_chat_tokenizer
 from tests.models import write_hf_directory

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from milora_jax.cli import chosen_command
+from milora_jax.commands.command_line import choose_command
 from milora_jax.errors import UserError
-from tests.test_architecture import ROOT
+from tests.paths import ROOT
 
 pytest.importorskip("ml_collections", reason="train.py reads its configs with it")
 
@@ -41,7 +41,7 @@ def test_a_mistake_is_one_line(name):
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help", "one"]])
 def test_commands_are_listed_for_who_asks(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
-        chosen_command("program", arguments, {"one": "does this", "another": "does that"})
+        choose_command("program", arguments, {"one": "does this", "another": "does that"})
     assert ended.value.code == 0
     usage, *lines = capsys.readouterr().out.splitlines()
     assert usage == "usage: program COMMAND ..."
@@ -51,6 +51,6 @@ def test_commands_are_listed_for_who_asks(arguments, capsys):
 
 def test_a_command_is_chosen_by_its_name():
     commands = {"one": "", "another": ""}
-    assert chosen_command("program", ["another", "one"], commands) == "another"
+    assert choose_command("program", ["another", "one"], commands) == "another"
     with pytest.raises(UserError, match=r"'onne': expected one of one, another \(did you mean 'one'"):
-        chosen_command("program", ["onne"], commands)
+        choose_command("program", ["onne"], commands)

@@ -1,7 +1,6 @@
 """The pages say all there is: every setting and every command line is in them, every link leads somewhere."""
 
 import dataclasses
-import importlib
 import importlib.util
 import json
 import re
@@ -11,11 +10,12 @@ import pytest
 
 from milora_jax.adapters.registry import METHOD_CLASSES
 from milora_jax.columns import parse_columns
+from milora_jax.commands import bench, parallel
 from milora_jax.config import AdapterSection, Config
 from milora_jax.data.records import Source, read_records
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.unsupported import ADAPTER, CHAT, COMPLETION, GENERATION, MESSAGE, STREAM_OPTIONS
-from tests.test_architecture import PACKAGE, ROOT
+from tests.paths import PACKAGE, ROOT
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -85,8 +85,9 @@ def test_every_command_line_is_told(generated):
     for path in PACKAGE.rglob("__main__.py"):
         module = ".".join(path.parent.relative_to(ROOT).parts)
         assert module in told, f"add {module} to COMMANDS of docs/generated.py"
-        for what in getattr(importlib.import_module(f"{module}.__main__"), "WHAT", ()):
-            assert ("-m", module, what) in generated.COMMANDS, f"add {module} {what}"
+    for name, commands in (("bench", bench.BENCHMARKS), ("parallel", parallel.COMMANDS)):
+        for what in commands:
+            assert ("-m", f"milora_jax.{name}", what) in generated.COMMANDS, f"add {name} {what}"
     for name in ("train.py", "serve.py"):
         assert (name,) in generated.COMMANDS
 

@@ -14,10 +14,9 @@ import pytest
 
 import milora_jax
 import train
+from milora_jax.commands import evaluation, generation
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
-from milora_jax.evaluation import __main__ as evaluation
-from milora_jax.generation import __main__ as generation
 from tests.models import WITH_TOKENIZER, write_hf_directory
 
 ROOT = Path(__file__).resolve().parents[1]

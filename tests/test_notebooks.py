@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.test_architecture import ROOT
+from tests.paths import ROOT
 
 FOLDER = ROOT / "notebooks"
 NAMES = ("finetune_gemma_or_llama", "latency", "quickstart", "routing_maps", "serve_many_tenants")

@@ -4,13 +4,12 @@ import sys
 
 import pytest
 
-from milora_jax.adapters.registry import adapter_shape, build_method
+import train
+from milora_jax.adapters.registry import METHODS, adapter_shape, build_method
 from milora_jax.base.known import SHAPES
-from milora_jax.config import METHODS
 from milora_jax.data.records import parse_sources, read_records
 from milora_jax.errors import UserError
-from milora_jax.train_flags import parse_train_flags
-from tests.test_architecture import ROOT
+from tests.paths import ROOT
 
 pytest.importorskip("ml_collections", reason="train.py reads its configs with it")
 
@@ -52,7 +51,7 @@ def parse(monkeypatch):
     def run(words, *more):
         argv = ["train.py", "--config", f"{ROOT / 'configs/paper.py'}:{words}", *more]
         monkeypatch.setattr(sys, "argv", argv)
-        return parse_train_flags()
+        return train.parse_arguments()
 
     return run
 
@@ -127,8 +126,8 @@ def test_a_row_that_there_is_not_is_refused(parse, words, message):
 def test_words_for_a_config_that_takes_none_are_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", f"--config={ROOT / 'configs/tiny.py'}:boolq"])
     with pytest.raises(UserError) as caught:
-        parse_train_flags()
-    assert str(caught.value).startswith("command line: TypeError: get_config() takes 0")
+        train.parse_arguments()
+    assert "configs/tiny.py: TypeError: get_config() takes 0" in str(caught.value)
 
 
 @pytest.mark.parametrize("task", ["boolq", "openbookqa", "ARC-Easy", "ARC-Challenge"])

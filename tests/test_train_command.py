@@ -12,12 +12,12 @@ import pytest
 
 import train
 from milora_jax.adapters.registry import build_method
+from milora_jax.commands.command_line import run_command
 from milora_jax.config import AdapterSection, Config, DataSection, TrainSection
 from milora_jax.data.records import Record
-from milora_jax.errors import UserError, run_command
+from milora_jax.errors import UserError
 from milora_jax.evaluation.study.reports import COMPARISONS
 from milora_jax.evaluation.study.settings import LETTER, load_study
-from milora_jax.train_flags import parse_train_flags
 from milora_jax.training.loop import planned_steps
 from milora_jax.training.workdir import MetricsLog
 from tests.models import write_hf_directory
@@ -38,11 +38,11 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def parse(monkeypatch):
-    """parse_train_flags as if train.py had been started with the given arguments."""
+    """train.parse_arguments as if train.py had been started with the given arguments."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        return parse_train_flags()
+        return train.parse_arguments()
 
     return run
 
@@ -131,10 +131,10 @@ def test_help_lists_every_setting_with_its_default(parse, capsys, monkeypatch):
     for section, settings in Config().to_dict().items():
         for name in settings:
             assert re.search(rf"^  --config\.{section}\.{name}\s", told, re.MULTILINE), name
-    assert max(map(len, told.partition("flags:")[2].splitlines())) <= 100
+    assert max(map(len, told.partition("options:")[2].splitlines())) <= 100
     entry = " --config.eval.limit VALUE rows scored per task; 0 means all (default: 0) --"
     assert entry in " ".join(told.split())
-    assert "``" not in told.partition("flags:")[2]
+    assert "``" not in told.partition("options:")[2]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_help_lists_every_setting_with_its_default(parse, capsys, monkeypatch):
     [
         ([], "--config is missing"),
         (["--config", "configs/no.py"], "no such file"),
-        (["--config"], "--config is missing"),
+        (["--config"], "--config: expected one argument"),
     ],
 )
 def test_a_config_is_needed(parse, argv, message):
@@ -237,6 +237,21 @@ def test_overrides_reach_the_config(parse):
     config, workdir, _ = parse("--config=configs/tiny.py", *flags, "--workdir", "here")
     assert (config.adapter.rank, config.train.learning_rate, config.adapter.features) == (5, 1.0, "raw")
     assert workdir == Path("here")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--config.train.seed=7", "--config.data.pack=true"],
+        ["--config.train.seed", "7", "--config.data.pack"],
+        ["--config.train.seed=x", "--config.data.pack=T", "--config.train.seed=7"],
+        ["-config.train.seed=7", "-config.data.pack=1"],
+        ["--config.train.seed=0x7", "--noconfig.data.pack", "--config.data.pack"],
+    ],
+)
+def test_a_setting_may_be_spelt_in_many_ways(parse, flags):
+    config, *_ = parse("--config=configs/tiny.py", *flags)
+    assert (config.train.seed, config.data.pack) == (7, True)
 
 
 def test_the_paper_settings_and_the_router_we_recommend(parse):

@@ -7,13 +7,11 @@ turn, so that what disturbs the machine disturbs all alike. One JSON object per 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -34,9 +32,8 @@ from milora_jax.bench.models import (
     streamed_bytes,
 )
 from milora_jax.bench.peer import PEERS, started
-from milora_jax.bench.rounds import add_common, in_turns, names, numbers, require_least, require_names
-from milora_jax.cli import Parser
-from milora_jax.config import QUANTIZE, AdapterSection
+from milora_jax.bench.rounds import ModelSettings, in_turns, option
+from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError, require
 from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.bank import Bank
@@ -83,67 +80,77 @@ class Case:
     first: list[float] = dataclasses.field(default_factory=list)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(prog="python -m milora_jax.bench decode", description=__doc__)
+@dataclass(frozen=True)
+class Settings(ModelSettings):
+    """What is measured.
 
-    add_common(parser, PEERS)
-    parser.add_argument("--method", type=names, default=["milora"], help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--batch", type=numbers, default=[1], help="prompts")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=64, help="tokens of a continuation")
-    parser.add_argument("--beams", type=numbers, default=[1], help="width of the search; 1 is greedy")
-    parser.add_argument("--tenants", type=numbers, default=[1], help="adapters in the batch")
-    parser.add_argument("--rank", type=numbers, default=[32], help="of every module's matrices together")
-    parser.add_argument("--top-k", type=numbers, default=[3], help="experts that MiLoRA and MiDoRA choose")
-    parser.add_argument("--path", default="", help="how rows find their adapters; empty: what suits")
-    parser.add_argument("--prefill-rows", type=int, default=1, help="prompts prefilled together")
-    parser.add_argument("--chunk", type=int, default=CHUNK, help="steps per compiled chunk")
-    return parser.parse_args(arguments)
+    Attributes:
+      method: what acts on the base.
+      batch: prompts.
+      prompt: tokens of a prompt.
+      new: tokens of a continuation.
+      beams: width of the search; 1 is greedy.
+      tenants: adapters in the batch.
+      rank: of every module's matrices together.
+      top_k: experts that MiLoRA and MiDoRA choose.
+      path: how rows find their adapters; empty: what suits.
+      prefill_rows: prompts prefilled together.
+      chunk: steps per compiled chunk.
+    """
+
+    method: tuple[str, ...] = option(("milora",), choices=METHODS)
+    batch: tuple[int, ...] = option((1,), least=1)
+    prompt: int = option(64, least=1)
+    new: int = option(64, least=2)
+    beams: tuple[int, ...] = option((1,), least=1)
+    tenants: tuple[int, ...] = option((1,), least=1)
+    rank: tuple[int, ...] = option((32,), least=1)
+    top_k: tuple[int, ...] = option((3,), least=1)
+    path: str = ""
+    prefill_rows: int = option(1, least=1)
+    chunk: int = option(CHUNK, least=1)
 
 
-def main(arguments: list[str]) -> None:
-    """Measure, and print one JSON object per variant."""
-    asked = parse(arguments)
-    sizes = dict.fromkeys(("batch", "beams", "tenants", "rank", "top_k"), 1)
-    require_least(asked, {"repeats": 1, "prompt": 1, "new": 2, "chunk": 1, "prefill_rows": 1, **sizes})
-    require_names("--method", asked.method, METHODS)
-    require_names("--quantize", asked.quantize, QUANTIZE)
-    grid = itertools.product(*(getattr(asked, name) for name in ("method", *sizes, "quantize")))
+def measure(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Measure all variants, and give a report of each."""
+    varied = ("method", "batch", "beams", "tenants", "rank", "top_k", "quantize")
+    grid = itertools.product(*(getattr(settings, name) for name in varied))
     variants = list(dict.fromkeys(_without_what_has_no_effect(Variant(*values)) for values in grid))
     loaded = {
-        kept: load_model(asked.model, asked.dtype, decode=True, quantize=kept) for kept in asked.quantize
+        kept: load_model(settings.model, settings.dtype, decode=True, quantize=kept)
+        for kept in settings.quantize
     }
     config = next(iter(loaded.values()))[1]
-    if asked.prompt + asked.new > config.max_positions:
+    if settings.prompt + settings.new > config.max_positions:
         raise UserError(
-            f"--prompt {asked.prompt} and --new {asked.new}: expected at most {config.max_positions} together"
+            f"--prompt {settings.prompt} and --new {settings.new}: "
+            f"expected at most {config.max_positions} together"
         )
     with ExitStack() as stack:
         cases = [
-            make_peer(stack, config, variant, asked)
+            make_peer(stack, config, variant, settings)
             if variant.method in PEERS
-            else make_case(*loaded[variant.quantize], variant, asked)
+            else make_case(*loaded[variant.quantize], variant, settings)
             for variant in variants
         ]
-        bandwidth = measure(cases, asked)
+        bandwidth = measure_in_turns(cases, settings)
     for case in cases:
-        print(json.dumps(report(case, config, asked, bandwidth)), flush=True)
+        yield report(case, config, settings, bandwidth)
 
 
-def measure(cases: list[Case], asked: argparse.Namespace) -> float:
-    """Run every case in turn, as often as asked; the memory's bandwidth meanwhile."""
+def measure_in_turns(cases: list[Case], settings: Settings) -> float:
+    """Run every case in turn, as often as settings; the memory's bandwidth meanwhile."""
     for case in cases:
         begin = time.perf_counter()
-        case.run(asked.new)
+        case.run(settings.new)
         case.run(1)
         case.compile_s = time.perf_counter() - begin
 
     def take(case: Case) -> None:
-        case.whole.append(_timed(case.run, asked.new))
+        case.whole.append(_timed(case.run, settings.new))
         case.first.append(_timed(case.run, 1))
 
-    return in_turns(cases, asked.repeats, take, machine.measure_bandwidth)
+    return in_turns(cases, settings.repeats, take, machine.measure_bandwidth)
 
 
 def _without_what_has_no_effect(variant: Variant) -> Variant:
@@ -157,34 +164,34 @@ def _without_what_has_no_effect(variant: Variant) -> Variant:
     return variant
 
 
-def make_peer(stack: ExitStack, config: ModelConfig, variant: Variant, asked: argparse.Namespace) -> Case:
+def make_peer(stack: ExitStack, config: ModelConfig, variant: Variant, settings: Settings) -> Case:
     """Start a peer, which lives as long as ``stack``."""
-    sizes = {"batch": variant.batch, "prompt": asked.prompt, "beams": variant.beams}
+    sizes = {"batch": variant.batch, "prompt": settings.prompt, "beams": variant.beams}
     peer = stack.enter_context(
         started(
-            asked.peer_python,
-            peer_directory(stack, asked.model, config, asked.dtype),
+            settings.peer_python,
+            peer_directory(stack, settings.model, config, settings.dtype),
             variant.method,
             "decode",
-            {"dtype": asked.dtype, **sizes, "tenants": variant.tenants, "rank": variant.rank},
+            {"dtype": settings.dtype, **sizes, "tenants": variant.tenants, "rank": variant.rank},
         )
     )
     return Case(variant, peer.run, None, None, peer=peer.versions)
 
 
-def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse.Namespace) -> Case:
+def make_case(base: Base, config: ModelConfig, variant: Variant, settings: Settings) -> Case:
     """Build the adapters and what runs them."""
-    tenants = make_tenants(base, config, variant, asked.path)
+    tenants = make_tenants(base, config, variant, settings.path)
     rng = np.random.default_rng(0)
-    prompts = rng.integers(4, config.vocab_size, (variant.batch, asked.prompt)).tolist()
+    prompts = rng.integers(4, config.vocab_size, (variant.batch, settings.prompt)).tolist()
     slots = [i % max(variant.tenants, 1) for i in range(variant.batch)]
     if variant.beams > 1:
         if variant.tenants > 1:
             raise UserError("--beams above 1 is measured with one tenant")
 
         def run_beams(new: int) -> None:
-            settings = GenerationSettings(max_new_tokens=new, num_beams=variant.beams, ignore_eos=True)
-            beam_search(base, config, tenants, prompts, settings)
+            search = GenerationSettings(max_new_tokens=new, num_beams=variant.beams, ignore_eos=True)
+            beam_search(base, config, tenants, prompts, search)
 
         return Case(variant, run_beams, base, tenants)
     engine = Engine(
@@ -192,16 +199,16 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse
         config,
         tenants,
         batch_slots=variant.batch,
-        cache_length=asked.prompt + asked.new,
-        chunk=asked.chunk,
+        cache_length=settings.prompt + settings.new,
+        chunk=settings.chunk,
         penalties=False,
-        prefill_rows=min(asked.prefill_rows, variant.batch),
+        prefill_rows=min(settings.prefill_rows, variant.batch),
     )
 
     def run(new: int) -> None:
-        settings = GenerationSettings(max_new_tokens=new, ignore_eos=True)
+        each = GenerationSettings(max_new_tokens=new, ignore_eos=True)
         for prompt, slot in zip(prompts, slots, strict=True):
-            engine.submit(prompt, settings, slot)
+            engine.submit(prompt, each, slot)
         engine.run()
 
     return Case(variant, run, base, tenants)
@@ -213,8 +220,8 @@ def make_tenants(base: Base, config: ModelConfig, variant: Variant, path: str) -
         return None
     method = variant.method.removesuffix(RECOMPUTED)
     routed = method in ("milora", "midora")
-    settings = AdapterSection(method=method, rank=variant.rank, top_k=variant.top_k if routed else None)
-    first = random_adapter(base, config, settings, 0)
+    section = AdapterSection(method=method, rank=variant.rank, top_k=variant.top_k if routed else None)
+    first = random_adapter(base, config, section, 0)
     if variant.method.endswith(RECOMPUTED):
         require(variant.tenants == 1, "--tenants", variant.tenants, f"1 with {variant.method}")
         params = unstack_layers(jax.tree.map(lambda leaf: leaf.astype(base.dtype), first.params))
@@ -223,7 +230,7 @@ def make_tenants(base: Base, config: ModelConfig, variant: Variant, path: str) -
         return AdapterStack.single(adapter_decode_layout(first, base))
     bank = Bank(base, config, first, variant.tenants, path=path)
     for slot in range(variant.tenants):
-        bank.load(str(slot), random_adapter(base, config, settings, 7 * slot), slot)
+        bank.load(str(slot), random_adapter(base, config, section, 7 * slot), slot)
     return bank.adapters
 
 
@@ -233,26 +240,26 @@ def _timed(run: Callable[[int], None], new: int) -> float:
     return time.perf_counter() - begin
 
 
-def report(case: Case, config: ModelConfig, asked: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+def report(case: Case, config: ModelConfig, settings: Settings, bandwidth: float) -> dict[str, Any]:
     """The figures of one variant."""
     variant = case.variant
     whole, first = statistics.median(case.whole), statistics.median(case.first)
-    steps = asked.new - 1
+    steps = settings.new - 1
     decoding = statistics.median(a - b for a, b in zip(case.whole, case.first, strict=True))
     return {
         "what": "decode",
-        "model": asked.model,
+        "model": settings.model,
         **dataclasses.asdict(variant),
-        "dtype": asked.dtype,
-        "prompt": asked.prompt,
-        "new": asked.new,
+        "dtype": settings.dtype,
+        "prompt": settings.prompt,
+        "new": settings.new,
         "path": None if case.tenants is None else case.tenants.path,
-        "tok_s": variant.batch * asked.new / whole,
+        "tok_s": variant.batch * settings.new / whole,
         "decode_tok_s": variant.batch * steps / decoding,
         "ms_per_step": 1e3 * decoding / steps,
         "prefill_ms": 1e3 * first,
         "compile_s": case.compile_s,
-        **read(case, config, asked, bandwidth * decoding / steps),
+        **read(case, config, settings, bandwidth * decoding / steps),
         "bandwidth_gb_s": bandwidth / 1e9,
         "seconds": sorted(case.whole),
         **machine.describe(case.peer),
@@ -260,7 +267,7 @@ def report(case: Case, config: ModelConfig, asked: argparse.Namespace, bandwidth
 
 
 def read(
-    case: Case, config: ModelConfig, asked: argparse.Namespace, readable: float
+    case: Case, config: ModelConfig, settings: Settings, readable: float
 ) -> dict[str, float | int | None]:
     """The bytes that a step must read, and their share of the ``readable`` ones; unknown of a peer."""
     names = ("weight_bytes", "adapter_bytes", "cache_bytes", "roofline_share")
@@ -268,7 +275,7 @@ def read(
         return dict.fromkeys(names)
     variant = case.variant
     # Under beams a prompt's keys and values are read once for all of its beams.
-    context = variant.batch * asked.prompt + variant.batch * variant.beams * asked.new / 2
+    context = variant.batch * settings.prompt + variant.batch * variant.beams * settings.new / 2
     a_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * case.base.dtype.itemsize
     sizes = (streamed_bytes(case.base), adapter_bytes(case.tenants, variant), int(context * a_position))
     return dict(zip(names, (*sizes, sum(sizes) / readable), strict=True))

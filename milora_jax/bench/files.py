@@ -6,12 +6,13 @@ directory with a tokenizer of all of its words, and ``DIR/adapter0``, ``DIR/adap
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import string
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,7 @@ from milora_jax.base.known import SHAPES
 from milora_jax.base.load import load_base
 from milora_jax.base.specs import base_specs
 from milora_jax.bench.models import random_adapter
-from milora_jax.bench.rounds import require_least, require_names
-from milora_jax.cli import Parser
+from milora_jax.bench.rounds import BenchSettings, option
 from milora_jax.config import DTYPES, AdapterSection
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
@@ -35,16 +35,36 @@ from milora_jax.storage.exported import write_exported
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 
 
-def main(argv: list[str]) -> None:
-    """Write, and say where."""
-    asked = _parse(argv)
-    if asked.into.exists():
-        raise UserError(f"--into {str(asked.into)!r} exists: expected a new directory")
-    model = asked.into / "model"
-    write_model(model, SHAPES[asked.shape], asked.dtype)
-    settings = AdapterSection(method="milora", rank=asked.rank, top_k=asked.top_k)
-    adapters = write_adapters(asked.into, model, settings, asked.adapters)
-    print(json.dumps({"model": str(model), "adapters": [str(path) for path in adapters]}), flush=True)
+@dataclass(frozen=True)
+class Settings(BenchSettings):
+    """What is written.
+
+    Attributes:
+      into: a new directory.
+      shape: of the model.
+      dtype: of the stored weights.
+      adapters: how many are written.
+      rank: of every module's matrices together.
+      top_k: experts that a prompt chooses.
+    """
+
+    into: Path
+    shape: str = option("llama-30m", choices=SHAPES)
+    dtype: str = option("float32", choices=DTYPES)
+    adapters: int = option(2, least=0)
+    rank: int = option(32, least=1)
+    top_k: int = option(3, least=1)
+
+
+def measure(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Write the files, and tell where they are."""
+    if settings.into.exists():
+        raise UserError(f"--into {str(settings.into)!r} exists: expected a new directory")
+    model = settings.into / "model"
+    write_model(model, SHAPES[settings.shape], settings.dtype)
+    adapter = AdapterSection(method="milora", rank=settings.rank, top_k=settings.top_k)
+    adapters = write_adapters(settings.into, model, adapter, settings.adapters)
+    yield {"model": str(model), "adapters": [str(path) for path in adapters]}
 
 
 def write_model(directory: Path, config: ModelConfig, dtype: str) -> None:
@@ -122,17 +142,3 @@ def _words() -> Iterator[str]:
     for length in itertools.count(2):
         for letters in itertools.product(string.ascii_letters + string.digits, repeat=length):
             yield "".join(letters)
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m milora_jax.bench files", description=__doc__)
-    parser.add_argument("--into", type=Path, required=True, help="a new directory")
-    parser.add_argument("--shape", default="llama-30m", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the stored weights")
-    parser.add_argument("--adapters", type=int, default=2, help="how many are written")
-    parser.add_argument("--rank", type=int, default=32, help="of every module's matrices together")
-    parser.add_argument("--top-k", type=int, default=3, help="experts that a prompt chooses")
-    asked = parser.parse_args(argv)
-    require_least(asked, {"adapters": 0, "rank": 1, "top_k": 1})
-    require_names("--shape", [asked.shape], list(SHAPES))
-    return asked

@@ -8,15 +8,14 @@ far as the system lets one program do it (``posix_fadvise``). One JSON object.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,44 +27,69 @@ from milora_jax.base.known import SHAPES
 from milora_jax.base.load import load_base
 from milora_jax.bench import machine
 from milora_jax.bench.files import write_random
-from milora_jax.bench.rounds import in_turns, require_least, require_names
-from milora_jax.cli import Parser
+from milora_jax.bench.rounds import BenchSettings, in_turns, option
 from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.errors import UserError
 
 BLOCK = 2**24
 
 
-def main(argv: list[str]) -> None:
-    """Measure and print."""
-    asked = _parse(argv)
-    with tempfile.TemporaryDirectory(dir=asked.scratch or None) as scratch:
-        directory = Path(asked.path or scratch)
-        if not asked.path:
-            config = dataclasses.replace(SHAPES[asked.shape], num_layers=asked.layers)
-            write_random(directory, config, asked.stored, asked.shard_bytes)
+@dataclass(frozen=True)
+class Settings(BenchSettings):
+    """What is read, and how.
+
+    Attributes:
+      path: Hugging Face directory; default: one is written.
+      shape: of a written model.
+      layers: of a written model.
+      stored: dtype of a written file.
+      shard_bytes: of a written file, at least.
+      scratch: where files are written (default: the system's).
+      dtype: of the loaded base.
+      quantize: how the loaded base is kept.
+      repeats: at least 5; the median counts.
+    """
+
+    path: str = ""
+    shape: str = option("llama2-7b", choices=SHAPES)
+    layers: int = option(3, least=1)
+    stored: str = option("bfloat16", choices=DTYPES)
+    shard_bytes: int = option(2**29, least=1)
+    scratch: str = ""
+    dtype: str = option("bfloat16", choices=DTYPES)
+    quantize: str = option("none", choices=QUANTIZE)
+    repeats: int = option(7, least=5)
+
+
+def measure(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Measure, and give the one report."""
+    with tempfile.TemporaryDirectory(dir=settings.scratch or None) as scratch:
+        directory = Path(settings.path or scratch)
+        if not settings.path:
+            config = dataclasses.replace(SHAPES[settings.shape], num_layers=settings.layers)
+            write_random(directory, config, settings.stored, settings.shard_bytes)
         files = sorted({Path(file.name) for file in files_by_tensor(directory).values()})
         size = sum(path.stat().st_size for path in files)
         measured: dict[str, list[tuple[float, int]]] = {"keep": [], "load": []}
-        work = {"keep": (_keep, files), "load": (_load, directory, asked.dtype, asked.quantize)}
+        work = {"keep": (_keep, files), "load": (_load, directory, settings.dtype, settings.quantize)}
 
-        def measure(name: str) -> None:
+        def take(name: str) -> None:
             _forget(files)
             measured[name].append(_in_fresh_process(*work[name]))
 
-        disk_seconds = in_turns(list(work), asked.repeats, measure, lambda: _read(files))
+        disk_seconds = in_turns(list(work), settings.repeats, take, lambda: _read(files))
     keep_seconds, load_seconds = (
         statistics.median(seconds for seconds, _ in measured[name]) for name in work
     )
     peak = statistics.median(size for _, size in measured["load"])
-    report = {
+    yield {
         "bench": "load",
         "bytes": size,
         "files": len(files),
-        "stored": asked.stored if not asked.path else None,
-        "dtype": asked.dtype,
-        "quantize": asked.quantize,
-        "repeats": asked.repeats,
+        "stored": settings.stored if not settings.path else None,
+        "dtype": settings.dtype,
+        "quantize": settings.quantize,
+        "repeats": settings.repeats,
         "disk_bytes_per_second": size / disk_seconds,
         "keep_bytes_per_second": size / keep_seconds,
         "load_bytes_per_second": size / load_seconds,
@@ -74,7 +98,6 @@ def main(argv: list[str]) -> None:
         "peak_bytes_over_file_bytes": peak / size,
         **machine.describe(),
     }
-    print(json.dumps(report), flush=True)
 
 
 def _forget(files: list[Path]) -> None:
@@ -140,20 +163,3 @@ def _keep(files: list[Path]) -> list[np.ndarray]:
                     part = part[file.readinto(part) or 0 :]
         contents.append(content)
     return contents
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m milora_jax.bench load", description=__doc__)
-    parser.add_argument("--path", default="", help="Hugging Face directory; default: one is written")
-    parser.add_argument("--shape", default="llama2-7b", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--layers", type=int, default=3, help="of a written model")
-    parser.add_argument("--stored", default="bfloat16", choices=DTYPES, help="dtype of a written file")
-    parser.add_argument("--shard-bytes", type=int, default=2**29, help="of a written file, at least")
-    parser.add_argument("--scratch", default="", help="where files are written (default: the system's)")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the loaded base")
-    parser.add_argument("--quantize", default="none", choices=QUANTIZE, help="how the loaded base is kept")
-    parser.add_argument("--repeats", type=int, default=7, help="at least 5; the median counts")
-    asked = parser.parse_args(argv)
-    require_least(asked, {"repeats": 5, "layers": 1, "shard_bytes": 1})
-    require_names("--shape", [asked.shape], list(SHAPES))
-    return asked

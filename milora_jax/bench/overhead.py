@@ -12,13 +12,12 @@ peers of ``bench decode`` can take turns as well. One JSON object.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +31,10 @@ from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.bench import machine
 from milora_jax.bench.peer import PEERS, Peer, started
-from milora_jax.bench.rounds import in_turns, names, require_least, require_names
+from milora_jax.bench.rounds import BenchSettings, in_turns, option
 from milora_jax.bench.traffic import FIRST_ID, LAST_ID, Asking, Outcome, closed_loop, completion, connected
-from milora_jax.cli import Parser, named_directory
 from milora_jax.config import DTYPES
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, named_directory
 from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.engine import Engine
@@ -65,24 +63,72 @@ class Case:
     first_ms: list[float] = field(default_factory=list)
 
 
-def main(argv: list[str]) -> None:
-    """Measure and print."""
-    asked = _parse(argv)
-    base, config = load_base(asked.model, asked.dtype, decode=True)
+@dataclass(frozen=True)
+class Settings(BenchSettings):
+    """What is measured.
+
+    Attributes:
+      model: Hugging Face directory, the server's --base.
+      adapters: NAME=DIR,..., the server's --adapter.
+      url: of the running server.
+      key: environment variable with a key of that server; empty for none.
+      rows: the server's --rows.
+      slots: the server's --adapters-on-device.
+      context: the server's --context.
+      dtype: of the engine's base.
+      requests: in a round.
+      prompt: tokens of a prompt.
+      new: tokens of an answer.
+      firsts: first tokens that are waited for in a round.
+      peers: other programs that take turns.
+      peer_python: with torch, transformers and peft.
+      rank: of the peers' adapters.
+      other_url: of a running `transformers serve`.
+      other_model: as it calls the model.
+      repeats: at least 5; the median counts.
+    """
+
+    model: str
+    adapters: tuple[str, ...]
+    url: str = "http://127.0.0.1:8000"
+    key: str = ""
+    rows: int = option(8, least=1)
+    slots: int = option(8, least=1)
+    context: int = option(0, least=0)
+    dtype: str = option("float32", choices=DTYPES)
+    requests: int = option(32, least=1)
+    prompt: int = option(64, least=1)
+    new: int = option(64, least=1)
+    firsts: int = option(5, least=1)
+    peers: tuple[str, ...] = option((), choices=PEERS)
+    peer_python: str = "python"
+    rank: int = option(32, least=1)
+    other_url: str = ""
+    other_model: str = ""
+    repeats: int = option(7, least=5)
+
+
+def measure(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Measure, and give the one report."""
+    base, config = load_base(settings.model, settings.dtype, decode=True)
     adapters = {
         name: load_adapter(path)
-        for name, path in (named_directory("--adapters", text) for text in asked.adapters)
+        for name, path in (named_directory("--adapters", text) for text in settings.adapters)
     }
     rng = np.random.default_rng(0)
-    prompts = rng.integers(FIRST_ID, LAST_ID, (asked.requests, asked.prompt)).tolist()
+    prompts = rng.integers(FIRST_ID, LAST_ID, (settings.requests, settings.prompt)).tolist()
     with ExitStack() as stack:
         cases = [
-            *_engines(base, config, adapters, prompts, asked),
-            _server("server", asked.url, list(adapters), prompts, asked),
-            *(_peer(stack, method, batch, asked) for method in asked.peers for batch in (1, asked.rows)),
+            *_engines(base, config, adapters, prompts, settings),
+            _server("server", settings.url, list(adapters), prompts, settings),
+            *(
+                _peer(stack, method, batch, settings)
+                for method in settings.peers
+                for batch in (1, settings.rows)
+            ),
         ]
-        if asked.other_url:
-            cases.append(_other(asked))
+        if settings.other_url:
+            cases.append(_other(settings))
         for case in cases:
             case.all()  # compiles, or opens connections
 
@@ -92,13 +138,13 @@ def main(argv: list[str]) -> None:
             case.tokens_per_second.append(tokens / (time.perf_counter() - begin))
             if case.first is not None:
                 # Of a moment the median counts as well: a round has several of them.
-                case.first_ms.append(1e3 * statistics.median(case.first() for _ in range(asked.firsts)))
+                case.first_ms.append(1e3 * statistics.median(case.first() for _ in range(settings.firsts)))
 
-        bandwidth = in_turns(cases, asked.repeats, take, machine.measure_bandwidth)
-    print(json.dumps(report(cases, asked, bandwidth)), flush=True)
+        bandwidth = in_turns(cases, settings.repeats, take, machine.measure_bandwidth)
+    yield report(cases, settings, bandwidth)
 
 
-def report(cases: Sequence[Case], asked: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+def report(cases: Sequence[Case], settings: Settings, bandwidth: float) -> dict[str, Any]:
     """Medians of every case, and of the server's ratios to the others, round by round."""
     (server,) = (case for case in cases if case.name == "server")
 
@@ -108,7 +154,10 @@ def report(cases: Sequence[Case], asked: argparse.Namespace, bandwidth: float) -
 
     return {
         "bench": "overhead",
-        **{name: getattr(asked, name) for name in ("model", "rows", "requests", "prompt", "new", "repeats")},
+        **{
+            name: getattr(settings, name)
+            for name in ("model", "rows", "requests", "prompt", "new", "repeats")
+        },
         "cases": {
             case.name: {
                 "tokens_per_second": statistics.median(case.tokens_per_second),
@@ -127,18 +176,18 @@ def _engines(
     config: ModelConfig,
     adapters: dict[str, Adapter],
     prompts: list[list[int]],
-    asked: argparse.Namespace,
+    settings: Settings,
 ) -> list[Case]:
     """The engine with the first adapter alone, and with all of them in a bank of the server's size."""
     first, *_ = adapters.values()
-    bank = Bank(base, config, first, asked.slots + 1)  # the server keeps one for the base alone
+    bank = Bank(base, config, first, settings.slots + 1)  # the server keeps one for the base alone
     places = [bank.load(name, adapter, 1 + i) for i, (name, adapter) in enumerate(adapters.items())]
     kinds = {
         "engine, one adapter": (AdapterStack.single(adapter_decode_layout(first, base)), [0]),
         "engine, bank": (bank.adapters, places),
     }
     return [
-        _engine(name, base, config, tenants, slots, prompts, asked)
+        _engine(name, base, config, tenants, slots, prompts, settings)
         for name, (tenants, slots) in kinds.items()
     ]
 
@@ -150,16 +199,14 @@ def _engine(
     tenants: AdapterStack,
     slots: Sequence[int],
     prompts: list[list[int]],
-    asked: argparse.Namespace,
+    settings: Settings,
 ) -> Case:
-    context = asked.context or config.max_positions
-    engine = Engine(base, config, tenants, batch_slots=asked.rows, cache_length=context, penalties=False)
+    context = settings.context or config.max_positions
+    engine = Engine(base, config, tenants, batch_slots=settings.rows, cache_length=context, penalties=False)
 
     def go_on(prompts: list[list[int]], new: int) -> int:
-        settings = GenerationSettings(max_new_tokens=new, ignore_eos=True)
-        requests = [
-            engine.submit(prompt, settings, slots[i % len(slots)]) for i, prompt in enumerate(prompts)
-        ]
+        each = GenerationSettings(max_new_tokens=new, ignore_eos=True)
+        requests = [engine.submit(prompt, each, slots[i % len(slots)]) for i, prompt in enumerate(prompts)]
         engine.run()
         return sum(len(request.tokens[0]) for request in requests)
 
@@ -168,20 +215,18 @@ def _engine(
         go_on(prompts[:1], 1)
         return time.perf_counter() - begin
 
-    return Case(name, lambda: go_on(prompts, asked.new), first)
+    return Case(name, lambda: go_on(prompts, settings.new), first)
 
 
-def _server(
-    name: str, url: str, models: list[str], prompts: list[list[int]], asked: argparse.Namespace
-) -> Case:
-    key = os.environ.get(asked.key, "")
+def _server(name: str, url: str, models: list[str], prompts: list[list[int]], settings: Settings) -> Case:
+    key = os.environ.get(settings.key, "")
     askings = [
-        Asking(0, key, i, completion(models[i % len(models)], prompt, asked.new, stream=True))
+        Asking(0, key, i, completion(models[i % len(models)], prompt, settings.new, stream=True))
         for i, prompt in enumerate(prompts)
     ]
 
     def all_of_them() -> int:
-        outcomes = asyncio.run(_send(url, askings, CLIENTS_PER_ROW * asked.rows))
+        outcomes = asyncio.run(_send(url, askings, CLIENTS_PER_ROW * settings.rows))
         return sum(outcome.tokens for outcome in outcomes)
 
     def first() -> float:
@@ -199,23 +244,25 @@ async def _send(url: str, askings: Sequence[Asking], clients: int) -> list[Outco
     return outcomes
 
 
-def _other(asked: argparse.Namespace) -> Case:
+def _other(settings: Settings) -> Case:
     """``transformers serve``: it takes texts and Hugging Face's settings, and says no usage."""
-    settings = {"max_new_tokens": asked.new, "min_new_tokens": asked.new, "do_sample": False}
+    generation = {"max_new_tokens": settings.new, "min_new_tokens": settings.new, "do_sample": False}
     # One letter is a token of its own in the tokenizer of ``bench files``.
     rng = np.random.default_rng(0)
-    texts = ["".join(rng.choice(list("!#$%&()*+,-./:;<=>?@"), asked.prompt)) for _ in range(asked.requests)]
+    texts = [
+        "".join(rng.choice(list("!#$%&()*+,-./:;<=>?@"), settings.prompt)) for _ in range(settings.requests)
+    ]
     askings = [
         Asking(
             0,
             "",
             i,
             {
-                "model": asked.other_model,
+                "model": settings.other_model,
                 "prompt": text,
-                "max_tokens": asked.new,
+                "max_tokens": settings.new,
                 "stream": True,
-                "generation_config": json.dumps(settings),
+                "generation_config": json.dumps(generation),
             },
             marked=False,
         )
@@ -223,52 +270,26 @@ def _other(asked: argparse.Namespace) -> Case:
     ]
 
     def all_of_them() -> int:
-        outcomes = asyncio.run(_send(asked.other_url, askings, CLIENTS_PER_ROW * asked.rows))
-        return asked.new * len(outcomes)
+        outcomes = asyncio.run(_send(settings.other_url, askings, CLIENTS_PER_ROW * settings.rows))
+        return settings.new * len(outcomes)
 
     def first() -> float:
-        return asyncio.run(_send(asked.other_url, askings[:1], 1))[0].first
+        return asyncio.run(_send(settings.other_url, askings[:1], 1))[0].first
 
     return Case("other server", all_of_them, first)
 
 
-def _peer(stack: ExitStack, method: str, batch: int, asked: argparse.Namespace) -> Case:
+def _peer(stack: ExitStack, method: str, batch: int, settings: Settings) -> Case:
     """A loop that gives a peer so many prompts at a time."""
-    sizes = {"dtype": asked.dtype, "batch": batch, "prompt": asked.prompt, "rank": asked.rank}
-    peer: Peer = stack.enter_context(started(asked.peer_python, Path(asked.model), method, "decode", sizes))
-    rounds = max(1, asked.requests // batch // (asked.rows if batch == 1 else 1))
+    sizes = {"dtype": settings.dtype, "batch": batch, "prompt": settings.prompt, "rank": settings.rank}
+    peer: Peer = stack.enter_context(
+        started(settings.peer_python, Path(settings.model), method, "decode", sizes)
+    )
+    rounds = max(1, settings.requests // batch // (settings.rows if batch == 1 else 1))
 
     def all_of_them() -> int:
         for _ in range(rounds):
-            peer.run(asked.new)
-        return rounds * batch * asked.new
+            peer.run(settings.new)
+        return rounds * batch * settings.new
 
     return Case(f"{method} loop of {batch}", all_of_them)
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m milora_jax.bench overhead", description=__doc__)
-    add = parser.add_argument
-    add("--model", required=True, help="Hugging Face directory, the server's --base")
-    add("--adapters", type=names, required=True, help="NAME=DIR,..., the server's --adapter")
-    add("--url", default="http://127.0.0.1:8000", help="of the running server")
-    add("--key", default="", help="environment variable with a key of that server; empty for none")
-    add("--rows", type=int, default=8, help="the server's --rows")
-    add("--slots", type=int, default=8, help="the server's --adapters-on-device")
-    add("--context", type=int, default=0, help="the server's --context")
-    add("--dtype", default="float32", choices=DTYPES, help="of the engine's base")
-    add("--requests", type=int, default=32, help="in a round")
-    add("--prompt", type=int, default=64, help="tokens of a prompt")
-    add("--new", type=int, default=64, help="tokens of an answer")
-    add("--firsts", type=int, default=5, help="first tokens that are waited for in a round")
-    add("--peers", type=names, default=[], help=f"of {', '.join(PEERS)}")
-    add("--peer-python", default="python", help="with torch, transformers and peft")
-    add("--rank", type=int, default=32, help="of the peers' adapters")
-    add("--other-url", default="", help="of a running `transformers serve`")
-    add("--other-model", default="", help="as it calls the model")
-    add("--repeats", type=int, default=7, help="at least 5; the median counts")
-    asked = parser.parse_args(argv)
-    least = ("requests", "prompt", "new", "rows", "slots", "firsts", "rank")
-    require_least(asked, {"repeats": 5, **dict.fromkeys(least, 1), "context": 0})
-    require_names("--peers", asked.peers, PEERS)
-    return asked

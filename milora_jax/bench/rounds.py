@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from milora_jax.config import QUANTIZE
 from milora_jax.errors import require
@@ -14,51 +15,45 @@ from milora_jax.errors import require
 Case = TypeVar("Case")
 
 
-def numbers(text: str) -> list[int]:
-    """Whole numbers, separated by commas."""
-    return [int(part) for part in text.split(",")]
+def option(
+    default: Any = dataclasses.MISSING, *, least: int | None = None, choices: Collection[str] = ()
+) -> Any:
+    """A field of a benchmark's settings; ``least`` and ``choices`` bound its value, or each of several."""
+    return dataclasses.field(default=default, metadata={"least": least, "choices": choices})
 
 
-def names(text: str) -> list[str]:
-    """Names, separated by commas."""
-    return text.split(",")
+@dataclass(frozen=True)
+class BenchSettings:
+    """Settings whose fields are checked as :func:`option` says."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, name = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
+            least, choices = field.metadata.get("least"), field.metadata.get("choices")
+            for each in value if isinstance(value, tuple) else (value,):
+                if least is not None:
+                    require(each >= least, name, each, f"at least {least}")
+                if choices:
+                    require(each in choices, name, each, f"one of {', '.join(choices)}")
 
 
-def add_common(parser: argparse.ArgumentParser, peers: Sequence[str]) -> None:
-    """Add the options that every benchmark has.
+@dataclass(frozen=True)
+class ModelSettings(BenchSettings):
+    """The model that is measured, and beside which other programs.
 
-    Args:
-      peers: values of ``--method`` that another Python runs.
+    Attributes:
+      model: Hugging Face directory, or random:llama2-7b.
+      dtype: of the base.
+      quantize: how the base is kept.
+      repeats: at least 5; the median counts.
+      peer_python: a Python with torch, transformers and peft, for its methods; default: this one.
     """
-    parser.add_argument("--model", required=True, help="Hugging Face directory, or random:llama2-7b")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base")
-    parser.add_argument(
-        "--quantize", type=names, default=["none"], help=f"how the base is kept: of {', '.join(QUANTIZE)}"
-    )
-    parser.add_argument("--repeats", type=int, default=7, help="at least 5; the median counts")
-    parser.add_argument(
-        "--peer-python",
-        default=sys.executable,
-        help=f"a Python with torch, transformers and peft, for {', '.join(peers)}; default: this one",
-    )
 
-
-def require_least(asked: argparse.Namespace, least: Mapping[str, int]) -> None:
-    """Refuse a number, or one of several, that is too small.
-
-    Args:
-      least: by the name of the option.
-    """
-    for name, smallest in least.items():
-        value = getattr(asked, name)
-        for each in value if isinstance(value, list) else [value]:
-            require(each >= smallest, f"--{name.replace('_', '-')}", each, f"at least {smallest}")
-
-
-def require_names(option: str, values: Sequence[str], allowed: Sequence[str]) -> None:
-    """Refuse a name that is none of those allowed."""
-    for value in values:
-        require(value in allowed, option, value, f"one of {', '.join(allowed)}")
+    model: str
+    dtype: str = option("float32", choices=("float32", "bfloat16"))
+    quantize: tuple[str, ...] = option(("none",), choices=QUANTIZE)
+    repeats: int = option(7, least=1)
+    peer_python: str = sys.executable
 
 
 def in_turns(

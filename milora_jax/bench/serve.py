@@ -12,18 +12,17 @@ before and after.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from milora_jax.bench import machine
-from milora_jax.bench.rounds import names, require_least
+from milora_jax.bench.rounds import BenchSettings, option
 from milora_jax.bench.traffic import (
     FIRST_ID,
     LAST_ID,
@@ -36,7 +35,6 @@ from milora_jax.bench.traffic import (
     open_loop,
     poisson,
 )
-from milora_jax.cli import Parser
 from milora_jax.errors import UserError
 
 PERCENTILES = (50, 90, 99)
@@ -54,28 +52,86 @@ IDLE_SECONDS = 60.0
 """A server that has work for longer, after everything was answered, is not becoming idle."""
 
 
-def main(argv: list[str]) -> None:
-    """Send, wait, print."""
-    asked = _parse(argv)
-    keys = [os.environ[name] for name in asked.key] or [""]
-    print(json.dumps(asyncio.run(_measure(asked, keys))), flush=True)
+@dataclass(frozen=True)
+class Settings(BenchSettings):
+    """What is sent.
+
+    Attributes:
+      models: names of adapters, asked for alike.
+      url: of a running server.
+      key: environment variables with the tenants' keys; default: none.
+      watch_key: variable with a monitor's key (default: the first tenant's).
+      first_share: of the first tenant, of two or more.
+      rate: requests in a second, sent at random times.
+      clients: who wait for one answer before they ask again, instead.
+      overload: times what --clients can get answered, for --seconds.
+      seconds: of the overload.
+      requests: sent in all.
+      questions: different requests; each has one answer, however often.
+      whole: share of requests whose answer is not streamed.
+      leave: share of clients who go away before the end.
+      leave_within: seconds, at random, after which they do.
+      prompt: tokens of a prompt.
+      new: tokens of an answer.
+      seed: of times, questions and choices.
+      timeout: seconds for one request.
+    """
+
+    models: tuple[str, ...]
+    url: str = "http://127.0.0.1:8000"
+    key: tuple[str, ...] = ()
+    watch_key: str = ""
+    first_share: float = 0.5
+    rate: float = 4.0
+    clients: int = option(0, least=0)
+    overload: float = 0.0
+    seconds: float = 60.0
+    requests: int = option(100, least=1)
+    questions: int = option(50, least=1)
+    whole: float = 0.0
+    leave: float = 0.0
+    leave_within: float = 1.0
+    prompt: int = option(64, least=1)
+    new: int = option(32, least=1)
+    seed: int = 0
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option_name, variables in (("--key", self.key), ("--watch-key", (self.watch_key,))):
+            for name in variables:
+                if name and name not in os.environ:
+                    raise UserError(f"{option_name} {name!r}: there is no such environment variable")
+        if not 0 < self.rate < 1e6 or not 0 <= self.overload < 1e3 or self.seconds <= 0:
+            raise UserError("--rate and --seconds are above 0, --overload from 0 to 1000")
+        for name in ("first_share", "whole", "leave"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')} is a share, from 0 to 1")
+        if self.overload and not self.clients:
+            raise UserError("--overload needs --clients, who find out what the server can do")
 
 
-async def _measure(asked: argparse.Namespace, keys: list[str]) -> dict[str, Any]:
-    rng = np.random.default_rng(asked.seed)
+def measure(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Send the requests, wait for the answers, and give the one report."""
+    keys = [os.environ[name] for name in settings.key] or [""]
+    yield asyncio.run(_measure(settings, keys))
+
+
+async def _measure(settings: Settings, keys: list[str]) -> dict[str, Any]:
+    rng = np.random.default_rng(settings.seed)
     found: dict[str, Any] = {"bench": "serve"}
-    async with connected(asked.url, asked.timeout) as watching:
-        watch = Watch(watching, os.environ[asked.watch_key] if asked.watch_key else keys[0])
-        rate = asked.rate
-        if asked.overload:
-            found["capacity"] = await _capacity(asked, keys, rng)
-            rate = asked.overload * found["capacity"]["complete_per_second"]
-        count = int(rate * asked.seconds) if asked.overload else asked.requests
-        asking = askings(asked, keys, rng, count)
+    async with connected(settings.url, settings.timeout) as watching:
+        watch = Watch(watching, os.environ[settings.watch_key] if settings.watch_key else keys[0])
+        rate = settings.rate
+        if settings.overload:
+            found["capacity"] = await _capacity(settings, keys, rng)
+            rate = settings.overload * found["capacity"]["complete_per_second"]
+        count = int(rate * settings.seconds) if settings.overload else settings.requests
+        asking = askings(settings, keys, rng, count)
         before = await watch.figures()
-        async with connected(asked.url, asked.timeout) as session:
-            if asked.clients and not asked.overload:
-                seconds, outcomes = await _timed(closed_loop(session, asking, asked.clients))
+        async with connected(settings.url, settings.timeout) as session:
+            if settings.clients and not settings.overload:
+                seconds, outcomes = await _timed(closed_loop(session, asking, settings.clients))
             else:
                 found["rate"] = rate
                 seconds, outcomes = await _timed(open_loop(session, asking, poisson(rng, rate, count)))
@@ -90,11 +146,11 @@ async def _measure(asked: argparse.Namespace, keys: list[str]) -> dict[str, Any]
     return {**found, **report(outcomes, seconds), "server": server, **machine.describe()}
 
 
-async def _capacity(asked: argparse.Namespace, keys: list[str], rng: np.random.Generator) -> dict[str, Any]:
+async def _capacity(settings: Settings, keys: list[str], rng: np.random.Generator) -> dict[str, Any]:
     """What the server does for clients who wait."""
-    async with connected(asked.url, asked.timeout) as session:
-        asking = askings(asked, keys, rng, asked.requests)
-        seconds, outcomes = await _timed(closed_loop(session, asking, asked.clients))
+    async with connected(settings.url, settings.timeout) as session:
+        asking = askings(settings, keys, rng, settings.requests)
+        seconds, outcomes = await _timed(closed_loop(session, asking, settings.clients))
     found = report(outcomes, seconds)
     kept = ("complete", "statuses", "seconds", "tokens_per_second", "first_token_ms", "whole_ms")
     return {"complete_per_second": found["complete"] / seconds, **{name: found[name] for name in kept}}
@@ -167,64 +223,27 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {f"p{name}": round(float(value), 3) for name, value in zip(PERCENTILES, values, strict=True)}
 
 
-def askings(asked: argparse.Namespace, keys: list[str], rng: np.random.Generator, count: int) -> list[Asking]:
+def askings(settings: Settings, keys: list[str], rng: np.random.Generator, count: int) -> list[Asking]:
     """Random requests: of ``--questions`` different ones, streamed but for a share of ``--whole``."""
     questions = [
         (
-            asked.models[rng.integers(len(asked.models))],
-            rng.integers(FIRST_ID, LAST_ID, asked.prompt).tolist(),
+            settings.models[rng.integers(len(settings.models))],
+            rng.integers(FIRST_ID, LAST_ID, settings.prompt).tolist(),
         )
-        for _ in range(asked.questions)
+        for _ in range(settings.questions)
     ]
-    tenants = rng.choice(len(keys), count, p=_shares(asked, len(keys)))
+    tenants = rng.choice(len(keys), count, p=_shares(settings, len(keys)))
     found = []
     for tenant in tenants.tolist():
         number = int(rng.integers(len(questions)))
-        body = completion(*questions[number], asked.new, stream=rng.random() >= asked.whole)
-        leaves = rng.uniform(0.0, asked.leave_within) if rng.random() < asked.leave else None
+        body = completion(*questions[number], settings.new, stream=rng.random() >= settings.whole)
+        leaves = rng.uniform(0.0, settings.leave_within) if rng.random() < settings.leave else None
         found.append(Asking(tenant, keys[tenant], number, body, leaves))
     return found
 
 
-def _shares(asked: argparse.Namespace, count: int) -> list[float]:
+def _shares(settings: Settings, count: int) -> list[float]:
     """Of the tenants: the first may be one who floods."""
     if count == 1:
         return [1.0]
-    return [asked.first_share, *[(1 - asked.first_share) / (count - 1)] * (count - 1)]
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m milora_jax.bench serve", description=__doc__)
-    add = parser.add_argument
-    add("--url", default="http://127.0.0.1:8000", help="of a running server")
-    add("--models", type=names, required=True, help="names of adapters, asked for alike")
-    add("--key", type=names, default=[], help="environment variables with the tenants' keys; default: none")
-    add("--watch-key", default="", help="variable with a monitor's key (default: the first tenant's)")
-    add("--first-share", type=float, default=0.5, help="of the first tenant, of two or more")
-    add("--rate", type=float, default=4.0, help="requests in a second, sent at random times")
-    add("--clients", type=int, default=0, help="who wait for one answer before they ask again, instead")
-    add("--overload", type=float, default=0.0, help="times what --clients can get answered, for --seconds")
-    add("--seconds", type=float, default=60.0, help="of the overload")
-    add("--requests", type=int, default=100, help="sent in all")
-    add("--questions", type=int, default=50, help="different requests: each has one answer, however often")
-    add("--whole", type=float, default=0.0, help="share of requests whose answer is not streamed")
-    add("--leave", type=float, default=0.0, help="share of clients who go away before the end")
-    add("--leave-within", type=float, default=1.0, help="seconds, at random, after which they do")
-    add("--prompt", type=int, default=64, help="tokens of a prompt")
-    add("--new", type=int, default=32, help="tokens of an answer")
-    add("--seed", type=int, default=0, help="of times, questions and choices")
-    add("--timeout", type=float, default=600.0, help="seconds for one request")
-    asked = parser.parse_args(argv)
-    require_least(asked, {"requests": 1, "prompt": 1, "new": 1, "clients": 0, "questions": 1})
-    for option, variables in (("--key", asked.key), ("--watch-key", [asked.watch_key])):
-        for name in variables:
-            if name and name not in os.environ:
-                raise UserError(f"{option} {name!r}: there is no such environment variable")
-    if not 0 < asked.rate < 1e6 or not 0 <= asked.overload < 1e3 or asked.seconds <= 0:
-        raise UserError("--rate and --seconds are above 0, --overload from 0 to 1000")
-    for name in ("first_share", "whole", "leave"):
-        if not 0 <= getattr(asked, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} is a share, from 0 to 1")
-    if asked.overload and not asked.clients:
-        raise UserError("--overload needs --clients, who find out what the server can do")
-    return asked
+    return [settings.first_share, *[(1 - settings.first_share) / (count - 1)] * (count - 1)]

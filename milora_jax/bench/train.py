@@ -8,14 +8,12 @@ of the paper), as often as ``train.coefficient_every`` asks, costs as much again
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +27,8 @@ from milora_jax.base.modules import Base
 from milora_jax.bench import machine
 from milora_jax.bench.models import load_model, peer_directory, random_adapter
 from milora_jax.bench.peer import Peer, started
-from milora_jax.bench.rounds import add_common, in_turns, names, numbers, require_least, require_names
-from milora_jax.cli import Parser
-from milora_jax.config import QUANTIZE, REMAT, AdapterSection, TrainSection
+from milora_jax.bench.rounds import ModelSettings, in_turns, option
+from milora_jax.config import REMAT, AdapterSection, TrainSection
 from milora_jax.data.batches import collate
 from milora_jax.data.packing import in_rows
 from milora_jax.data.tokens import Example
@@ -94,53 +91,52 @@ class Case:
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(prog="python -m milora_jax.bench train", description=__doc__)
+@dataclass(frozen=True)
+class Settings(ModelSettings):
+    """What is measured.
 
-    add_common(parser, PEERS)
-    methods = ", ".join((*METHODS, *PEERS))
-    parser.add_argument("--method", type=names, default=["milora"], help=f"of {methods}")
-    parser.add_argument("--batch", type=numbers, default=[8], help="rows of a step")
-    parser.add_argument("--seq", type=int, default=256, help="tokens of a row")
-    parser.add_argument("--rank", type=numbers, default=[32], help="of methods made of low-rank pairs")
-    parser.add_argument("--remat", type=names, default=[TrainSection().remat], help=f"of {', '.join(REMAT)}")
-    parser.add_argument(
-        "--packed",
-        action="store_true",
-        help="records of GSM8K's lengths, padded and packed, instead of full rows",
+    Attributes:
+      method: what is trained.
+      batch: rows of a step.
+      seq: tokens of a row.
+      rank: of methods made of low-rank pairs.
+      remat: what the backward pass computes again, as train.remat.
+      packed: records of GSM8K's lengths, padded and packed, instead of full rows.
+      loss_chunk: as train.loss_chunk.
+    """
+
+    method: tuple[str, ...] = option(("milora",), choices=(*METHODS, *PEERS))
+    batch: tuple[int, ...] = option((8,), least=1)
+    seq: int = option(256, least=2)
+    rank: tuple[int, ...] = option((32,), least=1)
+    remat: tuple[str, ...] = option((TrainSection().remat,), choices=REMAT)
+    packed: bool = False
+    loss_chunk: int = option(TrainSection().loss_chunk, least=1)
+
+
+def measure(settings: Settings) -> Iterator[dict[str, Any]]:
+    """Measure all variants, and give a report of each."""
+    rows = ("padded", "packed") if settings.packed else ("full",)
+    grid = itertools.product(
+        settings.method, settings.batch, settings.rank, settings.remat, settings.quantize, rows
     )
-    parser.add_argument(
-        "--loss-chunk", type=int, default=TrainSection().loss_chunk, help="as train.loss_chunk"
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str]) -> None:
-    """Measure, and print one JSON object per variant."""
-    asked = parse(arguments)
-    require_least(asked, {"repeats": 1, "seq": 2, "loss_chunk": 1, "batch": 1, "rank": 1})
-    require_names("--method", asked.method, (*METHODS, *PEERS))
-    require_names("--remat", asked.remat, REMAT)
-    require_names("--quantize", asked.quantize, QUANTIZE)
-    rows = ("padded", "packed") if asked.packed else ("full",)
-    grid = itertools.product(asked.method, asked.batch, asked.rank, asked.remat, asked.quantize, rows)
     variants = list(dict.fromkeys(_without_what_has_no_effect(Variant(*values)) for values in grid))
     loaded = {
-        kept: load_model(asked.model, asked.dtype, decode=False, quantize=kept) for kept in asked.quantize
+        kept: load_model(settings.model, settings.dtype, decode=False, quantize=kept)
+        for kept in settings.quantize
     }
     config = next(iter(loaded.values()))[1]
-    require(asked.seq <= config.max_positions, "--seq", asked.seq, f"at most {config.max_positions}")
+    require(settings.seq <= config.max_positions, "--seq", settings.seq, f"at most {config.max_positions}")
     with ExitStack() as stack:
         cases = [
-            make_peer(stack, config, variant, asked)
+            make_peer(stack, config, variant, settings)
             if variant.method in PEERS
-            else make_case(loaded[variant.quantize][0], config, variant, asked)
+            else make_case(loaded[variant.quantize][0], config, variant, settings)
             for variant in variants
         ]
-        matmul = in_turns(cases, asked.repeats, take_step, lambda: machine.measure_matmul(asked.dtype))
+        matmul = in_turns(cases, settings.repeats, take_step, lambda: machine.measure_matmul(settings.dtype))
         for case in cases:
-            print(json.dumps(report(case, config, asked, matmul)), flush=True)
+            yield report(case, config, settings, matmul)
 
 
 def take_step(case: Case) -> None:
@@ -160,22 +156,22 @@ def _without_what_has_no_effect(variant: Variant) -> Variant:
     return variant
 
 
-def make_peer(stack: ExitStack, config: ModelConfig, variant: Variant, asked: argparse.Namespace) -> Case:
+def make_peer(stack: ExitStack, config: ModelConfig, variant: Variant, settings: Settings) -> Case:
     """Start a peer, which lives as long as ``stack``."""
     require(variant.rows == "full", "--packed", True, f"off with {variant.method}")
     peer: Peer = stack.enter_context(
         started(
-            asked.peer_python,
-            peer_directory(stack, asked.model, config, asked.dtype),
+            settings.peer_python,
+            peer_directory(stack, settings.model, config, settings.dtype),
             variant.method,
             "train",
-            {"dtype": asked.dtype, "batch": variant.batch, "prompt": asked.seq, "rank": variant.rank},
+            {"dtype": settings.dtype, "batch": variant.batch, "prompt": settings.seq, "rank": variant.rank},
         )
     )
     begin = time.perf_counter()
     peer.run(1)
     warm = time.perf_counter() - begin
-    useful = variant.batch * asked.seq
+    useful = variant.batch * settings.seq
     return Case(variant, lambda: peer.run(1), useful, lambda: peer.peak, warm, peer=peer.versions)
 
 
@@ -203,13 +199,13 @@ def records(rows: str, count: int, seq: int, vocab_size: int) -> list[list[Examp
     return [packed[i] for i in rng.permutation(len(packed))[:count]]
 
 
-def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse.Namespace) -> Case:
+def make_case(base: Base, config: ModelConfig, variant: Variant, settings: Settings) -> Case:
     """Compile the step of a variant."""
-    settings = AdapterSection(method=variant.method, rank=variant.rank or None)
-    adapter = random_adapter(base, config, settings, 0)
-    train = TrainSection(batch_size=variant.batch, remat=variant.remat, loss_chunk=asked.loss_chunk)
-    rows = records(variant.rows, variant.batch, asked.seq, config.vocab_size)
-    batch = jax.device_put(collate(rows, asked.seq, variant.batch, max(map(len, rows))))
+    section = AdapterSection(method=variant.method, rank=variant.rank or None)
+    adapter = random_adapter(base, config, section, 0)
+    train = TrainSection(batch_size=variant.batch, remat=variant.remat, loss_chunk=settings.loss_chunk)
+    rows = records(variant.rows, variant.batch, settings.seq, config.vocab_size)
+    batch = jax.device_put(collate(rows, settings.seq, variant.batch, max(map(len, rows))))
     state = init_state(adapter, jax.random.key(0), train, 1000)
     # The base and a fresh state may share a constant: a state is donated, so each gets its own.
     held = [jax.tree.map(lambda leaf: leaf.copy(), state)]
@@ -236,18 +232,18 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, asked: argparse
     return Case(variant, step, useful, machine.peak_memory, compile_s, step_bytes=size)
 
 
-def report(case: Case, config: ModelConfig, asked: argparse.Namespace, matmul: float) -> dict[str, Any]:
+def report(case: Case, config: ModelConfig, settings: Settings, matmul: float) -> dict[str, Any]:
     """The figures of one variant."""
     seconds = statistics.median(case.seconds)
-    tokens = case.variant.batch * asked.seq
+    tokens = case.variant.batch * settings.seq
     # Forward 2N and backward 2N: a frozen matrix has no gradient of its own. Attention is not counted.
     flops = 4 * config.matrix_parameters * tokens / seconds
     return {
         "what": "train",
-        "model": asked.model,
+        "model": settings.model,
         **dataclasses.asdict(case.variant),
-        "seq": asked.seq,
-        "dtype": asked.dtype,
+        "seq": settings.seq,
+        "dtype": settings.dtype,
         "tok_s": tokens / seconds,
         "useful_tok_s": case.useful / seconds,
         "useful_share": case.useful / tokens,

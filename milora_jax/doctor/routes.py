@@ -14,7 +14,7 @@ from milora_jax.base.attention import device_layout
 from milora_jax.base.hf import Progress, load_leaves
 from milora_jax.base.modules import Base, decode_layout, frozen_kernels
 from milora_jax.base.transformer import adapter_decode_layout, forward
-from milora_jax.cli import Console
+from milora_jax.console import Console
 from milora_jax.data.batches import collate, collate_prompts
 from milora_jax.data.packing import in_rows
 from milora_jax.data.tokens import Example

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from milora_jax.cli import Console
+from milora_jax.console import Console
 from milora_jax.data.batches import collate
 from milora_jax.data.records import Record, Source, read_records, run_sources
 from milora_jax.data.tokens import Example, encode_example, encode_question, naming, require_embedded

@@ -16,13 +16,13 @@ from milora_jax.adapters.protocol import Adapter, Method
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import Base, decode_layout
 from milora_jax.base.transformer import adapter_decode_layout
-from milora_jax.cli import Console, stop_if
+from milora_jax.console import Console
 from milora_jax.data.prompts import shown_prompt
 from milora_jax.data.records import Record, fingerprint
 from milora_jax.errors import NothingLearnedError
-from milora_jax.evaluation.closing import closing_lines
 from milora_jax.evaluation.free_text import is_free_text, require_text_packages
 from milora_jax.evaluation.loss import Loss, Responses, encode_responses, response_loss
+from milora_jax.evaluation.next_steps import next_steps
 from milora_jax.evaluation.report import (
     answers_side_by_side,
     figures_table,
@@ -41,6 +41,7 @@ from milora_jax.evaluation.score import (
 )
 from milora_jax.evaluation.tasks import require_golds, rule_for
 from milora_jax.parallel.rules import state_shardings
+from milora_jax.preemption import stop_if_preempted
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.checkpoint import read_metadata
 from milora_jax.storage.files import read_json, write_json_atomic
@@ -132,7 +133,7 @@ def _advancing(
 
         def advance(rows: int) -> None:
             bar.advance(rows)
-            stop_if(preempted, title)
+            stop_if_preempted(preempted, title)
 
         yield advance
 
@@ -199,7 +200,7 @@ def for_decoding(run: Run, base: Base, adapter: Adapter) -> Adapter:
     return adapter_decode_layout(placed, base)
 
 
-def check_tests(tests: Mapping[str, list[Record]], say: Callable[[str], None]) -> None:
+def check_tests(tests: Mapping[str, list[Record]], log: Callable[[str], None]) -> None:
     """Look early at what test rows need at the end, and say what is unusual about the answers of rows that
     bear the name of a task of LLM-Adapters.
 
@@ -210,7 +211,7 @@ def check_tests(tests: Mapping[str, list[Record]], say: Callable[[str], None]) -
         golds = [record.answer for record in records]
         rule = rule_for(task, golds)
         if unusual := require_golds(task, golds, rule):
-            say(f"note: {unusual}")
+            log(f"note: {unusual}")
         if is_free_text(rule, records):
             require_text_packages()
 
@@ -289,7 +290,7 @@ def write_report(
         f"{fit.progress.best_perplexity:.3f}), {summary['tunable_parameters']:,} tunable parameters, "
         f"{summary['mean_active_parameters']:,.0f} active per token, {wall_seconds:.0f} s"
     )
-    print("\n".join(closing_lines(workdir, run.config, run.model, written)))
+    print("\n".join(next_steps(workdir, run.config, run.model, written)))
     reason = fit.progress.saturated(run.model.vocab_size)
     if summary["not_learned"] and not reason:  # else require_learned says so
         print(f"warning: nothing was learned: {summary['not_learned']}")

@@ -16,8 +16,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from milora_jax.cli import Console
 from milora_jax.config import TEMPLATES
+from milora_jax.console import Console
 from milora_jax.data.chat import Message, encode_chat, render_chat, template_source
 from milora_jax.data.prompts import WITHOUT_INPUT, prompt_text
 from milora_jax.data.records import Record

@@ -1,12 +1,15 @@
-"""What is asked of which model, with what settings; and the answers to one batch of it."""
+"""What is asked of which model, with what settings; and its answers, batch by batch."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from milora_jax.console import Console, ProgressBar
 from milora_jax.data.records import Record, Source, fingerprint, read_records
 from milora_jax.data.tokens import encode_question, naming, require_embedded
 from milora_jax.errors import UserError
@@ -14,12 +17,21 @@ from milora_jax.evaluation.extraction import Rule
 from milora_jax.evaluation.free_text import is_free_text, require_text_packages
 from milora_jax.evaluation.hub import hub_records
 from milora_jax.evaluation.loss import Loss, Responses, encode_responses, response_loss
-from milora_jax.evaluation.predictions import TaskBatch, batches_by_length
-from milora_jax.evaluation.score import PREFILL_ROWS, Prediction, TaskScore, judge, limited, measures_of
+from milora_jax.evaluation.predictions import PredictionFile, TaskBatch, batches_by_length
+from milora_jax.evaluation.score import (
+    PREFILL_ROWS,
+    Prediction,
+    TaskScore,
+    figures,
+    judge,
+    limited,
+    measures_of,
+)
 from milora_jax.evaluation.subject import Model, Subject
 from milora_jax.evaluation.tasks import Task, find_task, require_golds, rule_for
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
+from milora_jax.preemption import stop_if_preempted
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,7 @@ class Plan:
 
 
 def read_rows(
-    tasks: Sequence[Task], sources: Sequence[Source], say: Callable[[str], None]
+    tasks: Sequence[Task], sources: Sequence[Source], log: Callable[[str], None]
 ) -> dict[str, list[Record]]:
     """The rows to score, by the name of their task.
 
@@ -162,7 +174,7 @@ def read_rows(
             raise UserError("nothing to score: give --data FILE or --task NAME")
         rows = {}
         for task in tasks:
-            say(f"loading {task.name} from the Hub")
+            log(f"loading {task.name} from the Hub")
             rows[task.name] = hub_records(task)
         return rows
     names = [task.name for task in tasks] or [source.name for source in sources]
@@ -184,7 +196,7 @@ def questions_of(
     strict: bool,
     limit: int,
     longest: Callable[[Task | None], int],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Questions]:
     """The rows of every task with the rule by which they are scored.
 
@@ -204,11 +216,92 @@ def questions_of(
         golds = [record.answer for record in records]
         rule = rule_for(name, golds, strict)
         if unusual := require_golds(name, golds, rule):
-            say(f"note: {unusual}")
+            log(f"note: {unusual}")
         if free_text := is_free_text(rule, records):
             require_text_packages()
         found[name] = Questions(limited(records, limit), rule, longest(find_task(name)), free_text)
     return found
+
+
+def answer_missing(
+    plan: Plan,
+    file: PredictionFile,
+    load: Callable[[], Model],
+    console: Console,
+    preempted: Callable[[], bool],
+) -> None:
+    """Answer the missing batches, each of which is on the disk before the next one begins.
+
+    Args:
+      load: gives the model.
+      preempted: asked before every batch whether to stop.
+    """
+    if file.done:
+        console.log(f"{len(file.done)} of {plan.rows} rows are in {file.path} already")
+    missing = file.missing
+    if not missing:
+        return
+    model = load()
+    with console.progress("scoring", plan.rows, "rows") as bar:
+        status = _Status(bar, plan.rows, list(file.done.values()))
+        for batch in missing:
+            stop_if_preempted(preempted, f"scoring {batch.task}")
+            predictions = plan.answer(model, batch)
+            file.append(predictions)
+            status.answered(predictions)
+
+
+def score_responses(
+    plan: Plan, model: Model, console: Console, preempted: Callable[[], bool]
+) -> dict[str, Loss]:
+    """The loss of every task. A command that is stopped here computes all of them again: this takes a small
+    part of the time of the answers.
+
+    Args:
+      preempted: asked after every batch whether to stop.
+    """
+    total = sum(len(responses.passages) for responses in plan.responses.values())
+    with console.progress("loss", total, "rows") as bar:
+
+        def advance(rows: int) -> None:
+            bar.advance(rows)
+            stop_if_preempted(preempted, "computing the loss")
+
+        return plan.losses(model, advance)
+
+
+class _Status:
+    """The status of the progress bar: the accuracy so far; in a log also the speed, which tqdm shows."""
+
+    def __init__(self, bar: ProgressBar, rows: int, before: Sequence[Prediction]) -> None:
+        self._bar, self._rows, self._before = bar, rows, len(before)
+        self._done, self._correct = 0, sum(each.correct for each in before)
+        self._began = time.monotonic()
+        bar.advance(self._before)
+
+    def answered(self, predictions: Sequence[Prediction]) -> None:
+        """Show that these are done."""
+        self._done += len(predictions)
+        self._correct += sum(each.correct for each in predictions)
+        reached = self._before + self._done
+        status = f"{100 * self._correct / reached:.1f}% right"
+        if not sys.stderr.isatty():
+            rate = self._done / max(time.monotonic() - self._began, 1e-6)
+            status += f", {rate:.2f} rows/s"
+        self._bar.reach(reached, status)
+
+
+def result_of(scores: Sequence[TaskScore], plan: Plan) -> dict[str, Any]:
+    """What is printed, and kept beside the predictions."""
+    return {
+        **figures(scores),
+        "interval": {score.task: [score.interval.low, score.interval.high] for score in scores},
+        "rows": {score.task: len(score.predictions) for score in scores},
+        "unread": {score.task: score.unread for score in scores},
+        "rule": {task: asked.rule.name for task, asked in plan.questions.items()},
+        "max_new_tokens": {task: asked.max_new_tokens for task, asked in plan.questions.items()},
+        "beams": plan.beams,
+    }
 
 
 def _encoded(subject: Subject, task: str, asked: Questions) -> list[list[int]]:

@@ -19,9 +19,14 @@ from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.registry import METHOD_CLASSES
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout, forward
+from milora_jax.console import Console
 from milora_jax.data.batches import collate_prompts
+from milora_jax.data.records import Source, read_records
+from milora_jax.data.tokens import encode_question
 from milora_jax.errors import UserError, require
+from milora_jax.evaluation.score import limited
 from milora_jax.evaluation.static_route import modal_route
+from milora_jax.evaluation.subject import Named, read_subject
 from milora_jax.generation.engine import bucket_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float
@@ -138,6 +143,40 @@ def route_prompts(
             if progress is not None:
                 progress(len(mine))
     return Routes(weights, probs)
+
+
+def route_tasks(named: Named, sources: Sequence[Source], limit: int, rows: int) -> dict[str, Routes]:
+    """The routes of the prompts of several tasks, read from their files.
+
+    Args:
+      sources: one for each task.
+      limit: prompts of each task; 0 means all.
+      rows: prompts of a batch.
+
+    Raises:
+      UserError: there is no adapter, or none with a router; or as :func:`route_prompts`, naming the task.
+    """
+    records = {source.name: limited(read_records(source, scored=True), limit) for source in sources}
+    subject = read_subject(named)
+    adapter = subject.adapter
+    if adapter is None:
+        raise UserError("a plain base has no routes: expected --workdir DIR, or --adapter DIR and --base DIR")
+    require_router(adapter, named.adapter)
+    prompts = {
+        task: [encode_question(subject.tokenizer, record, subject.prompt_format) for record in mine]
+        for task, mine in records.items()
+    }
+    console, model = Console(), subject.load()
+    routes = {}
+    for task, mine in prompts.items():
+        with console.progress(f"routing {task}", len(mine), "prompts") as bar:
+            try:
+                routes[task] = route_prompts(
+                    model.base, model.config, adapter, mine, rows=rows, progress=bar.advance
+                )
+            except UserError as error:
+                raise UserError(f"{task}: {error}") from None
+    return routes
 
 
 @functools.partial(jax.jit, static_argnames="config")

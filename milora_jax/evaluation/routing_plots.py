@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from milora_jax.errors import UserError
 from milora_jax.evaluation.report import (
     MODULES,
     ROUTES_TITLE,
@@ -16,9 +19,12 @@ from milora_jax.evaluation.report import (
     layer_ticks,
     new_figure,
 )
-from milora_jax.evaluation.routing import PAPER_LIMIT, Routes, TaskRouting
+from milora_jax.evaluation.routing import PAPER_LIMIT, Routes, TaskRouting, distances, letters_of
 from milora_jax.shapes import Float
+from milora_jax.storage.files import write_json_atomic
 from milora_jax.types import EXPERTS, LETTERS
+
+REPORT_NAME = "routing.json"
 
 STRIPS = 6
 """Prompts of a task that are drawn one by one."""
@@ -127,3 +133,33 @@ def plot_strips(path: Path, routes: Mapping[str, Routes]) -> None:
         f"The first prompts of each file; white squares are the experts in force.\n{MODULES}",
     )
     figure.savefig(path, dpi=120)
+
+
+def write_report(directory: Path, routes: dict[str, Routes], found: Sequence[TaskRouting]) -> None:
+    """Write the pictures and ``routing.json``; each replaces an older one when all of them are drawn.
+
+    Raises:
+      UserError: the folder cannot be made or written; matplotlib is missing.
+    """
+    table, tasks = distances(routes), list(routes)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".drawing-", dir=directory) as folder:
+            drawing = Path(folder)
+            plot_shares(drawing / "shares.png", found)
+            plot_decisions(drawing / "decisions.png", found)
+            plot_strips(drawing / "strips.png", routes)
+            plot_distances(drawing / "distances.png", tasks, table)
+            for picture in drawing.iterdir():
+                os.replace(picture, directory / picture.name)
+    except ImportError:
+        raise UserError("the pictures need the package matplotlib: pip install matplotlib") from None
+    except OSError as error:
+        raise UserError(f"cannot write {directory}: {error.strerror or error}") from None
+    report = {
+        "experts": list(EXPERTS),
+        "tasks": {each.task: each.to_json() for each in found},
+        "distances": {"tasks": tasks, "bits": table.round(4).tolist()},
+        "routes": {task: [letters_of(prompt) for prompt in each.weights] for task, each in routes.items()},
+    }
+    write_json_atomic(directory / REPORT_NAME, report)

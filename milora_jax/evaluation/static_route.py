@@ -122,10 +122,10 @@ def modal_route(routes: Sequence[Float[np.ndarray, "L E"]]) -> StaticRoute:
 
 
 def calibrated_route(
-    model: Model, adapter: Adapter, records: Sequence[Record], say: Callable[[str], None]
+    model: Model, adapter: Adapter, records: Sequence[Record], log: Callable[[str], None]
 ) -> StaticRoute:
     """The modal route of records' prompts under an adapter that routes."""
-    say(f"routing {len(records)} calibration prompts")
+    log(f"routing {len(records)} calibration prompts")
     answers = _answers(model, adapter, records, GenerationSettings(max_new_tokens=1))
     return modal_route([answer.route for answer in answers if answer.route is not None])
 
@@ -137,7 +137,7 @@ def static_report(
     records: Sequence[Record],
     max_length: int,
     max_new_tokens: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> StaticReport:
     """Perplexities and greedy answers on dev rows, routed and static.
 
@@ -150,12 +150,12 @@ def static_report(
     examples, dropped = encode_records(
         model.tokenizer, records, model.config, max_length, model.prompt_format
     )
-    say(f"dev perplexity of base, routed adapter and static route ({len(examples)} rows)")
+    log(f"dev perplexity of base, routed adapter and static route ({len(examples)} rows)")
     base, routed, fixed = (
         perplexity(model, mine, examples, max_length) for mine in (nothing, adapter, static)
     )
     settings = GenerationSettings(max_new_tokens=max_new_tokens)
-    say(f"greedy answers to {len(records)} dev prompts, routed and static")
+    log(f"greedy answers to {len(records)} dev prompts, routed and static")
     pairs = zip(*(_answers(model, mine, records, settings) for mine in (adapter, static)), strict=True)
     same = [ours.tokens == theirs.tokens for ours, theirs in pairs]
     return StaticReport(base, routed, fixed, sum(same) / len(same), len(records), dropped)

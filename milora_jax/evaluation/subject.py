@@ -25,8 +25,8 @@ from milora_jax.base.load import load_base
 from milora_jax.base.modules import Base
 from milora_jax.base.source import model_directory
 from milora_jax.base.transformer import adapter_decode_layout
-from milora_jax.cli import Console
 from milora_jax.config import EvalSection
+from milora_jax.console import Console
 from milora_jax.data.chat import template_source
 from milora_jax.data.records import Source, run_sources
 from milora_jax.data.tokens import load_tokenizer

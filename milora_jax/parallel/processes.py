@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from milora_jax.cluster import Cluster
-from milora_jax.errors import TOLD, Preempted, UserError, ending
+from milora_jax.errors import REPORTED_IN_ONE_LINE, Preempted, UserError, exit_report
 from milora_jax.types import PyTree
 
 HEARTBEAT_SECONDS = 30
@@ -96,8 +96,8 @@ def _end(error: BaseException) -> None:
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
         error = Preempted(f"another process is gone or out of reach: run the same command again ({error})")
     code = 1
-    if isinstance(error, TOLD):
-        line, code = ending(error)
+    if isinstance(error, REPORTED_IN_ONE_LINE):
+        line, code = exit_report(error)
         print(f"error: process {jax.process_index()}: {line}", file=sys.stderr)
     else:
         traceback.print_exception(error)

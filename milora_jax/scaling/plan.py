@@ -18,7 +18,7 @@ from milora_jax.model_config import ModelConfig
 from milora_jax.scaling.aot import Compiled, Topology
 from milora_jax.scaling.chips import GIB, Chip
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 EXECUTED = {"none": 4.0, "products": 4.0, "full": 6.0}
 """Floating-point operations per parameter and token that a step executes, recomputation included."""
@@ -99,7 +99,7 @@ def meshes(devices: int, config: Config, model: ModelConfig) -> list[MeshSection
 
 
 def search(
-    topology: Topology, config: Config, model: ModelConfig, say: Say
+    topology: Topology, config: Config, model: ModelConfig, log: Log
 ) -> list[tuple[Estimate, Compiled]]:
     """Compile every mesh with every kind of recomputation; what fits, best first."""
     devices, fitting = len(topology.devices), []
@@ -108,22 +108,22 @@ def search(
             candidate = with_mesh(config, mesh, remat, config.train.batch_size)
             found = topology.compile(candidate, model, "train")
             seconds = estimate(candidate, model, topology.chip, devices)
-            say(_line(seconds, found))
+            log(_line(seconds, found))
             if found.fits:
                 fitting.append((seconds, found))
     return sorted(fitting, key=lambda pair: (pair[0].seconds, pair[1].memory.peak if pair[1].memory else 0))
 
 
-def plan(topology: Topology, config: Config, model: ModelConfig, say: Say) -> list[tuple[Estimate, Compiled]]:
+def plan(topology: Topology, config: Config, model: ModelConfig, log: Log) -> list[tuple[Estimate, Compiled]]:
     """Search, say what fits best first, and how far the batch of the best can grow."""
-    ranked = search(topology, config, model, say)
-    say("")
+    ranked = search(topology, config, model, log)
+    log("")
     if not ranked:
-        say("nothing fits: use more chips, a smaller batch or train.accumulate")
+        log("nothing fits: use more chips, a smaller batch or train.accumulate")
         return ranked
-    say("what fits, best first (seconds are arithmetic, not measured):")
+    log("what fits, best first (seconds are arithmetic, not measured):")
     for seconds, found in ranked:
-        say(_line(seconds, found))
+        log(_line(seconds, found))
     best = ranked[0][1]
     batch, largest = best.batch * 2, best
     while batch <= 8 * best.batch:
@@ -133,7 +133,7 @@ def plan(topology: Topology, config: Config, model: ModelConfig, say: Say) -> li
         largest, batch = found, batch * 2
     if largest.memory is not None:
         peak = f"{largest.memory.peak / GIB:.2f} GiB"
-        say(f"the first one's batch, doubled while it fits: {largest.batch} rows, {peak}")
+        log(f"the first one's batch, doubled while it fits: {largest.batch} rows, {peak}")
     return ranked
 
 

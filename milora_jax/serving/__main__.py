@@ -1,22 +1,7 @@
-"""``python -m milora_jax.serving hash-key``: the digest of a key on standard input, for a file of keys."""
+"""``python -m milora_jax.serving``, see ``milora_jax.commands.serving``."""
 
-from __future__ import annotations
-
-import sys
-
-from milora_jax.cli import Parser
-from milora_jax.errors import run_command
-from milora_jax.serving.keys import digest_of
-
-
-def main() -> None:
-    """Read a key, print its digest."""
-    parser = Parser(prog="python -m milora_jax.serving", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("hash-key", help="print the SHA-256 of the key on standard input")
-    parser.parse_args()
-    print(digest_of(sys.stdin.readline().rstrip("\n")))
-
+from milora_jax.commands.command_line import run_command
+from milora_jax.commands.serving import main
 
 if __name__ == "__main__":
     run_command(main)

@@ -26,9 +26,8 @@ from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from milora_jax.cli import named_directory
 from milora_jax.data.tokens import load_tokenizer
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, named_directory
 from milora_jax.serving.admission import AdmissionControl
 from milora_jax.serving.api_errors import APIError, internal_error, model_not_found
 from milora_jax.serving.app import make_app

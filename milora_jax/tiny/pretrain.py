@@ -19,7 +19,7 @@ from milora_jax.base.load import load_base
 from milora_jax.base.modules import Base, unroll
 from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.base.transformer import forward, unembed
-from milora_jax.cli import Console
+from milora_jax.console import Console
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int
 from milora_jax.tiny import corpus, wide

@@ -22,7 +22,7 @@ from milora_jax.adapters.protocol import Adapter, abstract_params, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import Base, frozen_kernels
 from milora_jax.base.source import model_directory
-from milora_jax.cli import LINE_EVERY
+from milora_jax.console import LINE_EVERY
 from milora_jax.data.batches import batch_rows, collate
 from milora_jax.data.tokens import Example
 from milora_jax.errors import NonFiniteError, Preempted, UserError

@@ -10,24 +10,15 @@ import pytest
 from milora_jax.adapters.inputs import ProjectionGroup
 from milora_jax.adapters.milora import OF_TRAINING
 from milora_jax.adapters.protocol import path_names
-from milora_jax.adapters.registry import METHOD_CLASSES, build_method, full_settings
+from milora_jax.adapters.registry import METHOD_CLASSES, METHODS, build_method, full_settings
 from milora_jax.base.modules import decode_layout
 from milora_jax.base.transformer import adapter_decode_layout, unembed
-from milora_jax.config import METHODS, AdapterSection
+from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError
 from milora_jax.training.loss import adapted_loss
+from tests.adapted import ANSWER, BASE, PROMPT, make_adapter, row_batch, run, stack, text
 from tests.generation.decoding import decoded
-from tests.training.test_equalities import (
-    ANSWER,
-    BASE,
-    PROMPT,
-    TINY,
-    make_adapter,
-    row_batch,
-    run,
-    stack,
-    text,
-)
+from tests.models import TINY
 
 EXACT = (
     "milora",

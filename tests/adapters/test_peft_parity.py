@@ -16,10 +16,10 @@ from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.training.loss import adapted_loss
 from milora_jax.types import EXPERTS
+from tests.adapted import row_batch, stack, text
 from tests.adapters.peft_files import read_adapter, read_method, stacked
 from tests.families import FAMILY_CONFIGS
 from tests.models import TINY, tame_base, write_hf_directory
-from tests.training.test_equalities import row_batch, stack, text
 
 pytestmark = [
     pytest.mark.parity,

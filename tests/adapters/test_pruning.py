@@ -8,9 +8,9 @@ import pytest
 from milora_jax.adapters.ssp import budgeted, within_budget
 from milora_jax.training.loss import adapted_loss
 from milora_jax.types import EXPERTS
-from tests.models import random_base
-from tests.training.test_equalities import BASE, TINY, make_adapter, run
-from tests.training.test_step import MODEL, prepare, rows
+from tests.adapted import BASE, make_adapter, run
+from tests.models import TINY, random_base
+from tests.training.steps import MODEL, prepare, rows
 
 TOTAL = 40
 

@@ -13,7 +13,7 @@ from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.source import model_directory, weight_files
 from milora_jax.errors import UserError
 from tests.base.pieces import PLAIN
-from tests.base.test_load import shard
+from tests.base.shards import shard
 from tests.fake_gcs import BUCKET, FakeStorage, serving
 from tests.models import WITH_TOKENIZER, random_base, write_hf_directory
 

@@ -6,7 +6,7 @@ import pytest
 
 from milora_jax.base.known import SHAPES
 from milora_jax.config import Config
-from tests.test_architecture import ROOT
+from tests.paths import ROOT
 
 PUBLISHED = {
     "llama2-7b": 6.738,

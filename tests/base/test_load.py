@@ -20,9 +20,8 @@ from milora_jax.base.modules import decode_layout
 from milora_jax.errors import UserError
 from milora_jax.model_config import Llama3Scaling
 from tests.base.pieces import GROUPED, PLAIN
+from tests.base.shards import INDEX, WEIGHTS, shard
 from tests.models import random_base, write_hf_directory
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @pytest.fixture
@@ -45,19 +44,6 @@ def edit_weights(folder, edit):
     tensors = load_file(folder / WEIGHTS)
     edit(tensors)
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / WEIGHTS)
-
-
-def shard(folder):
-    """Split the one file into two with an index, as Hugging Face does."""
-    tensors = load_file(folder / WEIGHTS)
-    names = sorted(tensors)
-    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, part in files.items():
-        save_file({name: tensors[name] for name in part}, folder / file)
-    (folder / WEIGHTS).unlink()
-    weight_map = {name: file for file, part in files.items() for name in part}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return weight_map
 
 
 def assert_same(base, expected):

@@ -1,7 +1,6 @@
 """Kernels in 8 and 4 bits: what the codes say, that products are right and never write a whole kernel."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import make_mesh
 from milora_jax.parallel.rules import Rules, base_sharding
 from tests.models import QUANTIZABLE, decoded_base, quantized_base, random_base, write_hf_directory
+from tests.programs import largest_floats
 
 CODED = sorted(SCHEMES)
 F32 = jnp.dtype("float32")
@@ -152,12 +152,6 @@ def test_no_full_size_copy_is_written(name):
     assert largest_floats(program) < d_in * d_out
     assert program.memory_analysis().temp_size_in_bytes < 4 * d_in * d_out
     assert largest_floats(plain) == d_in * d_out, "the search would not see a copy"
-
-
-def largest_floats(program):
-    """Elements of the largest floating array of a compiled program."""
-    shapes = re.findall(r"(?:f32|bf16|f16)\[([\d,]+)\]", program.as_text())
-    return max(int(np.prod([int(side) for side in shape.split(",")])) for shape in shapes)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from milora_jax.base.load import load_base
 from milora_jax.base.tensor_file import TensorFile
 from milora_jax.errors import UserError
 from tests.models import TINY, random_base, write_hf_directory
-from tests.storage.test_adapter_tensors import HOSTILE, WHOLE
-from tests.test_architecture import ROOT
+from tests.paths import ROOT
+from tests.storage.hostile_files import HOSTILE, WHOLE
 
 OF_ADAPTERS = {"integers", "not a number", "bfloat16 infinity"}
 """What only an adapter is refused for: a base may hold other dtypes, and its values are not looked at."""

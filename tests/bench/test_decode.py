@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from milora_jax.bench import decode
 from milora_jax.bench.models import random_base, streamed_bytes
+from milora_jax.commands.bench import main
 from milora_jax.errors import UserError
 from milora_jax.model_config import LLAMA2_7B
 from tests.models import TINY, WITH_TOKENIZER, write_hf_directory
@@ -120,7 +120,7 @@ def test_a_peer_that_cannot_start_is_one_line(folder, tmp_path):
 )
 def test_a_mistake_is_refused(folder, arguments, message):
     with pytest.raises(UserError) as found:
-        decode.main([argument.format(folder=folder) for argument in arguments])
+        main(["decode", *[argument.format(folder=folder) for argument in arguments]])
     assert message in str(found.value)
     assert "\n" not in str(found.value)
 

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from milora_jax.bench.load import main
+from milora_jax.commands.bench import main
 from milora_jax.errors import UserError
 
 
 @pytest.mark.slow
 def test_a_report_has_every_figure(capsys, tmp_path):
-    main(["--shape", "llama-30m", "--layers", "1", "--repeats", "5", "--scratch", str(tmp_path)])
+    main(["load", "--shape", "llama-30m", "--layers", "1", "--repeats", "5", "--scratch", str(tmp_path)])
     report = json.loads(capsys.readouterr().out)
     assert report["files"] == 1
     assert report["bytes"] > 8e6
@@ -26,6 +26,6 @@ def test_a_report_has_every_figure(capsys, tmp_path):
 
 def test_what_says_nothing_is_refused():
     with pytest.raises(UserError, match="--repeats is 4: expected at least 5"):
-        main(["--repeats", "4"])
+        main(["load", "--repeats", "4"])
     with pytest.raises(UserError, match="--shape is 'llama'"):
-        main(["--shape", "llama"])
+        main(["load", "--shape", "llama"])

@@ -9,6 +9,7 @@ import pytest
 
 from milora_jax.bench import train
 from milora_jax.bench.models import random_base
+from milora_jax.commands.bench import main
 from milora_jax.errors import UserError
 from milora_jax.model_config import LLAMA2_7B
 from tests.models import QUANTIZABLE, TINY, WITH_TOKENIZER, write_hf_directory
@@ -24,7 +25,7 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 def test_one_object_per_variant_with_its_figures(folder, capsys):
     common = ["--model", str(folder), "--batch", "2", "--rank", "4", "--repeats", "2"]
-    train.main([*common, "--method", "milora,bitfit", "--seq", "16", "--remat", "none,full"])
+    main(["train", *common, "--method", "milora,bitfit", "--seq", "16", "--remat", "none,full"])
     figures = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(f["method"], f["rank"], f["remat"]) for f in figures] == [
         (method, rank, remat) for method, rank in (("milora", 4), ("bitfit", 0)) for remat in ("none", "full")
@@ -45,7 +46,7 @@ def test_one_object_per_variant_with_its_figures(folder, capsys):
 def test_quantised_bases_are_measured_beside_the_plain_one(tmp_path, capsys):
     write_hf_directory(tmp_path, QUANTIZABLE, tokenizer=False)
     common = ["--model", str(tmp_path), "--batch", "1", "--seq", "8", "--repeats", "1"]
-    train.main([*common, "--method", "bitfit", "--quantize", "none,int8,nf4"])
+    main(["train", *common, "--method", "bitfit", "--quantize", "none,int8,nf4"])
     figures = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [f["quantize"] for f in figures] == ["none", "int8", "nf4"]
     sizes = [f["step_bytes"] for f in figures]
@@ -65,8 +66,21 @@ def test_packed_rows_hold_more_tokens_of_records():
 
 @pytest.mark.slow
 def test_padded_and_packed_are_measured_side_by_side(folder, capsys):
-    train.main(
-        ["--model", str(folder), "--batch", "1", "--rank", "4", "--repeats", "1", "--seq", "320", "--packed"]
+    main(
+        [
+            "train",
+            "--model",
+            str(folder),
+            "--batch",
+            "1",
+            "--rank",
+            "4",
+            "--repeats",
+            "1",
+            "--seq",
+            "320",
+            "--packed",
+        ]
     )
     padded, packed = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (padded["rows"], packed["rows"]) == ("padded", "packed")
@@ -104,5 +118,5 @@ def test_every_method_that_has_a_rank_takes_it():
 )
 def test_a_mistake_is_refused(folder, arguments, message):
     with pytest.raises(UserError) as found:
-        train.main(["--model", str(folder), *arguments])
+        main(["train", "--model", str(folder), *arguments])
     assert message in str(found.value)

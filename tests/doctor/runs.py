@@ -80,7 +80,7 @@ def bad(findings):
 
 def run_command_line(monkeypatch, *arguments):
     """The doctor as if it had been started with the arguments."""
-    from milora_jax import __main__ as command
+    from milora_jax.commands import index as command
 
     monkeypatch.setattr(sys, "argv", ["milora_jax", "doctor", *map(str, arguments)])
     command.main()

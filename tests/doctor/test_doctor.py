@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_jax import __main__ as commands
+from milora_jax.commands import index as commands
 from milora_jax.doctor import checks
 from milora_jax.doctor.checks import Check, look_at
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding

@@ -11,12 +11,12 @@ import pytest
 
 from milora_jax.adapters.registry import METHODS, build_method
 from milora_jax.base.fingerprint import base_fingerprint
+from milora_jax.commands import storage
 from milora_jax.config import AdapterSection, Config, DataSection, ModelSection
 from milora_jax.errors import EXIT_NOTHING_LEARNED, NothingLearnedError
 from milora_jax.evaluation import final
 from milora_jax.evaluation.score import Prediction, TaskScore, compact_route, figures
 from milora_jax.prompt_format import PromptFormat
-from milora_jax.storage import __main__ as storage
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory
 from milora_jax.training.prepare import Run

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from milora_jax.cli import Console
 from milora_jax.config import Config, DataSection, EvalSection, ModelSection
+from milora_jax.console import Console
 from milora_jax.data.records import Record
 from milora_jax.errors import UserError
 from milora_jax.evaluation import final, free_text

@@ -10,10 +10,11 @@ import pytest
 
 from milora_jax.base.load import load_base
 from milora_jax.base.transformer import adapter_decode_layout
+from milora_jax.commands import evaluation
+from milora_jax.commands.storage import main as storage
 from milora_jax.data.batches import collate_prompts
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
-from milora_jax.evaluation import __main__ as evaluation
 from milora_jax.evaluation.routing import (
     Routes,
     _routes,
@@ -26,7 +27,6 @@ from milora_jax.evaluation.routing import (
 )
 from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.decode import prefill
-from milora_jax.storage.__main__ import main as storage
 from milora_jax.storage.adapters import load_adapter
 from tests.models import WITH_TOKENIZER, write_hf_directory
 from tests.storage.adapters import run_of

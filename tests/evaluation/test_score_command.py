@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from milora_jax.base.load import load_base
+from milora_jax.commands.evaluation import main
 from milora_jax.data.records import Record, Source, read_records
 from milora_jax.errors import EXIT_PREEMPTED, Preempted, UserError
 from milora_jax.evaluation import plan
 from milora_jax.evaluation.loss import Loss
-from milora_jax.evaluation.score_command import main
 from milora_jax.evaluation.subject import Model, Subject
 from milora_jax.generation.text import Answer, Continuation
 from milora_jax.storage.export import export_milora

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from milora_jax.commands.storage import main
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.evaluation.static_route import modal_route
-from milora_jax.storage.__main__ import main
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.export import export_merged
 from milora_jax.storage.fixed import static_lora

@@ -5,8 +5,8 @@ from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.settings import GenerationSettings
+from tests.adapted import BASE
 from tests.models import TINY
-from tests.training.test_equalities import BASE
 
 DECODING = decode_layout(BASE)
 

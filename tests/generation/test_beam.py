@@ -13,9 +13,9 @@ from milora_jax.data.batches import collate_prompts
 from milora_jax.generation.beam import Terms, _start, beam_chunk, beam_search
 from milora_jax.generation.decode import prefill
 from milora_jax.generation.settings import GenerationSettings
+from tests.adapted import BASE, make_adapter, row_batch, run, text
 from tests.generation.decoding import DECODING, decoded, one_tenant
 from tests.models import TINY, random_base, write_hf_directory
-from tests.training.test_equalities import BASE, make_adapter, row_batch, run, text
 
 SMALL_VOCAB = dataclasses.replace(TINY, vocab_size=5)
 

@@ -18,9 +18,9 @@ from milora_jax.generation.engine import bucket_of
 from milora_jax.generation.sampling import Plan
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.types import Batch, stack_layers
+from tests.adapted import BASE, make_adapter, row_batch, run, text
 from tests.generation.decoding import DECODING, decoded, make_engine, one_tenant
 from tests.models import TINY, random_base
-from tests.training.test_equalities import BASE, make_adapter, row_batch, run, text
 
 EMPTY = np.zeros(0, np.int64)
 NEW = 12

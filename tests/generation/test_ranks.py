@@ -8,10 +8,10 @@ from milora_jax.adapters.inputs import ProjectionGroup
 from milora_jax.errors import UserError
 from milora_jax.generation.bank import Bank, rank_of
 from milora_jax.types import GROUPS
+from tests.adapted import make_adapter, text
+from tests.generation.banks import PATHS, together
 from tests.generation.decoding import DECODING, decoded, one_tenant
-from tests.generation.test_tenants import PATHS, together
 from tests.models import TINY
-from tests.training.test_equalities import make_adapter, text
 
 RANKS = (1, 12, 16, 33)
 MIXED = ("lora", "adalora", "ssp")

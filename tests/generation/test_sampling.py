@@ -19,9 +19,9 @@ from milora_jax.generation.sampling import (
     note,
 )
 from milora_jax.generation.settings import MOST_STOPS, GenerationSettings
+from tests.adapted import make_adapter, text
 from tests.generation.decoding import decoded, make_engine
 from tests.models import TINY
-from tests.training.test_equalities import make_adapter, text
 
 VOCAB = 11
 ALL = Plan(sampled=True, limited=True, penalized=True, logprobs=True)

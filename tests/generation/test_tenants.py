@@ -10,33 +10,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from milora_jax.errors import UserError
 from milora_jax.generation.adapter_stack import choose_path
-from milora_jax.generation.bank import Bank
 from milora_jax.generation.decode import decode_chunk
 from milora_jax.generation.kernel import SlotPairs, reference_products, row_products, visits
 from milora_jax.generation.settings import GenerationSettings
-from tests.generation.decoding import DECODING, decoded, make_engine
-from tests.models import TINY
-from tests.training.test_equalities import make_adapter, text
-
-PATHS = ("gathered", "one_hot", "tpu interpreted", "gpu interpreted")
-SLOTS = 3
-
-
-def make_bank(path="gathered", method="milora", slots=SLOTS, **more):
-    adapters = [make_adapter(seed=10 * i, method=method) for i in range(slots)]
-    bank = Bank(DECODING, TINY, adapters[0], slots, path=path, **more)
-    for i, adapter in enumerate(adapters):
-        bank.load(f"tenant {i}", adapter)
-    return bank, adapters
-
-
-def together(bank, work, rows=4, new=8):
-    """Tokens of ``(prompt, slot)`` pairs decoded in one batch."""
-    engine = make_engine(bank.adapters, rows=rows)
-    settings = GenerationSettings(max_new_tokens=new, ignore_eos=True)
-    made = [engine.submit(prompt.tolist(), settings, slot) for prompt, slot in work]
-    engine.run()
-    return [request.tokens[0] for request in made]
+from tests.adapted import make_adapter, text
+from tests.generation.banks import PATHS, SLOTS, make_bank, together
+from tests.generation.decoding import decoded, make_engine
 
 
 @pytest.mark.sweep("milora-gathered", "milora-tpu")

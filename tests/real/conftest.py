@@ -15,7 +15,7 @@ from milora_jax.training import prepare
 from milora_jax.training.progress import planned_steps
 from milora_jax.training.step import make_steps
 from tests.real.figures import Figure, setup, table
-from tests.storage.test_export_parity import torch_model
+from tests.storage.torch_logits import torch_model
 from tests.training.runs import ROOT, write_rows
 from tests.training.short_runs import silent
 

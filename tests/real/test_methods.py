@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from milora_jax.adapters.registry import METHODS
 from milora_jax.base.load import load_base
-from milora_jax.config import METHODS, AdapterSection
+from milora_jax.commands import storage
+from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError
-from milora_jax.storage import __main__ as storage
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.export import export_merged, export_milora, export_orbax, export_peft, export_static
 from milora_jax.storage.exported import RECORDS
@@ -27,7 +28,7 @@ from tests.models import SMALL
 from tests.real.conftest import STEPS
 from tests.real.reference import rms, their_loss
 from tests.storage.adapters import assert_equal
-from tests.storage.test_export_parity import assert_near, logits_of, their_logits, torch_model
+from tests.storage.torch_logits import assert_near, logits_of, their_logits, torch_model
 from tests.training.short_runs import fit
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]

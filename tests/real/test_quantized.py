@@ -14,7 +14,7 @@ from milora_jax.config import AdapterSection, ModelSection
 from milora_jax.generation.text import generate
 from milora_jax.storage.adapters import best_metadata, load_adapter
 from tests.real.reference import rounded, their_perplexity
-from tests.storage.test_export_parity import logits_of
+from tests.storage.torch_logits import logits_of
 from tests.training.short_runs import fit
 
 pytestmark = pytest.mark.real

@@ -1,6 +1,7 @@
 """Whole runs of the command lines on the published model, as a person would start them. Minutes each."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -11,8 +12,7 @@ from milora_jax.data.records import Source, read_records
 from milora_jax.storage.export import export_milora
 from milora_jax.storage.torch_reference import attach
 from tests.real.reference import text_of, their_answer
-from tests.training.runs import ROOT, write_rows
-from tests.training.test_faults import assert_same_end, environment, life, signal, steps_of
+from tests.training.runs import ROOT, assert_same_end, environment, life, steps_of, write_rows
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

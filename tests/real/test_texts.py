@@ -13,7 +13,7 @@ from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
 from milora_jax.types import Batch
 from tests.real.reference import rms, text_of, their_answer
-from tests.storage.test_export_parity import logits_of, their_logits
+from tests.storage.torch_logits import logits_of, their_logits
 
 pytestmark = pytest.mark.real
 

@@ -11,6 +11,8 @@ import jax
 import pytest
 
 from milora_jax.base.known import SHAPES
+from milora_jax.commands.config_options import read_config_file
+from milora_jax.commands.parallel import model_of, parse_mesh
 from milora_jax.config import (
     AdapterSection,
     Config,
@@ -33,11 +35,9 @@ from milora_jax.scaling.aot import (
     step_flops,
 )
 from milora_jax.scaling.chips import GIB, Chip
-from milora_jax.scaling.command import model_of, parse_mesh
 from milora_jax.scaling.gpus import GPUS, layout_of
 from milora_jax.scaling.plan import base_bytes, estimate, meshes, plan
 from milora_jax.scaling.programs import decode_program, prefill_program
-from milora_jax.train_flags import read_config_file
 from tests.models import TINY
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from milora_jax.bench import files, overhead
-from milora_jax.bench.serve import main, report
+from milora_jax.bench import files
+from milora_jax.bench.serve import report
 from milora_jax.bench.traffic import Asking, Outcome
+from milora_jax.commands.bench import main
 from milora_jax.errors import UserError
 from tests.serving.harness import KEYS
 
@@ -22,7 +23,7 @@ def keys(monkeypatch):
 
 
 def run(capsys, served, *more):
-    main(["--url", served[1], "--models", "math,base", *SMALL, *more])
+    main(["serve", "--url", served[1], "--models", "math,base", *SMALL, *more])
     return json.loads(capsys.readouterr().out)
 
 
@@ -92,7 +93,7 @@ def test_a_request_that_ends_twice_or_never_is_told():
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        main(arguments)
+        main(["serve", *arguments])
 
 
 @pytest.mark.thorough
@@ -103,20 +104,20 @@ def test_a_random_model_with_a_tokenizer_of_all_its_words(tmp_path, capsys, monk
 
     monkeypatch.setitem(files.SHAPES, "tiny", dataclasses.replace(TINY, vocab_size=400))
     into = tmp_path / "served"
-    files.main(["--into", str(into), "--shape", "tiny", "--rank", "8", "--adapters", "2"])
+    main(["files", "--into", str(into), "--shape", "tiny", "--rank", "8", "--adapters", "2"])
     written = json.loads(capsys.readouterr().out)
     tokenizer = load_tokenizer(written["model"])
     texts = [tokenizer.decode([i]) for i in range(4, 400)]
     assert all(texts)
     with pytest.raises(UserError, match="exists: expected a new directory"):
-        files.main(["--into", str(into), "--shape", "tiny"])
+        main(["files", "--into", str(into), "--shape", "tiny"])
     with pytest.raises(UserError, match="expected NAME=DIR"):
-        overhead.main(["--model", written["model"], "--adapters", "x"])
+        main(["overhead", "--model", written["model"], "--adapters", "x"])
     places = ",".join(f"a{i}={path}" for i, path in enumerate(written["adapters"]))
     sizes = ["--context", "64", "--requests", "2", "--prompt", "8", "--new", "4", "--rows", "2"]
     more = ["--adapters", places, "--url", "http://127.0.0.1:9", *sizes]
     with pytest.raises(UserError, match="no server at"):
-        overhead.main(["--model", written["model"], *more])
+        main(["overhead", "--model", written["model"], *more])
 
 
 @pytest.mark.thorough
@@ -125,7 +126,7 @@ def test_a_server_beside_its_engine(served, capsys, keys):
     sizes = ["--context", "96", "--requests", "8", "--new", "6", "--rows", "4", "--slots", "2"]
     more = ["--adapters", f"math={folder / 'math'}", "--url", address, "--key", "KEY_one"]
     repeats = ["--firsts", "1", "--repeats", "5"]
-    overhead.main(["--model", str(folder / "model"), *sizes, "--prompt", "20", *more, *repeats])
+    main(["overhead", "--model", str(folder / "model"), *sizes, "--prompt", "20", *more, *repeats])
     found = json.loads(capsys.readouterr().out)
     assert set(found["cases"]) == {"engine, one adapter", "engine, bank", "server"}
     assert all(case["tokens_per_second"] > 0 for case in found["cases"].values())

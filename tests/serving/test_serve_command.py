@@ -10,8 +10,8 @@ import time
 import httpx
 import pytest
 
+from tests.paths import ROOT
 from tests.serving.harness import ask, write_model
-from tests.test_architecture import ROOT
 
 pytest.importorskip("transformers")
 
@@ -107,7 +107,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(folder, name, monkeypatch, capsys):
     import serve
-    from milora_jax.errors import run_command
+    from milora_jax.commands.command_line import run_command
     from tests.models import write_hf_directory
 
     arguments, message = MISTAKES[name]

@@ -5,7 +5,7 @@ import resource
 
 import pytest
 
-from milora_jax.bench.serve import main
+from milora_jax.commands.bench import main
 from tests.serving.harness import KEYS
 
 
@@ -16,7 +16,7 @@ def load(served, capsys, monkeypatch):
 
     def run(*more):
         sizes = ["--prompt", "20", "--key", "KEY_many", "--watch-key", "KEY_monitor"]
-        main(["--url", served[1], "--models", "math,law,art,base", *sizes, *more])
+        main(["serve", "--url", served[1], "--models", "math,law,art,base", *sizes, *more])
         return json.loads(capsys.readouterr().out)
 
     return run

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from milora_jax.config import METHODS
+from milora_jax.adapters.registry import METHODS
+from milora_jax.commands.storage import FORMATS, main
 from milora_jax.errors import UserError
-from milora_jax.storage.__main__ import FORMATS, main
 from milora_jax.storage.adapter_tensors import write_tensors
 from milora_jax.storage.adapters import best_metadata, load_adapter, require_its_base
 from milora_jax.storage.export import ORIGIN_FILE, export_milora, export_orbax, export_peft, formats_of
@@ -172,7 +172,9 @@ def test_an_export_that_is_ended_leaves_nothing(run, model, tmp_path):
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         code = f"""
 import os, signal, sys
-from milora_jax.storage import __main__ as command, export
+from milora_jax.commands.command_line import run_command
+from milora_jax.commands.storage import main
+from milora_jax.storage import export
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts a job in the background ignores it
 write = export.write_exported
 def slow(*given):
@@ -181,7 +183,7 @@ def slow(*given):
 export.write_exported = slow
 sys.argv = ["x", "export", "--format", "milora"]
 sys.argv += ["--workdir", {str(run)!r}, "--out", {str(tmp_path / "out")!r}]
-command.run_command(command._main)
+run_command(main)
 """
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False

@@ -2,14 +2,12 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from milora_jax.base.load import load_base
 from milora_jax.base.specs import MODULE_PATHS
-from milora_jax.base.transformer import forward, unembed
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.generation.settings import GenerationSettings
@@ -19,10 +17,11 @@ from milora_jax.storage.export import export_merged, export_milora, export_peft,
 from milora_jax.storage.imported import import_peft
 from milora_jax.storage.torch_reference import attach
 from milora_jax.storage.verify import findings
-from milora_jax.types import EXPERTS, Batch
+from milora_jax.types import EXPERTS
 from tests.families import FAMILY_CONFIGS
 from tests.models import TINY, tame_base, write_hf_directory
 from tests.storage.adapters import run_of
+from tests.storage.torch_logits import assert_near, logits_of, their_logits, torch_model
 
 pytestmark = [
     pytest.mark.parity,
@@ -51,45 +50,12 @@ def models(tmp_path_factory):
     return folders
 
 
-def torch_model(folder):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
-
-
-def their_logits(model, tokens):
-    import torch
-
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
-
-
 def our_logits(folder, adapter, tokens, **more):
     return logits_of(*load_base(folder), adapter, tokens, **more)
 
 
-def logits_of(base, config, adapter, tokens, route=None):
-    """Logits of rows without padding, which are prompts from end to end, and their route."""
-    batch = Batch.unpadded(jnp.asarray(tokens))
-    batch = batch.replace(prompt_mask=~batch.prompt_mask)
-
-    def compute(base, adapter):
-        output = forward(base, config, batch, adapter=adapter, route=route)
-        return unembed(base, config, output.hidden), output.route
-
-    logits, route = jax.jit(compute)(base, adapter)
-    return np.asarray(logits), route
-
-
 def tokens_of(config, rows=2, length=24):
     return np.random.default_rng(5).integers(4, config.vocab_size, (rows, length)).astype(np.int32)
-
-
-def assert_near(found, expected, tolerance=1e-5):
-    error = np.abs(found - expected).max() / np.abs(expected).max()
-    assert error <= tolerance, error
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 
 from milora_jax.adapters.registry import ROUTERS_BEFORE_FEATURES
 from milora_jax.base.load import load_base
+from milora_jax.commands.storage import main
 from milora_jax.config import Config, DataSection, ModelSection
 from milora_jax.errors import UserError
 from milora_jax.prompt_format import SPECIAL_TOKENS, UNSTORED, PromptFormat
-from milora_jax.storage.__main__ import main
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata
 from milora_jax.storage.export import export_milora, export_orbax, export_peft

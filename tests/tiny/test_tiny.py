@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from milora_jax.base.hf_config import read_model_config
-from milora_jax.cli import Console
+from milora_jax.commands.tiny import SEED
+from milora_jax.console import Console
 from milora_jax.data.records import Source, read_records
 from milora_jax.data.tokens import encode_records, load_tokenizer
 from milora_jax.evaluation.tasks import rule_for
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.tiny import MODEL_DIR, TASKS, TASKS_DIR, corpus, wide
-from milora_jax.tiny.__main__ import SEED
 from milora_jax.tiny.pretrain import CONFIG, STAGES, batches, pretrain
 from milora_jax.tiny.tasks import ROWS, make_task
 from milora_jax.tiny.world import ACTIONS, FACTS

@@ -1,8 +1,14 @@
 """``train.py`` as a person would start it, on inputs small enough to kill it often."""
 
 import json
+import os
+import subprocess
 import sys
+import warnings
 from pathlib import Path
+
+import jax
+import numpy as np
 
 from tests.models import write_hf_directory
 
@@ -46,3 +52,62 @@ def command(inputs, workdir, **settings):
     }
     flags = [f"--config.{name}={value}" for name, value in values.items()]
     return [sys.executable, "train.py", "--config", "configs/tiny.py", f"--workdir={workdir}", *flags]
+
+
+def environment(inputs, failpoint=""):
+    """The lives of a run share compiled programs, or this file would compile for minutes."""
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "MILORA_FAILPOINT")
+    }
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(inputs / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    point = {"MILORA_FAILPOINT": failpoint} if failpoint else {}
+    return {**kept, **cache, **point, "JAX_PLATFORMS": "cpu"}
+
+
+def life(inputs, workdir, failpoint="", **settings):
+    return subprocess.run(
+        command(inputs, workdir, **settings),
+        cwd=ROOT,
+        env=environment(inputs, failpoint),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def steps_of(workdir):
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def final_leaves(workdir):
+    """Every array of the newest checkpoint, read straight from the disk."""
+    from orbax.checkpoint import v1 as ocp
+
+    step = workdir / "checkpoints" / str(steps_of(workdir)[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Orbax says that it takes the shardings from the file
+        tree = ocp.load(step / "tree")
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def assert_same_end(workdir, reference):
+    found, expected = final_leaves(workdir), final_leaves(reference)
+    assert found.keys() == expected.keys()
+    assert len(found) > 20
+    for name, leaf in expected.items():
+        np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+    progress = [json.loads((w / "summary.json").read_text()) for w in (workdir, reference)]
+    assert progress[0]["best_step"] == progress[1]["best_step"]
+    assert progress[0]["dev_perplexity"] == progress[1]["dev_perplexity"]
+    bests = [
+        sorted(int(p.name) for p in (w / "best").iterdir() if p.name.isdigit()) for w in (workdir, reference)
+    ]
+    assert bests[0][-1] == bests[1][-1] == progress[0]["best_step"]

@@ -16,7 +16,7 @@ from milora_jax.storage.adapters import load_adapter
 from milora_jax.training.calibration import feature_program, feature_statistics
 from tests.models import random_base
 from tests.training.short_runs import STEPS, STOP, fit
-from tests.training.test_step import MODEL, rows
+from tests.training.steps import MODEL, rows
 
 STANDARDIZED = AdapterSection(method="milora", rank=4, features="standardized")
 

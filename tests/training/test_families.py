@@ -17,9 +17,9 @@ from milora_jax.generation.settings import GenerationSettings
 from milora_jax.parallel.mesh import make_mesh
 from milora_jax.parallel.rules import Rules, base_shardings
 from milora_jax.training.loss import adapted_loss
+from tests.adapted import row_batch, stack, text
 from tests.families import FAMILY_CONFIGS, WINDOW
 from tests.models import random_base, small
-from tests.training.test_equalities import row_batch, stack, text
 
 NEW = 9
 LONG = WINDOW + 5

@@ -14,7 +14,8 @@ from milora_jax.base.transformer import unembed
 from milora_jax.config import REMAT
 from milora_jax.training.cross_entropy import summed_cross_entropy
 from tests.models import TINY, random_base
-from tests.training.test_step import MODEL, SETTINGS, frozen_shaped_dots, prepare, rows
+from tests.programs import frozen_shaped_dots
+from tests.training.steps import MODEL, SETTINGS, prepare, rows
 
 ROWS, LENGTH = 3, 14
 ODD = rows(count=5)

@@ -14,7 +14,7 @@ from milora_jax.parallel.mesh import make_mesh
 from milora_jax.parallel.rules import Rules, base_shardings, batch_sharding, state_shardings
 from milora_jax.training.step import init_state, make_steps
 from tests.models import TINY, random_base
-from tests.training.test_step import rows
+from tests.training.steps import rows
 
 MODEL = dataclasses.replace(TINY, vocab_size=96, num_heads=8, num_kv_heads=8, head_dim=4)
 SHAPES = [

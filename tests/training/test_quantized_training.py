@@ -18,10 +18,10 @@ from milora_jax.generation.settings import GenerationSettings
 from milora_jax.parallel.mesh import make_mesh
 from milora_jax.parallel.rules import Rules, base_shardings, batch_sharding, state_shardings
 from milora_jax.training.step import init_state, make_steps
-from tests.base.test_quantized import largest_floats
+from tests.adapted import text
 from tests.models import QUANTIZABLE, decoded_base, quantized_base, small
-from tests.training.test_equalities import text
-from tests.training.test_step import SETTINGS, rows
+from tests.programs import largest_floats
+from tests.training.steps import SETTINGS, rows
 
 TOTAL = 20
 

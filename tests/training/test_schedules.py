@@ -12,7 +12,7 @@ from milora_jax.adapters.milora import MiLoRA
 from milora_jax.base.transformer import forward
 from milora_jax.errors import UserError
 from tests.models import random_base
-from tests.training.test_step import MODEL, SETTINGS, params_of, prepare, rows
+from tests.training.steps import MODEL, SETTINGS, params_of, prepare, rows
 
 TOTAL = 20
 

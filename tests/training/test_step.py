@@ -8,40 +8,17 @@ import numpy as np
 import optax
 import pytest
 
-from milora_jax.adapters.protocol import init_adapter, path_names, router_mask
-from milora_jax.adapters.registry import adapter_shape, build_method
-from milora_jax.base.modules import frozen_kernels
-from milora_jax.config import AdapterSection, MeshSection, TrainSection
+from milora_jax.adapters.protocol import path_names, router_mask
+from milora_jax.config import MeshSection
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.rules import Rules, base_shardings, batch_sharding, state_shardings
 from milora_jax.training.loss import adapted_loss
 from milora_jax.training.optim import learning_rate_schedule
-from milora_jax.training.step import init_state, make_steps
 from milora_jax.types import EXPERTS
-from tests.models import TINY, random_base, small
-from tests.training.test_equalities import row_batch, stack, text
-
-MODEL = dataclasses.replace(TINY, vocab_size=96)
-SETTINGS = TrainSection(learning_rate=1e-2, coefficient_learning_rate=1e-2, warmup_share=0.1)
-TOTAL = 20
-
-
-def rows(seed=0, count=8):
-    return stack(
-        *(row_batch(text(seed + i, 4 + i % 3), text(50 + i, 6 - i % 3), length=12) for i in range(count))
-    )
-
-
-def prepare(total=TOTAL, settings=SETTINGS, **adapter_settings):
-    method = build_method(AdapterSection(**{**small(adapter_settings), **adapter_settings}))
-    kernels = frozen_kernels(random_base(MODEL))
-    adapter = init_adapter(method, jax.random.key(0), adapter_shape(MODEL), kernels)
-    return init_state(adapter, jax.random.key(1), settings, total), make_steps(MODEL, settings, total)
-
-
-def params_of(state):
-    return jax.tree.map(np.asarray, state.adapter.params)
+from tests.models import random_base
+from tests.programs import frozen_shaped_dots
+from tests.training.steps import MODEL, SETTINGS, TOTAL, params_of, prepare, rows
 
 
 def same(one, other):
@@ -77,15 +54,6 @@ def test_the_load_balance_term_is_weighed_by_lambda():
     assert float(found[0.0].loss) == float(found[0.0].cross_entropy)
     balance = float(found[0.5].load_balance)
     np.testing.assert_allclose(found[0.5].loss, found[0.0].loss + 0.5 * balance, rtol=1e-6)
-
-
-def frozen_shaped_dots(program):
-    """Dots of a compiled program whose result has the shape of a frozen matrix or its transpose."""
-    frozen = {*MODEL.module_dims.values(), (MODEL.vocab_size, MODEL.hidden_size)}
-    shapes = [f"= f32[{a},{b}]" for a, b in frozen | {(b, a) for a, b in frozen}]
-    dots = [line for line in program.splitlines() if " dot(" in line or "custom-call(" in line]
-    assert len(dots) > 20
-    return [line for line in dots if any(shape in line for shape in shapes)]
 
 
 def test_the_base_gets_no_gradient():

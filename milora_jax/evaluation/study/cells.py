@@ -18,7 +18,6 @@ import numpy as np
 
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
 from milora_jax.base.modules import Base, decode_layout
-from milora_jax.cli import stop_if
 from milora_jax.config import AdapterSection, Config
 from milora_jax.errors import NonFiniteError
 from milora_jax.evaluation.final import for_decoding, parameter_counts, score_tests
@@ -27,6 +26,7 @@ from milora_jax.evaluation.study.forced import FORCED, forced_scores
 from milora_jax.evaluation.study.rows import ROUTED, Encoded, read_scores, with_answers, write_scores
 from milora_jax.evaluation.study.settings import MIXED, Converged, Study
 from milora_jax.evaluation.study.starts import START, with_fixed_mask
+from milora_jax.preemption import stop_if_preempted
 from milora_jax.storage.adapters import best_metadata, load_adapter
 from milora_jax.storage.files import read_json, write_json_atomic
 from milora_jax.training.health import BLIND
@@ -162,8 +162,8 @@ def memory_maps() -> int:
 class CellRunner:
     """Runs cells on one base, whose leaves, rows and compiled programs it keeps between them."""
 
-    def __init__(self, root: Path, say: Callable[[str], None]) -> None:
-        self._root, self._say = root, say
+    def __init__(self, root: Path, log: Callable[[str], None]) -> None:
+        self._root, self._log = root, log
         self._runs: dict[str, Run] = {}
         self._steps: dict[tuple, Steps] = {}
         self._decoding: Base | None = None
@@ -190,7 +190,7 @@ class CellRunner:
         run = self._prepare(cell)
         claim_workdir(workdir, run.config)
         if cell.fixed_mask:
-            run = with_fixed_mask(run, workdir / START, self._say)
+            run = with_fixed_mask(run, workdir / START, self._log)
         method, shape = build_method(run.config.adapter), adapter_shape(run.model)
         found: dict[str, Any] = {
             "trained_on": cell.trained_on,
@@ -239,9 +239,9 @@ class CellRunner:
         if cell.trained_on not in self._runs:
             if self._runs:
                 other = next(iter(self._runs.values()))
-                self._runs[cell.trained_on] = with_rows(other, cell.config, self._say)
+                self._runs[cell.trained_on] = with_rows(other, cell.config, self._log)
             else:
-                self._runs[cell.trained_on] = prepare_run(cell.config, None, self._say)
+                self._runs[cell.trained_on] = prepare_run(cell.config, None, self._log)
         return dataclasses.replace(self._runs[cell.trained_on], config=cell.config)
 
     def _programs(self, run: Run) -> Steps:
@@ -265,7 +265,7 @@ class CellRunner:
         routed = {task: each.scores(run, base, adapter, None) for task, each in rows.items()}
         answers = []
         if cell.generate:
-            answers = score_tests(run, base, stored, lambda _: stop_if(preempted, "scoring a cell"))
+            answers = score_tests(run, base, stored, lambda _: stop_if_preempted(preempted, "scoring a cell"))
             routed |= {score.task: with_answers(routed[score.task], score) for score in answers}
         else:
             routed = {task: dataclasses.replace(s, correct=s.exact) for task, s in routed.items()}

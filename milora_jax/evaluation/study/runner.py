@@ -16,12 +16,13 @@ from milora_jax.adapters.registry import adapter_shape, build_method, full_setti
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.source import model_directory
-from milora_jax.cli import Console, stop_if
+from milora_jax.console import Console
 from milora_jax.data.records import fingerprint, parse_sources, read_records, run_sources
 from milora_jax.errors import UserError, require
 from milora_jax.evaluation.study.cells import Cell, CellRunner, Row, without_paths
 from milora_jax.evaluation.study.settings import Study
 from milora_jax.evaluation.study.tuning import Chosen, choose, keys_of
+from milora_jax.preemption import stop_if_preempted
 from milora_jax.storage.files import read_json, write_atomic, write_json_atomic
 from milora_jax.storage.lock import WorkdirBusy, WorkdirLock
 from milora_jax.training.workdir import leaves_by_path
@@ -118,7 +119,7 @@ class StudyRunner:
     ) -> None:
         self._study, self._console, self._preempted = study, console, preempted
         self._directory = directory
-        self._cells = CellRunner(directory / CELLS_NAME, console.say)
+        self._cells = CellRunner(directory / CELLS_NAME, console.log)
         require_equal_budgets(study, adapter_shape(read_model_config(model_directory(study.base.model.path))))
 
     def run(self, cells: Sequence[Cell], title: str) -> None:
@@ -144,7 +145,7 @@ class StudyRunner:
                     del pending[cell.name]
                     bar.advance(1)
                 if pending and not worked:
-                    stop_if(self._preempted, "waiting for another process")
+                    stop_if_preempted(self._preempted, "waiting for another process")
                     time.sleep(WAIT_SECONDS)
 
     def _lock(self, cell: Cell) -> WorkdirLock:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import runpy
-import traceback
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from milora_jax.columns import parse_columns
 from milora_jax.config import AdapterSection, Config, DataSection, TrainSection
+from milora_jax.config_file import call_config_file
 from milora_jax.data.records import parse_sources, run_sources
 from milora_jax.errors import UserError, one_of, require
 
@@ -207,20 +206,7 @@ def load_study(path: Path) -> Study:
     Raises:
       UserError: where the file is missing, cannot be run or describes none.
     """
-    if not path.is_file():
-        raise UserError(f"--config {str(path)!r}: no such file, expected for example configs/study_tiny.py")
-    try:
-        found = runpy.run_path(str(path))
-        get_study = found.get("get_study")
-        study = get_study() if callable(get_study) else None
-    except UserError:
-        raise
-    except Exception as error:  # the file is the user's code: whatever it raises is theirs to read
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        where = f"{path}:{lines[-1]}" if lines else str(path)
-        raise UserError(f"--config {where}: {type(error).__name__}: {error}") from None
-    if study is None:
-        raise UserError(f"--config {str(path)!r} has no get_study(), expected a study such as study_tiny.py")
+    study = call_config_file(path, "get_study", example="configs/study_tiny.py")
     if not isinstance(study, Study):
         raise UserError(f"get_study() of {str(path)!r} gives a {type(study).__name__}: expected a Study")
     return study

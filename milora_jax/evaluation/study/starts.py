@@ -34,7 +34,7 @@ FIXED: dict[str, Any] = {
 """Settings of a MiLoRA whose set of experts is fixed."""
 
 
-def with_fixed_mask(run: Run, directory: Path, say: Callable[[str], None]) -> Run:
+def with_fixed_mask(run: Run, directory: Path, log: Callable[[str], None]) -> Run:
     """The run, starting from an adapter with a random bias that is written to ``directory``.
 
     Args:
@@ -49,7 +49,7 @@ def with_fixed_mask(run: Run, directory: Path, say: Callable[[str], None]) -> Ru
     params = dataclasses.replace(adapter.params, router=router)
     settings = run.config.model.quantize, run.config.data.prompt_format
     metadata = adapter_metadata(method, shape, run.base_fingerprint, *settings)
-    steps = CheckpointDirectory(directory, 1, say)
+    steps = CheckpointDirectory(directory, 1, log)
     steps.save(0, params, metadata)
     steps.wait()
     train = dataclasses.replace(run.config.train, init_from=str(directory))

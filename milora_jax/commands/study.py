@@ -11,19 +11,21 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_jax.cli import Console, Parser, stop_noted
+from milora_jax.commands.command_line import Parser
+from milora_jax.console import Console
 from milora_jax.errors import require
 from milora_jax.evaluation.study.reports import COMPARISONS, report
 from milora_jax.evaluation.study.runner import StudyRunner, claim_study, study_lock
 from milora_jax.evaluation.study.settings import load_study, narrowed, quick
 from milora_jax.evaluation.study.tuning import Chosen
+from milora_jax.preemption import watch_for_preemption
 from milora_jax.storage.files import write_atomic
 
 ALL = "all"
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the options."""
     parser = Parser(
         prog="python -m milora_jax.evaluation study",
         description=__doc__,
@@ -35,34 +37,34 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", default="", help="comma-separated; all by default")
     parser.add_argument("--methods", default="", help="comma-separated; all by default")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: few steps, figures mean nothing")
-    return parser.parse_args(argv)
+    return parser.parse_args(arguments)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Tune, run the cells, write the report."""
-    arguments = parse_arguments(argv)
-    require(arguments.seeds >= 1, "--seeds", arguments.seeds, "at least 1")
-    study = narrowed(load_study(arguments.config), arguments.tasks, arguments.methods)
+    asked = parse_arguments(arguments)
+    require(asked.seeds >= 1, "--seeds", asked.seeds, "at least 1")
+    study = narrowed(load_study(asked.config), asked.tasks, asked.methods)
     below = f"at most the study's tuning_seed {study.tuning_seed}"
-    require(arguments.seeds <= study.tuning_seed, "--seeds", arguments.seeds, below)
-    if arguments.quick:
+    require(asked.seeds <= study.tuning_seed, "--seeds", asked.seeds, below)
+    if asked.quick:
         study = quick(study)
-    folder = arguments.config.stem + ("_quick" if arguments.quick else "")
-    directory, console = arguments.workdir or Path("runs") / folder, Console()
-    names = list(COMPARISONS) if arguments.name == ALL else [arguments.name]
-    if arguments.name == ALL and study.converged is None:
+    folder = asked.config.stem + ("_quick" if asked.quick else "")
+    directory, console = asked.workdir or Path("runs") / folder, Console()
+    names = list(COMPARISONS) if asked.name == ALL else [asked.name]
+    if asked.name == ALL and study.converged is None:
         names = [name for name, made in COMPARISONS.items() if not made.converged]
     unknown = Chosen.nothing(study)
     needed = [cell for name in names for cell in COMPARISONS[name].plan(study, 1, unknown)]
-    with stop_noted() as preempted:
+    with watch_for_preemption() as preempted:
         runner = StudyRunner(study, directory, console, preempted)
         claim_study(directory, study)
         chosen = runner.choose(needed)
         for name in names:
-            cells = COMPARISONS[name].plan(study, arguments.seeds, chosen)
+            cells = COMPARISONS[name].plan(study, asked.seeds, chosen)
             runner.run(cells, name)
             runner.write_rows(cells)
             with study_lock(directory):
-                text = report(name, study, runner.scored_rows(cells), chosen, arguments.seeds, directory)
+                text = report(name, study, runner.scored_rows(cells), chosen, asked.seeds, directory)
                 write_atomic(directory / f"{name}.md", text.encode())
-            console.say(f"wrote {directory / f'{name}.md'}")
+            console.log(f"wrote {directory / f'{name}.md'}")

@@ -1,4 +1,4 @@
-"""The last lines of a run: where its files are, and what to type next."""
+"""The last lines of a run: where its files are, and commands that use them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from milora_jax.model_config import ModelConfig
 from milora_jax.storage.export import formats_of
 
 
-def closing_lines(workdir: Path, config: Config, model: ModelConfig, written: Sequence[str]) -> list[str]:
-    """Paths, and the commands that use what a finished run has written.
+def next_steps(workdir: Path, config: Config, model: ModelConfig, written: Sequence[str]) -> list[str]:
+    """The paths of what a finished run has written, and the commands that use it.
 
     Args:
       model: the run's.

@@ -1,25 +1,31 @@
-"""The command line of ``python -m milora_jax.parallel aot``."""
+"""``python -m milora_jax.parallel aot ...``: do a config's programs fit chips that are not here?"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from collections.abc import Sequence
 
 from milora_jax.base.known import SHAPES
-from milora_jax.cli import Parser
+from milora_jax.commands.command_line import Parser, choose_command
+from milora_jax.commands.config_options import read_config_file
 from milora_jax.config import Config, MeshSection
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
 from milora_jax.scaling.aot import WHAT, Topology, describe
 from milora_jax.scaling.plan import plan
-from milora_jax.train_flags import read_config_file
+
+PROGRAM = "python -m milora_jax.parallel"
+
+COMMANDS = {"aot": "compile a config's programs for chips that are not here, and say what they take"}
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command line, and what of it overrides the config."""
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the settings given in place of the config's."""
     parser = Parser(
         allow_abbrev=False,
-        prog="python -m milora_jax.parallel aot",
+        prog=f"{PROGRAM} aot",
         description="Compile a config's programs for chips that are not there, and say what they take.",
     )
     parser.add_argument("--config", required=True, help="a file such as configs/llama7b_math.py")
@@ -33,9 +39,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(arguments)
 
 
-def main(arguments: list[str]) -> None:
-    """Compile, and say what it takes."""
-    asked, overrides = parse(arguments)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compile, and print what it takes."""
+    given = sys.argv[1:] if arguments is None else arguments
+    choose_command(PROGRAM, given, COMMANDS)
+    asked, overrides = parse_arguments(given[1:])
     require(asked.prompts >= 1, "--prompts", asked.prompts, "at least 1")
     config = read_config_file(asked.config, overrides)
     if asked.mesh:

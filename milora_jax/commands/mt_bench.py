@@ -13,8 +13,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_jax.cli import Console, Parser
+from milora_jax.commands.command_line import Parser
 from milora_jax.config import DTYPES, TEMPLATES
+from milora_jax.console import Console
 from milora_jax.errors import UserError, require
 from milora_jax.evaluation.judge import grade_tasks, judge, pair_tasks, summary
 from milora_jax.evaluation.judge_client import JudgeClient
@@ -22,8 +23,8 @@ from milora_jax.evaluation.mt_bench import Asked, answer_questions, read_answers
 from milora_jax.evaluation.subject import named_subject, read_subject
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the options."""
     parser = Parser(
         prog="python -m milora_jax.evaluation mt-bench",
         description=__doc__,
@@ -60,76 +61,74 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     grading.add_argument("--attempts", type=int, default=4, help="how often a request is sent at most")
     grading.add_argument("--wait", type=float, default=2.0, help="seconds before the second; then doubled")
     grading.add_argument("--max-tokens", type=int, default=1024, help="longest judgment")
-    return parser.parse_args(argv)
+    return parser.parse_args(arguments)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Answer, or judge."""
-    arguments = parse_arguments(argv)
-    if not arguments.out.parent.is_dir():
-        raise UserError(f"--out {str(arguments.out)!r}: no such directory as {str(arguments.out.parent)!r}")
-    if arguments.command == "answer":
-        _answer(arguments)
+    asked = parse_arguments(arguments)
+    if not asked.out.parent.is_dir():
+        raise UserError(f"--out {str(asked.out)!r}: no such directory as {str(asked.out.parent)!r}")
+    if asked.command == "answer":
+        _answer(asked)
     else:
-        _judge(arguments)
+        _judge(asked)
 
 
-def _answer(arguments: argparse.Namespace) -> None:
-    require(arguments.batch_size >= 1, "--batch-size", arguments.batch_size, "at least 1")
-    require(arguments.max_new_tokens >= 1, "--max-new-tokens", arguments.max_new_tokens, "at least 1")
-    questions = read_questions(arguments.questions)
-    asked = Asked(arguments.max_new_tokens, arguments.temperature, arguments.seed)
+def _answer(asked: argparse.Namespace) -> None:
+    require(asked.batch_size >= 1, "--batch-size", asked.batch_size, "at least 1")
+    require(asked.max_new_tokens >= 1, "--max-new-tokens", asked.max_new_tokens, "at least 1")
+    questions = read_questions(asked.questions)
+    sampling = Asked(asked.max_new_tokens, asked.temperature, asked.seed)
     for question in questions:
-        asked.settings(question, asked.max_new_tokens)  # what is wrong in it is said before a base is read
+        sampling.settings(question, asked.max_new_tokens)  # what is wrong in it is said before a base is read
     named = named_subject(
-        arguments.workdir,
-        arguments.adapter,
-        arguments.base,
-        template=arguments.template,
-        dtype=arguments.dtype,
+        asked.workdir,
+        asked.adapter,
+        asked.base,
+        template=asked.template,
+        dtype=asked.dtype,
     )
     subject = read_subject(named)
-    model_id = arguments.model_id or Path(arguments.workdir or arguments.adapter or arguments.base).name
+    model_id = asked.model_id or Path(asked.workdir or asked.adapter or asked.base).name
     console, model = Console(), subject.load()
     with console.progress("answering", len(questions), "questions") as bar:
         answer_questions(
             model,
             subject.identity(),
             questions,
-            asked,
+            sampling,
             model_id,
-            arguments.out,
-            arguments.batch_size,
+            asked.out,
+            asked.batch_size,
             bar.advance,
         )
-    console.say(f"wrote {arguments.out}")
+    console.log(f"wrote {asked.out}")
 
 
-def _judge(arguments: argparse.Namespace) -> None:
-    require(arguments.parallel >= 1, "--parallel", arguments.parallel, "at least 1")
+def _judge(asked: argparse.Namespace) -> None:
+    require(asked.parallel >= 1, "--parallel", asked.parallel, "at least 1")
     key = ""
-    if arguments.key_variable:
-        key = os.environ.get(arguments.key_variable, "")
-        require(bool(key), f"--key-variable {arguments.key_variable}", key, "a variable that holds the key")
+    if asked.key_variable:
+        key = os.environ.get(asked.key_variable, "")
+        require(bool(key), f"--key-variable {asked.key_variable}", key, "a variable that holds the key")
     client = JudgeClient(
-        arguments.judge_url,
-        arguments.judge_model,
+        asked.judge_url,
+        asked.judge_model,
         key,
-        arguments.timeout,
-        arguments.attempts,
-        arguments.wait,
-        arguments.max_tokens,
+        asked.timeout,
+        asked.attempts,
+        asked.wait,
+        asked.max_tokens,
     )
-    ours = read_answers(arguments.answers)
+    ours = read_answers(asked.answers)
     tasks = grade_tasks(ours)
-    if arguments.against:
-        tasks = pair_tasks(ours, read_answers(arguments.against))
+    if asked.against:
+        tasks = pair_tasks(ours, read_answers(asked.against))
     console = Console()
     with console.progress("judging", len(tasks), "judgments") as bar:
-        judgments = judge(tasks, client, arguments.out, arguments.parallel, bar.advance)
+        judgments = judge(tasks, client, asked.out, asked.parallel, bar.advance)
     found = summary(judgments, ours[0].model_id)
     if found["unreadable"]:
-        console.say(
-            f"{found['unreadable']} judgments have no verdict and count for nothing: see {arguments.out}"
-        )
+        console.log(f"{found['unreadable']} judgments have no verdict and count for nothing: see {asked.out}")
     print(json.dumps(found))

@@ -13,7 +13,7 @@ from milora_jax.errors import UserError
 from milora_jax.evaluation.harness import NAME, harness_class
 
 
-def main(argv: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Register the model and hand over.
 
     Raises:
@@ -22,19 +22,19 @@ def main(argv: Sequence[str]) -> None:
     harness_class()
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv = ["lm_eval", *with_model(argv)]
+    sys.argv = ["lm_eval", *with_model(arguments)]  # its parser reads them from nowhere else
     try:
         cli_evaluate()
     except UserError:
         raise
     except Exception as error:  # whatever lm_eval, a task of somebody's or a data set raises
-        if _ours(error):
+        if _raised_in_this_package(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"lm_eval ended: {type(error).__name__}: {reason}{_advice(error)}") from None
 
 
-def with_model(argv: Sequence[str]) -> list[str]:
+def with_model(given: Sequence[str]) -> list[str]:
     """The arguments with our model, where they are of an evaluation and name none.
 
     >>> with_model(["--tasks", "mine"])
@@ -42,7 +42,7 @@ def with_model(argv: Sequence[str]) -> list[str]:
     >>> with_model(["ls", "tasks"])
     ['ls', 'tasks']
     """
-    arguments = list(argv)
+    arguments = list(given)
     if arguments and not arguments[0].startswith("-") and arguments[0] != "run":
         return arguments
     rest = arguments[1:] if arguments[:1] == ["run"] else arguments
@@ -50,8 +50,8 @@ def with_model(argv: Sequence[str]) -> list[str]:
     return ["run", *([] if named else ["--model", NAME]), *rest]
 
 
-def _ours(error: BaseException) -> bool:
-    """Whether an error was raised in this package: a defect, which keeps its traceback."""
+def _raised_in_this_package(error: BaseException) -> bool:
+    """Whether it is a defect of ours, which keeps its traceback."""
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     return any(name.startswith("milora_jax.") and name != __name__ for name in frames)
 

@@ -7,16 +7,14 @@ from pathlib import Path
 import pytest
 
 from milora_jax.adapters.registry import METHODS
+from milora_jax.commands import evaluation, generation, storage
 from milora_jax.config import Config
-from milora_jax.evaluation import score_command
-from milora_jax.evaluation.closing import closing_lines
-from milora_jax.generation import __main__ as generation
-from milora_jax.storage import __main__ as storage
+from milora_jax.evaluation.next_steps import next_steps
 from tests.models import TINY
 
 PARSERS = {
     "milora_jax.generation": generation.parse_arguments,
-    "milora_jax.evaluation": lambda: score_command.parse_arguments(sys.argv[1:]),
+    "milora_jax.evaluation": evaluation.parse_arguments,
     "milora_jax.storage": storage.parse_arguments,
 }
 
@@ -27,7 +25,7 @@ def test_every_command_is_one_that_there_is(monkeypatch, method, test):
     config = Config.from_dict(
         {"model": {"path": "a base"}, "data": {"test": test}, "adapter": {"method": method}}
     )
-    written, *commands = closing_lines(Path("runs/my run"), config, TINY, ["summary.json"])
+    written, *commands = next_steps(Path("runs/my run"), config, TINY, ["summary.json"])
     assert written.startswith("written to runs/my run: best/ (the adapter), summary.json")
     assert commands[0].startswith("next: python -m milora_jax.generation")
     told = [shlex.split(line.removeprefix("next:")) for line in commands]
@@ -43,7 +41,7 @@ def test_every_command_is_one_that_there_is(monkeypatch, method, test):
 @pytest.mark.parametrize(("trackers", "shown"), [("wandb", False), ("wandb,tensorboard", True)])
 def test_tensorboard_is_named_where_there_is_something_to_see(trackers, shown):
     config = Config.from_dict({"train": {"trackers": trackers}, "data": {"test": "a.jsonl"}})
-    lines = closing_lines(Path("runs/a"), config, TINY, ["predictions.jsonl"])
+    lines = next_steps(Path("runs/a"), config, TINY, ["predictions.jsonl"])
     assert ("      tensorboard --logdir runs/a" in lines) == shown
     assert lines[0].endswith(": best/ (the adapter), predictions.jsonl")
 
@@ -51,5 +49,5 @@ def test_tensorboard_is_named_where_there_is_something_to_see(trackers, shown):
 def test_a_base_in_this_folder_is_named_from_here(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for path, shown in ((f"{tmp_path}/a/model", "a/model"), ("/elsewhere/model", "/elsewhere/model")):
-        *_, serving = closing_lines(Path("runs/a"), Config.from_dict({"model": {"path": path}}), TINY, [])
+        *_, serving = next_steps(Path("runs/a"), Config.from_dict({"model": {"path": path}}), TINY, [])
         assert shlex.split(serving)[3] == shown

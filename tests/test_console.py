@@ -6,9 +6,11 @@ import signal
 
 import pytest
 
-from milora_jax import cli
-from milora_jax.cli import Console, Parser, stop_if, stop_noted
+from milora_jax import console
+from milora_jax.commands.command_line import Parser
+from milora_jax.console import Console
 from milora_jax.errors import Preempted
+from milora_jax.preemption import stop_if_preempted, watch_for_preemption
 
 
 def test_a_quick_load_says_nothing(capsys):
@@ -18,8 +20,8 @@ def test_a_quick_load_says_nothing(capsys):
 
 
 def test_a_long_load_says_how_far_it_is(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "SHOWN_AFTER", 0.0)
-    monkeypatch.setattr(cli, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(console, "SHOW_LOADING_AFTER", 0.0)
+    monkeypatch.setattr(console, "LINE_EVERY", 0.0)
     with Console().loading("base") as progress:
         progress(1_500_000, 4_000_000)
         progress(4_000_000, 4_000_000)
@@ -31,8 +33,8 @@ def test_a_long_load_says_how_far_it_is(capsys, monkeypatch):
 
 def test_lines_of_a_log_say_what_is_left_and_count_no_earlier_life(capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(cli, "LINE_EVERY", 0.0)
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     with Console().progress("training", 100, "step") as bar:
         for seconds, done, loss in ((500, 60, "0.900"), (501, 70, ""), (504, 100, "0.500")):
             now[0] = float(seconds)
@@ -47,7 +49,7 @@ def test_lines_of_a_log_say_what_is_left_and_count_no_earlier_life(capsys, monke
 def test_a_bar_on_a_terminal_shows_status_and_time_left(monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(cli.sys, "stderr", terminal)
+    monkeypatch.setattr(console.sys, "stderr", terminal)
     with Console().progress("training", 100, "step") as bar:
         for done in (60, 61, 80):
             bar.reach(done, f"loss 0.{done}, 50 tokens/s")
@@ -58,8 +60,8 @@ def test_a_bar_on_a_terminal_shows_status_and_time_left(monkeypatch):
 
 def test_a_load_that_fails_ends_its_bar(monkeypatch):
     closed = []
-    monkeypatch.setattr(cli, "SHOWN_AFTER", 0.0)
-    monkeypatch.setattr(cli.Bar, "close", lambda bar: closed.append(bar))
+    monkeypatch.setattr(console, "SHOW_LOADING_AFTER", 0.0)
+    monkeypatch.setattr(console.ProgressBar, "close", lambda bar: closed.append(bar))
     with pytest.raises(OSError, match="gone"):
         _half()
     assert len(closed) == 1
@@ -103,16 +105,16 @@ def interruptible():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_command_is_asked_to_stop_where_nothing_is_lost(interruptible, number, capfd):
-    with stop_noted() as stopping:
-        stop_if(stopping, "nothing happened")
+    with watch_for_preemption() as stopping:
+        stop_if_preempted(stopping, "nothing happened")
         signal.raise_signal(number)
         assert capfd.readouterr().err.strip().startswith("stopping as soon as nothing is lost")
         with pytest.raises(Preempted, match="stopped while training: nothing is lost"):
-            stop_if(stopping, "training")
+            stop_if_preempted(stopping, "training")
 
 
 def test_a_second_interrupt_stops_at_once(interruptible):
-    with stop_noted() as stopping:
+    with watch_for_preemption() as stopping:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -122,6 +124,6 @@ def test_a_second_interrupt_stops_at_once(interruptible):
 
 def test_a_job_that_ignores_interrupts_goes_on_ignoring_them(interruptible):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with stop_noted() as stopping:
+    with watch_for_preemption() as stopping:
         signal.raise_signal(signal.SIGINT)
         assert not stopping()

@@ -1,0 +1,35 @@
+"""Files of settings are Python: a function in them is called for what they hold."""
+
+from __future__ import annotations
+
+import runpy
+import traceback
+from pathlib import Path
+from typing import Any
+
+from milora_jax.errors import UserError
+
+
+def call_config_file(path: Path, function: str, *arguments: str, example: str) -> Any:
+    """What a function of a file of settings returns.
+
+    Args:
+      function: its name.
+      example: a file that has such a function, for errors.
+
+    Raises:
+      UserError: there is no such file or function, or the file raises an error, which is told with its line.
+    """
+    if not path.is_file():
+        raise UserError(f"--config {str(path)!r}: no such file, expected for example {example}")
+    try:
+        found = runpy.run_path(str(path)).get(function)
+        if callable(found):
+            return found(*arguments)
+    except UserError:
+        raise
+    except Exception as error:  # the file is the user's code: whatever it raises is theirs to read
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        where = f"{path}:{lines[-1]}" if lines else str(path)
+        raise UserError(f"--config {where}: {type(error).__name__}: {error}") from None
+    raise UserError(f"--config {str(path)!r} has no {function}(), expected a file such as {example}")

@@ -1,0 +1,22 @@
+"""What compiled programs hold."""
+
+import re
+
+import numpy as np
+
+from tests.training.steps import MODEL
+
+
+def frozen_shaped_dots(program):
+    """Dots of a compiled program whose result has the shape of a frozen matrix or its transpose."""
+    frozen = {*MODEL.module_dims.values(), (MODEL.vocab_size, MODEL.hidden_size)}
+    shapes = [f"= f32[{a},{b}]" for a, b in frozen | {(b, a) for a, b in frozen}]
+    dots = [line for line in program.splitlines() if " dot(" in line or "custom-call(" in line]
+    assert len(dots) > 20
+    return [line for line in dots if any(shape in line for shape in shapes)]
+
+
+def largest_floats(program):
+    """Elements of the largest floating array of a compiled program."""
+    shapes = re.findall(r"(?:f32|bf16|f16)\[([\d,]+)\]", program.as_text())
+    return max(int(np.prod([int(side) for side in shape.split(",")])) for shape in shapes)
