@@ -1,8 +1,13 @@
-"""Errors in the shape of OpenAI's: a status, and one JSON object that says what is wrong."""
+"""Errors as clients get them, in the shape of OpenAI's, and internal errors as the log has them."""
 
 from __future__ import annotations
 
+import logging
+import traceback
+from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("milora_jax.serving")
 
 INTERNAL = "The server could not complete the request."
 """All that a client is told of an internal error."""
@@ -76,3 +81,13 @@ def overloaded(message: str) -> APIError:
 def internal_error() -> APIError:
     """An internal error, of which the client is told nothing."""
     return APIError(500, INTERNAL, kind="server_error", code="internal_error")
+
+
+def log_error(what: str, error: BaseException) -> None:
+    """Log that something failed: the type of the error and where it was raised, never its message.
+
+    The message of an exception may quote a prompt, a path or a key.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
+    log.error("%s: %s at %s", what, type(error).__name__, places)

@@ -21,7 +21,7 @@ from milora_jax.generation.engine import Engine, bucket_of
 from milora_jax.generation.request import Request, TokenLogprobs
 from milora_jax.generation.sampling import Plan
 from milora_jax.generation.settings import GenerationSettings
-from milora_jax.serving.error_log import log_error
+from milora_jax.serving.api_errors import log_error
 from milora_jax.serving.fair_queue import FairQueue
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.store import BASE_SLOT, AdapterStore, AdapterVersion

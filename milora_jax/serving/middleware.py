@@ -17,8 +17,14 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from milora_jax.serving.admission import AdmissionControl
-from milora_jax.serving.api_errors import APIError, bad_request, forbidden, internal_error, invalid_key
-from milora_jax.serving.error_log import log_error
+from milora_jax.serving.api_errors import (
+    APIError,
+    bad_request,
+    forbidden,
+    internal_error,
+    invalid_key,
+    log_error,
+)
 from milora_jax.serving.keys import Keyring, Tenant
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.requests import parse_body
