@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from milora_jax.base.sight import scoring_of
 
 from milora_jax.base import ops
 from milora_jax.base.attention import attention
+from milora_jax.base.attention_context import scoring_of
 from milora_jax.base.load import load_base, logits
 from milora_jax.base.modules import decode_layout
 from milora_jax.base.transformer import AdaptedLayer, block

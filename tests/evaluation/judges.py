@@ -3,7 +3,6 @@
 import contextlib
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -19,8 +18,8 @@ class Judge:
         number a status, None silence.
     """
 
-    def __init__(self, *replies, seconds=0.0):
-        self.replies, self.asked, self.seconds = replies, [], seconds
+    def __init__(self, *replies):
+        self.replies, self.asked, self.over = replies, [], threading.Event()
         self.headers = {}
 
     @contextlib.contextmanager
@@ -35,7 +34,7 @@ class Judge:
                     reply = judge.replies[min(len(judge.asked), len(judge.replies) - 1)]
                     judge.asked.append((self.path, self.headers.get("Authorization"), body))
                 if reply is None:
-                    time.sleep(judge.seconds)
+                    judge.over.wait()
                     return
                 status = reply if isinstance(reply, int) else 200
                 said = None if isinstance(reply, Silence) else reply
@@ -59,6 +58,7 @@ class Judge:
         try:
             yield f"http://127.0.0.1:{server.server_port}/v1"
         finally:
+            judge.over.set()
             server.shutdown()
             server.server_close()
             thread.join()

@@ -4,12 +4,13 @@ import json
 
 import pytest
 
+from milora_jax.commands import mt_bench as command
 from milora_jax.data.chat import Message, encode_chat
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
 from milora_jax.data.tokens import encode_prompt
 from milora_jax.errors import UserError
-from milora_jax.evaluation import mt_bench, mt_bench_command
+from milora_jax.evaluation import mt_bench
 from milora_jax.evaluation.judge import pair_tasks, summary, verdict
 from milora_jax.evaluation.judge_client import JudgeClient
 from milora_jax.evaluation.mt_bench import read_answers, read_questions, turn_prompt
@@ -66,11 +67,11 @@ def answers_of(path, model_id, said="yes"):
 
 def answer(folder, out, *more):
     given = ("--workdir", folder / "run", "--questions", folder / "questions.jsonl", "--out", out)
-    mt_bench_command.main(["answer", *map(str, (*given, "--max-new-tokens", 12, *more))])
+    command.main(["answer", *map(str, (*given, "--max-new-tokens", 12, *more))])
 
 
 def judged(*more):
-    mt_bench_command.main(["judge", "--judge-model", "judge", "--wait", "0.01", *map(str, more)])
+    command.main(["judge", "--judge-model", "judge", "--wait", "0.01", *map(str, more)])
 
 
 @pytest.mark.thorough
@@ -254,7 +255,7 @@ def test_a_judge_that_is_busy_is_asked_again(tmp_path, capsys):
 )
 def test_a_judge_that_fails_ends_in_one_line_and_finished_work_is_kept(tmp_path, capsys, reply, line, count):
     answers, out = answers_of(tmp_path / "answers.jsonl", "mine"), tmp_path / "out.jsonl"
-    judge = Judge("[[5]]", "[[6]]", reply, seconds=4.0)
+    judge = Judge("[[5]]", "[[6]]", reply)
     seconds = 60 if reply else 1.5
     given = ("--answers", answers, "--out", out, "--parallel", 1, "--timeout", seconds, "--attempts", 2)
     with judge.serving() as url:
