@@ -132,7 +132,7 @@ def from_the_document(served, count):
             answer = case.call(base_url=served[1], session=session, headers=headers, timeout=LONGEST)
             case.validate_response(answer, checks=checks)
             documented = case.operation.definition.raw["responses"]
-            assert str(answer.status_code) in documented or answer.status_code in (404, 405)
+            assert str(answer.status_code) in documented
             found[answer.status_code] += 1
 
         run()

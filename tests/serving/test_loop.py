@@ -239,7 +239,7 @@ def test_a_loop_that_stops_tells_everybody(folder, adapters):
     assert not service.loop.alive
 
 
-@pytest.mark.parametrize("where", ["_look", "_prefill"])
+@pytest.mark.parametrize("where", ["_read", "_prefill"])
 def test_an_error_that_shows_late_or_early_ends_those_it_concerns_and_nobody_waits(
     service, monkeypatch, where
 ):

@@ -38,12 +38,12 @@ NAMES = ("a", "b", "c", "d")
 
 
 class PaperEngine:
-    """Rows with samples in them, each a token nearer to its end with every step."""
+    """Batch slots with samples in them, each a token nearer to its end with every step."""
 
-    slots = 64
+    cache_length = 64
 
     def __init__(self):
-        self.rows, self.waiting, self.tenants = [None] * ROWS, [], None
+        self.rows, self.waiting, self.adapters = [None] * ROWS, [], None
         self.begun, self.raises = [], False
 
     @property
@@ -58,7 +58,7 @@ class PaperEngine:
         if prompt[0] == 99:
             raise UserError("a prompt that cannot be decoded")
         request = Request(tuple(prompt), settings, slot)
-        assert self.free_slots >= settings.num_samples, "nobody is seated on another's lap"
+        assert self.free_slots >= settings.num_samples, "a batch slot holds one sample"
         self.waiting.append(request)
         self.begun.append(request)
         return request
@@ -105,8 +105,8 @@ class PaperBank:
     """Slots that must not be written while somebody decodes with them."""
 
     def __init__(self, base, config, like, slots, rank):
-        self.tenants = SimpleNamespace(method=SimpleNamespace(is_pairs=True))
-        self.adapters, self.owners = [], {}
+        self.adapters = SimpleNamespace(method=SimpleNamespace(is_pairs=True))
+        self.versions, self.owners = [], {}
 
     def prepare(self, name, adapter):
         return {"adapter": 0}
@@ -114,7 +114,7 @@ class PaperBank:
     def place(self, prepared, slot):
         before = self.owners.get(slot)
         assert before is None or not before.running, "nobody decodes with what is overwritten"
-        self.owners[slot] = next((each for each in self.adapters if each.slot == slot), None)
+        self.owners[slot] = next((each for each in self.versions if each.slot == slot), None)
 
 
 class PaperReader:
@@ -152,7 +152,7 @@ class Scheduler(RuleBasedStateMachine):
         self.engine = PaperEngine()
         limits = Limits(rows=ROWS, samples=2, adapters_on_device=slots)
         self.loop = DeviceLoop(self.engine, self.store, limits)
-        self.adapters = self.store.bank.adapters = self.store.versions()
+        self.adapters = self.store.bank.versions = self.store.versions()
         self.store.bank.owners = {each.slot: each for each in self.adapters if each.slot is not None}
         self.all, self.heard = [], {}
 
