@@ -1,4 +1,7 @@
-"""Sphinx's roles in docstrings, which Markdown does not know, as plain code: for the page of the Python API."""
+"""Rewrites Sphinx roles in docstrings, which Markdown does not know, for the page of the Python API."""
+
+# pyright: reportMissingImports=false
+# (griffe comes with the extra docs)
 
 import re
 from typing import Any

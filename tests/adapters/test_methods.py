@@ -168,7 +168,7 @@ def test_every_forward_setting_changes_the_output(method, name):
 def test_dropout_acts_only_with_a_key(method):
     batch = two_rows()
     plain, dropping = make_adapter(method=method, dropout=0.0), make_adapter(method=method, dropout=0.5)
-    keyed = {"prompt_mask": batch.prompt_mask, "key": jax.random.key(0)}
+    keyed = {"key": jax.random.key(0)}
     np.testing.assert_array_equal(run(plain, batch).hidden, run(dropping, batch).hidden)
     np.testing.assert_array_equal(run(plain, batch, **keyed).hidden, run(plain, batch).hidden)
     assert float(jnp.abs(run(dropping, batch, **keyed).hidden - run(plain, batch).hidden).max()) > 1e-3
