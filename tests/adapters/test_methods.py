@@ -265,8 +265,3 @@ def test_iapt_reads_the_prompt_alone_and_p_tuning_nothing():
         changed = row_batch(text(0, PROMPT), text(7, ANSWER))
         np.testing.assert_allclose(keys(batch), keys(changed), rtol=1e-6)
         assert bool((np.abs(keys(batch) - keys(other)) > 1e-4).any()) == moves
-
-
-def test_a_prefix_needs_the_pass_over_the_prompt():
-    with pytest.raises(ValueError, match="needs prompt_mask"):
-        run(make_adapter(method="p_tuning_v2"), two_rows(), key=None)

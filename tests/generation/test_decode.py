@@ -113,8 +113,8 @@ def test_a_prompt_in_pieces_is_refused():
     """A route is chosen from the whole prompt: a second piece cannot choose again."""
     made, _ = prefilled(make_adapter(), text(3, 8))
     batch = row_batch(text(4, 4), EMPTY)
-    with pytest.raises(ValueError, match="is not the first"):
-        run(make_adapter(), batch, prompt_mask=batch.prompt_mask, cache=made.cache)
+    with pytest.raises(ValueError, match="with that pass's route"):
+        run(make_adapter(), batch, cache=made.cache)
 
 
 def test_a_row_that_stopped_gives_nothing_more():

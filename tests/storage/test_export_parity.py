@@ -156,7 +156,7 @@ def test_torch_computes_the_route_and_the_logits_from_the_exported_files(
     before = their_logits(model, tokens)
     reader = attach(model, tmp_path / "out")
     found = their_logits(model, tokens)
-    ours, route = our_logits(folder, adapter, tokens, prompt_mask=jnp.ones(tokens.shape, bool))
+    ours, route = our_logits(folder, adapter, tokens)
     for layer, weights in reader.weights.items():
         np.testing.assert_allclose(weights.numpy(), np.asarray(route.weights[layer, :, 0]), atol=1e-5)
     assert_near(found, ours)
