@@ -27,9 +27,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-if importlib.util.find_spec("filelock"):
-    # With a limit JAX locks the cache, so that nobody reads what another process has written in part.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))
 
 if all(importlib.util.find_spec(name) for name in ("jaxtyping", "beartype")):
     from jaxtyping import install_import_hook
