@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from milora_jax.commands.command_line import Parser
@@ -126,7 +127,7 @@ def _judge(asked: argparse.Namespace) -> None:
     if asked.against:
         tasks = pair_tasks(ours, read_answers(asked.against))
     console = Console()
-    with console.progress("judging", len(tasks), "judgments") as bar:
+    with closing(client), console.progress("judging", len(tasks), "judgments") as bar:
         judgments = judge(tasks, client, asked.out, asked.parallel, bar.advance)
     found = summary(judgments, ours[0].model_id)
     if found["unreadable"]:

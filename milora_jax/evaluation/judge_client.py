@@ -56,6 +56,10 @@ class JudgeClient:
         self._failure: UserError | None = None
         self._api = _api(self.url, self.key, self.timeout)
 
+    def close(self) -> None:
+        """Close the connections to the judge."""
+        self._api.close()
+
     def give_up(self) -> None:
         """End the waiting of all threads."""
         self._stopped.set()

@@ -1,6 +1,7 @@
 """What is sent to a judge, and what a client makes of odd answers."""
 
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -20,8 +21,7 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key):
 
 
 def test_an_answer_that_is_no_completion_is_one_line():
-    with Judge({"no": "text"}).serving() as url:
-        client = JudgeClient(url, "judge")
+    with Judge({"no": "text"}).serving() as url, closing(JudgeClient(url, "judge")) as client:
         for _ in range(2):
             with pytest.raises(UserError, match="answers with something that is no chat completion"):
                 client.ask([])
@@ -33,8 +33,8 @@ def test_only_the_key_that_is_given_is_sent(monkeypatch, key):
         monkeypatch.setenv(f"OPENAI_{name}", "SECRET")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     judge = Judge("[[5]]")
-    with judge.serving() as url:
-        assert JudgeClient(url, "judge", key=key).ask([]) == "[[5]]"
+    with judge.serving() as url, closing(JudgeClient(url, "judge", key=key)) as client:
+        assert client.ask([]) == "[[5]]"
     assert judge.asked[0][1] == (f"Bearer {key}" if key else None)
     assert "SECRET" not in str(judge.headers)
 

@@ -234,7 +234,7 @@ class Scheduler(RuleBasedStateMachine):
         assert all(adapter.users >= adapter.running >= 0 for adapter in self.adapters)
         slots = [adapter.slot for adapter in self.adapters if adapter.slot is not None]
         assert len(slots) == len(set(slots))
-        assert sum(seat is not None for seat in self.engine.batch_slots) <= ROWS
+        assert sum(seat is not None for seat in self.engine.rows) <= ROWS
 
     def teardown(self):
         """Let it run to its end: every sample has ended once, and everything is given back."""
