@@ -182,7 +182,7 @@ def test_prompts_of_very_different_lengths_answer_as_each_alone(model, monkeypat
         stream=lambda i, sample, piece: pieces.setdefault((i, sample), []).append(piece),
         progress=counts.append,
     )
-    assert [(each["rows"], each["slots"]) for each in made] == [(4, 72), (3, 512)]
+    assert [(each["batch_slots"], each["cache_length"]) for each in made] == [(4, 72), (3, 512)]
     assert sum(counts) == len(prompts)
     for i, answer in enumerate(found):
         (alone,) = model([prompts[i]], settings=settings[i], adapter=model.adapter(), batch_size=4)
