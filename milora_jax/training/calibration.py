@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +39,11 @@ class FeatureStatistics:
     deviation: Float[np.ndarray, "L D"]
 
 
-Features = tuple[Float[Array, "L B Z D"], Bool[Array, "B Z"]]
-"""The features of a batch's prompts, and which prompts there are."""
+class Features(NamedTuple):
+    """The features of a batch's prompts, and which prompts there are."""
+
+    pooled: Float[Array, "L B Z D"]
+    present: Bool[Array, "B Z"]
 
 
 def feature_program(
@@ -50,7 +54,7 @@ def feature_program(
     @jax.jit
     def features(base: Base, batch: Batch) -> Features:
         output = forward(base, model, batch, inspect=calibration.features, attend=attend)
-        return output.inspected, batch.present
+        return Features(output.inspected, batch.present)
 
     return features
 
