@@ -42,7 +42,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-LONGEST = ("training/test_faults.py", "test_end_to_end.py", "training/test_methods_train.py")
+LONGEST = (
+    *("training/test_faults.py", "test_end_to_end.py"),
+    *("training/test_methods_train.py", "training/test_step.py"),
+)
 """Files that take minutes: they go first, or one worker would run them last while the other waits."""
 
 IDLE_WORDS = pytest.StashKey[list[tuple[str, str]]]()
