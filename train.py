@@ -71,7 +71,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
     add_options(parser, Cluster)
     given = sys.argv[1:] if arguments is None else arguments
     # absl, which read these options before, takes one dash as well as two.
-    asked, overrides = parser.parse_known_args([re.sub(r"^-(?=\w\w)", "--", each) for each in given])
+    asked, overrides = parser.parse_known_args([re.sub(r"^-(?=[a-z]\w)", "--", each) for each in given])
     if not asked.config:
         raise UserError("--config is missing, expected for example --config configs/tiny.py")
     if len(asked.config) > 1:

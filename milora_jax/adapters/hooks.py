@@ -11,7 +11,8 @@ ExportHooks        how it is written for other programs                     ``st
 =================  =======================================================  ==============================
 
 Every hook but ``LayerHooks.init`` has a default, which is that of a method without the thing in question: a
-method overrides what it has. ``adapters.protocol.Method`` is all five.
+method overrides what it has. ``pairs_of`` and ``weight_change`` are asked only of a method that says, by
+``is_pairs`` and ``record``, that it has them. ``adapters.protocol.Method`` is all five.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from milora_jax.adapters.inputs import (
@@ -267,16 +269,33 @@ class DecodingHooks:
         return self
 
 
-class ParameterCounts:
-    """How many parameters a method tunes, and how many have a part in a token."""
+def path_names(path: tuple) -> tuple[str, ...]:
+    """Field and dictionary names along a ``jax.tree_util`` key path."""
+    return tuple(str(getattr(entry, "name", getattr(entry, "key", entry))) for entry in path)
+
+
+def abstract_params(method: LayerHooks, shape: Shape) -> PyTree:
+    """Shapes and dtypes of a method's parameters; nothing is computed."""
+    kernels = {
+        name: jax.ShapeDtypeStruct((shape.num_layers, *dims), jnp.float32) for name, dims in shape.modules
+    }
+    return jax.eval_shape(lambda kernels: method.init(jax.random.key(0), shape, kernels), kernels)
+
+
+class ParameterCounts(LayerHooks, TrainingHooks):
+    """How many parameters a method tunes, and how many have a part in a token.
+
+    The defaults count what ``init`` makes and ``role`` calls trained.
+    """
 
     def tunable_parameters(self, shape: Shape) -> int:
         """Scalars that remain tuned at the end of training; of a method that prunes, its budget."""
-        raise NotImplementedError(f"{type(self).__name__}.tunable_parameters")
+        return self.count_parameters(abstract_params(self, shape))
 
     def count_parameters(self, params: PyTree) -> int:
         """Trained scalars of this very adapter that have an effect: fewer than there are after pruning."""
-        raise NotImplementedError(f"{type(self).__name__}.count_parameters")
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        return sum(leaf.size for path, leaf in leaves if self.role(path_names(path)).trained)
 
     def active_parameters(self, shape: Shape, share: Mapping[str, float], tunable: int) -> float:
         """Mean adapter parameters that have a part in a generated token, the paper's "active" column.

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.adapters.hooks import DecodingHooks, ExportHooks, LayerHooks, ParameterCounts, TrainingHooks
+from milora_jax.adapters.hooks import DecodingHooks, ExportHooks, ParameterCounts, path_names
 from milora_jax.adapters.inputs import Kernels, Shape
 from milora_jax.errors import require
 from milora_jax.prompt_format import PromptFormat
@@ -24,23 +23,16 @@ from milora_jax.types import PyTree
 
 
 @dataclass(frozen=True)
-class Method(LayerHooks, TrainingHooks, DecodingHooks, ParameterCounts, ExportHooks):
+class Method(ParameterCounts, DecodingHooks, ExportHooks):
     """A fine-tuning method: settings only, hashable, hence static under ``jax.jit``.
+
+    :class:`ParameterCounts` brings ``LayerHooks`` and ``TrainingHooks`` along, from which it counts.
 
     The fields of a subclass are its settings, named as in ``config.AdapterSection``.
     """
 
     name: ClassVar[str] = ""
     """What ``adapter.method`` calls it."""
-
-    def tunable_parameters(self, shape: Shape) -> int:
-        """Scalars that remain tuned at the end of training; of a method that prunes, its budget."""
-        return self.count_parameters(abstract_params(self, shape))
-
-    def count_parameters(self, params: PyTree) -> int:
-        """Scalars that a gradient trains."""
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        return sum(leaf.size for path, leaf in leaves if self.role(path_names(path)).trained)
 
 
 @dataclass(frozen=True)
@@ -77,19 +69,6 @@ class Adapter:
 def init_adapter(method: Method, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> Adapter:
     """A fresh adapter for the base with these kernels, see ``base.transformer.frozen_kernels``."""
     return Adapter(params=method.init(key, shape, kernels), method=method, shape=shape)
-
-
-def abstract_params(method: Method, shape: Shape) -> PyTree:
-    """Shapes and dtypes of a method's parameters; nothing is computed."""
-    kernels = {
-        name: jax.ShapeDtypeStruct((shape.num_layers, *dims), jnp.float32) for name, dims in shape.modules
-    }
-    return jax.eval_shape(lambda kernels: method.init(jax.random.key(0), shape, kernels), kernels)
-
-
-def path_names(path: tuple) -> tuple[str, ...]:
-    """Field and dictionary names along a ``jax.tree_util`` key path."""
-    return tuple(str(getattr(entry, "name", getattr(entry, "key", entry))) for entry in path)
 
 
 def router_mask(method: Method, params: PyTree) -> PyTree:

@@ -111,7 +111,7 @@ def forward(
         raise ValueError("a pass with a cache is not the first: it takes neither inspect nor cache_length")
     routing = first and method is not None and method.routes and route is None
     prefix_length = method.prefix_length if first and method is not None else 0
-    members, segment_ids = batch.members, batch.segment_ids
+    segment_ids, members = batch.segment_ids, batch.members if first else None
     with jax.named_scope("embed"):
         hidden = jnp.take(base.embedding[...], batch.tokens, axis=0, mode="clip")
         if config.scale_embedding:
@@ -123,7 +123,7 @@ def forward(
         index, sliding, layer, params, weights, layer_cache = inputs
         sliding = slides[0] if sliding is None else sliding
         computed = prefix = inspected = None
-        if first:
+        if members is not None:
             normed = _norm(config, hidden, layer.norms.attention)
             depth = index.astype(jnp.float32) / config.num_layers
             entering = LayerInput(hidden, normed, members, depth)
@@ -132,7 +132,7 @@ def forward(
             with jax.named_scope("route"):
                 computed = method.route(params, entering, top_k)
             weights = None if computed is None else computed.weights
-        if method is not None and prefix_length:
+        if method is not None and members is not None and prefix_length:
             with jax.named_scope("prefix"):
                 prefix = method.prefix(params, hidden, members, lambda soft: keys_of(config, layer, soft))
         layer_key = None if key is None else jax.random.fold_in(key, index)

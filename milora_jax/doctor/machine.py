@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from milora_jax.adapters.protocol import abstract_params
+from milora_jax.adapters.hooks import abstract_params
 from milora_jax.adapters.registry import adapter_shape
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding
 from milora_jax.doctor.subject import Subject

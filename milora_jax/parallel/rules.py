@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from milora_jax.adapters.protocol import path_names
+from milora_jax.adapters.hooks import path_names
 from milora_jax.base.attention import Attend, DeviceLayout, attention, has_cudnn
 from milora_jax.types import PyTree
 

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from milora_jax.adapters.hooks import abstract_params
 from milora_jax.adapters.inputs import Shape
-from milora_jax.adapters.protocol import Adapter, Method, abstract_params
+from milora_jax.adapters.protocol import Adapter, Method
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings, stored_settings
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config

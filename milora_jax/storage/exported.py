@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from milora_jax.adapters.hooks import abstract_params
 from milora_jax.adapters.inputs import Shape
-from milora_jax.adapters.protocol import Adapter, Method, abstract_params
+from milora_jax.adapters.protocol import Adapter, Method
 from milora_jax.adapters.records import Parts
 from milora_jax.adapters.registry import (
     METHOD_CLASSES,

@@ -7,7 +7,8 @@ import dataclasses
 import jax
 import optax
 
-from milora_jax.adapters.protocol import Adapter, path_names
+from milora_jax.adapters.hooks import path_names
+from milora_jax.adapters.protocol import Adapter
 from milora_jax.config import TrainSection
 from milora_jax.types import PyTree
 

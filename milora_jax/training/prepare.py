@@ -13,7 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from milora_jax.adapters.protocol import abstract_params, router_mask
+from milora_jax.adapters.hooks import abstract_params
+from milora_jax.adapters.protocol import router_mask
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf import Progress, ignore, load_leaves

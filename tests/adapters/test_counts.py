@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from milora_jax.adapters.protocol import abstract_params
+from milora_jax.adapters.hooks import abstract_params
 from milora_jax.adapters.registry import METHOD_CLASSES, METHODS, adapter_shape, build_method
 from milora_jax.config import AdapterSection
 from milora_jax.model_config import LLAMA2_7B

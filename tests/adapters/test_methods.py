@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from milora_jax.adapters.hooks import path_names
 from milora_jax.adapters.inputs import ProjectionGroup
 from milora_jax.adapters.milora import OF_TRAINING
-from milora_jax.adapters.protocol import path_names
 from milora_jax.adapters.registry import METHOD_CLASSES, METHODS, build_method, full_settings
 from milora_jax.base.modules import decode_layout
 from milora_jax.base.transformer import adapter_decode_layout, unembed

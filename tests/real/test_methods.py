@@ -84,11 +84,6 @@ def case(request, run, steps, theirs, text, tmp_path_factory):
     )
 
 
-def reads_prompts(method):
-    """Whether the adapter's function depends on which tokens are the prompt."""
-    return method.routes or method.prefix_length > 0
-
-
 def only(case, methods):
     if case.method not in methods:
         pytest.skip(f"{case.method} has no such form")

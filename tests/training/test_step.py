@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from milora_jax.adapters.protocol import path_names, router_mask
+from milora_jax.adapters.hooks import path_names
+from milora_jax.adapters.protocol import router_mask
 from milora_jax.config import MeshSection
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import check_divides, make_mesh
