@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +21,9 @@ from milora_jax.errors import UserError, require
 from milora_jax.generation.adapter_stack import AdapterStack, GatheredAdapters, gather_adapter
 from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefill, state_shardings_of
 from milora_jax.generation.merge import merged_base
-from milora_jax.generation.request import Request, TokenLogprobs, require_served
-from milora_jax.generation.sampling import Choice, Plan, Sampler, make_sampler
+from milora_jax.generation.request import Request, require_served
+from milora_jax.generation.results import RunningSample, StartedWork, read_results
+from milora_jax.generation.sampling import Plan, Sampler, make_sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.model_config import ModelConfig
 from milora_jax.types import Batch
@@ -45,36 +44,6 @@ def bucket_of(length: int, limit: int) -> int:
     while bucket < length:
         bucket *= 2
     return min(bucket, limit)
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """One sample of a request, while it holds a batch slot.
-
-    Attributes:
-      left: tokens that are still to be computed for the sample, by its length alone.
-    """
-
-    request: Request
-    sample: int
-    left: int
-
-
-@dataclass(frozen=True)
-class _Started:
-    """Work that the device has been given and whose results have not been read.
-
-    Attributes:
-      sequences: those in the batch slots when it was started.
-      choices: leaves ``[steps, B, ...]``.
-      ended: batch slots whose sequence had ended before each step, ``[steps, B]``.
-      route: of the prompts that were prefilled, ``[L, B, E]``.
-    """
-
-    sequences: tuple[_Sequence | None, ...]
-    choices: Choice
-    ended: Any
-    route: Any = None
 
 
 class Engine:
@@ -136,8 +105,8 @@ class Engine:
         """Start an empty batch."""
         self._admitting: list[Request] = []
         self._touched: dict[int, Request] = {}
-        self._slots: list[_Sequence | None] = [None] * self.batch_slots
-        self._started: deque[_Started] = deque()
+        self._slots: list[RunningSample | None] = [None] * self.batch_slots
+        self._started: deque[StartedWork] = deque()
         self._gathered: GatheredAdapters | None = None
         if self.adapters is not None and self.adapters.path == "gathered":
             self._gathered = GatheredAdapters.empty(self.adapters, self.batch_slots)
@@ -244,7 +213,7 @@ class Engine:
             unread = 1  # the device computes it while the host reads the one before
         while len(self._started) > unread:
             # Taken out after it has been read: if that raises, ``fail`` must know its sequences.
-            for request in self._read(self._started[0]):
+            for request in read_results(self._started[0], self.config.eos_ids, self.end):
                 self._touched[id(request)] = request
             self._started.popleft()
         touched, self._touched = self._touched, {}
@@ -282,7 +251,7 @@ class Engine:
         """Prefill some requests, or one of several samples, and put them into batch slots."""
         first = group[0]
         sequences = [
-            _Sequence(request, sample, request.settings.max_new_tokens - 1)
+            RunningSample(request, sample, request.settings.max_new_tokens - 1)
             for request in group
             for sample in range(request.settings.num_samples)
         ]
@@ -321,7 +290,7 @@ class Engine:
         if weights is not None and several:
             weights = weights[:, :1].repeat(count, axis=1)
         choices = jax.tree.map(lambda leaf: leaf[None], choice)
-        self._started.append(_Started((*sequences, *nobody), choices, np.zeros((1, count), bool), weights))
+        self._started.append(StartedWork((*sequences, *nobody), choices, np.zeros((1, count), bool), weights))
         self._admitting = []
 
     def _start_chunk(self) -> None:
@@ -332,13 +301,13 @@ class Engine:
         self._state, choices, ended = decode_chunk(
             *weights, self._state, self.config, self.chunk, plan, self._layout
         )
-        self._started.append(_Started(tuple(self._slots), choices, ended))
+        self._started.append(StartedWork(tuple(self._slots), choices, ended))
         for row, sequence in enumerate(self._slots):
             if sequence is not None:
                 sequence.left -= self.chunk
                 self._slots[row] = sequence if self._stays(sequence) else None
 
-    def _stays(self, sequence: _Sequence) -> bool:
+    def _stays(self, sequence: RunningSample) -> bool:
         """Whether a sequence needs its batch slot for longer than what has been started for it.
 
         The slot of a sequence whose last token is being computed goes to the next request at once, before the
@@ -346,43 +315,6 @@ class Engine:
         end.
         """
         return sequence.left > 0 or self._merges
-
-    def _read(self, started: _Started) -> list[Request]:
-        """Hand out the tokens of finished work, and free the batch slots of sequences that ended."""
-        choices, ended, route = jax.device_get((started.choices, started.ended, started.route))
-        touched = []
-        for row, sequence in enumerate(started.sequences):
-            if sequence is None or sequence.request.finish[sequence.sample] is not None:
-                continue
-            request = sequence.request
-            if route is not None:
-                request.route = route[:, row]
-            for step in range(len(ended)):
-                if ended[step, row]:
-                    break
-                self._hand_out(request, sequence.sample, choices, step, row)
-                if request.finish[sequence.sample] == "error":
-                    break
-            touched.append(request)
-        return touched
-
-    def _hand_out(self, request: Request, sample: int, choices: Choice, step: int, row: int) -> None:
-        """Append one token to a sample, and end the sample if it is the last."""
-        if not choices.finite[step, row]:
-            self.end(request, sample, "error")
-            return
-        settings, token = request.settings, int(choices.token[step, row])
-        request.tokens[sample].append(token)
-        top_tokens, top_logprobs = choices.top_tokens, choices.top_logprobs
-        if settings.logprobs and not (choices.logprob is None or top_tokens is None or top_logprobs is None):
-            pairs = zip(top_tokens[step, row], top_logprobs[step, row], strict=True)
-            top = tuple((int(i), float(value)) for i, value in pairs)[: settings.logprobs]
-            request.logprobs[sample].append(TokenLogprobs(float(choices.logprob[step, row]), top))
-        ends = () if settings.ignore_eos else self.config.eos_ids
-        if token in settings.stop_token_ids or token in ends:
-            self.end(request, sample, "stop")
-        elif len(request.tokens[sample]) >= settings.max_new_tokens:
-            self.end(request, sample, "length")
 
     def _plan(self, settings: Sequence[GenerationSettings]) -> Plan:
         least = Plan.of(settings)
