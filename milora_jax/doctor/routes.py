@@ -27,7 +27,7 @@ from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefi
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.parallel.processes import place, to_host
-from milora_jax.parallel.rules import Rules, attend_over, base_sharding, batch_sharding, state_shardings
+from milora_jax.parallel.rules import attend_over, base_sharding, batch_sharding, state_shardings
 from milora_jax.shapes import Float
 from milora_jax.storage.adapters import newest_step, read_adapter, require_its_base
 from milora_jax.types import Batch, Route
@@ -71,11 +71,11 @@ def routing_findings(subject: Subject) -> Iterator[Finding]:
     if not subject.method.routes:
         yield Finding(OK, "routing", f"method {subject.method.name} has no router")
         return
-    config, rules = subject.config, Rules()
+    config = subject.config
     rows = in_rows(sample(subject, ROWS), config.data.max_length if config.data.pack else None)
     examples = [example for row in rows for example in row]
     with Console().loading("base") as progress:
-        base = _load(subject, rules, progress)
+        base = _load(subject, progress)
     adapter, origin = _adapter(subject, base)
     placed: Adapter = jax.device_put(adapter, state_shardings(subject.mesh, adapter))
     trained = _trained(subject, placed, base, rows)
@@ -119,13 +119,13 @@ def carried_finding(given: Float[np.ndarray, "L N E"], after: Float[np.ndarray, 
     return Finding(OK, "routing", f"decoding carries the route of {layers} layers unchanged, {STEPS} steps")
 
 
-def _load(subject: Subject, rules: Rules, progress: Progress) -> Base:
+def _load(subject: Subject, progress: Progress) -> Base:
     """The base as ``train.py`` lays it out."""
     return load_leaves(
         subject.directory,
         subject.model,
         subject.config.model.dtype,
-        lambda path: base_sharding(subject.mesh, rules, path),
+        lambda path: base_sharding(subject.mesh, path),
         quantize=subject.config.model.quantize,
         progress=progress,
     )
@@ -157,12 +157,12 @@ def _trained(subject: Subject, adapter: Adapter, base: Base, rows: Sequence[Sequ
     longest = max(sum(len(example.tokens) for example in row) for row in rows)
     model, count = subject.model, _rows_of(subject, len(rows))
     batch = collate(rows, -(-longest // MULTIPLE) * MULTIPLE, count, max(map(len, rows)))
-    attend = attend_over(subject.mesh, Rules())
+    attend = attend_over(subject.mesh)
 
     def routed(adapter: Adapter, base: Base, batch: Batch) -> Route | None:
         return forward(base, model, batch, adapter=adapter, attend=attend).route
 
-    route = jax.jit(routed)(adapter, base, place(batch, batch_sharding(subject.mesh, Rules())))
+    route = jax.jit(routed)(adapter, base, place(batch, batch_sharding(subject.mesh)))
     if route is None:
         raise AssertionError("a method that routes gives a route in training")
     return Routes.of(route)
@@ -181,7 +181,7 @@ def _decoded(
     longest, rows = max(map(len, prompts)), _rows_of(subject, count)
     adapters, layout = AdapterStack.single(adapter_decode_layout(adapter, base)), device_layout(base.devices)
     length = adapters.method.prefix_length + longest + STEPS + 1
-    batch = place(collate_prompts(prompts, longest, 0, rows), batch_sharding(subject.mesh, Rules()))
+    batch = place(collate_prompts(prompts, longest, 0, rows), batch_sharding(subject.mesh))
     prefilled, route = prefill(base, adapters, np.int32(0), batch, model, length, layout)
     if route is None:
         raise AssertionError("a method that routes gives a route in prefill")

@@ -20,7 +20,7 @@ from milora_jax.generation.decode import decode_chunk, empty_state, prefill
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.model_config import ModelConfig
-from milora_jax.parallel.rules import Rules, attend_over, base_sharding, batch_sharding, state_shardings
+from milora_jax.parallel.rules import MESH_AXES, attend_over, base_sharding, batch_sharding, state_shardings
 from milora_jax.training.step import init_state, make_steps
 from milora_jax.types import Batch, PyTree
 
@@ -29,8 +29,6 @@ STEPS = 8
 
 TOTAL_STEPS = 1000
 """Of the learning rate's schedule; a number in the program, of no effect on its size."""
-
-RULES = Rules()
 
 
 def train_program(config: Config, model: ModelConfig, mesh: Mesh, prompts: int) -> Any:
@@ -48,7 +46,7 @@ def train_program(config: Config, model: ModelConfig, mesh: Mesh, prompts: int) 
         config.train,
         TOTAL_STEPS,
         lambda state: state_shardings(mesh, state),
-        attend_over(mesh, RULES, cudnn=False),
+        attend_over(mesh, cudnn=False),
     )
     return steps.train.lower(state, base, batch)
 
@@ -71,8 +69,8 @@ def decode_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
     routed = adapters.method.routes
     state = jax.eval_shape(lambda: empty_state(model, _zeros_of(base), sampler, rows, length, routed))
     # Heads over the tensor axis, as the products that write them are; all else by rows.
-    by_head = NamedSharding(mesh, PartitionSpec(RULES.rows, RULES.heads))
-    by_row = batch_sharding(mesh, RULES)
+    by_head = NamedSharding(mesh, PartitionSpec(MESH_AXES["rows"], MESH_AXES["heads"]))
+    by_row = batch_sharding(mesh)
     cache = jax.tree.map(lambda leaf: by_head if leaf.ndim == 4 else by_row, state.cache)
     places = jax.tree.map(lambda _: by_row, state).replace(cache=cache)
     return decode_chunk.lower(base, adapters, _placed(state, places), model, STEPS, Plan.of(settings))
@@ -95,7 +93,7 @@ def abstract_base(model: ModelConfig, section: ModelSection, mesh: Mesh, decode:
         return _placed(base, jax.tree.map(lambda _: here, base))
     if decode:
         base = jax.eval_shape(unroll, base)
-    places = jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, RULES, path), base)
+    places = jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, path), base)
     return _placed(base, places)
 
 
@@ -120,7 +118,7 @@ def _abstract_state(config: Config, model: ModelConfig, base: Base, train: Train
 
 
 def _abstract_batch(mesh: Mesh, rows: int, length: int, prompts: int = 1) -> Batch:
-    place = batch_sharding(mesh, RULES)
+    place = batch_sharding(mesh)
     ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
     mask: Any = jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=place)
     return Batch(ids, ids, ids, mask, mask, prompts)

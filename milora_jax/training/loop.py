@@ -75,7 +75,7 @@ class Trainer:
             config.train,
             self._total,
             lambda s: state_shardings(run.mesh, s),
-            attend_over(run.mesh, run.rules),
+            attend_over(run.mesh),
         )
         self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, say)
         self._best = CheckpointDirectory(workdir / "best", None, say)
@@ -259,7 +259,7 @@ class Trainer:
         calibration = self._method.calibration
         if calibration is None:
             return None
-        attend = attend_over(self._run.mesh, self._run.rules)
+        attend = attend_over(self._run.mesh)
         return measured_features(self._run, calibration, self._batch, attend, self._say)
 
     def _train_coefficients(self, state: TrainState, done: int) -> tuple[TrainState, Metrics]:

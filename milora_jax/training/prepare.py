@@ -47,7 +47,7 @@ from milora_jax.errors import require
 from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.processes import from_first, place, several
-from milora_jax.parallel.rules import Rules, base_sharding, batch_sharding
+from milora_jax.parallel.rules import base_sharding, batch_sharding
 from milora_jax.storage.workdir import CONFIG_NAME
 from milora_jax.training.start import starting_params
 from milora_jax.training.trackers import require_installed
@@ -77,7 +77,6 @@ class Run:
     base: Base
     tokenizer: Any
     mesh: Mesh
-    rules: Rules
     train: list[list[Example]]
     dev: list[list[Example]]
     tests: dict[str, list[Record]]
@@ -98,7 +97,7 @@ class Run:
 
     def place(self, batch: Batch) -> Batch:
         """A host batch on the devices, split by rows."""
-        return place(batch, batch_sharding(self.mesh, self.rules))
+        return place(batch, batch_sharding(self.mesh))
 
 
 def prepare_run(
@@ -148,12 +147,11 @@ def prepare_run(
     if workdir is None or not (workdir / CONFIG_NAME).is_file():
         config = _with_time(config, tokenizer)
     rows = _encode(read, tokenizer, config, model, say)
-    rules = Rules()
     base = load_leaves(
         directory,
         model,
         config.model.dtype,
-        lambda path: base_sharding(mesh, rules, path),
+        lambda path: base_sharding(mesh, path),
         quantize=config.model.quantize,
         progress=progress,
     )
@@ -163,7 +161,6 @@ def prepare_run(
         base=base,
         tokenizer=tokenizer,
         mesh=mesh,
-        rules=rules,
         base_fingerprint=base_fingerprint(directory),
         **rows,
     )
