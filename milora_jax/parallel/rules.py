@@ -51,13 +51,13 @@ BASE_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
 
 
 def base_sharding(mesh: Mesh, path: tuple) -> NamedSharding:
-    """The sharding of one leaf of the base, by its key path, its layers stacked or a tuple.
+    """The sharding of one leaf of the base by its key path; layers may be stacked or a tuple.
 
     Raises:
-      KeyError: for a leaf that :data:`BASE_AXES` does not declare.
+      KeyError: :data:`BASE_AXES` does not declare the leaf.
     """
     names = tuple(name for name in path_names(path) if name != "value")
-    # A tuple's place is written [i].
+    # A key path writes a place in a tuple as [i].
     declared = tuple(name for name in names if not name.startswith("["))
     of_one_layer = declared != names
     if declared not in BASE_AXES:
@@ -71,12 +71,12 @@ def _named(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
 
 
 def base_shardings(mesh: Mesh, base: PyTree) -> PyTree:
-    """A tree like ``base`` with every leaf's sharding."""
+    """A tree like ``base`` with the sharding of every leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, path), base)
 
 
 def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
-    """A tree like ``state``, an adapter or a training state, whose leaves every device holds whole.
+    """A tree like ``state``, an adapter or a training state, with the sharding of leaves that are replicated.
 
     Adapters and their optimiser states are small beside the base, so a method declares no axes for them.
     """
@@ -89,17 +89,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def mesh_layout(mesh: Mesh, cudnn: bool | None = None) -> DeviceLayout:
-    """How rows and heads lie on a mesh.
+    """How rows and heads are divided over a mesh.
 
     Args:
-      cudnn: whether the devices have cuDNN's kernels; None looks at them, which needs devices that are there.
+      cudnn: whether the devices have cuDNN's kernels; None asks the devices, which must then be present.
     """
     found = has_cudnn(mesh.devices.flat[0]) if cudnn is None else cudnn
     return DeviceLayout(mesh, MESH_AXES["rows"], MESH_AXES["heads"], found)
 
 
 def attend_over(mesh: Mesh, cudnn: bool | None = None) -> Attend:
-    """Attention with kernels where the platform has them, each device on its own rows and heads.
+    """Attention with kernels where the platform has them; each device computes its own rows and heads.
 
     Args:
       cudnn: see :func:`mesh_layout`.

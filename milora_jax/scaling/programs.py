@@ -1,4 +1,4 @@
-"""The programs of a run on abstract inputs: shapes, dtypes and shardings, and not one byte of a model."""
+"""The programs of a run on abstract inputs: shapes, dtypes and shardings without data."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from milora_jax.training.step import init_state, make_steps
 from milora_jax.types import Batch, PyTree
 
 STEPS = 8
-"""Decode steps of the compiled chunk; its memory does not depend on how many."""
+"""Decode steps of the compiled chunk; its memory does not depend on their number."""
 
 TOTAL_STEPS = 1000
-"""Of the learning rate's schedule; a number in the program, of no effect on its size."""
+"""Steps of the learning rate's schedule; the number has no effect on the program's size."""
 
 
 def train_program(config: Config, model: ModelConfig, mesh: Mesh, prompts: int) -> Any:
@@ -56,19 +56,19 @@ def prefill_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
     base, adapters = _decoding(config, model, mesh)
     batch = _abstract_batch(mesh, config.eval.batch_size, config.data.max_length)
     length = config.data.max_length + config.eval.max_new_tokens
-    layout = DeviceLayout() if mesh.size == 1 else None  # as ``attention.device_layout`` says
+    layout = DeviceLayout() if mesh.size == 1 else None  # as ``attention.device_layout`` gives
     return prefill.lower(base, adapters, _number(mesh), batch, model, length, layout)
 
 
 def decode_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
-    """The lowered steps of a full batch; its caches hold ``data.max_length`` and ``eval.max_new_tokens``."""
+    """The lowered decode steps of a full batch; caches hold ``data.max_length + eval.max_new_tokens``."""
     base, adapters = _decoding(config, model, mesh)
     rows, length = config.eval.batch_size, config.data.max_length + config.eval.max_new_tokens
     settings = [GenerationSettings()]
     sampler = make_sampler(settings, [0], [[0]], model.eos_ids, model.vocab_size, False)
     routed = adapters.method.routes
     state = jax.eval_shape(lambda: empty_state(model, _zeros_of(base), sampler, rows, length, routed))
-    # Heads over the tensor axis, as the products that write them are; all else by rows.
+    # Heads are split over the tensor axis, as the products that write them; the rest by rows.
     by_head = NamedSharding(mesh, PartitionSpec(MESH_AXES["rows"], MESH_AXES["heads"]))
     by_row = batch_sharding(mesh)
     cache = jax.tree.map(lambda leaf: by_head if leaf.ndim == 4 else by_row, state.cache)
@@ -77,10 +77,10 @@ def decode_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
 
 
 def abstract_base(model: ModelConfig, section: ModelSection, mesh: Mesh, decode: bool = False) -> Base:
-    """A base of ``ShapeDtypeStruct`` leaves where a run would put them.
+    """A base of ``ShapeDtypeStruct`` leaves with the shardings of a run.
 
     Args:
-      decode: in the layout of ``modules.decode_layout``, modules joined on one device and apart on several.
+      decode: in the layout of ``modules.decode_layout``, whose modules are joined on one device only.
     """
 
     def leaf(spec: LeafSpec) -> jax.ShapeDtypeStruct:
@@ -129,7 +129,7 @@ def _number(mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def _zeros_of(base: Base) -> Base:
-    """For code that asks a base for its dtype while it is traced."""
+    """A base of zeros, for code that reads a base's dtype while it is traced."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), base)
 
 
