@@ -63,13 +63,13 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
-      config: with every setting of the method written out.
+      config: the config, with every setting of the method written out.
       model, base: the frozen model, its leaves laid out over ``mesh``.
-      train, dev: encoded records, row by row: one a row unless ``data.pack`` asks for more.
+      train, dev: encoded records row by row, one in a row unless ``data.pack`` packs several.
       tests: records to score, by task name.
-      data_fingerprint: SHA-256 over the training and dev records, and the chat template that words them.
-      token_fingerprint: SHA-256 over the token ids that are trained on and judged by.
-      base_fingerprint: of the model directory, see ``base.fingerprint``.
+      data_fingerprint: SHA-256 over the training and dev records, and their chat template.
+      token_fingerprint: SHA-256 over the token ids of the training and dev rows.
+      base_fingerprint: fingerprint of the model directory, see ``base.fingerprint``.
     """
 
     config: Config
@@ -86,7 +86,7 @@ class Run:
 
     @property
     def prompts(self) -> int:
-        """Z, the most records in a row."""
+        """Z, the largest number of records in a row."""
         return max(len(row) for row in [*self.train, *self.dev])
 
     @property
@@ -96,22 +96,22 @@ class Run:
         return padded_length(longest, ROW_MULTIPLE, self.config.data.max_length)
 
     def place(self, batch: Batch) -> Batch:
-        """A host batch on the devices, split by rows."""
+        """Put a host batch on the devices, split by rows."""
         return place(batch, batch_sharding(self.mesh))
 
 
 def prepare_run(
     config: Config, workdir: Path | None, say: Callable[[str], None], progress: Progress = ignore
 ) -> Run:
-    """Read the rows, the tokenizer and the base that a config names; write nothing.
+    """Read the rows, the tokenizer and the base of a config; write nothing.
 
-    The rows come first: a typo in a file name should not cost the minutes a 7B base takes to load.
+    Rows are read first: a typo in a file name should not cost the minutes that a 7B base takes to load.
 
     Args:
-      workdir: where the run will write; refused here if another run is in it. None where the caller
-        holds its lock already.
-      say: receives one line per thing worth knowing (rows dropped, held out, loaded).
-      progress: told how many bytes of the base are read, and of how many.
+      workdir: where the run will write; refused here if another run is in it. None where the caller holds its
+        lock already.
+      say: receives one line for each noteworthy fact (rows dropped, held out, loaded).
+      progress: called with the bytes of the base read so far and their total.
     """
     config = continued(config, workdir, say)
     method = build_method(config.adapter)
@@ -167,19 +167,19 @@ def prepare_run(
 
 
 def with_rows(run: Run, config: Config, say: Callable[[str], None]) -> Run:
-    """A run on the base, tokenizer and devices of ``run``, with the rows and settings of ``config``.
+    """Replace the rows and settings of a run by those of ``config``; base, tokenizer and devices stay.
 
     Args:
-      config: with the model and mesh of ``run.config``.
+      config: a config with the model and mesh of ``run.config``.
     """
     rows = _encode(_read_rows(config, say), run.tokenizer, config, run.model, say)
     return dataclasses.replace(run, config=config, **rows)
 
 
 def _with_time(config: Config, tokenizer: Any) -> Config:
-    """The config with the time that the chat template is told, if it asks for one: now, in UTC.
+    """Set the time of the chat template, if the template uses it and the config gives none: now, in UTC.
 
-    Told the time of each rendering instead, two runs of one seed would differ, and a route from day to day.
+    With the time of each rendering instead, two runs of one seed would differ, and routes from day to day.
     """
     if config.data.template != "chat" or config.data.template_time or not asks_for_time(tokenizer):
         return config
@@ -189,12 +189,12 @@ def _with_time(config: Config, tokenizer: Any) -> Config:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows that a config names, as they were read.
+    """The rows of a config, before they are encoded.
 
     Attributes:
-      train: of all sources together.
-      dev: of each source; empty where dev rows are held out.
-      tests: by task name.
+      train: rows of all sources together.
+      dev: rows of each source; empty where dev rows are held out.
+      tests: rows by task name.
     """
 
     train: list[Record]
@@ -254,8 +254,8 @@ def _encode(
 
 
 def _require_room(tests: dict[str, list[Record]], tokenizer: Any, config: Config, model: ModelConfig) -> None:
-    """Refuse a test prompt that leaves no room for its answer, or holds a token that the model has no
-    embedding of: hours before it would be asked."""
+    """Refuse a test prompt that leaves no room for its answer, or that has a token without an embedding,
+    hours before it would be scored."""
     room = model.max_positions - config.eval.max_new_tokens
     for task, records in tests.items():
         for number, record in enumerate(records[: config.eval.limit or None], 1):
