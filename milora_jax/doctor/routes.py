@@ -1,4 +1,4 @@
-"""Do training and decoding take the same route? Asked of real rows, real weights and the real programs."""
+"""Check that training and decoding take the same route, on real rows, real weights and the real programs."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from milora_jax.storage.adapters import newest_step, read_adapter, require_its_b
 from milora_jax.types import Batch, Route
 
 ROWS = 8
-"""Real rows whose routes are compared, or more where the devices divide no fewer."""
+"""Rows whose routes are compared; more where the number of devices requires it."""
 
 STEPS = 4
-"""Decode steps after which the route must be what it was."""
+"""Decode steps after which the route must be unchanged."""
 
 EXACT, ROUNDED = 1e-5, 2e-2
-"""Largest difference of two router probabilities: of float32 on a CPU, and where products are rounded to
-fewer bits, of which the two programs do not the same number in the same order."""
+"""Largest difference of two router probabilities: for float32 on a CPU, and where products are rounded to
+fewer bits, which the two programs do in different places."""
 
 MULTIPLE = 8
-"""Rows are padded to a multiple of so many tokens."""
+"""Rows are padded to a multiple of this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Routes:
 
     Attributes:
       probs: router softmax.
-      weights: of the experts, 0 for those that were not chosen.
+      weights: weights of the experts, 0 for those that were not chosen.
     """
 
     probs: Float[np.ndarray, "L N E"]
@@ -60,14 +60,14 @@ class Routes:
 
     @classmethod
     def of(cls, route: Route) -> Routes:
-        """Those of the prompts that are present, row by row."""
+        """Collect the routes of the prompts that are present, row by row."""
         host = to_host(route)
         present = host.present[0]  # the same in every layer
         return cls(host.probs[:, present], host.weights[:, present])
 
 
 def routing_findings(subject: Subject) -> Iterator[Finding]:
-    """Compare the route of a training pass over prompt and answer, that of prefill, and that of decoding."""
+    """Compare the routes of a training pass over prompt and answer, of prefill, and of decoding."""
     if not subject.method.routes:
         yield Finding(OK, "routing", f"method {subject.method.name} has no router")
         return
@@ -86,11 +86,11 @@ def routing_findings(subject: Subject) -> Iterator[Finding]:
 
 
 def parity_finding(trained: Routes, prefilled: Routes, tolerance: float, what: str) -> Finding:
-    """Whether two passes chose the same experts with the same probabilities.
+    """Check that two passes chose the same experts with the same probabilities.
 
     Args:
-      tolerance: largest difference of two probabilities; a choice between two experts that are closer than
-        twice this is a tie, and the layers after one that fell differently see other inputs.
+      tolerance: largest difference of two probabilities. A choice between two experts that are closer than
+        twice this is a tie; layers after a tie that fell differently have different inputs.
     """
     chosen = trained.weights != 0
     differs = (chosen != (prefilled.weights != 0)).any(axis=-1)
@@ -111,7 +111,7 @@ def parity_finding(trained: Routes, prefilled: Routes, tolerance: float, what: s
 
 
 def carried_finding(given: Float[np.ndarray, "L N E"], after: Float[np.ndarray, "L N E"]) -> Finding:
-    """Whether decoding still carries the route that prefill gave, to the bit."""
+    """Check that decoding still carries the route of prefill, to the bit."""
     if not np.array_equal(given, after):
         said = f"decoding changed the route of {int((given != after).any(axis=(0, 2)).sum())} rows"
         return Finding(FAIL, "routing", f"{said}: it must read it only; report it with this line")
@@ -120,7 +120,7 @@ def carried_finding(given: Float[np.ndarray, "L N E"], after: Float[np.ndarray, 
 
 
 def _load(subject: Subject, progress: Progress) -> Base:
-    """The base as ``train.py`` lays it out."""
+    """Load the base in the layout of ``train.py``."""
     return load_leaves(
         subject.directory,
         subject.model,
@@ -132,12 +132,12 @@ def _load(subject: Subject, progress: Progress) -> Base:
 
 
 def _adapter(subject: Subject, base: Base) -> tuple[Adapter, str]:
-    """The best adapter of the workdir, or a fresh one, and which of them it is."""
+    """The best adapter of the workdir, or a fresh one, and a description of it."""
     if subject.workdir is not None:
         try:
             step = newest_step(subject.workdir)[1]
         except UserError:
-            pass  # told by the check of the workdir
+            pass  # reported by the check of the workdir
         else:
             adapter, metadata = read_adapter(subject.workdir)
             require_its_base(metadata, subject.workdir, subject.directory)
@@ -147,7 +147,7 @@ def _adapter(subject: Subject, base: Base) -> tuple[Adapter, str]:
 
 
 def _rows_of(subject: Subject, count: int) -> int:
-    """As many rows as asked for, and more where the devices divide no fewer."""
+    """The number of rows, raised to what the devices can divide."""
     parts = subject.mesh.shape["data"] * subject.mesh.shape["fsdp"]
     return -(-count // parts) * parts
 

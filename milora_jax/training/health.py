@@ -250,7 +250,7 @@ def agreement(chosen: Bool[np.ndarray, "L N E"], sources: Sequence[str]) -> dict
 
 
 def pack_routes(chosen: Bool[np.ndarray, "L N E"]) -> str:
-    """Pack chosen sets into a short string for a checkpoint's metadata; :func:`unpack_routes` is the inverse."""
+    """Pack chosen sets into a short string for a checkpoint; :func:`unpack_routes` is the inverse."""
     shape = ",".join(map(str, chosen.shape))
     return f"{shape}:{base64.b85encode(zlib.compress(np.packbits(chosen).tobytes())).decode()}"
 
