@@ -108,14 +108,14 @@ def measured_features(
     calibration: Calibration,
     batch_of: Callable[[list[list[Example]]], Batch],
     attend: Attend,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of the router's features, ``[L, D]`` each, over the first training prompts.
 
     Args:
       batch_of: makes rows a batch on the devices.
       attend: the attention function.
-      say: receives one line before the measurement begins.
+      log: receives one line before the measurement begins.
 
     Raises:
       UserError: see :func:`feature_statistics`.
@@ -128,7 +128,7 @@ def measured_features(
             yield batch_of([run.train[i] for i in rows])
 
     wanted = min(settings.feature_prompts, sum(map(len, run.train)))
-    say(f"measuring the router's features on {wanted} training prompts")
+    log(f"measuring the router's features on {wanted} training prompts")
     program = feature_program(run.model, calibration, attend)
     found = feature_statistics(lambda batch: program(run.base, batch), batches(), wanted)
     return found.mean, found.deviation

@@ -56,7 +56,7 @@ class Trainer:
     """One run's compiled programs, data and checkpoints; :meth:`fit` is the loop."""
 
     def __init__(
-        self, run: Run, workdir: Path, say: Callable[[str], None], steps: Steps | None = None
+        self, run: Run, workdir: Path, log: Callable[[str], None], steps: Steps | None = None
     ) -> None:
         """Prepare to train.
 
@@ -68,7 +68,7 @@ class Trainer:
         self._method, shape = build_method(config.adapter), adapter_shape(run.model)
         theta = split_params(Adapter(abstract_params(self._method, shape), self._method, shape))[1]
         self._bilevel = bool(jax.tree.leaves(theta))
-        self._run, self._say, self._settings = run, say, config.train
+        self._run, self._log, self._settings = run, log, config.train
         self._total = planned_steps(config.train, len(run.train))
         self._steps = steps or make_steps(
             run.model,
@@ -77,8 +77,8 @@ class Trainer:
             lambda s: state_shardings(run.mesh, s),
             attend_over(run.mesh),
         )
-        self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, say)
-        self._best = CheckpointDirectory(workdir / "best", None, say)
+        self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, log)
+        self._best = CheckpointDirectory(workdir / "best", None, log)
         self._workdir = workdir
         self._schedule = learning_rate_schedule(
             config.train.learning_rate, config.train.warmup_share, self._total
@@ -102,7 +102,7 @@ class Trainer:
         """
         state, progress = self._restore_or_init()
         earlier_seconds = progress.seconds
-        log = RunLog(self._workdir, self._run.config, int(state.step), self._say)
+        log = RunLog(self._workdir, self._run.config, int(state.step), self._log)
         try:
             state = self._take_steps(state, progress, log, advance, preempted)
         finally:
@@ -250,7 +250,7 @@ class Trainer:
         if progress.best_step:
             verify_step(self._best.root / str(progress.best_step))
         ended = newest >= self._total or progress.stopped
-        self._say(f"trained already: ended at step {newest}" if ended else f"resuming at step {newest}")
+        self._log(f"trained already: ended at step {newest}" if ended else f"resuming at step {newest}")
         return state, progress
 
     def _measured(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -259,7 +259,7 @@ class Trainer:
         if calibration is None:
             return None
         attend = attend_over(self._run.mesh)
-        return measured_features(self._run, calibration, self._batch, attend, self._say)
+        return measured_features(self._run, calibration, self._batch, attend, self._log)
 
     def _train_coefficients(self, state: TrainState, done: int) -> tuple[TrainState, Metrics]:
         """Take one update of Theta on dev rows (Appendix A)."""
@@ -318,9 +318,9 @@ class Trainer:
             )
         progress.last_perplexity = perplexity
         if reason := progress.saturated(self._run.model.vocab_size):
-            self._say(f"step {done}: nothing is being learned: {reason}; lower train.learning_rate")
+            self._log(f"step {done}: nothing is being learned: {reason}; lower train.learning_rate")
         if health is not None and (warning := health.warning(self._run.config.adapter)):
-            self._say(f"step {done}: {warning}")
+            self._log(f"step {done}: {warning}")
         if not self._method.ready(done, self._total):
             return f"dev perplexity {perplexity:.3f}, not yet within its budget"
         if perplexity < progress.best_perplexity:
@@ -356,7 +356,7 @@ class Trainer:
         for start in range(0, len(self._run.dev), size):
             if time.monotonic() - said >= LINE_EVERY:
                 said = time.monotonic()
-                self._say(f"dev evaluation: {start} of {len(self._run.dev)} rows")
+                self._log(f"dev evaluation: {start} of {len(self._run.dev)} rows")
             packed = self._run.dev[start : start + size]
             answer = self._steps.evaluate(adapter, self._run.base, self._batch(packed))
             loss, tokens, route = to_host(answer)

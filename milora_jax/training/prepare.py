@@ -101,7 +101,7 @@ class Run:
 
 
 def prepare_run(
-    config: Config, workdir: Path | None, say: Callable[[str], None], progress: Progress = ignore
+    config: Config, workdir: Path | None, log: Callable[[str], None], progress: Progress = ignore
 ) -> Run:
     """Read the rows, the tokenizer and the base of a config; write nothing.
 
@@ -110,10 +110,10 @@ def prepare_run(
     Args:
       workdir: where the run will write; refused here if another run is in it. None where the caller holds its
         lock already.
-      say: receives one line for each noteworthy fact (rows dropped, held out, loaded).
+      log: receives one line for each noteworthy fact (rows dropped, held out, loaded).
       progress: called with the bytes of the base read so far and their total.
     """
-    config = continued(config, workdir, say)
+    config = continued(config, workdir, log)
     method = build_method(config.adapter)
     config = dataclasses.replace(config, adapter=full_settings(method))
     require(bool(config.model.path), "model.path", config.model.path, "a Hugging Face directory")
@@ -142,11 +142,11 @@ def prepare_run(
         {"train.batch_size": config.train.batch_size, "eval.batch_size": config.eval.batch_size},
         {"train.batch_size": config.train.accumulate},
     )
-    read = _read_rows(config, say)
+    read = _read_rows(config, log)
     tokenizer = load_tokenizer(str(directory))
     if workdir is None or not (workdir / CONFIG_NAME).is_file():
         config = _with_time(config, tokenizer)
-    rows = _encode(read, tokenizer, config, model, say)
+    rows = _encode(read, tokenizer, config, model, log)
     base = load_leaves(
         directory,
         model,
@@ -166,13 +166,13 @@ def prepare_run(
     )
 
 
-def with_rows(run: Run, config: Config, say: Callable[[str], None]) -> Run:
+def with_rows(run: Run, config: Config, log: Callable[[str], None]) -> Run:
     """Replace the rows and settings of a run by those of ``config``; base, tokenizer and devices stay.
 
     Args:
       config: a config with the model and mesh of ``run.config``.
     """
-    rows = _encode(_read_rows(config, say), run.tokenizer, config, run.model, say)
+    rows = _encode(_read_rows(config, log), run.tokenizer, config, run.model, log)
     return dataclasses.replace(run, config=config, **rows)
 
 
@@ -202,18 +202,18 @@ class _Rows:
     tests: dict[str, list[Record]]
 
 
-def _read_rows(config: Config, say: Callable[[str], None]) -> _Rows:
+def _read_rows(config: Config, log: Callable[[str], None]) -> _Rows:
     sources = run_sources(config.data)
     train = [record for source in sources["train"] for record in read_records(source)]
     if sources["test"] and several():
-        say("several processes: nothing is scored here, python -m milora_jax.evaluation does it afterwards")
+        log("several processes: nothing is scored here, python -m milora_jax.evaluation does it afterwards")
         sources["test"] = []
     tests = {source.name: read_records(source, scored=True) for source in sources["test"]}
     return _Rows(train, [read_records(source) for source in sources["dev"]], tests)
 
 
 def _encode(
-    rows: _Rows, tokenizer: Any, config: Config, model: ModelConfig, say: Callable[[str], None]
+    rows: _Rows, tokenizer: Any, config: Config, model: ModelConfig, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """The fields of a Run that hold rows."""
     data = config.data
@@ -229,11 +229,11 @@ def _encode(
         train_records, dev_records = holdout(
             rows.train, data.dev_share, config.train.seed, data.dev_limit, fits
         )
-        say(f"no dev file: {len(dev_records)} of the training rows are held out")
+        log(f"no dev file: {len(dev_records)} of the training rows are held out")
     train, dropped = encode_records(tokenizer, train_records, model, limit, written, "training")
     dev, dev_dropped = encode_records(tokenizer, dev_records, model, limit, written, "dev")
     tests = rows.tests
-    say(
+    log(
         f"rows: {len(train)} train ({dropped} longer than {limit} tokens dropped), "
         f"{len(dev)} dev ({dev_dropped} dropped), {sum(map(len, tests.values()))} test"
         + (f" (at most {config.eval.limit} of a task are scored)" if tests and config.eval.limit else "")
@@ -242,7 +242,7 @@ def _encode(
     capacity = limit if data.pack else None
     packed = {name: in_rows(examples, capacity) for name, examples in (("train", train), ("dev", dev))}
     if data.pack:
-        say(f"packed: {len(packed['train'])} train rows, {len(packed['dev'])} dev rows")
+        log(f"packed: {len(packed['train'])} train rows, {len(packed['dev'])} dev rows")
     return {
         **packed,
         "tests": tests,

@@ -117,13 +117,13 @@ class WeightsAndBiases:
     A run keeps one id when it is resumed; the workdir holds it.
     """
 
-    def __init__(self, workdir: Path, config: Config, logged: int, say: Callable[[str], None]) -> None:
+    def __init__(self, workdir: Path, config: Config, logged: int, log: Callable[[str], None]) -> None:
         """Begin or continue the run.
 
         Args:
           logged: the last step that was logged before a resume; the service discards nothing, so steps up to
             this one are not sent twice.
-          say: receives one line with the address of the run.
+          log: receives one line with the address of the run.
         """
         import wandb  # pyright: ignore[reportMissingImports]
 
@@ -143,7 +143,7 @@ class WeightsAndBiases:
             ),
         )
         later = f"wandb sync {workdir / 'wandb'}/offline-run-* sends it"
-        say(f"Weights & Biases: {later if self._run.offline else self._run.url}")
+        log(f"Weights & Biases: {later if self._run.offline else self._run.url}")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send the curves and heat maps of a step."""
@@ -159,15 +159,15 @@ class WeightsAndBiases:
 class RunLog:
     """A run's log: the file, and the trackers of the config, which only the first process opens."""
 
-    def __init__(self, workdir: Path, config: Config, resume_step: int, say: Callable[[str], None]) -> None:
+    def __init__(self, workdir: Path, config: Config, resume_step: int, log: Callable[[str], None]) -> None:
         """Open the log.
 
         Args:
           resume_step: the step from which training resumes; figures of later steps are discarded.
-          say: receives one line when a tracker is dropped.
+          log: receives one line when a tracker is dropped.
         """
-        self._say = say
-        self._file = MetricsLog(workdir, resume_step, say)
+        self._log = log
+        self._file = MetricsLog(workdir, resume_step, log)
         self._trackers: dict[str, Tracker] = {}
         for name in tracker_names(config.train.trackers) if is_first() else ():
             self._try(name, lambda name=name: self._open(name, workdir, config, resume_step))
@@ -188,7 +188,7 @@ class RunLog:
         if name == "tensorboard":
             self._trackers[name] = TensorBoard(workdir, resume_step)
         else:
-            self._trackers[name] = WeightsAndBiases(workdir, config, self._file.last_step, self._say)
+            self._trackers[name] = WeightsAndBiases(workdir, config, self._file.last_step, self._log)
 
     def _try(self, name: str, act: Callable[[], None]) -> None:
         try:
@@ -196,7 +196,7 @@ class RunLog:
         except Exception as error:  # no failure of a tracker may end a training run
             self._trackers.pop(name, None)
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            self._say(f"train.trackers: {name} is given up, metrics.jsonl goes on: {reason}")
+            self._log(f"train.trackers: {name} is given up, metrics.jsonl goes on: {reason}")
 
 
 def require_installed(trackers: str) -> None:

@@ -59,7 +59,7 @@ def claimed(workdir: Path, config: Config) -> Iterator[None]:
         yield
 
 
-def continued(config: Config, workdir: Path | None, say: Callable[[str], None]) -> Config:
+def continued(config: Config, workdir: Path | None, log: Callable[[str], None]) -> Config:
     """Complete a config by what its workdir has decided already.
 
     The time of the chat template stays that of the run's beginning. A run from before ``data.special_tokens``
@@ -78,7 +78,7 @@ def continued(config: Config, workdir: Path | None, say: Callable[[str], None]) 
     unstored = "special_tokens" not in stored.get("data", {})
     if unstored and kept.special_tokens != given.special_tokens:
         changes["special_tokens"] = kept.special_tokens
-        say(f"the run in {workdir} began with data.special_tokens={kept.special_tokens}, which is kept")
+        log(f"the run in {workdir} began with data.special_tokens={kept.special_tokens}, which is kept")
     return dataclasses.replace(config, data=dataclasses.replace(given, **changes))
 
 
