@@ -3,8 +3,8 @@
 ``--workdir RUN`` uses a run of ``train.py``; ``--base DIR`` uses a model directory, and ``--adapter DIR`` an
 adapter on it. Prompts come from ``--prompt``, which may be repeated, from ``--file`` (one per line, or JSON
 lines with a record each), or from standard input, which is one prompt. Unless ``--raw`` is given, they are
-put into a template: the run's or the adapter's own, the tokenizer's chat template with ``--chat``, and else the
-one of ``data.prompts``.
+put into a template: the run's or the adapter's own, the tokenizer's chat template with ``--chat``, and else
+the one of ``data.prompts``.
 """
 
 from __future__ import annotations
