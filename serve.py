@@ -3,7 +3,7 @@
     python serve.py --base DIR --adapter math=runs/math --adapter law=runs/law --port 8000
     python serve.py --demo
 
-docs/serving.md says what can be asked, who may ask, and what is refused.
+docs/serving.md has the endpoints, the keys and the limits.
 """
 
 from __future__ import annotations

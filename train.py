@@ -5,8 +5,8 @@
     python train.py --config configs/paper.py:lora,boolq --config.model.path=DIR
 
 Any setting of the config can be given as ``--config.group.field=value``: ``--help`` lists them, and
-``docs/configuration.md`` has what those of ``adapter`` mean for each method. What follows a colon is handed
-to the config file. On a cluster the same command is run on every host (docs/scaling.md).
+``docs/configuration.md`` explains those of ``adapter`` for each method. The words after a colon are passed to
+the config file. On a cluster run the same command on every host (docs/scaling.md).
 
 Everything is written under the workdir; run the same command again to resume:
 
@@ -20,7 +20,6 @@ Everything is written under the workdir; run the same command again to resume:
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from typing import NamedTuple
 
 from milora_jax.cluster import Cluster
 from milora_jax.commands.command_line import Parser, run_command
-from milora_jax.commands.config_options import read_config_file, settings_parser
+from milora_jax.commands.config_options import read_config_file, settings_parser, todays_spelling
 from milora_jax.commands.options import add_options, settings_of
 from milora_jax.config import Config
 from milora_jax.console import Console
@@ -49,7 +48,7 @@ from milora_jax.training.workdir import claimed
 
 
 class Arguments(NamedTuple):
-    """What the command line says."""
+    """The values of the command line."""
 
     config: Config
     workdir: Path
@@ -57,7 +56,7 @@ class Arguments(NamedTuple):
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
-    """Read the options, the config file and the settings given in its place."""
+    """Read the options, the config file, and the settings that replace its own."""
     parser = Parser(
         allow_abbrev=False,
         usage="python train.py --config FILE[:WORDS] [--config.GROUP.FIELD=VALUE ...] [--workdir DIR]",
@@ -70,8 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
     parser.add_argument("--workdir", metavar="DIR", default="", help=about)
     add_options(parser, Cluster)
     given = sys.argv[1:] if arguments is None else arguments
-    # absl, which read these options before, takes one dash as well as two.
-    asked, overrides = parser.parse_known_args([re.sub(r"^-(?=[a-z]\w)", "--", each) for each in given])
+    asked, overrides = parser.parse_known_args(todays_spelling(given))
     if not asked.config:
         raise UserError("--config is missing, expected for example --config configs/tiny.py")
     if len(asked.config) > 1:
@@ -89,7 +87,7 @@ def main() -> None:
     """Prepare, score the base, train, score the best adapter, report."""
     started = time.monotonic()
     config, workdir, cluster = parse_arguments()
-    # JAX takes SIGTERM for itself when it joins other processes: ours is noted after that.
+    # JAX installs a handler of SIGTERM when it joins other processes, so ours is installed after it.
     with together(cluster), watch_for_preemption() as preempted:
         console = Console(silent=not is_first())
         with console.loading("base") as progress:

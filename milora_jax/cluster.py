@@ -1,4 +1,4 @@
-"""Which of several processes this one is."""
+"""The place of this process among those of a cluster."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from milora_jax.errors import require
 
 @dataclass(frozen=True)
 class Cluster:
-    """Which of several processes this one is, where a person says so.
+    """The place of this process among those of a cluster, where options give it.
 
     Attributes:
-      coordinator: HOST:PORT of the first process; empty leaves all to the environment.
-      processes: how many there are.
-      process: which one this is, from 0.
+      coordinator: HOST:PORT of the first process; where it is empty, JAX reads the environment.
+      processes: the number of processes.
+      process: the number of this process, from 0.
     """
 
     coordinator: str = ""

@@ -14,10 +14,10 @@ from typing import Any
 from milora_jax.errors import UserError, one_of, require
 
 FIELDS = ("instruction", "input", "output", "answer", "references", "system", "messages", "conversations")
-"""What a column may be mapped onto."""
+"""The fields that a column may be mapped onto."""
 
 TEXTS = ("instruction", "input", "system")
-"""Fields that may be one text for every row: what is asked, never what is answered."""
+"""Fields that may be the same text in every row: they belong to the question, never to the answer."""
 
 EXPECTED = 'entries [SOURCE:]FIELD=COLUMN, FIELD="a text" or COLUMN=, separated by commas'
 
@@ -29,14 +29,14 @@ _ENTRY = re.compile(
 
 @dataclass(frozen=True)
 class Column:
-    """One entry.
+    """One entry of ``data.columns``.
 
     Attributes:
-      source: name of the data source whose rows it is about; "" is every source.
-      field: that it gives, or, where ``column`` and ``text`` are empty, the column that is left out.
-      column: that holds the field.
-      text: the field itself.
-      entry: as it was written.
+      source: name of the data source that the entry applies to; "" is every source.
+      field: the field that the entry gives, or, where ``column`` and ``text`` are empty, the column left out.
+      column: the column that holds the field.
+      text: the text of the field.
+      entry: the entry as it was written.
     """
 
     source: str
@@ -47,15 +47,15 @@ class Column:
 
     @property
     def omits(self) -> bool:
-        """Whether it leaves a column out."""
+        """Whether the entry leaves a column out."""
         return not self.column and not self.text
 
 
 def parse_columns(text: str) -> tuple[Column, ...]:
-    """The entries of a ``data.columns``.
+    """Parse ``data.columns``.
 
     Raises:
-      UserError: naming what cannot be read.
+      UserError: an entry cannot be read; the error names it.
 
     >>> parsed = parse_columns('input=mr, e2e:instruction="Say it."')
     >>> [(column.source, column.field, column.column or column.text) for column in parsed]
@@ -85,17 +85,17 @@ def parse_columns(text: str) -> tuple[Column, ...]:
 
 
 def columns_of(columns: Sequence[Column], source: str) -> tuple[Column, ...]:
-    """The entries about one source: its own, and those of every source that its own do not replace."""
+    """The entries that apply to one source: its own, and general ones that its own do not replace."""
     own = [column for column in columns if column.source == source]
     fields = {column.field for column in own}
     return (*own, *(column for column in columns if not column.source and column.field not in fields))
 
 
 def require_sources(columns: Sequence[Column], sources: Collection[str]) -> None:
-    """Refuse an entry about a source that there is not.
+    """Refuse an entry for a source that does not exist.
 
     Raises:
-      UserError: naming the first one.
+      UserError: it names the first such entry.
     """
     for column in columns:
         if column.source and column.source not in sources:
@@ -106,18 +106,18 @@ def require_sources(columns: Sequence[Column], sources: Collection[str]) -> None
 
 
 def mapped_row(row: Mapping[str, Any], columns: Sequence[Column], where: str) -> dict[str, Any]:
-    """A row with its columns under the names of the fields that they hold.
+    """A row whose columns have the names of the fields that they hold.
 
-    A column that is mapped or left out no longer stands under its own name. Every other one does. A row
-    without the column that has the field itself needs no mapping, so a file in the schema of records can take
-    the place of a data set whose columns have other names.
+    A column that is mapped or left out loses its own name; every other column keeps it. A row that lacks the
+    column but has the field needs no mapping, so a file in the schema of records can replace a data set whose
+    columns have other names.
 
     Args:
-      columns: of the row's source.
+      columns: the entries that apply to the row's source.
       where: file and line, for errors.
 
     Raises:
-      UserError: naming a column that the row does not have, nor the field.
+      UserError: the row has neither a column nor its field; the error names the column.
     """
     columns = [each for each in columns if not each.column or each.column in row or not _has(row, each.field)]
     for each in columns:
@@ -134,5 +134,5 @@ def mapped_row(row: Mapping[str, Any], columns: Sequence[Column], where: str) ->
 
 
 def _has(row: Mapping[str, Any], field: str) -> bool:
-    """Whether a row holds a field itself; one output is all the references that a row needs."""
+    """Whether a row has the field already; one output is enough for ``references``."""
     return field in row or (field == "references" and "output" in row)

@@ -1,7 +1,7 @@
-"""Every setting of a run as frozen dataclasses, checked when they are made.
+"""Every setting of a run as frozen dataclasses, which check their values when they are made.
 
-A file in ``configs/`` returns ``to_config_dict(Config(...))``; a command line
-puts its options in their places and turns it back with ``Config.from_dict``.
+A file in ``configs/`` returns ``to_config_dict(Config(...))``; a command line sets options in it and converts
+it back with ``Config.from_dict``.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ BALANCES = ("loss", "bias")
 COEFFICIENTS = ("bilevel", "joint", "frozen")
 TRACKERS = ("tensorboard", "wandb")
 REMAT = ("none", "products", "full")
-"""What a training step computes again, from the least to the most; see :class:`TrainSection`."""
+"""What a backward pass computes again, from the least to the most; see :class:`TrainSection`."""
 
 
 @dataclass(frozen=True)
 class ModelSection:
-    """Where the frozen base lies, and how it is kept.
+    """The frozen base: where it is and how it is stored in memory.
 
     Attributes:
       path: a Hugging Face directory, ``hf://OWNER/NAME[@REVISION]`` of the Hub, or ``gs://BUCKET/PATH``.
-      dtype: in which it is computed, and kept where it is not quantised.
-      quantize: how the matrices of its layers are kept: none; int8, a scale per output; nf4, 4 bits and a
+      dtype: dtype of its computation, and of its weights where they are not quantised.
+      quantize: how the matrices of its layers are stored: none; int8, a scale per output; nf4, 4 bits and a
         scale per 64 inputs.
     """
 
@@ -56,24 +56,24 @@ class ModelSection:
 class AdapterSection:
     """The fine-tuning method and its settings.
 
-    None takes the method's own default. Which settings a method has, what they mean and their defaults
-    stand in its class under ``milora_jax/adapters/``; a setting that the method does not have is
-    refused. In brackets the methods that read each, where not all of a kind do:
+    None takes the method's own default. The class of a method under ``milora_jax/adapters/`` documents its
+    settings and their defaults; a setting that the method does not have is refused. Brackets name the methods
+    that read a setting, where not all methods of a kind do:
 
     Attributes:
       method: the fine-tuning method, a name of ``adapters.registry``, which checks it.
-      rank, alpha, dropout: of low-rank pairs. [all made of them]
+      rank, alpha, dropout: low-rank pairs. [all methods made of them]
       top_k, pooler, activation, features, gate: the router. [milora, midora; moelora has top_k]
       feature_window, router_gradient, top_k_anneal: how the router is trained. [milora, midora]
-      balance, load_balance, balance_warmup, balance_until, balance_decay, bias_rate: what makes the routers
-        use all experts. [milora, midora]
+      balance, load_balance, balance_warmup, balance_until, balance_decay, bias_rate: the balancing of the
+        experts. [milora, midora]
       normalize: the former name of ``features``: true is rms, false is raw. [milora, midora]
       coefficients: how rational coefficients or gates are trained (Appendix A). [milora, midora,
         learned_adapter, iapt, ssp]
       num_experts: experts within a module. [moelora]
       initial_rank, orthogonality, prune_start, prune_end, prune_every, sensitivity_decay, spread_decay:
         the pruning of ranks. [adalora]
-      width: of a bottleneck or of a vector that is projected. [ia3, bitfit, parallel_adapter,
+      width: width of a bottleneck or of a vector that is projected. [ia3, bitfit, parallel_adapter,
         learned_adapter, p_tuning_v2, iapt]
       tokens: length of a prefix. [p_tuning_v2, iapt]
       search_share, gate_learning_rate: the search for a structure. [ssp]
@@ -123,27 +123,27 @@ class AdapterSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """Where the records come from.
+    """The data sets of a run and the form of their prompts.
 
     Attributes:
       train: files or Hub data sets, comma-separated, each ``[NAME=]SOURCE``; see
         ``milora_jax.data.records``.
-      dev: as ``train``; where it is empty, ``dev_share`` of the training rows.
+      dev: as ``train``; where it is empty, ``dev_share`` of the training rows is used.
       test: as ``train``; every entry is one task of the final table.
       columns: which column of the rows holds which field: comma-separated ``[SOURCE:]FIELD=COLUMN``,
         ``FIELD="a text"`` for the same text in every row, or ``COLUMN=`` to leave a column out; see
         docs/data.md.
       dev_share: share of the training rows held out as dev rows when ``dev`` is empty.
-      dev_limit: most dev rows, for quick evaluations: the first ones of every entry of ``dev``, or how many
-        are held out; 0 means no limit.
-      template: how a prompt is worded: alpaca, see ``milora_jax.data.prompts``; chat, by the tokenizer's own
-        template, see ``milora_jax.data.chat``.
-      special_tokens: what is put around a prompt of the ``alpaca`` template and around plain texts:
-        tokenizer, what ``tokenizer(text)`` puts there; bos, one beginning-of-sequence token before it; none.
-      template_time: the time that a chat template is told where it asks for it (``strftime_now``), as in
-        2026-11-29T12:00:00; empty is the time at which the run begins. It is kept with the adapter.
+      dev_limit: most dev rows, for quick evaluations: the first rows of every entry of ``dev``, or the number
+        of rows held out; 0 means no limit.
+      template: form of a prompt: alpaca, see ``milora_jax.data.prompts``; chat, the tokenizer's own template,
+        see ``milora_jax.data.chat``.
+      special_tokens: special tokens around a prompt of the ``alpaca`` template and around plain texts:
+        tokenizer, those of ``tokenizer(text)``; bos, one beginning-of-sequence token before it; none.
+      template_time: the time that a chat template gets from ``strftime_now``, as in 2026-11-29T12:00:00;
+        empty is the time at which the run begins. It is stored with the adapter.
       max_length: longest row in tokens, prompt and response together.
-      pack: put several training records into a row of ``max_length`` tokens; each keeps its own attention,
+      pack: put several training records into a row of ``max_length`` tokens; each has its own attention,
         positions, loss and route.
     """
 
@@ -170,7 +170,7 @@ class DataSection:
 
     @property
     def prompt_format(self) -> PromptFormat:
-        """How the prompts of the run are written."""
+        """The format of the run's prompts."""
         return PromptFormat(self.template, self.special_tokens, self.template_time)
 
 
@@ -179,22 +179,23 @@ class TrainSection:
     """The optimiser and the schedule of a run, in optimiser steps.
 
     Attributes:
-      max_steps: stop after so many steps; 0 means as many as ``epochs`` gives.
-      epochs: passes over the training rows; with ``max_steps`` the shorter of both holds.
+      max_steps: number of optimiser steps; 0 means as many as ``epochs`` gives.
+      epochs: passes over the training rows; with ``max_steps`` too the run ends at the earlier of both.
       batch_size: rows of a step, over all devices together; a packed row holds several records.
-      learning_rate: peak, reached after the warm-up and then falling linearly to 0.
+      learning_rate: peak learning rate, reached after the warm-up; it then falls linearly to 0.
       router_rate: learning rate of the routers' parameters as a multiple of ``learning_rate``.
       router_clip_norm: largest norm of the routers' gradient, which is then clipped apart from that of the
         experts; 0 clips both together, by ``clip_norm``.
-      feature_prompts: training prompts over which standardized features are measured.
+      feature_prompts: training prompts on which the statistics of standardized features are measured.
       coefficient_learning_rate: learning rate of the rational coefficients (paper: 1e-6).
-      coefficient_every: steps between two bi-level updates on a dev batch (paper: 1).
+      coefficient_every: steps between two bi-level updates of Theta, each on a dev batch (paper: 1). An
+        update costs about as much as a step: 1 doubles the cost of training, 10 adds a tenth.
       warmup_share: share of all steps spent warming up.
-      accumulate: parts that a step's rows are divided into and computed one after the other, for memory;
-        the update is that of all rows together.
+      accumulate: parts into which a step's rows are divided and that are computed one after the other, which
+        saves memory; the update is that of all rows together.
       remat: what the backward pass computes again instead of keeping it: none, nothing; products, all but
         the results of matrix products; full, every layer from its input. Attention's scores are never kept.
-      loss_chunk: tokens of the batch whose logits exist at a time.
+      loss_chunk: tokens of the batch whose logits are in memory at a time.
       weight_decay: decoupled weight decay of AdamW.
       clip_norm: largest global gradient norm; 0 switches clipping off.
       eval_every: steps between two dev perplexities.
@@ -203,10 +204,10 @@ class TrainSection:
       patience: dev evaluations without improvement before the run stops early; 0 never stops.
       max_bad_steps: non-finite steps in a row that stop the run.
       seed: seed of initialisation, row order and dropout.
-      trackers: where figures go beside ``metrics.jsonl``: tensorboard, wandb, or both, comma-separated; see
+      trackers: where metrics go beside ``metrics.jsonl``: tensorboard, wandb, or both, comma-separated; see
         docs/logging.md.
       init_from: a workdir or an exported or imported adapter, of the same method and base, whose parameters
-        training starts from; empty for fresh ones.
+        training starts from; empty starts from fresh ones.
     """
 
     max_steps: int = 0
@@ -265,8 +266,8 @@ class MeshSection:
     """Devices along each axis of the mesh; -1 on one axis means all that remain.
 
     Attributes:
-      data: devices that divide the rows of a step among them, each with the whole base; -1 means all that
-        remain, on any one axis.
+      data: devices that divide the rows of a step among them, each with the whole base; -1, on any one axis,
+        means all that remain.
       fsdp: devices that divide the rows, and the base as well.
       tensor: devices that divide the work of every layer among them.
     """
@@ -304,7 +305,7 @@ class EvalSection:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run: what ``config.json`` in the workdir holds."""
+    """All settings of a run, as ``config.json`` in the workdir holds them."""
 
     model: ModelSection = field(default_factory=ModelSection)
     adapter: AdapterSection = field(default_factory=AdapterSection)
@@ -315,16 +316,16 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Any) -> Config:
-        """Build and check a Config from nested mappings; unknown or ill-typed fields raise UserError."""
+        """Build and check a Config from nested mappings; an unknown or ill-typed field raises UserError."""
         return _from_dict(cls, values, "config")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dictionaries, ready for JSON."""
+        """Convert to plain nested dictionaries, ready for JSON."""
         return dataclasses.asdict(self)
 
 
 def to_config_dict(config: Config) -> Any:
-    """The ``ml_collections.ConfigDict`` of a Config, which a file in ``configs/`` returns."""
+    """Convert to the ``ml_collections.ConfigDict`` that a file in ``configs/`` returns."""
     from ml_collections import ConfigDict  # only config files need it
 
     return ConfigDict(config.to_dict())

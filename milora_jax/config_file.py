@@ -1,4 +1,4 @@
-"""Files of settings are Python: a function in them is called for what they hold."""
+"""Files of settings are Python files with a function that returns the settings."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from milora_jax.errors import UserError
 
 
 def call_config_file(path: Path, function: str, *arguments: str, example: str) -> Any:
-    """What a function of a file of settings returns.
+    """Call a function of a file of settings and return its result.
 
     Args:
-      function: its name.
+      function: the function's name.
       example: a file that has such a function, for errors.
 
     Raises:
-      UserError: there is no such file or function, or the file raises an error, which is told with its line.
+      UserError: there is no such file or function, or the file raises an error; the error names the line.
     """
     if not path.is_file():
         raise UserError(f"--config {str(path)!r}: no such file, expected for example {example}")
@@ -28,7 +28,7 @@ def call_config_file(path: Path, function: str, *arguments: str, example: str) -
             return found(*arguments)
     except UserError:
         raise
-    except Exception as error:  # the file is the user's code: whatever it raises is theirs to read
+    except Exception as error:  # the file is the user's code, which may raise anything
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         where = f"{path}:{lines[-1]}" if lines else str(path)
         raise UserError(f"--config {where}: {type(error).__name__}: {error}") from None

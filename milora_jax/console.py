@@ -1,4 +1,4 @@
-"""What a long job tells its user on standard error: log lines, and how far it has come."""
+"""Log lines and progress of a long job on standard error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINE_EVERY = 10.0
 
 
 SHOW_LOADING_AFTER = 2.0
-"""Seconds of reading after which its progress is shown."""
+"""Seconds of reading after which progress is shown."""
 
 MEGABYTE = 10**6
 
@@ -23,8 +23,8 @@ MEGABYTE = 10**6
 class ProgressBar:
     """Progress of one long job, with the time that is left: a tqdm bar on a terminal, plain lines elsewhere.
 
-    The time left is estimated from the first report on: what comes before it is compilation, or an earlier
-    life of the job, and tells nothing of its speed.
+    The time left is estimated from the first report on: the time before it is compilation or an earlier run
+    of the job, which says nothing about the speed.
     """
 
     def __init__(self, name: str, total: int, unit: str, stream: IO[str] | io.TextIOBase) -> None:
@@ -38,11 +38,11 @@ class ProgressBar:
             self._bar = tqdm(total=total, desc=name, unit=unit, file=stream)
 
     def advance(self, count: int) -> None:
-        """Note that ``count`` more units are done."""
+        """Record that ``count`` more units are done."""
         self.reach(self._reached + count, "")
 
     def reach(self, done: int, status: str) -> None:
-        """Note that ``done`` units are done, with a status worth showing (or none)."""
+        """Record that ``done`` units are done, with a status to show, which may be empty."""
         step, self._reached = done - self._reached, done
         self._status = status or self._status
         if self._begun is None:
@@ -66,7 +66,7 @@ class ProgressBar:
             self._bar.refresh()
 
     def _left(self) -> str:
-        """The time left at the speed so far; nothing where there is no speed yet, or nothing left."""
+        """The time left at the speed so far; empty where the speed is unknown or nothing is left."""
         if self._begun is None or not self._begun[0] < self._reached < self._total:
             return ""
         done, since = self._begun
@@ -74,13 +74,13 @@ class ProgressBar:
         return f"{datetime.timedelta(seconds=round(seconds))} left"
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 class _Discard(io.TextIOBase):
-    """A stream that keeps nothing and is no terminal."""
+    """A stream that discards what is written and is no terminal."""
 
     def write(self, text: str, /) -> int:
         """Drop the text."""
@@ -94,7 +94,7 @@ class Console:
         """Make a console.
 
         Args:
-          silent: print nothing, for all processes but the first.
+          silent: print nothing, as all processes but the first do.
         """
         self._stream = _Discard() if silent else sys.stderr
 
@@ -116,14 +116,14 @@ class Console:
         """Show how much of something has been read, if reading takes longer than :data:`SHOW_LOADING_AFTER`.
 
         Yields:
-          A function that is told the bytes that are read, and of how many.
+          A function that takes the number of bytes read so far and their total.
         """
         begin: float | None = None
         bar: ProgressBar | None = None
 
         def progress(done: int, total: int) -> None:
             nonlocal begin, bar
-            begin = begin or time.monotonic()  # what is done before anything is read is not reading
+            begin = begin or time.monotonic()  # the time before the first byte is not part of reading
             if bar is None and time.monotonic() - begin >= SHOW_LOADING_AFTER:
                 bar = ProgressBar(name, total // MEGABYTE, "MB", self._stream)
             if bar is not None:

@@ -1,4 +1,4 @@
-"""The shape and the constants of a frozen base: everything in which the model families differ."""
+"""The shape and the constants of a frozen base, in which the model families differ."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from milora_jax.errors import one_of, require
 from milora_jax.types import EXPERTS, GROUPS
 
 GATE_ACTIVATIONS = ("silu", "gelu_tanh")
-"""Of the gate; ``gelu_tanh`` is GELU by its approximation with tanh."""
+"""Activations of the gate; ``gelu_tanh`` is GELU in its approximation by tanh."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ class ModelConfig:
       rope_theta: base wavelength of the rotary embedding.
       max_positions: longest row the model was made for.
       eos_ids: tokens that end a text.
-      rope_scaling: of the rotary frequencies.
+      rope_scaling: scaling of the rotary frequencies.
       tie_embeddings: whether the head is the embedding.
       biased: modules that have a bias.
-      activation: of the gate, one of :data:`GATE_ACTIVATIONS`.
+      activation: activation of the gate, one of :data:`GATE_ACTIVATIONS`.
       norm_unit_offset: norms multiply by ``1 + weight``, in float32 (Gemma).
       post_norms: a norm behind each sublayer as well, before it is added to the stream (Gemma 2 and 3).
       qk_norm: a norm over every head of queries and keys before the rotary embedding (Qwen3, Gemma 3).
       scale_embedding: the stream starts at ``sqrt(D)`` times the embedding (Gemma).
       query_scalar: scores are divided by its square root; None is H.
-      attention_softcap: scores are ``c tanh(score / c)``.
-      final_softcap: the same of the logits.
+      attention_softcap: a score becomes ``c tanh(score / c)``; None leaves it.
+      final_softcap: the same for the logits.
       sliding_window: in the layers that slide, a query sees so many tokens, itself included; None for all.
       sliding_pattern: which layers slide, from the first on, repeated as often as there are layers.
-      local_rope_theta: base wavelength in the layers that slide, unscaled; None for that of the others.
+      local_rope_theta: base wavelength, unscaled, in the layers that slide; None is that of the others.
       family: which tensors and keys the files have, one of ``base.families.FAMILIES``.
     """
 
@@ -107,7 +107,7 @@ class ModelConfig:
 
     @property
     def slides(self) -> tuple[bool, ...]:
-        """Which of the layers slide."""
+        """Whether each layer slides."""
         if self.sliding_window is None:
             return (False,) * self.num_layers
         pattern = self.sliding_pattern
@@ -115,7 +115,7 @@ class ModelConfig:
 
     @property
     def score_scale(self) -> float:
-        """What the product of a query and a key is multiplied by."""
+        """The factor of the product of a query and a key."""
         return (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
 
     @property
@@ -128,7 +128,7 @@ class ModelConfig:
 
     @property
     def matrix_parameters(self) -> int:
-        """N: parameters that a token is multiplied with; the look-up in the embedding is none."""
+        """N: the parameters that every token is multiplied by; the embedding look-up is not counted."""
         layer = sum(d_in * d_out for d_in, d_out in self.module_dims.values())
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 

@@ -1,4 +1,4 @@
-"""A job that is asked to stop does so at a place where nothing is lost."""
+"""SIGTERM and Ctrl-C stop a job at a place where nothing is lost."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NOTICES = {
 
 @contextmanager
 def watch_for_preemption() -> Iterator[Callable[[], bool]]:
-    """Note SIGTERM and a first Ctrl-C instead of ending; a second Ctrl-C interrupts.
+    """Record SIGTERM and a first Ctrl-C instead of ending; a second Ctrl-C interrupts.
 
     Yields:
-      A function that tells whether one of them was received.
+      A function that returns whether one of them was received.
     """
     received = False
 
@@ -30,8 +30,8 @@ def watch_for_preemption() -> Iterator[Callable[[], bool]]:
         received = True
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, old[signal.SIGINT])
-        with suppress(OSError, ValueError):  # where standard error is no file
-            os.write(sys.stderr.fileno(), NOTICES[signal.Signals(signum)])  # a print may be under way
+        with suppress(OSError, ValueError):  # standard error need not be a file
+            os.write(sys.stderr.fileno(), NOTICES[signal.Signals(signum)])  # print is not reentrant
 
     old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     if old[signal.SIGINT] is not signal.default_int_handler:  # a job in the background ignores it
@@ -49,7 +49,7 @@ def stop_if_preempted(preempted: Callable[[], bool], doing: str) -> None:
     """End a job at a place where nothing is lost, if it was asked to stop.
 
     Raises:
-      Preempted: naming what was being done.
+      Preempted: it names what was being done.
     """
     if preempted():
         raise Preempted(f"stopped while {doing}: nothing is lost, run the same command again to continue")

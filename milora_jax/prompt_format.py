@@ -1,8 +1,7 @@
-"""How a text, a record or a chat becomes the tokens of a prompt: what is kept with every adapter.
+"""The prompt format, stored with every adapter: how a text, a record or a chat becomes tokens.
 
-An adapter, and above all its router, was tuned on prompts that were written in one way; prompts written in
-another way are another input. So the format is stored beside the parameters and used again wherever the
-adapter answers.
+An adapter, and above all its router, was tuned on prompts of one format; prompts of another format are other
+inputs. The format is therefore stored beside the parameters and used wherever the adapter answers.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ SPECIAL_TOKENS = ("tokenizer", "bos", "none")
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How prompts are written, beside the tokenizer itself.
+    """The format of prompts, beside the tokenizer itself.
 
     Attributes:
-      template: one of TEMPLATES, see ``data.prompts``; "" where it is not known, as of an imported adapter.
-      special_tokens: what is put around a text that no chat template wrote: ``tokenizer``, what
-        ``tokenizer(text)`` puts there; ``bos``, one beginning-of-sequence token before it, where the
-        tokenizer has one; ``none``, nothing.
-      time: what ``strftime_now`` tells a chat template, ISO 8601 without an offset; "" is the present time.
+      template: one of TEMPLATES, see ``data.prompts``; "" where it is unknown, as for an imported adapter.
+      special_tokens: special tokens around a text that no chat template wrote: ``tokenizer``, those of
+        ``tokenizer(text)``; ``bos``, one beginning-of-sequence token before it, where the tokenizer has one;
+        ``none``, none.
+      time: result of ``strftime_now`` in a chat template, ISO 8601 without an offset; "" is the present time.
     """
 
     template: str = "alpaca"
@@ -43,20 +42,20 @@ class PromptFormat:
             parse_time(self.time)
 
     def to_dict(self) -> dict[str, str]:
-        """The fields, ready for JSON."""
+        """Convert to a dictionary, ready for JSON."""
         return dataclasses.asdict(self)
 
 
 UNSTORED = PromptFormat(template="", special_tokens="bos")
-"""Of adapters that were stored before the format was stored with them: their prompts began with one
+"""The format of adapters that were stored without one: their prompts began with one
 beginning-of-sequence token, whatever their tokenizer did by itself."""
 
 
 def stored_prompt_format(values: Any, where: str) -> PromptFormat:
-    """The format that :meth:`PromptFormat.to_dict` gave.
+    """Read the format that :meth:`PromptFormat.to_dict` gave.
 
     Args:
-      values: None where nothing was stored: :data:`UNSTORED`.
+      values: None, where nothing was stored, gives :data:`UNSTORED`.
       where: the file, for errors.
 
     Raises:
@@ -75,10 +74,10 @@ def stored_prompt_format(values: Any, where: str) -> PromptFormat:
 
 
 def parse_time(text: str) -> datetime:
-    """The time in a :class:`PromptFormat`.
+    """Parse the time of a :class:`PromptFormat`.
 
     Raises:
-      UserError: it is none, or has an offset from UTC.
+      UserError: the text is not a time, or has an offset from UTC.
     """
     try:
         time = datetime.fromisoformat(text)

@@ -1,7 +1,7 @@
 """Shape annotations: jaxtyping's where it is installed, plain names where it is not.
 
-Signatures say ``Float[Array, "B T D"]`` with the letters of ``milora_jax.types``. The tests check them
-at run time; elsewhere they are text, and the core needs no package to carry them.
+Signatures say ``Float[Array, "B T D"]`` with the letters of ``milora_jax.types``. The tests check them at run
+time; elsewhere they are plain text, and the core does not need jaxtyping.
 """
 
 from __future__ import annotations

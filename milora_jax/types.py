@@ -1,4 +1,4 @@
-"""The dimension legend and the values that flow between rooms.
+"""The dimension legend and the values that pass between packages.
 
 Dimension letters, used in every shape comment, jaxtyping string and einsum of the project:
 
@@ -43,12 +43,12 @@ GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 """Projection groups: modules that share an input, in the order a layer evaluates them."""
 
 PyTree: TypeAlias = Any
-"""A tree of arrays whose structure the annotation cannot say."""
+"""A tree of arrays whose structure an annotation cannot express."""
 
 
 @struct.dataclass
 class Batch:
-    """Rows of tokens with everything the model must know about them.
+    """Rows of tokens with everything that the model must know about them.
 
     Attributes:
       tokens: token ids; padding holds any valid id.
@@ -68,10 +68,10 @@ class Batch:
 
     @classmethod
     def unpadded(cls, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None) -> Batch:
-        """Full rows of one record each without a prompt: those of a decode step, or of the plain base.
+        """Full rows of one record each, without a prompt, as for a decode step or the plain base.
 
         Args:
-          positions: None counts each row from 0.
+          positions: None counts from 0 in each row.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
@@ -80,27 +80,27 @@ class Batch:
 
     @property
     def members(self) -> Bool[Array, "B Z T"]:
-        """Which tokens are the prompt of which record."""
+        """Whether each token belongs to the prompt of each record."""
         record = jnp.arange(1, self.prompts + 1)[None, :, None]
         return (self.segment_ids[:, None, :] == record) & self.prompt_mask[:, None, :]
 
     @property
     def present(self) -> Bool[Array, "B Z"]:
-        """Which records have a prompt; false for filler rows and for places that a row leaves empty."""
+        """Whether each record has a prompt; false for filler rows and for unused places of a row."""
         return self.members.any(axis=-1)
 
 
 @struct.dataclass
 class RouterInputs:
-    """What the routers saw of each prompt, to be reported; no gradient, and 0 where there is no prompt.
+    """Statistics of what the routers read of each prompt, for reports; no gradient, and 0 without a prompt.
 
     Attributes:
       largest: largest absolute value that entered the activation.
-      spread: root mean square of the features before they are limited to the activation's range. Of
-        standardized features it is 1 over the prompts that they were measured on, and more for prompts
-        whose features have drifted from their statistics.
+      spread: root mean square of the features before they are limited to the activation's range. For
+        standardized features it is 1 over the prompts on which they were measured, and larger for prompts
+        whose features have drifted from the statistics.
       token_share: largest share of one token in the self-attention pooler; None with the other poolers.
-      sums: of the standardized features before they are limited, and of their squares, over all prompts;
+      sums: sums over all prompts of the standardized features before they are limited, and of their squares;
         None with other features.
     """
 
@@ -117,11 +117,10 @@ class Route:
     In the stacked layout every leaf carries a leading layer axis; inside a layer none does.
 
     Attributes:
-      weights: what each expert's output is multiplied by; 0 where the expert is not chosen.
-      probs: softmax of the router, for the load-balance term and for looking at.
-      present: which prompts there are; the other leaves hold numbers without a meaning for those that are
-        not.
-      seen: what the routers saw.
+      weights: factor of each expert's output; 0 where the expert is not chosen.
+      probs: softmax of the router, for the load-balance term and for reports.
+      present: whether each prompt exists; the other leaves are meaningless where it does not.
+      seen: statistics of the router's inputs.
     """
 
     weights: Float[Array, "*L B Z E"]
@@ -132,14 +131,14 @@ class Route:
 
 @struct.dataclass
 class Metrics:
-    """What one training step reports; every leaf is a scalar unless a shape is given.
+    """The figures of one training step; every leaf is a scalar unless a shape is given.
 
     Attributes:
       loss: cross entropy plus the weighted auxiliary term.
       cross_entropy: mean negative log-likelihood of the counted tokens, in nats.
       load_balance: Eq. 4 averaged over layers; 0 for methods without a router.
       grad_norm: global L2 norm before clipping.
-      router_grad_norm: that of the routers' leaves alone; 0 without a router.
+      router_grad_norm: the norm of the routers' leaves alone; 0 without a router.
       expert_share: share of the batch's prompts that chose each expert, ``[L, E]``.
       pooled_max: largest absolute value that entered a router's activation.
       tokens: number of counted tokens.
@@ -172,9 +171,9 @@ def stack_layers(layers: tuple[PyTree, ...]) -> PyTree:
 
 
 KEPT = "kept"
-"""Name of the values that a backward pass finds kept under ``remat="products"``; see :func:`kept`."""
+"""Name of the values that are kept for the backward pass under ``remat="products"``; see :func:`kept`."""
 
 
 def kept(tree: PyTree) -> PyTree:
-    """The same values, marked as dear to compute again: results of large matrix products."""
+    """Mark values that are expensive to compute again, results of large matrix products, and return them."""
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, KEPT), tree)

@@ -13,6 +13,7 @@ import pytest
 import train
 from milora_jax.adapters.registry import build_method
 from milora_jax.commands.command_line import run_command
+from milora_jax.commands.config_options import read_config_file
 from milora_jax.config import AdapterSection, Config, DataSection, TrainSection
 from milora_jax.data.records import Record
 from milora_jax.errors import UserError
@@ -249,9 +250,33 @@ def test_overrides_reach_the_config(parse):
         ["--config.train.seed=0x7", "--noconfig.data.pack", "--config.data.pack"],
     ],
 )
-def test_a_setting_may_be_spelt_in_many_ways(parse, flags):
+def test_a_setting_may_be_spelt_in_many_ways(parse, flags, capsys):
     config, *_ = parse("--config=configs/tiny.py", *flags)
     assert (config.train.seed, config.data.pack) == (7, True)
+    old = [flag for flag in flags if flag.startswith(("-config", "--noconfig"))]
+    notes = capsys.readouterr().err.splitlines()
+    assert [note.split(" is deprecated")[0] for note in notes] == [f"note: {flag}" for flag in old]
+    assert all(note.endswith(("--config.train.seed=7", "--config.data.pack=1", "=false")) for note in notes)
+
+
+@pytest.mark.parametrize("flag", ["--flagfile=options.txt", "-flagfile", "--undefok=zzz"])
+def test_an_option_of_absl_is_refused_by_name(parse, flag):
+    with pytest.raises(UserError) as caught:
+        parse(flag, "--config.train.seed=7")
+    line = str(caught.value)
+    assert line.startswith(f"command line: {flag.partition('=')[0]} is an option of absl that is gone: ")
+    assert "\n" not in line
+    with pytest.raises(UserError, match="is an option of absl that is gone"):
+        read_config_file("configs/tiny.py", [flag])
+
+
+def test_an_option_with_one_dash_is_read_with_a_note(parse, capsys):
+    *_, workdir, _ = parse("-config", "configs/tiny.py", "-workdir", "here")
+    assert workdir == Path("here")
+    assert capsys.readouterr().err.splitlines() == [
+        "note: -config is deprecated, from the next release on write --config",
+        "note: -workdir is deprecated, from the next release on write --workdir",
+    ]
 
 
 def test_the_paper_settings_and_the_router_we_recommend(parse):

@@ -40,13 +40,13 @@ class Triplets:
 
 @struct.dataclass
 class Importance:
-    """What AdaLoRA remembers between steps.
+    """State of AdaLoRA between steps.
 
     Attributes:
-      mean: moving average of every weight's sensitivity ``|w g|``.
-      spread: moving average of how far the sensitivity was from that mean.
-      settled: whether the last pruning has been done.
-      kept: the triplets in force after the last pruning, modules in the order of ``types.EXPERTS``.
+      mean: moving average of the sensitivity ``|w g|`` of every weight.
+      spread: moving average of the distance of the sensitivity from that mean.
+      settled: whether the last pruning is done.
+      kept: the triplets that the last pruning kept, modules in the order of ``types.EXPERTS``.
     """
 
     mean: PyTree
@@ -57,15 +57,15 @@ class Importance:
 
 @dataclass(frozen=True)
 class AdaLoRA(TunedPairs):
-    """AdaLoRA.
+    """AdaLoRA and its settings.
 
     Attributes:
-      rank: mean rank of a module at the end.
-      initial_rank: rank of every module at the start; 0 means twice ``rank``, as in the paper.
+      rank: mean rank of a module after pruning.
+      initial_rank: rank of every module before pruning; 0 means twice ``rank``, as in the paper.
       orthogonality: weight of the penalty that keeps A and B orthogonal.
-      prune_start, prune_end: shares of training between which the budget falls.
+      prune_start, prune_end: shares of training between which the budget shrinks.
       prune_every: steps between two prunings.
-      sensitivity_decay, spread_decay: of the two moving averages.
+      sensitivity_decay, spread_decay: decay of the two moving averages.
     """
 
     name: ClassVar[str] = "adalora"
@@ -101,7 +101,7 @@ class AdaLoRA(TunedPairs):
         return self.alpha / self.first_rank if self.alpha else 1.0
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Triplets]:
-        """Random A and B, no value: nothing changes."""
+        """Draw A and B at random and set every value to zero, so that nothing changes."""
         del kernels
         layers, rank, params = shape.num_layers, self.first_rank, {}
         for module_key, (name, (d_in, d_out)) in zip(jax.random.split(key, 7), shape.modules, strict=True):
@@ -114,7 +114,7 @@ class AdaLoRA(TunedPairs):
         return params
 
     def folded(self, params: dict[str, Triplets]) -> dict[str, LowRank]:
-        """LoRA's pairs, each value times its row of B."""
+        """LoRA's pairs, with each value multiplied into its row of B."""
         return {name: LowRank(mine.a, mine.singular[:, None] * mine.b) for name, mine in params.items()}
 
     def changes(
@@ -139,7 +139,7 @@ class AdaLoRA(TunedPairs):
         return self.orthogonality * jnp.mean(jnp.stack(distances))
 
     def init_memory(self, params: dict[str, Triplets]) -> Importance:
-        """Nothing seen, everything kept."""
+        """A state with all triplets kept and averages of zero."""
         return Importance(
             mean=jax.tree.map(jnp.zeros_like, params),
             spread=jax.tree.map(jnp.zeros_like, params),
@@ -148,9 +148,9 @@ class AdaLoRA(TunedPairs):
         )
 
     def budgets(self, first: int, last: int, total_steps: int) -> Int[np.ndarray, " steps"]:
-        """Triplets to keep after each step from 0 on: ``first``, a cubic fall, then ``last`` (Eq. 12)."""
+        """The number of triplets to keep after each step: ``first``, a cubic fall, then ``last`` (Eq. 12)."""
         start, end = self._pruning_steps(total_steps)
-        # In float64 on the host, as in PEFT: float32 is off by one triplet now and then.
+        # In float64 on the host, as in PEFT: float32 is sometimes off by one triplet.
         left = 1.0 - np.clip((np.arange(total_steps + 1) - start) / (end - start), 0.0, 1.0)
         return (last + (first - last) * left**3).astype(np.int32)
 
@@ -163,10 +163,10 @@ class AdaLoRA(TunedPairs):
         total_steps: int,
         use: ExpertUse | None = None,
     ) -> tuple[dict[str, Triplets], Importance]:
-        """Update the importance of every weight, and prune when it is time to.
+        """Update the importance of every weight, and prune at the steps of the schedule.
 
-        A pruned value may grow again from its gradient until the budget is met; after that the pruned
-        triplets stay out.
+        Until the budget is met a pruned value may grow again from its gradient; afterwards pruned triplets
+        stay pruned.
         """
         del use
         _, end = self._pruning_steps(total_steps)
@@ -175,7 +175,7 @@ class AdaLoRA(TunedPairs):
         budgets = self.budgets(scores.size, scores.size // self.first_rank * self.rank, total_steps)
         place = jnp.argsort(jnp.argsort(-scores.reshape(-1))).reshape(scores.shape)
         fresh = place < jnp.asarray(budgets)[jnp.minimum(step, total_steps)]
-        # Not "step == end": that update may be one that was skipped because it was not finite.
+        # Not "step == end": the update at the end may be skipped because it is not finite.
         due = ~memory.settled & ((step % self.prune_every == 0) | (step >= end))
         kept = jnp.where(due, fresh, memory.kept)
         stays = kept | ~(due | memory.settled)
@@ -189,9 +189,9 @@ class AdaLoRA(TunedPairs):
     def _importance(
         self, params: PyTree, grads: PyTree, memory: Importance, looks: Bool[Array, ""]
     ) -> tuple[PyTree, PyTree]:
-        """The moving averages with this step's sensitivities, or as they were unless ``looks``.
+        """Update the moving averages with this step's sensitivities where ``looks`` is true.
 
-        The last pruning does not look at its own step's gradient, as in PEFT.
+        The last pruning ignores the gradient of its own step, as in PEFT.
         """
         beta1, beta2 = self.sensitivity_decay, self.spread_decay
         seen = jax.tree.map(lambda w, g: jnp.abs(w * g), params, grads)
@@ -204,7 +204,7 @@ class AdaLoRA(TunedPairs):
         )
 
     def ready(self, step: int, total_steps: int) -> bool:
-        """Once the budget is met."""
+        """Whether the budget is met."""
         return step >= self._pruning_steps(total_steps)[1]
 
     def _pruning_steps(self, total_steps: int) -> tuple[int, int]:
@@ -212,11 +212,11 @@ class AdaLoRA(TunedPairs):
         return start, max(start + 1, round(self.prune_end * total_steps))
 
     def tunable_parameters(self, shape: Shape) -> int:
-        """Triplets that are left after the last pruning, at the mean size of a triplet."""
+        """The budget of triplets, at the mean size of a triplet."""
         return sum(shape.num_layers * self.rank * (sum(dims) + 1) for _, dims in shape.modules)
 
     def count_parameters(self, params: dict[str, Triplets]) -> int:
-        """The triplets whose value is not zero; modules differ in what a triplet costs."""
+        """The size of the triplets whose value is not zero; it differs from module to module."""
         return sum(
             int((np.asarray(mine.singular) != 0).sum()) * (mine.a.shape[-2] + mine.b.shape[-1] + 1)
             for mine in params.values()
@@ -224,6 +224,6 @@ class AdaLoRA(TunedPairs):
 
 
 def _triplet_scores(mean: Triplets, spread: Triplets) -> Float[Array, "L R"]:
-    """Importance of each triplet: its value's, and the means over its column and its row (Eq. 10)."""
+    """Importance of each triplet: that of its value plus the means over its column and its row (Eq. 10)."""
     score = jax.tree.map(jnp.multiply, mean, spread)
     return score.singular + score.a.mean(axis=-2) + score.b.mean(axis=-1)

@@ -1,4 +1,4 @@
-"""BitFit: biases alone are tuned (Ben Zaken et al. 2022, arXiv 2106.10199).
+"""BitFit: only biases are tuned (Ben Zaken et al. 2022, arXiv 2106.10199).
 
 LLaMA has no biases, so the MiLoRA paper (Appendix D) adds one to each of the seven modules and makes
 it from a shorter vector by a projection.
@@ -26,7 +26,7 @@ class BitFit(ProjectedMethod):
     def adapt(
         self, params: dict[str, Projected], group: ProjectionGroup
     ) -> tuple[Float[Array, "B T _"], ...]:
-        """Add its bias to every module's output."""
+        """Add each module's bias to its output."""
         return tuple(
             output + params[name].product()[None, None].astype(output.dtype)
             for name, output in zip(group.names, group.outputs, strict=True)

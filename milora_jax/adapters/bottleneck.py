@@ -23,9 +23,9 @@ class Bottleneck:
     """One bottleneck per layer, without biases.
 
     Attributes:
-      reduce: into the bottleneck.
-      expand: out of it.
-      numerator, denominator: coefficients of a rational activation; None with a fixed one.
+      reduce: matrix into the bottleneck.
+      expand: matrix out of the bottleneck.
+      numerator, denominator: coefficients of a rational activation; None with a fixed activation.
     """
 
     reduce: Float[Array, "*L D W"]
@@ -43,7 +43,7 @@ class Bottleneck:
 def init_bottleneck(
     key: Key[Array, ""], layers: int, size: int, width: int, learned: bool, zero: bool
 ) -> Bottleneck:
-    """Matrices uniform in +-1/sqrt(their input width), the second one zero if ``zero``."""
+    """Draw matrices uniform in +-1/sqrt(input width); the second one is zero if ``zero``."""
     reduce_key, expand_key = jax.random.split(key)
     bound, wide = size**-0.5, width**-0.5
     if zero:
@@ -60,7 +60,7 @@ def init_bottleneck(
 
 
 def init_branches(key: Key[Array, ""], shape: Shape, width: int, learned: bool) -> dict[str, Bottleneck]:
-    """A bottleneck beside each sublayer that adds nothing yet."""
+    """Make a bottleneck beside each sublayer that adds nothing yet."""
     keys = jax.random.split(key, len(SUBLAYERS))
     return {
         name: init_bottleneck(branch_key, shape.num_layers, shape.hidden_size, width, learned, zero=True)
@@ -70,7 +70,7 @@ def init_branches(key: Key[Array, ""], shape: Shape, width: int, learned: bool) 
 
 @dataclass(frozen=True)
 class RationalMethod(WidthMethod):
-    """Settings of the bottlenecks with rational activations.
+    """Settings of bottlenecks with rational activations.
 
     Attributes:
       coefficients: how the rational coefficients are trained (MiLoRA paper, Appendix A).
@@ -83,14 +83,14 @@ class RationalMethod(WidthMethod):
         one_of("adapter.coefficients", self.coefficients, COEFFICIENTS)
 
     def served(self) -> Method:
-        """How the coefficients were trained is over."""
+        """The method without the setting of how its coefficients were trained."""
         return dataclasses.replace(self, coefficients=type(self)().coefficients)
 
     @property
     def theta(self) -> str:
-        """The rational coefficients are Theta."""
+        """How the rational coefficients, which are Theta, are trained."""
         return self.coefficients
 
     def role(self, path: tuple[str, ...]) -> LeafRole:
-        """The rational coefficients are Theta."""
+        """The role of a leaf: the rational coefficients are Theta."""
         return LeafRole(coefficient=path[-1] in ("numerator", "denominator"))

@@ -24,11 +24,11 @@ from milora_jax.types import GROUPS, kept
 
 @struct.dataclass
 class JoinedDecomposed:
-    """One layer's DoRA for decoding, with the norms computed once.
+    """One layer's DoRA in the form that decoding reads, with the norms computed once.
 
     Attributes:
       pairs: the joined pairs, each column of B times its ratio m/n.
-      stretch: m/n - 1 of every module.
+      stretch: m/n - 1 for every output of every module.
     """
 
     pairs: Joined
@@ -36,7 +36,7 @@ class JoinedDecomposed:
 
 
 def init_decomposed(key: Key[Array, ""], shape: Shape, rank: int, kernels: Kernels) -> dict[str, Decomposed]:
-    """LoRA's pairs, and the norms of the frozen columns: those of :func:`column_norms` while B is zero."""
+    """Make LoRA's pairs, and magnitudes equal to :func:`column_norms` while B is zero."""
     return {
         name: Decomposed(pair.a, pair.b, _root(jnp.sum(kernels[name].astype(jnp.float32) ** 2, axis=-2)))
         for name, pair in init_pairs(key, shape, rank).items()
@@ -62,14 +62,14 @@ def column_norms(
 
 
 def _root(squares: Float[Array, "*L d_out"]) -> Float[Array, "*L d_out"]:
-    """Never zero: a magnitude is divided by it."""
+    """The square root, and at least a tiny number, because a magnitude is divided by it."""
     return jnp.sqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))
 
 
 def join_decomposed(
     params: dict[str, Decomposed], frozen: FrozenLayer, scale: float, dtype: jnp.dtype
 ) -> JoinedDecomposed:
-    """What decoding reads: W, A, B and m are fixed then, and so are the ratios m/n."""
+    """Join the pairs and compute the ratios m/n, which are constants once W, A, B and m are fixed."""
     ratios = {}
     for place, names in enumerate(GROUPS):
         for name, leaves in zip(names, frozen(place), strict=True):
@@ -85,10 +85,10 @@ def join_decomposed(
 def decomposed_changes(
     params: dict[str, Decomposed] | JoinedDecomposed, group: ProjectionGroup, scale: float, dropout: float
 ) -> tuple[Float[Array, "B T _"], ...]:
-    """What DoRA adds to every module's output: ``(m/n - 1) x W + (m/n) s x A B``.
+    """The change of every module's output: ``(m/n - 1) x W + (m/n) s x A B``.
 
-    While dropout is on, both terms read the dropped input and the base's output stays whole, as in
-    PEFT. The base's bias is not scaled.
+    With dropout, both terms read the dropped input and the base's output stays whole, as in PEFT. The base's
+    bias is not scaled.
     """
     if isinstance(params, JoinedDecomposed):
         products = params.pairs.changes(group.names, group.x)
@@ -101,7 +101,7 @@ def decomposed_changes(
     x = drop(group.x, dropout, group.key)
     products = widen(params, group.names, narrow(params, group.names, x) * scale)
     changes = []
-    # The gradient of m reads them: without a mark the backward pass would take the frozen product again.
+    # The gradient of m reads them: unless kept, the backward pass would compute the frozen product again.
     wholes = kept(_without_bias(group))
     for name, whole, leaves, product in zip(group.names, wholes, group.frozen, products, strict=True):
         pair = params[name]
@@ -123,28 +123,28 @@ def _without_bias(group: ProjectionGroup) -> list[Float[Array, "B T _"]]:
 
 @dataclass(frozen=True)
 class DoRA(LowRankMethod):
-    """DoRA on all seven modules; its settings are those of every low-rank method."""
+    """DoRA on all seven modules; it has the settings of every low-rank method."""
 
     name: ClassVar[str] = "dora"
     record: ClassVar[type | None] = Decomposed
     portable: ClassVar[bool] = True
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Decomposed]:
-        """One pair and one magnitude vector per module and layer; no change but rounding."""
+        """Make one pair and one magnitude vector per module and layer; only rounding changes the outputs."""
         return init_decomposed(key, shape, self.rank, kernels)
 
     def prepare(
         self, params: dict[str, Decomposed], frozen: FrozenLayer, dtype: jnp.dtype
     ) -> JoinedDecomposed:
-        """The pairs, joined, and the norms of the recomposed weights."""
+        """Join the pairs and compute the norms of the recomposed weights."""
         return join_decomposed(params, frozen, self.scale, dtype)
 
     def weight_change(self, params: dict[str, Decomposed]) -> WeightChange:
-        """The pairs and magnitudes as they are."""
+        """The pairs and magnitudes."""
         return WeightChange(params, self.scale, self.dropout)
 
     def served(self) -> Method:
-        """No setting is left: rank and scale are those of the prepared pairs, dropout is over."""
+        """The method without settings: the prepared pairs hold rank and scale, and dropout is off."""
         return DoRA()
 
     def adapt(

@@ -1,18 +1,18 @@
-"""The protocols of a fine-tuning method, one for each of its readers.
+"""The protocols of a fine-tuning method, one for each package that uses it.
 
 =================  =======================================================  ==============================
-protocol           what it answers                                          who asks
+protocol           what it answers                                          asked by
 =================  =======================================================  ==============================
-LayerHooks         how it changes the layers of the frozen base             ``base.transformer``
+LayerHooks         how the method changes the layers of the frozen base     ``base.transformer``
 TrainingHooks      what is trained, by which schedules and rules            ``training``
-DecodingHooks      what decoding and a bank of adapters need of it          ``generation``
+DecodingHooks      what decoding and a bank of adapters need                ``generation``
 ParameterCounts    how many parameters it tunes and uses                    ``evaluation``
 ExportHooks        how it is written for other programs                     ``storage``
 =================  =======================================================  ==============================
 
-Every hook but ``LayerHooks.init`` has a default, which is that of a method without the thing in question: a
-method overrides what it has. ``pairs_of`` and ``weight_change`` are asked only of a method that says, by
-``is_pairs`` and ``record``, that it has them. ``adapters.protocol.Method`` is all five.
+Every hook but ``LayerHooks.init`` has a default, that of a method without the feature in question; a method
+overrides the hooks of its features. ``pairs_of`` and ``weight_change`` are called only on a method that
+declares them by ``is_pairs`` and ``record``. ``adapters.protocol.Method`` is all five.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from milora_jax.types import PyTree, Route
 class LayerHooks:
     """How a method changes the layers of the frozen base.
 
-    Parameters live in a tree of the method's own making whose leaves are stacked on a leading layer axis.
-    Inside a layer ``route``, ``prefix``, ``adapt`` and ``branch`` see one layer's slice of it.
+    Parameters are a tree of the method's own making whose leaves are stacked on a leading layer axis. Inside
+    a layer, ``route``, ``prefix``, ``adapt`` and ``branch`` receive that layer's slice of it.
     """
 
     routes: ClassVar[bool] = False
@@ -51,11 +51,11 @@ class LayerHooks:
 
     @property
     def prefix_length(self) -> int:
-        """P, the keys and values that the method puts before every record's tokens."""
+        """P, the number of keys and values that the method puts before every record's tokens."""
         return 0
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> PyTree:
-        """Fresh float32 parameters, stacked on the layer axis.
+        """Make fresh float32 parameters, stacked on the layer axis.
 
         They leave the base unchanged where the method's definition allows it.
 
@@ -65,7 +65,7 @@ class LayerHooks:
         raise NotImplementedError(f"{type(self).__name__}.init")
 
     def settle(self, params: PyTree) -> PyTree:
-        """What the layers read, from the stacked parameters: for what no layer can compute alone."""
+        """Compute from the stacked parameters what no layer can compute alone; layers read the result."""
         return params
 
     def route(
@@ -87,11 +87,11 @@ class LayerHooks:
     def prefix(
         self, params: PyTree, hidden: Float[Array, "B T D"], members: Bool[Array, "B Z T"], project: Project
     ) -> tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]] | None:
-        """Keys and values to put before the tokens of every record, ``Z * prefix_length`` of each.
+        """Keys and values that go before the tokens of every record, ``Z * prefix_length`` of each.
 
         Args:
-          members: which tokens are the prompt of which record.
-          project: gives soft tokens the keys and values of the frozen layer.
+          members: whether each token belongs to the prompt of each record.
+          project: maps soft tokens to the keys and values of the frozen layer.
         """
         del params, hidden, members, project
         return None
@@ -101,13 +101,13 @@ class LayerHooks:
 
         Args:
           params: this layer's parameters.
-          group: what the method may read.
+          group: the frozen outputs and everything else that the method may read.
         """
         del params
         return group.outputs
 
     def branch(self, params: PyTree, sublayer: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"] | None:
-        """What is added to a sublayer's output, from the normed stream that enters the sublayer.
+        """The term added to a sublayer's output, from the normed stream that enters the sublayer.
 
         Args:
           sublayer: one of ``inputs.SUBLAYERS``.
@@ -117,12 +117,12 @@ class LayerHooks:
 
 
 class LeafRole(NamedTuple):
-    """What a leaf of the parameters is to training.
+    """The role of a leaf of the parameters in training.
 
     Attributes:
-      trained: whether a gradient trains it; otherwise a rule of the method sets it.
-      router: whether it decides a route, so that ``train.router_rate`` applies to it.
-      coefficient: whether it belongs to Theta, the bi-level set (Appendix A).
+      trained: whether a gradient trains it; otherwise the method sets it by a rule.
+      router: whether it belongs to a router, so that ``train.router_rate`` applies to it.
+      coefficient: whether it belongs to Theta, the set trained bi-level (Appendix A).
     """
 
     trained: bool = True
@@ -135,8 +135,9 @@ class Calibration:
     """How the statistics of a router's features are measured on the frozen base before the first step.
 
     Attributes:
-      features: the pooled vectors of a layer's prompts, ``[B, Z, D]``, by a fresh pooler.
-      store: ``(params, mean, deviation)``, the statistics ``[L, D]``, to the parameters that hold them.
+      features: returns the pooled vectors of a layer's prompts, ``[B, Z, D]``, by a fresh pooler.
+      store: takes ``(params, mean, deviation)``, statistics ``[L, D]``, and returns parameters that hold
+        them.
     """
 
     features: Callable[[LayerInput], Float[Array, "B Z D"]]
@@ -144,7 +145,7 @@ class Calibration:
 
 
 class TrainingHooks:
-    """What is trained, by which schedules, and what happens around the optimiser's update."""
+    """What is trained, by which schedules, and what happens after the optimiser's update."""
 
     @property
     def stochastic(self) -> bool:
@@ -152,17 +153,17 @@ class TrainingHooks:
         return False
 
     def role(self, path: tuple[str, ...]) -> LeafRole:
-        """What the leaf at ``path`` is, by the names of fields and keys along it."""
+        """The role of the leaf at ``path``, the names of fields and keys along it."""
         del path
         return LeafRole()
 
     @property
     def theta(self) -> str:
-        """How the coefficients are trained; one of ``config.COEFFICIENTS``."""
+        """How Theta is trained; one of ``config.COEFFICIENTS``."""
         return "joint"
 
     def theta_rate(self, rate: float) -> float:
-        """Peak learning rate of a bi-level Theta, given the run's ``coefficient_learning_rate``."""
+        """Peak learning rate of Theta in bi-level training, given the run's ``coefficient_learning_rate``."""
         return rate
 
     @property
@@ -172,7 +173,7 @@ class TrainingHooks:
 
     @property
     def final_schedule(self) -> RoutingSchedule:
-        """The routing settings after all schedules: those of dev evaluations and of the saved adapter."""
+        """The routing settings after all schedules, which dev evaluations and the saved adapter use."""
         return RoutingSchedule(None, 0.0)
 
     def schedule(self, step: Int[Array, ""], total_steps: int) -> RoutingSchedule:
@@ -180,15 +181,15 @@ class TrainingHooks:
 
         Args:
           step: number of the step, from 0.
-          total_steps: how many there will be.
+          total_steps: number of steps of the run.
         """
         del step, total_steps
         return self.final_schedule
 
     def ready(self, step: int, total_steps: int) -> bool:
-        """Whether the adapter after ``step`` updates is what the method gives, within its budget.
+        """Whether the adapter after ``step`` updates is one that may be kept, such as one within its budget.
 
-        Before that a dev evaluation is logged, but its adapter is not kept as the best.
+        Before that a dev evaluation is logged, but its adapter is not stored as the best.
         """
         del step, total_steps
         return True
@@ -199,12 +200,12 @@ class TrainingHooks:
         return jnp.zeros((), jnp.float32)
 
     def init_memory(self, params: PyTree) -> PyTree:
-        """What the method remembers between steps beside its parameters; part of a checkpoint."""
+        """The method's state between steps beside its parameters, which checkpoints hold."""
         del params
         return None
 
     def first_choices(self, memory: PyTree, first: Float[Array, "L E"]) -> Float[Array, "L E"]:
-        """``f_i`` of the load-balance term, from the batch's and what is remembered of earlier ones."""
+        """``f_i`` of the load-balance term, from the batch's and those of earlier batches in ``memory``."""
         del memory
         return first
 
@@ -220,51 +221,50 @@ class TrainingHooks:
         """Change parameters and memory after the optimiser's update, as pruning does.
 
         Args:
-          grads: of the loss before the update, clipped as the optimiser saw them; None in place of the
-            leaves of a bi-level Theta and of those that are not trained.
+          grads: gradients of the loss before the update, clipped as the optimiser saw them; None in place of
+            the leaves of a bi-level Theta and of leaves that are not trained.
           step: number of the update, from 1.
-          total_steps: how many there will be.
-          use: of the experts by the batch; None with a method that does not route.
+          total_steps: number of steps of the run.
+          use: the batch's use of the experts; None with a method that does not route.
         """
         del grads, use, step, total_steps
         return params, memory
 
 
 class DecodingHooks:
-    """What decoding and a bank of adapters need of a method."""
+    """The form in which decoding and a bank of adapters use a method."""
 
     def prepare(self, params: PyTree, frozen: FrozenLayer, dtype: jnp.dtype) -> PyTree:
-        """One layer's settled parameters in the form that decoding reads.
+        """Convert one layer's settled parameters to the form that decoding reads.
 
-        For what need not be done again at every token: joining matrices, casting them, whatever depends
-        on frozen weights alone. The hooks of :class:`LayerHooks` take either form.
+        Work that need not be repeated at every token belongs here: joining matrices, casting them, and
+        whatever depends on frozen weights alone. The hooks of :class:`LayerHooks` accept both forms.
 
         Args:
-          frozen: the layer's frozen leaves by place in ``types.GROUPS``; called only by methods that
-            need them.
-          dtype: of the base, in which activations are computed.
+          frozen: the layer's frozen leaves by place in ``types.GROUPS``; only methods that need them call it.
+          dtype: dtype of the base, in which activations are computed.
         """
         del frozen, dtype
         return params
 
     @property
     def is_pairs(self) -> bool:
-        """Whether all that a prepared adapter does after prefill is what ``pairs_of`` says."""
+        """Whether ``pairs_of`` describes all that a prepared adapter does after prefill."""
         return False
 
     def pairs_of(self, params: PyTree, group: ProjectionGroup) -> tuple[Any, Float[Array, "B _ M 1"] | None]:
-        """The joined pairs that act on a group, and what their products are multiplied by, if anything.
+        """The joined pairs that act on a group, and the factors of their products, if there are any.
 
         Args:
-          params: of one layer, prepared.
+          params: one layer's prepared parameters.
         """
         raise NotImplementedError(f"{type(self).__name__}.pairs_of")
 
     def served(self) -> Any:
-        """The method with the settings that a prepared adapter depends on; all others take their defaults.
+        """The method with the settings that a prepared adapter depends on; all others have their defaults.
 
-        Adapters whose served methods are equal can share a bank. A rank is not among these settings: it is
-        read off the prepared pairs, which a bank fills up with zeros to its own rank.
+        Adapters whose served methods are equal can share a bank. The rank is not among these settings: the
+        prepared pairs have it, and a bank pads them with zeros to its own rank.
         """
         return self
 
@@ -275,7 +275,7 @@ def path_names(path: tuple) -> tuple[str, ...]:
 
 
 def abstract_params(method: LayerHooks, shape: Shape) -> PyTree:
-    """Shapes and dtypes of a method's parameters; nothing is computed."""
+    """Shapes and dtypes of a method's parameters, without computing them."""
     kernels = {
         name: jax.ShapeDtypeStruct((shape.num_layers, *dims), jnp.float32) for name, dims in shape.modules
     }
@@ -283,27 +283,27 @@ def abstract_params(method: LayerHooks, shape: Shape) -> PyTree:
 
 
 class ParameterCounts(LayerHooks, TrainingHooks):
-    """How many parameters a method tunes, and how many have a part in a token.
+    """How many parameters a method tunes, and how many take part in a token.
 
-    The defaults count what ``init`` makes and ``role`` calls trained.
+    The defaults count the leaves that ``init`` makes and ``role`` declares trained.
     """
 
     def tunable_parameters(self, shape: Shape) -> int:
-        """Scalars that remain tuned at the end of training; of a method that prunes, its budget."""
+        """Number of parameters that are tuned at the end of training; the budget of a method that prunes."""
         return self.count_parameters(abstract_params(self, shape))
 
     def count_parameters(self, params: PyTree) -> int:
-        """Trained scalars of this very adapter that have an effect: fewer than there are after pruning."""
+        """Number of trained parameters of this adapter that have an effect; pruned ones have none."""
         leaves = jax.tree_util.tree_leaves_with_path(params)
         return sum(leaf.size for path, leaf in leaves if self.role(path_names(path)).trained)
 
     def active_parameters(self, shape: Shape, share: Mapping[str, float], tunable: int) -> float:
-        """Mean adapter parameters that have a part in a generated token, the paper's "active" column.
+        """Mean number of adapter parameters used per generated token, the paper's "active" column.
 
-        As in its Table 1, only what a router switches off, and the router that does, is left out.
+        As in its Table 1, only the experts that a router switches off, and the router itself, are left out.
 
         Args:
-          share: for each expert the share of (prompt, layer) pairs that chose it.
+          share: share of (prompt, layer) pairs that chose the expert, by expert.
           tunable: parameters of the adapter, by ``count_parameters`` or, before there is one, by
             ``tunable_parameters``.
         """
@@ -312,19 +312,19 @@ class ParameterCounts(LayerHooks, TrainingHooks):
 
 
 class ExportHooks:
-    """How an adapter is written for other programs. Checkpoints, and so format ``orbax``, need none of it."""
+    """How an adapter is written for other programs. Checkpoints and format ``orbax`` need none of it."""
 
     record: ClassVar[type | None] = None
-    """What changes one module's weight, one of ``adapters.records``; None for a method that is more than one
-    change of each weight. Under a fixed route, for a method that routes."""
+    """The dataclass of ``adapters.records`` that changes one module's weight (under a fixed route, where the
+    method routes); None for a method that is more than one change of each weight."""
 
     portable: ClassVar[bool] = False
-    """Whether the parameters are such records, and a router where the method routes, and nothing else."""
+    """Whether the parameters are such records, plus a router where the method routes, and nothing else."""
 
     def weight_change(self, params: PyTree) -> WeightChange:
-        """The change of every weight that an adapter makes, or that its experts make where they act.
+        """The change that an adapter, or each of its experts where it is chosen, makes to every weight.
 
-        Asked only of a method with a ``record``.
+        Called only on a method with a ``record``.
 
         Args:
           params: in the stacked layout.

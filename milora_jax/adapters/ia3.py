@@ -1,6 +1,6 @@
-"""(IA)3: outputs rescaled by learned vectors (Liu et al. 2022, arXiv 2205.05638).
+"""(IA)3: outputs are rescaled by learned vectors (Liu et al. 2022, arXiv 2205.05638).
 
-As the MiLoRA paper sets it (Appendix D): on Query, Key and Up, each vector a projection of a shorter
+The setting is that of the MiLoRA paper (Appendix D): Query, Key and Up, each vector projected from a shorter
 one. The original rescales keys, values and the input of Down, which is Up's output after the gate.
 """
 
@@ -20,7 +20,7 @@ from milora_jax.types import unstack_layers
 
 @dataclass(frozen=True)
 class IA3(ProjectedMethod):
-    """(IA)3: vectors ``1 + z P``, of ones at the start."""
+    """(IA)3 with vectors ``1 + z P``, which are ones at the start."""
 
     name: ClassVar[str] = "ia3"
     modules: ClassVar[tuple[str, ...]] = ("q", "k", "up")

@@ -1,9 +1,9 @@
 """IAPT: soft tokens that every layer makes from the prompt (Zhu et al. 2024, arXiv 2405.18203).
 
-Its abstract gives the parts of a generator: self-attention pooling, two linear projections, and an
-activation learned as a rational function. The order and the rest are ours: reduce the prompt's hidden
-states, pool them into the soft tokens with one score vector each, activate, expand, and let the
-frozen layer make keys and values of the result. As with any prefix a fresh one changes the outputs.
+Its abstract names the parts of a generator: self-attention pooling, two linear projections, and an activation
+learned as a rational function. The order and the rest are ours: reduce the prompt's hidden states, pool them
+into soft tokens with one score vector each, activate, expand, and let the frozen layer make keys and values
+of the result. A fresh prefix changes the outputs, as any prefix does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Generator:
 
     Attributes:
       bottleneck: the two projections and the coefficients of the activation.
-      scores: what each soft token looks for in the reduced states.
+      scores: score vector of each soft token over the reduced states.
     """
 
     bottleneck: Bottleneck
@@ -36,10 +36,10 @@ class Generator:
 
 @dataclass(frozen=True)
 class IAPT(RationalMethod):
-    """IAPT; ``width`` is that of the bottleneck.
+    """IAPT; ``width`` is the width of the bottleneck.
 
     Attributes:
-      tokens: P, soft tokens of a layer.
+      tokens: P, the number of soft tokens of a layer.
     """
 
     name: ClassVar[str] = "iapt"
@@ -52,11 +52,11 @@ class IAPT(RationalMethod):
 
     @property
     def prefix_length(self) -> int:
-        """P."""
+        """P, the number of soft tokens."""
         return self.tokens
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> Generator:
-        """Random generators; scores differ, or all soft tokens would stay the same."""
+        """Draw generators at random; the scores must differ, or all soft tokens would stay equal."""
         del kernels
         bottleneck_key, scores_key = jax.random.split(key)
         layers, width = shape.num_layers, self.width

@@ -1,4 +1,4 @@
-"""What a method may read: the shape of the base, its frozen leaves, and what enters a layer."""
+"""The inputs of a method's hooks: the shape of the base, its frozen leaves, and what enters a layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS
 
 SUBLAYERS = ("attention", "feedforward")
-"""The two residual branches of a layer, beside which a method may add one of its own."""
+"""The two residual branches of a layer, to each of which a method may add a branch of its own."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Shape:
 
     @classmethod
     def of(cls, module_dims: dict[str, tuple[int, int]], num_layers: int, hidden_size: int) -> Shape:
-        """Build from the mapping that ``ModelConfig.module_dims`` gives, in any order."""
+        """Build a shape from ``ModelConfig.module_dims``, in any order."""
         return cls(tuple((name, module_dims[name]) for name in EXPERTS), num_layers, hidden_size)
 
     @property
@@ -39,7 +39,7 @@ class Shape:
 
 
 class Frozen(NamedTuple):
-    """The leaves of one frozen linear module, for methods that look at the weight they change."""
+    """The leaves of one frozen linear module, for methods that read the weight they change."""
 
     kernel: Float[Array, "d_in d_out"]
     bias: Float[Array, " d_out"] | None
@@ -52,16 +52,16 @@ Kernels = Mapping[str, Any]
 """The frozen kernels of all layers, ``[L, d_in, d_out]``, by module."""
 
 Project = Callable[[Array], tuple[Array, Array]]
-"""Hidden vectors ``[B P D]`` to the keys and values ``[B P K*H]`` that the frozen layer gives them."""
+"""Maps hidden vectors ``[B P D]`` to the keys and values ``[B P K*H]`` of the frozen layer."""
 
 
 class LayerInput(NamedTuple):
-    """What enters a layer, as a method may read it before the layer runs.
+    """The input of a layer, which a method may read before the layer runs.
 
     Attributes:
       hidden: residual stream before the layer.
-      normed: the same behind the layer's own input norm, where the family has one there.
-      members: which tokens are the prompt of which record; a router looks at no others.
+      normed: the residual stream after the layer's input norm, where the family has one there.
+      members: whether each token belongs to the prompt of each record; a router reads no other tokens.
       depth: layer index over L, in [0, 1).
     """
 
@@ -76,12 +76,12 @@ class ProjectionGroup:
     """Modules that share an input, as one layer evaluates them.
 
     Attributes:
-      names: of the modules.
-      x: the input they share.
-      outputs: what the frozen modules give for ``x``, bias included, one array per name.
+      names: names of the modules.
+      x: the input that they share.
+      outputs: outputs of the frozen modules for ``x``, bias included, one array per name.
       frozen: the modules' own leaves.
       weights: routing weights of the layer, per row (middle axis 1) or per token (T); None without a route.
-      key: present while training with dropout.
+      key: random key for dropout; None outside training or without dropout.
     """
 
     names: tuple[str, ...]
@@ -93,10 +93,10 @@ class ProjectionGroup:
 
 
 class RoutingSchedule(NamedTuple):
-    """The routing settings at one step of training, where they change in the course of it.
+    """The routing settings that may change in the course of training, at one step.
 
     Attributes:
-      top_k: experts in force; None is the method's own number, and compiles to it.
+      top_k: number of experts; None, the method's own number, is compiled as a constant.
       load_balance: lambda, the weight of Eq. 4.
     """
 
@@ -109,8 +109,8 @@ class ExpertUse(NamedTuple):
 
     Attributes:
       chosen: share of the prompts whose route holds the expert.
-      first: share of the prompts for which it is the most probable one, ``f_i`` of Eq. 5.
-      features: mean over the prompts of the standardized features, and of their squares; None with others.
+      first: share of the prompts for which the expert is the most probable one, ``f_i`` of Eq. 5.
+      features: mean over the prompts of the standardized features, and of their squares; None without them.
     """
 
     chosen: Float[Array, "L E"]

@@ -1,8 +1,8 @@
-"""Low-rank pairs in the form that decoding reads: those of a projection group side by side.
+"""Low-rank pairs in the form that decoding reads: the pairs of a projection group side by side.
 
-One token is too little work to hide the start of a matrix product, so a layer's seven pairs become
-eight products instead of fourteen: per group one with all A matrices next to each other, and one
-batched over equal tiles of the B matrices. The method's scale is in B.
+A matrix product of one token takes less time than its launch, so a layer's seven pairs are joined into eight
+products instead of fourteen: per group one with all A matrices side by side, and one batched over equal tiles
+of the B matrices. The method's scale is multiplied into B.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class JoinedPairs:
       b: the B matrices, cut along their outputs into tiles of one width: with grouped-query attention
         q is several times as wide as k and v.
       tiles: how many tiles each module has.
-      experts: N, that share the rank of a module's pair evenly, side by side.
+      experts: N, the number of experts that share the rank of a module's pair evenly, side by side.
     """
 
     a: Float[Array, "*S d_in MR"]
@@ -40,14 +40,14 @@ class JoinedPairs:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """R, the rank of every pair."""
         return self.b.shape[-2]
 
     def padded(self, rank: int) -> JoinedPairs:
-        """The same pairs at a higher rank, whose new columns and rows are zero.
+        """Pad the pairs with zeros to a higher rank.
 
         Args:
-          rank: a multiple of the experts, each of which gets an equal part of what is new.
+          rank: a multiple of the number of experts, which share the new columns and rows evenly.
         """
         each = self.rank // self.experts
         more = rank // self.experts - each
@@ -76,7 +76,7 @@ class JoinedPairs:
 def by_module(
     tiles: tuple[int, ...], wide: Float[Array, "tiles B T width"]
 ) -> tuple[Float[Array, "B T _"], ...]:
-    """Tiles of outputs, module by module."""
+    """Split tiles of outputs by module."""
     ends = list(accumulate(tiles))
     return tuple(
         wide[start] if end - start == 1 else jnp.concatenate(list(wide[start:end]), axis=-1)
@@ -91,7 +91,7 @@ class Joined:
     groups: tuple[Any, ...]
 
     def of(self, names: tuple[str, ...]) -> Any:
-        """The pairs of the group with these modules: JoinedPairs, or what a bank makes of them."""
+        """The pairs of the group with these modules: JoinedPairs, or the form that a bank gives them."""
         return self.groups[GROUPS.index(names)]
 
     def changes(
@@ -100,10 +100,10 @@ class Joined:
         x: Float[Array, "B T d_in"],
         weights: Float[Array, "B _ M _"] | None = None,
     ) -> tuple[Float[Array, "B T _"], ...]:
-        """What the pairs of a group add to its outputs.
+        """The outputs that the pairs of a group add.
 
         Args:
-          weights: what the R-wide products are multiplied by, one number per module or R.
+          weights: factors of the R-wide products, one number per module or per R.
         """
         pairs = self.of(names)
         u = pairs.narrow(x)
@@ -111,11 +111,11 @@ class Joined:
 
 
 def join(pairs: Mapping[str, Pair], scale: float, dtype: jnp.dtype, experts: int = 1) -> Joined:
-    """One layer's pairs, joined.
+    """Join one layer's pairs.
 
     Args:
-      scale: what their products are multiplied by.
-      experts: that share the rank of every pair evenly.
+      scale: factor of their products.
+      experts: number of experts that share the rank of every pair evenly.
     """
     groups = []
     for names in GROUPS:

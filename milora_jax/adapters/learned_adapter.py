@@ -1,6 +1,6 @@
 """Learned-Adapter: a Parallel-Adapter whose activations are learned rational functions, one per bottleneck.
 
-We read no code of it. Ours takes the placement of the MiLoRA paper (Appendix D) and that paper's
+We have read no code of it. Ours has the placement of the MiLoRA paper (Appendix D) and that paper's
 rational function (Eq. 6), whose coefficients are trained like those of MiLoRA's router.
 """
 
@@ -16,13 +16,13 @@ from milora_jax.shapes import Array, Float, Key
 
 @dataclass(frozen=True)
 class LearnedAdapter(RationalMethod):
-    """Learned-Adapter; ``width`` is that of the bottleneck."""
+    """Learned-Adapter; ``width`` is the width of the bottleneck."""
 
     name: ClassVar[str] = "learned_adapter"
     width: int = 160
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Bottleneck]:
-        """Two bottlenecks per layer that add nothing yet, with activations near GELU."""
+        """Make two bottlenecks per layer that add nothing yet, with activations near GELU."""
         del kernels
         return init_branches(key, shape, self.width, learned=True)
 

@@ -1,6 +1,6 @@
-"""LoRA on all seven modules (Hu et al. 2021, arXiv 2106.09685): every pair always in force.
+"""LoRA on all seven modules (Hu et al. 2021, arXiv 2106.09685): every pair is always active.
 
-:class:`TunedPairs` is what LoRA shares with methods that tune otherwise and end up as LoRA.
+:class:`TunedPairs` is what LoRA shares with methods that are tuned otherwise and become LoRA.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from milora_jax.types import PyTree, stack_layers, unstack_layers
 
 @dataclass(frozen=True)
 class TunedPairs(LowRankMethod):
-    """A method whose tuned adapter is one pair per module and nothing else: it is decoded as LoRA."""
+    """A method whose trained adapter is one pair per module and nothing else: it is decoded as LoRA."""
 
     record: ClassVar[type | None] = LowRank
 
     def folded(self, params: PyTree) -> Mapping[str, Pair]:
-        """One layer's pairs, with all that the method multiplies them by but the scale in them."""
+        """One layer's pairs, with all factors but the scale multiplied into them."""
         raise NotImplementedError(f"{type(self).__name__}.folded")
 
     def changes(self, params: PyTree, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
-        """What is added to a group's outputs while tuning."""
+        """The terms added to a group's outputs in training."""
         raise NotImplementedError(f"{type(self).__name__}.changes")
 
     def prepare(self, params: PyTree, frozen: FrozenLayer, dtype: jnp.dtype) -> Joined:
@@ -41,11 +41,11 @@ class TunedPairs(LowRankMethod):
 
     @property
     def is_pairs(self) -> bool:
-        """A prepared adapter is joined pairs."""
+        """True: a prepared adapter is joined pairs."""
         return True
 
     def pairs_of(self, params: Joined, group: ProjectionGroup) -> tuple[Any, None]:
-        """The group's pairs, in force as they are."""
+        """The group's pairs, without factors."""
         return params.of(group.names), None
 
     def weight_change(self, params: PyTree) -> WeightChange:
@@ -54,7 +54,7 @@ class TunedPairs(LowRankMethod):
         return WeightChange(folded, self.scale, self.dropout)
 
     def served(self) -> Method:
-        """No setting is left: rank and scale are those of the prepared pairs, dropout is over."""
+        """The method without settings: the prepared pairs hold rank and scale, and dropout is off."""
         return LoRA()
 
     def adapt(self, params: PyTree, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
@@ -66,18 +66,18 @@ class TunedPairs(LowRankMethod):
 
 @dataclass(frozen=True)
 class LoRA(TunedPairs):
-    """LoRA; its settings are those of every low-rank method."""
+    """LoRA; it has the settings of every low-rank method."""
 
     name: ClassVar[str] = "lora"
     portable: ClassVar[bool] = True
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, LowRank]:
-        """One pair per module and layer."""
+        """Make one pair per module and layer."""
         del kernels
         return init_pairs(key, shape, self.rank)
 
     def folded(self, params: dict[str, LowRank]) -> dict[str, LowRank]:
-        """The pairs as they are."""
+        """The pairs themselves."""
         return params
 
     def changes(

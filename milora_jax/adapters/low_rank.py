@@ -23,27 +23,27 @@ class Pair(Protocol):
 
     @property
     def a(self) -> Array:
-        """Input side W_A."""
+        """W_A, on the side of the input."""
         ...
 
     @property
     def b(self) -> Array:
-        """Output side W_B."""
+        """W_B, on the side of the output."""
         ...
 
 
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e9
-"""Between them a pair is neither nothing nor infinite in float32, whatever its rank."""
+"""Bounds between which a pair's product is neither zero nor infinite in float32, at any rank."""
 
 
 @dataclass(frozen=True)
 class LowRankMethod(Method):
-    """Settings that every method made of low-rank pairs has.
+    """The settings of every method made of low-rank pairs.
 
     Attributes:
       rank: width R of a pair.
-      alpha: scale numerator; 0 means scale 1, as Eq. 1 of the paper has none.
-      dropout: share of the pairs' input dropped while training.
+      alpha: numerator of the scale; 0 means scale 1, as in Eq. 1 of the paper.
+      dropout: share of the pairs' input that is dropped in training.
     """
 
     rank: int = 32
@@ -59,17 +59,17 @@ class LowRankMethod(Method):
 
     @property
     def scale(self) -> float:
-        """What a low-rank product is multiplied by: alpha / rank."""
+        """The factor of a low-rank product: alpha / rank."""
         return self.alpha / self.rank if self.alpha else 1.0
 
     @property
     def stochastic(self) -> bool:
-        """Dropout is the only chance in it."""
+        """Whether there is dropout, the only random part."""
         return self.dropout > 0
 
 
 def init_pairs(key: Key[Array, ""], shape: Shape, rank: int) -> dict[str, LowRank]:
-    """Pairs of all seven modules: A uniform in +-1/sqrt(d_in) as PEFT draws it, B zero."""
+    """Make pairs of all seven modules: A uniform in +-1/sqrt(d_in) as PEFT draws it, B zero."""
     pairs = {}
     for module_key, (name, (d_in, d_out)) in zip(jax.random.split(key, 7), shape.modules, strict=True):
         bound = d_in**-0.5
@@ -84,7 +84,7 @@ def pair_sizes(shape: Shape, rank: int) -> dict[str, int]:
 
 
 def drop(x: Float[Array, "*B d_in"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*B d_in"]:
-    """Dropout: zero a ``rate`` share of ``x`` and scale the rest up; nothing without a key."""
+    """Apply dropout: zero a ``rate`` share of ``x`` and scale the rest up; without a key, return ``x``."""
     if key is None or rate == 0:
         return x
     kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -94,7 +94,7 @@ def drop(x: Float[Array, "*B d_in"], rate: float, key: Key[Array, ""] | None) ->
 def narrow(
     pairs: Mapping[str, Pair], names: tuple[str, ...], x: Float[Array, "B T d_in"]
 ) -> Float[Array, "B T M R"]:
-    """``x A`` of the M modules of a group, whose A matrices are one matmul."""
+    """``x A`` of the M modules of a group, whose A matrices are joined into one matrix product."""
     rank = pairs[names[0]].a.shape[-1]
     a = jnp.concatenate([pairs[name].a for name in names], axis=-1).astype(x.dtype)
     return kept(x @ a).reshape(*x.shape[:-1], len(names), rank)
@@ -109,9 +109,9 @@ def widen(
 
 @jax.custom_vjp
 def _product(u: Float[Array, "B T R"], b: Float[Array, "R d_out"]) -> Float[Array, "B T d_out"]:
-    """``u B``, whose gradient for B has the narrow operand on the left.
+    """``u B``, with a gradient for B that has the narrow operand on the left.
 
-    JAX puts the wide one there, which XLA for CPUs first copies, transposed: a sixth of a training step.
+    JAX puts the wide one there, which XLA for CPUs first copies transposed: a sixth of a training step.
     """
     return u @ b
 
@@ -129,12 +129,12 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def of_group(weights: Float[Array, "B _ E"], names: tuple[str, ...]) -> Float[Array, "B _ M 1"]:
-    """The routing weights of a group's modules, ready to multiply what :func:`narrow` gives."""
+    """The routing weights of a group's modules, in the shape that multiplies :func:`narrow`'s result."""
     return weights[..., [EXPERTS.index(name) for name in names]][..., None]
 
 
 def add(
     outputs: tuple[Float[Array, "B T _"], ...], changes: tuple[Float[Array, "B T _"], ...]
 ) -> tuple[Float[Array, "B T _"], ...]:
-    """The sum, module by module."""
+    """Add changes to outputs, module by module."""
     return tuple(output + change for output, change in zip(outputs, changes, strict=True))

@@ -1,6 +1,6 @@
 """MiDoRA: MiLoRA's routing with DoRA experts.
 
-The paper names it in Table 1 and never defines it. Here a chosen expert gives its module the weight
+The paper names it in Table 1 but does not define it. Here a chosen expert gives its module the weight
 ``m * (W + s A B) / n`` of ``adapters.dora``, and a module that is not chosen keeps W.
 """
 
@@ -22,33 +22,33 @@ from milora_jax.shapes import Array, Float, Key
 
 @dataclass(frozen=True)
 class MiDoRA(MiLoRA):
-    """MiDoRA; its settings are MiLoRA's."""
+    """MiDoRA; it has MiLoRA's settings."""
 
     name: ClassVar[str] = "midora"
     record: ClassVar[type | None] = Decomposed
 
     def init_experts(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Decomposed]:
-        """Experts that change nothing but by rounding."""
+        """Make experts that change nothing but by rounding."""
         return init_decomposed(key, shape, self.rank, kernels)
 
     @property
     def is_pairs(self) -> bool:
-        """A chosen expert also stretches its module's own output."""
+        """False: a chosen expert also scales its module's own output."""
         return False
 
     def prepare(self, params: MiLoRAParams, frozen: FrozenLayer, dtype: jnp.dtype) -> MiLoRAParams:
-        """The experts, joined with their norms computed; the router as it is."""
+        """Join the experts and compute their norms; the router stays as it is."""
         experts = join_decomposed(params.experts, frozen, self.scale, dtype)
         return dataclasses.replace(params, experts=experts)
 
     def adapt(self, params: MiLoRAParams, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
-        """Add the chosen experts' changes, each times its routing weight."""
+        """Add the chosen experts' changes, each multiplied by its routing weight."""
         changes = decomposed_changes(params.experts, group, self.scale, self.dropout)
         chosen = of_group(routed(group.weights), group.names)
         weighed = tuple(change * chosen[..., i, :].astype(change.dtype) for i, change in enumerate(changes))
         return add(group.outputs, weighed)
 
     def expert_sizes(self, shape: Shape) -> dict[str, int]:
-        """An expert's pair and its magnitudes, over all layers."""
+        """Number of parameters of each expert over all layers, its pair and its magnitudes."""
         pairs = super().expert_sizes(shape)
         return {name: pairs[name] + shape.num_layers * d_out for name, (_, d_out) in shape.modules}

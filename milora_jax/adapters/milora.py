@@ -1,4 +1,4 @@
-"""MiLoRA: seven low-rank experts per layer and a router that looks at the prompt once (section 3)."""
+"""MiLoRA: seven low-rank experts per layer and a router that reads the prompt once (section 3)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree, Route
 
 LEAST_WINDOW = 10.0
-"""Fewest steps over which statistics of features average: those of a batch or two are noise."""
+"""Fewest steps over which statistics of features are averaged: those of a batch or two are noise."""
 
 OF_TRAINING = (
     "feature_window",
@@ -55,7 +55,7 @@ OF_TRAINING = (
     "bias_rate",
     "coefficients",
 )
-"""Settings of a MiLoRA on which nothing depends that a trained adapter computes."""
+"""Settings that no computation of a trained adapter depends on."""
 
 
 @struct.dataclass
@@ -73,11 +73,11 @@ class MiLoRAParams:
 
 @struct.dataclass
 class PastChoices:
-    """Decayed sums over the steps so far, for a running average of ``f_i`` (Eq. 5).
+    """Decayed sums over past steps, for a running average of ``f_i`` (Eq. 5).
 
     Attributes:
-      first: of the share of prompts for which each expert was the most probable one.
-      steps: of 1.
+      first: sum of the shares of prompts for which each expert was the most probable one.
+      steps: sum of ones, that is the weight of the average.
     """
 
     first: Float[Array, "L E"]
@@ -86,26 +86,26 @@ class PastChoices:
 
 @dataclass(frozen=True)
 class MiLoRA(LowRankMethod):
-    """MiLoRA; see ``docs/method.md`` for each choice.
+    """MiLoRA and its settings; ``docs/method.md`` explains each choice.
 
     Attributes:
       top_k: experts a prompt activates per layer, k of 7.
       pooler: how a prompt's hidden states become one vector (section 3.3 of the paper).
       activation: the router's activation; ``relu-gelu`` is ReLU in the first half of the layers.
-      features: what the activation reads of the pooled vector: raw, rms or standardized; see
+      features: form of the pooled vector that the activation reads: raw, rms or standardized; see
         ``adapters.router``.
-      feature_window: share of the steps over which running statistics of standardized features average; 0
-        keeps them as they were measured before the first step.
-      gate: how a route weighs its chosen experts.
-      router_gradient: which experts tell the router: chosen, those of the route; dense, all seven.
+      feature_window: share of the steps over which running statistics of standardized features are averaged;
+        0 keeps the statistics that were measured before the first step.
+      gate: how a route weights its chosen experts.
+      router_gradient: experts that give the router a gradient: chosen, those of the route; dense, all seven.
       top_k_anneal: share of the steps over which k falls from 7 to ``top_k``; 0 trains at ``top_k``.
-      balance: what balances the experts: loss, Eq. 4; bias, a bias that only the choice sees, beside Eq. 4
+      balance: what balances the experts: loss, Eq. 4; bias, a bias that affects only the choice, beside Eq. 4
         where ``load_balance`` is not 0.
       load_balance: lambda, the weight of Eq. 4.
       balance_warmup: share of the steps over which lambda rises from 0.
-      balance_until: share of the steps after which nothing is balanced any more.
-      balance_decay: of the running average of ``f_i`` over steps; 0 looks at each batch alone.
-      bias_rate: by how much a step moves an expert's bias, with ``balance`` bias.
+      balance_until: share of the steps after which balancing ends.
+      balance_decay: decay of the running average of ``f_i`` over steps; 0 uses each batch alone.
+      bias_rate: change of an expert's bias in a step, with ``balance`` bias.
       coefficients: how the rational coefficients are trained (Appendix A).
     """
 
@@ -151,7 +151,7 @@ class MiLoRA(LowRankMethod):
 
     @property
     def router(self) -> Router:
-        """The settings that decide a route."""
+        """The router with the settings that decide a route."""
         return Router(
             top_k=self.top_k,
             pooler=self.pooler,
@@ -164,11 +164,11 @@ class MiLoRA(LowRankMethod):
 
     @property
     def final_schedule(self) -> RoutingSchedule:
-        """The method's own k and lambda."""
+        """The settings after training: the method's own k and lambda."""
         return RoutingSchedule(None, self.load_balance)
 
     def schedule(self, step: Int[Array, ""], total_steps: int) -> RoutingSchedule:
-        """k from 7 down to ``top_k``, each number for as many steps; lambda warmed up, and given up."""
+        """k falls from 7 to ``top_k`` in equal parts; lambda is warmed up, and 0 after ``balance_until``."""
         top_k, load_balance = self.final_schedule
         if falling := self._steps(self.top_k_anneal, total_steps):
             fallen = (len(EXPERTS) - self.top_k) * step // falling
@@ -180,29 +180,29 @@ class MiLoRA(LowRankMethod):
         return RoutingSchedule(top_k, load_balance)
 
     def ready(self, step: int, total_steps: int) -> bool:
-        """Whether the last update was one after all schedules, with k at ``top_k``."""
+        """Whether the last update came after all schedules, with k at ``top_k``."""
         shares = (self.top_k_anneal, self.balance_warmup, self.balance_until % 1)
         return step > max(self._steps(share, total_steps) for share in shares)
 
     def _steps(self, share: float, total_steps: int) -> int:
-        """A share of the steps, which leaves at least one: nothing is scheduled over a single step."""
+        """A share of the steps, as a number of steps below the total."""
         return min(math.ceil(share * total_steps), total_steps - 1)
 
     def _balances(self, step: Int[Array, ""], total_steps: int) -> Bool[Array, ""]:
-        """Whether a step is before ``balance_until``."""
+        """Whether the step is before ``balance_until``."""
         return step < (
             total_steps if self.balance_until == 1 else self._steps(self.balance_until, total_steps)
         )
 
     def init_memory(self, params: MiLoRAParams) -> PastChoices | None:
-        """What a running average of ``f_i`` remembers."""
+        """The state of the running average of ``f_i``; None without one."""
         if not self.balance_decay:
             return None
         layers = params.router.weight.shape[0]
         return PastChoices(jnp.zeros((layers, len(EXPERTS)), jnp.float32), jnp.zeros((), jnp.float32))
 
     def first_choices(self, memory: PastChoices | None, first: Float[Array, "L E"]) -> Float[Array, "L E"]:
-        """``f_i`` averaged over the steps, the latest ones weighing most."""
+        """``f_i`` averaged over the steps, with the latest steps weighing most."""
         if memory is None:
             return first
         decay = self.balance_decay
@@ -217,8 +217,8 @@ class MiLoRA(LowRankMethod):
         total_steps: int,
         use: ExpertUse | None = None,
     ) -> tuple[MiLoRAParams, PastChoices | None]:
-        """Remember the batch's first choices, move the biases towards equal use, and let the statistics of
-        the features follow what the routers read.
+        """Remember the batch's first choices, move the biases towards equal use, and update the statistics of
+        the features.
 
         An expert that was in more routes of the batch than its share loses ``bias_rate``, one that was in
         fewer gains it (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
@@ -241,11 +241,11 @@ class MiLoRA(LowRankMethod):
 
     @property
     def theta(self) -> str:
-        """The rational coefficients are Theta."""
+        """How the rational coefficients, which are Theta, are trained."""
         return self.coefficients
 
     def role(self, path: tuple[str, ...]) -> LeafRole:
-        """Rational coefficients are Theta; rules set the statistics of the features, and biases."""
+        """The role of a leaf: coefficients are Theta; rules set biases and the statistics of features."""
         return LeafRole(
             trained=path[0] != "router" or path[-1] not in ("mean", "deviation", "bias"),
             router=path[0] == "router",
@@ -253,12 +253,12 @@ class MiLoRA(LowRankMethod):
         )
 
     def init_experts(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Any]:
-        """Experts that change nothing yet."""
+        """Make experts that change nothing yet."""
         del kernels
         return init_pairs(key, shape, self.rank)
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> MiLoRAParams:
-        """Experts that change nothing yet, and routers that choose almost at random."""
+        """Make experts that change nothing yet, and routers that choose almost at random."""
         experts_key, router_key = jax.random.split(key)
         return MiLoRAParams(
             experts=self.init_experts(experts_key, shape, kernels),
@@ -266,21 +266,21 @@ class MiLoRA(LowRankMethod):
         )
 
     def prepare(self, params: MiLoRAParams, frozen: FrozenLayer, dtype: jnp.dtype) -> MiLoRAParams:
-        """The experts, joined; the router as it is."""
+        """Join the experts; the router stays as it is."""
         del frozen
         return dataclasses.replace(params, experts=join(params.experts, self.scale, dtype))
 
     @property
     def is_pairs(self) -> bool:
-        """The chosen experts are joined pairs."""
+        """True: the chosen experts are joined pairs."""
         return True
 
     def pairs_of(self, params: MiLoRAParams, group: ProjectionGroup) -> tuple[Any, Float[Array, "B _ M 1"]]:
-        """The group's experts, each times its routing weight."""
+        """The group's experts, with their routing weights."""
         return params.experts.of(group.names), of_group(routed(group.weights), group.names)
 
     def served(self) -> Method:
-        """The router's settings remain."""
+        """The method with the settings of its router only."""
         plain = type(self)()
         return dataclasses.replace(
             self,
@@ -291,12 +291,12 @@ class MiLoRA(LowRankMethod):
         )
 
     def route(self, params: MiLoRAParams, entering: LayerInput, top_k: Int[Array, ""] | None = None) -> Route:
-        """Eq. 2 and 3 for this layer."""
+        """Compute this layer's route (Eq. 2 and 3)."""
         return self.router(params.router, entering, top_k)
 
     @property
     def calibration(self) -> Calibration | None:
-        """Standardized features are measured."""
+        """How standardized features are measured; None with other features."""
         if not self.router.standardizes:
             return None
 
@@ -314,21 +314,21 @@ class MiLoRA(LowRankMethod):
         return Calibration(features, store)
 
     def weight_change(self, params: MiLoRAParams) -> WeightChange:
-        """The experts'."""
+        """The change of each expert, where it is chosen."""
         return WeightChange(params.experts, self.scale, self.dropout)
 
     def parts(self, params: MiLoRAParams) -> Parts:
-        """Experts and router."""
+        """The experts and the router."""
         return Parts(params.experts, params.router)
 
     def from_parts(self, parts: Parts) -> MiLoRAParams:
-        """The tree of experts and router."""
+        """Make the parameters from experts and router."""
         return MiLoRAParams(dict(parts.records), parts.router)
 
     def adapt(self, params: MiLoRAParams, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
-        """Add the chosen experts' products, each times its routing weight (Eq. 1 and 3).
+        """Add the chosen experts' products, each multiplied by its routing weight (Eq. 1 and 3).
 
-        Scale and weight multiply the R-wide product, not the wide output.
+        Scale and weight multiply the R-wide product instead of the wide output.
         """
         weights = of_group(routed(group.weights), group.names)
         if isinstance(params.experts, Joined):
@@ -338,18 +338,18 @@ class MiLoRA(LowRankMethod):
         return add(group.outputs, widen(params.experts, group.names, u))
 
     def expert_sizes(self, shape: Shape) -> dict[str, int]:
-        """Parameters of each expert over all layers: those in force where the expert is chosen."""
+        """Number of parameters of each expert over all layers, which are used where it is chosen."""
         return pair_sizes(shape, self.rank)
 
     def active_parameters(self, shape: Shape, share: Mapping[str, float], tunable: int) -> float:
-        """The chosen experts' parameters; the router runs once per prompt and is not counted."""
+        """Parameters of the chosen experts; the router runs once per prompt and is not counted."""
         del tunable
         sizes = self.expert_sizes(shape)
         return sum(sizes[name] * share[name] for name in EXPERTS)
 
 
 def routed(weights: Float[Array, "B _ E"] | None) -> Float[Array, "B _ E"]:
-    """The routing weights, which a routed method cannot do without."""
+    """The routing weights, or a ValueError where there are none."""
     if weights is None:
         raise ValueError("a routed method needs a route: give forward a prompt mask or route weights")
     return weights

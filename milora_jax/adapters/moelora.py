@@ -1,9 +1,9 @@
-"""MOELoRA as the MiLoRA paper sets it (Appendix D): experts within a module, chosen token by token.
+"""MOELoRA as in the MiLoRA paper (Appendix D): experts within a module, chosen token by token.
 
-Every module has N experts, each of rank R / N, and a router of its own that reads the module's input
-at every token and keeps the k most probable, whose probabilities are made to sum to 1. The method
-that first had the name (Liu et al. 2023, arXiv 2310.18339) routes by task and keeps all experts; it
-is not this one. There is no balance term: neither paper has one.
+Every module has N experts, each of rank R / N, and a router of its own that reads the module's input at every
+token and keeps the k most probable experts, whose probabilities are scaled to sum to 1. The method that first
+had the name (Liu et al. 2023, arXiv 2310.18339) routes by task and keeps all experts; it is not this one.
+There is no balance term, because neither paper has one.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class RoutedPair:
     """One module's experts, side by side in one pair, and their router.
 
     Attributes:
-      a, b: columns ``i R/N`` to ``(i + 1) R/N`` are expert i.
-      routing: scores of the N experts from the module's input.
+      a, b: pairs of the experts; columns ``i R/N`` to ``(i + 1) R/N`` are expert i.
+      routing: matrix that scores the N experts by the module's input.
     """
 
     a: Float[Array, "*L d_in R"]
@@ -55,12 +55,12 @@ class JoinedExperts:
 
 @dataclass(frozen=True)
 class MOELoRA(LowRankMethod):
-    """MOELoRA.
+    """MOELoRA and its settings.
 
     Attributes:
-      rank: of all experts of a module together.
-      num_experts: N; divides the rank.
-      top_k: experts in force at a token.
+      rank: rank of all experts of a module together.
+      num_experts: N, a divisor of the rank.
+      top_k: experts chosen at a token.
     """
 
     name: ClassVar[str] = "moelora"
@@ -76,7 +76,7 @@ class MOELoRA(LowRankMethod):
         require(fits, "adapter.top_k", self.top_k, f"1 to num_experts {self.num_experts}")
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, RoutedPair]:
-        """LoRA's pairs, and routers drawn as MoLA draws them: uniform in +-1/sqrt(d_in)."""
+        """Make LoRA's pairs, and routers drawn as in MoLA: uniform in +-1/sqrt(d_in)."""
         del kernels
         pairs_key, *keys = jax.random.split(key, 8)
         pairs, params = init_pairs(pairs_key, shape, self.rank), {}
@@ -87,23 +87,23 @@ class MOELoRA(LowRankMethod):
         return params
 
     def role(self, path: tuple[str, ...]) -> LeafRole:
-        """Every module has a router."""
+        """The role of a leaf; every module has a router."""
         return LeafRole(router=path[-1] == "routing")
 
     def prepare(self, params: dict[str, RoutedPair], frozen: FrozenLayer, dtype: jnp.dtype) -> JoinedExperts:
-        """The experts, joined, and the routers of each group in one matrix."""
+        """Join the experts, and the routers of each group into one matrix."""
         del frozen
         routing = tuple(_routers(params, names) for names in GROUPS)
         return JoinedExperts(join(params, self.scale, dtype, experts=self.num_experts), routing)
 
     def served(self) -> Method:
-        """The router's settings remain; a rank that every number of experts divides stands for any."""
+        """The method with its router's settings, at the least rank that every number of experts divides."""
         return MOELoRA(rank=self.num_experts, num_experts=self.num_experts, top_k=self.top_k)
 
     def adapt(
         self, params: dict[str, RoutedPair] | JoinedExperts, group: ProjectionGroup
     ) -> tuple[Float[Array, "B T _"], ...]:
-        """Add every module's chosen experts, weighed token by token. The router reads the whole input."""
+        """Add every module's chosen experts, weighted token by token; the router reads the whole input."""
         if isinstance(params, JoinedExperts):
             rank = params.pairs.of(group.names).rank
             gates = self._gates(params.routing[GROUPS.index(group.names)], group.x, rank)
@@ -115,7 +115,7 @@ class MOELoRA(LowRankMethod):
     def _gates(
         self, routers: Float[Array, "d_in M N"], x: Float[Array, "B T d_in"], rank: int
     ) -> Float[Array, "B T M R"]:
-        """What each column of the products, ``rank`` wide, is multiplied by, token by token."""
+        """Factor of each column of the products, which are ``rank`` wide, token by token."""
         logits = jnp.einsum("BTD,DMN->BTMN", x.astype(jnp.float32), routers)
         probs = jax.nn.softmax(logits, axis=-1)
         kept, chosen = jax.lax.top_k(probs, self.top_k)
@@ -124,7 +124,7 @@ class MOELoRA(LowRankMethod):
         return jnp.repeat(gates, rank // self.num_experts, axis=-1)
 
     def active_parameters(self, shape: Shape, share: Mapping[str, float], tunable: int) -> float:
-        """k of N experts, and all routers, which run at every token."""
+        """Parameters of k of N experts, and of all routers, which run at every token."""
         del share
         pairs = sum(pair_sizes(shape, self.rank).values())
         routers = tunable - pairs

@@ -1,9 +1,9 @@
-"""P-tuning v2: tuned keys and values before every layer's own (Liu et al. 2022, arXiv 2110.07602).
+"""P-tuning v2: tuned keys and values before those of every layer (Liu et al. 2022, arXiv 2110.07602).
 
-As the MiLoRA paper sets it (Appendix D): 16 of them, each of dimension 640, projected to the width of
-the keys and values. One projection serves both, which is what the paper's count gives. The prefix keys
-are not rotated and the tokens keep their positions. A prefix takes attention from the tokens however
-it starts, so a fresh one does change the outputs.
+The setting is that of the MiLoRA paper (Appendix D): 16 of them, each of dimension 640, projected to the
+width of the keys and values. One projection serves both, which matches the paper's parameter count. The
+prefix keys are not rotated and the tokens keep their positions. Any prefix takes attention from the tokens,
+so a fresh one does change the outputs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Prefix:
     """The prefix of every layer.
 
     Attributes:
-      key_vectors, value_vectors: short vectors.
-      projection: from their width to that of the layer's keys and values, K * H.
+      key_vectors, value_vectors: short vectors of the keys and the values.
+      projection: matrix from their width to that of the layer's keys and values, K * H.
     """
 
     key_vectors: Float[Array, "*L P W"]
@@ -37,7 +37,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class PTuningV2(WidthMethod):
-    """P-tuning v2; ``width`` is that of the vectors that are projected.
+    """P-tuning v2; ``width`` is the width of the vectors that are projected.
 
     Attributes:
       tokens: P, the length of the prefix.
@@ -53,11 +53,11 @@ class PTuningV2(WidthMethod):
 
     @property
     def prefix_length(self) -> int:
-        """P."""
+        """P, the length of the prefix."""
         return self.tokens
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> Prefix:
-        """Vectors of unit variance, projected to unit variance."""
+        """Draw vectors of unit variance, and a projection that keeps unit variance."""
         del kernels
         keys_key, values_key, projection_key = jax.random.split(key, 3)
         layers, wide = shape.num_layers, shape.dims["k"][1]

@@ -1,6 +1,6 @@
 """Parallel-Adapter: a ReLU bottleneck beside attention and feed-forward (He et al. 2022, arXiv 2110.04366).
 
-It reads what the sublayer reads, the normed residual stream, and is added to what the sublayer gives.
+It reads the input of the sublayer, the normed residual stream, and is added to the sublayer's output.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from milora_jax.shapes import Array, Float, Key
 
 @dataclass(frozen=True)
 class ParallelAdapter(WidthMethod):
-    """Parallel-Adapter; ``width`` is that of the bottleneck."""
+    """Parallel-Adapter; ``width`` is the width of the bottleneck."""
 
     name: ClassVar[str] = "parallel_adapter"
     width: int = 160
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Bottleneck]:
-        """Two bottlenecks per layer that add nothing yet."""
+        """Make two bottlenecks per layer that add nothing yet."""
         del kernels
         return init_branches(key, shape, self.width, learned=False)
 

@@ -1,7 +1,7 @@
-"""Vectors that are tuned as ``z P``, a short vector and a projection, so that they have a budget.
+"""Vectors that are tuned as ``z P``, a short vector and a projection, so that their size is a setting.
 
-(IA)3 and BitFit tune a few thousand scalars by nature. The MiLoRA paper (Appendix D) gives them the
-budget of the others by making each vector from a shorter one: z of some width, P to the module's
+(IA)3 and BitFit by themselves tune a few thousand parameters. The MiLoRA paper (Appendix D) gives them the
+budget of the other methods by projecting each vector from a shorter one: z of some width, P to the module's
 output width.
 """
 
@@ -25,7 +25,7 @@ class Projected:
 
     Attributes:
       vector: z, of unit expected length.
-      projection: P, zero at the start and with it the product.
+      projection: P, zero at the start, so that the product is zero.
     """
 
     vector: Float[Array, "*L W"]
@@ -41,10 +41,10 @@ class ProjectedMethod(WidthMethod):
     """A method that tunes one vector ``z P`` per module; ``width`` is that of z."""
 
     modules: ClassVar[tuple[str, ...]] = ()
-    """The modules that have one."""
+    """The modules that have a vector."""
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Projected]:
-        """One vector per module and layer, all of them zero."""
+        """Make one vector per module and layer, all of them zero."""
         del kernels
         layers, dims, width = shape.num_layers, shape.dims, self.width
         return {

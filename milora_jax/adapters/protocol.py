@@ -1,7 +1,7 @@
-"""A fine-tuning method, and the adapter that it makes.
+"""A fine-tuning method, and an adapter of it.
 
-The Transformer computes the frozen outputs of four projection groups (``types.GROUPS``) and asks a method
-to adapt them; training, decoding, evaluation and storage each ask through a protocol of their own, see
+The Transformer computes the frozen outputs of four projection groups (``types.GROUPS``) and calls a method to
+adapt them; training, decoding, evaluation and storage each use a protocol of their own, see
 ``adapters.hooks``. None of them knows which method it has. A new method is one file with a subclass of
 :class:`Method` and one line in ``adapters.registry``.
 """
@@ -24,20 +24,20 @@ from milora_jax.types import PyTree
 
 @dataclass(frozen=True)
 class Method(ParameterCounts, DecodingHooks, ExportHooks):
-    """A fine-tuning method: settings only, hashable, hence static under ``jax.jit``.
+    """A fine-tuning method: hashable settings only, hence static under ``jax.jit``.
 
-    :class:`ParameterCounts` brings ``LayerHooks`` and ``TrainingHooks`` along, from which it counts.
+    :class:`ParameterCounts` inherits ``LayerHooks`` and ``TrainingHooks``, whose parameters it counts.
 
     The fields of a subclass are its settings, named as in ``config.AdapterSection``.
     """
 
     name: ClassVar[str] = ""
-    """What ``adapter.method`` calls it."""
+    """The method's name in ``adapter.method``."""
 
 
 @dataclass(frozen=True)
 class WidthMethod(Method):
-    """Settings of the methods whose size is one width.
+    """Settings of methods whose size is one width.
 
     Attributes:
       width: W, of a bottleneck or of a short vector that is projected.
@@ -51,13 +51,13 @@ class WidthMethod(Method):
 
 @struct.dataclass
 class Adapter:
-    """A method's parameters together with what is needed to use them.
+    """A method's parameters together with everything needed to use them.
 
     Attributes:
       params: the trainable leaves: stacked on a layer axis, or a settled tuple of layers for decoding.
       method: the method that reads them.
-      shape: the base they fit.
-      prompt_format: how the prompts were written that it was trained on; no computation depends on it.
+      shape: the shape of the base that they fit.
+      prompt_format: the format of the prompts that it was trained on; no computation depends on it.
     """
 
     params: PyTree
@@ -67,7 +67,7 @@ class Adapter:
 
 
 def init_adapter(method: Method, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> Adapter:
-    """A fresh adapter for the base with these kernels, see ``base.transformer.frozen_kernels``."""
+    """Make a fresh adapter for the base with these kernels, see ``base.modules.frozen_kernels``."""
     return Adapter(params=method.init(key, shape, kernels), method=method, shape=shape)
 
 

@@ -11,8 +11,8 @@ GELU_DENOMINATOR = (0.0, 0.324602936, 0.0, 0.0366337453, 0.0)
 """Least-squares fit of order 6/5 to the exact GELU on [-3, 3]: largest error there 1.2e-4.
 
 GELU is x/2 plus an even function, which fixes a1 = 1/2, a3 = b2/2, a5 = b4/2 and b1 = b3 = b5 = 0.
-Far outside the range the fit is not GELU (12.0 at 10, 2.0 at -10, and it grows like x^2): the router
-normalises what it feeds in, see ``milora_jax.adapters.router``.
+Far outside the range the fit is not GELU (12.0 at 10, 2.0 at -10, and it grows like x^2), so the router
+normalises its features, see ``milora_jax.adapters.router``.
 """
 
 

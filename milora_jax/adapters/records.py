@@ -1,7 +1,7 @@
-"""The trainable leaves of one module that change its weight, and the change of all weights they make.
+"""The trainable leaves of one module that change its weight, and the change of all weights.
 
-A record is a dataclass of leaves that are stacked over layers outside a layer. Files name its tensors by its
-fields (``storage.pair_tensors``).
+A record is a dataclass of leaves that are stacked over layers outside a layer. Exports name its tensors by
+its fields (``storage.pair_tensors``).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class LowRank:
     def change(
         self, layer: int, weight: Float[np.ndarray, "d_out d_in"], scale: float
     ) -> Float[np.ndarray, "d_out d_in"]:
-        """What is added to a frozen weight, in float32.
+        """The change of a frozen weight, in float32.
 
         Args:
-          weight: laid out as files hold it.
+          weight: in the layout of files.
         """
         del weight
         return _product(self, layer, scale)
@@ -58,7 +58,7 @@ class Decomposed:
     def change(
         self, layer: int, weight: Float[np.ndarray, "d_out d_in"], scale: float
     ) -> Float[np.ndarray, "d_out d_in"]:
-        """What is added to a frozen weight; see :meth:`LowRank.change`."""
+        """The change of a frozen weight; see :meth:`LowRank.change`."""
         whole = weight + _product(self, layer, scale)
         ratio = np.asarray(self.magnitude[layer]) / np.linalg.norm(whole, axis=1)
         return ratio[:, None] * whole - weight
@@ -69,7 +69,7 @@ class Rescaled:
     """Factors of one module's outputs, its bias included ((IA)3).
 
     Attributes:
-      factor: of each output.
+      factor: factor of each output.
     """
 
     factor: Float[Array, "*L d_out"]
@@ -80,12 +80,12 @@ Record: TypeAlias = LowRank | Decomposed | Rescaled
 
 @dataclass(frozen=True)
 class WeightChange:
-    """A change of weights by module.
+    """A change of weights, module by module.
 
     Attributes:
-      records: of every module that is changed, stacked over layers.
-      scale: what low-rank products are multiplied by.
-      dropout: the share of their input that was dropped in training.
+      records: one for every module that is changed, stacked over layers.
+      scale: factor of low-rank products.
+      dropout: share of their input that was dropped in training.
     """
 
     records: Mapping[str, Any]
@@ -94,15 +94,15 @@ class WeightChange:
 
     @property
     def rank(self) -> int:
-        """R of the pairs."""
+        """R, the rank of the pairs."""
         return self.records[EXPERTS[0]].a.shape[-1]
 
 
 class Parts(NamedTuple):
-    """What the portable form of an adapter holds.
+    """The content of an adapter's portable form.
 
     Attributes:
-      records: of all seven modules, stacked over layers.
+      records: one for each of the seven modules, stacked over layers.
       router: ``adapters.router.RouterParams``; None for a method that does not route.
     """
 

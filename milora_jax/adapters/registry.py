@@ -1,4 +1,4 @@
-"""From the settings of a run to the method they name, and back."""
+"""Methods by name, and the conversion between a run's settings and its method."""
 
 from __future__ import annotations
 
@@ -43,17 +43,16 @@ METHOD_CLASSES: dict[str, type[Method]] = {
         SSP,
     )
 }
-"""Every method by the name that ``adapter.method`` gives it: the one place that lists them."""
+"""Every method by its name in ``adapter.method``; no other place lists them."""
 
 METHODS = tuple(METHOD_CLASSES)
 
 
 def build_method(settings: AdapterSection) -> Method:
-    """The method of ``settings.method``; settings that are None take the method's default.
+    """Build the method of ``settings.method``; a setting that is None has the method's default.
 
     Raises:
-      UserError: for a method that there is not, or a setting that it does not have or that is out of its
-        range.
+      UserError: the method does not exist, or does not have a setting, or a setting is out of range.
     """
     one_of("adapter.method", settings.method, tuple(METHOD_CLASSES))
     cls = METHOD_CLASSES[settings.method]
@@ -69,9 +68,9 @@ def build_method(settings: AdapterSection) -> Method:
 
 
 def full_settings(method: Method) -> AdapterSection:
-    """The settings that make ``method``, each written out: what a run is stored with.
+    """Every setting of ``method`` written out, as runs are stored.
 
-    A default that changes in a later version must not change what an older file means.
+    A default that changes in a later version must not change the meaning of an older file.
     """
     return AdapterSection(method=method.name, **dataclasses.asdict(method))
 
@@ -86,19 +85,19 @@ ROUTERS_BEFORE_FEATURES = {
     "balance_decay": 0.0,
     "bias_rate": 1e-3,
 }
-"""What the settings were of a router that was stored before there were these settings."""
+"""The settings of a router that was stored before these settings existed."""
 
 
 def before_features(values: Mapping[str, Any]) -> bool:
-    """Whether stored settings are those of a router from before ``features`` was one."""
+    """Whether stored settings are those of a router from before the setting ``features``."""
     return values.get("features") is None and values.get("normalize") is not None
 
 
 def stored_settings(values: Mapping[str, Any]) -> AdapterSection:
-    """The settings that an adapter or a run was stored with, by any version.
+    """Read the settings that any version stored with an adapter or a run.
 
     Args:
-      values: by name, as ``dataclasses.asdict`` of :func:`full_settings` gives them.
+      values: settings by name, as ``dataclasses.asdict`` of :func:`full_settings` gives them.
 
     Raises:
       UserError: a setting is unknown or ill-typed.

@@ -1,24 +1,23 @@
 """The prompt-aware router: pool the prompt, activate, score, choose k (paper, section 3.2 and 3.3).
 
-What the router reads (``features``). The residual stream of real models holds values in the thousands in
-a few dimensions, and in the first token in particular (massive activations: Sun et al. 2024, arXiv
-2402.17762). The paper is silent about it.
+The setting ``features`` decides what the router reads. The residual stream of real models holds values in the
+thousands in a few dimensions, above all in the first token (massive activations: Sun et al. 2024, arXiv
+2402.17762). The paper does not discuss them.
 
-- ``raw``: the pooled residual stream, the paper's text to the letter. On a published model a few dimensions
-  hold nearly all of it, the rational activation leaves the range of its fit, and every prompt gets nearly
-  the same route.
+- ``raw``: the pooled residual stream, exactly as in the paper. On a published model a few dimensions dominate
+  it, the rational activation leaves the range of its fit, and every prompt gets nearly the same route.
 - ``rms``: the pooled vector scaled to unit root mean square. No value exceeds sqrt(D), but the same few
-  dimensions are nearly all there is in it.
-- ``standardized``: every token is read behind the layer's own input norm and scaled to unit root mean square,
-  so that no token outweighs the others; the pooled vector is then standardized, dimension by dimension, with
-  the mean and the deviation over training prompts on the frozen base (``training.calibration``), and limited
-  to [-3, 3], where the activation's fit holds. What all prompts have in common, a template or a first token,
-  is gone from it; what differs between prompts is of order 1 in every dimension. The attention pooler's
-  scores are divided by sqrt(D): a token's score is then at most the norm of W_sa. Training changes what the
-  routers read, so the statistics follow it as running averages (``feature_window``).
+  dimensions dominate.
+- ``standardized``: every token is read after the layer's input norm and scaled to unit root mean square, so
+  that no token outweighs the others; the pooled vector is then standardized, dimension by dimension, with the
+  mean and the deviation over training prompts on the frozen base (``training.calibration``), and limited to
+  [-3, 3], where the activation's fit holds. What all prompts have in common, a template or a first token, is
+  removed; what differs between prompts is of order 1 in every dimension. The attention pooler's scores are
+  divided by sqrt(D): a token's score is then at most the norm of W_sa. Training changes what the routers
+  read, so the statistics follow it as running averages (``feature_window``).
 
-All of it runs in float32 whatever the base's dtype: it is 7 columns wide, and a route must not depend
-on the rounding of a bfloat16 softmax.
+Everything runs in float32 whatever the base's dtype: the output is only 7 columns wide, and a route must not
+depend on the rounding of a bfloat16 softmax.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, Route, RouterInputs
 
 NORMALIZE_EPS = 1e-6
-"""Keeps the normalisation of an all-zero vector finite."""
+"""Keeps the norm of an all-zero vector finite."""
 
 FEATURE_LIMIT = 3.0
-"""Standardized features lie within plus and minus this: the range of the activation's fit to GELU."""
+"""Standardized features are clipped to plus and minus this: the range of the activation's fit to GELU."""
 
 
 @struct.dataclass
@@ -51,7 +50,7 @@ class RouterParams:
       weight: W_r (Eq. 2), without a bias.
       numerator, denominator: coefficients of the rational activation; None with fixed activations.
       mean, deviation: of the pooled vectors over training prompts; None unless features are standardized.
-      bias: added to the probabilities for the choice alone; None unless it balances the load.
+      bias: added to the probabilities for the choice only; None unless it balances the load.
     """
 
     pool: Float[Array, "*L D"] | None
@@ -68,8 +67,8 @@ class Router:
     """Settings of the router; see ``adapters.milora.MiLoRA`` for the meaning of each.
 
     Attributes:
-      dense: whether experts that are not chosen have a part in the router's gradient.
-      biased: whether a bias has a part in the choice.
+      dense: whether experts that are not chosen contribute to the router's gradient.
+      biased: whether a bias is added for the choice.
     """
 
     top_k: int
@@ -81,9 +80,10 @@ class Router:
     biased: bool = False
 
     def init(self, key: Key[Array, ""], num_layers: int, hidden_size: int) -> RouterParams:
-        """Fresh parameters: W_r normal with standard deviation 0.02; W_sa zero, which is the average
-        pooler; coefficients fitted to GELU. Statistics of features that are still to be measured leave
-        the features as they are."""
+        """Make fresh parameters: W_r normal with standard deviation 0.02; W_sa zero, which pools by the
+        average; coefficients fitted to GELU. Statistics that have not been measured yet leave the features as
+        they are.
+        """
         numerator, denominator = (
             gelu_coefficients(num_layers) if self.activation == "rational" else (None, None)
         )
@@ -99,7 +99,7 @@ class Router:
 
     @property
     def standardizes(self) -> bool:
-        """Whether the features are less the mean and over the deviation of training prompts."""
+        """Whether the features are standardized by the mean and the deviation of training prompts."""
         return self.features == "standardized"
 
     def __call__(
@@ -112,8 +112,8 @@ class Router:
 
         Args:
           params: this layer's router.
-          entering: the layer's input; only the prompts' tokens are looked at.
-          top_k: experts to choose, where a schedule says other than the settings.
+          entering: the layer's input; only the prompts' tokens are read.
+          top_k: number of experts, where a schedule sets another than the settings.
         """
         pooled, token_share = self.pooled(entering, params.pool)
         features = limited = pooled
@@ -140,7 +140,7 @@ class Router:
     def pooled(
         self, entering: LayerInput, weight: Float[Array, " D"] | None
     ) -> tuple[Float[Array, "B Z D"], Float[Array, "B Z"] | None]:
-        """One vector per prompt, and the attention pooler's largest share of a token.
+        """One vector per prompt, and the largest share of a token in the attention pooler.
 
         Args:
           weight: W_sa of the layer; None with the other poolers.
@@ -154,27 +154,27 @@ class Router:
 
 FLOOR = 0.05
 """Least deviation of a dimension, as a share of the root mean square of its layer's deviations: a dimension
-that hardly differs between prompts must not be blown up to weigh as much as the others."""
+that hardly differs between prompts must not weigh as much as the others."""
 
 LEAST = 1e-4
-"""Least deviation of all. What is pooled has unit root mean square: below this it is rounding."""
+"""Least deviation of any dimension. Pooled vectors have unit root mean square: less than this is rounding."""
 
 
 def floored(deviation: Float[Array, "L D"]) -> Float[Array, "L D"]:
-    """Deviations of at least :data:`FLOOR` of their layer's, and :data:`LEAST`."""
+    """Raise deviations to :data:`FLOOR` of their layer's, and to :data:`LEAST`."""
     of_layer = jnp.sqrt(jnp.mean(deviation**2, axis=-1, keepdims=True))
     return jnp.maximum(deviation, jnp.maximum(FLOOR * of_layer, LEAST))
 
 
 def followed(params: RouterParams, moments: Float[Array, "L 2 D"], window: float) -> RouterParams:
-    """Statistics that have taken a step towards those of a batch of prompts, as running averages.
+    """Move the statistics one step towards those of a batch of prompts, as running averages.
 
-    Training updates the adapter, and with it what the routers read: statistics of the frozen base alone would
-    come to say little of it.
+    Training updates the adapter, and with it what the routers read: the statistics of the frozen base would
+    go out of date.
 
     Args:
       moments: mean over the prompts of the features standardized by ``params``, and of their squares.
-      window: steps over which the averages reach back.
+      window: steps over which the averages are taken.
     """
     if params.mean is None or params.deviation is None:
         raise ValueError("features that are not standardized have no statistics")
@@ -188,13 +188,13 @@ def followed(params: RouterParams, moments: Float[Array, "L 2 D"], window: float
 
 
 def _sums(features: Float[Array, "B Z D"], present: Bool[Array, "B Z"]) -> Float[Array, "2 D"]:
-    """``sums`` of :class:`milora_jax.types.RouterInputs`."""
+    """The field ``sums`` of :class:`milora_jax.types.RouterInputs`."""
     here = jnp.where(present[..., None], features, 0.0)
     return jnp.stack([here.sum(axis=(0, 1)), (here**2).sum(axis=(0, 1))])
 
 
 def scaled(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Vectors at unit root mean square."""
+    """Scale vectors to unit root mean square."""
     return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + NORMALIZE_EPS)
 
 
@@ -204,8 +204,8 @@ def pool(
     pooler: str,
     weight: Float[Array, " D"] | None,
 ) -> tuple[Float[Array, "B Z D"], Float[Array, "B Z"] | None]:
-    """One vector per prompt from its tokens' vectors (section 3.3, Eq. 8), and the largest share of a token
-    where the pooler gives shares.
+    """Pool the vectors of each prompt's tokens into one (section 3.3, Eq. 8), and return the largest share of
+    a token as well where the pooler has shares.
 
     A prompt without tokens (a filler row) gives a finite vector that nobody reads.
     """
@@ -257,9 +257,9 @@ def activate(
 
 
 def chosen_experts(scores: Float[Array, "*B E"], top_k: int | Int[Array, ""]) -> Float[Array, "*B E"]:
-    """1 for the ``top_k`` experts with the highest scores, 0 for the others; of equals the first ones.
+    """1 for the ``top_k`` experts with the highest scores, 0 for the others; ties go to the first expert.
 
-    ``top_k`` may be traced, so that a schedule compiles nothing anew.
+    ``top_k`` may be traced, so that a schedule needs no new compilation.
     """
     order = jnp.argsort(scores, axis=-1, stable=True, descending=True)
     return (jnp.argsort(order, axis=-1) < top_k).astype(jnp.float32)
@@ -273,16 +273,16 @@ def expert_weights(
     dense: bool = False,
     bias: Float[Array, " E"] | None = None,
 ) -> Float[Array, "*B E"]:
-    """What each expert's output is multiplied by: non-zero for exactly the ``top_k`` most probable.
+    """The factor of each expert's output: non-zero for exactly the ``top_k`` most probable.
 
-    ``softmax`` keeps the probabilities (Eq. 3 to the letter); ``renormalized`` makes the chosen ones
-    sum to k; ``straight_through`` is exactly 1 forward with the gradient of the probability, so that
-    k = 7 is plain LoRA.
+    ``softmax`` keeps the probabilities (exactly Eq. 3); ``renormalized`` scales the chosen ones to sum to k;
+    ``straight_through`` is exactly 1 forward with the gradient of the probability, so that k = 7 is plain
+    LoRA.
 
     Args:
       dense: give the router the gradient of the experts that are not chosen as well (DenseMixer, Yao et al.
         2025): their weight is 0 forward, with the gradient of the probability.
-      bias: added to the probabilities for the choice, and for nothing else (Wang et al. 2024, arXiv
+      bias: added to the probabilities for the choice only (Wang et al. 2024, arXiv
         2408.15664).
     """
     still = jax.lax.stop_gradient(probs)
@@ -316,10 +316,10 @@ def load_balance(
     """``N sum_i f_i P_i`` (Eq. 4 and 5), averaged over layers; 1 when perfectly balanced.
 
     Args:
-      route: of every prompt of the global batch, or of a part of it.
-      first: :func:`first_choices` of the global batch; needed where ``route`` is of a part of it, and the
+      route: routes of all prompts of the global batch, or of a part of it.
+      first: :func:`first_choices` of the global batch; needed where ``route`` covers a part of it, and the
         terms of all parts then sum to that of the whole.
-      prompts: how many are present in the global batch; needed likewise.
+      prompts: number of prompts in the global batch; needed likewise.
     """
     first = first_choices(route) if first is None else first
     mean = _mean_of_present(route.probs, route.present, prompts)
@@ -338,7 +338,7 @@ def expert_share(route: Route, prompts: Int[Array, ""] | None = None) -> Float[A
 def _mean_of_present(
     values: Float[Array, "*L B Z E"], present: Bool[Array, "*L B Z"], prompts: Int[Array, ""] | None
 ) -> Float[Array, "*L E"]:
-    """Sum over the prompts that are present, over the number of prompts; None counts those here."""
+    """Sum over the prompts that are present, divided by ``prompts``; None divides by their number here."""
     here = jnp.broadcast_to(present.astype(jnp.float32)[..., None], values.shape)
     count = jnp.asarray(present.sum(axis=(-2, -1)) if prompts is None else prompts)
     count = jnp.maximum(count, 1).astype(jnp.float32)

@@ -1,11 +1,11 @@
 """SSP: search which modules get an adapter, under a budget (Hu et al. 2022, arXiv 2206.07382).
 
-From the public description of S3PET: every position of the network has a candidate module with a
-gate, the gates' probabilities are trained on dev rows (bi-level), a shifted sigmoid keeps the expected
-size at the budget, and at the end the most probable positions within the budget remain. Ours, where
-the description ends: the candidates are LoRA pairs of twice the rank on the seven modules of every
-layer; while searching a pair is weighed by its probability instead of by a sampled gate; and the
-search is the first part of training instead of a training of its own.
+The public description of S3PET says: every position of the network has a candidate module with a gate; the
+gates' probabilities are trained on dev rows (bi-level); a shifted sigmoid keeps the expected size at the
+budget; at the end the most probable positions within the budget remain. Our choices, where it says nothing:
+candidates are LoRA pairs of twice the rank on the seven modules of every layer; during the search a pair is
+weighted by its probability instead of a sampled gate; and the search is the first part of training instead of
+a training of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree
 
 DECIDED = 1e4
-"""Gate logit of a position that is decided: far beyond any shift, so the gate is exactly 0 or 1."""
+"""Gate logit of a decided position: far beyond any shift, so that the gate is exactly 0 or 1."""
 
 WIDEST_SHIFT = 1e3
 BISECTIONS = 40
@@ -52,11 +52,11 @@ class SSPParams:
 
 @struct.dataclass
 class Structure:
-    """What the search has decided.
+    """The decision of the search.
 
     Attributes:
-      settled: whether it has.
-      chosen: the positions that keep their pair.
+      settled: whether the search has decided.
+      chosen: the positions whose pair remains.
     """
 
     settled: Bool[Array, ""]
@@ -68,11 +68,11 @@ class SSP(TunedPairs):
     """Sparse structure search.
 
     Attributes:
-      rank: of the budget: as many parameters as LoRA of this rank; a candidate has twice the rank.
+      rank: rank of LoRA with as many parameters as the budget; a candidate has twice the rank.
       coefficients: how the gates are trained.
       search_share: share of training after which the structure is decided.
-      gate_learning_rate: peak learning rate of the gates where they are trained bi-level; they have
-        another scale than rational coefficients.
+      gate_learning_rate: peak learning rate of the gates where they are trained bi-level; their scale differs
+        from that of rational coefficients.
     """
 
     name: ClassVar[str] = "ssp"
@@ -94,19 +94,19 @@ class SSP(TunedPairs):
 
     @property
     def theta(self) -> str:
-        """The gates are Theta."""
+        """How the gates, which are Theta, are trained."""
         return self.coefficients
 
     def theta_rate(self, rate: float) -> float:
-        """The gates' own learning rate."""
+        """The learning rate of the gates."""
         return self.gate_learning_rate
 
     def role(self, path: tuple[str, ...]) -> LeafRole:
-        """The gates are Theta."""
+        """The role of a leaf: the gates are Theta."""
         return LeafRole(coefficient=path[-1] == "openness")
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> SSPParams:
-        """Candidates that change nothing yet, with equal gates."""
+        """Make candidates that change nothing yet, with equal gates."""
         del kernels
         return SSPParams(
             pairs=init_pairs(key, shape, 2 * self.rank),
@@ -114,11 +114,11 @@ class SSP(TunedPairs):
         )
 
     def settle(self, params: SSPParams) -> SSPParams:
-        """Probabilities of all positions, whose expected size is the budget (shifted sigmoid)."""
+        """Replace logits by probabilities whose expected size is the budget (shifted sigmoid)."""
         return dataclasses.replace(params, openness=budgeted(params.openness, _shares(params.pairs)))
 
     def folded(self, params: SSPParams) -> dict[str, LowRank]:
-        """The candidates, each B times its position's probability."""
+        """The candidates, with B multiplied by the position's probability."""
         return {
             name: LowRank(params.pairs[name].a, params.openness[i] * params.pairs[name].b)
             for i, name in enumerate(EXPERTS)
@@ -131,7 +131,7 @@ class SSP(TunedPairs):
         return widen(params.pairs, group.names, u)
 
     def init_memory(self, params: SSPParams) -> Structure:
-        """Nothing decided."""
+        """A structure that is not decided yet."""
         return Structure(settled=jnp.zeros((), bool), chosen=jnp.zeros(params.openness.shape, bool))
 
     def after_update(
@@ -152,15 +152,15 @@ class SSP(TunedPairs):
         return dataclasses.replace(params, openness=openness), Structure(memory.settled | over, chosen)
 
     def ready(self, step: int, total_steps: int) -> bool:
-        """Once the structure is decided."""
+        """Whether the structure is decided."""
         return step > round(self.search_share * total_steps)
 
     def tunable_parameters(self, shape: Shape) -> int:
-        """The budget; the positions that are chosen hold at most so many."""
+        """The budget, which bounds the size of the chosen positions."""
         return sum(shape.num_layers * self.rank * sum(dims) for _, dims in shape.modules)
 
     def count_parameters(self, params: SSPParams) -> int:
-        """The pairs at positions that are open."""
+        """Number of parameters of the pairs at open positions."""
         open_layers = (np.asarray(params.openness) > 0).sum(axis=0)
         sizes = [params.pairs[name].a[0].size + params.pairs[name].b[0].size for name in EXPERTS]
         return int(np.dot(open_layers, sizes))
@@ -169,11 +169,11 @@ class SSP(TunedPairs):
 def within_budget(logits: Float[Array, "L E"], sizes: Float[Array, " E"]) -> Bool[Array, "L E"]:
     """The most probable positions that together hold at most half of all parameters.
 
-    One after another, and a position that does not fit any more is left out for a smaller one.
+    Positions are taken one after another; one that no longer fits is skipped for a smaller one.
     """
     order = jnp.argsort(-logits.reshape(-1))
     costs = jnp.broadcast_to(sizes[None], logits.shape).reshape(-1)
-    # A hair of room: what exactly fills the budget must not round above it.
+    # A small margin: rounding must not reject what exactly fills the budget.
     budget = 0.5 * costs.sum() * (1 + 1e-6)
 
     def take(used: Array, cost: Array) -> tuple[Array, Array]:
@@ -185,7 +185,7 @@ def within_budget(logits: Float[Array, "L E"], sizes: Float[Array, " E"]) -> Boo
 
 
 def budgeted(logits: Float[Array, "L E"], sizes: Float[Array, " E"]) -> Float[Array, "L E"]:
-    """``sigmoid(logits - shift)`` with the shift at which half of all parameters is expected.
+    """``sigmoid(logits - shift)`` with the shift at which the expected size is half of all parameters.
 
     The shift has no gradient: it follows the logits.
     """

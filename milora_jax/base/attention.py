@@ -1,4 +1,4 @@
-"""Attention of a first pass: one function, whose back end is chosen by the platform.
+"""Attention of a first pass: one function, whose back end depends on the platform.
 
 ==========  =====================================================================================
 TPU         Pallas' splash attention (``base/splash.py``), for heads of 64 or 128, no prefix, and a
@@ -8,9 +8,9 @@ GPU         cuDNN, through ``jax.nn.dot_product_attention``, for 16-bit floats o
 elsewhere   ``base/blockwise.py``: the same sums in plain XLA
 ==========  =====================================================================================
 
-None of them keeps scores between the passes. What the others keep is named for ``remat="products"``; cuDNN's
-is not, so that there a backward pass attends once more. tokamax, which chooses among kernels by itself, is
-not used: it wants Python 3.12 and reads the flags of the command line as its own.
+None of them keeps scores between the passes. The results of the others are named for ``remat="products"``;
+cuDNN's is not, so that the backward pass computes it again. tokamax, which chooses among kernels by itself,
+is not used: it needs Python 3.12 and reads the command line's flags as its own.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from milora_jax.base.ops import Scoring, Window
 from milora_jax.shapes import Array, Bool, Float, Int
 
 CUDNN_LARGEST_HEAD = 128
-"""Widest head that cuDNN takes on every GPU it knows."""
+"""Widest head that cuDNN accepts on all supported GPUs."""
 
 CUDNN_LEAST_CAPABILITY = (8, 0)
-"""Ampere: a T4 (7.5) has no such kernels."""
+"""Compute capability of Ampere: a T4 (7.5) has no such kernels."""
 
 
 @dataclass(frozen=True)
 class DeviceLayout:
-    """How queries, keys and values lie over devices: XLA divides its own products, but no kernels.
+    """How queries, keys and values are divided over devices: XLA partitions its own products but no kernels.
 
     Attributes:
-      mesh: the devices; None for one.
-      rows, heads: mesh axes that rows and heads are split over.
+      mesh: the devices; None for a single device.
+      rows, heads: mesh axes over which rows and heads are split.
       cudnn: whether the devices have cuDNN's kernels, see :func:`has_cudnn`.
     """
 
@@ -53,13 +53,13 @@ class DeviceLayout:
 
 
 def device_layout(devices: Collection[Any]) -> DeviceLayout | None:
-    """How a pass lies over devices where it is one; None over several, whose axes are not known here."""
+    """The layout of a pass on one device; None for several devices, whose axes are unknown here."""
     device, *others = devices
     return None if others else DeviceLayout(cudnn=has_cudnn(device))
 
 
 Attend = Callable[[Array, Array, Array, Array, Scoring, "Array | None", "Window | None"], Array]
-"""What :func:`attention` is to a layer, its ``layout`` given."""
+"""The type of :func:`attention` with its ``layout`` bound, as a layer calls it."""
 
 
 def attention(
@@ -75,12 +75,12 @@ def attention(
     """Grouped-query attention, softmax in float32.
 
     Args:
-      mask: true where a query may see a key, which no query does that is more than S - T places before the
-        key. A query that may see none (padding) gets something finite, which nobody reads.
-      scoring: how products become scores.
-      segments: of the tokens, where the mask says no more than causality and they: 0 for padding.
-      window: what of the keys that the mask leaves is near enough.
-      layout: allows kernels, and says how they are to be divided; None keeps to XLA's own products.
+      mask: true where a query may see a key; false for keys more than S - T places after the query. A query
+        that may see no key (padding) gets a finite result without a meaning.
+      scoring: the conversion of products to scores.
+      segments: segments of the tokens, 0 for padding, where the mask means causality within segments only.
+      window: sliding window within the mask.
+      layout: allows kernels, and says how they are divided; None uses XLA's own products only.
     """
     if layout is None:
         return blockwise(q, k, v, mask, window, scoring)
@@ -104,7 +104,7 @@ def attention(
 
 
 def has_cudnn(device: Any) -> bool:
-    """Whether a device has cuDNN's attention: not a T4, and not a card of another maker."""
+    """Whether a device has cuDNN's attention: not a T4, and not a card of another vendor."""
     if device.platform != "gpu":
         return False
     try:
@@ -115,7 +115,7 @@ def has_cudnn(device: Any) -> bool:
 
 
 def cudnn_serves(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> bool:
-    """Whether cuDNN takes arrays of these shapes; of odd lengths it has no gradient under a mask."""
+    """Whether cuDNN accepts arrays of these shapes; for odd lengths it has no gradient under a mask."""
     small = q.dtype in (jnp.bfloat16, jnp.float16)
     suits = q.shape[-1] % 8 == 0 and q.shape[-1] <= CUDNN_LARGEST_HEAD
     return small and suits and q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
@@ -124,7 +124,7 @@ def cudnn_serves(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> bool
 def _splash(
     layout: DeviceLayout, q: Array, k: Array, v: Array, segments: Array, window: int | None, scoring: Scoring
 ) -> Float[Array, "B T N H"]:
-    """Splash attention, every device on its own rows and heads."""
+    """Splash attention, computed by every device on its own rows and heads."""
     kernel = functools.partial(splash.splash, window=window, scoring=scoring)
     if layout.mesh is None or layout.mesh.size == 1:
         return kernel(q, k, v, segments)

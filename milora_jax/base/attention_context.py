@@ -1,4 +1,4 @@
-"""Attention masks, windows and rotary tables of a pass, of sliding-window layers and of the others."""
+"""Attention masks, windows and rotary tables of a pass, for sliding-window layers and for others."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from milora_jax.types import Batch, PyTree
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What attention needs of a pass beside queries, keys and values, for both kinds of layers.
+    """What attention needs beside queries, keys and values, for both kinds of layers.
 
     Attributes:
-      mask: the attention mask of full-attention layers: of a first pass ``[B, T, S]``, of a later one its
-        cache's.
-      local_mask: of a later pass, the mask of sliding-window layers.
-      near: of a first pass, the window of sliding-window layers; None where it is wider than the rows.
+      mask: the attention mask of full-attention layers: ``[B, T, S]`` in a first pass, the cache's in a later
+        one.
+      local_mask: the mask of sliding-window layers in a later pass.
+      near: the window of sliding-window layers in a first pass; None where it is wider than the rows.
       tables: cosine and sine of the rotary embedding.
-      local_tables: the same in sliding-window layers.
+      local_tables: the same for sliding-window layers.
     """
 
     mask: Any
@@ -42,10 +42,10 @@ class AttentionContext:
         prefix_length: int,
         cache: KVCache | BeamCache | None,
     ) -> AttentionContext:
-        """The context of a pass; the arguments are those of ``transformer.forward``.
+        """Build the context of a pass; the arguments are those of ``transformer.forward``.
 
         Args:
-          prefix_length: P of a first pass.
+          prefix_length: P, in a first pass.
         """
         positions, segment_ids = batch.positions, batch.segment_ids
         frequencies = ops.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -91,12 +91,12 @@ class AttentionContext:
 
 
 def _choose(sliding: bool | Array, local: PyTree, whole: PyTree) -> PyTree:
-    """What a layer takes: at once where it is known which layer it is, else inside the scan."""
+    """The value for a layer: chosen at once where the layer's kind is known, else inside the scan."""
     if isinstance(sliding, bool):
         return local if sliding else whole
     return jax.tree.map(lambda a, b: jnp.where(sliding, a, b), local, whole)
 
 
 def scoring_of(config: ModelConfig) -> ops.Scoring:
-    """How a model's products become scores."""
+    """The conversion of a model's products to scores."""
     return ops.Scoring(config.score_scale, config.attention_softcap)

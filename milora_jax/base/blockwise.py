@@ -1,8 +1,8 @@
 """Attention of a first pass, block by block of queries, with a backward pass of its own.
 
-Keys after the last query of a block are not looked at, which saves near to half of the work of a causal
-mask; and the backward pass makes the scores again from the logarithm of their normaliser, so that nothing of
-size T x S is kept between the passes (the idea of FlashAttention, arXiv 2205.14135, in plain XLA).
+Keys after the last query of a block are skipped, which saves almost half of the work of a causal mask. The
+backward pass computes the scores again from the logarithm of their normaliser, so that nothing of size T x S
+is kept between the passes (the idea of FlashAttention, arXiv 2205.14135, in plain XLA).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from milora_jax.shapes import Array, Bool, Float
 from milora_jax.types import kept
 
 BLOCK = 64
-"""Queries of a block, at least."""
+"""Least number of queries in a block."""
 
 MOST_BLOCKS = 8
-"""More would be compiled longer and save little: n blocks do (n + 1) / 2n of the work."""
+"""More blocks would compile longer and save little: n blocks do (n + 1) / 2n of the work."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -34,12 +34,12 @@ def blockwise(
     window: Window | None,
     scoring: Scoring,
 ) -> Float[Array, "B T N H"]:
-    """``attention.attention`` in plain XLA, with any mask that looks no further than it may."""
+    """``attention.attention`` in plain XLA, with any mask that respects its bounds."""
     return _forward(q, k, v, mask, window, scoring)[0]
 
 
 def _blocks(length: int) -> Iterator[slice]:
-    """Places of the queries, block by block."""
+    """The slices of the queries, block by block."""
     count = min(max(1, length // BLOCK), MOST_BLOCKS)
     edges = [length * i // count for i in range(count + 1)]
     yield from (slice(*pair) for pair in pairwise(edges))

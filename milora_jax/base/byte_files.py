@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from milora_jax.errors import UserError
 
 Span = tuple[int, int]
-"""The first byte, and the byte after the last."""
+"""A first byte, and the byte after the last."""
 
 
 @runtime_checkable
@@ -53,7 +53,7 @@ class LocalFile:
     path: Path
 
     block = 2**20
-    """Enough for a disk; the bytes are still in the processor's cache when they are copied."""
+    """Large enough for a disk, and small enough that the bytes are copied from the processor's cache."""
 
     @property
     def name(self) -> str:
@@ -94,7 +94,7 @@ class LocalFile:
 
     def _open(self) -> int:
         try:
-            # Opening a pipe would else wait for its writer.
+            # Otherwise opening a pipe would wait for its writer.
             return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise UserError(f"{self.path}: not readable ({error.strerror})") from None

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far."""
+"""The key-value cache: keys and values of earlier tokens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from milora_jax.shapes import Array, Bool, Float, Int
 class LayerCache:
     """Keys and values of one layer, or of all layers on a leading axis.
 
-    Heads come before positions: a head's keys lie together, so that attention over them is a plain batched
-    product. With the axes the other way round XLA transposes the whole cache at every step.
+    Heads come before positions: a head's keys are contiguous, so that attention over them is a plain batched
+    product. With the axes in the other order XLA transposes the whole cache at every step.
 
     Attributes:
-      k, v: after the rotary embedding, in the base's dtype. A single row may lack its axis, see
-        :meth:`KVCache.squeezed`.
+      k, v: keys after the rotary embedding, and values, in the base's dtype. A single row may lack its axis,
+        see :meth:`KVCache.squeezed`.
     """
 
     k: Float[Array, "*B K S H"]
@@ -30,18 +30,18 @@ class LayerCache:
 
     @classmethod
     def of(cls, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> LayerCache:
-        """The cache of a first pass."""
+        """Make the cache of a first pass."""
         return cls(k=jnp.swapaxes(k, 1, 2), v=jnp.swapaxes(v, 1, 2))
 
     def padded(self, length: int) -> LayerCache:
-        """The same with room for ``length`` cache positions."""
+        """Pad the cache to ``length`` cache positions."""
         widths = ((0, 0), (0, 0), (0, length - self.k.shape[2]), (0, 0))
         return LayerCache(k=jnp.pad(self.k, widths), v=jnp.pad(self.v, widths))
 
     def write(
         self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], place: Int[Array, " B"]
     ) -> LayerCache:
-        """This layer's cache with T new entries from each row's ``place`` on.
+        """Write T new entries from each row's ``place`` on, and return the cache.
 
         An entry beyond the last cache position is dropped.
         """
@@ -67,7 +67,7 @@ class LayerCache:
 
 @struct.dataclass
 class KVCache:
-    """The cache of a batch. A token's cache position is its place in its row, whatever the other rows hold.
+    """The cache of a batch. A token's cache position is its place in its row, independent of other rows.
 
     Attributes:
       layers: a tuple of one LayerCache per layer (decoding), or one stacked LayerCache.
@@ -78,10 +78,10 @@ class KVCache:
     length: Int[Array, " B"]
 
     def squeezed(self) -> KVCache:
-        """The cache of a single row without its row axis; any other as it is.
+        """The cache of a single row without its row axis; other caches unchanged.
 
-        Inside a scan XLA (jaxlib 0.10.2, CPU) copies a cache with an axis of 1 thrice per step: it drops
-        the axis for the product and keeps it for the carry, and then cannot write in place.
+        Inside a scan XLA (jaxlib 0.10.2, CPU) copies a cache with an axis of 1 three times per step: it drops
+        the axis for the product but not for the carry, and then cannot write in place.
         """
         return _squeezed(self)
 
@@ -91,19 +91,19 @@ class KVCache:
 
     @property
     def place(self) -> Int[Array, " B"]:
-        """Where the next pass writes."""
+        """The cache position of each row at which the next pass writes."""
         return self.length
 
     @property
     def reach(self) -> int:
-        """How many cache positions the last query may see: a window so wide hides nothing."""
+        """The most cache positions that a query may see; a window of this width hides nothing."""
         return jax.tree.leaves(self.layers)[0].shape[-2]
 
     def mask(self, queries: int, window: int | None = None) -> Bool[Array, "B T S"]:
-        """Which cache positions the T queries of the next pass see: those before them, and their own.
+        """Which cache positions the T queries of the next pass see: earlier ones, and their own.
 
         Args:
-          window: of them the last so many; None for all.
+          window: number of most recent positions that are seen; None for all.
         """
         positions = jnp.arange(self.reach)[None, None, :]
         last = (self.length[:, None] + jnp.arange(queries)[None, :])[:, :, None]
@@ -116,17 +116,17 @@ class KVCache:
 
 @struct.dataclass
 class BeamLayerCache:
-    """Keys and values of one layer for several beams of each prompt.
+    """Keys and values of one layer, for several beams of each prompt.
 
-    A prompt's are held once. What a beam adds is written at its own place and never moves: beams that
-    change their parents change the mask. A query sees the new entries of all beams of its prompt, of
-    which the mask leaves those of its ancestors; that reads no more than a beam's own entries would,
-    because all beams of a prompt are one product.
+    A prompt's entries are stored once. A beam's entry is written at its own place and never moves; beams that
+    change their parents change the mask. A query's product covers the new entries of all beams of its prompt,
+    and the mask selects those of its ancestors. That reads no more than a beam's own entries would, because
+    all beams of a prompt are one product.
 
     Attributes:
-      prompt: of the prompts.
-      k, v: of the beams' new tokens, a cache position per beam and step. A single prompt may lack its axis,
-        as in :class:`LayerCache`.
+      prompt: cache of the prompts.
+      k, v: entries of the beams' new tokens, a cache position per beam and step. A single prompt may lack its
+        axis, as in :class:`LayerCache`.
     """
 
     prompt: LayerCache
@@ -136,10 +136,10 @@ class BeamLayerCache:
     def write(
         self, k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"], place: tuple[int, Int[Array, ""]]
     ) -> BeamLayerCache:
-        """The cache with every beam's new entry.
+        """Write every beam's new entry, and return the cache.
 
         Args:
-          place: how many cache positions a beam has, and the one that is written.
+          place: cache positions of a beam, and the one to write.
         """
         steps, step = place
         beams = self.k.shape[-2] // steps
@@ -173,12 +173,12 @@ class BeamLayerCache:
 
 @struct.dataclass
 class BeamCache:
-    """The cache of beam search; rows are beams, those of a prompt next to each other.
+    """The cache of beam search; rows are beams, and the beams of a prompt are adjacent.
 
     Attributes:
       length: cache positions that each prompt has written, a method's prefix included.
-      step: tokens that every beam has added.
-      ancestry: which beam of the prompt added the token of each step of a beam.
+      step: number of tokens that every beam has added.
+      ancestry: the beam of the prompt that added the token of each step of a beam.
     """
 
     layers: tuple[BeamLayerCache, ...]
@@ -188,7 +188,7 @@ class BeamCache:
 
     @classmethod
     def of(cls, cache: KVCache, beams: int, steps: int) -> BeamCache:
-        """From the cache of prompts, with room for ``steps`` tokens of each beam."""
+        """Build it from the cache of prompts, with room for ``steps`` tokens of each beam."""
         layers = []
         if isinstance(cache.layers, LayerCache):
             raise ValueError("beams need the cache of unrolled layers")
@@ -204,7 +204,7 @@ class BeamCache:
         )
 
     def squeezed(self) -> BeamCache:
-        """As :meth:`KVCache.squeezed`, for a single prompt."""
+        """The cache of a single prompt without its axis, as in :meth:`KVCache.squeezed`."""
         return _squeezed(self)
 
     def unsqueezed(self) -> BeamCache:
@@ -213,12 +213,12 @@ class BeamCache:
 
     @property
     def place(self) -> tuple[int, Int[Array, ""]]:
-        """Where the next pass writes."""
+        """The place at which the next pass writes."""
         return self.ancestry.shape[-1], self.step
 
     @property
     def reach(self) -> int:
-        """How many cache positions the last query of a beam may see: a window so wide hides nothing."""
+        """The most cache positions that a beam's query may see; a window of this width hides nothing."""
         return self.layers[0].prompt.k.shape[-2] + self.ancestry.shape[-1]
 
     def mask(
@@ -227,13 +227,13 @@ class BeamCache:
         """What each beam's next query sees of its prompt, and of the new tokens of all beams.
 
         Args:
-          window: of its own past the last so many tokens; None for all.
+          window: number of most recent tokens of its own past that it sees; None for all.
 
         Raises:
-          ValueError: for more than one query: beams go on token by token.
+          ValueError: there is more than one query; beams advance token by token.
         """
         if queries != 1:
-            raise ValueError(f"beams go on token by token, not {queries} at a time")
+            raise ValueError(f"beams advance token by token, not {queries} at a time")
         prompts, beams, steps = self.ancestry.shape
         length = self.layers[0].prompt.k.shape[-2]
         of_prompt = jnp.arange(length)[None, None, :] < self.length[:, None, None]

@@ -1,9 +1,8 @@
-"""The model families: what each fixes, and which keys of ``config.json`` it reads. One table, no code.
+"""The model families: what each fixes, and which keys of ``config.json`` it reads. A table without code.
 
-A family is a ``model_type`` of Hugging Face. Its row says what the code behind that name does whatever the
-config holds (:attr:`Family.fixed`), and what a key means that the config leaves out
-(:attr:`Family.defaults`, those of the class in transformers). Every other difference is a value of the
-config, read by ``base.hf_config``.
+A family is a ``model_type`` of Hugging Face. Its entry says what the code behind that name does whatever the
+config holds (:attr:`Family.fixed`), and the meaning of a missing key (:attr:`Family.defaults`, as in the
+class in transformers). Every other difference is a value in the config, read by ``base.hf_config``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ SWITCHES: dict[str, Any] = {
     "use_sliding_window": False,
     "rope_local_base_freq": None,
 }
-"""Keys that change the function, with what means off. A family that does not have one refuses it."""
+"""Keys that change the function, with the values that mean off. Families without a key refuse it."""
 
 UNSUPPORTED: dict[str, Any] = {
     "quantization_config": None,
@@ -31,7 +30,7 @@ UNSUPPORTED: dict[str, Any] = {
     "num_local_experts": None,
     "num_experts": None,
 }
-"""Keys that ask for what is not implemented for any family, with what means off."""
+"""Keys that ask for what no family implements, with the values that mean off."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,16 @@ class Family:
     """One family.
 
     Attributes:
-      architecture: the class that ``config.json`` names.
+      architecture: the class named in ``config.json``.
       fixed: fields of ``ModelConfig`` that the family's code fixes.
-      switches: the keys of :data:`SWITCHES` that it has.
-      defaults: values of keys that a config may leave out.
-      activation_keys: keys that name the gate's activation, the first that is there and not null holds.
+      switches: the keys of :data:`SWITCHES` that the family has.
+      defaults: values of keys that a config may omit.
+      activation_keys: keys that name the gate's activation; the first that is present and not null counts.
       gelu_is_tanh: whether "gelu" means the approximation, as in Gemma's first configs.
       slides: how layers slide where ``layer_types`` is missing: "none", "all", "late" (from
         ``max_window_layers`` on), or "every" (all but each n-th).
-      every: n, unless ``sliding_window_pattern`` says otherwise.
-      in_images: whether its files may hold a model of images around the language model.
+      every: n, unless ``sliding_window_pattern`` sets it.
+      in_images: whether its files may hold a vision-language model around the language model.
       fused: whether the files hold Q, K, V in one tensor, and gate and up in another.
     """
 
@@ -150,4 +149,4 @@ FAMILIES = {
         fused=True,
     ),
 }
-"""By ``model_type``. LLaMA 1 to 3.3, Mistral, Qwen2 and 2.5, Qwen3, Gemma 1 to 3 (text), Phi-3."""
+"""The families by ``model_type``: LLaMA 1 to 3.3, Mistral, Qwen2 to 3, Gemma 1 to 3 (text), Phi-3."""

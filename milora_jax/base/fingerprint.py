@@ -1,4 +1,4 @@
-"""Which base is this: a digest that tells two model directories apart without reading all of them."""
+"""A digest that tells two model directories apart without reading all of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from milora_jax.base.source import weight_files
 from milora_jax.errors import UserError
 
 WHOLE_BELOW = 2**20
-"""Files up to this many bytes are read whole; of larger ones, samples."""
+"""Files of up to this many bytes are read whole, larger ones by samples."""
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
-"""Of a file of many gigabytes this reads 256 KiB: two different trainings of one model differ everywhere,
-so a few samples tell them apart. It is no guard against somebody who wants to deceive."""
+"""The samples of a large file are 256 KiB: two trainings of one model differ everywhere, so a few samples
+tell them apart. The digest is no protection against deliberate deception."""
 
 NAMES = (
     "config.json",
@@ -24,11 +24,11 @@ NAMES = (
     "merges.txt",
     "*.safetensors.*",
 )
-"""The files beside the weights that decide what a base computes and how text becomes its tokens."""
+"""Files beside the weights that decide what a base computes and how text becomes tokens."""
 
 
 def base_fingerprint(directory: Path) -> str:
-    """SHA-256 over the names, sizes and contents of a Hugging Face directory's files, large ones sampled.
+    """SHA-256 of the names, sizes and contents of a Hugging Face directory's files, large ones sampled.
 
     Raises:
       UserError: there is no such directory, or a file cannot be read.

@@ -25,23 +25,23 @@ from milora_jax.errors import UserError
 SCHEME = "gs://"
 
 RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "16s"}
-"""Half a minute in all: when storage is unavailable for longer, an error is of more use than waiting."""
+"""Half a minute in all: during a longer outage an error is more useful than waiting."""
 
 LARGEST_FILE = 2**53
 """More bytes than any file has; offsets up to it are exact in every number format."""
 
 OUT_OF_RANGE = "OUT_OF_RANGE"
-"""How tensorstore's error begins where a range is not in the file."""
+"""The first word of tensorstore's error for a range outside the file."""
 
 AHEAD = 6
-"""Ranges that are requested at a time: one connection does not saturate a machine's network."""
+"""Ranges that are requested at a time, because one connection does not saturate a machine's network."""
 
 
 def open_store(url: str) -> Any:
     """The ``tensorstore.KvStore`` of ``gs://BUCKET/PATH``, whose keys are relative to the path.
 
     Raises:
-      UserError: it is no such name.
+      UserError: the name is malformed.
     """
     import tensorstore
 
@@ -93,7 +93,7 @@ class RemoteDirectory:
         return _result(self._store.read(name), f"{self.url}/{name}").value
 
     def file(self, name: str) -> RemoteFile:
-        """A weight file."""
+        """The weight file of this name."""
         return RemoteFile(self._store, self.url, name)
 
 
@@ -116,7 +116,7 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """The whole address."""
+        """The full URL."""
         return f"{self.url}/{self.key}"
 
     def size(self) -> int:
@@ -127,8 +127,8 @@ class RemoteFile:
     def _size(self) -> int:
         """The size, found once.
 
-        tensorstore does not report sizes. But a safetensors file declares where it ends: two requests of a
-        byte check that it does, and only the size of a damaged file is found by bisection.
+        tensorstore does not report sizes, but a safetensors file declares its end. Two requests of one byte
+        check the declared end, and only the size of a damaged file is found by bisection.
         """
         declared = self._declared_size()
         if declared is not None and self._has_bytes(declared) and not self._has_bytes(declared + 1):
@@ -139,7 +139,7 @@ class RemoteFile:
         return bisect.bisect_left(range(1, most), True, key=lambda count: not self._has_bytes(count))
 
     def read(self, spans: Iterable[Span]) -> Iterator[memoryview]:
-        """The bytes of every span; the next few spans are requested meanwhile."""
+        """The bytes of every span; the next few spans are requested in the meantime."""
         pending: deque[Any] = deque()
         for start, end in spans:
             pending.append(self.store.read(self.key, byte_range=slice(start, end)))
@@ -150,7 +150,7 @@ class RemoteFile:
 
     @functools.cached_property
     def _generation(self) -> bytes:
-        """The version of the file at the first read; an object may be replaced between two reads."""
+        """The generation of the file at the first read; an object may be replaced between two reads."""
         return _result(self.store.read(self.key, byte_range=slice(0, 1)), self.name).stamp.generation
 
     def _bytes_of(self, pending: Any) -> memoryview:
@@ -160,7 +160,7 @@ class RemoteFile:
         return memoryview(found.value)
 
     def _declared_size(self) -> int | None:
-        """The end of the last tensor as the header has it; None where no header can be read."""
+        """The end of the last tensor by the header; None where the header cannot be read."""
         try:
             length = int.from_bytes(read_span(self, 0, LENGTH_BYTES), "little")
             if length > LARGEST_HEADER:

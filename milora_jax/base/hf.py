@@ -1,8 +1,8 @@
-"""A base from a Hugging Face directory, leaf by leaf.
+"""Load a base from a Hugging Face directory, leaf by leaf.
 
-Tensors come from ``model.safetensors`` or from the shards its index names, a few at a time. Of a leaf that is
-spread over devices a process reads the slices of its own devices, and each of them once. Nothing is ever left
-at an initial value: every expected tensor must be there, with the expected shape, and no other.
+Tensors come from ``model.safetensors`` or from the shards that its index names, a few at a time. A process
+reads only the slices of a leaf that its own devices hold, and each of them once. No leaf stays at an initial
+value: every expected tensor must be present with the expected shape, and there must be no other tensor.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
 Progress = Callable[[int, int], None]
-"""Told what is done, and of how much."""
+"""A callback for progress: receives the amount done and the total."""
 
 
 def ignore(done: int, total: int) -> None:
@@ -57,15 +57,16 @@ def load_leaves(
     """Read every leaf of the base.
 
     Args:
-      sharding_of: where the leaf at a key path goes; None puts all on the first device of this process.
-      decode: in the layout of ``modules.decode_layout``, which then need not be made of another: modules with
-        a common input joined, or apart where ``sharding_of`` says where they go.
-      quantize: how the kernels of the layers are kept, one of ``config.QUANTIZE``. Of a quantised kernel a
-        process reads all rows of the columns that its devices hold, once: they share scales.
-      progress: told how many bytes of the leaves are read, and of how many, by this thread.
+      sharding_of: maps a key path to the leaf's sharding; None puts all leaves on this process's first
+        device.
+      decode: load the layout of ``modules.decode_layout`` directly: modules with a common input are joined,
+        or apart where there is a ``sharding_of``.
+      quantize: how the kernels of the layers are stored, one of ``config.QUANTIZE``. A process reads all rows
+        of the columns of a quantised kernel that its devices hold, once, because they share scales.
+      progress: called by this thread with the bytes of the leaves read so far and their total.
 
     Raises:
-      UserError: for a missing, extra or misshapen tensor, a pickle, or a damaged file.
+      UserError: a tensor is missing, unexpected or misshapen, or a file is damaged or a pickle.
     """
     files = files_by_tensor(directory)
     if FAMILIES[config.family].in_images:
@@ -104,10 +105,10 @@ def load_leaves(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What this process reads of a leaf.
+    """The parts of a leaf that this process reads.
 
     Attributes:
-      boxes: each with the devices that hold it; it is read once for all of them.
+      boxes: boxes of the leaf, each with the devices that hold it; a box is read once for all of them.
     """
 
     spec: LeafSpec
@@ -117,7 +118,7 @@ class _Plan:
 
     @classmethod
     def of(cls, spec: LeafSpec, sharding: Sharding, dtype: np.dtype) -> _Plan:
-        """The plan of a leaf that is laid out so."""
+        """Plan the reading of a leaf with this sharding."""
         holders: dict[str, tuple[Box, tuple[Device, ...]]] = {}
         indices: dict[Device, Any] = dict(sharding.addressable_devices_indices_map(spec.shape))
         for device, index in indices.items():
@@ -132,14 +133,14 @@ class _Plan:
         return sum(math.prod(shape_of(box)) for box, _ in self.boxes) * self.dtype.itemsize
 
     def buffers(self) -> list[tuple[Box, Buffer]]:
-        """A buffer for every box."""
+        """Make a buffer for every box."""
         return [(box, buffer_for(shape_of(box), self.dtype, devices)) for box, devices in self.boxes]
 
     def leaf(self, buffers: Iterable[Buffer]) -> jax.Array:
-        """The leaf of filled buffers."""
+        """Assemble the leaf from filled buffers."""
         arrays = [array for buffer in buffers for array in buffer.arrays()]
         leaf = jax.make_array_from_single_device_arrays(self.spec.shape, self.sharding, arrays)
-        # Devices copy in the background: without waiting, finished leaves pile up in host memory.
+        # Devices copy asynchronously: without waiting, finished leaves accumulate in host memory.
         return jax.block_until_ready(leaf)
 
 
@@ -168,7 +169,7 @@ def save_base(directory: Path, base: Base, config: ModelConfig, dtype: str) -> N
 
 
 def files_by_tensor(directory: Path) -> dict[str, TensorFile]:
-    """The file that holds each tensor, by the headers of all files."""
+    """Map each tensor to the file that holds it, by the headers of all files."""
     if not directory.is_dir():
         raise UserError(f"model.path {str(directory)!r}: no such directory, expected a Hugging Face model")
     files: dict[str, TensorFile] = {}
@@ -183,7 +184,7 @@ def files_by_tensor(directory: Path) -> dict[str, TensorFile]:
 
 
 def _of_text(files: dict[str, TensorFile]) -> dict[str, TensorFile]:
-    """The tensors of the language model within a model of images, under the names that they have alone."""
+    """The tensors of the language model within a vision-language model, under a language model's names."""
     return {
         plain: TensorFile(file.file, {plain: file.entries[name]})
         for name, file in files.items()
@@ -192,7 +193,7 @@ def _of_text(files: dict[str, TensorFile]) -> dict[str, TensorFile]:
 
 
 def _weight_files(directory: Path) -> Iterator[tuple[ByteFile, set[str] | None]]:
-    """Every weight file with the tensors the index gives it; None where there is no index."""
+    """Every weight file with the tensors that the index assigns to it; None where there is no index."""
     index_path, stored = directory / INDEX_NAME, weight_files(directory)
     if WEIGHTS_NAME in stored:
         yield stored[WEIGHTS_NAME], None

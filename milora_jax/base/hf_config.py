@@ -1,8 +1,8 @@
 """``config.json`` of a Hugging Face directory to and from ``ModelConfig``.
 
-Only what we implement is accepted: a key that asks for something else is refused by name, because a
-model that loads and computes the wrong function is worse than one that does not load. Code that a
-directory brings along (``auto_map``) is never run: only the family's name counts.
+Only what is implemented is accepted: a key that asks for something else is refused by name, because a model
+that loads and computes the wrong function is worse than one that does not load. Code in a directory
+(``auto_map``) is never run: only the family's name counts.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from milora_jax.errors import UserError, one_of, require
 from milora_jax.model_config import LinearScaling, Llama3Scaling, ModelConfig
 
 LARGEST = 1e30
-"""No constant of a model is larger; JSON numbers may be infinite or have hundreds of digits."""
+"""Upper bound of a model's constants; JSON numbers may be infinite or have hundreds of digits."""
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
-"""Our names of Hugging Face's activations."""
+"""Our names for Hugging Face's activations."""
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -28,11 +28,11 @@ def read_model_config(directory: Path) -> ModelConfig:
     """Read and check ``config.json`` of a model of one of the ``FAMILIES``.
 
     Both spellings of the rotary settings are read: ``rope_theta`` with ``rope_scaling``, and
-    ``rope_parameters`` as transformers 5 writes it. Of a Gemma 3 with images it is the ``text_config``.
+    ``rope_parameters`` of transformers 5. For a Gemma 3 with images the ``text_config`` is read.
     ``generation_config.json`` may name further tokens that end a text.
 
     Raises:
-      UserError: for a missing or ill-typed key, another architecture, or an unsupported feature.
+      UserError: a key is missing or ill-typed, or the architecture or a feature is not supported.
     """
     if not directory.is_dir():
         raise UserError(f"model.path {str(directory)!r}: no such directory, expected a Hugging Face model")
@@ -80,7 +80,7 @@ def read_model_config(directory: Path) -> ModelConfig:
 
 
 def write_model_config(config: ModelConfig, bos_id: int, dtype: str) -> dict[str, Any]:
-    """The ``config.json`` of a base, as transformers and :func:`read_model_config` read it."""
+    """Make the ``config.json`` of a base that transformers and :func:`read_model_config` read."""
     family, scaling = FAMILIES[config.family], config.rope_scaling
     activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
     values = {
@@ -109,7 +109,7 @@ def write_model_config(config: ModelConfig, bos_id: int, dtype: str) -> dict[str
         "mlp_bias": "gate" in config.biased,
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.final_softcap,
-        # transformers takes no 256.0 for a whole number.
+        # transformers rejects 256.0 as a whole number.
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "sliding_window": config.sliding_window,
         "use_sliding_window": config.sliding_window is not None,
@@ -132,11 +132,11 @@ def write_model_config(config: ModelConfig, bos_id: int, dtype: str) -> dict[str
 
 
 def _refuse_the_rest(given: dict[str, Any], family: Family, path: Path) -> None:
-    """Refuse a key that is on and that the family does not have."""
+    """Refuse a key that is switched on and that the family does not have."""
     foreign = {name: off for name, off in SWITCHES.items() if name not in family.switches}
     for name, off in {**foreign, **UNSUPPORTED}.items():
         value = given.get(name)
-        # Equal and of one type: 0 is not false, and a list is not None.
+        # Equality of value and type: 0 is not false, and a list is not None.
         known = value is None or (value == off and type(value) is type(off))
         require(known, f"{path}: {name}", value, "unset: not supported")
 
@@ -158,7 +158,7 @@ def _activation(values: dict[str, Any], family: Family, path: Path) -> str:
 def _window(
     values: dict[str, Any], family: Family, layers: int, path: Path
 ) -> tuple[int | None, tuple[bool, ...]]:
-    """The sliding window, and which layers slide."""
+    """The sliding window, and whether each layer slides."""
     on = _flag(values, "use_sliding_window", path) if "use_sliding_window" in family.switches else True
     if family.slides == "none" or not on or values.get("sliding_window") is None:
         return None, (False,)
@@ -180,7 +180,7 @@ def _window(
 
 
 def _shortest(pattern: tuple[bool, ...]) -> tuple[bool, ...]:
-    """The shortest beginning of a pattern that, repeated, gives all of it."""
+    """The shortest prefix of a pattern that gives the pattern when repeated."""
     count = len(pattern)
     lengths = (n for n in range(1, count + 1) if all(pattern[i] == pattern[i % n] for i in range(count)))
     return pattern[: next(lengths)]
@@ -189,9 +189,9 @@ def _shortest(pattern: tuple[bool, ...]) -> tuple[bool, ...]:
 def _rope(
     values: dict[str, Any], family: Family, path: Path
 ) -> tuple[float, float | None, Llama3Scaling | LinearScaling | None]:
-    """Base wavelengths, that of sliding layers apart, and scaling from either spelling.
+    """Base wavelengths, one for sliding layers, and the scaling, from either spelling.
 
-    The newer one wins where both are there.
+    The newer spelling wins where both are present.
     """
     parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
@@ -254,7 +254,7 @@ def _flag(values: dict[str, Any], name: str, path: Path) -> bool:
 
 
 def _eos_ids(values: dict[str, Any], directory: Path, vocab: int) -> tuple[int, ...]:
-    """Those of the config, then those that only the generation config names, as chat models have them."""
+    """The ids of the config, then those that only the generation config names, as for chat models."""
     ids = _token_ids(values, directory / "config.json", vocab)
     more = directory / "generation_config.json"
     if more.is_file():

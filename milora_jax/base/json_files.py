@@ -1,4 +1,4 @@
-"""JSON from directories that somebody else wrote."""
+"""Read JSON files that may be malformed or hostile."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from milora_jax.errors import UserError
 
 
 def parse_json_object(content: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in ``content``, in which no name may occur twice.
+    """Parse the JSON object in ``content``, in which no name may occur twice.
 
     Args:
-      where: what an error calls it.
+      where: the name of the content in errors.
 
     Raises:
-      UserError: it is none.
+      UserError: the content is not such an object.
     """
     try:
         value = json.loads(content, object_pairs_hook=unique_names)
@@ -29,7 +29,7 @@ def parse_json_object(content: bytes, where: str) -> dict[str, Any]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object."""
+    """Read a JSON file that must hold an object."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -40,10 +40,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The ``object_pairs_hook`` of a JSON parser that takes no object with the same name twice.
+    """The ``object_pairs_hook`` of a JSON parser that refuses objects with duplicate names.
 
     Raises:
-      ValueError: naming it.
+      ValueError: a name occurs twice; the error names it.
     """
     values = dict(pairs)
     if len(values) != len(pairs):

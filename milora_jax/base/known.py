@@ -1,4 +1,4 @@
-"""Shapes of published models, for measurements and compilation without their weights."""
+"""Shapes of published models, for measuring and compiling without their weights."""
 
 from __future__ import annotations
 
@@ -141,4 +141,4 @@ SHAPES = {
         max_positions=2048,
     ),
 }
-"""By name: published models of every family, and a small LLaMA for machines without accelerators."""
+"""Published models of every family by name, and a small LLaMA for machines without accelerators."""

@@ -1,4 +1,4 @@
-"""The two verbs of the plain base: load it, and ask it for logits."""
+"""Load a plain base and compute its logits."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def load_base(
     Args:
       path: directory with ``config.json`` and safetensors files, or ``hf://OWNER/NAME[@REVISION]``, or
         ``gs://BUCKET/PATH``.
-      dtype: dtype the leaves are kept and computed in, whatever the files hold.
-      decode: in the layout that decoding reads, in which nothing can be trained; from the other one
-        ``generate`` makes it, and both are in memory meanwhile.
-      quantize: keep the matrices of the layers as int8 (a scale per output) or nf4 (a scale per block of
-        64 inputs); norms, embedding and head stay in ``dtype``, in which everything is computed.
-      progress: told how many bytes of the base are read, and of how many.
+      dtype: dtype in which the leaves are stored and computed, whatever the files hold.
+      decode: load the layout for decoding, which cannot be trained; ``generate`` can convert the other
+        layout, but both are then in memory at the same time.
+      quantize: store the matrices of the layers as int8 (a scale per output) or nf4 (a scale per block of 64
+        inputs); norms, embedding and head stay in ``dtype``, in which everything is computed.
+      progress: called with the bytes of the base read so far and their total.
 
     Raises:
-      UserError: naming the file, tensor or setting that is wrong.
+      UserError: a file, a tensor or a setting is wrong; the error names it.
     """
     require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     one_of("quantize", quantize, QUANTIZE)
@@ -57,7 +57,7 @@ def logits(base: Base, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[
       tokens: full rows without padding, T at most ``config.max_positions``.
 
     Raises:
-      UserError: for tokens of another shape, too long, or outside the vocabulary.
+      UserError: the tokens have another shape, are too long, or outside the vocabulary.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     require(tokens.ndim == 2, "tokens", tokens.shape, "two axes, [B, T]")

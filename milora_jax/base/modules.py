@@ -1,10 +1,10 @@
 """The frozen leaves of a Transformer, as a typed pytree.
 
-The modules are Flax NNX modules used to hold leaves and nothing else: functions do the work, and only
-``jax.*`` transforms are applied to them. There are two layouts of the layers: one :class:`Layer` whose
-leaves are stacked on a leading axis, which training scans over, and a tuple with one entry per layer,
-which decoding unrolls. In the tuple the matrices that share an input may be joined
-(:class:`JoinedLayer`), so that a layer is four matrix products instead of seven.
+The modules are Flax NNX modules that only hold leaves: functions do the work, and only ``jax.*`` transforms
+are applied to them. There are two layouts of the layers: one :class:`Layer` whose leaves are stacked on a
+leading axis, which training scans over, and a tuple with one entry per layer, which decoding unrolls. In the
+tuple the matrices that share an input may be joined (:class:`JoinedLayer`), so that a layer is four matrix
+products instead of seven.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Linear(nnx.Module):
     """A linear map.
 
     Attributes:
-      kernel: ``[*L, d_in, d_out]``; codes where there are scales.
+      kernel: ``[*L, d_in, d_out]``; codes, if there are scales.
       bias: ``[*L, d_out]`` or None.
-      scales: of a quantised kernel, ``[*L, blocks, d_out]``, see ``base.quantized``; None of a plain one.
+      scales: scales of a quantised kernel, ``[*L, blocks, d_out]``, see ``base.quantized``; else None.
     """
 
     def __init__(self, kernel: Any, bias: Any, scales: Any = None) -> None:
@@ -37,18 +37,18 @@ class Linear(nnx.Module):
         self.bias, self.scales = _param(bias), _param(scales)
 
     def __call__(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
-        """The map applied to ``x``."""
+        """Apply the map to ``x``."""
         kernel = self.kernel[...]
         y = x @ kernel if self.scales is None else quantized.product(x, kernel, self.scales[...])
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
     def dense(self, dtype: jnp.dtype) -> Float[Array, "*L d_in d_out"]:
-        """The kernel's values: as they are, or decoded in ``dtype``."""
+        """The kernel's values: unchanged, or decoded in ``dtype``."""
         kernel = self.kernel[...]
         return kernel if self.scales is None else quantized.decode(kernel, self.scales[...], dtype)
 
     def frozen(self, dtype: jnp.dtype) -> Frozen:
-        """The leaves as methods look at them."""
+        """The leaves in the form that methods read."""
         return Frozen(self.dense(dtype), None if self.bias is None else self.bias[...])
 
 
@@ -57,7 +57,7 @@ class Norms(nnx.Module):
 
     Attributes:
       attention, feedforward: before the two sublayers, ``[*L, D]``.
-      attention_post, feedforward_post: behind them, ``[*L, D]``.
+      attention_post, feedforward_post: after them, ``[*L, D]``.
       query, key: over every head, ``[*L, H]``.
     """
 
@@ -83,7 +83,7 @@ class Layer(nnx.Module):
     """The leaves of one decoder layer, or of all layers on a leading axis.
 
     Attributes:
-      norms: its norms.
+      norms: norms of the layer.
       q, k, v, o, gate, up, down: the seven linear modules of ``types.EXPERTS``.
     """
 
@@ -103,12 +103,12 @@ class Layer(nnx.Module):
 
 
 class JoinedLayer(nnx.Module):
-    """The leaves of one decoder layer, with the modules of a projection group side by side in one.
+    """The leaves of one decoder layer, with the modules of each projection group joined side by side.
 
     Attributes:
-      norms: its norms.
+      norms: norms of the layer.
       qkv, o, gate_up, down: the four groups of ``types.GROUPS``.
-      widths: output widths of each group's modules.
+      widths: output widths of the modules of each group.
     """
 
     def __init__(self, norms: Norms, groups: tuple[Linear, ...], widths: tuple[tuple[int, ...], ...]) -> None:
@@ -121,7 +121,7 @@ class JoinedLayer(nnx.Module):
         return self._split(place, self._group(place)(x))
 
     def frozen(self, place: int) -> tuple[Frozen, ...]:
-        """The leaves of a projection group, module by module: slices of the joined ones."""
+        """The leaves of a projection group, module by module, as slices of the joined ones."""
         kernel, bias = self._group(place).frozen(self.norms.attention[...].dtype)
         kernels = self._split(place, kernel)
         biases = (None,) * len(kernels) if bias is None else self._split(place, bias)
@@ -158,32 +158,32 @@ class Base(nnx.Module):
 
     @property
     def devices(self) -> set[Any]:
-        """Those that hold the leaves."""
+        """The devices that hold the leaves."""
         return self.embedding[...].devices()
 
     @property
     def everywhere(self) -> Sharding:
-        """Of a leaf that every device that holds some of the base is to hold whole."""
+        """The sharding of a leaf that each of these devices holds whole."""
         sharding = self.embedding[...].sharding
         return NamedSharding(sharding.mesh, jax.P()) if isinstance(sharding, NamedSharding) else sharding
 
     @property
     def unrolled(self) -> bool:
-        """Whether the layers are a tuple, the layout for decoding."""
+        """Whether the layers are a tuple, as in the layout for decoding."""
         return isinstance(self.layers, tuple)
 
 
 def unroll(base: Base) -> Base:
-    """The same base with its layers as a tuple."""
+    """Convert the layers to a tuple."""
     head = None if base.head is None else base.head[...]
     return Base(base.embedding[...], unstack_layers(base.layers), base.final_norm[...], head)
 
 
 def decode_layout(base: Base) -> Base:
-    """The same base with its layers as a tuple of joined layers, for decoding.
+    """Convert the layers to a tuple of joined layers, for decoding.
 
-    A base that is spread over several devices keeps its modules apart: there the parts of a joined
-    matrix would have to travel between devices.
+    A base on several devices keeps its modules apart, because the parts of a joined matrix would have to be
+    sent between devices.
     """
     base = unroll(base)
     if len(base.devices) == 1:
@@ -192,11 +192,11 @@ def decode_layout(base: Base) -> Base:
 
 
 def joined_layer(layer: Layer) -> JoinedLayer:
-    """One layer with the modules of each projection group side by side."""
+    """Join the modules of each projection group of one layer side by side."""
     groups, widths = [], []
     for names in GROUPS:
         modules = [getattr(layer, name) for name in names]
-        # Outputs are the last axis of every leaf.
+        # The output axis is the last one of every leaf.
         groups.append(jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *modules))
         widths.append(tuple(module.kernel[...].shape[-1] for module in modules))
     return JoinedLayer(layer.norms, tuple(groups), tuple(widths))
@@ -205,6 +205,7 @@ def joined_layer(layer: Layer) -> JoinedLayer:
 def frozen_kernels(base: Base) -> Kernels:
     """The stacked kernels ``[L, d_in, d_out]`` of the seven modules, from which a method may start.
 
-    Of a quantised base they are decoded: inside a jitted function, those that are not read are not made.
+    Those of a quantised base are decoded; inside a jitted function only the kernels that are read are
+    decoded.
     """
     return {name: getattr(base.layers, name).dense(base.dtype) for name in EXPERTS}

@@ -1,4 +1,4 @@
-"""The maths of a decoder layer as free functions; nothing here knows that adapters exist."""
+"""The maths of a decoder layer as free functions, which know nothing of adapters."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from milora_jax.shapes import Array, Bool, Float, Int
 def rms_norm(
     x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float, unit_offset: bool
 ) -> Float[Array, "*B D"]:
-    """Root-mean-square norm; the mean of squares in float32.
+    """Root-mean-square norm; the mean of squares is in float32.
 
-    Published bfloat16 checkpoints depend on the order of cast and product, which is Hugging Face's.
+    Published bfloat16 checkpoints depend on the order of cast and product; it is Hugging Face's.
 
     Args:
-      unit_offset: multiply by ``1 + weight`` in float32, as Gemma does; else by weight in x's dtype.
+      unit_offset: multiply by ``1 + weight`` in float32, as Gemma does, instead of by weight in x's dtype.
     """
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
@@ -32,33 +32,33 @@ def rms_norm(
 
 
 def softcap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
-    """``cap * tanh(x / cap)``: no value beyond the cap (Gemma 2); None leaves ``x`` as it is."""
+    """``cap * tanh(x / cap)``, which stays below the cap (Gemma 2); None returns ``x``."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def softcap_slope(capped: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"] | float:
-    """The derivative of :func:`softcap`, from what it gave."""
+    """The derivative of :func:`softcap`, computed from its result."""
     return 1.0 if cap is None else 1.0 - (capped / cap) ** 2
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the product of a query and a key becomes a score.
+    """The conversion of the product of a query and a key to a score.
 
     Attributes:
-      scale: what it is multiplied by.
-      cap: of :func:`softcap`, afterwards.
+      scale: factor of the product.
+      cap: cap of :func:`softcap`, which is applied afterwards.
     """
 
     scale: float
     cap: float | None
 
     def __call__(self, products: Float[Array, "*B"]) -> Float[Array, "*B"]:
-        """The scores."""
+        """Convert products to scores."""
         return softcap(products * self.scale, self.cap)
 
     def slope(self, scores: Float[Array, "*B"]) -> Float[Array, "*B"] | float:
-        """The derivative for the products, from the scores."""
+        """The derivative with respect to the products, computed from the scores."""
         return self.scale * softcap_slope(scores, self.cap)
 
 
@@ -67,8 +67,8 @@ def rope_frequencies(
 ) -> np.ndarray:
     """Inverse wavelengths of the rotary embedding in radians per position, float32 ``[H / 2]``.
 
-    With a scaling all frequencies are divided by ``factor``, or as LLaMA 3.1 does to stretch its context
-    the low ones, and a band between is blended.
+    With a scaling, all frequencies are divided by ``factor``; LLaMA 3.1, which stretches its context so,
+    divides only the low ones and blends a band between.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = (1.0 / np.power(np.float32(theta), exponent)).astype(np.float32)
@@ -89,7 +89,7 @@ def rope_tables(
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
     """Cosine and sine of every position's angles, in float32.
 
-    Never in bfloat16: it cannot tell position 256 from 257.
+    bfloat16 would be wrong: it cannot tell position 256 from 257.
     """
     angles = jnp.einsum("BT,H->BTH", positions.astype(jnp.float32), jnp.asarray(frequencies))
     return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
@@ -98,7 +98,7 @@ def rope_tables(
 def apply_rope(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 half"], sin: Float[Array, "B T 1 half"]
 ) -> Float[Array, "B T N H"]:
-    """Rotate each head's first and second half against each other (the Hugging Face layout)."""
+    """Rotate the first half of each head against the second (the Hugging Face layout)."""
     first, second = jnp.split(x, 2, axis=-1)
     cos, sin = (jnp.broadcast_to(table.astype(x.dtype), first.shape) for table in (cos, sin))
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -109,13 +109,13 @@ def cached_attention(
     parts: tuple[tuple[Float[Array, "*B K _ H"], Float[Array, "*B K _ H"], Bool[Array, "B T _"]], ...],
     scoring: Scoring,
 ) -> Float[Array, "B T N H"]:
-    """``attention.attention`` over caches, whose heads come before their slots.
+    """``attention.attention`` over caches, whose heads come before their cache positions.
 
-    Rows and heads stay two axes: made one, heads that are spread over devices would be gathered, and the
-    whole cache with them, at every token.
+    Rows and heads stay two axes: merged, heads that are spread over devices would be gathered at every token,
+    and the whole cache with them.
 
     Args:
-      parts: keys, values and masks, over all of which together the softmax goes.
+      parts: keys, values and masks, over all of which the softmax is taken together.
     """
     rows, length, heads, width = q.shape
     kv_heads = parts[0][0].shape[-3]
@@ -151,11 +151,11 @@ def gated(gate: Float[Array, "*B F"], up: Float[Array, "*B F"], activation: str)
 
 
 class Window(NamedTuple):
-    """A sliding window: which keys are near enough to a query to be seen.
+    """A sliding window: whether a key is near enough to a query to be seen.
 
     Attributes:
-      queries, keys: positions within their records; a prefix has those from ``-P`` on.
-      size: tokens that a query sees, itself included: a number, or in a scan over layers an array.
+      queries, keys: positions within their records; a prefix has negative positions from ``-P`` on.
+      size: number of tokens that a query sees, itself included; an array in a scan over layers.
     """
 
     queries: Int[Array, "B T"]
@@ -167,17 +167,17 @@ class Window(NamedTuple):
         return Window(self.queries[:, queries], self.keys[:, keys], self.size)
 
     def seen(self) -> Bool[Array, "B T S"]:
-        """Whether a query is near enough to a key that is before it."""
+        """Whether a query is near enough to a key, which must not be after it."""
         return self.queries[:, :, None] - self.keys[:, None, :] < self.size
 
 
 def attention_mask(
     query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"], first_query: int
 ) -> Bool[Array, "B T S"]:
-    """Causal within a segment: a query sees the keys of its own record that are not after it.
+    """A causal mask within segments: a query sees the keys of its own record that are not after it.
 
     Args:
-      query_segments, key_segments: 0 for padding, which nothing sees.
+      query_segments, key_segments: 0 for padding, which no query sees.
       first_query: place of the first query among the keys.
     """
     query_slots = first_query + jnp.arange(query_segments.shape[1])

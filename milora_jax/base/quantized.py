@@ -1,15 +1,15 @@
-"""Frozen matrices in 8 or 4 bits: how they are encoded, and how they are multiplied with.
+"""Frozen matrices in 8 or 4 bits: their encoding and their products.
 
-A quantised kernel is two arrays, so that they are laid out, loaded and sliced as all leaves are: ``codes`` of
-the kernel's own shape, and ``scales`` with one row per block of input rows. The codes' dtype says how they
-are read: int8 is a number times its column's scale; uint4 is a place in NF4's table (QLoRA, arXiv 2305.14314,
-Appendix E) times the scale of its block of 64 rows. Accelerators pack two uint4 into a byte; JAX gives each a
-byte on a CPU. (Packed by hand into uint8 they are a byte less there, but XLA for TPUs then writes the decoded
-matrix before every product.)
+A quantised kernel is two arrays, which are laid out, loaded and sliced as all leaves are: ``codes`` of the
+kernel's own shape, and ``scales`` with one row per block of input rows. The dtype of the codes decides their
+meaning: int8 is a number times its column's scale; uint4 is an index into NF4's table (QLoRA, arXiv
+2305.14314, Appendix E) times the scale of its block of 64 rows. Accelerators pack two uint4 into a byte; on a
+CPU JAX gives each a byte. (Packed by hand into uint8 they take half a byte there too, but XLA for TPUs then
+writes the decoded matrix before every product.)
 
-A product writes no full-size copy of its matrix. It is one product where XLA decodes inside of it, and goes
-tile by tile where XLA would first write all of the decoded matrix: on a CPU, for NF4 on a GPU, and on a TPU
-for NF4 and many rows of input, or float32. A decoded tile fits a cache, or the vector memory of a TPU. (The
+A product writes no full-size copy of its matrix. It is one product where XLA decodes inside it, and goes tile
+by tile where XLA would first write the whole decoded matrix: on a CPU, for NF4 on a GPU, and on a TPU for NF4
+with many rows of input, or float32. A decoded tile fits a cache, or the vector memory of a TPU. (The
 exception is int8 on GPUs before Ampere, for which XLA has no such product.)
 """
 
@@ -40,14 +40,14 @@ NF4_VALUES = (
 MIDPOINTS = tuple((low + high) / 2 for low, high in pairwise(NF4_VALUES))
 
 TILE_BYTES = 2**22
-"""Of a decoded tile. On a CPU 4 MiB are as fast as any size, and four times as fast as all of a 2048 x 5632
-matrix; on a v5e such tiles never leave the vector memory."""
+"""Bytes of a decoded tile. On a CPU 4 MiB are as fast as any size, and four times as fast as all of a 2048 x
+5632 matrix; on a v5e such tiles never leave the vector memory."""
 
 GPU_TILE_BYTES = 2**25
-"""The same on a GPU, where every tile costs two launches; the second level's cache holds it."""
+"""The same on a GPU, where every tile costs two launches; the second-level cache holds it."""
 
 ENCODED_ROWS = 64
-"""Rows of a kernel that are encoded at a time: a divisor of every scheme's block."""
+"""Rows of a kernel that are encoded at a time, a divisor of every scheme's block."""
 
 FUSED_ROWS = 512
 """Rows of input up to which XLA for TPUs decodes NF4 inside the product; with 4096 it writes a copy first."""
@@ -55,13 +55,13 @@ FUSED_ROWS = 512
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to encode a kernel.
+    """An encoding of kernels.
 
     Attributes:
-      codes_dtype, scales_dtype: of the two arrays.
-      block: input rows that share a scale; 0 for all of a column.
-      largest: what the codes of the largest magnitude of a block stand for, before the scale.
-      encode: from ratios of values to scales, to codes.
+      codes_dtype, scales_dtype: dtypes of the two arrays.
+      block: input rows that share a scale; 0 for all rows of a column.
+      largest: value, before the scale, of the code of the largest magnitude of a block.
+      encode: maps ratios of values to scales to codes.
     """
 
     codes_dtype: str
@@ -71,10 +71,10 @@ class Scheme:
     encode: Callable[[np.ndarray], np.ndarray]
 
     def blocks(self, d_in: int, name: str) -> int:
-        """Rows of the scales of a kernel with ``d_in`` input rows.
+        """Number of rows of the scales of a kernel with ``d_in`` input rows.
 
         Raises:
-          UserError: where the blocks do not divide the rows of the kernel ``name``.
+          UserError: the blocks do not divide the rows of the kernel ``name``.
         """
         if not self.block:
             return 1
@@ -94,7 +94,7 @@ class Scheme:
         each = values.shape[0] // scales.shape[0]
         codes = np.empty(values.shape, jnp.dtype(self.codes_dtype))
         scales = scales.astype(np.float32)
-        for start in range(0, values.shape[0], ENCODED_ROWS):  # what comes between stays in the cache
+        for start in range(0, values.shape[0], ENCODED_ROWS):  # intermediate values stay in the cache
             here = slice(start, start + ENCODED_ROWS)
             codes[here] = self.encode(values[here] / scales[start // each])
         return codes
@@ -106,7 +106,7 @@ def _rounded(ratios: np.ndarray) -> np.ndarray:
 
 def _nearest(ratios: np.ndarray) -> np.ndarray:
     places = np.zeros(ratios.shape, np.uint8)
-    for middle in MIDPOINTS:  # a search in the table takes three times as long
+    for middle in MIDPOINTS:  # a binary search takes three times as long
         places += ratios > np.float32(middle)
     return places
 
@@ -115,11 +115,11 @@ SCHEMES = {
     "int8": Scheme("int8", "float32", 0, 127.0, _rounded),
     "nf4": Scheme("uint4", "bfloat16", 64, 1.0, _nearest),
 }
-"""By the names of ``config.QUANTIZE``."""
+"""The encodings by their names in ``config.QUANTIZE``."""
 
 
 def bits_of(dtype: jnp.dtype) -> int:
-    """Bits of a number on an accelerator, where two of four bits share a byte."""
+    """Bits of a number on an accelerator, which packs two numbers of four bits into a byte."""
     return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).bits
 
 
@@ -127,10 +127,10 @@ def bits_of(dtype: jnp.dtype) -> int:
 def decode(
     codes: Shaped[Array, "*L d_in d_out"], scales: Float[Array, "*L blocks d_out"], dtype: jnp.dtype
 ) -> Float[Array, "*L d_in d_out"]:
-    """The values of a kernel, or of rows or columns of one.
+    """Decode a kernel, or rows or columns of one.
 
-    Compiled also where the caller is not: op by op it would hold many arrays of the kernel's size. Inlined
-    where the caller is: a function of its own would not be fused with what reads it.
+    It is compiled even if the caller is not: op by op it would hold many arrays of the kernel's size. It is
+    inlined if the caller is compiled: a separate function would not be fused with its reader.
     """
     if codes.dtype == jnp.int8:
         return (codes.astype(jnp.float32) * jnp.broadcast_to(scales, codes.shape)).astype(dtype)
@@ -140,8 +140,8 @@ def decode(
 
 
 def _table_values(codes: Shaped[Array, "*S"], dtype: jnp.dtype) -> Float[Array, "*S"]:
-    """What NF4's codes stand for, before the scale."""
-    # Four rounds of choices between two: unlike a look-up in memory, any compiler fuses them.
+    """The values of NF4's codes, before the scale."""
+    # Four rounds of binary selection: unlike a table look-up, any compiler fuses them.
     places = codes.astype(jnp.int32)
     values: list[Array] = [jnp.full(codes.shape, value, dtype) for value in NF4_VALUES]
     for bit in range(4):
@@ -153,7 +153,7 @@ def _table_values(codes: Shaped[Array, "*S"], dtype: jnp.dtype) -> Float[Array, 
 def product(
     x: Float[Array, "*B d_in"], codes: Shaped[Array, "d_in d_out"], scales: Float[Array, "blocks d_out"]
 ) -> Float[Array, "*B d_out"]:
-    """``x W`` of a quantised kernel, which is frozen: it has no gradient."""
+    """``x W`` of a quantised kernel, which is frozen and has no gradient."""
     rows = x.reshape(-1, x.shape[-1])
     return _product(rows, codes, scales).reshape(*x.shape[:-1], codes.shape[-1])
 
@@ -181,7 +181,7 @@ def _by_platform(
     codes: Array,
     scales: Array,
 ) -> Array:
-    """In one piece where the compiler decodes inside the product, else in tiles."""
+    """The product in one piece where the compiler decodes inside it, else in tiles."""
     small = functools.partial(tiled, tile_bytes=TILE_BYTES)
     if codes.dtype == jnp.int8:
         return jax.lax.platform_dependent(x, codes, scales, cpu=small, default=whole)
@@ -201,7 +201,7 @@ def _forward_whole(x: Array, codes: Array, scales: Array) -> Float[Array, "M d_o
 def _backward_whole(slope: Array, codes: Array, scales: Array) -> Float[Array, "M d_in"]:
     if codes.dtype != jnp.int8:
         return slope @ decode(codes, scales, slope.dtype).T
-    # Against the largest scale: times a scale of 1e-4 itself, a slope of float16 would be rounded to zero.
+    # Divided by the largest scale: multiplied by a scale of 1e-4, a float16 slope would round to zero.
     largest = scales.max()
     shares = jnp.broadcast_to(scales / largest, slope.shape)
     scaled = (slope.astype(jnp.float32) * shares).astype(slope.dtype)
@@ -237,8 +237,8 @@ def _backward_tiled(slope: Array, codes: Array, scales: Array, tile_bytes: int) 
 
 
 def _tile(size: int, most: int, unit: int) -> int:
-    """Width of a tile along an axis of ``size``: about ``most``, a multiple of 128 and of ``unit``, and such
-    that the last tile has little to do again."""
+    """Width of a tile along an axis of ``size``: about ``most``, a multiple of 128 and of ``unit``, chosen so
+    that the last tile overlaps the one before it little."""
     step = max(unit, 128)
     count = -(-size // max(step, most))
     return min(size, -(-size // (count * step)) * step)
@@ -247,7 +247,7 @@ def _tile(size: int, most: int, unit: int) -> int:
 def _tile_by_tile(
     tile: Callable[[Array], Array], rows: int, size: int, width: int, dtype: jnp.dtype
 ) -> Float[Array, "M size"]:
-    """Columns of an output, ``width`` at a time; the last ones may be written twice."""
+    """Compute the columns of an output ``width`` at a time; the last ones may be written twice."""
     if width == size:
         return tile(jnp.zeros((), jnp.int32))
 

@@ -1,4 +1,4 @@
-"""Which tensors of a Hugging Face directory fill which leaves of a base: one table of names and shapes."""
+"""The tensors of a Hugging Face directory that fill the leaves of a base: a table of names and shapes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MODULE_PATHS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-"""Where Hugging Face keeps each of the seven modules inside a layer."""
+"""Names of the seven modules inside a layer of Hugging Face's files."""
 
 FUSED_PATHS = {
     **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
     **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
 }
-"""Where they are in a family that keeps modules with a common input in one tensor, one after the other."""
+"""The same in families that store modules with a common input in one tensor, one after the other."""
 
 
 NORM_PATHS = {"attention": "input_layernorm", "feedforward": "post_attention_layernorm"}
@@ -41,7 +41,7 @@ POST_NORM_PATHS = {
     "feedforward": "pre_feedforward_layernorm",
     "feedforward_post": "post_feedforward_layernorm",
 }
-"""Where the norms of a layer are; with norms behind the sublayers, one name means another place."""
+"""Names of the norms of a layer; with norms after the sublayers, one name means another place."""
 
 HEAD_NORM_PATHS = {"query": "self_attn.q_norm", "key": "self_attn.k_norm"}
 
@@ -50,7 +50,7 @@ OF_IMAGES = ("vision_tower.", "multi_modal_projector.")
 
 
 def text_name(name: str) -> str | None:
-    """The name that a tensor has in the files of a language model alone; None for one of an image model.
+    """The name of a tensor in a pure language model; None for a tensor of a vision model.
 
     >>> text_name("language_model.model.norm.weight"), text_name("model.language_model.norm.weight")
     ('model.norm.weight', 'model.norm.weight')
@@ -62,14 +62,14 @@ def text_name(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of the files, and where it lies in a leaf.
+    """One tensor of the files, and its place in a leaf.
 
     Attributes:
-      name: in the files.
-      layer: its place on the leading axis of a stacked leaf.
+      name: name in the files.
+      layer: index on the leading axis of a stacked leaf.
       columns: its first column in a joined leaf, and the one after its last.
-      outputs: where in a tensor of several modules this part is: its first output, the one after its
-        last, and how many there are; None for a tensor of its own.
+      outputs: its place in a tensor of several modules: first output, the one after the last, and the number
+        of all outputs; None for a tensor of its own.
     """
 
     name: str
@@ -78,11 +78,11 @@ class Part:
     outputs: tuple[int, int, int] | None = None
 
     def within(self, box: tuple[slice, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-        """What a box of the leaf, one slice per axis, holds of this tensor.
+        """The intersection of this tensor with a box of the leaf, one slice per axis.
 
         Returns:
-          Where in the box, likewise one slice per axis, and which slices of the tensor as the leaf orders its
-          axes: one axis fewer for a layer of a stacked leaf. None where they have nothing in common.
+          Its slices in the box, and its slices in the tensor in the axis order of the leaf, one axis fewer
+          for a layer of a stacked leaf. None where the intersection is empty.
         """
         place = tuple(slice(0, side.stop - side.start) for side in box)
         if self.layer is not None:
@@ -106,12 +106,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a leaf holds of a quantised kernel.
+    """The part of a quantised kernel in a leaf.
 
     Attributes:
-      scheme: by which it is encoded.
+      scheme: its encoding.
       d_in: rows of the kernel.
-      scales: whether the leaf holds the scales, or the codes.
+      scales: whether the leaf holds the scales instead of the codes.
     """
 
     scheme: Scheme
@@ -120,7 +120,7 @@ class Encoded:
 
     @property
     def dtype(self) -> str:
-        """Of the leaf."""
+        """The dtype of the leaf."""
         return self.scheme.scales_dtype if self.scales else self.scheme.codes_dtype
 
 
@@ -129,10 +129,10 @@ class LeafSpec:
     """One leaf of the base and the tensors that fill it.
 
     Attributes:
-      shape: of the leaf.
+      shape: shape of the leaf.
       parts: the tensors: one per layer for a stacked leaf, one per module for a joined one.
       transposed: whether the files hold it ``[out, in]``.
-      encoded: what is made of the tensors' values; None where they are the leaf's.
+      encoded: how the tensors' values are encoded; None where they are the leaf's values.
     """
 
     shape: tuple[int, ...]
@@ -141,15 +141,15 @@ class LeafSpec:
     encoded: Encoded | None = None
 
     def dtype(self, plain: str) -> np.dtype:
-        """Of the leaf, in a base whose plain leaves have the dtype ``plain``."""
+        """The dtype of the leaf, in a base whose plain leaves have the dtype ``plain``."""
         return jnp.dtype(plain if self.encoded is None else self.encoded.dtype)
 
     def rows_read(self, box: tuple[slice, ...]) -> tuple[slice, ...]:
-        """A box of the leaf, as a box of what must be read for it: of a quantised kernel all rows."""
+        """The box that must be read for a box of the leaf: all rows, for a quantised kernel."""
         return box if self.encoded is None else (*box[:-2], slice(0, self.encoded.d_in), box[-1])
 
     def tensor_shape(self, part: Part) -> tuple[int, ...]:
-        """Shape of one of the tensors, as the leaf orders its axes."""
+        """Shape of one of the tensors, in the axis order of the leaf."""
         shape = self.shape if self.encoded is None else (*self.shape[:-2], self.encoded.d_in, self.shape[-1])
         if part.layer is not None:
             shape = shape[1:]
@@ -161,15 +161,15 @@ class LeafSpec:
 def base_specs(
     config: ModelConfig, decode: bool = False, quantize: str = "none", joined: bool = True
 ) -> Base:
-    """A Base whose leaves are LeafSpecs: the one table of names and shapes.
+    """A Base whose leaves are LeafSpecs, the table of names and shapes.
 
     Args:
-      decode: a tuple of layers, as ``modules.decode_layout`` makes it, instead of a stacked one.
-      joined: whether those are joined ones, as for one device, or have their modules apart.
-      quantize: how the kernels of the layers are kept, one of ``config.QUANTIZE``.
+      decode: a tuple of layers, as in ``modules.decode_layout``, instead of a stacked one.
+      joined: whether those are joined, as for one device.
+      quantize: how the kernels of the layers are stored, one of ``config.QUANTIZE``.
 
     Raises:
-      UserError: for a kernel whose width does not suit the quantisation.
+      UserError: the width of a kernel does not suit the quantisation.
     """
     table = _Table(config, quantize)
     vocab, width = config.vocab_size, config.hidden_size
@@ -187,7 +187,7 @@ def base_specs(
 
 @dataclass(frozen=True)
 class _Table:
-    """The layers' part of the table."""
+    """The part of the table for the layers."""
 
     config: ModelConfig
     quantize: str
@@ -213,7 +213,7 @@ class _Table:
         return Layer(self.norms(norm), modules)
 
     def joined_layer(self, layer: int) -> JoinedLayer:
-        """One layer, its modules with a common input in one leaf."""
+        """One layer with modules that share an input in one leaf."""
         groups, widths = [], []
         for names in GROUPS:
             d_in = self.config.module_dims[names[0]][0]
@@ -234,7 +234,7 @@ class _Table:
         return JoinedLayer(self.norms_of(layer), tuple(groups), tuple(widths))
 
     def layer(self, number: int) -> Layer:
-        """One layer, its modules apart."""
+        """One layer with separate modules."""
         modules = {}
         for name in EXPERTS:
             d_in, d_out = self.config.module_dims[name]
@@ -254,7 +254,7 @@ class _Table:
         return self.norms(norm)
 
     def norms(self, norm: Callable[[str, int], LeafSpec]) -> Norms:
-        """The norms of a layer, or of all, each made by its path and its width."""
+        """The norms of a layer, or of all layers, each made by its path and its width."""
         config = self.config
         paths = POST_NORM_PATHS if config.post_norms else NORM_PATHS
         leaves = {name: norm(path, config.hidden_size) for name, path in paths.items()}
@@ -270,11 +270,11 @@ class _Table:
         layer: int | None = None,
         columns: tuple[int, int] | None = None,
     ) -> Part:
-        """The tensor of a module of a layer, by itself or, in a fused one, among those of its group.
+        """The tensor of a module of a layer: a tensor of its own, or a part of a fused one.
 
         Args:
-          number: of the layer.
-          layer, columns: of the part.
+          number: number of the layer.
+          layer, columns: fields of the part.
         """
         path, outputs = MODULE_PATHS[name], None
         if FAMILIES[self.config.family].fused and name in FUSED_PATHS:
@@ -286,7 +286,7 @@ class _Table:
         return Part(f"model.layers.{number}.{path}.{kind}", layer, columns, outputs)
 
     def linear(self, kernel: LeafSpec, bias: LeafSpec | None) -> Linear:
-        """A module or a group of them, quantised if asked for."""
+        """A module or a group of them, quantised if requested."""
         if self.quantize == "none":
             return Linear(kernel, bias)
         scheme, (*front, d_in, d_out) = SCHEMES[self.quantize], kernel.shape

@@ -12,14 +12,14 @@ from milora_jax.shapes import Array, Float, Int
 from milora_jax.types import KEPT
 
 LANES = 128
-"""Rows are padded to a multiple of this, and a head's width is all or half of it."""
+"""Rows are padded to a multiple of this; a head must be as wide, or half as wide."""
 
 BLOCKS = (512, 384, 256, 128)
-"""Tokens of a kernel's block, the largest divisor first."""
+"""Block sizes of the kernel in tokens, tried in this order."""
 
 
 def serves(q: Float[Array, "B T N H"]) -> bool:
-    """Whether the kernel takes queries of this shape, and is worth its start."""
+    """Whether the kernel accepts queries of this shape and is worth its launch."""
     suits = q.dtype in (jnp.bfloat16, jnp.float32)  # the compiler has no loads of float16
     return suits and q.shape[-1] in (LANES // 2, LANES) and q.shape[1] >= LANES
 
@@ -33,11 +33,11 @@ def splash(
     scoring: Scoring,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """``attention.attention`` where queries and keys are those of the same tokens.
+    """``attention.attention`` where queries and keys belong to the same tokens.
 
     Args:
-      window: tokens that a query sees, itself included; None for all.
-      interpret: run it as plain operations, on any platform: for tests.
+      window: number of tokens that a query sees, itself included; None for all.
+      interpret: run it as plain operations on any platform, for tests.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

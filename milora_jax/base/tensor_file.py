@@ -4,7 +4,7 @@ This is read by hand because ``safetensors.safe_open``, whose slices go into ``j
 takes 1.7 to 3 times as long and twice the peak memory (1.1 GB of bfloat16 on two EPYC cores: 2.1 times the
 model against 1.01): it maps the file, every page that was read counts as the process's own, and a file that
 is cut meanwhile kills the process. Here the header is checked to the last byte before anything else is
-believed, and tensors are read in chunks, from any number of threads, from a disk or a bucket.
+trusted, and tensors are read in chunks, from any number of threads, from a disk or a bucket.
 
 The format: eight bytes, the length of the header, little-endian; the header, a JSON object with the dtype,
 shape and place of every tensor; the tensors, without gaps (https://github.com/huggingface/safetensors).
@@ -74,7 +74,7 @@ def header_length(first: bytes, size: int, where: str) -> int:
       where: the file's name in errors.
 
     Raises:
-      UserError: the file cannot hold such a header.
+      UserError: the file cannot have such a header.
     """
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
     if len(first) < LENGTH_BYTES or length > min(LARGEST_HEADER, size - LENGTH_BYTES):

@@ -1,7 +1,7 @@
-"""The forward pass of a decoder-only Transformer, with the places where an adapter may act.
+"""The forward pass of a decoder-only Transformer, with hooks at which an adapter may act.
 
-Layers come stacked on a leading axis and run by ``jax.lax.scan`` (training compiles one layer), or as
-a tuple and unrolled (decoding copies no slices).
+Layers are stacked on a leading axis and run by ``jax.lax.scan`` (training compiles one layer), or a tuple and
+unrolled (decoding copies no slices).
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ POLICIES = {
     "products": jax.checkpoint_policies.save_only_these_names(KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What the backward pass of a layer finds kept, for the values of ``config.REMAT`` that wrap whole layers."""
+"""What is kept for the backward pass of a layer, for the values of ``config.REMAT`` that wrap layers."""
 
 
 @struct.dataclass
 class Output:
-    """What a forward pass gives.
+    """The result of a forward pass.
 
     Attributes:
       hidden: residual stream after the final norm; ``unembed`` turns it into logits.
       route: the route, ``[L, B, Z, E]``, if this pass computed it.
       cache: the cache with this pass's tokens in it, if one was given.
-      inspected: what ``inspect`` gave of each layer's input, on a leading layer axis.
+      inspected: results of ``inspect`` for each layer's input, on a leading layer axis.
     """
 
     hidden: Float[Array, "B T D"]
@@ -50,7 +50,7 @@ class Output:
 
 
 def adapter_decode_layout(adapter: Adapter, base: Base) -> Adapter:
-    """The same adapter, settled and prepared for decoding on ``base``, with its layers as a tuple.
+    """Settle an adapter and prepare it for decoding on ``base``, with its layers as a tuple.
 
     Args:
       base: in either layout.
@@ -81,24 +81,23 @@ def forward(
 ) -> Output:
     """Run the model over the tokens of a batch.
 
-    A pass without ``cache`` is the first over its records: unless it is given a ``route``, every layer
-    routes on the batch's prompts and the route is returned, and a method's prefix goes before the tokens. A
-    pass with a cache continues an earlier one: it takes that one's route, finds the prefix in the cache, and
-    has no router in it at all.
+    A pass without ``cache`` is the first over its records: unless a ``route`` is given, every layer routes on
+    the batch's prompts and the route is returned, and a method's prefix goes before the tokens. A pass with a
+    cache continues an earlier one: it takes that pass's route, finds the prefix in the cache, and has no
+    router.
 
     Args:
-      adapter: what changes the layers; None is the plain base. Its layers must have the layout of the
-        base's.
+      adapter: the adapter of the layers, in the layout of the base's; None is the plain base.
       route: routing weights of an earlier pass, ``[L, B, Z, E]`` or a tuple of L ``[B, Z, E]``.
-      top_k: experts that a route holds, where a schedule says other than the method.
-      inspect: is called with what enters each layer of a first pass, for measuring.
-      cache: keys and values of earlier tokens; this pass's are appended, row by row. Every token counts:
-        there is no padding in such a pass.
-      cache_length: S of the cache that a first pass is to fill, at least P + T; 0 for none. Its rows
-        hold one record each and are padded on the right.
-      key: switches dropout on.
-      remat: what a backward pass computes again, one of ``config.REMAT``.
-      attend: attention of a first pass.
+      top_k: number of experts of a route, where a schedule sets another than the method.
+      inspect: called with the input of each layer of a first pass, for measuring.
+      cache: keys and values of earlier tokens, to which this pass's are appended, row by row. Every token
+        counts: such a pass has no padding.
+      cache_length: S of the cache that a first pass fills, at least P + T; 0 for none. Its rows hold one
+        record each and are padded on the right.
+      key: random key of dropout; None switches dropout off.
+      remat: what the backward pass computes again, one of ``config.REMAT``.
+      attend: the attention function of a first pass.
 
     Raises:
       ValueError: an adapter with a router continues a pass without that pass's route, or a pass with a cache
@@ -175,12 +174,12 @@ def forward(
 
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """What a layer knows of earlier passes.
+    """The state of earlier passes that a layer uses.
 
     Attributes:
-      cache: their keys and values.
-      place: where this pass's go.
-      mask: what of them a query sees.
+      cache: keys and values of earlier passes.
+      place: where this pass's are written.
+      mask: which of them a query sees.
     """
 
     cache: LayerCache | BeamLayerCache
@@ -190,11 +189,11 @@ class Past:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedLayer:
-    """One frozen layer with one layer's adapter at work on it, or with none.
+    """One frozen layer with its layer of the adapter, if there is an adapter.
 
     Attributes:
       weights: routing weights per row or per token.
-      key: present while training with dropout.
+      key: random key of dropout; None without dropout.
     """
 
     layer: Layer | JoinedLayer
@@ -215,7 +214,7 @@ class AdaptedLayer:
     def beside(
         self, sublayer: str, x: Float[Array, "B T D"], output: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
-        """A sublayer's output with what the method adds beside the sublayer."""
+        """Add the method's branch to a sublayer's output."""
         added = None if self.adapter is None else self.adapter.method.branch(self.params, sublayer, x)
         return output if added is None else output + added
 
@@ -229,15 +228,15 @@ def block(
     past: Past | None = None,
     prefix: tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]] | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
+    """One decoder layer: attention and feed-forward, each after a norm and added to the stream.
 
     Args:
       angles: cosine and sine of the rotary embedding.
-      attend_own: attention over this pass's own queries, keys and values, where there is no ``past``.
-      prefix: keys and values that go before the tokens'.
+      attend_own: attention over this pass's own queries, keys and values, where ``past`` is None.
+      prefix: keys and values that go before those of the tokens.
 
     Returns:
-      The stream, and the keys and values of this pass, or with ``past`` its cache with them in it.
+      The stream, and this pass's keys and values, or with ``past`` the cache that includes them.
     """
     rows, length, _ = hidden.shape
     layer = adapted.layer
@@ -273,7 +272,7 @@ def block(
 
 
 def _norm(config: ModelConfig, x: Float[Array, "*B D"], weight: Any) -> Float[Array, "*B D"]:
-    """A norm of a layer; ``x`` itself where the family has none there."""
+    """Apply a norm of a layer; return ``x`` where the family has no such norm."""
     return x if weight is None else ops.rms_norm(x, weight[...], config.norm_eps, config.norm_unit_offset)
 
 
@@ -291,14 +290,14 @@ def _indices(count: int) -> tuple[Array, ...]:
 def keys_of(
     config: ModelConfig, layer: Layer | JoinedLayer, soft: Float[Array, "B P D"]
 ) -> tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]]:
-    """Keys, not rotated, and values that a frozen layer makes of soft tokens."""
+    """Keys, not rotated, and values of soft tokens in a frozen layer."""
     _, k, v = layer.project(0, _norm(config, soft, layer.norms.attention))
     heads = _norm(config, k.reshape(*k.shape[:2], -1, config.head_dim), layer.norms.key)
     return heads.reshape(k.shape), v
 
 
 def _per_token(weights: Array | None, segment_ids: Array) -> Array | None:
-    """Routing weights for each token of each row: ``[B, 1, E]`` or, with packed rows, ``[B, T, E]``."""
+    """Routing weights of each token of each row: ``[B, 1, E]`` or, with packed rows, ``[B, T, E]``."""
     if weights is None or weights.shape[-2] == 1:
         return weights
     record = jnp.maximum(segment_ids - 1, 0)[..., None]
@@ -308,8 +307,8 @@ def _per_token(weights: Array | None, segment_ids: Array) -> Array | None:
 def _over_layers(step: Callable, carry: Array, inputs: tuple, unrolled: bool) -> tuple[Array, Any]:
     """Run ``step`` over the layers: ``lax.scan`` on stacked trees, a Python loop on tuples.
 
-    Both give ``(carry, outputs)`` with the routes and what was inspected stacked; a tuple of caches stays
-    a tuple.
+    Both return ``(carry, outputs)`` with the routes and inspected values stacked; a tuple of caches stays a
+    tuple.
     """
     if not unrolled:
         return jax.lax.scan(step, carry, inputs)

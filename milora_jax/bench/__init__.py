@@ -1,1 +1,1 @@
-"""Measurements: programs that print one JSON object per line, never timed tests."""
+"""Benchmarks: programs that print one JSON object per line, instead of timed tests."""

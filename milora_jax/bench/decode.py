@@ -1,8 +1,8 @@
-"""``python -m milora_jax.bench decode``: how fast prompts are continued.
+"""``python -m milora_jax.bench decode``: the speed of decoding.
 
 Several values of ``--method``, ``--batch``, ``--beams``, ``--tenants``, ``--rank``, ``--top-k`` and
-``--quantize``, separated by commas, are measured side by side: every repetition runs each of them once, in
-turn, so that what disturbs the machine disturbs all alike. One JSON object per line and variant.
+``--quantize``, separated by commas, are measured side by side: every round runs each of them once, in turn,
+so that disturbances of the machine affect all alike. One JSON object per line and variant.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ METHODS = ("none", "lora", "dora", "dora-recomputed", "moelora", "milora", "mido
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing that is measured."""
+    """One combination of settings that is measured."""
 
     method: str
     batch: int
@@ -64,10 +64,10 @@ class Case:
     """A variant ready to run.
 
     Attributes:
-      run: continues the prompts by so many tokens.
-      base: None of a peer.
-      tenants: what acts on the base.
-      peer: versions of the peer that runs it, instead of us.
+      run: continues the prompts by a number of tokens.
+      base: the base; None for a peer.
+      tenants: the adapters on the base.
+      peer: versions of the peer that runs the variant instead of this package.
     """
 
     variant: Variant
@@ -82,20 +82,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings(ModelSettings):
-    """What is measured.
+    """The settings of ``bench decode``.
 
     Attributes:
-      method: what acts on the base.
-      batch: prompts.
+      method: method of the adapters.
+      batch: number of prompts.
       prompt: tokens of a prompt.
       new: tokens of a continuation.
       beams: width of the search; 1 is greedy.
-      tenants: adapters in the batch.
-      rank: of every module's matrices together.
+      tenants: number of adapters in the batch.
+      rank: rank of a module's matrices, of all experts together.
       top_k: experts that MiLoRA and MiDoRA choose.
-      path: how rows find their adapters; empty: what suits.
+      path: how rows find their adapters; empty: the suitable one.
       prefill_rows: prompts prefilled together.
-      chunk: steps per compiled chunk.
+      chunk: decode steps per compiled chunk.
     """
 
     method: tuple[str, ...] = option(("milora",), choices=METHODS)
@@ -112,7 +112,7 @@ class Settings(ModelSettings):
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Measure all variants, and give a report of each."""
+    """Measure all variants and yield a report of each."""
     varied = ("method", "batch", "beams", "tenants", "rank", "top_k", "quantize")
     grid = itertools.product(*(getattr(settings, name) for name in varied))
     variants = list(dict.fromkeys(_without_what_has_no_effect(Variant(*values)) for values in grid))
@@ -139,7 +139,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def measure_in_turns(cases: list[Case], settings: Settings) -> float:
-    """Run every case in turn, as often as settings; the memory's bandwidth meanwhile."""
+    """Run the cases in turns, as the settings say, and return the memory's bandwidth meanwhile."""
     for case in cases:
         begin = time.perf_counter()
         case.run(settings.new)
@@ -154,7 +154,7 @@ def measure_in_turns(cases: list[Case], settings: Settings) -> float:
 
 
 def _without_what_has_no_effect(variant: Variant) -> Variant:
-    """A variant with 0 for the settings its method does not have."""
+    """A variant with 0 for settings that its method does not have."""
     if variant.method in PEERS:
         variant = dataclasses.replace(variant, quantize="none")
     if variant.method in ("none", "hf"):
@@ -180,7 +180,7 @@ def make_peer(stack: ExitStack, config: ModelConfig, variant: Variant, settings:
 
 
 def make_case(base: Base, config: ModelConfig, variant: Variant, settings: Settings) -> Case:
-    """Build the adapters and what runs them."""
+    """Build the adapters of a variant and the function that runs them."""
     tenants = make_tenants(base, config, variant, settings.path)
     rng = np.random.default_rng(0)
     prompts = rng.integers(4, config.vocab_size, (variant.batch, settings.prompt)).tolist()
@@ -241,7 +241,7 @@ def _timed(run: Callable[[int], None], new: int) -> float:
 
 
 def report(case: Case, config: ModelConfig, settings: Settings, bandwidth: float) -> dict[str, Any]:
-    """The figures of one variant."""
+    """The figures of one variant as JSON."""
     variant = case.variant
     whole, first = statistics.median(case.whole), statistics.median(case.first)
     steps = settings.new - 1
@@ -269,12 +269,12 @@ def report(case: Case, config: ModelConfig, settings: Settings, bandwidth: float
 def read(
     case: Case, config: ModelConfig, settings: Settings, readable: float
 ) -> dict[str, float | int | None]:
-    """The bytes that a step must read, and their share of the ``readable`` ones; unknown of a peer."""
+    """The bytes that a step must read, and their share of ``readable`` ones; unknown for a peer."""
     names = ("weight_bytes", "adapter_bytes", "cache_bytes", "roofline_share")
     if case.base is None:
         return dict.fromkeys(names)
     variant = case.variant
-    # Under beams a prompt's keys and values are read once for all of its beams.
+    # Beams of a prompt share its keys and values, which are read once.
     context = variant.batch * settings.prompt + variant.batch * variant.beams * settings.new / 2
     a_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * case.base.dtype.itemsize
     sizes = (streamed_bytes(case.base), adapter_bytes(case.tenants, variant), int(context * a_position))
@@ -282,9 +282,9 @@ def read(
 
 
 def adapter_bytes(tenants: AdapterStack | None, variant: Variant) -> int:
-    """Bytes of adapters that a step reads: the router is not among them.
+    """Bytes of the adapters that a step reads; the router is not among them.
 
-    On the kernels' path only the chosen experts count, in the mean over random routes.
+    On the kernels' path only the chosen experts count, averaged over random routes.
     """
     if tenants is None:
         return 0

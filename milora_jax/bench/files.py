@@ -1,7 +1,7 @@
-"""``python -m milora_jax.bench files``: a random model of a known shape on the disk, and adapters for it.
+"""``python -m milora_jax.bench files``: write a random model of a known shape, and adapters for it.
 
-What ``serve.py`` and other servers can load where no real model is at hand: ``DIR/model``, a Hugging Face
-directory with a tokenizer of all of its words, and ``DIR/adapter0``, ``DIR/adapter1``, ... exported MiLoRAs.
+``serve.py`` and other servers can load them where there is no real model: ``DIR/model``, a Hugging Face
+directory with a tokenizer of all of its words, and ``DIR/adapter0``, ``DIR/adapter1``, ..., exported MiLoRAs.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 
 @dataclass(frozen=True)
 class Settings(BenchSettings):
-    """What is written.
+    """The settings of ``bench files``.
 
     Attributes:
       into: a new directory.
-      shape: of the model.
-      dtype: of the stored weights.
-      adapters: how many are written.
-      rank: of every module's matrices together.
+      shape: shape of the model.
+      dtype: dtype of the stored weights.
+      adapters: number of adapters to write.
+      rank: rank of a module's matrices, of all experts together.
       top_k: experts that a prompt chooses.
     """
 
@@ -57,7 +57,7 @@ class Settings(BenchSettings):
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Write the files, and tell where they are."""
+    """Write the files and yield their paths."""
     if settings.into.exists():
         raise UserError(f"--into {str(settings.into)!r} exists: expected a new directory")
     model = settings.into / "model"
@@ -68,14 +68,14 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def write_model(directory: Path, config: ModelConfig, dtype: str) -> None:
-    """A Hugging Face directory with random weights and a tokenizer."""
+    """Write a Hugging Face directory with random weights and a tokenizer."""
     directory.mkdir(parents=True)
     write_random(directory, config, dtype, 2**29)
     write_tokenizer(directory, config.vocab_size)
 
 
 def write_adapters(folder: Path, model: Path, settings: AdapterSection, count: int) -> list[Path]:
-    """Exported adapters for a model, as after training: none of their matrices is zero."""
+    """Write adapters for a model whose matrices are not zero, as after training."""
     base, config = load_base(model, decode=True)
     fingerprint, found = base_fingerprint(model), []
     for number in range(count):
@@ -89,7 +89,7 @@ def write_adapters(folder: Path, model: Path, settings: AdapterSection, count: i
 
 
 def write_random(directory: Path, config: ModelConfig, dtype: str, shard_bytes: int) -> None:
-    """``config.json`` and weights with random values, shard by shard."""
+    """Write ``config.json`` and random weights, shard by shard."""
     from safetensors.numpy import save_file
 
     rng, shard, places, number = np.random.default_rng(0), {}, {}, 0
@@ -119,7 +119,8 @@ def write_random(directory: Path, config: ModelConfig, dtype: str, shard_bytes: 
 
 
 def write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A byte-level tokenizer in which every id is a text: 256 bytes, and words of letters and digits."""
+    """Write a byte-level tokenizer in which every id is a text: 256 bytes, and words of letters and
+    digits."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -138,7 +139,7 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
 
 
 def _words() -> Iterator[str]:
-    """Of two letters, then of three, and so on: what is left of a word's last letter came before it."""
+    """Words of two letters, then of three, and so on; each without its last letter is an earlier word."""
     for length in itertools.count(2):
         for letters in itertools.product(string.ascii_letters + string.digits, repeat=length):
             yield "".join(letters)

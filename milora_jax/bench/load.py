@@ -1,9 +1,9 @@
-"""``python -m milora_jax.bench load``: how fast a base is read from a disk, beside the disk itself.
+"""``python -m milora_jax.bench load``: the speed of loading a base, compared with the disk itself.
 
 The files are those of ``--path``, or are written first with random values: a published shape at reduced
-depth. Each round reads all of them once in order, in blocks of 16 MiB into one buffer; reads them so into
-fresh memory of their size, as whoever keeps them must; and loads them; the page cache emptied before each as
-far as the system lets one program do it (``posix_fadvise``). One JSON object.
+depth. Each round reads all of them in order, in blocks of 16 MiB into one buffer; reads them so into fresh
+memory of their size, as a program must that keeps them; and loads them. The page cache is emptied before
+each, as far as the system allows one program to do so (``posix_fadvise``). One JSON object.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ BLOCK = 2**24
 
 @dataclass(frozen=True)
 class Settings(BenchSettings):
-    """What is read, and how.
+    """The settings of ``bench load``.
 
     Attributes:
       path: Hugging Face directory; default: one is written.
-      shape: of a written model.
-      layers: of a written model.
+      shape: shape of a written model.
+      layers: layers of a written model.
       stored: dtype of a written file.
-      shard_bytes: of a written file, at least.
-      scratch: where files are written (default: the system's).
-      dtype: of the loaded base.
-      quantize: how the loaded base is kept.
+      shard_bytes: least size of a written file.
+      scratch: directory of written files (default: the system's).
+      dtype: dtype of the loaded base.
+      quantize: quantisation of the loaded base.
       repeats: at least 5; the median counts.
     """
 
@@ -62,7 +62,7 @@ class Settings(BenchSettings):
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Measure, and give the one report."""
+    """Measure, and yield the only report."""
     with tempfile.TemporaryDirectory(dir=settings.scratch or None) as scratch:
         directory = Path(settings.path or scratch)
         if not settings.path:
@@ -105,14 +105,14 @@ def _forget(files: list[Path]) -> None:
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # a page that is not on the disk yet is not dropped
+            os.fsync(descriptor)  # only pages that are on the disk are dropped
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 
 
 def _read(files: list[Path]) -> float:
-    """Seconds that it takes to read the files once, in order."""
+    """Seconds to read the files once, in order."""
     _forget(files)
     buffer = memoryview(bytearray(BLOCK))
     begin = time.perf_counter()
@@ -124,7 +124,7 @@ def _read(files: list[Path]) -> float:
 
 
 def _in_fresh_process(work: Callable[..., Any], *given: Any) -> tuple[float, int]:
-    """Seconds of a piece of work, and bytes that it added to a process at most."""
+    """Seconds of a function in a fresh process, and the most bytes that it added to the process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_measured, args=(theirs, work, *given))
@@ -152,7 +152,7 @@ def _load(directory: Path, dtype: str, quantize: str) -> Any:
 
 
 def _keep(files: list[Path]) -> list[np.ndarray]:
-    """The contents of the files, in memory that was not used before."""
+    """Read the files into fresh memory."""
     contents = []
     for path in files:
         content = np.empty(path.stat().st_size, np.uint8)

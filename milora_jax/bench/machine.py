@@ -1,4 +1,4 @@
-"""What a measurement ran on, and what that can do at most."""
+"""The machine of a measurement, and the most that it can do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def describe(peer: dict[str, str] | None = None) -> dict[str, Any]:
     """Device, versions and command line, for the end of a report.
 
     Args:
-      peer: versions of the peer, where one ran.
+      peer: versions of the peer, if one ran.
     """
     return {
         "device": jax.devices()[0].device_kind,
@@ -43,14 +43,14 @@ def describe(peer: dict[str, str] | None = None) -> dict[str, Any]:
 
 
 def measure_bandwidth() -> float:
-    """Bytes per second at which the device reads a large array once."""
+    """Measure the bytes per second at which the device reads a large array once."""
     size = 2**26 if jax.default_backend() == "cpu" else 2**30
     array = jnp.ones((size // 4,), jnp.float32)
     return size / _second_run(jax.jit(jnp.sum), array)
 
 
 def measure_matmul(dtype: str) -> float:
-    """Floating-point operations per second of a large square matrix product."""
+    """Measure the floating-point operations per second of a large square matrix product."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     array = jnp.ones((size, size), jnp.dtype(dtype))
     return 2 * size**3 / _second_run(jax.jit(jnp.matmul), array, array)
@@ -64,12 +64,12 @@ def _second_run(function: Callable, *arrays: jax.Array) -> float:
 
 
 def peak_memory() -> int:
-    """Most bytes used so far: of the first device where it keeps count, else resident in this process."""
+    """Most bytes used so far: of the first device where it counts them, else resident in this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
     if (status := Path("/proc/self/status")).is_file():
-        # On Linux ``getrusage`` counts the parent's peak as well, where this process was forked from it.
+        # On Linux ``getrusage`` includes the parent's peak if this process was forked from it.
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return 1024 * int(fields["VmHWM"].split()[0])
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""The models and adapters that are measured: read from a directory, or random ones made on the device."""
+"""The models and adapters of the benchmarks: read from a directory, or random ones made on the device."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from milora_jax.types import GROUPS, PyTree
 RANDOM = "random:"
 
 RECOMPUTED = "-recomputed"
-"""Ending of a method's name whose norms are computed again at every token, as PEFT does."""
+"""Suffix of a method whose norms are computed again at every token, as in PEFT."""
 
 
 def load_model(name: str, dtype: str, *, decode: bool, quantize: str = "none") -> tuple[Base, ModelConfig]:
-    """A base.
+    """Load a base.
 
     Args:
       name: a Hugging Face directory, or ``random:`` and one of :data:`SHAPES`.
@@ -52,7 +52,7 @@ def load_model(name: str, dtype: str, *, decode: bool, quantize: str = "none") -
 
 
 def random_base(config: ModelConfig, dtype: str, *, decode: bool, quantize: str = "none") -> Base:
-    """Random weights, made where they stay, in the layout asked for: nothing is held twice."""
+    """Draw random weights where they stay, in the given layout: nothing is held twice."""
     specs, structure = jax.tree.flatten(base_specs(config, decode, quantize))
     keys = jax.random.split(jax.random.key(0), len(specs))
 
@@ -69,17 +69,17 @@ def random_base(config: ModelConfig, dtype: str, *, decode: bool, quantize: str 
         return jax.random.randint(key, spec.shape, whole.min, whole.max + 1, jnp.int32).astype(kind)
 
     def leaf(spec: LeafSpec, key: Array) -> Array:
-        return draw(key, dataclasses.replace(spec, parts=spec.parts[:1]))  # the parts but say what it is
+        return draw(key, dataclasses.replace(spec, parts=spec.parts[:1]))  # one compilation for all parts
 
     return jax.tree.unflatten(structure, [leaf(*pair) for pair in zip(specs, keys, strict=True)])
 
 
 def peer_directory(stack: ExitStack, name: str, config: ModelConfig, dtype: str) -> Path:
-    """Where a peer finds the model: the directory itself, or one with ``config.json`` alone.
+    """The model's directory for a peer: the directory itself, or one with ``config.json`` alone.
 
     Args:
-      stack: as long as which a new directory lives.
-      name: as :func:`load_model` takes it.
+      stack: keeps a new directory until it is closed.
+      name: see :func:`load_model`.
     """
     if not name.startswith(RANDOM):
         return Path(name)
@@ -90,7 +90,7 @@ def peer_directory(stack: ExitStack, name: str, config: ModelConfig, dtype: str)
 
 
 def random_adapter(base: Base, config: ModelConfig, settings: AdapterSection, seed: int) -> Adapter:
-    """An adapter as after training: none of its matrices is zero. Stacked layout."""
+    """Make an adapter whose matrices are not zero, as after training, in the stacked layout."""
     method = build_method(settings)
 
     @jax.jit
@@ -108,7 +108,7 @@ def random_adapter(base: Base, config: ModelConfig, settings: AdapterSection, se
 
 
 def _kernels(base: Base) -> Kernels:
-    """The kernels of a base in either layout; under ``jit`` what is not read costs nothing."""
+    """The kernels of a base in either layout; under ``jit`` those that are not read cost nothing."""
     if not base.unrolled:
         return frozen_kernels(base)
     kernels = {}
@@ -121,21 +121,21 @@ def _kernels(base: Base) -> Kernels:
 
 @dataclasses.dataclass(frozen=True)
 class Recomputed(Method):
-    """A method that is not prepared for decoding: what depends on frozen weights alone is done per token.
+    """A method that is not prepared for decoding: work on frozen weights alone is repeated at every token.
 
-    Without the barrier XLA would see that it does not change from step to step, and do it once.
+    Without the barrier XLA would hoist that work out of the loop.
     """
 
     method: Any = None
 
     def adapt(self, params: PyTree, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
-        """As the method does."""
+        """Adapt as the method does."""
         x, params, frozen = jax.lax.optimization_barrier((group.x, params, group.frozen))
         return self.method.adapt(params, dataclasses.replace(group, x=x, frozen=frozen))
 
 
 def bytes_of(tree: PyTree) -> int:
-    """Bytes of all leaves where they are: on a CPU a number of four bits takes a byte."""
+    """Bytes of all leaves where they are; on a CPU a number of four bits takes a byte."""
     packed = jax.default_backend() != "cpu"
     return sum(
         leaf.size * bits_of(leaf.dtype) // 8 if packed else leaf.nbytes for leaf in jax.tree.leaves(tree)
@@ -143,6 +143,6 @@ def bytes_of(tree: PyTree) -> int:
 
 
 def streamed_bytes(base: Base) -> int:
-    """Bytes of the base that a decode step reads: all but the embedding, of which it takes a few rows."""
+    """Bytes of the base that a decode step reads: all but the embedding, of which it reads a few rows."""
     tied = base.head is None
     return bytes_of(base) - (0 if tied else bytes_of(base.embedding[...]))

@@ -1,9 +1,9 @@
-"""``python -m milora_jax.bench overhead``: what a server costs beside the engine that it runs.
+"""``python -m milora_jax.bench overhead``: the cost of a server compared with its engine.
 
-In turns, on one machine: the engine in this process, as ``bench decode`` runs it, continues all prompts at
-once; then a running server gets the same ones from twice as many clients as it has rows, so that none is ever
-free. And the time to the first token of an idle server beside one prefill. Other servers of the same API and
-peers of ``bench decode`` can take turns as well. One JSON object.
+In turns on one machine: the engine in this process, as in ``bench decode``, continues all prompts at once;
+then a running server gets the same prompts from twice as many clients as it has batch slots, so that none is
+ever free. The time to the first token of an idle server is compared with one prefill. Other servers of the
+same API and peers of ``bench decode`` can take turns as well. One JSON object.
 
     python -m milora_jax.bench files --into FOLDER
     python serve.py --base FOLDER/model --adapter a=FOLDER/adapter0 --adapter b=FOLDER/adapter1 &
@@ -43,16 +43,16 @@ from milora_jax.model_config import ModelConfig
 from milora_jax.storage.adapters import load_adapter
 
 CLIENTS_PER_ROW = 2
-"""So that somebody always waits for a row that becomes free."""
+"""A request always waits for the next free batch slot."""
 
 
 @dataclass
 class Case:
-    """One thing that is measured.
+    """One program that is measured.
 
     Attributes:
-      all: continues all prompts; gives the tokens that came.
-      first: seconds to the first token of one prompt, with nothing else to do; None where that is not
+      all: continues all prompts and returns the number of tokens received.
+      first: returns the seconds to the first token of one prompt on an idle program; None if that is not
         measured.
     """
 
@@ -65,26 +65,26 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings(BenchSettings):
-    """What is measured.
+    """The settings of ``bench overhead``.
 
     Attributes:
       model: Hugging Face directory, the server's --base.
       adapters: NAME=DIR,..., the server's --adapter.
       url: of the running server.
-      key: environment variable with a key of that server; empty for none.
+      key: environment variable with a key of that server; empty if it needs none.
       rows: the server's --rows.
       slots: the server's --adapters-on-device.
       context: the server's --context.
-      dtype: of the engine's base.
-      requests: in a round.
+      dtype: dtype of the engine's base.
+      requests: requests in a round.
       prompt: tokens of a prompt.
       new: tokens of an answer.
-      firsts: first tokens that are waited for in a round.
+      firsts: measurements of the first token in a round.
       peers: other programs that take turns.
-      peer_python: with torch, transformers and peft.
-      rank: of the peers' adapters.
-      other_url: of a running `transformers serve`.
-      other_model: as it calls the model.
+      peer_python: a Python with torch, transformers and peft.
+      rank: rank of the peers' adapters.
+      other_url: URL of a running `transformers serve`.
+      other_model: the model's name there.
       repeats: at least 5; the median counts.
     """
 
@@ -109,7 +109,7 @@ class Settings(BenchSettings):
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Measure, and give the one report."""
+    """Measure, and yield the only report."""
     base, config = load_base(settings.model, settings.dtype, decode=True)
     adapters = {
         name: load_adapter(path)
@@ -137,7 +137,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
             tokens = case.all()
             case.tokens_per_second.append(tokens / (time.perf_counter() - begin))
             if case.first is not None:
-                # Of a moment the median counts as well: a round has several of them.
+                # A round has several of these short measurements, of which it takes the median.
                 case.first_ms.append(1e3 * statistics.median(case.first() for _ in range(settings.firsts)))
 
         bandwidth = in_turns(cases, settings.repeats, take, machine.measure_bandwidth)
@@ -145,7 +145,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def report(cases: Sequence[Case], settings: Settings, bandwidth: float) -> dict[str, Any]:
-    """Medians of every case, and of the server's ratios to the others, round by round."""
+    """Medians of every case, and of the server's ratios to the others in the same round."""
     (server,) = (case for case in cases if case.name == "server")
 
     def ratio(case: Case) -> float:
@@ -178,9 +178,9 @@ def _engines(
     prompts: list[list[int]],
     settings: Settings,
 ) -> list[Case]:
-    """The engine with the first adapter alone, and with all of them in a bank of the server's size."""
+    """The engine with the first adapter alone, and with all adapters in a bank of the server's size."""
     first, *_ = adapters.values()
-    bank = Bank(base, config, first, settings.slots + 1)  # the server keeps one for the base alone
+    bank = Bank(base, config, first, settings.slots + 1)  # the server has one slot for the base alone
     places = [bank.load(name, adapter, 1 + i) for i, (name, adapter) in enumerate(adapters.items())]
     kinds = {
         "engine, one adapter": (AdapterStack.single(adapter_decode_layout(first, base)), [0]),
@@ -245,7 +245,7 @@ async def _send(url: str, askings: Sequence[Asking], clients: int) -> list[Outco
 
 
 def _other(settings: Settings) -> Case:
-    """``transformers serve``: it takes texts and Hugging Face's settings, and says no usage."""
+    """``transformers serve``: it accepts texts and Hugging Face's settings, and reports no usage."""
     generation = {"max_new_tokens": settings.new, "min_new_tokens": settings.new, "do_sample": False}
     # One letter is a token of its own in the tokenizer of ``bench files``.
     rng = np.random.default_rng(0)
@@ -280,7 +280,7 @@ def _other(settings: Settings) -> Case:
 
 
 def _peer(stack: ExitStack, method: str, batch: int, settings: Settings) -> Case:
-    """A loop that gives a peer so many prompts at a time."""
+    """A loop that gives a peer ``batch`` prompts at a time."""
     sizes = {"dtype": settings.dtype, "batch": batch, "prompt": settings.prompt, "rank": settings.rank}
     peer: Peer = stack.enter_context(
         started(settings.peer_python, Path(settings.model), method, "decode", sizes)

@@ -1,4 +1,4 @@
-"""Peers in a process of their own, run in turn with our own variants."""
+"""Peers in processes of their own, which take turns with this package's variants."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import jax
 from milora_jax.errors import UserError
 
 PEERS = ("hf", "peft-lora", "peft-dora")
-"""Hugging Face without an adapter, and with PEFT's."""
+"""Hugging Face's models without an adapter, and with PEFT's adapters."""
 
 
 class Peer:
-    """A peer that has been started and waits.
+    """A peer that has been started.
 
     Attributes:
-      versions: of what it runs on.
+      versions: versions of its packages.
       peak: most bytes used at the end of the last run, of the device or resident in its process.
     """
 
@@ -32,7 +32,7 @@ class Peer:
         self.peak = 0
 
     def run(self, count: int) -> None:
-        """Continue the prompts by ``count`` tokens, or take as many training steps, and wait for it."""
+        """Continue the prompts by ``count`` tokens, or take ``count`` training steps, and wait."""
         stdin = self._process.stdin
         if stdin is None:
             raise AssertionError("the peer was started with a pipe")
@@ -59,16 +59,16 @@ class Peer:
 def started(
     python: str, model: Path, method: str, what: str, sizes: Mapping[str, int | str]
 ) -> Iterator[Peer]:
-    """A peer for the ``with`` block.
+    """Start a peer for the ``with`` block.
 
     Args:
-      python: a Python that has torch, transformers and peft.
+      python: a Python with torch, transformers and peft.
       model: directory with ``config.json``, and with weights or without.
       what: "decode" or "train".
       sizes: values of the other options of ``peer_worker.py``.
 
     Raises:
-      UserError: it does not start, with the last line of what it said.
+      UserError: it does not start; the error has the last line of its output.
     """
     worker = Path(__file__).with_name("peer_worker.py")
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"

@@ -1,13 +1,13 @@
-"""The peer that we are compared with: Hugging Face with PEFT's adapters, unmerged.
+"""The peer of the benchmarks: Hugging Face with PEFT's adapters, unmerged.
 
-A script for a Python that has torch, transformers and peft; ``peer.py`` starts it, in a process of its
-own so that neither framework's threads are in the other's way. It says on standard output which versions
-it has; then, for every number on standard input, it generates so many tokens or takes so many training steps
-and says how much memory it has used at most, in bytes.
+This script is for a Python with torch, transformers and peft. ``peer.py`` starts it in a process of its own,
+so that the threads of the two frameworks do not disturb each other. It prints its versions; then, for every
+number on standard input, it generates that many tokens or takes that many training steps and prints the most
+memory it has used, in bytes.
 """
 
 # pyright: reportMissingImports=false
-# (torch and peft are not ours to install)
+# (torch and peft are not dependencies)
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def main() -> None:
-    """Load, say so, and run as often as asked."""
+    """Load, print the versions, and run for every line of input."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--what", choices=("decode", "train"), required=True)
     parser.add_argument("--model", type=Path, required=True, help="without weights: random ones")
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def training(model: Any, tokens: Any) -> Callable[[int], None]:
-    """Takes so many steps of AdamW on the adapter."""
+    """Make a function that takes a number of AdamW steps on the adapter."""
     import torch
 
     model.train()
@@ -76,7 +76,7 @@ def training(model: Any, tokens: Any) -> Callable[[int], None]:
 
 
 def decoding(model: Any, tokens: Any, asked: argparse.Namespace) -> Callable[[int], None]:
-    """Continues the prompts by so many tokens."""
+    """Make a function that continues the prompts by a number of tokens."""
     import torch
 
     model.eval()
@@ -98,7 +98,7 @@ def decoding(model: Any, tokens: Any, asked: argparse.Namespace) -> Callable[[in
 
 
 def load(asked: argparse.Namespace) -> Any:
-    """The model, in its dtype on its device."""
+    """Load the model in its dtype on its device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -110,8 +110,8 @@ def load(asked: argparse.Namespace) -> Any:
 
 
 def with_adapters(model: Any, asked: argparse.Namespace) -> Any:
-    """The model with one adapter of PEFT per tenant on all seven modules: fresh ones to be trained, others as
-    after training."""
+    """Add one adapter of PEFT per tenant to all seven modules: fresh for training, else random as after
+    training."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: how they are asked, and how their variants take turns."""
+"""The common part of the benchmarks: their options, and the turns of their variants."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def option(
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Settings whose fields are checked as :func:`option` says."""
+    """Settings whose fields are checked by their :func:`option`."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -39,12 +39,12 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class ModelSettings(BenchSettings):
-    """The model that is measured, and beside which other programs.
+    """The measured model, and the Python of the peers.
 
     Attributes:
       model: Hugging Face directory, or random:llama2-7b.
-      dtype: of the base.
-      quantize: how the base is kept.
+      dtype: dtype of the base.
+      quantize: quantisation of the base.
       repeats: at least 5; the median counts.
       peer_python: a Python with torch, transformers and peft, for its methods; default: this one.
     """
@@ -59,12 +59,12 @@ class ModelSettings(BenchSettings):
 def in_turns(
     cases: Sequence[Case], repeats: int, take: Callable[[Case], None], probe: Callable[[], float]
 ) -> float:
-    """Take every case once a round, so that what disturbs the machine disturbs all alike.
+    """Run every case once a round, so that disturbances of the machine affect all alike.
 
-    Every other round goes backwards, so that no case always follows the same one.
+    Every other round runs backwards, so that no case always follows the same one.
 
     Args:
-      probe: what the machine can do, asked after every round.
+      probe: measures what the machine can do, after every round.
 
     Returns:
       The median of the probes.

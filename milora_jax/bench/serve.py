@@ -1,13 +1,12 @@
-"""``python -m milora_jax.bench serve``: a running server under load, and what became of every request.
+"""``python -m milora_jax.bench serve``: load a running server, and report the outcome of every request.
 
 ``--rate`` sends requests at random times (a Poisson process), whether or not earlier ones have been answered;
-``--clients`` lets so many clients wait for one answer before they ask for the next. ``--overload X`` first
-finds out how many requests the server can answer, with ``--clients``, and then sends X times as many for
-``--seconds``. ``--leave`` lets a share of the clients go away in the middle.
+``--clients`` is a number of clients that each wait for an answer before they send the next request.
+``--overload X`` first measures how many requests the server can answer, with ``--clients``, and then sends X
+times as many for ``--seconds``. ``--leave`` is the share of clients that disconnect before the end.
 
-One JSON object: what became of the requests, tokens per second, latencies to the first token, between pieces
-and to the end, over all and by tenant; and what the server says of its own memory, files, tasks and programs
-before and after.
+One JSON object: outcomes of the requests, tokens per second, latencies to the first token, between pieces and
+to the end, over all and by tenant; and the server's memory, files, tasks and programs before and after.
 """
 
 from __future__ import annotations
@@ -46,34 +45,34 @@ WATCHED = {
     "compiled": ("milora_compiled_programs_total", 1),
     "steps": ("milora_steps", 1),
 }
-"""What is told of the server: the metric and its unit."""
+"""The server's metrics that are reported, and their units."""
 
 IDLE_SECONDS = 60.0
-"""A server that has work for longer, after everything was answered, is not becoming idle."""
+"""A server that still has work after this time, when everything was answered, is not becoming idle."""
 
 
 @dataclass(frozen=True)
 class Settings(BenchSettings):
-    """What is sent.
+    """The settings of ``bench serve``.
 
     Attributes:
-      models: names of adapters, asked for alike.
-      url: of a running server.
+      models: names of adapters, requested equally often.
+      url: URL of a running server.
       key: environment variables with the tenants' keys; default: none.
       watch_key: variable with a monitor's key (default: the first tenant's).
-      first_share: of the first tenant, of two or more.
+      first_share: share of the requests of the first tenant, if there are several.
       rate: requests in a second, sent at random times.
-      clients: who wait for one answer before they ask again, instead.
-      overload: times what --clients can get answered, for --seconds.
-      seconds: of the overload.
-      requests: sent in all.
-      questions: different requests; each has one answer, however often.
+      clients: number of clients that wait for an answer before they send again, instead.
+      overload: multiple of the rate that --clients get answered, for --seconds.
+      seconds: length of the overload.
+      requests: number of requests in all.
+      questions: number of different requests; each has one answer, however often it is sent.
       whole: share of requests whose answer is not streamed.
-      leave: share of clients who go away before the end.
-      leave_within: seconds, at random, after which they do.
+      leave: share of clients that disconnect before the end.
+      leave_within: seconds within which they do, at random.
       prompt: tokens of a prompt.
       new: tokens of an answer.
-      seed: of times, questions and choices.
+      seed: seed of times, questions and choices.
       timeout: seconds for one request.
     """
 
@@ -112,7 +111,7 @@ class Settings(BenchSettings):
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Send the requests, wait for the answers, and give the one report."""
+    """Send the requests, wait for the answers, and yield the only report."""
     keys = [os.environ[name] for name in settings.key] or [""]
     yield asyncio.run(_measure(settings, keys))
 
@@ -136,7 +135,7 @@ async def _measure(settings: Settings, keys: list[str]) -> dict[str, Any]:
                 found["rate"] = rate
                 seconds, outcomes = await _timed(open_loop(session, asking, poisson(rng, rate, count)))
             found["idle_after_s"] = await watch.seconds_to_idle(IDLE_SECONDS)
-        await asyncio.sleep(1.0)  # our connections are closed now: the server sees it a moment later
+        await asyncio.sleep(1.0)  # the server sees a moment later that our connections are closed
         after = await watch.figures()
     server = {
         name: {"before": before[metric] / unit, "after": after[metric] / unit}
@@ -147,7 +146,7 @@ async def _measure(settings: Settings, keys: list[str]) -> dict[str, Any]:
 
 
 async def _capacity(settings: Settings, keys: list[str], rng: np.random.Generator) -> dict[str, Any]:
-    """What the server does for clients who wait."""
+    """Measure what the server can do for clients that wait."""
     async with connected(settings.url, settings.timeout) as session:
         asking = askings(settings, keys, rng, settings.requests)
         seconds, outcomes = await _timed(closed_loop(session, asking, settings.clients))
@@ -203,7 +202,7 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
 
 
 def latencies(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Of some requests that were answered, in milliseconds."""
+    """Latencies of the answered requests, in milliseconds."""
     return {
         "first_token_ms": percentiles([outcome.first for outcome in outcomes if outcome.first]),
         "between_pieces_ms": percentiles([gap for outcome in outcomes for gap in outcome.between]),
@@ -212,7 +211,7 @@ def latencies(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """In milliseconds, by name; empty of nothing.
+    """Percentiles in milliseconds by name; empty for no values.
 
     >>> percentiles([0.001, 0.002, 0.003])
     {'p50': 2.0, 'p90': 2.8, 'p99': 2.98}
@@ -224,7 +223,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def askings(settings: Settings, keys: list[str], rng: np.random.Generator, count: int) -> list[Asking]:
-    """Random requests: of ``--questions`` different ones, streamed but for a share of ``--whole``."""
+    """Make random requests of ``--questions`` kinds, streamed except for a share of ``--whole``."""
     questions = [
         (
             settings.models[rng.integers(len(settings.models))],
@@ -243,7 +242,7 @@ def askings(settings: Settings, keys: list[str], rng: np.random.Generator, count
 
 
 def _shares(settings: Settings, count: int) -> list[float]:
-    """Of the tenants: the first may be one who floods."""
+    """The tenants' shares of the requests; the first may flood the server."""
     if count == 1:
         return [1.0]
     return [settings.first_share, *[(1 - settings.first_share) / (count - 1)] * (count - 1)]

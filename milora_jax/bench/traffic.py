@@ -1,7 +1,7 @@
-"""Requests to a server of OpenAI's API, and what became of each of them.
+"""Requests to a server of OpenAI's API, and the outcome of each.
 
-The client is aiohttp, which costs a fraction of what the requests cost the server: both have to live on the
-same few cores.
+The client is aiohttp, whose requests cost a fraction of what they cost the server: both share the same few
+cores.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     import aiohttp
 
 REFUSED = (429, 503)
-"""Statuses of a request that is to be sent again later."""
+"""Statuses of a request that should be sent again later."""
 
 FIRST_ID, LAST_ID = 10, 200
-"""Token ids of random prompts: no tokenizer has so few, and the control tokens of most come before."""
+"""Token ids of random prompts: every tokenizer has them, and most control tokens have lower ids."""
 
 LOOK_SECONDS = 0.05
-"""Between two looks at whether a server has become idle."""
+"""Seconds between two checks whether a server has become idle."""
 
 
 @dataclass(frozen=True)
 class Asking:
-    """What one request asks, of whom, and whether it waits for the end.
+    """One request.
 
     Attributes:
-      tenant: who asks, as a number.
-      question: the same number has the same body but for ``stream``: it must have the same answer.
-      leaves: seconds after which the client goes away; None stays.
+      tenant: number of the tenant.
+      question: requests of one number have the same body except ``stream``, and must have the same answer.
+      leaves: seconds after which the client disconnects; None if it stays.
       marked: whether the server marks the end of a stream; not all do.
     """
 
@@ -53,14 +53,15 @@ class Asking:
 
 @dataclass
 class Outcome:
-    """What became of one request.
+    """The outcome of one request.
 
     Attributes:
-      status: of HTTP; 0 where the connection broke.
-      begun: when it was sent, of ``time.perf_counter``.
+      status: HTTP status; 0 where the connection broke.
+      begun: time at which it was sent, by ``time.perf_counter``.
       first, between, whole: seconds to the first piece, between two pieces, and to the end.
-      late: seconds after its time at which it was sent: large ones say that this program is the bottleneck.
-      ends: how often it was told that it ended; of a whole answer 1, of a stream one and no other.
+      late: seconds between its planned time and its sending: large ones mean that this program is the
+        bottleneck.
+      ends: number of ends that were received, which must be 1 for a whole answer and for a stream.
       answer: digest of the text.
     """
 
@@ -79,30 +80,30 @@ class Outcome:
 
     @property
     def complete(self) -> bool:
-        """Whether it was answered to its end."""
+        """Whether the answer is complete."""
         return self.status == 200 and self.ends == 1
 
     @property
     def refused(self) -> bool:
-        """Whether it was told to come again."""
+        """Whether the server asked to send it again later."""
         return self.status in REFUSED
 
 
 def completion(model: str, prompt: list[int], new: int, *, stream: bool) -> dict[str, Any]:
-    """The body of a request for so many tokens, which are always the same."""
+    """The body of a request for ``new`` tokens, which are deterministic."""
     body = {"model": model, "prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True}
     return {**body, "stream": True, "stream_options": {"include_usage": True}} if stream else body
 
 
 @asynccontextmanager
 async def connected(url: str, timeout: float) -> AsyncIterator[aiohttp.ClientSession]:
-    """A session with a server, of as many connections as there are requests.
+    """Open a session with a server, with as many connections as there are requests.
 
     Args:
       timeout: seconds for one request.
 
     Raises:
-      UserError: there is none.
+      UserError: there is no server.
     """
     import aiohttp
 
@@ -147,7 +148,7 @@ async def send(session: aiohttp.ClientSession, asking: Asking) -> Outcome:
 
 
 async def _follow(outcome: Outcome, answer: aiohttp.ClientResponse) -> None:
-    """Read a stream of events. It has ended once if every sample ended once, and the mark came once."""
+    """Read a stream of events. It is complete if every sample ended once, and the end mark came once."""
     last, text, finishes, marks = outcome.begun, hashlib.sha256(), 0, 0
     async for line in answer.content:
         if not line.startswith(b"data: "):
@@ -183,7 +184,7 @@ def _take_whole(outcome: Outcome, value: dict[str, Any]) -> None:
 async def open_loop(
     session: aiohttp.ClientSession, askings: Sequence[Asking], moments: Iterable[float]
 ) -> list[Outcome]:
-    """Send requests at their times, whatever has become of the others.
+    """Send requests at their times, whatever the state of earlier ones.
 
     Args:
       moments: seconds from now, ascending.
@@ -205,7 +206,7 @@ async def open_loop(
 async def closed_loop(
     session: aiohttp.ClientSession, askings: Sequence[Asking], clients: int
 ) -> list[Outcome]:
-    """Send requests from so many clients, each the next one when its last is answered."""
+    """Send requests from a number of clients, each of which waits for its last answer first."""
     waiting = iter(askings)
 
     async def client() -> list[Outcome]:
@@ -222,17 +223,17 @@ def poisson(rng: np.random.Generator, rate: float, count: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Watch:
-    """Looks at a server's own figures: those of its ``/metrics`` and whether it has work.
+    """Reads a server's metrics and whether it has work.
 
     Args:
-      key: of whoever may read them.
+      key: a key that may read them.
     """
 
     session: aiohttp.ClientSession
     key: str
 
     async def figures(self) -> dict[str, float]:
-        """Values without labels, by name; empty of a server that does not show its metrics."""
+        """Values without labels by name; empty if the server does not show its metrics."""
         _, text = await self._get("/metrics", lambda answer: answer.text())
         found = {}
         for line in (text or "").splitlines():
@@ -242,9 +243,9 @@ class Watch:
         return found
 
     async def seconds_to_idle(self, limit: float) -> float | None:
-        """How long it takes until nothing is under way; None where it takes longer than ``limit``.
+        """Seconds until the server is idle; None if that takes longer than ``limit``.
 
-        A server that is still too busy to say so is not idle; one that has no such path is not waited for.
+        A server that is too busy to answer is not idle; one without such a path is not waited for.
         """
         start = time.perf_counter()
         while time.perf_counter() - start < limit:
@@ -259,7 +260,7 @@ class Watch:
     async def _get(
         self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[Any]]
     ) -> tuple[int, Any]:
-        """Status, and what is read of a good answer."""
+        """The status, and the parsed body of a good answer."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         async with self.session.get(path, headers=headers) as answer:
             return answer.status, await read(answer) if answer.status == 200 else None

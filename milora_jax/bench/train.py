@@ -1,9 +1,9 @@
-"""``python -m milora_jax.bench train``: how fast an adapter is trained.
+"""``python -m milora_jax.bench train``: the speed of training.
 
 Several values of ``--method``, ``--batch``, ``--rank``, ``--remat`` and ``--quantize``, separated by commas,
-are measured side by side: every repetition takes one step of each in turn. One JSON object per line and
-variant. A step is an update of the adapter; MiLoRA's bi-level update of its rational coefficients (Appendix A
-of the paper), as often as ``train.coefficient_every`` asks, costs as much again and is not in it.
+are measured side by side: every round takes one step of each in turn. One JSON object per line and variant. A
+step is an update of Omega. MiLoRA's bi-level update of Theta (Appendix A of the paper), every
+``train.coefficient_every`` steps, costs as much again and is not in it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ tokens are sorted by length, under the tokenizer of this package's own model. Th
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing that is measured.
+    """One combination of settings that is measured.
 
     Attributes:
       rows: "full", every row one record; "padded", one of GSM8K's lengths in every row; "packed", several.
@@ -75,10 +75,10 @@ class Case:
     """A variant ready to run.
 
     Attributes:
-      step: takes a training step, and waits for it.
+      step: takes a training step and waits for it.
       useful: tokens of a step that are not padding.
-      peak: the most memory used so far, in bytes.
-      step_bytes: what the compiler says a step holds; None of a peer.
+      peak: most memory used so far, in bytes.
+      step_bytes: memory of a step by the compiler's analysis; None for a peer.
     """
 
     variant: Variant
@@ -93,16 +93,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings(ModelSettings):
-    """What is measured.
+    """The settings of ``bench train``.
 
     Attributes:
-      method: what is trained.
+      method: method that is trained.
       batch: rows of a step.
       seq: tokens of a row.
-      rank: of methods made of low-rank pairs.
-      remat: what the backward pass computes again, as train.remat.
-      packed: records of GSM8K's lengths, padded and packed, instead of full rows.
-      loss_chunk: as train.loss_chunk.
+      rank: rank of methods made of low-rank pairs.
+      remat: what the backward pass computes again, see train.remat.
+      packed: measure records of GSM8K's lengths, padded and packed, instead of full rows.
+      loss_chunk: see train.loss_chunk.
     """
 
     method: tuple[str, ...] = option(("milora",), choices=(*METHODS, *PEERS))
@@ -115,7 +115,7 @@ class Settings(ModelSettings):
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Measure all variants, and give a report of each."""
+    """Measure all variants and yield a report of each."""
     rows = ("padded", "packed") if settings.packed else ("full",)
     grid = itertools.product(
         settings.method, settings.batch, settings.rank, settings.remat, settings.quantize, rows
@@ -140,7 +140,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def take_step(case: Case) -> None:
-    """A step of a case, timed."""
+    """Take one step of a case and record its seconds."""
     begin = time.perf_counter()
     case.step()
     case.seconds.append(time.perf_counter() - begin)
@@ -193,7 +193,7 @@ def records(rows: str, count: int, seq: int, vocab_size: int) -> list[list[Examp
         raise UserError(f"--seq {seq}: expected at least {min(map(sum, GSM8K_LENGTHS))} with --packed")
     if rows == "padded":
         return [[record(*fitting[i])] for i in rng.integers(0, len(fitting), count)]
-    # As many as a data set has, so that rows are as full as they would be.
+    # As many records as a data set has, so that rows are filled as they would be.
     many = [record(*fitting[i]) for i in rng.integers(0, len(fitting), 64 * count)]
     packed = in_rows(many, seq)
     return [packed[i] for i in rng.permutation(len(packed))[:count]]
@@ -207,7 +207,7 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, settings: Setti
     rows = records(variant.rows, variant.batch, settings.seq, config.vocab_size)
     batch = jax.device_put(collate(rows, settings.seq, variant.batch, max(map(len, rows))))
     state = init_state(adapter, jax.random.key(0), train, 1000)
-    # The base and a fresh state may share a constant: a state is donated, so each gets its own.
+    # A donated state must not share a constant with the base, so each gets its own.
     held = [jax.tree.map(lambda leaf: leaf.copy(), state)]
     attend = functools.partial(attention, layout=device_layout(base.devices))
     steps = make_steps(config, train, 1000, attend=attend)
@@ -216,7 +216,7 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, settings: Setti
     compile_s = time.perf_counter() - begin
 
     def step() -> None:
-        # Not ``program``: on a CPU it would refuse numbers of four bits, whose layout it states otherwise.
+        # Not ``program``: on a CPU it refuses numbers of four bits, for which it expects another layout.
         held[0], metrics = steps.train(held[0], base, batch)
         jax.block_until_ready((held[0].adapter, metrics))
 
@@ -233,7 +233,7 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, settings: Setti
 
 
 def report(case: Case, config: ModelConfig, settings: Settings, matmul: float) -> dict[str, Any]:
-    """The figures of one variant."""
+    """The figures of one variant as JSON."""
     seconds = statistics.median(case.seconds)
     tokens = case.variant.batch * settings.seq
     # Forward 2N and backward 2N: a frozen matrix has no gradient of its own. Attention is not counted.

@@ -13,14 +13,14 @@ from milora_jax.commands.options import parse_settings
 PROGRAM = "python -m milora_jax.bench"
 
 BENCHMARKS = {
-    "decode": "how fast prompts are continued",
-    "train": "how fast an adapter is trained",
-    "load": "how fast a base is read from a disk, beside the disk itself",
-    "serve": "a running server under load, and what became of every request",
-    "overhead": "what a server costs beside the engine that it runs",
-    "files": "a random model of a known shape on the disk, and adapters for it",
+    "decode": "the speed of decoding",
+    "train": "the speed of training",
+    "load": "the speed of loading a base, compared with the disk itself",
+    "serve": "a running server under load, and the outcome of every request",
+    "overhead": "the cost of a server compared with its engine",
+    "files": "a random model of a known shape, and adapters for it",
 }
-"""Modules of ``milora_jax.bench`` with ``Settings``, and ``measure`` that gives one report after another."""
+"""Modules of ``milora_jax.bench`` with ``Settings``, and ``measure``, which yields reports."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

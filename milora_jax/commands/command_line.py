@@ -1,4 +1,4 @@
-"""What the command lines share: the parser, the choice of a subcommand, exit codes and signals."""
+"""The common parts of the command lines: parser, choice of a subcommand, exit codes and signals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milora_jax.errors import REPORTED_IN_ONE_LINE, UserError, exit_report, one_
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and after the help of an option its default, if there is one."""
+    """Keeps the description as written, and adds defaults to the help of options."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -21,7 +21,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def with_default(text: str, default: object) -> str:
-    """The help of an option, with its default unless the text names it or there is none.
+    """The help of an option with its default, unless the text has the word or there is no default.
 
     >>> with_default("of the rows", 3)
     'of the rows (default: 3)'
@@ -34,19 +34,19 @@ def with_default(text: str, default: object) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with errors of one line as everywhere else, and a help that names the defaults."""
+    """argparse's parser, with errors of one line and a help that shows defaults."""
 
     def __init__(self, **settings: Any) -> None:
-        """Make a parser without options; ``settings`` are those of argparse."""
+        """Make a parser; ``settings`` are arguments of ``argparse.ArgumentParser``."""
         super().__init__(**{"formatter_class": _HelpFormatter, **settings})
 
     def error(self, message: str) -> NoReturn:
-        """End the command."""
+        """Raise a UserError."""
         raise UserError(f"command line: {message} (--help lists what there is)")
 
 
 def print_commands(commands: Mapping[str, str]) -> None:
-    """Print every command and what it does."""
+    """Print every command and its purpose."""
     width = max(map(len, commands))
     for name, what in commands.items():
         print(f"  {name:<{width}}  {what}")
@@ -54,17 +54,17 @@ def print_commands(commands: Mapping[str, str]) -> None:
 
 
 def choose_command(program: str, arguments: Sequence[str], commands: Mapping[str, str]) -> str:
-    """The command that the first argument names; print all of them for ``--help`` and for no argument.
+    """Return the command in the first argument; print all commands for ``--help`` and for no argument.
 
     argparse's subparsers would build the parsers of all commands, whose modules take seconds to import.
 
     Args:
-      program: what is typed before the command.
-      commands: what each does, by its name.
+      program: the text before the command on a command line.
+      commands: purpose of each command by name.
 
     Raises:
-      UserError: there is no such command.
-      SystemExit: the commands have been printed.
+      UserError: the command does not exist.
+      SystemExit: the commands were printed.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: {program} COMMAND ...\n")
@@ -76,7 +76,7 @@ def choose_command(program: str, arguments: Sequence[str], commands: Mapping[str
 
 @contextmanager
 def interrupt_on_termination() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: half-written files are removed."""
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that half-written files are removed."""
 
     def interrupt(signum: int, frame: object) -> None:
         raise KeyboardInterrupt

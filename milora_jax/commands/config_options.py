@@ -1,8 +1,9 @@
-"""``--config FILE[:WORDS] --config.group.field=value``: a file of settings, and settings given in its place.
+"""``--config FILE[:WORDS] --config.group.field=value``: a file of settings, and replacements for some of
+them.
 
-ml_collections has flags for this. They are absl's: a second parser beside argparse, whose errors name types
-of Python and not what is expected. So the options are argparse's here, made from the dataclasses of
-``Config``, and of ml_collections the ConfigDict is left, which the files return.
+The options are argparse's, made from the dataclasses of ``Config``. ml_collections, whose ConfigDict the
+files return, has flags for this, but they need absl: a second parser beside argparse, whose errors name
+Python's types instead of what is expected.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import re
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,33 +30,57 @@ READERS: dict[Any, Callable[[str], Any]] = {
     bool: lambda text: TRUTHS[text.lower()],
     int: lambda text: int(text, 0 if text[:2].lower() in ("0x", "0o") else 10),
 }
-"""What reads a value of a type, where the type itself does not."""
+"""Readers of values of types that do not read texts themselves."""
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
 
+DROPPED = {
+    "flagfile": "write its options into the command line, or its settings into the file of --config",
+    "undefok": "leave out the options that it names",
+}
+"""Options of absl, which read ``train.py``'s command line before, and what to do without each."""
+
+
+def todays_spelling(arguments: Sequence[str]) -> list[str]:
+    """Replace absl's spellings of options, ``-workdir`` and ``--noconfig.data.pack``, with a note for each.
+
+    Raises:
+      UserError: an option of absl that is gone is given.
+    """
+    spelt = []
+    for given in arguments:
+        name = given.partition("=")[0]
+        if name.startswith("-") and name.lstrip("-") in DROPPED:
+            instead = DROPPED[name.lstrip("-")]
+            raise UserError(f"command line: {name} is an option of absl that is gone: {instead}")
+        today = re.sub(r"^-(?=[a-z]\w)", "--", given)
+        today = re.sub(r"^--noconfig\.([^=]+)$", r"--config.\1=false", today)
+        if today != given:
+            print(f"note: {given} is deprecated, from the next release on write {today}", file=sys.stderr)
+        spelt.append(today)
+    return spelt
+
 
 def read_config_file(given: str, overrides: Sequence[str] = ()) -> Config:
-    """The settings of a file, and others in their place.
+    """Read the settings of a file, and replace those that options give.
 
     Args:
-      given: the path, and after a colon words that are handed to its ``get_config``.
+      given: the path, and after a colon words that are passed to its ``get_config``.
       overrides: such as ``--config.train.seed=1``.
 
     Raises:
       UserError: the file is missing or raises an error, or a setting is unknown or of another type.
     """
     path, colon, words = given.partition(":")
-    handed = [words] if colon else []
-    found = call_config_file(Path(path), "get_config", *handed, example="configs/tiny.py")
+    passed = [words] if colon else []
+    found = call_config_file(Path(path), "get_config", *passed, example="configs/tiny.py")
     if not hasattr(found, "to_dict"):
         kind = type(found).__name__
         raise UserError(
             f"--config {path!r}: get_config() gives a {kind}, expected to_config_dict(Config(...))"
         )
     values = found.to_dict()
-    # --noconfig.data.pack is absl's spelling of --config.data.pack=false.
-    spelt = [re.sub(r"^--noconfig\.(.+)", r"--config.\1=false", each) for each in overrides]
-    asked, unknown = settings_parser().parse_known_args(spelt)
+    asked, unknown = settings_parser().parse_known_args(todays_spelling(overrides))
     if unknown:
         raise UserError(f"command line: {_reason(unknown[0])}")
     for name, text in vars(asked).items():
@@ -64,7 +90,7 @@ def read_config_file(given: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def settings_parser() -> Parser:
-    """A parser of every setting as ``--config.group.field``, whose values are texts; its help lists all."""
+    """Make a parser of every setting as ``--config.group.field``, whose values are texts."""
     parser = Parser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     for section, cls in typing.get_type_hints(Config).items():
         note = "where none is given, the method's own" if cls is AdapterSection else None
@@ -94,7 +120,7 @@ def _converted(section: str, field: str, text: str) -> Any:
 
 
 def _reason(argument: str) -> str:
-    """What is wrong with an argument that is no setting."""
+    """The fault of an argument that is not a setting."""
     name = argument.partition("=")[0]
     if not name.startswith("--"):
         return f"unexpected argument {argument!r}, settings are --config.group.field=value"

@@ -15,11 +15,11 @@ from milora_jax.errors import UserError
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the settings given in place of the config's."""
+    """Parse the options; return them and the settings that replace the config's."""
     parser = Parser(
         allow_abbrev=False,
         prog="python -m milora_jax doctor",
-        description="Look at a machine, a config with its data, and a workdir: one line per check.",
+        description="Check a machine, a config with its data, and a workdir: one line per check.",
     )
     parser.add_argument("--config", default="", help="a file such as configs/tiny.py")
     parser.add_argument("--workdir", type=Path, help="of train.py; without --config its own settings count")
@@ -32,7 +32,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Make every check and print what it found.
+    """Make every check and print its findings.
 
     Raises:
       UserError: a check has failed.

@@ -2,11 +2,11 @@
 
 ``--workdir RUN`` scores the best adapter of a run of ``train.py``, ``--adapter EXPORT --base DIR`` an
 exported one, ``--base DIR`` a plain model. ``--data FILE`` names rows, ``--task NAME`` a task of
-LLM-Adapters, whose rows come from the Hub unless ``--data`` gives them. The same command goes on where it
-was stopped. docs/evaluation.md has the protocol and the formats of the files.
+LLM-Adapters, whose rows come from the Hub unless ``--data`` gives them. Run the same command to resume.
+docs/evaluation.md has the protocol and the formats of the files.
 
 Other commands, each with --help: ``study`` compares methods, ``lm-eval`` runs tasks of
-lm-evaluation-harness, ``mt-bench`` answers and judges MT-Bench, ``routing`` draws which experts prompts
+lm-evaluation-harness, ``mt-bench`` answers and judges MT-Bench, ``routing`` draws the experts that prompts
 choose.
 """
 
@@ -46,11 +46,11 @@ from milora_jax.evaluation.tasks import MOST_BEAMS, PAPER_BEAMS, TASKS, Task, ta
 from milora_jax.preemption import watch_for_preemption
 
 COMMANDS = {"study": study, "lm-eval": lm_eval, "mt-bench": mt_bench, "routing": routing}
-"""By their names; without one of them, answers are scored."""
+"""Commands by name; without one of them, answers are scored."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the options of scoring."""
+    """Parse the options of scoring."""
     parser = Parser(
         prog="python -m milora_jax.evaluation",
         description=__doc__,
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def score(asked: argparse.Namespace) -> None:
-    """Score, batch by batch, what the predictions file does not hold yet; print the result as JSON."""
+    """Score the rows that the predictions file lacks, batch by batch, and print the result as JSON."""
     console = Console()
     require(1 <= asked.beams <= MOST_BEAMS, "--beams", asked.beams, f"1 to {MOST_BEAMS}")
     tasks = [task_named(name.strip()) for name in asked.task.split(",") if name.strip()]
@@ -95,7 +95,7 @@ def score(asked: argparse.Namespace) -> None:
         asked.adapter,
         asked.base,
         template=asked.template,
-        otherwise=TEMPLATES[0],  # the protocol's, whatever a tokenizer has
+        otherwise=TEMPLATES[0],  # the protocol's template, whatever the tokenizer has
         dtype=asked.dtype,
         plain=asked.no_adapter,
     )
@@ -107,7 +107,7 @@ def score(asked: argparse.Namespace) -> None:
     )
 
     def longest(task: Task | None) -> int:
-        # Who names a task asks for its protocol; a run's own rows are scored as train.py has scored them.
+        # A task has its protocol's limit; a run's own rows are scored as in train.py.
         if task is None or asked.max_new_tokens or (named.eval is not None and not tasks):
             return settings.max_new_tokens
         return task.max_new_tokens
@@ -134,7 +134,7 @@ def score(asked: argparse.Namespace) -> None:
 
 
 def predictions_path(asked: argparse.Namespace, named: Named, tasks: Sequence[Task]) -> Path:
-    """One file per thing that is scored, so that one task after the other can be.
+    """The path of the predictions, different for each subject and task.
 
     Raises:
       UserError: its directory does not exist.
@@ -150,7 +150,7 @@ def predictions_path(asked: argparse.Namespace, named: Named, tasks: Sequence[Ta
 
 
 def next_command(asked: argparse.Namespace, named: Named) -> str:
-    """What a reader of this result is likely to want: all rows, then the base without the adapter."""
+    """The command that is probably wanted next: all rows, then the base without the adapter."""
     if asked.limit:
         return f"{_command({**vars(asked), 'limit': 0, 'fresh': True})}    # all rows"
     if named.adapter is not None:

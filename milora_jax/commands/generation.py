@@ -1,10 +1,10 @@
 """Continue prompts on a terminal.
 
-``python -m milora_jax.generation --workdir RUN --prompt "..."`` takes a run of ``train.py``;
-``--base DIR`` takes a model directory, with ``--adapter DIR`` or without. Prompts come from ``--prompt``
-(as often as wanted), from ``--file`` (one per line, or JSON lines with a record each), or from standard
-input, which is one prompt. They are put into the template of training unless ``--raw``: the run's own, the
-tokenizer's chat template with ``--chat``, and else the one of ``data.prompts``.
+``--workdir RUN`` uses a run of ``train.py``; ``--base DIR`` uses a model directory, and ``--adapter DIR`` an
+adapter on it. Prompts come from ``--prompt``, which may be repeated, from ``--file`` (one per line, or JSON
+lines with a record each), or from standard input, which is one prompt. Unless ``--raw`` is given, they are
+put into a template: the run's or the adapter's own, the tokenizer's chat template with ``--chat``, and else
+the one of ``data.prompts``.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from milora_jax.generation.text import Answer, generate
 from milora_jax.prompt_format import PromptFormat
 
 GIVEN_APART = ("stop", "stop_token_ids")
-"""Settings that are no option, or one that may be repeated."""
+"""Settings that have no option of the same name, or one that may be repeated."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the options."""
+    """Parse the options."""
     parser = Parser(prog="python -m milora_jax.generation", description=__doc__)
     parser.add_argument("--workdir", type=Path, help="workdir of train.py: its base and its best adapter")
     parser.add_argument(
@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def read_prompts(asked: argparse.Namespace) -> list[str | Record]:
-    """The prompts as they are given: texts, and records of a ``.jsonl`` file."""
+    """Read the prompts as given: texts, and records of a ``.jsonl`` file."""
     given: list[str | Record] = list(asked.prompt)
     if asked.file is not None:
         try:
@@ -90,12 +90,12 @@ def read_prompts(asked: argparse.Namespace) -> list[str | Record]:
 def in_template(
     tokenizer: Any, given: str | Record, prompt_format: PromptFormat, system: str | None, raw: bool
 ) -> str | list[int]:
-    """A prompt as ``generate`` takes it.
+    """Put a prompt into the form that ``generate`` accepts.
 
     Args:
-      prompt_format: how prompts are written for the adapter.
-      system: a message that a chat begins with.
-      raw: leave texts as they are.
+      prompt_format: format of the adapter's prompts.
+      system: system message of a chat.
+      raw: leave texts unchanged.
 
     Raises:
       UserError: the prompt cannot be written in this template.
@@ -114,7 +114,7 @@ def in_template(
 
 
 def named(asked: argparse.Namespace) -> Named:
-    """The base and the adapter that are asked for; in a workdir's place another adapter may be."""
+    """The base and the adapter of the options; ``--adapter`` may replace the workdir's."""
     found = named_subject(
         asked.workdir,
         None if asked.workdir else asked.adapter,
@@ -128,7 +128,7 @@ def named(asked: argparse.Namespace) -> Named:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read, continue, print; the exit code says whether every prompt could be served."""
+    """Read prompts, generate, print; the exit code says whether every prompt was served."""
     asked = parse_arguments(arguments)
     if (asked.workdir is None) == (asked.base is None):
         raise UserError("command line: expected either --workdir or --base")

@@ -1,4 +1,4 @@
-"""``python -m milora_jax`` lists the commands; ``python -m milora_jax doctor`` looks for mistakes."""
+"""``python -m milora_jax`` lists the commands; ``python -m milora_jax doctor`` checks for mistakes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""``python -m milora_jax.evaluation lm-eval ...``: lm-evaluation-harness's own command, with our model in it.
+"""``python -m milora_jax.evaluation lm-eval ...``: lm-evaluation-harness's own command with our model.
 
-The arguments are those of ``lm_eval``; ``--model milora_jax`` is ours, and the default.
+The arguments are those of ``lm_eval``; ``--model milora_jax`` is the default.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from milora_jax.evaluation.harness import NAME, harness_class
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Register the model and hand over.
+    """Register the model and run lm_eval.
 
     Raises:
       UserError: lm_eval is missing, or refuses the arguments, the tasks or their data.
@@ -22,12 +22,12 @@ def main(arguments: Sequence[str]) -> None:
     harness_class()
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv = ["lm_eval", *with_model(arguments)]  # its parser reads them from nowhere else
+    sys.argv = ["lm_eval", *with_model(arguments)]  # its parser reads sys.argv only
     try:
         cli_evaluate()
     except UserError:
         raise
-    except Exception as error:  # whatever lm_eval, a task of somebody's or a data set raises
+    except Exception as error:  # lm_eval, a foreign task or a data set may raise anything
         if _raised_in_this_package(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def with_model(given: Sequence[str]) -> list[str]:
-    """The arguments with our model, where they are of an evaluation and name none.
+    """Add our model to the arguments of an evaluation that names none.
 
     >>> with_model(["--tasks", "mine"])
     ['run', '--model', 'milora_jax', '--tasks', 'mine']
@@ -51,13 +51,13 @@ def with_model(given: Sequence[str]) -> list[str]:
 
 
 def _raised_in_this_package(error: BaseException) -> bool:
-    """Whether it is a defect of ours, which keeps its traceback."""
+    """Whether it is a defect of this package, which keeps its traceback."""
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     return any(name.startswith("milora_jax.") and name != __name__ for name in frames)
 
 
 def _advice(error: BaseException) -> str:
-    """What to do about data that is not there."""
+    """Advice about data that cannot be loaded."""
     if isinstance(error, (ConnectionError, FileNotFoundError)) or "Offline" in type(error).__name__:
         return ": a task's data comes from the Hub, run where it can be reached or give a task on local files"
     return ""

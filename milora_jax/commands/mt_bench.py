@@ -2,7 +2,7 @@
 
 ``answer --workdir DIR --questions FILE --out ANSWERS`` answers FastChat's ``question.jsonl``.
 ``judge --answers ANSWERS --judge-url URL --judge-model NAME --out JUDGMENTS`` has another model grade them,
-or with ``--against ANSWERS`` compare them with another model's. Both go on where they stopped.
+or with ``--against ANSWERS`` compare them with another model's. Run the same command to resume either.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from milora_jax.evaluation.subject import named_subject, read_subject
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the options."""
+    """Parse the options."""
     parser = Parser(
         prog="python -m milora_jax.evaluation mt-bench",
         description=__doc__,
@@ -66,7 +66,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Answer, or judge."""
+    """Answer the questions, or have the answers judged."""
     asked = parse_arguments(arguments)
     if not asked.out.parent.is_dir():
         raise UserError(f"--out {str(asked.out)!r}: no such directory as {str(asked.out.parent)!r}")
@@ -82,7 +82,7 @@ def _answer(asked: argparse.Namespace) -> None:
     questions = read_questions(asked.questions)
     sampling = Asked(asked.max_new_tokens, asked.temperature, asked.seed)
     for question in questions:
-        sampling.settings(question, asked.max_new_tokens)  # what is wrong in it is said before a base is read
+        sampling.settings(question, asked.max_new_tokens)  # checked before the base is loaded
     named = named_subject(
         asked.workdir,
         asked.adapter,

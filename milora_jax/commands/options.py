@@ -1,4 +1,4 @@
-"""Options of a command line made from a dataclass of settings, explained by its ``Attributes:``."""
+"""Options of a command line made from a dataclass of settings, with help from its ``Attributes:``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Settings = TypeVar("Settings")
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """The ``Attributes:`` of a dataclass and of its bases, by name; none under ``python -OO``."""
+    """The ``Attributes:`` of a dataclass and its bases by name; empty under ``python -OO``."""
     found: dict[str, str] = {}
     for each in reversed(cls.__mro__):
         if each.__doc__ and dataclasses.is_dataclass(each):
@@ -39,7 +39,7 @@ def _attributes(docstring: str) -> Iterator[tuple[str, str]]:
 
 
 def help_texts(cls: type) -> dict[str, str]:
-    """:func:`attribute_docs` as the help of options: without markup, with ``%`` as argparse wants it."""
+    """:func:`attribute_docs` as the help of options: without markup, and with ``%`` escaped for argparse."""
     docs = attribute_docs(cls)
     return {name: text.rstrip(".").replace("``", "").replace("%", "%%") for name, text in docs.items()}
 
@@ -59,7 +59,7 @@ READERS: dict[Any, Callable[[str], Any]] = {
     tuple[int, ...]: _integers,
     tuple[str, ...]: _names,
 }
-"""What reads a value of each type of a field; several values are separated by commas."""
+"""Readers of the types of fields; several values are separated by commas."""
 
 
 def add_options(parser: argparse.ArgumentParser, cls: Any, skip: Collection[str] = ()) -> None:
@@ -86,10 +86,10 @@ def add_options(parser: argparse.ArgumentParser, cls: Any, skip: Collection[str]
 
 
 def settings_of(cls: type[Settings], asked: argparse.Namespace, **others: Any) -> Settings:
-    """The dataclass of the options that :func:`add_options` added.
+    """Make the dataclass of the options that :func:`add_options` added.
 
     Args:
-      others: values of fields that have no such option.
+      others: values of fields without such an option.
     """
     names = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
     return cls(**{name: getattr(asked, name) for name in names if name not in others}, **others)
@@ -98,7 +98,7 @@ def settings_of(cls: type[Settings], asked: argparse.Namespace, **others: Any) -
 def parse_settings(
     cls: type[Settings], program: str, description: str | None, arguments: list[str]
 ) -> Settings:
-    """The settings that a command line gives, which has no other options."""
+    """Parse a command line whose only options are settings."""
     parser = Parser(prog=program, description=description)
     add_options(parser, cls)
     return settings_of(cls, parser.parse_args(arguments))

@@ -1,4 +1,5 @@
-"""``python -m milora_jax.parallel aot ...``: do a config's programs fit chips that are not here?"""
+"""``python -m milora_jax.parallel aot ...``: check whether a config's programs fit chips that are not
+attached."""
 
 from __future__ import annotations
 
@@ -18,15 +19,15 @@ from milora_jax.scaling.plan import plan
 
 PROGRAM = "python -m milora_jax.parallel"
 
-COMMANDS = {"aot": "compile a config's programs for chips that are not here, and say what they take"}
+COMMANDS = {"aot": "compile a config's programs for chips that are not attached, and report their memory"}
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the settings given in place of the config's."""
+    """Parse the options; return them and the settings that replace the config's."""
     parser = Parser(
         allow_abbrev=False,
         prog=f"{PROGRAM} aot",
-        description="Compile a config's programs for chips that are not there, and say what they take.",
+        description="Compile a config's programs for chips that are not attached, and report their memory.",
     )
     parser.add_argument("--config", required=True, help="a file such as configs/llama7b_math.py")
     parser.add_argument("--topology", required=True, help="such as v5e:2x4, v6e:4x4, tpu7x:2x2x1, h200:8")
@@ -40,7 +41,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compile, and print what it takes."""
+    """Compile, and print the memory of each program."""
     given = sys.argv[1:] if arguments is None else arguments
     choose_command(PROGRAM, given, COMMANDS)
     asked, overrides = parse_arguments(given[1:])
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def model_of(name: str, config: Config) -> ModelConfig:
-    """The shape that is compiled: by name, else from the directory of the config."""
+    """The shape to compile: by name, else from the directory of the config."""
     if name:
         require(name in SHAPES, "--model", name, f"one of {', '.join(SHAPES)}")
         return SHAPES[name]
@@ -75,7 +76,7 @@ def model_of(name: str, config: Config) -> ModelConfig:
 
 
 def parse_mesh(text: str) -> MeshSection:
-    """``data=1,fsdp=16,tensor=1`` as a MeshSection; an axis that is not named is 1.
+    """Parse ``data=1,fsdp=16,tensor=1``; an axis that is not named is 1.
 
     >>> parse_mesh("fsdp=4,tensor=2")
     MeshSection(data=1, fsdp=4, tensor=2)

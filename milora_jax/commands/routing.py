@@ -1,8 +1,9 @@
-"""``python -m milora_jax.evaluation routing --workdir DIR --data FILE...``: which experts prompts choose.
+"""``python -m milora_jax.evaluation routing --workdir DIR --data FILE...``: the experts that prompts choose.
 
-Prompts are run once, nothing is generated. Prints a summary and writes, under ``--out``: ``shares.png``
-(Figure 2 of the paper), ``decisions.png``, ``distances.png``, ``strips.png`` and ``routing.json``.
-``--adapter DIR --base DIR`` looks at an exported adapter instead of a run. docs/routing.md explains all.
+Prompts are run once and nothing is generated. The command prints a summary and writes, under ``--out``,
+``shares.png`` (Figure 2 of the paper), ``decisions.png``, ``distances.png``, ``strips.png`` and
+``routing.json``. ``--adapter DIR --base DIR`` reads an exported adapter instead of a run. docs/routing.md
+explains them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from milora_jax.evaluation.subject import named_subject
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the options."""
+    """Parse the options."""
     parser = Parser(
         prog="python -m milora_jax.evaluation routing",
         description=__doc__,
@@ -48,7 +49,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Route, measure, draw, print the summary."""
+    """Compute routes and statistics, draw the figures, and print the summary."""
     asked = parse_arguments(arguments)
     require(asked.limit >= 0, "--limit", asked.limit, "0 or more")
     require(asked.batch_size >= 1, "--batch-size", asked.batch_size, "at least 1")

@@ -1,4 +1,4 @@
-"""Adapters out of a run and into one, and what lies on the disk checked byte by byte.
+"""Export and import adapters, and check files byte by byte.
 
 python -m milora_jax.storage export --workdir DIR --out DIR --format milora|peft|static|orbax|merged
 python -m milora_jax.storage import --peft DIR --base DIR --out DIR
@@ -41,7 +41,7 @@ from milora_jax.storage.workdir import CONFIG_NAME, prompt_format_of, read_workd
 
 FORMATS = ("milora", "peft", "static", "orbax", "merged")
 FOR_OTHERS = ("peft", "static", "merged")
-"""The formats that other programs read, for which the base is needed."""
+"""Formats for other programs, which need the base."""
 
 ONLY_OF = {
     "calibration": ("static", "merged"),
@@ -50,11 +50,11 @@ ONLY_OF = {
     "limit": ("static", "merged"),
     "base_name": ("peft", "static"),
 }
-"""Options that other formats would pass over."""
+"""Options that other formats would ignore."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the options."""
+    """Parse the options."""
     parser = Parser(prog="python -m milora_jax.storage")
     commands = parser.add_subparsers(dest="command", required=True)
     writer = commands.add_parser("export", help="write the best adapter of a run for other programs")
@@ -87,7 +87,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def verify(path: Path, base: Path | None) -> None:
-    """Print one line per finding, or one that says that there is none; raise if there is one."""
+    """Print one line per finding, or one line without findings; raise an error if there are any."""
     found = findings(path, base)
     for folder, lines in found.items():
         for line in lines or ["ok"]:
@@ -99,9 +99,9 @@ def verify(path: Path, base: Path | None) -> None:
 
 
 def run_export(asked: argparse.Namespace) -> None:
-    """Write the adapter in the format asked for."""
+    """Write the adapter in the requested format."""
     source, out, kind = asked.workdir, asked.out, asked.format
-    require_new(out)  # a calibration takes a while
+    require_new(out)  # before the calibration, which takes a while
     for name in ("limit", "batch_size", "max_new_tokens", "shard_bytes"):
         least = 0 if name == "limit" else 1
         require(getattr(asked, name) >= least, name, getattr(asked, name), f"at least {least}")
@@ -138,10 +138,10 @@ def run_export(asked: argparse.Namespace) -> None:
 
 
 def note_on_prompts(written: PromptFormat) -> str:
-    """What users of other programs must know of the prompts of an adapter; "" where they need not.
+    """A note for users of other programs about the adapter's prompts; "" where they need none.
 
-    Those programs write a text as ``tokenizer(text)`` does, and keep no format beside an adapter. A chat is
-    written by the tokenizer's template there as here, which no rule for special tokens changes.
+    Those programs encode a text by ``tokenizer(text)``, and store no format beside an adapter. A chat has the
+    same tokens there as here, because its template decides about special tokens.
     """
     if written.special_tokens == "tokenizer" or written.template == "chat":
         return ""
@@ -151,7 +151,7 @@ def note_on_prompts(written: PromptFormat) -> str:
 
 
 def fixed_route(asked: argparse.Namespace) -> tuple[np.ndarray | None, dict[str, Any]]:
-    """The modal route of the calibration rows, and what it costs; None without such rows."""
+    """The modal route of the calibration rows and its cost; None without such rows."""
     if not asked.calibration:
         return None, {}
     rows = DataSection(train=asked.calibration, dev=asked.dev, columns=asked.columns)
@@ -187,7 +187,7 @@ def base_of(asked: argparse.Namespace) -> Path:
 
 
 def path_of_base(asked: argparse.Namespace) -> str:
-    """Where the base is: as given, or the run's."""
+    """The path of the base: the given one, or the run's."""
     if asked.base is not None:
         return asked.base
     if not (asked.workdir / CONFIG_NAME).is_file():
@@ -196,7 +196,7 @@ def path_of_base(asked: argparse.Namespace) -> str:
 
 
 def name_of_base(asked: argparse.Namespace) -> str:
-    """What other programs call the base: its path, or its name on the Hub."""
+    """The name of the base in other programs: its path, or its name on the Hub."""
     return hub_name(path_of_base(asked))
 
 

@@ -1,8 +1,8 @@
-"""``python -m milora_jax.evaluation study NAME --config FILE``: a table or figure of the paper anew.
+"""``python -m milora_jax.evaluation study NAME --config FILE``: reproduce a table or figure of the paper.
 
-Writes under ``--workdir``: ``study.json``, ``cells/`` with one folder per trained model, ``rows.jsonl``
-with one line per (method, task, seed), ``NAME.md`` and its plots. The same command run again goes on
-where it stopped; run twice at a time, the two share the work.
+It writes under ``--workdir``: ``study.json``, ``cells/`` with one folder per trained model, ``rows.jsonl``
+with one line per (method, task, seed), ``NAME.md`` and its plots. Run the same command to resume; two
+processes that run it at the same time share the work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ALL = "all"
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the options."""
+    """Parse the options."""
     parser = Parser(
         prog="python -m milora_jax.evaluation study",
         description=__doc__,
@@ -41,7 +41,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Tune, run the cells, write the report."""
+    """Tune, run the cells, and write the report."""
     asked = parse_arguments(arguments)
     require(asked.seeds >= 1, "--seeds", asked.seeds, "at least 1")
     study = narrowed(load_study(asked.config), asked.tasks, asked.methods)

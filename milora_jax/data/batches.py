@@ -1,4 +1,4 @@
-"""Which rows a step takes, and how rows become a batch."""
+"""The rows of a step, and the conversion of rows to a batch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from milora_jax.data.tokens import Example
 from milora_jax.types import Batch
 
 ORDER_STREAM = 2
-"""Keeps the order of rows apart from every other use of the run's seed."""
+"""Separates the order of rows from every other use of the run's seed."""
 
 
 def row_order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """The permutation of an epoch: a pure function of its arguments."""
+    """The permutation of an epoch, a pure function of its arguments."""
     return np.random.default_rng([seed, ORDER_STREAM, epoch]).permutation(rows)
 
 
 def batch_rows(seed: int, step: int, rows: int, batch_size: int) -> np.ndarray:
-    """The row numbers of a step, counted from 0: a pure function of its arguments.
+    """The row numbers of a step, from 0, a pure function of its arguments.
 
-    Batches run on across the edge of an epoch, so each epoch takes every row exactly once.
+    Batches continue across the end of an epoch, so each epoch has every row exactly once.
     """
     first = step * batch_size
     epochs = range(first // rows, (first + batch_size - 1) // rows + 1)
@@ -32,7 +32,7 @@ def batch_rows(seed: int, step: int, rows: int, batch_size: int) -> np.ndarray:
 
 
 def padded_length(longest: int, multiple: int, limit: int) -> int:
-    """``longest`` rounded up to a multiple, but at most ``limit``.
+    """Round ``longest`` up to a multiple, but at most to ``limit``.
 
     >>> padded_length(70, 32, 768), padded_length(70, 32, 80)
     (96, 80)
@@ -41,13 +41,13 @@ def padded_length(longest: int, multiple: int, limit: int) -> int:
 
 
 def collate(packed: Sequence[Sequence[Example]], length: int, rows: int, prompts: int = 1) -> Batch:
-    """Training rows, padded on the right; missing rows are all padding and count nowhere.
+    """Make a batch of training rows, padded on the right; missing rows are padding, which counts nowhere.
 
     Args:
-      packed: the examples of each row, which follow each other as segments 1, 2, ...
-      length: T, at least the tokens of any row.
+      packed: the examples of each row, which become its segments 1, 2, ...
+      length: T, at least the number of tokens of any row.
       rows: B, at least the number of rows given.
-      prompts: Z, at least the examples of any row.
+      prompts: Z, at least the number of examples of any row.
     """
     batch = _empty(rows, length, prompts=prompts)
     for row, examples in enumerate(packed):
@@ -64,7 +64,7 @@ def collate(packed: Sequence[Sequence[Example]], length: int, rows: int, prompts
 
 
 def collate_prompts(prompts: Sequence[Sequence[int]], length: int, pad_id: int, rows: int) -> Batch:
-    """Prompts for generation, padded on the right: a token's place does not depend on other rows.
+    """Make a batch of prompts for generation, padded on the right: a token's place is that in its prompt.
 
     Missing rows hold a prompt of one token, so that no row is empty.
     """
@@ -81,7 +81,7 @@ def collate_prompts(prompts: Sequence[Sequence[int]], length: int, pad_id: int, 
 
 def _empty(rows: int, length: int, pad_id: int = 0, prompts: int = 1) -> Batch:
     shape = (rows, length)
-    # Host arrays: they become device arrays when they are placed.
+    # Host arrays, which become device arrays when they are placed.
     fields: dict[str, Any] = {
         "tokens": np.full(shape, pad_id, np.int32),
         "segment_ids": np.zeros(shape, np.int32),

@@ -1,4 +1,4 @@
-"""Chats through the tokenizer's own chat template: the one way from messages to token ids.
+"""Chats in the tokenizer's chat template: the only conversion of messages to token ids.
 
 Training, scoring and generation call :func:`encode_chat`, so the router reads the same prompt in all of them.
 The ids are those of Hugging Face's ``apply_chat_template``, with two differences: text in a message that
@@ -23,18 +23,18 @@ from milora_jax.prompt_format import parse_time
 ROLES = ("system", "user", "assistant")
 
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
-"""Characters that no tokenizer can take, or none should."""
+"""Characters that tokenizers cannot encode, or should not."""
 
 MAX_CHARACTERS = 4_000_000
-"""Longest rendered chat: about a million tokens. More is a mistake of the template, or no prompt."""
+"""Longest rendered chat, about a million tokens. A longer one is a mistake of the template, or no prompt."""
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
-"""Set around control tokens in messages. Unicode promises that no text holds these two; one that does
-is treated as a control token itself."""
+"""Marks around control tokens in messages. Unicode reserves these two characters, so that no text holds them;
+a mark in a text is treated as a control token itself."""
 
 
 class UnclosedThoughtError(UserError):
-    """An answer would be learned inside a thought that the chat template has opened."""
+    """The chat template opens a thought that the answer does not close, so the answer would be part of it."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ Messages: TypeAlias = Sequence[Message | Mapping[str, Any]]
 
 
 def as_messages(chat: Messages) -> tuple[Message, ...]:
-    """The messages of a chat.
+    """Check the messages of a chat and convert them.
 
-    A field beside ``role`` and ``content`` that holds something is refused: without it the message says
-    something else.
+    A field beside ``role`` and ``content`` that is not empty is refused, because the message would lose a
+    part of its meaning.
 
     Raises:
-      UserError: naming the message and what is wrong with it, or for an empty chat.
+      UserError: a message is wrong, or the chat is empty; the error names the message.
 
     >>> as_messages([{"role": "user", "content": "Hello."}])
     (Message(role='user', content='Hello.'),)
@@ -89,16 +89,16 @@ def _as_message(item: Message | Mapping[str, Any], number: int) -> Message:
 def render_chat(
     tokenizer: Any, messages: Messages, add_generation_prompt: bool = True, *, time: str = ""
 ) -> str:
-    """The text that the template makes of a chat, for a reader: :func:`encode_chat` knows what is control.
+    """Render a chat as text for people; only :func:`encode_chat` tells control tokens from text.
 
     Args:
       tokenizer: from ``milora_jax.data.tokens.load_tokenizer``.
       messages: see :func:`as_messages`.
-      add_generation_prompt: end with what an assistant's turn begins with.
-      time: what ``strftime_now`` tells the template, see ``prompt_format.PromptFormat``.
+      add_generation_prompt: end with the beginning of an assistant's turn.
+      time: result of ``strftime_now`` in the template, see ``prompt_format.PromptFormat``.
 
     Raises:
-      UserError: the chat is empty or has a role unknown here, the tokenizer has no template, or the template
+      UserError: the chat is empty or has an unknown role, the tokenizer has no template, or the template
         refuses the chat or fails.
     """
     marked = _render(tokenizer, as_messages(messages), add_generation_prompt, time)
@@ -106,16 +106,16 @@ def render_chat(
 
 
 def encode_chat(tokenizer: Any, messages: Messages, *, time: str = "") -> list[int]:
-    """Ids of a chat up to where the assistant's next turn begins.
+    """Encode a chat up to the beginning of the assistant's next turn.
 
-    Where the template writes a beginning-of-sequence token there is one, and where it writes none there
-    is none: the models that come with such a template were tuned without it.
+    There is a beginning-of-sequence token if and only if the template writes one: models with such a template
+    were trained so.
 
     Args:
-      messages, time: as :func:`render_chat` takes them.
+      messages, time: see :func:`render_chat`.
 
     Raises:
-      UserError: as :func:`render_chat`.
+      UserError: see :func:`render_chat`.
     """
     return _encode(tokenizer, _render(tokenizer, as_messages(messages), True, time))
 
@@ -123,25 +123,25 @@ def encode_chat(tokenizer: Any, messages: Messages, *, time: str = "") -> list[i
 def encode_exchange(
     tokenizer: Any, messages: Messages, content: str, eos_ids: Sequence[int], *, time: str = ""
 ) -> tuple[list[int], list[int]]:
-    """Ids of a chat, as :func:`encode_chat` gives them, and of the assistant's turn that follows.
+    """Encode a chat, as :func:`encode_chat` does, and the assistant's turn that follows.
 
-    Those of the turn are what the template writes for it, up to the first token that ends an answer; what
-    follows that (a line break, mostly) would never be generated. A template that ends a turn with no such
-    token gets the first of ``eos_ids``. Some templates write a turn differently once it is history:
-    DeepSeek-R1's leaves the thoughts out, so its text does not go on from the prompt's. The turn is then
-    ``content`` as given, and the token that the template ends turns with.
+    The ids of the turn are what the template writes for it, up to the first token that ends an answer; what
+    follows that, mostly a line break, would never be generated. A turn that the template ends without such a
+    token gets the first of ``eos_ids``. Some templates write past turns differently: DeepSeek-R1's leaves the
+    thoughts out, so that its text does not continue the prompt's. The turn is then ``content`` as given, and
+    the token with which the template ends turns.
 
-    A template may open a thought (``<think>``) at the end of the prompt. The turn goes on inside it: the
-    tag is not repeated where ``content`` begins with it, and a turn that never closes the thought would be
-    learned as one, so it is refused.
+    A template may open a thought (``<think>``) at the end of the prompt, and the turn continues inside it:
+    the tag is not repeated where ``content`` begins with it. A turn that never closes the thought would be
+    learned as a thought, so it is refused.
 
     Args:
-      messages, time: as :func:`render_chat` takes them.
-      content: of the turn.
+      messages, time: see :func:`render_chat`.
+      content: content of the turn.
       eos_ids: tokens that end an answer, at least one.
 
     Raises:
-      UserError: as :func:`render_chat`.
+      UserError: see :func:`render_chat`.
       UnclosedThoughtError: the template opens a thought that ``content`` does not close.
     """
     said, turn = as_messages(messages), *as_messages([Message("assistant", content)])
@@ -151,7 +151,7 @@ def encode_exchange(
     text = whole[len(prompt) :] if goes_on else _controls_of(tokenizer).mark("assistant", content)
     if OPEN_THOUGHT.search(prompt):
         closed = _render(tokenizer, said, False, time)
-        # A tag that a message ends with, and not the template, opens nothing.
+        # A tag at the end of a message, not of the template, opens no thought.
         text = _within_thought(prompt.removeprefix(closed), text)
     before, answer = _encode_behind(tokenizer, prompt, text)
     if goes_on:
@@ -165,9 +165,9 @@ def encode_exchange(
 
 
 def _encode_behind(tokenizer: Any, prompt: str, text: str) -> tuple[list[int], list[int]]:
-    """Ids of a marked prompt, and of the marked text behind it."""
+    """Encode a marked prompt, and the marked text after it."""
     before, both = _encode(tokenizer, prompt), _encode(tokenizer, prompt + text)
-    # Encoded in its place: a tokenizer may put a space before a text that stands alone.
+    # Encoded together: a tokenizer may put a space before a text of its own.
     joined = both[: len(before)] == before
     return before, both[len(before) :] if joined else _encode(tokenizer, text)
 
@@ -183,17 +183,17 @@ THOUGHTS = {
     "<|START_THINKING|>": "<|END_THINKING|>",
     "<|begin_of_thought|>": "<|end_of_thought|>",
 }
-"""What opens and closes a thought in the templates of the models that have them."""
+"""The tags that open and close a thought in the templates of reasoning models."""
 
 OPEN_THOUGHT = re.compile(f"({'|'.join(map(re.escape, THOUGHTS))})(\\s*)\\Z")
-"""A thought that is open at the end of a prompt, and the space behind its tag."""
+"""An open thought at the end of a prompt, and the space after its tag."""
 
 
 def _within_thought(opened: str, text: str) -> str:
-    """What of an answer is still to be written where a thought may be open already.
+    """The part of an answer that is still to be written, where a thought may be open already.
 
     Args:
-      opened: what the template has begun the answer with.
+      opened: the beginning of the answer that the template has written.
 
     Raises:
       UnclosedThoughtError: the answer does not close the thought.
@@ -213,10 +213,10 @@ def _within_thought(opened: str, text: str) -> str:
 
 
 def template_source(tokenizer: Any) -> str:
-    """The program text of the tokenizer's template: two tokenizers with the same one write chats alike.
+    """The program text of the tokenizer's template; tokenizers with the same text write chats alike.
 
     Raises:
-      UserError: there is none, or there are several and none is called ``default``.
+      UserError: there is no template, or there are several and none is called ``default``.
     """
     found = tokenizer.chat_template
     if isinstance(found, dict):
@@ -232,13 +232,13 @@ def template_source(tokenizer: Any) -> str:
 
 @dataclass(frozen=True)
 class _Controls:
-    """Texts that a tokenizer takes for control tokens.
+    """Patterns of the texts that a tokenizer reads as control tokens.
 
     Attributes:
-      special: matches its special tokens.
-      every: matches those, and added tokens that the template writes: ``<|im_start|>`` is no special token
-        in some tokenizers.
-      marked: matches a control token between marks, or a mark that the template tore off.
+      special: matches special tokens.
+      every: matches those, and added tokens that the template writes; ``<|im_start|>`` is no special token in
+        some tokenizers.
+      marked: matches a control token between marks, or a mark that the template separated.
       added: ids of all added tokens.
     """
 
@@ -248,9 +248,9 @@ class _Controls:
     added: frozenset[int]
 
     def mark(self, role: str, content: str) -> str:
-        """``content`` with every control token in it between marks.
+        """Put marks around every control token in ``content``.
 
-        An assistant may write what is no special token: the tokens around its thoughts are such.
+        An assistant may write added tokens that are not special, such as those around its thoughts.
         """
         pattern = self.special if role == "assistant" else self.every
         return pattern.sub(f"{OPEN}\\g<0>{CLOSE}", content)
@@ -262,12 +262,12 @@ def _controls_of(tokenizer: Any) -> _Controls:
 
 @lru_cache(maxsize=8)
 def _controls(tokenizer: Any, source: str, size: int) -> _Controls:
-    """``size`` is the tokenizer's length: one that grew is looked at again."""
+    """``size`` is the tokenizer's length, so that a tokenizer that grew gets new patterns."""
     added = tokenizer.added_tokens_decoder
     special = {token.content for token in added.values() if token.special}
     special |= {text for text in tokenizer.all_special_tokens if isinstance(text, str)}
     written = {token.content for token in added.values() if token.content in source}
-    written = {text for text in written if not text.isspace()}  # "\n" is a token of Gemma, and no control
+    written = {text for text in written if not text.isspace()}  # "\n" is a token of Gemma, not a control
 
     def pattern(texts: set[str]) -> str:
         longest_first = sorted({*texts, OPEN, CLOSE} - {""}, key=lambda text: (-len(text), text))
@@ -298,13 +298,13 @@ CLOCK = """\
 {%- endfor -%}
 {%- endmacro %}
 """
-"""Hides transformers' function of the same name, which asks the clock, from the template that follows.
-Templates are given plain data, so a function cannot be passed. Its last line break is the block's."""
+"""Replaces transformers' function of the same name, which reads the clock, in the template that follows.
+Templates get plain data, so a function cannot be passed. Its last line break is the block's."""
 
 
 @lru_cache(maxsize=64)
 def _directives(time: str) -> dict[str, str]:
-    """What ``strftime`` makes of each directive at a time."""
+    """The result of ``strftime`` for each directive at a time."""
     told = parse_time(time)
     names = [f"%{flag}{letter}" for flag in ("-", "_", "0", "^", "#", "") for letter in string.ascii_letters]
     found = {name: told.strftime(name) for name in names}
@@ -312,7 +312,7 @@ def _directives(time: str) -> dict[str, str]:
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool, time: str) -> str:
-    """The rendered chat, with marks around the control tokens that its messages hold."""
+    """Render the chat, with marks around the control tokens in its messages."""
     source, controls = template_source(tokenizer), _controls_of(tokenizer)
     clock = {}
     if time and asks_for_time(tokenizer):
@@ -322,7 +322,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: 
         text = tokenizer.apply_chat_template(
             chat, chat_template=source, tokenize=False, add_generation_prompt=add_generation_prompt, **clock
         )
-    except Exception as error:  # the template is a program of others, and may raise anything
+    except Exception as error:  # the template is foreign code, which may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         roles = ", ".join(message.role for message in messages[:4]) + (", ..." if len(messages) > 4 else "")
         raise UserError(f"the chat template cannot write a chat of {roles}: {reason[:300]}") from None
@@ -332,7 +332,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: 
 
 
 def _pieces(tokenizer: Any, marked: str) -> list[tuple[str, bool]]:
-    """The parts of a marked text; True for one that reads like a control token and is none."""
+    """The parts of a marked text; True for text that reads like a control token but is none."""
     controls = _controls_of(tokenizer)
     pieces, plain, at = [], "", 0
     for match in controls.marked.finditer(marked):
@@ -353,12 +353,12 @@ def _encode(tokenizer: Any, marked: str) -> list[int]:
 
 
 def _literal(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a control token's text that are not the control token."""
+    """Ids of the text of a control token, without the control token itself."""
     ids = _ids(tokenizer, text, split=True)
     controls = _controls_of(tokenizer)
     if controls.added.isdisjoint(ids):
         return ids
-    # An added token that is not special is found in any text that holds it whole.
+    # A tokenizer finds an added token that is not special in any text that holds it whole.
     return [token for character in text for token in _ids(tokenizer, character, split=True)]
 
 

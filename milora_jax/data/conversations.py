@@ -1,9 +1,9 @@
-"""Rows that hold a whole chat, what a plain row says before its question, and fields that are refused.
+"""Rows that hold a whole chat, the system message and history of plain rows, and fields that are refused.
 
 OpenAI: ``{"messages": [{"role": "user", "content": "..."}, ...]}``. ShareGPT: ``{"conversations":
-[{"from": "human", "value": "..."}, ...]}``, where ``gpt`` answers. An optional system message comes first, or
-stands beside the list as ``system``; then user and assistant take turns. An answer is learned unless its
-``weight`` (OpenAI), ``train`` or ``training`` (Axolotl) or ``loss`` (ms-swift) says no.
+[{"from": "human", "value": "..."}, ...]}``, where ``gpt`` answers. An optional system message is the first
+message, or the field ``system`` beside the list; then user and assistant take turns. An answer is learned
+unless its ``weight`` (OpenAI), ``train`` or ``training`` (Axolotl) or ``loss`` (ms-swift) is 0 or false.
 
 A plain row with a ``system`` message or a ``history`` of earlier turns (LLaMA-Factory) is a chat as well.
 """
@@ -20,7 +20,7 @@ from milora_jax.errors import UserError
 
 @dataclass(frozen=True)
 class _Form:
-    """How a kind of row names things."""
+    """The names of the fields in a kind of row."""
 
     role: str
     content: str
@@ -31,13 +31,13 @@ FORMS = {
     "messages": _Form("role", "content", {role: role for role in ROLES}),
     "conversations": _Form("from", "value", {"system": "system", "human": "user", "gpt": "assistant"}),
 }
-"""By the field of the row that holds the list."""
+"""The kinds of chats, by the field of the row that holds the list."""
 
 HEADS = (*FORMS, "instruction", "question")
-"""The fields each of which says which kind of row it is."""
+"""Fields each of which decides the kind of a row."""
 
 WEIGHTS = ("weight", "train", "training", "loss")
-"""Fields of a message that say whether it is learned."""
+"""Fields of a message that decide whether it is learned."""
 
 _TOOLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
@@ -50,19 +50,19 @@ REFUSED_OF_MESSAGES = (
     *(*_TOOLS, *_MEDIA),
     *("reasoning_content", "reasoning", "thinking", "name", "refusal", "train_detail"),
 )
-"""Fields that change what a row or a message means in the formats above, and are not supported."""
+"""Fields that change the meaning of a row or a message in the formats above, and are not supported."""
 
 
 def is_given(value: Any) -> bool:
-    """Whether a field says something: null and what is empty do not, nor does ``"[]"``, a list as text."""
+    """Whether a field has content: null, empty values and ``"[]"``, a list as text, have none."""
     return value is not None and value != "[]" and not (isinstance(value, Sized) and len(value) == 0)
 
 
 def head_of(row: Mapping[str, Any], where: str) -> str | None:
-    """The one of HEADS that a row holds; None where it holds none.
+    """The one of HEADS that a row holds; None if it holds none.
 
     Raises:
-      UserError: naming ``where`` and a field that is not supported, or two of HEADS that are both there.
+      UserError: a field is not supported, or two of HEADS are present; the error begins with ``where``.
     """
     for name in REFUSED_OF_ROWS:
         if is_given(row.get(name)):
@@ -85,23 +85,23 @@ def head_of(row: Mapping[str, Any], where: str) -> str | None:
 
 
 def read_chat(row: Mapping[str, Any], where: str, last: str = "assistant") -> tuple[Message, ...]:
-    """The messages of a row that holds one of FORMS.
+    """Read the messages of a row that holds one of FORMS.
 
     Args:
       where: file and line, for errors.
-      last: the role that must have the last word: the assistant's, to learn from; the user's, to answer.
+      last: the role of the last message: assistant for learning, user for answering.
 
     Raises:
-      UserError: naming ``where``, the message and what is wrong with it.
+      UserError: a message is wrong; the error begins with ``where`` and names it.
     """
     return _chat(row, where, last)[0]
 
 
 def read_answers(row: Mapping[str, Any], where: str) -> list[tuple[tuple[Message, ...], str]]:
-    """What a row that holds one of FORMS teaches: each answer that is learned, after what comes before it.
+    """Read the answers that a row with one of FORMS teaches, each after the messages before it.
 
     Raises:
-      UserError: as :func:`read_chat`, or no answer is learned.
+      UserError: see :func:`read_chat`; or no answer is learned.
     """
     messages, learned = _chat(row, where, "assistant")
     found = [turn for turn, counts in zip(answers_in(messages), learned, strict=True) if counts]
@@ -111,17 +111,17 @@ def read_answers(row: Mapping[str, Any], where: str) -> list[tuple[tuple[Message
 
 
 def answers_in(messages: Sequence[Message]) -> Iterator[tuple[tuple[Message, ...], str]]:
-    """Each of the assistant's messages, after all that comes before it."""
+    """Yield each of the assistant's messages after all messages before it."""
     for i, message in enumerate(messages):
         if message.role == "assistant":
             yield tuple(messages[:i]), message.content
 
 
 def read_earlier(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    """What a plain row says before its question: its ``system`` message and the turns of its ``history``.
+    """Read the ``system`` message and the turns of the ``history`` of a plain row.
 
     Raises:
-      UserError: naming ``where`` and what is wrong.
+      UserError: one of them is wrong; the error begins with ``where``.
     """
     messages = []
     if is_given(row.get("system")):
@@ -143,13 +143,13 @@ def read_earlier(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
 
 
 def content_text(row: Mapping[str, Any], name: str, where: str, required: bool = True) -> str:
-    """The text of a field.
+    """Read the text of a field.
 
     Args:
-      required: it must be there, and must not be blank; else null and absent are the empty text.
+      required: whether it must be present and not blank; otherwise null and a missing field are "".
 
     Raises:
-      UserError: naming ``where``, the field and what it holds.
+      UserError: it holds something else; the error begins with ``where`` and names the field.
     """
     value = row.get(name)
     if value is None and not required:
@@ -165,7 +165,7 @@ def content_text(row: Mapping[str, Any], name: str, where: str, required: bool =
 
 
 def _chat(row: Mapping[str, Any], where: str, last: str) -> tuple[tuple[Message, ...], list[bool]]:
-    """The messages, and for each of the assistant's whether it is learned."""
+    """Read the messages, and whether each of the assistant's is learned."""
     name = head_of(row, where)
     if name not in FORMS:
         raise UserError(f"{where}: expected a field {' or '.join(map(repr, FORMS))}")
@@ -191,7 +191,7 @@ def _chat(row: Mapping[str, Any], where: str, last: str) -> tuple[tuple[Message,
 
 
 def _message(item: Any, form: _Form, where: str) -> tuple[Message, bool]:
-    """A message, and whether it is learned if it is the assistant's."""
+    """Read a message, and whether it is learned if it is the assistant's."""
     if not isinstance(item, Mapping):
         raise UserError(f"{where}: expected an object, found {type(item).__name__}")
     for name in REFUSED_OF_MESSAGES:
@@ -210,7 +210,7 @@ def _is_learned(item: Mapping[str, Any], role: str, where: str) -> bool:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise UserError(f"{where}: field {name!r} is {value!r}, expected 0 or 1")
         if value and role != "assistant":
-            # Data sets write 0 beside what users say, which is what happens to it anyway.
+            # Data sets write 0 beside users' messages, which are never learned.
             raise UserError(
                 f"{where}: field {name!r} is {value!r}, expected 0: only what the assistant says is learned"
             )

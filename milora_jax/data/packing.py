@@ -1,7 +1,7 @@
-"""Several records in a row, so that little of it is padding.
+"""Packing: several records in a row, which reduces padding.
 
 Attention, positions, loss and routes stay per record (``types.Batch.segment_ids``): a packed row computes
-what its records would compute in rows of their own. Without that, a router would choose for one record by the
+what its records would compute in rows of their own. Otherwise a router would choose for one record by the
 prompt of another.
 """
 
@@ -14,14 +14,14 @@ from milora_jax.data.tokens import Example
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Divide records among rows: the longest first, each into the fullest row that has room for it.
+    """Divide records among rows: the longest first, each into the fullest row with room for it.
 
     Best-fit decreasing needs at most 11/9 of the least possible number of rows, and 1 more (Johnson 1973).
     The division is a pure function of its arguments, so that a resumed run has the same rows.
 
     Args:
-      lengths: of the records, in tokens.
-      capacity: of a row; no record is longer.
+      lengths: lengths of the records, in tokens.
+      capacity: tokens of a row; no record is longer.
 
     Returns:
       The numbers of each row's records, ascending; rows in the order of their first record.
@@ -46,10 +46,10 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def in_rows(examples: Sequence[Example], capacity: int | None) -> list[list[Example]]:
-    """Encoded records row by row.
+    """Arrange encoded records in rows.
 
     Args:
-      capacity: of a row, in tokens; None gives every record a row of its own.
+      capacity: tokens of a row; None gives every record a row of its own.
     """
     if capacity is None:
         return [[example] for example in examples]

@@ -1,11 +1,11 @@
 """A record's prompt in either template, the same for training and for inference.
 
-``chat`` is the tokenizer's own template (``data.chat``), to which an instruction is a user's message.
+``chat`` is the tokenizer's own template (``data.chat``), in which an instruction is a user's message.
 
-``alpaca`` is the one below. Its wording is Stanford Alpaca's. The LLM-Adapters project uses the same words
-but, through an indented string, puts 16 spaces before every line and spaces them differently in training and
-in evaluation; we do not repeat that. The template ends with a line break after ``### Response:``, so that the
-answer starts on a line of its own and no tokenizer merges its first word with the colon.
+``alpaca`` is the template below, in Stanford Alpaca's words. LLM-Adapters has the same words, but an indented
+string puts 16 spaces before every line of them, with other spaces in training than in evaluation; that is not
+repeated here. The template ends with a line break after ``### Response:``, so that the answer starts on a
+line of its own and no tokenizer merges its first word with the colon.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def prompt_text(record: Record) -> str:
     """The prompt of a record in the ``alpaca`` template, up to where the answer begins.
 
     Raises:
-      UserError: the record is a turn of a chat, for which the template has no words.
+      UserError: the record is a turn of a chat, which the template cannot express.
 
     >>> print(prompt_text(Record("Say hi.", "", "hi", "hi")).splitlines()[-1])
     ### Response:
@@ -60,7 +60,7 @@ def prompt_text(record: Record) -> str:
 
 
 def prompt_messages(record: Record) -> tuple[Message, ...]:
-    """The prompt of a record as a chat: its own messages, or its instruction and input as a user's.
+    """The prompt of a record as a chat: its own messages, or its instruction and input as one user message.
 
     >>> prompt_messages(Record("Add.", "1 2", "3", "3"))[0].content
     'Add.\\n\\n1 2'
@@ -71,7 +71,7 @@ def prompt_messages(record: Record) -> tuple[Message, ...]:
 
 
 def shown_prompt(tokenizer: Any, record: Record, prompt_format: PromptFormat) -> str:
-    """The prompt of a record as a reader sees it.
+    """The prompt of a record as text for people.
 
     Raises:
       UserError: the record cannot be written in the format's template.

@@ -1,9 +1,9 @@
-"""Records from files and from the Hub, in three schemas, and the errors they can have.
+"""Records from files and from the Hub, in three schemas.
 
-Alpaca and LLM-Adapters: ``instruction``, ``input``, ``output``, ``answer``, ``references``; ``answer`` may be
-missing and is then the output, and ``output`` where there are ``references``. GSM8K: ``question`` and
-``answer``, a rationale that ends in ``#### N``. Chats, ``messages`` or ``conversations``, and ``system`` and
-``history`` of plain rows: see ``data.conversations``. Rows with other names: see ``columns``.
+Alpaca and LLM-Adapters: ``instruction``, ``input``, ``output``, ``answer``, ``references``; a missing
+``answer`` is the output, and ``output`` may be missing where there are ``references``. GSM8K: ``question``
+and ``answer``, a rationale that ends in ``#### N``. Chats (``messages`` or ``conversations``), and ``system``
+and ``history`` of plain rows: see ``data.conversations``. Rows with other names: see ``columns``.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from milora_jax.errors import UserError
 
 SPLIT_STEMS = ("train", "dev", "test", "validation", "valid")
 HOLDOUT_STREAM = 1
-"""Keeps the held-out choice apart from every other use of the run's seed."""
+"""Separates the choice of held-out rows from every other use of the run's seed."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is asked, what should be written, and the short answer that is scored.
+    """A question, the output to be written, and the short answer that is scored.
 
-    A record has one prompt, because a route belongs to one prompt: a chat gives a record for each of the
-    assistant's turns.
+    A record has one prompt, because a route belongs to one prompt: a chat gives one record for each turn of
+    the assistant.
 
     Attributes:
-      instruction: of a chat, the user's last message.
-      messages: all of the chat that comes before ``output``; empty where the row is no chat.
-      references: texts that are each a right answer, for the measures of free text; empty where the row
-        lists none, and ``output`` is the only one.
-      where: file and line of the row, for errors; no part of what the record says.
-      source: name of the data set that it comes from; no part of it either.
+      instruction: the instruction; for a chat, the user's last message.
+      messages: all messages of a chat before ``output``; empty where the row is no chat.
+      references: texts that are each a right answer, for the measures of free text; empty where the row lists
+        none, and ``output`` is the only one.
+      where: file and line of the row, for errors; not part of the record's content.
+      source: name of the data set that it comes from; not part of the content either.
     """
 
     instruction: str
@@ -68,10 +68,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Source:
-    """Where records come from: a file, or ``hf:NAME[:CONFIG[:SPLIT]]``; and the task's name.
+    """A source of records: a file, or ``hf:NAME[:CONFIG[:SPLIT]]``; and the task's name.
 
     Attributes:
-      columns: what its rows call the fields, see ``columns``; empty where they have the names of a schema.
+      columns: names of its columns, see ``columns``; empty where they are those of a schema.
     """
 
     name: str
@@ -82,11 +82,11 @@ class Source:
 def parse_sources(text: str, columns: str = "") -> list[Source]:
     """Split comma-separated ``[NAME=]SOURCE``.
 
-    The default name is the file's stem, or its folder's name where the stem only says which split it
-    is; for the Hub it is the last part of the data set's name.
+    The default name is the file's stem, or its folder's name where the stem only names the split; for the Hub
+    it is the last part of the data set's name.
 
     Args:
-      columns: a ``data.columns``, which may speak of other sources as well.
+      columns: a ``data.columns``, which may have entries for other sources as well.
 
     >>> [source.name for source in parse_sources("data/gsm8k/test.jsonl,mine=rows.json")]
     ['gsm8k', 'mine']
@@ -105,10 +105,10 @@ def parse_sources(text: str, columns: str = "") -> list[Source]:
 
 
 def parse_given(data: str, columns: str) -> list[Source]:
-    """The sources of a command's ``--data`` and ``--columns``; none where neither is given.
+    """Parse the sources of a command's ``--data`` and ``--columns``; none where neither is given.
 
     Raises:
-      UserError: one is malformed, there are columns without sources, or of a source that there is not.
+      UserError: an entry is malformed, or columns are given without sources or for an unknown source.
     """
     sources = parse_sources(data, columns)
     if data and not sources:
@@ -120,10 +120,10 @@ def parse_given(data: str, columns: str) -> list[Source]:
 
 
 def run_sources(data: DataSection) -> dict[str, list[Source]]:
-    """The sources of a run by ``train``, ``dev`` and ``test``.
+    """The sources of a run, by ``train``, ``dev`` and ``test``.
 
     Raises:
-      UserError: a source is malformed, or ``data.columns`` names one that there is not.
+      UserError: a source is malformed, or ``data.columns`` names an unknown source.
     """
     splits = {
         split: parse_sources(text, data.columns)
@@ -142,18 +142,18 @@ def _default_name(location: str) -> str:
 
 
 def read_records(source: Source, scored: bool = False) -> list[Record]:
-    """All records of a source.
+    """Read all records of a source.
 
-    Where its columns name the ``references``, every row has one of them (or some) for its prompt. Rows that
-    are trained on stay apart; rows that are scored and have equal prompts are one question with the
-    references of all.
+    If its columns name the ``references``, every row has one of them (or some) for its prompt. Rows for
+    training stay separate; rows for scoring that have equal prompts become one question with all their
+    references.
 
     Args:
-      scored: the rows are asked and scored, not trained on: ``output`` may be empty where ``answer``
-        is given, as it is in a row of LLM-Adapters' GSM8K test file.
+      scored: the rows are asked and scored, not trained on: ``output`` may be empty where ``answer`` is
+        given, as in a row of LLM-Adapters' GSM8K test file.
 
     Raises:
-      UserError: naming the file and line of the first row that is malformed or incomplete.
+      UserError: a row is malformed or incomplete; the error names file and line.
     """
     records = [
         replace(record, where=where, source=source.name)
@@ -167,9 +167,9 @@ def read_records(source: Source, scored: bool = False) -> list[Record]:
 
 
 def _joined(records: list[Record]) -> list[Record]:
-    """Records of equal prompts as one, at the place of the first, with the references of all.
+    """Merge records of equal prompts at the place of the first, with all their references.
 
-    Records with an ``answer`` of their own, which is not their output, are one only where it is the same.
+    Records with an ``answer`` other than their output are merged only where it is the same.
     """
     found: dict[tuple, Record] = {}
     for record in records:
@@ -193,14 +193,14 @@ def holdout(
     limit: int = 0,
     fits: Callable[[Record], bool] = _always,
 ) -> tuple[list[Record], list[Record]]:
-    """Split off dev records: a pure function of the records and the seed.
+    """Split off dev records, as a pure function of the records and the seed.
 
-    The turns of a chat stay together: the prompt of a later one holds the answer of an earlier one.
+    The turns of a chat stay together, because the prompt of a later one holds the answer of an earlier one.
 
     Args:
-      share: of the rows; at least one is held out, and one is left.
-      limit: most rows that are held out; 0 means as many as ``share`` gives.
-      fits: whether a record can be a dev record; with ``limit`` only rows are held out that have one.
+      share: share of the rows; at least one row is held out, and at least one is left.
+      limit: most rows that are held out; 0 means no limit.
+      fits: whether a record can be a dev record; with ``limit`` only rows with such a record are held out.
 
     Returns:
       Training records in their order, and at least one dev record.
@@ -219,7 +219,7 @@ def holdout(
 
 
 def first_rows(records: list[Record], limit: int, fits: Callable[[Record], bool] = _always) -> list[Record]:
-    """The first ``limit`` rows of which a record fits, a chat with all of its turns; all where it is 0."""
+    """The first ``limit`` rows with a record that fits, a chat with all of its turns; 0 means all."""
     if not limit:
         return records
     rows = (row for row in _by_row(records) if any(map(fits, row)))
@@ -227,7 +227,7 @@ def first_rows(records: list[Record], limit: int, fits: Callable[[Record], bool]
 
 
 def _by_row(records: list[Record]) -> list[list[Record]]:
-    """Records that are turns of one chat, together; each of the others alone."""
+    """Group records by row: the turns of one chat together, every other record alone."""
     rows: list[list[Record]] = []
     for record in records:
         before = rows[-1][-1] if rows else None
@@ -240,10 +240,10 @@ def _by_row(records: list[Record]) -> list[list[Record]]:
 
 
 def fingerprint(records: list[Record], template: str = "") -> str:
-    """SHA-256 over the records in their order.
+    """SHA-256 over the records in order.
 
     Args:
-      template: the program text of the chat template that they are written with.
+      template: the program text of their chat template.
     """
     digest = hashlib.sha256(template.encode())
     for record in records:
@@ -251,19 +251,19 @@ def fingerprint(records: list[Record], template: str = "") -> str:
         del values["where"], values["source"]
         for name in ("messages", "references"):
             if not values[name]:
-                del values[name]  # a run whose records had no such field can be continued
+                del values[name]  # a run whose records had no such field can be resumed
         digest.update(json.dumps(values, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def read_question(text: str, where: str) -> Record:
-    """What a line of JSON asks, for generation: a row of any schema, whose answer is not looked at.
+    """Read the question of a line of JSON, a row of any schema, for generation; its answer is ignored.
 
     Args:
       where: file and line, for errors.
 
     Raises:
-      UserError: naming ``where``.
+      UserError: the row is malformed; the error begins with ``where``.
     """
     row = _object(parse_row(text, where), where)
     if (head := head_of(row, where)) in FORMS:
@@ -279,7 +279,7 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 
 def _records(row: dict[str, Any], where: str, scored: bool) -> list[Record]:
-    """The records of one row of any schema."""
+    """Read the records of one row of any schema."""
     head = head_of(row, where)
     if head in FORMS:
         records = _turns(read_answers(row, where))
@@ -315,12 +315,12 @@ def _asked(row: dict[str, Any], head: str | None, where: str) -> Record:
 
 
 def user_text(instruction: str, given: str) -> str:
-    """An instruction and its input as a user's message."""
+    """Combine an instruction and its input to a user's message."""
     return f"{instruction}\n\n{given}" if given else instruction
 
 
 def _having(row: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    """The row, which must have a field."""
+    """The row, if it has a field; else raise a UserError."""
     if name not in row:
         has = ", ".join(map(repr, row)) or "no fields"
         raise UserError(
@@ -331,7 +331,7 @@ def _having(row: dict[str, Any], name: str, where: str) -> dict[str, Any]:
 
 
 def _references(row: dict[str, Any], where: str) -> tuple[str, ...]:
-    """The row's ``references``: texts that are each a right answer, or one of them as it is."""
+    """The row's ``references``: a list of right answers, or a single text."""
     value = row.get("references")
     if not is_given(value):
         return ()
@@ -343,12 +343,12 @@ def _references(row: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _turns(answers: Iterable[tuple[tuple[Message, ...], str]]) -> list[Record]:
-    """A record for each answer of a chat."""
+    """Make a record for each answer of a chat."""
     return [Record(before[-1].content, "", said, said.strip(), before) for before, said in answers]
 
 
 def _with_golds(records: list[Record], row: dict[str, Any], where: str) -> list[Record]:
-    """A chat's record with ``answer`` and ``references`` of its row, which are of one answer."""
+    """Add ``answer`` and ``references`` of a row to its chat's only record."""
     given = [name for name in ("answer", "references") if is_given(row.get(name))]
     if not given:
         return records

@@ -1,6 +1,7 @@
-"""Rows as they stand in a JSON file, a JSONL file or a data set of the Hub, each with its place.
+"""Rows of a JSON file, a JSONL file or a data set of the Hub, each with its location.
 
-No object of a row may hold a name twice: a JSON parser keeps the last one, and nobody knows which was meant.
+An object may not hold a name twice: a JSON parser would keep the last value, and nobody knows which was
+meant.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ _BETWEEN = re.compile(r"[\s,]*")
 
 
 def rows_of(location: str) -> Iterator[tuple[Any, str]]:
-    """The rows of a file or of ``hf:NAME[:CONFIG[:SPLIT]]``, and where each stands.
+    """Read the rows of a file or of ``hf:NAME[:CONFIG[:SPLIT]]``, and the location of each.
 
     Raises:
-      UserError: there are none to read, or a row is not JSON or holds a name twice; naming file and line.
+      UserError: there is nothing to read, or a row is not JSON or holds a name twice; the error names the
+        line.
     """
     if location.startswith("hf:"):
         return _hub_rows(location)
@@ -39,19 +41,19 @@ def rows_of(location: str) -> Iterator[tuple[Any, str]]:
 
 
 def parse_row(text: str, where: str) -> Any:
-    """The JSON value of one line.
+    """Parse the JSON value of one line.
 
     Args:
       where: file and line, for errors.
 
     Raises:
-      UserError: it is not JSON, or an object in it holds a name twice.
+      UserError: the line is not JSON, or an object in it holds a name twice.
     """
     try:
         return json.loads(text, object_pairs_hook=unique_names)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # doubled names, endless integers, hostile nesting
+    except (ValueError, RecursionError) as error:  # duplicate names, endless integers, hostile nesting
         raise UserError(f"{where}: not JSON that can be read ({error})") from None
 
 
@@ -85,7 +87,7 @@ def _json_rows(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _elements(text: str, path: Path) -> Iterator[tuple[Any, str]]:
-    """The elements of a JSON list that is known to be one, each with the line on which it begins."""
+    """The elements of a valid JSON list, each with the line on which it begins."""
     decoder, at = json.JSONDecoder(object_pairs_hook=unique_names), text.index("[") + 1
     line, counted, number = 1, 0, 0
     while True:
@@ -112,19 +114,19 @@ def _hub_rows(location: str) -> Iterator[tuple[Any, str]]:
 
 
 def hub_rows(name: str, config: str, split: str) -> Iterable[Any]:
-    """The rows of a Hub data set as they are.
+    """Read the rows of a Hub data set unchanged.
 
     Args:
-      config: "" is the data set's only one.
+      config: the configuration; "" where the data set has only one.
 
     Raises:
-      UserError: there is no package ``datasets``, no network, or no such data set.
+      UserError: the package ``datasets``, the network or the data set is missing.
     """
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError(f"data set {name!r} needs the package datasets: pip install datasets") from None
-    # It retries for half a minute and logs each time; one line says as much.
+    # It retries for half a minute and logs each attempt; one line is enough.
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,5 @@
-"""From records to token ids. Nothing is ever cut: a row that does not fit is dropped and counted."""
+"""The conversion of records to token ids. Nothing is truncated: a row that does not fit is dropped and
+counted."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ class Example:
 
     Attributes:
       tokens: int32 ids of prompt, response and end-of-sequence token.
-      prompt_length: how many of them are the prompt.
-      source: name of the data set that it comes from.
+      prompt_length: number of tokens of the prompt.
+      source: name of the data set that the record comes from.
     """
 
     tokens: np.ndarray
@@ -36,12 +37,12 @@ class Example:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a Hugging Face directory; no code from the directory is run.
+    """Load the tokenizer of a Hugging Face directory; no code in the directory is run.
 
     Raises:
-      UserError: where the files are missing or broken.
+      UserError: files are missing or broken.
     """
-    # transformers tells everybody without torch that it found none; nothing here wants it.
+    # Without torch, transformers warns that it found none, which does not matter here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
@@ -57,14 +58,14 @@ def load_tokenizer(path: str) -> Any:
 def encode_prompt(
     tokenizer: Any, text: str, special_tokens: str = "tokenizer", *, parse_special_tokens: bool = False
 ) -> list[int]:
-    """Ids of a prompt that is a text.
+    """Encode a prompt that is a text.
 
     Args:
-      special_tokens: what is put around the text, see ``prompt_format.PromptFormat``. ``tokenizer`` gives
+      special_tokens: special tokens around the text, see ``prompt_format.PromptFormat``. ``tokenizer`` gives
         the ids of ``tokenizer(text)``.
-      parse_special_tokens: read special tokens that are written in the text, as in a chat that the caller
-        has rendered. A beginning-of-sequence token that the text begins with is not put before it again.
-        Without it ``</s>`` in a text is four characters, and ends nothing.
+      parse_special_tokens: read special tokens that are written in the text, as in a chat that the caller has
+        rendered. A beginning-of-sequence token at the beginning of the text is not added again. Otherwise
+        ``</s>`` in a text is four characters, and ends nothing.
 
     >>> from milora_jax.tiny import MODEL_DIR
     >>> tokenizer = load_tokenizer(str(MODEL_DIR))
@@ -82,10 +83,10 @@ def encode_prompt(
 
 
 def encode_question(tokenizer: Any, record: Record, prompt_format: PromptFormat) -> list[int]:
-    """Ids of a record's prompt: what training, scoring and generation give to the model.
+    """Encode a record's prompt as training, scoring and generation do.
 
     Raises:
-      UserError: the record cannot be written in the format's template; naming the record's row.
+      UserError: the record cannot be written in the format's template; the error names its row.
     """
     with naming(record):
         if prompt_format.template == "chat":
@@ -96,16 +97,16 @@ def encode_question(tokenizer: Any, record: Record, prompt_format: PromptFormat)
 def encode_example(
     tokenizer: Any, record: Record, eos_ids: Sequence[int], max_length: int, prompt_format: PromptFormat
 ) -> Example | None:
-    """An encoded record, or None where it is longer than ``max_length`` tokens.
+    """Encode a record; None if it is longer than ``max_length`` tokens.
 
-    The prompt's tokens, and so its route, are the same in training and in inference.
+    The tokens of the prompt, and so its route, are the same in training and in inference.
 
     Args:
-      eos_ids: tokens that end an answer, at least one. ``alpaca`` takes the first, ``chat`` the one that the
-        template ends turns with.
+      eos_ids: tokens that end an answer, at least one. ``alpaca`` uses the first, ``chat`` the one with which
+        the template ends turns.
 
     Raises:
-      UserError: the record cannot be written in the format's template; naming the record's row.
+      UserError: the record cannot be written in the format's template; the error names its row.
     """
     if prompt_format.template == "chat":
         messages, time = prompt_messages(record), prompt_format.time
@@ -126,18 +127,18 @@ def encode_records(
     prompt_format: PromptFormat,
     what: str = "",
 ) -> tuple[list[Example], int]:
-    """Encode records, as :func:`encode_example` does each.
+    """Encode records by :func:`encode_example`.
 
     Args:
-      model: whose embeddings the tokens must have, and whose tokens end an answer.
-      what: the records are, for the error: "dev" or "training".
+      model: the model whose embeddings the tokens must have, and whose tokens end an answer.
+      what: name of the records in errors: "dev" or "training".
 
     Returns:
-      The examples that fit, in order, and how many did not.
+      The examples that fit, in order, and the number of the others.
 
     Raises:
-      UserError: where none fits, one cannot be written in the format's template, or one holds a token that
-        the model has no embedding of.
+      UserError: no record fits, one cannot be written in the format's template, or one has a token without an
+        embedding.
     """
     kept, dropped = [], 0
     for record in records:
@@ -155,7 +156,7 @@ def encode_records(
 
 
 def token_fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 over the token ids of examples in their order: what a model is really given of the rows."""
+    """SHA-256 over the token ids of examples in order, which are what a model gets of the rows."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.prompt_length} {len(example.tokens)}\0".encode())
@@ -164,13 +165,13 @@ def token_fingerprint(examples: Sequence[Example]) -> str:
 
 
 def require_embedded(tokenizer: Any, ids: Sequence[int] | np.ndarray, vocab_size: int) -> None:
-    """Refuse tokens that a model has no embedding of: an accelerator would read another one in silence.
+    """Refuse tokens without an embedding, for which an accelerator would silently read another one.
 
     Args:
-      vocab_size: V, rows of the model's embedding.
+      vocab_size: V, the number of rows of the model's embedding.
 
     Raises:
-      UserError: naming the first such id.
+      UserError: there is such an id; the error names the first.
     """
     found = np.asarray(ids)
     beyond = found[(found < 0) | (found >= vocab_size)]
@@ -183,10 +184,10 @@ def require_embedded(tokenizer: Any, ids: Sequence[int] | np.ndarray, vocab_size
 
 @contextmanager
 def naming(record: Record) -> Iterator[None]:
-    """Put the row of a record before what is wrong with it."""
+    """Prefix errors with the row of a record."""
     try:
         yield
     except UserError as error:
         if record.where:
-            error.args = (f"{record.where}: {error}",)  # of whatever kind it is
+            error.args = (f"{record.where}: {error}",)  # keeps the class of the error
         raise

@@ -1,1 +1,1 @@
-"""What is wrong with a machine, a config, its data and a workdir, told before hours are spent on it."""
+"""Checks of a machine, a config, its data and a workdir, before hours are spent on a run."""

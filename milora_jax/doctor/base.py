@@ -12,14 +12,14 @@ from milora_jax.doctor.findings import FAIL, OK, WARN, Finding
 from milora_jax.doctor.subject import Subject
 
 SHOWN = 12
-"""Letters of a fingerprint that are shown; two bases with the same ones are not met."""
+"""Digits of a fingerprint that are shown, enough to tell two bases apart."""
 
 FEW_BEYOND = 64
-"""Tokens without an embedding that a published tokenizer may have, for images or padding, as Gemma 3's."""
+"""Tokens without an embedding that a published tokenizer may have, for images or padding, as Gemma 3."""
 
 
 def base_findings(subject: Subject) -> Iterator[Finding]:
-    """Whether the config is one of a model that we have, fits the run, and has weights beside it."""
+    """Check that the config describes a supported model that fits the run, and that it has weights."""
     model, longest = subject.model, subject.config.data.max_length
     weights = weight_files(subject.directory)
     if not weights:
@@ -38,7 +38,7 @@ def base_findings(subject: Subject) -> Iterator[Finding]:
 
 
 def tokenizer_findings(subject: Subject) -> Iterator[Finding]:
-    """Whether the tokens that the tokenizer can give have embeddings, and what it puts around a text."""
+    """Check that all tokens of the tokenizer have embeddings, and say what it puts around a text."""
     tokenizer, model = subject.tokenizer, subject.model
     beyond = sum(token >= model.vocab_size for token in tokenizer.get_vocab().values())
     if beyond:
@@ -59,7 +59,7 @@ def tokenizer_findings(subject: Subject) -> Iterator[Finding]:
 
 
 def around_a_text(tokenizer: Any, special_tokens: str) -> tuple[list[str], list[str]]:
-    """The tokens that a rule of ``prompt_format.PromptFormat`` puts before and behind a text."""
+    """The tokens that a rule of ``prompt_format.PromptFormat`` puts before and after a text."""
     bare, ids = (encode_prompt(tokenizer, "x", rule) for rule in ("none", special_tokens))
     starts = [i for i in range(len(ids)) if ids[i : i + len(bare)] == bare]
     start = starts[0] if starts else 0

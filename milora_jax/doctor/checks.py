@@ -1,4 +1,4 @@
-"""All checks, in the order in which they are made."""
+"""All checks, in their order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Check:
     """One check.
 
     Attributes:
-      needs: checks without whose good end there is nothing to look at.
+      needs: checks that must succeed before this one.
     """
 
     name: str
@@ -43,10 +43,10 @@ CHECKS = (
 
 
 def look_at(subject: Subject, has_settings: bool) -> Iterator[Finding]:
-    """Make every check that there is something to look at for.
+    """Make every check whose requirements are met.
 
     Args:
-      has_settings: whether the subject has settings; without, only the machine is looked at.
+      has_settings: whether the subject has settings; without them only the machine is checked.
     """
     yield from guarded("devices", device_findings)
     failed: set[str] = set()

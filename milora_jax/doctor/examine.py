@@ -1,4 +1,4 @@
-"""The doctor's examination: of a config that is to be run, of a workdir, or of the machine alone."""
+"""The doctor's examination of a config, of a workdir, or of the machine alone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from milora_jax.doctor.versions import installed_versions, needed_by, requiremen
 
 
 def examine(read_config: Callable[[], Config] | None, workdir: Path | None) -> Iterator[Finding]:
-    """Make every check and give its findings, one after the other.
+    """Make every check and yield its findings.
 
     Args:
-      read_config: reads the settings of a run to come; None where none is meant.
-      workdir: of a run; without ``read_config`` its own settings are looked at.
+      read_config: reads the settings of a planned run; None if there is none.
+      workdir: workdir of a run; without ``read_config`` its own settings are checked.
     """
     settings: dict[str, Config] = {}
     if read_config is not None:
@@ -30,7 +30,7 @@ def examine(read_config: Callable[[], Config] | None, workdir: Path | None) -> I
     config = kept if read_config is None else given
     yield from guarded("versions", lambda: _versions(config))
     try:
-        # Hangs on JAX and Flax, which may be what is broken.
+        # It imports JAX and Flax, which may be what is broken.
         from milora_jax.doctor.checks import look_at
         from milora_jax.doctor.subject import Subject
     except Exception as error:
@@ -51,14 +51,14 @@ def _is_new(workdir: Path) -> bool:
 
 
 def kept_config(workdir: Path) -> Config:
-    """The settings of the run in a workdir."""
+    """Read the settings of the run in a workdir."""
     from milora_jax.storage.workdir import read_workdir_config
 
     return read_workdir_config(workdir)
 
 
 def _settings(name: str, found: dict[str, Config], read: Callable[[], Config]) -> Iterator[Finding]:
-    """Read settings into ``found`` and say what they are of."""
+    """Read settings into ``found`` and report method and base."""
     config = found[name] = read()
     said = f"{config.adapter.method} on {config.model.path or 'no base'}"
     yield Finding(OK if config.model.path else WARN, name, said)

@@ -1,4 +1,4 @@
-"""Devices, their memory, and whether a run fits into it."""
+"""Checks of the devices, their memory, and whether a run fits into it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from milora_jax.scaling.chips import GIB
 from milora_jax.scaling.plan import base_bytes
 
 STATE_BYTES = 16
-"""Of a trained parameter while it is trained: itself, its gradient and AdamW's two moments in float32."""
+"""Bytes per trained parameter: itself, its gradient and AdamW's two moments in float32."""
 
 ROOM = 0.7
-"""Share of the memory that base and state may take before activations and logits may not fit beside them."""
+"""Share of the memory that base and state may take and still leave room for activations and logits."""
 
 ACCELERATORS = {"/dev/nvidia0": "cuda12", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}
-"""What Linux calls an accelerator, and the extra that makes JAX use it."""
+"""Device files of accelerators in Linux, and the extra with which JAX uses each."""
 
 MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where a container's limit stands."""
+"""Files that hold a container's memory limit."""
 
 
 def host_memory() -> int:
-    """Bytes that this process may use of the host's memory."""
+    """Bytes of the host's memory that this process may use."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [Path(name).read_text().strip() for name in MEMORY_LIMITS if Path(name).is_file()]
     return min([total, *(int(limit) for limit in limits if limit.isdecimal())])
 
 
 def memory_per_device() -> float:
-    """Bytes for each device; those of a CPU share the host's."""
+    """Bytes of memory of each device; CPU devices share the host's."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return float(stats["bytes_limit"])
@@ -46,7 +46,7 @@ def memory_per_device() -> float:
 
 
 def device_findings() -> Iterator[Finding]:
-    """What JAX computes on."""
+    """Report the devices of JAX."""
     kinds = Counter(device.device_kind for device in jax.devices())
     said = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     platform = jax.default_backend()
@@ -60,7 +60,7 @@ def device_findings() -> Iterator[Finding]:
 
 
 def mesh_findings(subject: Subject) -> Iterator[Finding]:
-    """Whether the devices, the batches and the model can be divided as the config asks."""
+    """Check that the devices, the batches and the model can be divided as the config asks."""
     config, mesh = subject.config, subject.mesh
     check_divides(
         mesh,
@@ -73,21 +73,21 @@ def mesh_findings(subject: Subject) -> Iterator[Finding]:
 
 
 def memory_findings(subject: Subject) -> Iterator[Finding]:
-    """Whether base and training state fit, by arithmetic; activations are not counted."""
+    """Check by arithmetic that base and training state fit; activations are not counted."""
     config, shards = subject.config, subject.mesh.shape["fsdp"] * subject.mesh.shape["tensor"]
     base = base_bytes(config, subject.model) / shards
-    # Of a method that prunes, what is there before it has: AdaLoRA begins with twice its budget.
+    # The size before pruning, for methods that prune: AdaLoRA begins with twice its budget.
     trained = jax.tree.leaves(abstract_params(subject.method, adapter_shape(subject.model)))
     state = float(STATE_BYTES) * sum(leaf.size for leaf in trained)
     yield fit_finding(base, state, memory_per_device(), scored=bool(config.data.test))
 
 
 def fit_finding(base: float, state: float, memory: float, scored: bool) -> Finding:
-    """Whether a run fits a device.
+    """Check that a run fits a device.
 
     Args:
       base, state, memory: bytes per device.
-      scored: whether the run scores test rows, for which it holds the base in a second layout.
+      scored: whether the run scores test rows, which needs the base in a second layout.
     """
     train, most = base + state, state + base * (2 if scored else 1)
     said = f"base {_gib(base)} and training state {_gib(state)} of {_gib(memory)} per device"

@@ -1,4 +1,4 @@
-"""Do training and decoding take the same route? Asked of real rows, real weights and the real programs."""
+"""Check that training and decoding take the same route, on real rows, real weights and the real programs."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefi
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.parallel.processes import place, to_host
-from milora_jax.parallel.rules import Rules, attend_over, base_sharding, batch_sharding, state_shardings
+from milora_jax.parallel.rules import attend_over, base_sharding, batch_sharding, state_shardings
 from milora_jax.shapes import Float
 from milora_jax.storage.adapters import newest_step, read_adapter, require_its_base
 from milora_jax.types import Batch, Route
 
 ROWS = 8
-"""Real rows whose routes are compared, or more where the devices divide no fewer."""
+"""Rows whose routes are compared; more where the number of devices requires it."""
 
 STEPS = 4
-"""Decode steps after which the route must be what it was."""
+"""Decode steps after which the route must be unchanged."""
 
 EXACT, ROUNDED = 1e-5, 2e-2
-"""Largest difference of two router probabilities: of float32 on a CPU, and where products are rounded to
-fewer bits, of which the two programs do not the same number in the same order."""
+"""Largest difference of two router probabilities: for float32 on a CPU, and where products are rounded to
+fewer bits, which the two programs do in different places."""
 
 MULTIPLE = 8
-"""Rows are padded to a multiple of so many tokens."""
+"""Rows are padded to a multiple of this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Routes:
 
     Attributes:
       probs: router softmax.
-      weights: of the experts, 0 for those that were not chosen.
+      weights: weights of the experts, 0 for those that were not chosen.
     """
 
     probs: Float[np.ndarray, "L N E"]
@@ -60,22 +60,22 @@ class Routes:
 
     @classmethod
     def of(cls, route: Route) -> Routes:
-        """Those of the prompts that are present, row by row."""
+        """Collect the routes of the prompts that are present, row by row."""
         host = to_host(route)
         present = host.present[0]  # the same in every layer
         return cls(host.probs[:, present], host.weights[:, present])
 
 
 def routing_findings(subject: Subject) -> Iterator[Finding]:
-    """Compare the route of a training pass over prompt and answer, that of prefill, and that of decoding."""
+    """Compare the routes of a training pass over prompt and answer, of prefill, and of decoding."""
     if not subject.method.routes:
         yield Finding(OK, "routing", f"method {subject.method.name} has no router")
         return
-    config, rules = subject.config, Rules()
+    config = subject.config
     rows = in_rows(sample(subject, ROWS), config.data.max_length if config.data.pack else None)
     examples = [example for row in rows for example in row]
     with Console().loading("base") as progress:
-        base = _load(subject, rules, progress)
+        base = _load(subject, progress)
     adapter, origin = _adapter(subject, base)
     placed: Adapter = jax.device_put(adapter, state_shardings(subject.mesh, adapter))
     trained = _trained(subject, placed, base, rows)
@@ -86,11 +86,11 @@ def routing_findings(subject: Subject) -> Iterator[Finding]:
 
 
 def parity_finding(trained: Routes, prefilled: Routes, tolerance: float, what: str) -> Finding:
-    """Whether two passes chose the same experts with the same probabilities.
+    """Check that two passes chose the same experts with the same probabilities.
 
     Args:
-      tolerance: largest difference of two probabilities; a choice between two experts that are closer than
-        twice this is a tie, and the layers after one that fell differently see other inputs.
+      tolerance: largest difference of two probabilities. A choice between two experts that are closer than
+        twice this is a tie; layers after a tie that fell differently have different inputs.
     """
     chosen = trained.weights != 0
     differs = (chosen != (prefilled.weights != 0)).any(axis=-1)
@@ -111,7 +111,7 @@ def parity_finding(trained: Routes, prefilled: Routes, tolerance: float, what: s
 
 
 def carried_finding(given: Float[np.ndarray, "L N E"], after: Float[np.ndarray, "L N E"]) -> Finding:
-    """Whether decoding still carries the route that prefill gave, to the bit."""
+    """Check that decoding still carries the route of prefill, to the bit."""
     if not np.array_equal(given, after):
         said = f"decoding changed the route of {int((given != after).any(axis=(0, 2)).sum())} rows"
         return Finding(FAIL, "routing", f"{said}: it must read it only; report it with this line")
@@ -119,25 +119,25 @@ def carried_finding(given: Float[np.ndarray, "L N E"], after: Float[np.ndarray, 
     return Finding(OK, "routing", f"decoding carries the route of {layers} layers unchanged, {STEPS} steps")
 
 
-def _load(subject: Subject, rules: Rules, progress: Progress) -> Base:
-    """The base as ``train.py`` lays it out."""
+def _load(subject: Subject, progress: Progress) -> Base:
+    """Load the base in the layout of ``train.py``."""
     return load_leaves(
         subject.directory,
         subject.model,
         subject.config.model.dtype,
-        lambda path: base_sharding(subject.mesh, rules, path),
+        lambda path: base_sharding(subject.mesh, path),
         quantize=subject.config.model.quantize,
         progress=progress,
     )
 
 
 def _adapter(subject: Subject, base: Base) -> tuple[Adapter, str]:
-    """The best adapter of the workdir, or a fresh one, and which of them it is."""
+    """The best adapter of the workdir, or a fresh one, and a description of it."""
     if subject.workdir is not None:
         try:
             step = newest_step(subject.workdir)[1]
         except UserError:
-            pass  # told by the check of the workdir
+            pass  # reported by the check of the workdir
         else:
             adapter, metadata = read_adapter(subject.workdir)
             require_its_base(metadata, subject.workdir, subject.directory)
@@ -147,7 +147,7 @@ def _adapter(subject: Subject, base: Base) -> tuple[Adapter, str]:
 
 
 def _rows_of(subject: Subject, count: int) -> int:
-    """As many rows as asked for, and more where the devices divide no fewer."""
+    """The number of rows, raised to what the devices can divide."""
     parts = subject.mesh.shape["data"] * subject.mesh.shape["fsdp"]
     return -(-count // parts) * parts
 
@@ -157,12 +157,12 @@ def _trained(subject: Subject, adapter: Adapter, base: Base, rows: Sequence[Sequ
     longest = max(sum(len(example.tokens) for example in row) for row in rows)
     model, count = subject.model, _rows_of(subject, len(rows))
     batch = collate(rows, -(-longest // MULTIPLE) * MULTIPLE, count, max(map(len, rows)))
-    attend = attend_over(subject.mesh, Rules())
+    attend = attend_over(subject.mesh)
 
     def routed(adapter: Adapter, base: Base, batch: Batch) -> Route | None:
         return forward(base, model, batch, adapter=adapter, attend=attend).route
 
-    route = jax.jit(routed)(adapter, base, place(batch, batch_sharding(subject.mesh, Rules())))
+    route = jax.jit(routed)(adapter, base, place(batch, batch_sharding(subject.mesh)))
     if route is None:
         raise AssertionError("a method that routes gives a route in training")
     return Routes.of(route)
@@ -181,7 +181,7 @@ def _decoded(
     longest, rows = max(map(len, prompts)), _rows_of(subject, count)
     adapters, layout = AdapterStack.single(adapter_decode_layout(adapter, base)), device_layout(base.devices)
     length = adapters.method.prefix_length + longest + STEPS + 1
-    batch = place(collate_prompts(prompts, longest, 0, rows), batch_sharding(subject.mesh, Rules()))
+    batch = place(collate_prompts(prompts, longest, 0, rows), batch_sharding(subject.mesh))
     prefilled, route = prefill(base, adapters, np.int32(0), batch, model, length, layout)
     if route is None:
         raise AssertionError("a method that routes gives a route in prefill")

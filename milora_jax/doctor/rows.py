@@ -1,4 +1,4 @@
-"""The data: are the rows there, do they fit, and does what is learned from them make sense."""
+"""Checks of the data: rows are present, fit, and teach something sensible."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from milora_jax.evaluation.tasks import require_golds, rule_for
 SPLITS = ("train", "dev", "test")
 
 LARGE = 20_000
-"""Rows from which on it is shown how far the encoding is."""
+"""Number of rows from which on the progress of encoding is shown."""
 
 MARKS = ("### Instruction:", "### Response:")
-"""Of the alpaca template: a field that holds one has been put into a template already."""
+"""Marks of the alpaca template: a field with one of them has been put into a template already."""
 
 
 def row_findings(subject: Subject) -> Iterator[Finding]:
-    """Read every source and say how many rows it has; one that cannot be read hides no other."""
+    """Read every source and report its number of rows; an unreadable source does not hide the others."""
     if not subject.config.data.train:
         yield Finding(FAIL, "data.train", "no training rows: --config.data.train=FILE.jsonl")
     subject.records = {split: {} for split in SPLITS}
@@ -45,14 +45,14 @@ def row_findings(subject: Subject) -> Iterator[Finding]:
 
 
 def _read(source: Source, scored: bool, found: dict[str, list[Record]]) -> Iterator[Finding]:
-    """Add the rows of a source to those found; there is nothing to say of them alone."""
+    """Add the rows of a source to ``found``; it yields no finding of its own."""
     found[source.name] = read_records(source, scored)
     yield from ()
 
 
 def _golds(name: str, records: list[Record]) -> Iterator[Finding]:
-    """Whether the answers are those of the task that the rows bear the name of, if they do; and whether free
-    text could be measured.
+    """Check that the answers are those of the task whose name the rows have, and that free text can be
+    measured.
     """
     golds = [record.answer for record in records]
     rule = rule_for(name, golds)
@@ -63,16 +63,16 @@ def _golds(name: str, records: list[Record]) -> Iterator[Finding]:
 
 
 def token_findings(subject: Subject) -> Iterator[Finding]:
-    """Encode every row as training and scoring do, and look at what came out."""
+    """Encode every row as training and scoring do, and check the results."""
     config, model = subject.config, subject.model
     total = sum(len(rows) for split in subject.records.values() for rows in split.values())
     with contextlib.ExitStack() as stack:
-        # Progress of a small data set would only part the lines of the report.
+        # A progress bar for few rows would only interrupt the report.
         bar = stack.enter_context(Console(total < LARGE).progress("encoding", total, "rows"))
         for split in ("train", "dev"):
             encoded = []
             for record in _all_of(subject, split):
-                # However long: it is told how long the rows are that are dropped.
+                # Without a limit, because the report names the length of rows that are dropped.
                 made = encode_example(
                     subject.tokenizer, record, model.eos_ids, sys.maxsize, config.data.prompt_format
                 )
@@ -95,7 +95,7 @@ def token_findings(subject: Subject) -> Iterator[Finding]:
 
 
 def length_finding(split: str, lengths: Sequence[int], max_length: int) -> Finding:
-    """How long the rows are, and how many ``data.max_length`` drops."""
+    """Report the lengths of the rows, and how many of them ``data.max_length`` drops."""
     median, high, most = np.percentile(lengths, (50, 99, 100)).round().astype(int)
     dropped = sum(length > max_length for length in lengths)
     said = f"tokens p50 {median}, p99 {high}, max {most} of data.max_length {max_length}; "
@@ -107,10 +107,10 @@ def length_finding(split: str, lengths: Sequence[int], max_length: int) -> Findi
 
 
 def example_findings(split: str, examples: Sequence[Example], bos: int | None) -> Iterator[Finding]:
-    """Rows from which nothing can be learned, or that a model has never seen the like of.
+    """Find rows that teach nothing, or that a model has never seen the like of.
 
     Args:
-      bos: the beginning-of-sequence token; None without.
+      bos: the beginning-of-sequence token; None if there is none.
     """
     length = max(len(example.tokens) for example in examples)
     unasked = unlearned = bare = doubled = 0
@@ -140,7 +140,7 @@ def example_findings(split: str, examples: Sequence[Example], bos: int | None) -
 
 
 def prompt_finding(lengths: Sequence[int], room: int) -> Finding:
-    """Whether the prompts of the test rows leave room for their answers.
+    """Check that the prompts of the test rows leave room for their answers.
 
     Args:
       room: the model's positions less ``eval.max_new_tokens``.
@@ -156,7 +156,7 @@ def prompt_finding(lengths: Sequence[int], room: int) -> Finding:
 
 
 def overlap_findings(subject: Subject) -> Iterator[Finding]:
-    """Rows that are trained on and judged by, and rows that hold a template's words already."""
+    """Find dev and test rows that are also trained on, and rows that contain a template's words."""
     trained = {_asked(record) for record in _all_of(subject, "train")}
     clean = True
     for split in ("dev", "test"):
@@ -179,7 +179,7 @@ def overlap_findings(subject: Subject) -> Iterator[Finding]:
 
 
 def sample(subject: Subject, count: int) -> list[Example]:
-    """Training rows that the run would take, spread over the data: as many as asked for, or all."""
+    """Training rows of the run, spread over the data: ``count`` of them, or all."""
     fitting = [e for e in subject.examples["train"] if len(e.tokens) <= subject.config.data.max_length]
     return fitting[:: max(1, len(fitting) // count)][:count]
 
@@ -189,7 +189,7 @@ def _all_of(subject: Subject, split: str) -> list[Record]:
 
 
 def _asked(record: Record) -> tuple:
-    """What makes two prompts the same."""
+    """The key by which two prompts are compared."""
     return record.messages or (record.instruction.strip(), record.input.strip())
 
 

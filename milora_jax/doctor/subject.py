@@ -1,4 +1,4 @@
-"""What is looked at: the settings of a run, and what several checks need of it, read once."""
+"""The subject of an examination: the settings of a run, and what several checks need, read once."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from milora_jax.parallel.mesh import make_mesh
 
 @dataclass
 class Subject:
-    """A run that is looked at.
+    """The run that is examined.
 
     Attributes:
-      given: the settings of ``--config``; None without.
-      kept: those of the workdir; None without, or where they cannot be read.
-      workdir: of ``train.py``; None without.
+      given: the settings of ``--config``; None without it.
+      kept: the settings of the workdir; None without one, or where they cannot be read.
+      workdir: the workdir of ``train.py``; None without one.
       records: rows by split (train, dev, test) and source, as far as they could be read.
-      examples: encoded records of train and dev, however long.
+      examples: encoded records of train and dev, of any length.
     """
 
     given: Config | None
@@ -41,7 +41,7 @@ class Subject:
 
     @property
     def config(self) -> Config:
-        """The settings that count: those given, else the workdir's."""
+        """The settings in effect: the given ones, else the workdir's."""
         config = self.given or self.kept
         if config is None:
             raise UserError("no settings: give --config or --workdir")
@@ -54,20 +54,20 @@ class Subject:
 
     @cached_property
     def directory(self) -> Path:
-        """Of the base."""
+        """The directory of the base."""
         return model_directory(self.config.model.path)
 
     @cached_property
     def model(self) -> ModelConfig:
-        """Of the base."""
+        """The config of the base."""
         return read_model_config(self.directory)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Of the base."""
+        """The tokenizer of the base."""
         return load_tokenizer(str(self.directory))
 
     @cached_property
     def mesh(self) -> Mesh:
-        """All devices, as the config arranges them."""
+        """All devices, arranged as in the config."""
         return make_mesh(self.config.mesh)

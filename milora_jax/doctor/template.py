@@ -1,4 +1,4 @@
-"""The template: does it word a prompt, and does an answer that it words end?"""
+"""Checks of the template: it renders a prompt, and an answer that it renders ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUESTION, ANSWER = "What is 3 * 7?", "Twenty-one"
 
 
 def template_findings(subject: Subject) -> Iterator[Finding]:
-    """Whether the template of the config can be used with this tokenizer."""
+    """Check that the template of the config can be used with this tokenizer."""
     if subject.config.data.template == "chat":
         yield from chat_findings(subject.tokenizer, subject.model.eos_ids)
         return
@@ -26,7 +26,7 @@ def template_findings(subject: Subject) -> Iterator[Finding]:
 
 
 def chat_findings(tokenizer: Any, eos_ids: tuple[int, ...]) -> Iterator[Finding]:
-    """Whether a chat template renders, opens the assistant's turn, and ends it with an end token.
+    """Check that a chat template renders, opens the assistant's turn, and ends it with an end token.
 
     Args:
       eos_ids: tokens that end an answer for the model.
@@ -45,7 +45,7 @@ def chat_findings(tokenizer: Any, eos_ids: tuple[int, ...]) -> Iterator[Finding]
         return
     at = whole.rindex(ANSWER)
     tail = whole[at + len(ANSWER) :]
-    # Some open a turn with nothing: what ends the question is what the answer follows.
+    # Some templates open a turn with nothing: the answer follows the end of the question.
     follows = whole.startswith(prompt) and not whole[len(prompt) : at].strip()
     ids = tokenizer.encode(tail, add_special_tokens=False)
     good = True

@@ -1,5 +1,4 @@
-"""Which packages are installed, and whether they work together. It imports none of those it looks at: they
-may be what is broken."""
+"""Checks of the installed packages. This module imports none of them, because they may be what is broken."""
 
 from __future__ import annotations
 
@@ -20,17 +19,17 @@ PYTHONS = ((3, 11), (3, 14))
 """The oldest Python that is supported, and the first that is not."""
 
 CORE = ("jax", "flax", "optax", "numpy", "safetensors")
-"""Nothing works without these."""
+"""Packages that everything needs."""
 
 OF_TRAINING = ("orbax-checkpoint", "tensorstore", "transformers", "ml_collections", "matplotlib")
-"""``train.py`` needs these as well, whatever the config says."""
+"""Packages that ``train.py`` needs as well, whatever the config."""
 
 KNOWN_BAD = (("jax", "0.11.1", "flax", "0.12.8"),)
 """(package, from this version on, other package, up to this version): pairs that do not work together."""
 
 
 def requirements() -> dict[str, Requirement]:
-    """What the installed package milora-jax requires, by name, with the packages of ``train.trackers``.
+    """The packages that the installed milora-jax requires, by name, with those of ``train.trackers``.
 
     It is empty where milora-jax runs from a checkout that is not installed, and so has no metadata.
     """
@@ -46,7 +45,7 @@ def requirements() -> dict[str, Requirement]:
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str | None]:
-    """The installed version of every package; None where it is missing."""
+    """The installed version of each package; None if it is missing."""
     found: dict[str, str | None] = {}
     for name in names:
         try:
@@ -57,7 +56,7 @@ def installed_versions(names: Iterable[str]) -> dict[str, str | None]:
 
 
 def needed_by(config: Config | None) -> dict[str, str]:
-    """The packages that a config cannot do without, and what for."""
+    """The packages that a config needs, and the purpose of each."""
     if config is None:
         return dict.fromkeys(CORE, "everything")
     needed = {**dict.fromkeys(CORE, "everything"), **dict.fromkeys(OF_TRAINING, "training")}
@@ -79,11 +78,11 @@ def version_findings(
     installed: Mapping[str, str | None],
     python: tuple[int, int],
 ) -> Iterator[Finding]:
-    """Whether Python and the packages are new enough, work together, and are those that the config needs.
+    """Check that Python and the packages are new enough, work together, and include those of the config.
 
     Args:
       required: see :func:`requirements`.
-      installed: see :func:`installed_versions`; of all that is required, or needed by the config.
+      installed: see :func:`installed_versions`; for all packages that are required or needed by the config.
       python: major and minor version.
     """
     good = True
@@ -103,7 +102,7 @@ def version_findings(
             good = False
             line = f"pip install '{to_install.get(name, name)}'"
             yield _failed(f"{name} is missing, which {purpose} needs: {line}")
-    # A release candidate or a nightly build counts as its release.
+    # A release candidate or a nightly build is compared as its release.
     releases = {name: Version(version).base_version for name, version in installed.items() if version}
     for name, one in required.items():
         if name in releases and releases[name] not in one.specifier:

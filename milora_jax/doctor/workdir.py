@@ -1,4 +1,4 @@
-"""The workdir: is everything in it as it was written, and is it this run's."""
+"""Checks of the workdir: everything in it is as it was written, and it belongs to this run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from milora_jax.training.workdir import METRICS_NAME, differences
 
 
 def workdir_findings(subject: Subject) -> Iterator[Finding]:
-    """Checkpoints and adapters byte by byte, the base that they are for, and the settings of the run."""
+    """Check checkpoints and adapters byte by byte, their base, and the settings of the run."""
     workdir = subject.workdir
     if workdir is None:
         return
@@ -47,7 +47,7 @@ def workdir_findings(subject: Subject) -> Iterator[Finding]:
 
 
 def _best_findings(subject: Subject) -> Iterator[Finding]:
-    """The adapter that evaluation, generation and exports take."""
+    """Report the adapter that evaluation, generation and exports use."""
     workdir = subject.workdir
     if workdir is None or not (workdir / "best").is_dir():
         yield Finding(
@@ -60,7 +60,7 @@ def _best_findings(subject: Subject) -> Iterator[Finding]:
 
 
 def _router_findings(subject: Subject) -> Iterator[Finding]:
-    """What the last dev evaluation said of the routers."""
+    """Report the routers by the last dev evaluation."""
     if subject.workdir is None or not (path := subject.workdir / METRICS_NAME).is_file():
         return
     whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a kill may have torn the last line
@@ -81,7 +81,7 @@ def _router_findings(subject: Subject) -> Iterator[Finding]:
 
 
 def settings_finding(kept: Config, given: Config) -> Finding:
-    """Whether ``--config`` continues the run of the workdir."""
+    """Check that ``--config`` resumes the run of the workdir."""
     written = dataclasses.replace(given, adapter=full_settings(build_method(given.adapter)))
     found = [f"{name} is {old!r} there and {new!r} now" for name, old, new in differences(kept, written)]
     if found:

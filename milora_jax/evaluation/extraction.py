@@ -1,8 +1,9 @@
-"""How an answer is read out of generated text: the rules of the LLM-Adapters project.
+"""Extraction of answers from generated text by the rules of the LLM-Adapters project.
 
-Choices take the first match anywhere in the text, case-sensitively; numbers the last number. A strict rule
-stands beside each choice: whole words only; and beside the project's rule for letters, which reads "Because"
-as B, one that reads "answer is (X)" only. docs/evaluation.md has them in a table.
+Rules for choices take the first match anywhere in the text, case-sensitively; the rule for numbers takes the
+last number. Each rule for choices has a strict variant, which matches whole words only; that of the project's
+rule for letters, which reads "Because" as B, matches "answer is (X)" only. docs/evaluation.md has a table of
+them.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ NUMBER_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to read and compare answers.
+    """A way to read and compare answers.
 
     Attributes:
-      extract: generated text to the answer in it, "" where there is none.
+      extract: returns the answer in generated text, "" where there is none.
       matches: whether an extracted answer equals a gold answer.
-      is_gold: whether a text is, as a whole, an answer that this rule can read.
+      is_gold: whether a whole text is an answer that this rule can read.
     """
 
     name: str
@@ -76,7 +77,7 @@ CHOICES = {
     "option": ("option1", "option2"),
     "letter": tuple("ABCDE"),
 }
-"""The answers among which each rule for choices looks."""
+"""The possible answers of each rule for choices."""
 
 STRICT_PATTERNS = {
     **{name: rf"\b(?:{'|'.join(options)})\b" for name, options in CHOICES.items()},
@@ -88,14 +89,14 @@ RULES = {
     "number": Rule("number", _last_number, _same_number, _is_number),
     "text": Rule("text", str.strip, _same_text, lambda gold: bool(gold.strip())),
 }
-"""The rules of LLM-Adapters by name, and ``text``, which compares all of an answer."""
+"""The rules of LLM-Adapters by name, and ``text``, which compares the whole answer."""
 
 NARROWEST_FIRST = ("true_false", "solution", "answer", "ending", "option", "number", "letter", "text")
-"""The order in which a rule is looked for by the gold answers."""
+"""The order in which rules are tried on the gold answers."""
 
 
 def strict(rule: Rule) -> Rule:
-    """The strict rule beside one of :data:`RULES`; numbers and texts have none, and are their own.
+    """The strict variant of one of :data:`RULES`; those of numbers and texts are the rules themselves.
 
     >>> RULES["letter"].extract("Because it is (A)"), strict(RULES["letter"]).extract("the answer is (A)")
     ('B', 'A')
@@ -106,7 +107,7 @@ def strict(rule: Rule) -> Rule:
 
 
 def narrowest_rule(golds: Sequence[str]) -> Rule:
-    """The narrowest rule by which every gold answer is an answer.
+    """The first rule in :data:`NARROWEST_FIRST` that can read every gold answer.
 
     >>> narrowest_rule(["true", "false"]).name, narrowest_rule(["12", "3.5"]).name
     ('true_false', 'number')

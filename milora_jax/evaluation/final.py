@@ -1,4 +1,4 @@
-"""The evaluations around a training run, and its report."""
+"""The evaluations before and after a training run, and its report."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ from milora_jax.types import EXPERTS
 BASE_SCORES_NAME = "base_accuracy.json"
 
 SHOWN = 5
-"""Answers to a task of free text that are printed, before and after side by side."""
+"""Answers to a task of free text that are printed, before and after training side by side."""
 
 
 def evaluate_base(
     run: Run, workdir: Path, console: Console, preempted: Callable[[], bool]
 ) -> dict[str, dict[str, Any]]:
     """Figures of the frozen base on the test records, see ``score.figures``, and as ``answers`` its first few
-    to each task; remembered in the workdir across resumes.
+    to each task; the workdir stores them for a resumed run.
 
     Args:
-      preempted: asked after every batch whether to stop.
+      preempted: called after every batch; returns whether to stop.
     """
     if not run.tests:
         return {}
@@ -75,7 +75,7 @@ def evaluate_base(
         "eval": run.config.to_dict()["eval"],
         "prompt_format": run.config.data.prompt_format.to_dict(),
     }
-    # A file of an earlier version has not all of the figures.
+    # A file of an earlier version lacks some of the figures.
     if path.is_file() and (saved := read_json(path)).get("key") == key and "answers" in saved:
         del saved["key"]
         return saved
@@ -89,10 +89,10 @@ def evaluate_base(
 def evaluate_adapter(
     run: Run, workdir: Path, console: Console, preempted: Callable[[], bool]
 ) -> list[TaskScore]:
-    """Scores of the best adapter, read back from the disk as a user would read it.
+    """Scores of the best adapter, which is read from the disk as a user would.
 
     Args:
-      preempted: asked after every batch whether to stop.
+      preempted: called after every batch; returns whether to stop.
     """
     if not run.tests:
         return []
@@ -102,7 +102,7 @@ def evaluate_adapter(
 def _score_all(
     run: Run, adapter: Adapter | None, what: str, console: Console, preempted: Callable[[], bool]
 ) -> list[TaskScore]:
-    """The losses first, which take a small part of the time, and then the answers."""
+    """Compute the losses, which take little of the time, and then the answers."""
     base = decode_layout(run.base)
     tests = {task: limited(records, run.config.eval.limit) for task, records in run.tests.items()}
     responses = {
@@ -128,7 +128,7 @@ def _score_all(
 def _advancing(
     title: str, total: int, console: Console, preempted: Callable[[], bool]
 ) -> Iterator[Callable[[int], None]]:
-    """A function that is told how many more rows are done, shows it, and stops where that was asked for."""
+    """A function that takes a number of finished rows, shows progress, and stops if that was requested."""
     with console.progress(title, total, "rows") as bar:
 
         def advance(rows: int) -> None:
@@ -150,7 +150,7 @@ def response_losses(
     responses: Mapping[str, Responses],
     advance: Callable[[int], None],
 ) -> dict[str, Loss]:
-    """The loss on the outputs of every test task of a run; the arguments are those of :func:`score_tests`.
+    """The loss on the outputs of every test task of a run; the arguments are as in :func:`score_tests`.
 
     Args:
       responses: the encoded outputs, by task.
@@ -169,12 +169,12 @@ def score_tests(
     """Answer and score every test task of a run.
 
     Args:
-      base: the run's, in the decode layout.
-      adapter: as loaded from the disk; it is laid out over the run's devices here.
+      base: the run's base, in the decode layout.
+      adapter: an adapter from the disk, which is put on the run's devices here.
       advance: called with the number of rows each time some are answered.
     """
     adapter = None if adapter is None else for_decoding(run, base, adapter)
-    # Every device takes as many prompts as the others; on more devices than PREFILL_ROWS, one each.
+    # Every device gets as many prompts as the others; on more devices than PREFILL_ROWS, one each.
     prefill_rows = run.mesh.size * max(1, PREFILL_ROWS // run.mesh.size)
     return [
         score_task(
@@ -195,17 +195,17 @@ def score_tests(
 
 
 def for_decoding(run: Run, base: Base, adapter: Adapter) -> Adapter:
-    """An adapter as loaded from the disk, over the run's devices and in the decode layout."""
+    """Put an adapter from the disk on the run's devices, in the decode layout."""
     placed: Adapter = jax.device_put(adapter, state_shardings(run.mesh, adapter))
     return adapter_decode_layout(placed, base)
 
 
 def check_tests(tests: Mapping[str, list[Record]], log: Callable[[str], None]) -> None:
-    """Look early at what test rows need at the end, and say what is unusual about the answers of rows that
-    bear the name of a task of LLM-Adapters.
+    """Check the test rows before training, and log what is unusual about the answers of rows that have the
+    name of a task of LLM-Adapters.
 
     Raises:
-      UserError: the task's rule can read none of them, or a package is missing that free text needs.
+      UserError: the task's rule can read none of them, or free text needs a package that is missing.
     """
     for task, records in tests.items():
         golds = [record.answer for record in records]
@@ -217,18 +217,18 @@ def check_tests(tests: Mapping[str, list[Record]], log: Callable[[str], None]) -
 
 
 class ParameterCounts(NamedTuple):
-    """Of one adapter: how many parameters were tuned, and how many serve one generated token."""
+    """The parameters of one adapter: tunable ones, and those used per generated token."""
 
     tunable: int
     active: float
 
 
 def parameter_counts(method: Method, shape: Shape, best: Mapping[str, Any]) -> ParameterCounts:
-    """Tunable parameters of the best adapter, and how many of them have a part in a generated token.
+    """Tunable parameters of the best adapter, and those used per generated token.
 
     Args:
-      best: what was stored beside it; ``expert_share`` is ``[L, E]``, the share of dev prompts that chose
-        each expert, or None without a router.
+      best: its metadata; ``expert_share`` is ``[L, E]``, the share of dev prompts that chose each expert, or
+        None without a router.
     """
     share = best["expert_share"]
     means = np.ones(len(EXPERTS)) if share is None else np.mean(share, axis=0)
@@ -247,9 +247,9 @@ def write_report(
     """Print the tables and example answers; write ``summary.json``, ``predictions.jsonl`` and the plot.
 
     Args:
-      before: what :func:`evaluate_base` has found.
-      scores: of the best adapter.
-      wall_seconds: of this life, and the training time of the earlier ones.
+      before: the result of :func:`evaluate_base`.
+      scores: scores of the best adapter.
+      wall_seconds: time of this start, plus the training time of the earlier ones.
     """
     best = read_metadata(workdir / "best", fit.progress.best_step)
     counts = parameter_counts(build_method(run.config.adapter), adapter_shape(run.model), best)
@@ -271,13 +271,13 @@ def write_report(
     if scores:
         for name in ("accuracy", "loss", "perplexity", "measures"):
             summary[name] = {"base": before[name], "adapter": after[name]}
-        summary["loss_rows"] = after["loss_rows"]  # the rows are the same, whatever answers
+        summary["loss_rows"] = after["loss_rows"]  # base and adapter are scored on the same rows
         write_predictions(workdir / "predictions.jsonl", scores)
         written.append("predictions.jsonl")
         if plot_routing(workdir / "routing.png", scores):
             written.append("routing.png")
     write_json_atomic(workdir / "summary.json", summary)
-    # All is written before anything is printed, which may fail.
+    # Everything is written before anything is printed, which may fail.
     if scores:
         print(_example(run, scores[0]))
         for score in scores:
@@ -300,12 +300,13 @@ def write_report(
 
 
 def require_learned(run: Run, fit: Fit) -> None:
-    """Refuse to call a run a success that has certainly learned nothing; all is written by then.
+    """Raise an error if a run has certainly learned nothing; everything is written by then.
 
-    Every process of a run comes to the same answer, and each must be done with the others before it asks.
+    Every process of a run decides alike, and must be done with the others before it calls this.
 
     Raises:
-      NothingLearnedError: no evaluation was better than the first, and the last was hopeless.
+      NothingLearnedError: no evaluation was better than the first, and the last one is no better than a
+        guess.
     """
     size = run.model.vocab_size
     if fit.progress.saturated(size) and (reason := fit.progress.unlearned(size)):

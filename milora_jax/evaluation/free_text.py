@@ -1,6 +1,6 @@
 """Measures of generated free text: BLEU, chrF and ROUGE-L against all references of a row.
 
-BLEU and chrF are sacrebleu's, with the settings of their default signatures; ROUGE-L is rouge-score's.
+BLEU and chrF are sacrebleu's, with their default signatures; ROUGE-L is rouge-score's.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import Rule
 
 FEW_WORDS = 4
-"""BLEU counts sequences of up to four words: texts without a fifth say little about it."""
+"""BLEU counts sequences of up to four words, so texts of at most four words say little about it."""
 
 
 @dataclass(frozen=True)
 class TextMeasures:
-    """Of all answers of one task, each from 0 to 100.
+    """Measures of all answers of one task, each from 0 to 100.
 
     Attributes:
       bleu: BLEU of the corpus.
       chrf: chrF2 of the corpus.
-      rouge_l: mean over rows of the F-measure of ROUGE-L, against the reference for which it is largest;
-        words are compared in lower case and are not stemmed.
-      bleu_signature, chrf_signature: sacrebleu's, to be reported with the figures.
+      rouge_l: ROUGE-L's F-measure against the reference for which it is largest, mean over rows; words are
+        compared in lower case and are not stemmed.
+      bleu_signature, chrf_signature: sacrebleu's signatures, to be reported with the figures.
     """
 
     bleu: float
@@ -38,7 +38,7 @@ class TextMeasures:
 
 
 def references_of(record: Record) -> tuple[str, ...]:
-    """The texts that an answer is compared with: the row's references, else its output, else its answer.
+    """The references of an answer: those of the row, else its output, else its answer.
 
     >>> references_of(Record("Say hi.", "", "hi", "hi")), references_of(Record("Say.", "", "", "yes"))
     (('hi',), ('yes',))
@@ -51,7 +51,7 @@ def is_free_text(rule: Rule, records: Sequence[Record]) -> bool:
     LLM-Adapters reads the gold answers and most of them have more than :data:`FEW_WORDS` words.
 
     Args:
-      rule: by which the task's answers are read.
+      rule: the rule that reads the task's answers.
       records: all rows of the task.
     """
     if any(record.references for record in records):
@@ -61,7 +61,7 @@ def is_free_text(rule: Rule, records: Sequence[Record]) -> bool:
 
 
 def require_text_packages() -> None:
-    """Refuse to begin what :func:`text_measures` would end in.
+    """Raise an error before a run whose :func:`text_measures` would fail.
 
     Raises:
       UserError: sacrebleu or rouge-score is not installed.
@@ -76,14 +76,14 @@ def text_measures(generated: Sequence[str], references: Sequence[Sequence[str]])
 
     Args:
       generated: one text a row, at least one row.
-      references: of each row at least one; rows may have different numbers of them.
+      references: the references of each row, at least one; rows may have different numbers of them.
     """
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
     bleu, chrf, rouge = BLEU(), CHRF(), RougeScorer(["rougeL"], use_stemmer=False)
-    streams = list(zip_longest(*references))  # sacrebleu takes None for a reference that a row does not have
+    streams = list(zip_longest(*references))  # sacrebleu takes None for a missing reference
     bleu_score = bleu.corpus_score(generated, streams).score
     chrf_score = chrf.corpus_score(generated, streams).score
     rows = zip(generated, references, strict=True)

@@ -1,10 +1,10 @@
-"""lm-evaluation-harness: its requests answered by a tuned model, whose router reads contexts only.
+"""A tuned model for lm-evaluation-harness, whose router reads contexts only.
 
-:func:`harness_class` makes the model known to lm_eval as ``milora_jax``. lm_eval 0.4 has no way to find
-models of other packages by itself; ``python -m milora_jax.evaluation lm-eval`` is its command with this one.
+:func:`harness_class` registers the model in lm_eval as ``milora_jax``. lm_eval 0.4 cannot find models of
+other packages by itself; ``python -m milora_jax.evaluation lm-eval`` is its command with this model.
 
-A context is tokenised as prompts are in training, and the route is that of the context: a continuation is
-never seen by a router, so all choices of a question share one route. docs/lm_eval.md has the rules.
+A context is tokenized as prompts are in training, and its route is used throughout: no router reads a
+continuation, so all choices of a question share one route. docs/lm_eval.md has the rules.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from milora_jax.generation.settings import LARGEST_SEED, GenerationSettings
 from milora_jax.generation.text import generate
 
 NAME = "milora_jax"
-"""What lm_eval calls the model."""
+"""The model's name in lm_eval."""
 
 log = logging.getLogger("milora_jax.evaluation")
 
@@ -40,7 +40,7 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 GROUP = 8
-"""Batches of prompts that are generated in one call; after each, lm_eval's cache has the answers."""
+"""Number of batches of prompts in one call of ``generate``; after each, lm_eval's cache has the answers."""
 
 
 class Harness:
@@ -49,15 +49,15 @@ class Harness:
     Args:
       workdir, base, adapter, dtype, quantize, template: see ``evaluation.subject.named_subject``.
       batch_size: rows of a batch.
-      max_length: longest context and continuation in tokens; 0 is the model's positions. More is cut on the
-        left, as lm_eval does.
-      max_gen_toks: longest answer where a task does not say.
-      add_bos_token: True or False: whether a text begins with a beginning-of-sequence token. Default: by the
-        rule that the adapter was trained with; of a base, and of most adapters, the tokenizer's own.
-      seed: of sampled answers.
+      max_length: longest context and continuation in tokens; 0 is the model's positions. Longer ones are
+        truncated on the left, as in lm_eval.
+      max_gen_toks: longest answer of a task that does not set it.
+      add_bos_token: True or False: whether a text begins with a beginning-of-sequence token. Default: the
+        rule of the adapter's training; for a base, and for most adapters, the tokenizer's own.
+      seed: seed of sampled answers.
     """
 
-    cache_hook: Any  # of lm_eval: remembers answers as they come
+    cache_hook: Any  # set by lm_eval, which stores answers as they come
 
     def __init__(
         self,
@@ -97,26 +97,26 @@ class Harness:
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a text."""
+        """The token that ends a text."""
         return self.tuned.config.eos_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is: the token that texts begin with, or else end with."""
+        """The context of an empty context: the token that texts begin with, or else end with."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """Of the tokenizer and the template, for the name of lm_eval's cache of requests.
+        """Name of the tokenizer and the template in lm_eval's cache of requests.
 
-        lm_eval asks for it where contexts are chats. Which chat a context was is not in that cache, and
-        without it the context would be plain text: no two models share it.
+        lm_eval reads it for chat contexts. Its cache does not store which chat a context was, and without
+        that a context would be plain text, so the name is unique to this model.
         """
         return f"{self.tuned.name.replace('/', '__')}-{self.tuned.prompt_format.template}-{uuid.uuid4().hex}"
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm_eval writes into its results beside the arguments."""
+        """Facts about the model that lm_eval writes into its results."""
         adapter = self.tuned.adapter
         return {
             "model_dtype": str(self.tuned.base.dtype),
@@ -125,11 +125,11 @@ class Harness:
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
-        """Ids of a text: as lm_eval's ``hf`` gives them, or of one that :meth:`apply_chat_template` wrote, as
-        a chat is encoded in training.
+        """Encode a text as lm_eval's ``hf`` does, or, if :meth:`apply_chat_template` wrote it, as chats in
+        training.
 
         Args:
-          add_special_tokens: False puts no special tokens around the text.
+          add_special_tokens: False adds no special tokens.
         """
         if string in self._chats:
             asked, begun = self._chats[string]
@@ -144,7 +144,7 @@ class Harness:
         return encode_prompt(self.tokenizer, string, rule, parse_special_tokens=True)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The text of the template that :meth:`apply_chat_template` follows, for lm_eval's records."""
+        """The text of the template of :meth:`apply_chat_template`, for lm_eval's records."""
         if not chat_template:
             return None
         return (
@@ -154,7 +154,7 @@ class Harness:
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A chat in the template that the adapter was tuned with; of a base, in its tokenizer's.
+        """Render a chat in the adapter's template, or without an adapter in the tokenizer's.
 
         Args:
           add_generation_prompt: False where the last message is the beginning of the answer.
@@ -173,17 +173,18 @@ class Harness:
         return text
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a context and of what follows it. In texts of a template the answer begins where the
-        template ends; elsewhere lm_eval's rule holds, by which spaces between the two begin the second."""
+        """Encode a context and its continuation. In texts of a template the continuation begins where the
+        template ends; elsewhere lm_eval's rule holds, by which spaces between the two belong to the
+        continuation."""
         if context not in self._chats:
             whole, before = self.tok_encode(context + continuation), self.tok_encode(context.rstrip())
             after = whole[len(before) :]
-            if continuation and not after:  # it has become part of the context's last word
+            if continuation and not after:  # it was merged into the context's last token
                 after = self.tok_encode(continuation, add_special_tokens=False)
             return before or [self.prefix_token_id], after
         ids = self.tok_encode(context)
         if self.tuned.prompt_format.template == "chat":
-            # In its place: a tokenizer may put a space before a text that stands alone.
+            # Encoded together: a tokenizer may put a space before a text of its own.
             texts = (context, context + continuation)
             before, whole = (self.tokenizer.encode(text, add_special_tokens=False) for text in texts)
             if whole[: len(before)] == before:
@@ -195,11 +196,11 @@ class Harness:
         requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
         disable_tqdm: bool = False,
     ) -> list[tuple[float, bool]]:
-        """Of each request, the log-probability of its continuation and whether greedy decoding gives it."""
+        """For each request the log-probability of its continuation, and whether it is the greedy one."""
         passages, places, cut = [], [], 0
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for place, (_, context, continuation) in enumerate(requests):
-            if not continuation:  # nothing is certain
+            if not continuation:  # an empty continuation is certain
                 continue
             fits = len(continuation) <= self.max_length
             expected = f"at most max_length {self.max_length} tokens"
@@ -230,8 +231,9 @@ class Harness:
         """Log-probability of whole texts after the prefix token.
 
         A text longer than ``max_length`` is scored in lm_eval's windows. For an adapter that reads prompts,
-        the prefix token is the prompt of the whole text, as in a text generated after it: it leads every
-        window, so that each has its route. Other adapters, and the base, get lm_eval's windows as they are.
+        the prefix token is the prompt of the whole text, as when the text is generated after it: it begins
+        every window, so that each has its route. Other adapters, and the base, get lm_eval's windows
+        unchanged.
         """
         method = None if self.tuned.adapter is None else self.tuned.adapter.method
         led = method is not None and (method.routes or method.prefix_length > 0)
@@ -249,7 +251,7 @@ class Harness:
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text that follows each context, up to the first of the task's stop strings."""
+        """The text after each context, up to the first of the task's stop strings."""
         prompts, settings, cut = [], [], 0
         for number, request in enumerate(requests):
             context, asked = request.args
@@ -287,12 +289,13 @@ class Harness:
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> Any:
-        """The model of lm_eval's ``--model_args``, and of its own ``--batch_size`` where they have none.
+        """Make the model from lm_eval's ``--model_args``, with its ``--batch_size`` where they have none.
 
-        lm_eval names a device and a largest batch to every model, asked or not: JAX finds its devices itself.
+        lm_eval passes a device and a largest batch to every model; they are ignored, as JAX finds its
+        devices.
 
         Raises:
-          UserError: for an argument that is none.
+          UserError: an argument is unknown.
         """
         arguments = dict(arg_dict)
         if "batch_size" not in arguments and (additional_config or {}).get("batch_size") is not None:
@@ -308,20 +311,20 @@ class Harness:
     def create_from_arg_string(
         cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
     ) -> Any:
-        """As :meth:`create_from_arg_obj`, of ``name=value,name=value``."""
+        """Make the model from ``name=value,name=value``, as :meth:`create_from_arg_obj`."""
         from lm_eval.utils import simple_parse_args_string
 
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
 
 def generation_settings(asked: Mapping[str, Any], longest: int, seed: int) -> GenerationSettings:
-    """What a task's ``generation_kwargs`` ask for; sampling settings count where ``do_sample`` is true.
+    """Convert a task's ``generation_kwargs``; sampling settings apply where ``do_sample`` is true.
 
     Args:
-      longest: answer in tokens, where the task does not say.
+      longest: longest answer in tokens, where the task does not set it.
 
     Raises:
-      UserError: for a name or a value that we do not have.
+      UserError: a name or a value is not supported.
     """
     known = ("until", "do_sample", "num_beams", *LENGTHS, *SAMPLING)
     for name in asked:
@@ -345,7 +348,7 @@ def generation_settings(asked: Mapping[str, Any], longest: int, seed: int) -> Ge
 
 
 def _instruction(messages: Sequence[Message]) -> Record:
-    """A chat as one instruction, for a template that has words for no more.
+    """Convert a chat to one instruction, for a template without turns.
 
     Raises:
       UserError: it has several turns.
@@ -373,7 +376,7 @@ def harness_class() -> type:
       UserError: lm_eval is not installed.
     """
     try:
-        # Its own models first: it lists them only where no model is registered yet.
+        # lm_eval lists its own models only while no model is registered, so they are imported first.
         import lm_eval.models  # noqa: F401
         from lm_eval.api.model import TemplateLM
         from lm_eval.api.registry import register_model

@@ -1,6 +1,6 @@
-"""Rows of the Hub in the wording of LLM-Adapters.
+"""Rows of the Hub in the form of LLM-Adapters.
 
-The identifiers are of data sets without loading scripts, which ``datasets`` has not run since version 4.
+The data sets have no loading scripts, which ``datasets`` does not run since version 4.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Question = tuple[str, str]
 """Instruction and gold answer."""
 
 OUTPUT = "the correct answer is {}"
-"""How LLM-Adapters' commonsense rows answer; no output is looked at where a row is scored."""
+"""The output of LLM-Adapters' commonsense rows; it is not read where a row is scored."""
 
 
 def options(word: str, texts: Sequence[str], separator: str = " ") -> str:
@@ -32,7 +32,7 @@ def options(word: str, texts: Sequence[str], separator: str = " ") -> str:
 
 
 def form(word: str, count: int) -> str:
-    """What an answer must look like.
+    """The required form of an answer.
 
     >>> form("answer", 3)
     'Answer format: answer1/answer2/answer3'
@@ -85,7 +85,7 @@ def _winogrande(row: Row) -> Question:
 
 
 def _aqua(row: Row) -> Question:
-    # As it stands: where an option begins with a space, LLM-Adapters' rows have two.
+    # Unchanged: where an option begins with a space, LLM-Adapters' rows have two.
     pairs = (option.partition(")") for option in row["options"])
     texts = " ".join(f"({letter}) {text}" for letter, _, text in pairs)
     return f"{row['question']} Answer Choices: {texts}", row["correct"]
@@ -100,16 +100,16 @@ def _svamp(row: Row) -> Question:
 
 
 def _number(value: Any) -> str:
-    """As LLM-Adapters writes it: ``18.0``."""
+    """Write a number as LLM-Adapters does: ``18.0``."""
     return str(float(str(value).replace(",", "")))
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """Where a task's test rows are on the Hub, and how one of them becomes a question.
+    """The test rows of a task on the Hub, and their conversion to questions.
 
     Attributes:
-      config: of the data set; "" is its only one.
+      config: configuration of the data set; "" where it has only one.
     """
 
     name: str
@@ -131,14 +131,15 @@ SOURCES = {
     "gsm8k": HubSource("openai/gsm8k", "main", "test", _gsm8k),
     "SVAMP": HubSource("ChilleD/SVAMP", "", "train+test", _svamp),
 }
-"""By task. MAWPS, AddSub, MultiArith and SingleEq have files in LLM-Adapters only."""
+"""The sources by task. MAWPS, AddSub, MultiArith and SingleEq have files in LLM-Adapters only."""
 
 
 def hub_records(task: Task) -> list[Record]:
-    """The test rows of a task from the Hub, worded as in LLM-Adapters' test file.
+    """Read the test rows of a task from the Hub, in the form of LLM-Adapters' test file.
 
     Raises:
-      UserError: there are none on the Hub, no network, no package ``datasets``, or a row has other fields.
+      UserError: the Hub does not have them, a network or the package ``datasets`` is missing, or a row has
+        other fields.
     """
     instead = f"give --data FILE, which is {task.file} of the LLM-Adapters repository"
     source = SOURCES.get(task.name)
@@ -152,10 +153,10 @@ def hub_records(task: Task) -> list[Record]:
 
 
 def as_record(task: Task, source: HubSource, row: Row, number: int) -> Record:
-    """One row of the Hub as a record.
+    """Convert one row of the Hub to a record.
 
     Raises:
-      UserError: a field is missing or holds what no row of this data set holds.
+      UserError: a field is missing or holds an impossible value for this data set.
     """
     try:
         instruction, answer = source.convert(row)

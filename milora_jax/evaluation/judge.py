@@ -1,8 +1,8 @@
-"""Another model as judge of answers to MT-Bench, behind any server of OpenAI's API.
+"""Another model as the judge of answers to MT-Bench, on any server of OpenAI's API.
 
 ``single`` grades each answer from 1 to 10; ``pairs`` lets the judge choose between two models' answers, in
-both orders, because judges favour a place (Zheng et al. 2023, section 3.3). The paper's ways, in words of our
-own: figures made with other words are not comparable to the digit.
+both orders, because judges prefer a position (Zheng et al. 2023, section 3.3). The methods are the paper's,
+in our own words: figures by other prompts are not exactly comparable.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ LOWEST, HIGHEST = 1, 10
 
 @dataclass(frozen=True)
 class Task:
-    """One thing that the judge is asked.
+    """One question to the judge.
 
     Attributes:
-      about: what identifies it in the output: question, turn, mode, models.
-      messages: what is sent.
+      about: identifies the question in the output: question, turn, mode, models.
+      messages: messages to send.
     """
 
     about: dict[str, Any]
     messages: tuple[dict[str, str], ...]
 
     def key(self, judge: str) -> str:
-        """The same for the same words about the same thing to the same judge."""
+        """A key that is equal for the same messages about the same subject to the same judge."""
         return hashlib.sha256(json.dumps([judge, self.about, self.messages]).encode()).hexdigest()
 
 
 def grade_tasks(answered: Sequence[Answered]) -> list[Task]:
-    """A grade for every turn of every question."""
+    """Make a task of grading for every turn of every question."""
     tasks = []
     for each in answered:
         for turn in range(len(each.answers)):
@@ -73,10 +73,10 @@ def grade_tasks(answered: Sequence[Answered]) -> list[Task]:
 
 
 def pair_tasks(ours: Sequence[Answered], theirs: Sequence[Answered]) -> list[Task]:
-    """A choice for every turn of every question, in both orders.
+    """Make tasks of choosing for every turn of every question, in both orders.
 
     Raises:
-      UserError: the two are not about the same questions.
+      UserError: the two files answer different questions.
     """
     others = {each.question.question_id: each for each in theirs}
     missing = [e.question.question_id for e in ours if e.question.question_id not in others]
@@ -120,7 +120,7 @@ def _conversation(answered: Answered, turn: int, name: str) -> str:
 
 
 def verdict(mode: str, text: str) -> float | str | None:
-    """What a judge says in the end: a grade, or A, B or C; None where it says neither.
+    """Parse a judge's final verdict: a grade, or A, B or C; None where there is none.
 
     >>> verdict("single", "Fine, but short: [[7]]"), verdict("pair", "[[A]] ... no, [[B]]")
     (7.0, 'B')
@@ -141,18 +141,18 @@ def judge(
     parallel: int,
     progress: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """Ask the judge what ``out`` has no judgment of yet; it is written anew after every judgment.
+    """Request the judgments that ``out`` lacks; the file is rewritten after every judgment.
 
     Args:
-      parallel: requests at a time.
-      progress: told how many more judgments there are.
+      parallel: number of concurrent requests.
+      progress: called with the number of new judgments.
 
     Returns:
       All judgments, in the order of the tasks.
 
     Raises:
-      UserError: ``out`` holds judgments of other answers or of another judge; or the judge does not answer,
-        after what was finished is written.
+      UserError: ``out`` holds judgments of other answers or of another judge; or the judge does not answer.
+        The judgments that were finished are written before.
     """
     keys = [task.key(client.model) for task in tasks]
     found = {row.get("key"): row for row, _ in (read_rows(out) if out.exists() else [])}
@@ -185,7 +185,7 @@ def judge(
 
 
 def _give_up(client: JudgeClient, asked: Iterable[Future[str]]) -> None:
-    """Begin no further request, and let none wait to be sent again."""
+    """Start no further request, and end the waiting before retries."""
     client.give_up()
     for future in asked:
         future.cancel()
@@ -194,7 +194,7 @@ def _give_up(client: JudgeClient, asked: Iterable[Future[str]]) -> None:
 def summary(judgments: Sequence[dict[str, Any]], model_id: str) -> dict[str, Any]:
     """Means of the grades, or how often a model's answers were chosen.
 
-    A pair is won where it was won in both orders; where the two orders disagree it is a tie.
+    A pair is won if it was won in both orders; where the two orders disagree it is a tie.
     """
     unreadable = sum(row["verdict"] is None for row in judgments)
     turns = sorted({row["turn"] for row in judgments})

@@ -1,4 +1,4 @@
-"""A judge behind OpenAI's chat completions API, with retries that one failure ends for all threads."""
+"""A client of a judge behind OpenAI's chat completions API; one final failure ends all threads' retries."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ RETRIED = (408, 409, 429, 500, 502, 503, 504)
 """Statuses after which the same request may succeed."""
 
 LONGEST_WAIT = 60.0
-"""Seconds between two attempts, at most, whatever the server asks for."""
+"""Most seconds between two attempts, whatever the server asks for."""
 
 
 @dataclass
 class JudgeClient:
-    """A judge.
+    """A client of the judge.
 
-    The ``openai`` package sends the requests. Its own retries are off: they cannot be interrupted, and one
-    failure here ends the waiting of all threads.
+    The ``openai`` package sends the requests. Its own retries are off, because they cannot be interrupted,
+    and one failure here must end the waiting of all threads.
 
     Attributes:
       url: the base URL of the API: ``http://HOST:PORT/v1``.
       key: the bearer token; an empty one is not sent.
       timeout: seconds that a connection may be silent.
-      attempts: how often a request is sent at most.
-      wait: seconds after the first failure; twice as many after each further one.
+      attempts: most times that a request is sent.
+      wait: seconds after the first failure, doubled after each further one.
     """
 
     url: str
@@ -65,7 +65,8 @@ class JudgeClient:
         self._stopped.set()
 
     def ask(self, messages: Sequence[dict[str, str]]) -> str:
-        """The judge's answer. After one failure nothing more is sent: every later call raises the same error.
+        """Return the judge's answer. After one failure nothing more is sent: later calls raise the same
+        error.
 
         Raises:
           UserError: the judge refuses the request, or has not answered after the last attempt.
@@ -91,12 +92,14 @@ class JudgeClient:
                     messages=list(messages),
                     temperature=0,
                     max_tokens=self.max_tokens,
-                    # Variables of the environment say these for another server, or for none.
+                    # Environment variables may set these for another server.
                     extra_headers=dict.fromkeys(unsent, openai.Omit()),
                 )
                 text = answer.choices[0].message.content
                 if text is None or isinstance(text, str):
-                    return text or ""  # a filter or the length kept it back: a judgment without a verdict
+                    return (
+                        text or ""
+                    )  # withheld by a filter or the length limit: a judgment without a verdict
                 raise TypeError(type(text))
             except openai.APIStatusError as error:
                 reason = f"status {error.status_code}{_said(error.body)}"
@@ -138,7 +141,7 @@ def _api(url: str, key: str, timeout: float) -> Any:
         import openai
     except ImportError:
         raise UserError("mt-bench judge needs the package openai: pip install 'milora-jax[eval]'") from None
-    # A key is for one server: a redirect would carry it to another.
+    # A key belongs to one server: a redirect would send it to another.
     http = openai.DefaultHttpxClient(follow_redirects=False)
     return openai.OpenAI(
         base_url=url, api_key=key or "unsent", timeout=timeout, max_retries=0, http_client=http
@@ -146,6 +149,6 @@ def _api(url: str, key: str, timeout: float) -> Any:
 
 
 def _said(body: Any) -> str:
-    """The server's own words in the body of an error, if there are any."""
+    """The server's message in the body of an error, if there is one."""
     message = body.get("message") if isinstance(body, dict) else None
     return f" ({str(message)[:200]})" if message else ""

@@ -1,7 +1,7 @@
-"""Log-likelihoods of given texts: how probable the model finds the last tokens of a passage.
+"""Log-likelihoods of given texts: the probability of the last tokens of a passage.
 
-The router reads the passage's prompt and nothing else, as in training and in generation: whatever follows
-the prompt leaves the route as it is.
+The router reads only the passage's prompt, as in training and in generation: the tokens after the prompt do
+not change the route.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from milora_jax.shapes import Array, Bool, Float, Int
 from milora_jax.types import Batch
 
 CHUNK = 1024
-"""Tokens whose logits exist at a time; of every row the same number."""
+"""Tokens whose logits are in memory at a time, the same number from every row."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens of which the last are scored.
+    """Tokens, of which the last ones are scored.
 
     Attributes:
-      tokens: at least two.
-      prompt: how many of them, from the first, are the prompt: the route is theirs.
-      scored: how many, up to the last, are scored; none of them is prompt.
+      tokens: at least two tokens.
+      prompt: number of tokens, from the first, of the prompt, which decide the route.
+      scored: number of scored tokens, up to the last; none of them is in the prompt.
     """
 
     tokens: tuple[int, ...]
@@ -52,11 +52,11 @@ class Passage:
 
 
 class Likelihood(NamedTuple):
-    """Of the scored tokens of a passage.
+    """The likelihood of a passage's scored tokens.
 
     Attributes:
-      log_probability: of all of them together, in nats.
-      greedy: whether each is the most probable token at its place.
+      log_probability: log-probability of all of them together, in nats.
+      greedy: whether each of them is the most probable token at its position.
     """
 
     log_probability: float
@@ -64,14 +64,14 @@ class Likelihood(NamedTuple):
 
 
 def rolling_passages(tokens: Sequence[int], prefix: int, width: int, led: bool) -> list[Passage]:
-    """The windows of a whole text, in which each of its tokens is predicted once: those of lm_eval's
+    """The windows of a whole text, in which each of its tokens is predicted once, as in lm_eval's
     ``loglikelihood_rolling``.
 
     Args:
-      prefix: the token that the first one follows.
-      width: tokens that the model sees at most, at least 2.
-      led: the prefix leads every window and is its prompt, and takes the place of one token of context;
-        otherwise a later window's prompt is what of the text comes before its scored tokens.
+      prefix: the token before the first one.
+      width: most tokens that the model sees, at least 2.
+      led: the prefix begins every window and is its prompt, in place of one token of context; otherwise the
+        prompt of a later window is the text before its scored tokens.
 
     >>> [passage.tokens for passage in rolling_passages([5, 6, 7, 8, 9], 1, 3, led=False)]
     [(1, 5, 6, 7), (6, 7, 8, 9)]
@@ -101,18 +101,18 @@ def log_likelihoods(
 ) -> Iterator[dict[int, Likelihood]]:
     """Score passages, the longest first, batch by batch.
 
-    Every batch has ``rows`` rows, whose length is rounded up by ``generation.engine.bucket_of``: one program
-    is compiled for each length that occurs.
+    Every batch has ``rows`` rows, whose length is rounded up by ``generation.engine.bucket_of``, so that one
+    program is compiled for each rounded length.
 
     Args:
       base: in the decode layout.
       adapter: in the decode layout; None scores with the plain base.
-      passages: each at most one token longer than ``config.max_positions``: the last is only predicted.
-      routes: routing weights of the passages, in place of those that the adapter's routers would choose.
+      passages: passages of at most ``config.max_positions + 1`` tokens; the last token is only predicted.
+      routes: routing weights of the passages, in place of those of the adapter's routers.
       place: puts a batch on the devices.
 
     Yields:
-      What became of the passages of a batch, by their place in ``passages``.
+      The likelihoods of a batch, by the places of its passages in ``passages``.
     """
     for passage in passages:
         most, least = max(passage.tokens), min(passage.tokens)
@@ -124,7 +124,7 @@ def log_likelihoods(
         places = order[start : start + rows]
         group = [passages[i] for i in places]
         length = bucket_of(len(group[0].tokens) - 1, config.max_positions)
-        # A batch that is not full repeats its last passage: a row without a prompt has no route.
+        # A partial batch repeats its last passage, because a row without a prompt has no route.
         batch, targets = _collate([*group, *[group[-1]] * (rows - len(group))], length)
         forced = None
         if routes is not None:
@@ -137,7 +137,7 @@ def log_likelihoods(
 
 
 def _collate(passages: Sequence[Passage], length: int) -> tuple[Batch, np.ndarray]:
-    """Passages without their last tokens as rows, and the token after each one, ``[B, T]``; on the host."""
+    """Passages without their last tokens as rows, and the next tokens, ``[B, T]``; on the host."""
     shape = (len(passages), length)
     tokens, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
     prompt, scored = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -168,11 +168,11 @@ def score(
     config: ModelConfig,
     layout: DeviceLayout | None = None,
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-    """Of each row, the log-probability of the targets where ``batch.loss_mask`` is true, in nats, and
+    """For each row, the log-probability of the targets where ``batch.loss_mask`` is true, in nats, and
     whether each of them is the most probable token.
 
     Args:
-      targets: the token that each token is to predict.
+      targets: the token that each token must predict.
       routes: routing weights of each layer; None lets the adapter's routers choose.
     """
     output = forward(
@@ -203,7 +203,7 @@ def score(
         return jnp.zeros(rows, jnp.float32), jnp.ones(rows, bool)
 
     def add(carry: tuple[Array, Array], chunk: tuple) -> tuple[tuple[Array, Array], None]:
-        # Most tokens are context: their logits are not computed.
+        # Most tokens are context, whose logits are not computed.
         losses, best = jax.lax.cond(chunk[2].any(), of_chunk, of_nothing, *chunk)
         return (carry[0] - losses, carry[1] & best), None
 

@@ -1,8 +1,8 @@
-"""The loss on test rows: how improbable a model finds the outputs that the rows give.
+"""The loss on test rows: the negative log-likelihood of the rows' outputs.
 
-It is the mean negative log-likelihood of a response token, the end-of-sequence token among them, given the
-prompt and the tokens before: the cross entropy that training minimises and, by its exponential, the dev
-perplexity. Nothing is generated, and an ``answer`` beside the output is not scored.
+It is the mean negative log-likelihood of a response token, the end-of-sequence token included, given the
+prompt and the tokens before: the cross entropy of training, whose exponential is the dev perplexity. Nothing
+is generated, and an ``answer`` beside the output is not scored.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ LEFT_OUT = {
     NO_END_TOKEN: "a model without an end-of-sequence token",
     IN_A_THOUGHT: "an output that does not close the thought that the chat template opens",
 }
-"""Why a row has no loss, in words."""
+"""Reasons why a row has no loss, in words."""
 
 LARGEST_EXPONENT = 700.0
-"""The exponential of more is no float; dev perplexities have the same limit."""
+"""Largest exponent whose exponential is a float; dev perplexities have the same limit."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Responses:
     """The encoded rows of a task whose outputs are scored.
 
     Attributes:
-      left_out: how many of the others there are, by reason, see :data:`LEFT_OUT`.
+      left_out: number of other rows by reason, see :data:`LEFT_OUT`.
     """
 
     passages: list[Passage]
@@ -53,14 +53,14 @@ class Responses:
 
 @dataclass(frozen=True)
 class Loss:
-    """Of one task, over all of its response tokens together.
+    """The loss of one task over all of its response tokens.
 
     Attributes:
-      mean: negative log-likelihood of a response token, in nats; None where no row was scored, or where it
-        is not finite.
-      scored: rows.
-      tokens: response tokens of those rows.
-      left_out: rows that were not scored, by reason, see :data:`LEFT_OUT`.
+      mean: negative log-likelihood of a response token, in nats; None where no row was scored, or where it is
+        not finite.
+      scored: number of scored rows.
+      tokens: number of response tokens of those rows.
+      left_out: number of rows that were not scored by reason, see :data:`LEFT_OUT`.
     """
 
     mean: float | None
@@ -70,18 +70,17 @@ class Loss:
 
     @property
     def perplexity(self) -> float | None:
-        """The exponential of the mean; None where there is none."""
+        """The exponential of the mean; None where there is no mean."""
         return None if self.mean is None else math.exp(min(self.mean, LARGEST_EXPONENT))
 
 
 def encode_responses(
     tokenizer: Any, records: Sequence[Record], config: ModelConfig, prompt_format: PromptFormat
 ) -> Responses:
-    """Encode the rows of a task as training does; no row is cut.
+    """Encode the rows of a task as training does; no row is truncated.
 
     Raises:
-      UserError: a row cannot be written in the format's template, or holds a token that the model has no
-        embedding of.
+      UserError: a row cannot be written in the format's template, or has a token without an embedding.
     """
     passages, left_out = [], Counter()
     for record in records:
@@ -99,14 +98,14 @@ def encode_responses(
 def _encoded(
     tokenizer: Any, record: Record, config: ModelConfig, prompt_format: PromptFormat
 ) -> Example | str:
-    """A row, or why it is left out."""
+    """Encode a row, or return the reason why it is left out."""
     if not record.output.strip():
         return NO_OUTPUT
     if not config.eos_ids:
         return NO_END_TOKEN
     try:
         found = encode_example(tokenizer, record, config.eos_ids, config.max_positions, prompt_format)
-    except UnclosedThoughtError:  # a question can be asked although its output could not be learned
+    except UnclosedThoughtError:  # its question can be asked, though its output could not be learned
         return IN_A_THOUGHT
     return TOO_LONG if found is None else found
 
@@ -121,11 +120,11 @@ def response_loss(
     place: Callable[[Batch], Batch] = jax.device_put,
     advance: Callable[[int], None],
 ) -> Loss:
-    """The loss of a task: a program for each length that occurs, see ``likelihood.log_likelihoods``.
+    """The loss of a task; one program is compiled for each rounded length, see ``log_likelihoods``.
 
     Args:
-      base, adapter: in the decode layout; without an adapter the plain base.
-      rows: of a batch.
+      base, adapter: both in the decode layout; an adapter of None is the plain base.
+      rows: rows of a batch.
       place: puts a batch on the devices.
       advance: called with the number of rows each time some are scored.
     """

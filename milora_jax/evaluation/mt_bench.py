@@ -1,10 +1,10 @@
 """MT-Bench (Zheng et al. 2023, arXiv 2306.05685): questions of two turns, answered by a tuned model.
 
-Files are those of FastChat: questions with ``question_id``, ``category``, ``turns`` and perhaps
-``reference``; answers with ``question_id``, ``model_id`` and ``choices``, and the question beside them, so
-that a judge needs no other file. The questions themselves are no part of this package.
+Files have FastChat's format: questions have ``question_id``, ``category``, ``turns`` and perhaps
+``reference``; answers have ``question_id``, ``model_id`` and ``choices``, and also the question, so that a
+judge needs no other file. The questions themselves are not part of this package.
 
-Each turn is a prompt of its own: the second holds the first with its answer, and has its own route.
+Each turn is a prompt of its own: the second includes the first with its answer, and has its own route.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from milora_jax.generation.text import Answer, generate
 from milora_jax.storage.files import write_atomic
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-"""Of the categories, as FastChat has them; of the others it is 0, which is greedy."""
+"""Temperatures of categories in FastChat; those of the others are 0, which is greedy."""
 
 NEXT_TURN = "\n\n### Instruction:\n{question}\n\n### Response:\n"
-"""How a further turn goes on from an answer in the ``alpaca`` template."""
+"""The form of a further turn after an answer in the ``alpaca`` template."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Question:
     """One question.
 
     Attributes:
-      turns: what the user says, turn by turn.
-      reference: good answers to the turns, or to some of them from the first; they are for the judge.
+      turns: the user's messages, turn by turn.
+      reference: good answers to the first turns, or all, for the judge.
     """
 
     question_id: int | str
@@ -50,7 +50,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answered:
-    """A question with a model's answers to its turns."""
+    """A question with a model's answer to each turn."""
 
     question: Question
     model_id: str
@@ -59,11 +59,11 @@ class Answered:
 
 @dataclass(frozen=True)
 class Asked:
-    """How answers are made.
+    """The settings of the answers.
 
     Attributes:
-      temperature: of all categories; None takes each one's of :data:`TEMPERATURES`.
-      seed: of sampled answers.
+      temperature: temperature of all categories; None takes those of :data:`TEMPERATURES`.
+      seed: seed of sampled answers.
     """
 
     max_new_tokens: int = 1024
@@ -71,10 +71,10 @@ class Asked:
     seed: int = 0
 
     def settings(self, question: Question, room: int) -> GenerationSettings:
-        """Of the answer to one turn of a question.
+        """The settings of the answer to one turn of a question.
 
         Args:
-          room: tokens that the context leaves.
+          room: number of tokens that the context leaves.
         """
         own = TEMPERATURES.get(question.category, 0.0)
         return GenerationSettings(
@@ -94,16 +94,16 @@ def answer_questions(
     batch_size: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Answer what ``out`` has no answers to yet; it is written anew after every few questions.
+    """Answer the questions that ``out`` has no answers to; the file is rewritten after every few questions.
 
-    Answers to other questions that it holds stay there.
+    Its answers to other questions stay there.
 
     Args:
-      identity: of the model, see ``Subject.identity``.
-      progress: told how many more questions are done.
+      identity: identity of the model, see ``Subject.identity``.
+      progress: called with the number of newly answered questions.
 
     Raises:
-      UserError: ``out`` holds answers made otherwise; or questions have no room for an answer, after all
+      UserError: ``out`` holds answers by other settings; or questions have no room for an answer, after all
         others are answered.
     """
     made_by = {"model_id": model_id, "settings": {**asdict(asked), **identity}}
@@ -137,7 +137,7 @@ def answer_questions(
 
 
 def _answers(model: Model, group: Sequence[Question], asked: Asked, batch_size: int) -> list[list[str] | str]:
-    """Of each question its answers, or the line that says why there is none."""
+    """The answers to each question, or the reason why there is none."""
     done: list[list[str] | str] = [[] for _ in group]
     for turn in range(max(len(question.turns) for question in group)):
         places = [i for i, said in enumerate(done) if isinstance(said, list) and turn < len(group[i].turns)]
@@ -163,10 +163,10 @@ def _answers(model: Model, group: Sequence[Question], asked: Asked, batch_size: 
 
 
 def turn_prompt(model: Model, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
-    """Ids of the prompt of the last of ``turns``: all that was said before, in the model's template.
+    """Encode the prompt of the last of ``turns``: the whole conversation before it, in the model's template.
 
     Args:
-      answers: to the turns before.
+      answers: answers to the turns before.
     """
     written = model.prompt_format
     if written.template == "chat":
@@ -183,7 +183,7 @@ def turn_prompt(model: Model, turns: Sequence[str], answers: Sequence[str]) -> l
 def _earlier(
     out: Path, made_by: Mapping[str, Any], questions: Sequence[Question]
 ) -> dict[int | str, dict[str, Any]]:
-    """What is answered already, in the same way, by question."""
+    """The answers that exist already and have the same settings, by question."""
     rows: dict[int | str, dict[str, Any]] = {}
     turns = {question.question_id: list(question.turns) for question in questions}
     for row, where in read_rows(out) if out.exists() else []:
@@ -197,10 +197,10 @@ def _earlier(
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a file.
+    """Read the questions of a file.
 
     Raises:
-      UserError: naming the line that holds none.
+      UserError: a line holds no question; the error names it.
     """
     questions = [_question(row, row.get("turns"), where) for row, where in read_rows(path)]
     if not questions:
@@ -211,10 +211,10 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def read_answers(path: Path) -> list[Answered]:
-    """The answers of a file that :func:`answer_questions` wrote.
+    """Read the answers of a file that :func:`answer_questions` wrote.
 
     Raises:
-      UserError: naming the line that holds none.
+      UserError: a line holds no answers; the error names it.
     """
     found = []
     for row, where in read_rows(path):
@@ -248,13 +248,13 @@ def _texts(value: Any) -> bool:
 
 
 def read_rows(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """The objects of a JSONL file, each with where it stands.
+    """Read the objects of a JSONL file, each with its location.
 
     Raises:
       UserError: the file is missing, or a line holds no object.
     """
     try:
-        # Not splitlines(), which parts texts at U+2028 and others that JSON may hold.
+        # Not splitlines(), which also splits at U+2028 and other characters that JSON may hold.
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(
@@ -276,5 +276,5 @@ def read_rows(path: Path) -> list[tuple[dict[str, Any], str]]:
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write objects as JSON lines, all or nothing."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # Half a surrogate pair, which UTF-8 has no bytes for, becomes what JSON writes for it.
+    # A lone surrogate, which UTF-8 cannot encode, is written as JSON's escape.
     write_atomic(path, text.encode("utf-8", "backslashreplace"))

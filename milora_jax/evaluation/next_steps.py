@@ -1,4 +1,4 @@
-"""The last lines of a run: where its files are, and commands that use them."""
+"""The last lines of a run: the paths of its files, and commands that use them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def next_steps(workdir: Path, config: Config, model: ModelConfig, written: Seque
     """The paths of what a finished run has written, and the commands that use it.
 
     Args:
-      model: the run's.
-      written: names of files in the workdir, beside the adapter.
+      model: the run's model.
+      written: names of files in the workdir, besides the adapter.
     """
     here, path = Path.cwd(), config.model.path
     if Path(path).is_relative_to(here):

@@ -1,4 +1,4 @@
-"""What is asked of which model, with what settings; and its answers, batch by batch."""
+"""The plan of an evaluation: questions, a model and settings; and its answers, batch by batch."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Questions:
     """The rows of one task that are scored.
 
     Attributes:
-      rule: by which their answers are read.
+      rule: the rule that reads their answers.
       max_new_tokens: longest answer in tokens.
-      free_text: whether their answers are measured as free text as well, see ``evaluation.free_text``.
+      free_text: whether their answers are also measured as free text, see ``evaluation.free_text``.
     """
 
     records: list[Record]
@@ -52,14 +52,14 @@ class Questions:
 
 @dataclass(frozen=True)
 class Plan:
-    """One evaluation.
+    """One evaluation and its settings.
 
     Attributes:
-      questions: by task.
+      questions: questions by task.
       prompts: token ids of every question, by task.
-      responses: the given outputs, of which the loss is computed, by task.
+      responses: the given outputs, whose loss is computed, by task.
       beams: width of the search; 1 is greedy.
-      batch_size: prompts decoded together.
+      batch_size: number of prompts decoded together.
     """
 
     subject: Subject
@@ -85,11 +85,11 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Of all tasks."""
+        """Number of rows of all tasks."""
         return sum(len(asked.records) for asked in self.questions.values())
 
     def batches(self) -> list[TaskBatch]:
-        """All rows, task by task, like lengths together."""
+        """All rows, task by task, with similar lengths together."""
         return [
             batch
             for task, ids in self.prompts.items()
@@ -97,7 +97,7 @@ class Plan:
         ]
 
     def settings(self) -> dict[str, Any]:
-        """All that the predictions depend on, as JSON."""
+        """Everything that the predictions depend on, as JSON."""
         subject = self.subject
         return {
             **subject.identity(),
@@ -118,7 +118,7 @@ class Plan:
         """Generate the answers of a batch and judge them.
 
         Args:
-          model: the subject's, loaded.
+          model: the subject's model, loaded.
         """
         asked = self.questions[batch.task]
         answers = generate(
@@ -140,7 +140,7 @@ class Plan:
         """The loss on the given outputs, by task.
 
         Args:
-          model: the subject's, loaded.
+          model: the subject's model, loaded.
           advance: called with the number of rows each time some are scored.
         """
         return {
@@ -151,7 +151,7 @@ class Plan:
         }
 
     def measured(self, score: TaskScore, losses: Mapping[str, Loss]) -> TaskScore:
-        """A score with the loss of its task, and the measures of free text where the task is such."""
+        """Add the loss of its task to a score, and measures of free text where the task has them."""
         asked = self.questions[score.task]
         text = measures_of(score.predictions, asked.records) if asked.free_text else None
         return dataclasses.replace(score, loss=losses[score.task], text=text)
@@ -160,14 +160,14 @@ class Plan:
 def read_rows(
     tasks: Sequence[Task], sources: Sequence[Source], log: Callable[[str], None]
 ) -> dict[str, list[Record]]:
-    """The rows to score, by the name of their task.
+    """Read the rows to score, by the name of their task.
 
     Args:
-      tasks: that the rows are of, one of each source; without ``sources`` their rows come from the Hub.
-      sources: without ``tasks`` each is a task of its name.
+      tasks: the tasks of the rows, one for each source; without ``sources`` their rows come from the Hub.
+      sources: without ``tasks`` each is a task of its own name.
 
     Raises:
-      UserError: there are none, there is another number of files than of tasks, or a row is incomplete.
+      UserError: there are none, the numbers of files and tasks differ, or a row is incomplete.
     """
     if not sources:
         if not tasks:
@@ -198,16 +198,16 @@ def questions_of(
     longest: Callable[[Task | None], int],
     log: Callable[[str], None],
 ) -> dict[str, Questions]:
-    """The rows of every task with the rule by which they are scored.
+    """The rows of every task with the rule that scores them.
 
     Args:
-      strict: take the strict rules.
+      strict: use the strict rules.
       limit: rows of each task; 0 means all.
-      longest: longest answer in tokens to the rows of a task of LLM-Adapters, or to others.
+      longest: returns the longest answer in tokens to the rows of a task of LLM-Adapters, or to others.
 
     Raises:
-      UserError: the rows of a task are not of that task, or one is called ``mean``; or a package is missing
-        that free text needs.
+      UserError: the rows of a task belong to another, or a task is called ``mean``; or free text needs a
+        package that is missing.
     """
     if "mean" in rows:
         raise UserError("a task must not be called 'mean': expected NAME=FILE with another name")
@@ -230,11 +230,11 @@ def answer_missing(
     console: Console,
     preempted: Callable[[], bool],
 ) -> None:
-    """Answer the missing batches, each of which is on the disk before the next one begins.
+    """Answer the missing batches; each is on the disk before the next one begins.
 
     Args:
-      load: gives the model.
-      preempted: asked before every batch whether to stop.
+      load: loads the model.
+      preempted: called before every batch; returns whether to stop.
     """
     if file.done:
         console.log(f"{len(file.done)} of {plan.rows} rows are in {file.path} already")
@@ -254,11 +254,11 @@ def answer_missing(
 def score_responses(
     plan: Plan, model: Model, console: Console, preempted: Callable[[], bool]
 ) -> dict[str, Loss]:
-    """The loss of every task. A command that is stopped here computes all of them again: this takes a small
-    part of the time of the answers.
+    """The loss of every task. After a stop all of them are computed again, because this takes little time
+    beside the answers.
 
     Args:
-      preempted: asked after every batch whether to stop.
+      preempted: called after every batch; returns whether to stop.
     """
     total = sum(len(responses.passages) for responses in plan.responses.values())
     with console.progress("loss", total, "rows") as bar:
@@ -271,7 +271,7 @@ def score_responses(
 
 
 class _Status:
-    """The status of the progress bar: the accuracy so far; in a log also the speed, which tqdm shows."""
+    """Status of the progress bar: the accuracy so far, and in a log the speed, which tqdm shows itself."""
 
     def __init__(self, bar: ProgressBar, rows: int, before: Sequence[Prediction]) -> None:
         self._bar, self._rows, self._before = bar, rows, len(before)
@@ -280,7 +280,7 @@ class _Status:
         bar.advance(self._before)
 
     def answered(self, predictions: Sequence[Prediction]) -> None:
-        """Show that these are done."""
+        """Show the accuracy with these predictions."""
         self._done += len(predictions)
         self._correct += sum(each.correct for each in predictions)
         reached = self._before + self._done
@@ -292,7 +292,7 @@ class _Status:
 
 
 def result_of(scores: Sequence[TaskScore], plan: Plan) -> dict[str, Any]:
-    """What is printed, and kept beside the predictions."""
+    """The result that is printed and stored beside the predictions."""
     return {
         **figures(scores),
         "interval": {score.task: [score.interval.low, score.interval.high] for score in scores},

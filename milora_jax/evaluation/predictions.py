@@ -1,9 +1,9 @@
-"""A predictions file that grows batch by batch and is taken up again by the same command.
+"""A predictions file that grows batch by batch and is resumed by the same command.
 
-Beside ``NAME.jsonl`` lies ``NAME.result.json``: what the predictions were made with, and at the end what
-came out. The rows are appended batch by batch, in an order that depends on the settings only, so that an
-interrupted evaluation computes the same batches as an undisturbed one; when all are there the file is put
-into the order of the rows.
+``NAME.result.json`` beside ``NAME.jsonl`` holds the settings of the predictions and at the end the result.
+Rows are appended batch by batch, in an order that depends only on the settings, so that an interrupted
+evaluation computes the same batches as an undisturbed one. When all rows are present, the file is sorted by
+row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from milora_jax.storage.files import read_json, write_json_atomic
 
 FIELDS = {field.name for field in fields(Prediction)}
 NOT_ALWAYS = {"references"}
-"""Fields that a line may lack."""
+"""Optional fields of a line."""
 
 AGAIN = "give --fresh to begin again, or another --predictions FILE"
 
@@ -36,7 +36,7 @@ class TaskBatch(NamedTuple):
 
 
 def batches_by_length(task: str, lengths: Sequence[int], size: int) -> list[TaskBatch]:
-    """All rows of a task, those of like length together, the shortest first.
+    """Group all rows of a task by length, the shortest first.
 
     >>> batches_by_length("sums", [5, 9, 2], 2)
     [TaskBatch(task='sums', rows=(2, 0)), TaskBatch(task='sums', rows=(1,))]
@@ -46,27 +46,27 @@ def batches_by_length(task: str, lengths: Sequence[int], size: int) -> list[Task
 
 
 def result_path(path: Path) -> Path:
-    """Where the settings and the result of a predictions file are."""
+    """The path of the settings and the result of a predictions file."""
     return path.with_name(f"{path.stem}.result.json")
 
 
 class PredictionFile:
-    """Predictions on the disk, held by one process for as long as the ``with`` block.
+    """Predictions on the disk, locked by one process for the ``with`` block.
 
     Attributes:
-      done: predictions that were there when it was opened, and those appended since.
-      result: what an earlier evaluation with the same settings ended in; None where there was none.
+      done: predictions that were present when it was opened, and those appended since.
+      result: result of an earlier evaluation with the same settings; None if there is none.
     """
 
     def __init__(
         self, path: Path, settings: Mapping[str, Any], batches: Sequence[TaskBatch], fresh: bool
     ) -> None:
-        """Name the file.
+        """Set up the file without opening it.
 
         Args:
-          settings: all that the predictions depend on, as JSON.
-          batches: of all rows, in the order in which they are answered.
-          fresh: begin again, whatever is there.
+          settings: everything that the predictions depend on, as JSON.
+          batches: all rows in the order in which they are answered.
+          fresh: begin again, whatever the file holds.
         """
         self.path, self._settings, self._fresh = path, dict(settings), fresh
         self._batches = list(batches)
@@ -75,10 +75,10 @@ class PredictionFile:
         self.result: dict[str, Any] | None = None
 
     def __enter__(self) -> PredictionFile:
-        """Open it, dropping what a kill has left of a batch.
+        """Open the file and drop an incomplete batch that a kill left.
 
         Raises:
-          UserError: another process holds it, or its predictions are of other settings or other rows.
+          UserError: another process has it open, or its predictions have other settings or other rows.
         """
         self._file = open(self.path, "a+b")
         try:
@@ -99,7 +99,7 @@ class PredictionFile:
 
     @property
     def missing(self) -> list[TaskBatch]:
-        """The batches that are still to be answered."""
+        """The batches that are not answered yet."""
         return [b for b in self._batches if any((b.task, row) not in self.done for row in b.rows)]
 
     def append(self, predictions: Sequence[Prediction]) -> None:
@@ -110,14 +110,14 @@ class PredictionFile:
         self.done.update({(each.task, each.row): each for each in predictions})
 
     def scores(self) -> list[TaskScore]:
-        """The result of every task, rows in their order."""
+        """The score of every task, with rows in order."""
         tasks = dict.fromkeys(batch.task for batch in self._batches)
         return [
             TaskScore(task, [self.done[key] for key in sorted(self.done) if key[0] == task]) for task in tasks
         ]
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Put the rows into their order and write the result beside them."""
+        """Sort the rows and write the result beside them."""
         write_predictions(self.path, self.scores())
         write_json_atomic(result_path(self.path), {"settings": self._settings, "result": dict(result)})
 
@@ -132,7 +132,7 @@ class PredictionFile:
             self._file.truncate(0)
         self._file.seek(0)
         content, kept = self._file.read(), 0
-        if b"\n" in content:  # one that was stopped before is of no settings yet
+        if b"\n" in content:  # a file without a whole line has no settings yet
             self._require_same_settings()
         for batch, size in self._whole_batches(content):
             self.done.update({(each.task, each.row): each for each in batch})
@@ -142,7 +142,7 @@ class PredictionFile:
             write_json_atomic(result_path(self.path), {"settings": self._settings, "result": None})
 
     def _whole_batches(self, content: bytes) -> Iterator[tuple[list[Prediction], int]]:
-        """The predictions of every batch that is there whole, and their bytes."""
+        """The predictions of every complete batch, and their bytes."""
         *lines, _ = content.split(b"\n")  # a torn line has no end
         found = [self._parse(line, number) for number, line in enumerate(lines, 1)]
         sizes = [len(line) + 1 for line in lines]
@@ -200,6 +200,6 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _said(value: Any) -> str:
-    """A setting for people; hashes are shortened."""
+    """A setting as text for people; hashes are shortened."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[1:13]}..."

@@ -1,4 +1,4 @@
-"""The tables and the pictures at the end of a run."""
+"""Tables and figures of a run's report."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ HEALTH_CAPTION = (
 )
 
 TITLE_SIZE, LABEL_SIZE, CAPTION_SIZE = 12.0, 9.0, 8.0
-"""Of text in points."""
+"""Font sizes in points."""
 
 LETTER_WIDTH = 0.58
-"""Of a line of DejaVu Sans in ems per letter, at most."""
+"""Upper bound of the width of a letter in a line of DejaVu Sans, in ems."""
 
 BAR_LENGTH, BAR_WIDTH = 3.0, 0.15
-"""Of a colour bar in inches, the length at most."""
+"""Length and width of a colour bar in inches, at most."""
 
 
 TEXT_MEASURES = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L"}
-"""The measures of free text, by field, as they are called in tables."""
+"""Names of the measures of free text in tables, by field."""
 
 Figures = Mapping[str, Mapping[str, Any]]
-"""See ``score.figures``."""
+"""The result of ``score.figures``."""
 
 
 def figures_table(base: Figures, adapter: Figures) -> str:
     """Accuracy in percent, loss and perplexity before and after, one line per task and one for the mean
-    accuracy; below them the measures of free text, where there is any.
+    accuracy; below them the measures of free text, if there are any.
     """
     both, tasks, free = (base, adapter), [*adapter["accuracy"]], [*adapter["measures"]]
     width = max(map(len, ("free text", *tasks)))
@@ -73,7 +73,7 @@ def figures_table(base: Figures, adapter: Figures) -> str:
 def _before_and_after(
     head: str, tasks: Sequence[str], columns: Mapping[str, Mapping[str, Sequence[str]]], width: int
 ) -> list[str]:
-    """Two lines of titles and a line per task, with two cells in every column."""
+    """Two lines of titles and one line per task, with two cells in every column."""
 
     def line(first: str, cells: Iterable[Sequence[str]]) -> str:
         return f"{first:<{width}}" + "".join(f"   {base:>7}  {adapter:>8}" for base, adapter in cells)
@@ -100,11 +100,11 @@ def _perplexity(value: float | None) -> str:
 def answers_side_by_side(
     records: Sequence[Record], before: Sequence[str], after: Sequence[Prediction]
 ) -> str:
-    """The first answers to a task of free text: what was asked, and what base, adapter and row say.
+    """The first answers to a task of free text: the question, and the answers of base, adapter and row.
 
     Args:
       before: the base's answers to the first records.
-      after: the adapter's, to all of them.
+      after: the adapter's answers to all of them.
     """
     lines = []
     for record, base, prediction in zip(records, before, after, strict=False):
@@ -120,7 +120,7 @@ def answers_side_by_side(
 
 
 def loss_notes(figures: Figures) -> list[str]:
-    """A line for each task whose loss is not that of all rows, or not finite."""
+    """A line for each task whose loss does not cover all rows, or is not finite."""
     lines = []
     for task, rows in figures["loss_rows"].items():
         if rows["left_out"]:
@@ -134,8 +134,8 @@ def loss_notes(figures: Figures) -> list[str]:
 
 
 def score_table(scores: Sequence[TaskScore]) -> str:
-    """Accuracy of each task in percent with its Wilson interval, rows, answers that were not read, loss and
-    perplexity; and the measures of free text, where there is any.
+    """Accuracy of each task in percent with its Wilson interval, rows, unread answers, loss and perplexity;
+    and the measures of free text, if there are any.
     """
     width = max(len("task"), *(len(score.task) for score in scores))
     free = any(score.text is not None for score in scores)
@@ -179,7 +179,7 @@ def plot_routing(path: Path, scores: list[TaskScore]) -> bool:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, in inches, that needs no display."""
+    """Make an empty matplotlib figure, in inches, that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -191,11 +191,11 @@ def new_figure(width: float, height: float) -> Any:
 def draw_shares(
     path: Path, shares: Mapping[str, np.ndarray], label: str, top: float, title: str = "", caption: str = ""
 ) -> None:
-    """One panel per entry: ``[L, E]`` shares as colours and percentages.
+    """Draw one panel per entry: ``[L, E]`` shares as colours and percentages.
 
     Args:
-      label: what a percentage is.
-      top: the share of the brightest colour.
+      label: meaning of a percentage.
+      top: share with the brightest colour.
       title, caption: lines above and below the panels.
     """
     layers = next(iter(shares.values())).shape[0]
@@ -223,12 +223,12 @@ def draw_shares(
 
 
 def add_bar(figure: Any, image: Any, panels: Any, label: str, **shown: Any) -> None:
-    """Put a colour bar beside all panels.
+    """Add a colour bar beside all panels.
 
     Args:
-      image: whose colours it explains.
-      label: what they mean.
-      shown: how its ends and ticks are drawn, as ``Figure.colorbar`` takes it.
+      image: the image whose colours it explains.
+      label: meaning of the colours.
+      shown: further arguments of ``Figure.colorbar``.
     """
     height = figure.get_figheight()
     length = min(BAR_LENGTH, 0.8 * height)
@@ -237,9 +237,9 @@ def add_bar(figure: Any, image: Any, panels: Any, label: str, **shown: Any) -> N
 
 
 def entitle(figure: Any, title: str, caption: str) -> None:
-    """Put a title above all panels of a figure and a caption below them, where there are any.
+    """Add a title above all panels of a figure and a caption below them, where they are not empty.
 
-    Lines are broken at the figure's width, and the figure grows by their height: panels keep theirs.
+    Lines are wrapped at the figure's width, and the figure grows by their height, so that panels keep theirs.
     """
     for text, size, put in (
         (title, TITLE_SIZE, figure.suptitle),
@@ -252,13 +252,13 @@ def entitle(figure: Any, title: str, caption: str) -> None:
 
 
 def wrapped(text: str, width: float, size: float) -> str:
-    """Text broken into lines of at most ``width`` inches, at ``size`` points."""
+    """Wrap text to lines of at most ``width`` inches at ``size`` points."""
     letters = int(72 * width / (LETTER_WIDTH * size))
     return "\n".join(textwrap.fill(line, letters) for line in text.splitlines())
 
 
 def plot_health(path: Path, metrics: Path) -> bool:
-    """Draw over the steps how decided and how stable the router is, from ``metrics.jsonl``.
+    """Draw how decided and how stable the router is over the steps, from ``metrics.jsonl``.
 
     Returns:
       Whether there was a router to draw.
@@ -281,7 +281,7 @@ def plot_health(path: Path, metrics: Path) -> bool:
     curves = (
         (panels[0, 0], [line["route_entropy"] for line in seen], "entropy (nats)", 2.0),
         (panels[0, 1], largest, "share of the leading expert", 1.0),
-        # A log that an earlier version began has no such figures at first.
+        # The log of an older version lacks these figures at first.
         (panels[0, 2], [line.get("route_common") for line in seen], "commonest route", 1.0),
         (panels[1, 2], [line.get("pooler_share") for line in seen], "pooler: leading token", 1.0),
     )
@@ -313,12 +313,12 @@ def plot_health(path: Path, metrics: Path) -> bool:
 
 
 def layer_ticks(layers: int) -> list[int]:
-    """At most about eight ticks, so that the labels of a 32-layer model do not touch."""
+    """At most about eight ticks, so that the labels of a 32-layer model do not overlap."""
     return list(range(0, layers, max(1, -(-layers // 8))))
 
 
 def _write_shares(panel: Any, share: np.ndarray, top: float) -> None:
-    """Print each cell's share in percent, dark on bright cells and bright on dark ones."""
+    """Write each cell's share in percent, dark on bright cells and bright on dark ones."""
     for (layer, expert), value in np.ndenumerate(share):
         color = "black" if value > 0.6 * top else "white"
         panel.text(expert, layer, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)

@@ -1,8 +1,8 @@
-"""Which experts prompts choose, found by prefill alone, and what that says of a task.
+"""The experts that prompts choose, found by prefill alone, and statistics of them.
 
-A router reads a prompt once (paper, section 3.2), so its choice is known before a token is generated.
-Shares per layer, expert and task are Figure 2 of the paper; the rest is for judging a router: how decided
-it is, how much the prompts of one task agree, and how different the tasks are.
+A router reads a prompt once (paper, section 3.2), so its choice is known before a token is generated. Shares
+per layer, expert and task are Figure 2 of the paper. The rest helps to judge a router: how decided it is, how
+much the prompts of one task agree, and how different the tasks are.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from milora_jax.training.health import decisions
 from milora_jax.types import EXPERTS, LETTERS, Batch
 
 PAPER_LIMIT = 0.30
-"""Of all choices made in a layer, the share that no expert exceeds in the paper's Figure 2."""
+"""Largest share of one expert among the choices of a layer in the paper's Figure 2."""
 
 
 @dataclass(frozen=True)
 class Routes:
-    """The routes of prompts, in their order.
+    """The routes of prompts, in order.
 
     Attributes:
-      weights: what each expert's output is multiplied by; 0 where it is not chosen.
+      weights: factor of each expert's output; 0 where it is not chosen.
       probs: softmax of the router.
     """
 
@@ -52,15 +52,15 @@ class Routes:
 
 @dataclass(frozen=True)
 class TaskRouting:
-    """What the routes of a task's prompts say.
+    """Statistics of the routes of a task's prompts.
 
     Attributes:
-      prompts: how many.
-      top_k: experts that a prompt chooses in a layer.
-      share: of the choices made in a layer, those of each expert; sums to 1 over the experts (Figure 2).
-      entropy: of the router's softmax in nats, mean over prompts; at most log 7 = 1.95.
-      margin: probability by which the k-th choice was ahead of the next, mean over prompts; None where
-        all seven are chosen.
+      prompts: number of prompts.
+      top_k: number of experts that a prompt chooses in a layer.
+      share: share of each expert among the choices of a layer; sums to 1 over the experts (Figure 2).
+      entropy: entropy of the router's softmax in nats, mean over prompts; at most log 7 = 1.95.
+      margin: probability by which the k-th choice exceeds the next, mean over prompts; None where all seven
+        are chosen.
       agreement: share of the prompts that chose the layer's commonest set of experts.
     """
 
@@ -85,10 +85,10 @@ class TaskRouting:
 
 
 def require_router(adapter: Adapter, where: object) -> None:
-    """Refuse an adapter whose method chooses no experts for a prompt.
+    """Refuse an adapter whose method does not route prompts.
 
     Raises:
-      UserError: naming the method and those that have a router.
+      UserError: the error names the method, and those that have a router.
     """
     routed = [name for name, method in METHOD_CLASSES.items() if method.routes]
     if not adapter.method.routes:
@@ -107,16 +107,16 @@ def route_prompts(
     rows: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> Routes:
-    """The routes of prompts, as generation would choose them, without generating.
+    """Compute the routes of prompts as generation would choose them, without generating.
 
-    Prompts of like length share a batch, padded to a power of two: there are as many compiled programs as
-    such lengths.
+    Prompts of similar length share a batch, padded to a power of two; one program is compiled for each padded
+    length.
 
     Args:
       base: in either layout.
-      adapter: of a method with a router, in the stacked layout or in the base's.
+      adapter: an adapter of a method with a router, in the stacked layout or in the base's.
       prompts: token ids, from ``data.tokens.encode_question``.
-      rows: prompts of a batch.
+      rows: number of prompts in a batch.
       progress: called with the number of prompts each time some are done.
 
     Raises:
@@ -146,15 +146,15 @@ def route_prompts(
 
 
 def route_tasks(named: Named, sources: Sequence[Source], limit: int, rows: int) -> dict[str, Routes]:
-    """The routes of the prompts of several tasks, read from their files.
+    """Compute the routes of the prompts of several tasks, read from their files.
 
     Args:
-      sources: one for each task.
+      sources: one source for each task.
       limit: prompts of each task; 0 means all.
-      rows: prompts of a batch.
+      rows: number of prompts in a batch.
 
     Raises:
-      UserError: there is no adapter, or none with a router; or as :func:`route_prompts`, naming the task.
+      UserError: there is no adapter, or none with a router; or as in :func:`route_prompts`, with the task.
     """
     records = {source.name: limited(read_records(source, scored=True), limit) for source in sources}
     subject = read_subject(named)
@@ -183,7 +183,7 @@ def route_tasks(named: Named, sources: Sequence[Source], limit: int, rows: int) 
 def _routes(
     base: Base, adapter: Adapter, batch: Batch, config: ModelConfig
 ) -> tuple[Float[Array, "B L E"], Float[Array, "B L E"]]:
-    """Weights and probabilities; what only the hidden states after the last router need is not computed."""
+    """Weights and probabilities; the computation ends with the last router."""
     route = forward(base, config, batch, adapter=adapter).route
     if route is None:
         raise AssertionError("a method that routes gives a route")
@@ -191,7 +191,7 @@ def _routes(
 
 
 def letters_of(route: Float[np.ndarray, "L E"]) -> str:
-    """A prompt's experts, layer by layer.
+    """The letters of a prompt's experts, layer by layer.
 
     >>> letters_of(np.array([[0, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 1]], float))
     'KV QD'
@@ -200,7 +200,7 @@ def letters_of(route: Float[np.ndarray, "L E"]) -> str:
 
 
 def measure(task: str, routes: Routes) -> TaskRouting:
-    """Measure the routes of one task's prompts."""
+    """Compute the statistics of the routes of one task's prompts."""
     chosen = routes.weights != 0
     top_k = int(chosen[0, 0].sum())
     entropy, margin = decisions(routes.probs.swapaxes(0, 1), top_k)
@@ -222,9 +222,9 @@ def distance(one: Float[np.ndarray, "L E"], other: Float[np.ndarray, "L E"]) -> 
 
 
 def distances(routes: Mapping[str, Routes]) -> Float[np.ndarray, "tasks tasks"]:
-    """:func:`distance` between any two tasks; on the diagonal between two halves of one task's prompts.
+    """:func:`distance` between every two tasks; on the diagonal between two halves of one task's prompts.
 
-    The diagonal says how much of a distance is chance. It is 0 for a task of one prompt.
+    The diagonal shows how much of a distance is chance. It is 0 for a task of one prompt.
     """
     shares = [_share(each.weights) for each in routes.values()]
     table = np.array([[distance(one, other) for other in shares] for one in shares])
@@ -235,13 +235,13 @@ def distances(routes: Mapping[str, Routes]) -> Float[np.ndarray, "tasks tasks"]:
 
 
 def _share(weights: Float[np.ndarray, "N L E"]) -> Float[np.ndarray, "L E"]:
-    """Of the choices made in a layer, those of each expert."""
+    """The share of each expert among the choices of a layer."""
     chosen = weights != 0
     return chosen.mean(axis=0) / chosen[0, 0].sum()
 
 
 def summary_lines(found: Sequence[TaskRouting], table: Float[np.ndarray, "tasks tasks"]) -> list[str]:
-    """What was found, in words, for a person who has not read the code."""
+    """The statistics in words."""
     width = max(len("task"), *(len(each.task) for each in found))
     lines = [f"{'task':<{width}}  prompts  largest share    agree  entropy  margin"]
     for each in found:
@@ -268,7 +268,7 @@ def summary_lines(found: Sequence[TaskRouting], table: Float[np.ndarray, "tasks 
 
 
 def _limit_lines(found: Sequence[TaskRouting]) -> list[str]:
-    """Whether any expert takes more of a layer's choices than in the paper."""
+    """Lines that compare the largest share of an expert with the paper's."""
     worst = max(found, key=lambda each: _largest(each)[0])
     value, said = _largest(worst)
     line = f"no expert above {PAPER_LIMIT:.0%} of a layer's choices: "
@@ -283,7 +283,7 @@ def _limit_lines(found: Sequence[TaskRouting]) -> list[str]:
 
 
 def _largest(each: TaskRouting) -> tuple[float, str]:
-    """The largest share of a task, and whose it is."""
+    """The largest share in a task, with its expert and layer."""
     layer, expert = np.unravel_index(int(each.share.argmax()), each.share.shape)
     value = float(each.share[layer, expert])
     return value, f"{value:.0%}: {LETTERS[expert]} in layer {layer}"

@@ -1,4 +1,4 @@
-"""Pictures of routes that explain themselves: a title, named axes, a caption that says what to see."""
+"""Figures of routes with a title, named axes and a caption that says what to see."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from milora_jax.types import EXPERTS, LETTERS
 REPORT_NAME = "routing.json"
 
 STRIPS = 6
-"""Prompts of a task that are drawn one by one."""
+"""Number of prompts of a task that are drawn one by one."""
 
 
 def plot_shares(path: Path, found: Sequence[TaskRouting]) -> None:
-    """Figure 2 of the paper: of the choices made in a layer, those of each expert, one panel per task."""
+    """Draw Figure 2 of the paper: each expert's share of the choices in a layer, one panel per task."""
     top_k = found[0].top_k
     shares = {f"{each.task} ({each.prompts} prompts)": each.share for each in found}
     draw_shares(
@@ -47,7 +47,7 @@ def plot_shares(path: Path, found: Sequence[TaskRouting]) -> None:
 
 
 def plot_decisions(path: Path, found: Sequence[TaskRouting]) -> None:
-    """Per layer and task: entropy of the router, margin of its last choice, agreement of the prompts."""
+    """Draw entropy, margin of the last choice and agreement of the prompts, per layer and task."""
     figure = new_figure(12.0, 4.3)
     panels = figure.subplots(1, 3)
     layers = range(len(found[0].entropy))
@@ -83,7 +83,7 @@ def plot_decisions(path: Path, found: Sequence[TaskRouting]) -> None:
 
 
 def plot_distances(path: Path, tasks: Sequence[str], table: Float[np.ndarray, "tasks tasks"]) -> None:
-    """How different the routes of any two tasks are, as a matrix."""
+    """Draw how different the routes of every two tasks are, as a matrix."""
     size = max(4.2, 0.85 * len(tasks) + 1.8)
     figure = new_figure(size + 1.4, size - 0.5)
     panel = figure.subplots()
@@ -106,7 +106,7 @@ def plot_distances(path: Path, tasks: Sequence[str], table: Float[np.ndarray, "t
 
 
 def plot_strips(path: Path, routes: Mapping[str, Routes]) -> None:
-    """The routes of the first prompts of each task, one strip of layers by experts per prompt."""
+    """Draw the routes of the first prompts of each task, one strip of layers by experts per prompt."""
     layers = next(iter(routes.values())).probs.shape[1]
     columns = min(STRIPS, max(len(each.probs) for each in routes.values()))
     figure = new_figure(1.75 * columns + 1.6, len(routes) * max(1.5, 0.12 * layers + 0.6))
@@ -136,7 +136,7 @@ def plot_strips(path: Path, routes: Mapping[str, Routes]) -> None:
 
 
 def write_report(directory: Path, routes: dict[str, Routes], found: Sequence[TaskRouting]) -> None:
-    """Write the pictures and ``routing.json``; each replaces an older one when all of them are drawn.
+    """Write the figures and ``routing.json``; older files are replaced when all figures are drawn.
 
     Raises:
       UserError: the folder cannot be made or written; matplotlib is missing.

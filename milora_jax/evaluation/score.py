@@ -1,4 +1,4 @@
-"""Figures of generated and of given answers, task by task."""
+"""Scores of generated answers and of given outputs, task by task."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from milora_jax.storage.files import write_atomic
 from milora_jax.types import LETTERS, Batch
 
 PREFILL_ROWS = 8
-"""Prompts prefilled together."""
+"""Number of prompts prefilled together."""
 
 CompactRoute = list[dict[str, float]]
-"""For each layer the letters of the experts that the prompt chose, each with its weight."""
+"""For each layer, the letters of the experts that the prompt chose, with their weights."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Prediction:
     """One scored row: a line of the predictions file.
 
     Attributes:
-      row: its place in the task's file, from 0.
+      row: number of the row in the task's file, from 0.
       gold: the right answer.
-      generated: what the model wrote.
-      rule: by which the answer was read, see ``evaluation.extraction``.
-      extracted: what it read; "" where it found nothing.
-      unread: it found nothing; such a row counts as wrong.
-      route: None without a router.
-      references: that the row lists; a line without any has no such field.
+      generated: the text that the model generated.
+      rule: name of the rule that read the answer, see ``evaluation.extraction``.
+      extracted: the answer that the rule read; "" where it found none.
+      unread: whether the rule found none; such a row counts as wrong.
+      route: the prompt's route; None without a router.
+      references: references of the row; a line without any has no such field.
     """
 
     task: str
@@ -65,11 +65,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task's result.
+    """The result of one task.
 
     Attributes:
-      loss: on the outputs that the rows give; None where it was not computed.
-      text: measures of the answers; None where they are no free text, or it was not computed.
+      loss: loss on the rows' outputs; None where it was not computed.
+      text: measures of the answers as free text; None where they are not free text, or were not measured.
     """
 
     task: str
@@ -79,12 +79,12 @@ class TaskScore:
 
     @property
     def correct(self) -> int:
-        """Rows answered right."""
+        """Number of rows with a right answer."""
         return sum(prediction.correct for prediction in self.predictions)
 
     @property
     def unread(self) -> int:
-        """Rows in whose answer the rule found nothing."""
+        """Number of rows in whose answer the rule found nothing."""
         return sum(prediction.unread for prediction in self.predictions)
 
     @property
@@ -108,7 +108,7 @@ class TaskScore:
 
 
 def compact_route(route: np.ndarray) -> CompactRoute:
-    """A route ``[L, E]`` with the chosen experts only; weights to six decimals.
+    """Compact a route ``[L, E]`` to its chosen experts, with weights to six decimals.
 
     >>> compact_route(np.array([[0, 0, 1.0, 0, 0, 0, 0.25]]))
     [{'V': 1.0, 'D': 0.25}]
@@ -119,7 +119,7 @@ def compact_route(route: np.ndarray) -> CompactRoute:
 
 
 def judge(task: str, row: int, record: Record, rule: Rule, answer: Answer) -> Prediction:
-    """Read an answer and compare it with the gold one."""
+    """Extract the answer of a row and compare it with the gold one."""
     extracted = rule.extract(answer.text)
     return Prediction(
         task=task,
@@ -137,7 +137,7 @@ def judge(task: str, row: int, record: Record, rule: Rule, answer: Answer) -> Pr
 
 
 def limited(records: list[Record], limit: int) -> list[Record]:
-    """The first ``limit`` records; all of them where it is 0."""
+    """The first ``limit`` records; 0 means all."""
     return records[:limit] if limit else records
 
 
@@ -158,9 +158,9 @@ def score_task(
     """Generate an answer to every record and compare what the task's rule extracts with the gold.
 
     Args:
-      base, adapter: decoding is fastest with both in the decode layout.
-      settings: limit, batch size, longest answer.
-      prompt_format: that the adapter was trained with.
+      base, adapter: both in the decode layout, for speed.
+      settings: limit, batch size and longest answer.
+      prompt_format: the format of the adapter's training.
     """
     rule = rule_for(task, [record.answer for record in records])
     records = limited(records, settings.limit)
@@ -181,7 +181,7 @@ def score_task(
 
 
 def measures_of(predictions: Sequence[Prediction], records: Sequence[Record]) -> TextMeasures:
-    """Measures of the answers to records of free text, see ``evaluation.free_text``."""
+    """Measure the answers to records of free text, see ``evaluation.free_text``."""
     return text_measures([each.generated for each in predictions], list(map(references_of, records)))
 
 
@@ -194,11 +194,11 @@ def accuracies(scores: Sequence[TaskScore]) -> dict[str, float]:
 
 
 def figures(scores: Sequence[TaskScore]) -> dict[str, dict[str, Any]]:
-    """What is said of scored tasks, as JSON: for each figure a value by task.
+    """The scores as JSON: for each figure a value by task.
 
-    ``accuracy`` has the mean beside the tasks, as :func:`accuracies`; ``loss`` and ``perplexity`` are null
-    where nothing could be scored, or where they are not finite; ``loss_rows`` says of how many rows and
-    tokens they are; ``measures`` has the tasks of free text only.
+    ``accuracy`` includes the mean over tasks, as :func:`accuracies`; ``loss`` and ``perplexity`` are null
+    where nothing could be scored, or where they are not finite; ``loss_rows`` has the number of their rows
+    and tokens; ``measures`` has the tasks of free text only.
     """
     losses = {score.task: score.loss for score in scores if score.loss is not None}
     return {
@@ -214,13 +214,13 @@ def figures(scores: Sequence[TaskScore]) -> dict[str, dict[str, Any]]:
 
 
 def losses_in(figures: Mapping[str, Any]) -> dict[str, Loss]:
-    """The losses that :func:`figures` has written, by task; none where it had none."""
+    """The losses in the result of :func:`figures`, by task."""
     rows = figures.get("loss_rows", {})
     return {task: Loss(mean=figures["loss"][task], **rows[task]) for task in rows}
 
 
 def prediction_line(prediction: Prediction) -> str:
-    """A line of the predictions file, without its end."""
+    """A line of the predictions file, without the line break."""
     values = asdict(prediction)
     if not prediction.references:
         del values["references"]
@@ -228,6 +228,6 @@ def prediction_line(prediction: Prediction) -> str:
 
 
 def write_predictions(path: Path, scores: Sequence[TaskScore]) -> None:
-    """One JSON object a line, one per scored row."""
+    """Write one JSON object per line and scored row."""
     lines = [prediction_line(prediction) + "\n" for score in scores for prediction in score.predictions]
     write_atomic(path, "".join(lines).encode())

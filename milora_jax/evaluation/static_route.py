@@ -1,7 +1,7 @@
-"""One fixed route in place of a router, and what that costs: for servers that know LoRA and no router.
+"""A fixed route in place of a router, and its cost: for servers that support LoRA but no router.
 
-The *modal* route of a file of prompts is, layer by layer, the set of experts that most prompts chose. An
-expert of the set weighs what it did on average in those prompts: 1 with the straight-through gate.
+The *modal* route of a file of prompts is, layer by layer, the set of experts that most prompts chose. The
+weight of an expert of the set is its mean in those prompts: 1 with the straight-through gate.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ LENGTH_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class Model:
-    """A base and all that turns text into its tokens.
+    """A base and everything that turns text into its tokens.
 
     Attributes:
       base: in the decode layout.
-      prompt_format: that the adapter was trained with.
+      prompt_format: the format of the adapter's training.
       batch_size: rows of a batch.
     """
 
@@ -58,9 +58,9 @@ class StaticRoute:
     """The modal route of a file of prompts.
 
     Attributes:
-      weights: of the experts; 0 for those outside the set.
-      share: of the prompts that chose each layer's set.
-      prompts: in the file.
+      weights: weights of the experts; 0 for those outside the set.
+      share: share of the prompts that chose each layer's set.
+      prompts: number of prompts in the file.
     """
 
     weights: Float[np.ndarray, "L E"]
@@ -78,13 +78,13 @@ class StaticRoute:
 
 @dataclass(frozen=True)
 class StaticReport:
-    """What the fixed route changes, on the same dev rows.
+    """The effect of the fixed route, on the same dev rows.
 
     Attributes:
-      perplexity_base, perplexity_routed, perplexity_static: of the responses, under the plain base, the
-        routed adapter and the static one.
+      perplexity_base, perplexity_routed, perplexity_static: perplexities of the responses, under the plain
+        base, the routed adapter and the static one.
       same_answers: share of prompts whose greedy answers, routed and static, are the same tokens.
-      rows: dev rows; of those, ``dropped`` were too long for a perplexity.
+      rows: number of dev rows, of which ``dropped`` were too long for a perplexity.
     """
 
     perplexity_base: float
@@ -95,7 +95,7 @@ class StaticReport:
     dropped: int
 
     def line(self) -> str:
-        """For people."""
+        """The report as a line for people."""
         return (
             f"dev perplexity: base {self.perplexity_base:.3f}, routed {self.perplexity_routed:.3f}, "
             f"static {self.perplexity_static:.3f}; "
@@ -106,7 +106,7 @@ class StaticReport:
 def modal_route(routes: Sequence[Float[np.ndarray, "L E"]]) -> StaticRoute:
     """The modal route of prompts' routes.
 
-    Of sets that equally many prompts chose, the one whose experts were chosen more often counts.
+    Ties between sets go to the one whose experts were chosen more often.
     """
     every = np.stack(routes)
     chosen = every != 0
@@ -142,7 +142,7 @@ def static_report(
     """Perplexities and greedy answers on dev rows, routed and static.
 
     Args:
-      adapter: a MiLoRA, in the stacked layout.
+      adapter: a MiLoRA in the stacked layout.
       max_length: longest row of the perplexities in tokens.
     """
     static = static_lora(adapter, route.weights)
@@ -194,7 +194,7 @@ def _answers(model: Model, adapter: Adapter, records: Sequence[Record], settings
 
 
 def report_json(route: StaticRoute, report: StaticReport | None) -> dict[str, Any]:
-    """What is kept beside an export: the route, how modal it is, and what was measured of it."""
+    """The JSON beside an export: the route, how common it is, and the measurements."""
     return {
         "experts": list(EXPERTS),
         "weights": route.weights.tolist(),

@@ -1,4 +1,4 @@
-"""How sure an accuracy is, and how sure a difference between two."""
+"""Confidence intervals of accuracies and of differences."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Interval:
 class Sample:
     """Values of the test rows of one task, under several seeds.
 
-    The mean of a task is the sum of the values over that of the weights: with ``correct`` as values and
-    weights of 1 it is the accuracy, with log-likelihoods and response tokens the loss of a token.
+    The mean of a task is the sum of the values over the sum of the weights: with ``correct`` as values and
+    weights of 1 it is the accuracy, with log-likelihoods and response tokens the loss per token.
 
     Attributes:
-      values: by seed and row.
-      weights: of the rows, whatever the seed.
+      values: values by seed and row.
+      weights: weights of the rows, equal for all seeds.
     """
 
     values: Float[np.ndarray, "S N"]
@@ -43,16 +43,16 @@ class Sample:
 
     @property
     def mean(self) -> float:
-        """Of the task, over all seeds."""
+        """The mean of the task over all seeds."""
         return float(self.values.sum(axis=1).mean() / self.weights.sum())
 
 
 class Difference(NamedTuple):
-    """How much more one method has than another.
+    """The difference of two methods.
 
     Attributes:
-      absolute: in the unit of the values.
-      relative: as a share of what the other has.
+      absolute: difference in the unit of the values.
+      relative: difference as a share of the other method's value.
     """
 
     absolute: Interval
@@ -62,16 +62,15 @@ class Difference(NamedTuple):
 def paired_difference(ours: Mapping[str, Sample], theirs: Mapping[str, Sample]) -> Difference:
     """``ours - theirs`` of the unweighted mean over tasks, paired by task, seed and test row.
 
-    A bootstrap at two levels, crossed (Owen 2007, "The pigeonhole bootstrap"): seeds are drawn anew, each
-    with all its tasks, since a model trained on the mix answers all of them and single-task runs of a seed
-    share their initialisation; and the test rows of each task are drawn anew, the same for both methods and
-    for all seeds. The interval speaks of other seeds and of other rows of these tasks; the tasks are no
-    sample. The draws are the same in every call. With ten seeds the interval covers the truth in 91 % of
-    cases where the seeds are all that varies, and in 95 % or more where rows do; with five seeds in 83 %
-    and 93 %.
+    A bootstrap at two levels, crossed (Owen 2007, "The pigeonhole bootstrap"): seeds are resampled, each with
+    all its tasks, because a model trained on the mix answers all of them and single-task runs of a seed share
+    their initialisation; and the test rows of each task are resampled, the same for both methods and for all
+    seeds. The interval is about other seeds and other rows of these tasks; the tasks are no sample. The draws
+    are the same in every call. With ten seeds the interval covers the truth in 91 % of cases where only seeds
+    vary, and in 95 % or more where rows do; with five seeds in 83 % and 93 %.
 
     Args:
-      ours, theirs: by task, with the same seeds and rows in the same order. Where a value is not finite,
+      ours, theirs: samples by task, with the same seeds and rows in the same order. If a value is not finite,
         neither are the intervals.
     """
     seeds = len(next(iter(ours.values())).values)
@@ -90,13 +89,13 @@ def paired_difference(ours: Mapping[str, Sample], theirs: Mapping[str, Sample]) 
             resampled += (drawn.T * by_seed).sum(axis=0) / seeds / len(side)
         means.append((exact, resampled))
     (our_mean, our_draws), (their_mean, their_draws) = means
-    with np.errstate(divide="ignore", invalid="ignore"):  # none at all of something has no percentage
+    with np.errstate(divide="ignore", invalid="ignore"):  # a difference from zero has no percentage
         relative = _interval(np.divide(our_mean, their_mean) - 1, our_draws / their_draws - 1)
     return Difference(_interval(our_mean - their_mean, our_draws - their_draws), relative)
 
 
 def _interval(mean: float, draws: Float[np.ndarray, " R"]) -> Interval:
-    """A percentile interval."""
+    """The percentile interval of a mean."""
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(draws, [tail, 100 - tail])
     return Interval(float(mean), float(low), float(high))
@@ -104,21 +103,21 @@ def _interval(mean: float, draws: Float[np.ndarray, " R"]) -> Interval:
 
 @functools.lru_cache(maxsize=8)
 def _draws(count: int, stream: int) -> Float[np.ndarray, "R count"]:
-    """How often each of ``count`` things is drawn, in each of :data:`RESAMPLES` draws with replacement.
+    """How often each of ``count`` items is drawn, in :data:`RESAMPLES` draws with replacement.
 
     Args:
-      stream: draws of another one are independent.
+      stream: number of the random stream; different streams are independent.
     """
     rng = np.random.default_rng([stream, count])
     return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float32)
 
 
 def wilson_interval(correct: int, total: int) -> Interval:
-    """The share of right answers and its score interval (Wilson 1927): how far it might be off because the
-    test rows are few. It says nothing of other seeds.
+    """The share of right answers and its score interval (Wilson 1927), for the limited number of test rows.
+    It does not cover other seeds.
 
     Args:
-      correct: out of ``total``, which is at least 1.
+      correct: number of right answers out of ``total``, which is at least 1.
 
     >>> [round(each, 3) for each in vars(wilson_interval(8, 10)).values()]
     [0.8, 0.49, 0.943]

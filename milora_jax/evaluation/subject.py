@@ -1,7 +1,7 @@
-"""What is evaluated: a run, an exported adapter on its base, or a plain base.
+"""The subject of an evaluation: a run, an exported adapter on its base, or a plain base.
 
-Read in three steps, so that each mistake is told before time is spent on it: what options name
-(:func:`named_subject`), all files but the base's weights (:func:`read_subject`), and those
+It is read in three steps, so that mistakes are reported before time is spent: the names in the options
+(:func:`named_subject`), all files except the base's weights (:func:`read_subject`), and the weights
 (:meth:`Subject.load`).
 """
 
@@ -39,18 +39,18 @@ from milora_jax.storage.workdir import CONFIG_NAME, read_workdir_config
 
 @dataclass(frozen=True)
 class Named:
-    """What options name, with what a run says of itself filled in.
+    """The names in the options, completed from the settings of a run.
 
     Attributes:
       adapter: a workdir or an export; None is the plain base.
       base: directory or name of the base, see ``base.source``.
-      dtype: of the base.
-      quantize: of the base; "" is as the adapter's was when it was trained, and none without an adapter.
-      prompt_format: of the run; None where there is no run, for the adapter's.
-      template: that was asked for; "" is that of ``prompt_format``.
+      dtype: dtype of the base.
+      quantize: quantisation of the base; "" is that of the adapter's training, or none without an adapter.
+      prompt_format: format of the run; None, where there is no run, is the adapter's.
+      template: the requested template; "" is that of ``prompt_format``.
       otherwise: the template where none is known; "" is the tokenizer's own, or ``alpaca`` without one.
       tests: the sources of the run's ``data.test``.
-      eval: the run's settings of evaluations; None where there is no run.
+      eval: the run's evaluation settings; None where there is no run.
     """
 
     adapter: Path | None
@@ -66,12 +66,12 @@ class Named:
 
 @dataclass(frozen=True)
 class Model:
-    """What answers.
+    """The model that answers.
 
     Attributes:
-      name: of the base, as it was given.
-      base, adapter: in the decode layout; without an adapter the plain base.
-      prompt_format: how prompts are written for it.
+      name: name of the base as it was given.
+      base, adapter: both in the decode layout; an adapter of None is the plain base.
+      prompt_format: format of its prompts.
     """
 
     name: str
@@ -84,12 +84,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model whose adapter and tokenizer are read, and whose base is not yet.
+    """A model whose adapter and tokenizer are loaded, but not its base.
 
     Attributes:
-      adapter: as it is stored, in the stacked layout.
-      settings: of the adapter; empty without one.
-      prompt_format: how prompts are written for it.
+      adapter: the stored adapter, in the stacked layout.
+      settings: settings of the adapter; empty without one.
+      prompt_format: format of its prompts.
     """
 
     named: Named
@@ -103,11 +103,11 @@ class Subject:
 
     @property
     def chat_template(self) -> str:
-        """Program text of the chat template that words prompts; "" where none does."""
+        """Program text of the chat template of its prompts; "" if there is none."""
         return template_source(self.tokenizer) if self.prompt_format.template == "chat" else ""
 
     def fingerprint(self) -> str:
-        """SHA-256 of the adapter's settings and parameters; "" without one."""
+        """SHA-256 of the adapter's settings and parameters; "" without an adapter."""
         if self.adapter is None:
             return ""
         digest = hashlib.sha256(json.dumps(dict(self.settings), sort_keys=True).encode())
@@ -118,7 +118,7 @@ class Subject:
         return digest.hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """All of the model that its answers depend on, as JSON: what is kept beside them."""
+        """Everything of the model that its answers depend on, as JSON, to be stored beside them."""
         return {
             "adapter": self.fingerprint(),
             "base": base_fingerprint(self.directory),
@@ -126,11 +126,11 @@ class Subject:
             "quantize": self.quantize,
             "prompt_format": self.prompt_format.to_dict(),
             "chat_template": hashlib.sha256(self.chat_template.encode()).hexdigest()[:16],
-            "end_tokens": sorted(self.config.eos_ids),  # of a file that the base's fingerprint leaves out
+            "end_tokens": sorted(self.config.eos_ids),  # in a file that the base's fingerprint does not cover
         }
 
     def load(self) -> Model:
-        """Read the base."""
+        """Load the base."""
         named = self.named
         with Console().loading("base") as progress:
             base, config = load_base(
@@ -151,18 +151,19 @@ def named_subject(
     quantize: str | None = None,
     plain: bool = False,
 ) -> Named:
-    """What options name together; one that is None or empty is not given.
+    """Combine names in options; one that is None or empty is not given.
 
     Args:
-      workdir: of ``train.py``: its base, its best adapter, its template.
-      adapter: instead of it, an export, or a workdir, whose template counts as well, on ``base``.
-      base: directory or name; of a workdir, where its base is now.
+      workdir: workdir of ``train.py``: its base, its best adapter, its template.
+      adapter: an export or a workdir on ``base``, instead of ``workdir``; its template counts as well.
+      base: directory or name of a base; with a workdir, the place where its base is now.
       template: default: the run's or the adapter's; where none is known ``otherwise``, see :class:`Named`.
-      dtype, quantize: default: the run's; without a run ``float32``, and as the adapter's base was kept.
-      plain: leave the adapter away.
+      dtype, quantize: default: the run's; without a run ``float32`` and the quantisation of the adapter's
+        base.
+      plain: ignore the adapter.
 
     Raises:
-      UserError: options that do not go together, or a workdir that is none.
+      UserError: options exclude each other, or the workdir is none.
     """
     if workdir and adapter:
         raise UserError("expected a workdir or an adapter, not both: an adapter is given with its base")
@@ -196,10 +197,10 @@ def named_subject(
 
 
 def read_subject(named: Named) -> Subject:
-    """Read everything but the base's weights.
+    """Load everything but the base's weights.
 
     Raises:
-      UserError: a file is missing, damaged, or of another base than the adapter's.
+      UserError: a file is missing or damaged, or belongs to another base than the adapter's.
     """
     directory = model_directory(named.base)
     adapter, settings, kept = None, {}, "none"

@@ -1,4 +1,4 @@
-"""The tasks of LLM-Adapters: what they are called, how their answers are read and where their rows are.
+"""The tasks of LLM-Adapters: names, rules for their answers, and files of their rows.
 
 The paper's tables use seven of them: ARC-e, ARC-c, BoolQ, OBQA, PIQA, AQuA and GSM8K.
 """
@@ -13,7 +13,7 @@ from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import RULES, Rule, narrowest_rule, strict
 
 MOST_BEAMS = 4
-"""The beams of LLM-Adapters' scripts."""
+"""The number of beams in LLM-Adapters' scripts."""
 
 PAPER_BEAMS = 3
 
@@ -26,11 +26,11 @@ class Task:
     """One test file of LLM-Adapters.
 
     Attributes:
-      name: its folder there.
+      name: name of its folder there.
       title: its name in tables.
-      aliases: further names; case, spaces, ``-`` and ``_`` do not count in any name.
-      rule: one of ``extraction.RULES``.
-      rows: in the test file.
+      aliases: further names; case, spaces, ``-`` and ``_`` are ignored in all names.
+      rule: name of a rule in ``extraction.RULES``.
+      rows: number of rows in the test file.
       max_new_tokens: longest answer in tokens.
     """
 
@@ -74,7 +74,7 @@ _BY_NAME = {_plain(name): task for task in TASKS for name in (task.name, task.ti
 
 
 def find_task(name: str) -> Task | None:
-    """The task of a name, or None.
+    """The task with a name, or None.
 
     >>> find_task("arc-e").name, find_task("Social IQa").title, find_task("mine")
     ('ARC-Easy', 'SIQA', None)
@@ -83,10 +83,10 @@ def find_task(name: str) -> Task | None:
 
 
 def task_named(name: str) -> Task:
-    """The task of a name.
+    """The task with a name.
 
     Raises:
-      UserError: there is none; with the nearest name.
+      UserError: there is none; the error has the nearest name.
     """
     task = find_task(name)
     if task is None:
@@ -98,10 +98,10 @@ def task_named(name: str) -> Task:
 
 
 def rule_for(name: str, golds: Sequence[str], only_strict: bool = False) -> Rule:
-    """The rule of a known task, else the narrowest one by which every gold answer is an answer.
+    """The rule of a known task, else the first one that can read every gold answer.
 
     Args:
-      only_strict: the strict rule beside it.
+      only_strict: use its strict variant.
 
     >>> rule_for("gsm8k", []).name, rule_for("mine", ["true"]).name, rule_for("AQuA", [], True).name
     ('number', 'true_false', 'letter_strict')
@@ -112,11 +112,11 @@ def rule_for(name: str, golds: Sequence[str], only_strict: bool = False) -> Rule
 
 
 def require_golds(name: str, golds: Sequence[str], rule: Rule) -> str:
-    """Refuse rows whose gold answers are not those of the task that they are said to be of.
+    """Refuse rows whose gold answers do not belong to the task whose name they have.
 
     Returns:
-      "", or a line about what is unusual: golds that can never be met, or another number of rows than the
-      published one.
+      "", or a line about something unusual: gold answers that can never be matched, or another number of rows
+      than the published one.
 
     Raises:
       UserError: the rule can read no gold answer at all.

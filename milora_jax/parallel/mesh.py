@@ -21,7 +21,7 @@ def make_mesh(settings: MeshSection, devices: Sequence[Any] | None = None) -> Me
     """Arrange the devices as the settings ask; an axis of -1 takes all that remain.
 
     Raises:
-      UserError: where the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [settings.data, settings.fsdp, settings.tensor]
@@ -37,7 +37,7 @@ def make_mesh(settings: MeshSection, devices: Sequence[Any] | None = None) -> Me
     try:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     except NotImplementedError:
-        # The chips' own grid has no such axes: two of ours share one of its.
+        # Our axes are not those of the chips' physical grid, and two of ours may share one of its.
         grid = create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=types)
 
@@ -45,11 +45,11 @@ def make_mesh(settings: MeshSection, devices: Sequence[Any] | None = None) -> Me
 def check_divides(
     mesh: Mesh, model: ModelConfig, batch_sizes: dict[str, int], parts: dict[str, int] | None = None
 ) -> None:
-    """Refuse a mesh that cannot split the batches, the heads or the widths evenly, with the numbers.
+    """Refuse a mesh that cannot split the batches, the heads or the widths evenly.
 
     Args:
       batch_sizes: rows of each kind of batch, by the name of its setting.
-      parts: into how many a batch is divided for gradient accumulation, by the same names; 1 by default.
+      parts: number of parts for gradient accumulation, by the same names; 1 by default.
     """
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     for name, size in batch_sizes.items():

@@ -1,6 +1,6 @@
 """Several processes, one per host of a cluster, that run the same program on all devices together.
 
-Every process reads the same files and takes the same steps; what only one may do, writing, the first does.
+Every process reads the same files and takes the same steps; only the first one writes.
 All must see the same file system.
 """
 
@@ -24,10 +24,10 @@ from milora_jax.errors import REPORTED_IN_ONE_LINE, Preempted, UserError, exit_r
 from milora_jax.types import PyTree
 
 HEARTBEAT_SECONDS = 30
-"""A process from which nothing was heard for so long is taken for dead, and all others end."""
+"""Seconds without a heartbeat after which a process is taken for dead and all others end."""
 
 SHUTDOWN_SECONDS = 60
-"""How long a process that is done waits for the others."""
+"""Seconds that a finished process waits for the others."""
 
 SIGNS = (
     ("SLURM_STEP_NUM_TASKS", lambda value: value.isdecimal() and int(value) > 1),
@@ -36,7 +36,7 @@ SIGNS = (
     ("TPU_PROCESS_ADDRESSES", lambda value: "," in value),
     ("MEGASCALE_COORDINATOR_ADDRESS", bool),
 )
-"""Variables by which Slurm, Open MPI, and TPU jobs on Kubernetes say that a process is one of several."""
+"""Variables by which Slurm, Open MPI, and TPU jobs on Kubernetes mark a process as one of several."""
 
 TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 
@@ -45,7 +45,7 @@ def _in_cluster() -> bool:
     """Whether the environment says that this process is one of several, or may be."""
     if any(holds(os.environ.get(name, "")) for name, holds in SIGNS):
         return True
-    # A worker of a TPU pod is told by a service of its host, which JAX asks.
+    # Workers of a TPU pod learn it from a service of their host, which JAX asks.
     has_tpu = any(Path(device).exists() for device in TPU_DEVICES)
     wanted = os.environ.get("JAX_PLATFORMS", "tpu") == "tpu" and "TPU_SKIP_MDS_QUERY" not in os.environ
     return has_tpu and wanted and importlib.util.find_spec("libtpu") is not None
@@ -53,14 +53,14 @@ def _in_cluster() -> bool:
 
 @contextmanager
 def together(cluster: Cluster) -> Iterator[None]:
-    """Join the other processes, where there are others, for the ``with`` block.
+    """Join the other processes, where there are any, for the ``with`` block.
 
-    A process that fails inside ends at once with its line and its exit code, and takes the others with it:
-    they would wait for it for ever. They notice within :data:`HEARTBEAT_SECONDS` and end with exit code 75,
-    which asks for the same command again, or with the abort of JAX's coordination service.
+    A process that fails inside the block prints its line and ends at once with its exit code; an orderly
+    exit would wait for the others for ever. The others notice within :data:`HEARTBEAT_SECONDS` and end with
+    exit code 75, which asks for the same command again, or with the abort of JAX's coordination service.
 
     Raises:
-      UserError: the others are not to be reached.
+      UserError: the other processes cannot be reached.
     """
     if not cluster.coordinator and not _in_cluster():
         yield
@@ -92,7 +92,7 @@ def together(cluster: Cluster) -> Iterator[None]:
 
 
 def _end(error: BaseException) -> None:
-    """Leave at once: an ordinary exit would wait for the others at a barrier."""
+    """Exit at once: an ordinary exit would wait for the others at a barrier."""
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
         error = Preempted(f"another process is gone or out of reach: run the same command again ({error})")
     code = 1
@@ -117,7 +117,7 @@ def is_first() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-    """Block until every process has come here."""
+    """Block until every process has reached this place."""
     if several():
         from jax.experimental import multihost_utils
 
@@ -125,7 +125,7 @@ def wait_for_all(what: str) -> None:
 
 
 def any_of_all(flag: bool) -> bool:
-    """Whether the flag is set in any process; all must ask."""
+    """Whether the flag is set in any process; all processes must call this."""
     if not several():
         return flag
     from jax.experimental import multihost_utils
@@ -134,7 +134,7 @@ def any_of_all(flag: bool) -> bool:
 
 
 def from_first(value: int) -> int:
-    """The first process's value; all must ask."""
+    """The first process's value; all processes must call this."""
     if not several():
         return value
     from jax.experimental import multihost_utils
@@ -143,7 +143,7 @@ def from_first(value: int) -> int:
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """The whole of every leaf as NumPy arrays, wherever its parts lie; all processes must ask."""
+    """Gather every leaf whole as a NumPy array; all processes must call this."""
     if not several():
         return jax.tree.map(np.asarray, tree)
     from jax.experimental import multihost_utils
@@ -152,7 +152,7 @@ def to_host(tree: PyTree) -> PyTree:
 
 
 def place(tree: PyTree, sharding: Sharding) -> PyTree:
-    """Host arrays on the devices of all processes; every process holds the whole and gives its own part."""
+    """Put host arrays on the devices of all processes; each process holds the whole and places its part."""
     if not several():
         return jax.device_put(tree, sharding)
 

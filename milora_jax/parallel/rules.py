@@ -1,13 +1,12 @@
-"""Where every leaf lives: logical axes by leaf name, and the mesh axes they map to.
+"""The sharding of every leaf: logical axes by leaf name, and the mesh axes that they map to.
 
 A leaf whose name is not declared here is an error: a catch-all rule would replicate a misnamed
-7B matrix on every chip and nobody would notice before memory ran out.
+7B matrix on every chip, which nobody would notice before memory ran out.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,29 +15,16 @@ from milora_jax.adapters.hooks import path_names
 from milora_jax.base.attention import Attend, DeviceLayout, attention, has_cudnn
 from milora_jax.types import PyTree
 
-MeshAxes = str | tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
-class Rules:
-    """One field per logical axis: the mesh axes it is split over, or None for replicated.
-
-    Attributes:
-      rows: rows of a batch, over all data-parallel devices.
-      embed: D of the base's matrices; gathered when used (fully sharded data parallelism).
-      heads: query, key and value widths, so that a head never spans two chips.
-      ffn: F.
-      vocab: V.
-      layers: the stacking axis; splitting it would move whole layers between chips.
-    """
-
-    rows: MeshAxes = ("data", "fsdp")
-    embed: MeshAxes = "fsdp"
-    heads: MeshAxes = "tensor"
-    ffn: MeshAxes = "tensor"
-    vocab: MeshAxes = "tensor"
-    layers: MeshAxes = None
-
+MESH_AXES: dict[str | None, str | tuple[str, ...] | None] = {
+    "rows": ("data", "fsdp"),  # of a batch, over all data-parallel devices
+    "embed": "fsdp",  # D of the base's matrices; gathered when used (fully sharded data parallelism)
+    "heads": "tensor",  # query, key and value widths, so that a head never spans two chips
+    "ffn": "tensor",  # F
+    "vocab": "tensor",  # V
+    "layers": None,  # the stacking axis; splitting it would move whole layers between chips
+    None: None,
+}
+"""The mesh axes over which each logical axis is split; None for an axis that is not split."""
 
 BASE_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("embedding",): ("vocab", "embed"),
@@ -64,59 +50,58 @@ BASE_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
 """Logical axes of every leaf of the stacked base, by the names on its path."""
 
 
-def base_sharding(mesh: Mesh, rules: Rules, path: tuple) -> NamedSharding:
-    """The sharding of one leaf of the base, by its key path, its layers stacked or a tuple.
+def base_sharding(mesh: Mesh, path: tuple) -> NamedSharding:
+    """The sharding of one leaf of the base by its key path; layers may be stacked or a tuple.
 
     Raises:
-      KeyError: for a leaf that :data:`BASE_AXES` does not declare.
+      KeyError: :data:`BASE_AXES` does not declare the leaf.
     """
     names = tuple(name for name in path_names(path) if name != "value")
-    # A tuple's place is written [i].
+    # A key path writes a place in a tuple as [i].
     declared = tuple(name for name in names if not name.startswith("["))
     of_one_layer = declared != names
     if declared not in BASE_AXES:
         raise KeyError(f"no sharding is declared for base leaf {'.'.join(names)}")
     axes = BASE_AXES[declared]
-    return _named(mesh, rules, axes[1:] if of_one_layer else axes)
+    return _named(mesh, axes[1:] if of_one_layer else axes)
 
 
-def _named(mesh: Mesh, rules: Rules, axes: tuple[str | None, ...]) -> NamedSharding:
-    mapped = (None if axis is None else getattr(rules, axis) for axis in axes)
-    return NamedSharding(mesh, PartitionSpec(*mapped))
+def _named(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*(MESH_AXES[axis] for axis in axes)))
 
 
-def base_shardings(mesh: Mesh, rules: Rules, base: PyTree) -> PyTree:
-    """A tree like ``base`` with every leaf's sharding."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, rules, path), base)
+def base_shardings(mesh: Mesh, base: PyTree) -> PyTree:
+    """A tree like ``base`` with the sharding of every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, path), base)
 
 
 def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
-    """A tree like ``state``, an adapter or a training state, whose leaves every device holds whole.
+    """A tree like ``state``, an adapter or a training state, with the sharding of leaves that are replicated.
 
     Adapters and their optimiser states are small beside the base, so a method declares no axes for them.
     """
     return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
 
 
-def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of every leaf of a batch: split by rows."""
-    return NamedSharding(mesh, PartitionSpec(rules.rows))
+    return NamedSharding(mesh, PartitionSpec(MESH_AXES["rows"]))
 
 
-def mesh_layout(mesh: Mesh, rules: Rules, cudnn: bool | None = None) -> DeviceLayout:
-    """How rows and heads lie on a mesh.
+def mesh_layout(mesh: Mesh, cudnn: bool | None = None) -> DeviceLayout:
+    """How rows and heads are divided over a mesh.
 
     Args:
-      cudnn: whether the devices have cuDNN's kernels; None looks at them, which needs devices that are there.
+      cudnn: whether the devices have cuDNN's kernels; None asks the devices, which must then be present.
     """
     found = has_cudnn(mesh.devices.flat[0]) if cudnn is None else cudnn
-    return DeviceLayout(mesh, rules.rows, rules.heads, found)
+    return DeviceLayout(mesh, MESH_AXES["rows"], MESH_AXES["heads"], found)
 
 
-def attend_over(mesh: Mesh, rules: Rules, cudnn: bool | None = None) -> Attend:
-    """Attention with kernels where the platform has them, each device on its own rows and heads.
+def attend_over(mesh: Mesh, cudnn: bool | None = None) -> Attend:
+    """Attention with kernels where the platform has them; each device computes its own rows and heads.
 
     Args:
       cudnn: see :func:`mesh_layout`.
     """
-    return functools.partial(attention, layout=mesh_layout(mesh, rules, cudnn))
+    return functools.partial(attention, layout=mesh_layout(mesh, cudnn))

@@ -1,1 +1,1 @@
-"""Does it fit: the real programs compiled for TPUs that are not there."""
+"""Whether a run fits: its real programs, compiled for TPUs or GPUs that are not attached."""

@@ -1,9 +1,9 @@
-"""Compiling a run's programs ahead of time for TPUs or GPUs that are not there.
+"""Compile a run's programs ahead of time for TPUs or GPUs that are not attached.
 
-The compiler is the real one, in libtpu or in JAX's CUDA plugin: it divides the program and schedules it. For
-a TPU it refuses what does not fit the chip; for a GPU it does not, so the numbers are compared here. Nothing
-runs. Memory per chip is its figure; floating-point operations are ours, because its own count takes a scan
-over layers for one layer; counts of collectives are instructions in the program's text, not executions.
+The compiler is the real one, in libtpu or in JAX's CUDA plugin: it partitions and schedules the program.
+For a TPU it refuses a program that does not fit the chip; for a GPU it does not, so numbers are compared
+here. Nothing runs. Memory per chip is the compiler's figure. Floating-point operations are our own count,
+because the compiler counts a scan over layers as one layer. Collectives are instructions, not executions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from milora_jax.scaling.programs import STEPS, decode_program, prefill_program, 
 WHAT = ("train", "prefill", "decode")
 
 QUICK = {"exec_time_optimization_effort": -1.0}
-"""Compiles ten times as fast. On the 7B step its peak is 0.8 % below that of the default effort."""
+"""Compile ten times as fast. On the 7B step the peak is 0.8 % below that of the default effort."""
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -37,7 +37,7 @@ QUIET = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""Without these libtpu looks for a machine that has TPUs, and says so at length. They bind nothing."""
+"""Without these, libtpu searches for a TPU machine and logs it at length. Their values do not matter."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Memory:
 
     Attributes:
       arguments: base, adapter, optimiser states and batch.
-      temporaries: what the program takes beside its arguments and results.
-      donated: results that lie where arguments were.
-      peak: the most at any time.
+      temporaries: memory beside arguments and results.
+      donated: results that reuse the memory of arguments.
+      peak: largest sum at any time.
     """
 
     arguments: int
@@ -59,11 +59,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What is known of one program on one mesh.
+    """The result of compiling one program for one mesh.
 
     Attributes:
       memory: None where the compiler refused.
-      problem: why it does not fit; empty where it does.
+      problem: why the program does not fit; empty where it does.
       flops: floating-point operations of all chips for one step: 2N per token forward and 2N backward for a
         frozen base of N parameters in matrices, as useful work; recomputation and attention are not in it.
     """
@@ -81,18 +81,18 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
-        """Whether the chips have the memory."""
+        """Whether the program fits the chips' memory."""
         return not self.problem
 
 
 class Topology:
-    """Chips that are not there.
+    """Chips that need not be attached.
 
     Args:
-      name: of a TPU's, as libtpu names them, such as ``v5e:4x4``; or a GPU and how many, such as ``h200:8``.
+      name: name of a TPU topology in libtpu, such as ``v5e:4x4``; or a GPU and a number, such as ``h200:8``.
 
     Raises:
-      UserError: the compiler is missing, in use by another process, or knows no such topology.
+      UserError: the compiler is missing, is in use by another process, or does not know the topology.
     """
 
     def __init__(self, name: str) -> None:
@@ -159,7 +159,7 @@ class Topology:
 
 
 def _host_of(topology: str) -> dict[str, Any]:
-    """Chips of a host: the kind's usual ones, but for a single chip, which is a host of its own."""
+    """Chips of a host: the usual ones of the kind; a single chip is a host of its own."""
     sizes = set(topology.partition(":")[2].split("x"))
     return {"chips_per_host_bounds": (1, 1, 1)} if sizes == {"1"} else {}
 
@@ -168,7 +168,7 @@ def chip_of(topology: str) -> Chip:
     """The chip of a topology's name, such as ``v5e:2x4``.
 
     Raises:
-      UserError: no such chip.
+      UserError: the chip is unknown.
     """
     kind, separator, layout = topology.partition(":")
     known = {**CHIPS, **GPUS}
@@ -180,14 +180,14 @@ def chip_of(topology: str) -> Chip:
 def _memory(analysis: Any) -> Memory:
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     donated = analysis.alias_size_in_bytes
-    # Of a GPU's program the compiler gives no peak: all at once is the most it can be.
+    # The compiler gives no peak for a GPU's program: the sum of everything is an upper bound.
     most = arguments + temporaries + analysis.output_size_in_bytes - donated
     peak = getattr(analysis, "peak_memory_in_bytes", 0) or most
     return Memory(arguments=arguments, temporaries=temporaries, donated=donated, peak=peak)
 
 
 def _too_much(memory: Memory, chip: Chip) -> str:
-    """Why a GPU has not enough memory; a TPU's compiler has looked at that itself."""
+    """Why a GPU's memory is too small; the compiler for TPUs checks that itself."""
     if not isinstance(chip, Gpu) or memory.peak <= PREALLOCATED * chip.memory:
         return ""
     return (
@@ -216,7 +216,7 @@ def step_flops(config: Config, model: ModelConfig, what: str) -> float:
 
 
 def describe(found: Compiled, chip: Chip) -> list[str]:
-    """A few lines for a person."""
+    """A few lines for people."""
     mesh = f"data={found.mesh.data} fsdp={found.mesh.fsdp} tensor={found.mesh.tensor}"
     remat = f", remat {found.remat}" if found.remat else ""
     lines = [f"{found.what} on {found.devices} devices, mesh {mesh}, batch {found.batch}{remat}"]

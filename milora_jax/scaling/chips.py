@@ -1,4 +1,4 @@
-"""What chips can do, from the vendors' specifications."""
+"""Figures of chips, from the vendors' specifications."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Chip:
     """One device as JAX counts them.
 
     Attributes:
-      memory: bytes of HBM; the compiler keeps some of it for itself and has the last word.
+      memory: bytes of HBM; the compiler reserves some of it.
       flops: bfloat16 floating-point operations per second.
       link: bytes per second to other chips, all links of a chip together.
     """
@@ -28,4 +28,4 @@ CHIPS = {
     "v6e": Chip(32 * GIB, 918e12, 448e9),
     "tpu7x": Chip(96 * GIB, 1153e12, 600e9),
 }
-"""Cloud TPU's system architecture pages; a tpu7x chip is two devices of half its figures."""
+"""From Cloud TPU's system architecture pages; a tpu7x chip is two devices with half its figures each."""

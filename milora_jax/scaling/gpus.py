@@ -1,8 +1,8 @@
-"""GPUs that are not there, described to XLA's compiler by the vendor's figures.
+"""GPUs that are not attached, described to XLA's compiler by the vendor's figures.
 
-The compiler takes what it needs to know of a card from a text (``GpuTargetConfigProto``) instead of a device.
-Without the card it tunes nothing: the program is not the one that would run there, but what it keeps in
-memory is much the same. Attention is compiled in its plain form, as cuDNN is asked for only where a GPU is.
+The compiler can read the properties of a card from a text (``GpuTargetConfigProto``) instead of a device.
+Without the card it autotunes nothing: the program differs from the one that would run there, but its memory
+is much the same. Attention is compiled in its plain form, because cuDNN is used only where a GPU is attached.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from milora_jax.errors import require
 from milora_jax.scaling.chips import GIB, Chip
 
 PER_HOST = 8
-"""Cards of a machine, where there are more in all."""
+"""Cards of a host, in a topology of several hosts."""
 
 PREALLOCATED = 0.75
 """Share of a card's memory that JAX takes by default (XLA_PYTHON_CLIENT_MEM_FRACTION)."""
@@ -21,13 +21,13 @@ PREALLOCATED = 0.75
 
 @dataclass(frozen=True)
 class Gpu(Chip):
-    """A card.
+    """One GPU card.
 
     Attributes:
       capability: CUDA's compute capability.
       cores: streaming multiprocessors.
       bandwidth: bytes per second of its memory.
-      cache: bytes of the second level's cache.
+      cache: bytes of the second-level cache.
       shared: bytes of shared memory of a multiprocessor.
       clock: GHz.
     """
@@ -40,7 +40,7 @@ class Gpu(Chip):
     clock: float
 
     def described(self, name: str) -> str:
-        """The text that the compiler reads."""
+        """The ``GpuTargetConfigProto`` text that the compiler reads."""
         major, minor = self.capability
         return f"""
             platform_name: "CUDA"
@@ -77,15 +77,15 @@ GPUS = {
     "h100": Gpu(80 * GIB, 989e12, 450e9, (9, 0), 132, 3350e9, 50 * MIB, 228 * KIB, 1.98),
     "h200": Gpu(141 * GIB, 989e12, 450e9, (9, 0), 132, 4800e9, 50 * MIB, 228 * KIB, 1.98),
 }
-"""The SXM cards of NVIDIA's data sheets, and the T4, whose peak is that of float16: dense operations per
-second; of NVLink, or PCIe, what a card receives."""
+"""NVIDIA's SXM cards by their data sheets, and the T4, whose peak is that of float16. Operations are dense
+ones per second; links are the bytes per second that a card receives over NVLink or PCIe."""
 
 
 def layout_of(topology: str) -> tuple[str, str]:
-    """A card's name and the compiler's layout for a topology such as ``h200:8``: slices x machines x cards.
+    """Split a topology such as ``h200:8`` into the card's name and the layout, slices x hosts x cards.
 
     Raises:
-      UserError: the number is none, or is not whole machines of eight.
+      UserError: the number of cards is not a number, or not a whole number of hosts of eight.
     """
     name, _, count = topology.partition(":")
     cards = int(count) if count.isdecimal() else 0

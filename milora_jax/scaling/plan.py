@@ -1,4 +1,4 @@
-"""Which mesh and what recomputation: those that fit, best first by arithmetic."""
+"""Search for the mesh and the recomputation that fit, and rank them by arithmetic."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from milora_jax.scaling.chips import GIB, Chip
 Log = Callable[[str], None]
 
 EXECUTED = {"none": 4.0, "products": 4.0, "full": 6.0}
-"""Floating-point operations per parameter and token that a step executes, recomputation included."""
+"""Floating-point operations that a step executes per parameter and token, recomputation included."""
 
 LARGEST_TENSOR = 8
-"""Heads are split over at most so many chips; more is worth it in decoding only."""
+"""Most chips that heads are split over; more pays off in decoding only."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step by arithmetic: each is a lower bound, and the larger one is what a perfect overlap
-    would take.
+    """Lower bounds of the seconds of one step, by arithmetic.
 
     Attributes:
       compute: executed operations over the chips' peak.
-      links: bytes that a chip must receive, over what its links carry.
+      links: bytes that a chip must receive over the bandwidth of its links.
     """
 
     compute: float
@@ -42,16 +41,16 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """The larger of the two."""
+        """The time with perfect overlap: the larger of the two."""
         return max(self.compute, self.links)
 
 
 def estimate(config: Config, model: ModelConfig, chip: Chip, devices: int) -> Estimate:
-    """The arithmetic of one training step on a mesh with all sizes given.
+    """Estimate one training step on a mesh whose sizes are all given.
 
     Fully sharded matrices are gathered once forward and once backward, and once more where layers are
-    computed again, quantised ones as codes; a tensor-parallel layer sums two activations forward and two
-    backward, for which a ring moves twice their bytes. The adapter's gradient is small and not counted.
+    computed again; quantised ones are gathered as codes. A tensor-parallel layer sums two activations forward
+    and two backward, for which a ring moves twice their bytes. The adapter's gradient is not counted.
     """
     mesh, train = config.mesh, config.train
     tokens = train.batch_size * config.data.max_length
@@ -66,7 +65,7 @@ def estimate(config: Config, model: ModelConfig, chip: Chip, devices: int) -> Es
 
 
 def base_bytes(config: Config, model: ModelConfig) -> float:
-    """Of a base as the config keeps it."""
+    """Bytes of the base in the dtype and quantisation of the config."""
     specs: list[LeafSpec] = jax.tree.leaves(base_specs(model, quantize=config.model.quantize))
     return sum(math.prod(spec.shape) * bits_of(spec.dtype(config.model.dtype)) for spec in specs) / 8
 
@@ -78,8 +77,8 @@ def with_mesh(config: Config, mesh: MeshSection, remat: str, batch: int) -> Conf
 
 
 def meshes(devices: int, config: Config, model: ModelConfig) -> list[MeshSection]:
-    """Meshes worth compiling: tensor sizes that divide the heads, the rest fully sharded or, where that many
-    rows there are not, with fewer shards."""
+    """Meshes worth compiling: tensor sizes that divide the heads, and the rest fully sharded, or, where there
+    are too few rows for that, with fewer shards."""
     found = []
     tensor = 1
     while tensor <= min(LARGEST_TENSOR, devices):
@@ -101,7 +100,7 @@ def meshes(devices: int, config: Config, model: ModelConfig) -> list[MeshSection
 def search(
     topology: Topology, config: Config, model: ModelConfig, log: Log
 ) -> list[tuple[Estimate, Compiled]]:
-    """Compile every mesh with every kind of recomputation; what fits, best first."""
+    """Compile every mesh with every kind of recomputation, and return those that fit, best first."""
     devices, fitting = len(topology.devices), []
     for mesh in meshes(devices, config, model):
         for remat in REMAT:
@@ -115,7 +114,7 @@ def search(
 
 
 def plan(topology: Topology, config: Config, model: ModelConfig, log: Log) -> list[tuple[Estimate, Compiled]]:
-    """Search, say what fits best first, and how far the batch of the best can grow."""
+    """Search, log what fits, best first, and log how far the batch of the best can grow."""
     ranked = search(topology, config, model, log)
     log("")
     if not ranked:

@@ -1,4 +1,4 @@
-"""The programs of a run on abstract inputs: shapes, dtypes and shardings, and not one byte of a model."""
+"""The programs of a run on abstract inputs: shapes, dtypes and shardings without data."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ from milora_jax.generation.decode import decode_chunk, empty_state, prefill
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.model_config import ModelConfig
-from milora_jax.parallel.rules import Rules, attend_over, base_sharding, batch_sharding, state_shardings
+from milora_jax.parallel.rules import MESH_AXES, attend_over, base_sharding, batch_sharding, state_shardings
 from milora_jax.training.step import init_state, make_steps
 from milora_jax.types import Batch, PyTree
 
 STEPS = 8
-"""Decode steps of the compiled chunk; its memory does not depend on how many."""
+"""Decode steps of the compiled chunk; its memory does not depend on their number."""
 
 TOTAL_STEPS = 1000
-"""Of the learning rate's schedule; a number in the program, of no effect on its size."""
-
-RULES = Rules()
+"""Steps of the learning rate's schedule; the number has no effect on the program's size."""
 
 
 def train_program(config: Config, model: ModelConfig, mesh: Mesh, prompts: int) -> Any:
@@ -48,7 +46,7 @@ def train_program(config: Config, model: ModelConfig, mesh: Mesh, prompts: int) 
         config.train,
         TOTAL_STEPS,
         lambda state: state_shardings(mesh, state),
-        attend_over(mesh, RULES, cudnn=False),
+        attend_over(mesh, cudnn=False),
     )
     return steps.train.lower(state, base, batch)
 
@@ -58,31 +56,31 @@ def prefill_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
     base, adapters = _decoding(config, model, mesh)
     batch = _abstract_batch(mesh, config.eval.batch_size, config.data.max_length)
     length = config.data.max_length + config.eval.max_new_tokens
-    layout = DeviceLayout() if mesh.size == 1 else None  # as ``attention.device_layout`` says
+    layout = DeviceLayout() if mesh.size == 1 else None  # as ``attention.device_layout`` gives
     return prefill.lower(base, adapters, _number(mesh), batch, model, length, layout)
 
 
 def decode_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
-    """The lowered steps of a full batch; its caches hold ``data.max_length`` and ``eval.max_new_tokens``."""
+    """The lowered decode steps of a full batch; caches hold ``data.max_length + eval.max_new_tokens``."""
     base, adapters = _decoding(config, model, mesh)
     rows, length = config.eval.batch_size, config.data.max_length + config.eval.max_new_tokens
     settings = [GenerationSettings()]
     sampler = make_sampler(settings, [0], [[0]], model.eos_ids, model.vocab_size, False)
     routed = adapters.method.routes
     state = jax.eval_shape(lambda: empty_state(model, _zeros_of(base), sampler, rows, length, routed))
-    # Heads over the tensor axis, as the products that write them are; all else by rows.
-    by_head = NamedSharding(mesh, PartitionSpec(RULES.rows, RULES.heads))
-    by_row = batch_sharding(mesh, RULES)
+    # Heads are split over the tensor axis, as the products that write them; the rest by rows.
+    by_head = NamedSharding(mesh, PartitionSpec(MESH_AXES["rows"], MESH_AXES["heads"]))
+    by_row = batch_sharding(mesh)
     cache = jax.tree.map(lambda leaf: by_head if leaf.ndim == 4 else by_row, state.cache)
     places = jax.tree.map(lambda _: by_row, state).replace(cache=cache)
     return decode_chunk.lower(base, adapters, _placed(state, places), model, STEPS, Plan.of(settings))
 
 
 def abstract_base(model: ModelConfig, section: ModelSection, mesh: Mesh, decode: bool = False) -> Base:
-    """A base of ``ShapeDtypeStruct`` leaves where a run would put them.
+    """A base of ``ShapeDtypeStruct`` leaves with the shardings of a run.
 
     Args:
-      decode: in the layout of ``modules.decode_layout``, modules joined on one device and apart on several.
+      decode: in the layout of ``modules.decode_layout``, whose modules are joined on one device only.
     """
 
     def leaf(spec: LeafSpec) -> jax.ShapeDtypeStruct:
@@ -95,7 +93,7 @@ def abstract_base(model: ModelConfig, section: ModelSection, mesh: Mesh, decode:
         return _placed(base, jax.tree.map(lambda _: here, base))
     if decode:
         base = jax.eval_shape(unroll, base)
-    places = jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, RULES, path), base)
+    places = jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, path), base)
     return _placed(base, places)
 
 
@@ -120,7 +118,7 @@ def _abstract_state(config: Config, model: ModelConfig, base: Base, train: Train
 
 
 def _abstract_batch(mesh: Mesh, rows: int, length: int, prompts: int = 1) -> Batch:
-    place = batch_sharding(mesh, RULES)
+    place = batch_sharding(mesh)
     ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
     mask: Any = jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=place)
     return Batch(ids, ids, ids, mask, mask, prompts)
@@ -131,7 +129,7 @@ def _number(mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def _zeros_of(base: Base) -> Base:
-    """For code that asks a base for its dtype while it is traced."""
+    """A base of zeros, for code that reads a base's dtype while it is traced."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), base)
 
 

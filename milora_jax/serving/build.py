@@ -19,7 +19,7 @@ from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, one_of, require
 from milora_jax.generation.engine import Engine
 from milora_jax.parallel.mesh import check_divides, make_mesh
-from milora_jax.parallel.rules import Rules, base_sharding, mesh_layout
+from milora_jax.parallel.rules import base_sharding, mesh_layout
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.loop import PLANS, DeviceLoop
 from milora_jax.serving.metrics import COMPILATIONS, Metrics
@@ -27,9 +27,6 @@ from milora_jax.serving.registry import Registry
 from milora_jax.serving.service import Service
 from milora_jax.serving.store import AdapterStore, Model
 from milora_jax.serving.template import require_bounded_template
-
-RULES = Rules()
-"""The sharding of the base over the devices of an engine, that of training."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def build_service(
     places = None
     if mesh is not None:
         check_divides(mesh, config, {})
-        places = functools.partial(base_sharding, mesh, RULES)
+        places = functools.partial(base_sharding, mesh)
     fits = limits.context != 1 and limits.context <= config.max_positions
     require(fits, "--context", limits.context, f"2 to the model's {config.max_positions} positions, or 0")
     base = load_leaves(directory, config, offer.dtype, places, True, offer.quantize, progress)
@@ -106,7 +103,7 @@ def build_service(
         cache_length=limits.context,
         chunk=limits.chunk,
         plans=PLANS,
-        layout=None if mesh is None else mesh_layout(mesh, RULES),
+        layout=None if mesh is None else mesh_layout(mesh),
     )
     loop = DeviceLoop(engine, store, limits)
     rows, length = engine.batch_slots, engine.cache_length

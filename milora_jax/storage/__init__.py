@@ -1,1 +1,1 @@
-"""Everything that lasts longer than a process: checkpoints, manifests, locks and adapter files."""
+"""Everything that outlives a process: checkpoints, manifests, locks and adapter files."""

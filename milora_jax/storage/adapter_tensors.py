@@ -1,8 +1,8 @@
 """Adapter tensors in safetensors files: written plainly, read as if the file were hostile.
 
-A file is read into memory once, through a descriptor that follows no symbolic link, and never mapped:
-whoever owns the directory may replace the file while it is read. Beyond what the safetensors library
-refuses, names must be unique and no tensor may be empty or hold a value that is not finite.
+A file is read into memory once, through a descriptor that follows no symbolic link, and never mapped, because
+the owner of the directory may replace the file while it is read. Beyond what the safetensors library refuses,
+names must be unique and no tensor may be empty or hold a value that is not finite.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from milora_jax.storage.files import read_bytes
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, by name; see :func:`parse_tensors`."""
+    """Read the tensors of a safetensors file by name; see :func:`parse_tensors`."""
     return parse_tensors(read_bytes(path), str(path))
 
 
 def parse_tensors(content: bytes, where: str) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file's content, by name, in the dtypes of the file.
+    """Parse the content of a safetensors file into tensors by name, in the dtypes of the file.
 
     Args:
-      where: what an error calls the file.
+      where: the file's name in errors.
 
     Raises:
-      UserError: it is no safetensors file to the last byte, or a tensor is empty, of another dtype than
-        those of ``FLOATING``, or not finite.
+      UserError: the content is not exactly a safetensors file, or a tensor is empty, not finite, or of a
+        dtype that is not in ``FLOATING``.
     """
     length = header_length(content, len(content), where)
     entries = parse_header(content[LENGTH_BYTES : LENGTH_BYTES + length], len(content), where)
@@ -50,7 +50,7 @@ def parse_tensors(content: bytes, where: str) -> dict[str, np.ndarray]:
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write a safetensors file that torch's readers take as well."""
+    """Write a safetensors file that torch can read too."""
     from safetensors.numpy import save
 
     plain = {name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}

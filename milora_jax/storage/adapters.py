@@ -1,4 +1,4 @@
-"""A trained adapter on disk: its parameters and what is needed to use them."""
+"""A trained adapter on disk: its parameters and everything needed to use them."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ log = logging.getLogger("milora_jax.storage")
 def adapter_metadata(
     method: Method, shape: Shape, base_fingerprint: str, quantize: str, prompt_format: PromptFormat
 ) -> dict[str, Any]:
-    """What is stored beside an adapter's parameters so that they can be read back alone.
+    """The metadata that is stored beside an adapter's parameters, so that they can be read alone.
 
     Args:
-      base_fingerprint: of the base it was trained on, see ``base.fingerprint``.
-      quantize: how that base was kept.
-      prompt_format: how the prompts were written that it was trained on.
+      base_fingerprint: fingerprint of the base it was trained on, see ``base.fingerprint``.
+      quantize: quantisation of that base.
+      prompt_format: format of the prompts it was trained on.
     """
     return {
         "base_fingerprint": base_fingerprint,
@@ -58,17 +58,17 @@ def load_adapter(path: str | Path) -> Adapter:
 
 
 def read_adapter(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
-    """A trained adapter and what was stored beside it, every file read and checked once.
+    """Read a trained adapter and its metadata; every file is read and checked once.
 
-    An adapter that was stored without the format of its prompts keeps the one that all adapters had then,
-    and a warning in the log says so.
+    An adapter that was stored without a prompt format has the one of all adapters of that time, and a warning
+    in the log says so.
 
     Args:
-      path: a workdir of ``train.py`` (its best adapter is taken), a copy of its ``best`` folder, or what
-        ``python -m milora_jax.storage`` has exported as ``milora`` or ``orbax``, or imported.
+      path: a workdir of ``train.py``, whose best adapter is read, a copy of its ``best`` folder, or an
+        adapter that ``python -m milora_jax.storage`` exported as ``milora`` or ``orbax``, or imported.
 
     Raises:
-      UserError: where there is none, or it is damaged, or holds a value that is not finite.
+      UserError: there is no adapter, or it is damaged, or has a value that is not finite.
     """
     adapter, metadata = (read_exported if is_exported(Path(path)) else _read_step)(Path(path))
     if adapter.prompt_format == UNSTORED:
@@ -102,7 +102,7 @@ def _read_step(path: Path) -> tuple[Adapter, dict[str, Any]]:
 
 
 def best_metadata(path: str | Path) -> dict[str, Any]:
-    """What was stored beside the adapter that :func:`read_adapter` reads, whose parameters are not read."""
+    """Read the metadata that :func:`read_adapter` returns, without the parameters."""
     if is_exported(Path(path)):
         return read_exported_metadata(Path(path))
     directory, step = newest_step(Path(path))
@@ -110,18 +110,18 @@ def best_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def require_its_base(metadata: dict[str, Any], path: str | Path, base: Path) -> str:
-    """Refuse an adapter beside files other than those it was trained on.
+    """Refuse an adapter beside files that are not those of its base.
 
     Args:
-      metadata: of the adapter, see :func:`read_adapter`.
-      path: of the adapter, for the error.
+      metadata: metadata of the adapter, see :func:`read_adapter`.
+      path: path of the adapter, for the error.
       base: directory of the base.
 
     Returns:
-      How that base was kept, one of ``config.QUANTIZE``.
+      The quantisation of that base, one of ``config.QUANTIZE``.
 
     Raises:
-      UserError: the files of the base are others.
+      UserError: the files are those of another base.
     """
     if metadata["base_fingerprint"] != base_fingerprint(base):
         raise UserError(
@@ -133,21 +133,21 @@ def require_its_base(metadata: dict[str, Any], path: str | Path, base: Path) -> 
 
 
 def misfits(metadata: Mapping[str, Any], base: Path) -> Iterator[str]:
-    """A line where an adapter, whatever it says of its base, has not that base's shape."""
+    """Yield a line if the shape of an adapter, whatever its fingerprint, is not that of the base."""
     found, expected = read_shape(metadata["shape"], "the adapter"), adapter_shape(read_model_config(base))
     if found != expected:
         yield f"made for a base of another shape: {found}, that of {str(base)!r} has {expected}"
 
 
 def checked_metadata(values: Any, where: str) -> dict[str, Any]:
-    """What was stored beside an adapter, if it is what :func:`adapter_metadata` gives and perhaps more.
+    """Check that metadata is that of :func:`adapter_metadata`, perhaps with further fields.
 
     Raises:
       UserError: a field is missing or ill-typed.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where}: metadata is no object")
-    known = {"quantize": "none", **values}  # older adapters do not say
+    known = {"quantize": "none", **values}  # older adapters lack it
     for name, kind in (("base_fingerprint", str), ("adapter", dict), ("quantize", str)):
         if not isinstance(known.get(name), kind):
             raise UserError(f"{where}: metadata has no {name}, or an ill-typed one")
@@ -158,10 +158,10 @@ def checked_metadata(values: Any, where: str) -> dict[str, Any]:
 
 
 def newest_step(path: Path) -> tuple[CheckpointDirectory, int]:
-    """Where the adapter of a workdir, or of a copy of its ``best`` folder, lies: a verified step.
+    """Find the verified step with the adapter of a workdir, or of a copy of its ``best`` folder.
 
     Raises:
-      UserError: there is none, or a newer one is damaged.
+      UserError: there is no such step, or a newer one is damaged.
     """
     if (path / PEFT_CONFIG).is_file():
         raise UserError(
@@ -174,7 +174,7 @@ def newest_step(path: Path) -> tuple[CheckpointDirectory, int]:
     problems: list[str] = []
     directory = CheckpointDirectory(root, keep=1, warn=problems.append)
     step = directory.newest()
-    # An older adapter may lie beside a damaged one; it must not be taken for it unasked.
+    # An older adapter beside a damaged one must not be taken for it unasked.
     if step is None or problems:
         reason = f": {problems[0]}" if problems else ""
         raise UserError(f"{str(root)!r} holds no complete adapter{reason}")

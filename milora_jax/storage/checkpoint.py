@@ -1,13 +1,12 @@
-"""The one module that knows Orbax: numbered checkpoints of a pytree, each sealed by a manifest.
+"""The only module that knows Orbax: numbered checkpoints of a pytree, each sealed by a manifest.
 
-Orbax writes the arrays; it neither checks their bytes on the way back nor brings all its files to the
-disk, and it tells of a failed asynchronous save late. So a step is written under a hidden name,
-fsynced, sealed with checksums and renamed into place last, and what is on disk is judged by the
-manifests alone.
+Orbax writes the arrays. It neither checks their bytes when it reads them nor fsyncs all of its files, and it
+reports a failed asynchronous save late. So a step is written under a hidden name, fsynced, sealed with
+checksums and renamed into place last, and only manifests decide what is on disk.
 
-Layout of a step ``ROOT/STEP/``: ``tree/`` (Orbax, one named array per leaf), ``metadata.json`` (the
-caller's values and what each leaf is) and ``manifest.json``. Of several processes all save and restore
-together, as Orbax asks; the first one alone makes, seals, renames and deletes folders.
+A step ``ROOT/STEP/`` consists of ``tree/`` (Orbax, one named array per leaf), ``metadata.json`` (the caller's
+values and the type of each leaf) and ``manifest.json``. All processes save and restore together, as Orbax
+requires; only the first makes, seals, renames and deletes folders.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _STEP = re.compile(r"0|[1-9][0-9]*")
 
 @dataclass(frozen=True)
 class _Leaf:
-    """What a leaf is, apart from its values; ``impl`` is the generator of a typed PRNG key."""
+    """The type of a leaf without its values; ``impl`` is the generator of a typed PRNG key."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -57,13 +56,13 @@ class _Leaf:
 class CheckpointDirectory:
     """The numbered checkpoints below ``root``.
 
-    Reading needs nothing else. Whoever saves must be alone in doing so (``WorkdirLock``), must call
-    :meth:`poll` now and then and :meth:`wait` before it ends: a save is there only after that.
+    Reading needs nothing else. A writer must be the only one (``WorkdirLock``), and must call :meth:`poll`
+    from time to time and :meth:`wait` before it ends: only then is a save on the disk.
 
     Args:
-      root: where the steps lie; made by the first save.
-      keep: how many steps to keep, the newest ones, at least 1; None leaves it to :meth:`delete_except`.
-      warn: receives one line for every damaged step that is passed over.
+      root: directory of the steps; the first save makes it.
+      keep: number of newest steps to keep, at least 1; None leaves deletion to :meth:`delete_except`.
+      warn: receives one line for every damaged step that is skipped.
     """
 
     def __init__(self, root: Path, keep: int | None, warn: Callable[[str], None]) -> None:
@@ -82,7 +81,7 @@ class CheckpointDirectory:
         return sorted(int(p.name) for p in self.root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir())
 
     def newest(self) -> int | None:
-        """The newest step whose every byte verifies; newer ones that do not are warned of by name."""
+        """The newest step that verifies completely; newer ones that do not are named in warnings."""
         for step in reversed(self.steps()):
             try:
                 verify_step(self.root / str(step))
@@ -95,13 +94,13 @@ class CheckpointDirectory:
     def save(self, step: int, tree: PyTree, metadata: dict[str, Any]) -> None:
         """Start saving ``tree`` as ``step``; a step that exists is replaced.
 
-        Returns once the values are copied: the arrays may be donated or changed afterwards. Waits
-        for an earlier save first.
+        Returns once the values are copied, after which the arrays may be donated or changed. Waits for an
+        earlier save first.
 
         Args:
           step: 0 or more.
           tree: arrays of any dtype and sharding, typed PRNG keys among them.
-          metadata: JSON values kept beside the arrays.
+          metadata: JSON values stored beside the arrays.
 
         Raises:
           UserError: this save cannot start, or an earlier one failed.
@@ -118,7 +117,7 @@ class CheckpointDirectory:
                 self._prepare_to_write()
                 partial.mkdir()
             wait_for_all("checkpoint folder")
-            # Directories made here, not in Orbax's threads: those wait for minutes if that fails.
+            # Directories are made here: Orbax's threads would wait for minutes if that failed.
             context = _orbax().Context()
             context.async_options.create_directories_asynchronously = False
             with context:
@@ -128,7 +127,7 @@ class CheckpointDirectory:
         executor.shutdown(wait=False)
 
     def delete_except(self, kept: Container[int]) -> None:
-        """Give up every step but the ``kept`` ones. Waits for a running save first."""
+        """Delete every step but the ``kept`` ones. Waits for a running save first."""
         self.wait()
         surplus = [step for step in self.steps() if step not in kept]
         if surplus and is_first():
@@ -136,25 +135,25 @@ class CheckpointDirectory:
             self._delete(surplus)
 
     def poll(self) -> None:
-        """Raise the ``UserError`` of a save that has failed by now; every later call raises it too."""
+        """Raise the ``UserError`` of a save that has failed; every later call raises it too."""
         if self._pending is not None and self._pending.done():
             self._pending.result()
 
     def wait(self) -> None:
-        """Block until nothing is being saved; raise like :meth:`poll`."""
+        """Block until no save is running; raise like :meth:`poll`."""
         if self._pending is not None:
             self._pending.result()
 
     def settle(self) -> None:
-        """Block until nothing is being saved, whatever became of it: for a run that has failed already.
+        """Block until no save is running, and ignore failures: for a run that has failed already.
 
-        A save must not be under way when the process ends, as its threads can start no others then.
+        No save may be running when the process ends, because its threads could not start others then.
         """
         if self._pending is not None:
             self._pending.exception()
 
     def restore(self, step: int, abstract_tree: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        """Read a step back, bit for bit, onto the shardings asked for.
+        """Read a step back, bit for bit, onto the given shardings.
 
         Args:
           step: one of :meth:`steps`.
@@ -165,7 +164,7 @@ class CheckpointDirectory:
 
         Raises:
           DamagedError: the step does not verify.
-          UserError: it holds other leaves, shapes or dtypes; names the first difference.
+          UserError: it holds other leaves, shapes or dtypes; the error names the first difference.
         """
         directory = self.root / str(step)
         content = verify_step(directory)
@@ -186,7 +185,7 @@ class CheckpointDirectory:
         }
         try:
             loaded = _orbax().load(directory / TREE, asked) if asked else {}
-        except Exception as error:  # a tree that somebody else has sealed may make Orbax raise anything
+        except Exception as error:  # Orbax may raise anything for a tree that another program has sealed
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DamagedError(directory, TREE, f"cannot be read ({reason[:200]})") from error
         values = []
@@ -200,7 +199,7 @@ class CheckpointDirectory:
         return jax.tree.unflatten(jax.tree.structure(abstract_tree), values), content["metadata"]
 
     def _prepare_to_write(self) -> None:
-        """Make the root and clear away what a killed run left under hidden names."""
+        """Make the root, and delete what a killed run left under hidden names."""
         if self._ready_to_write:
             return
         self.root.mkdir(parents=True, exist_ok=True)
@@ -210,7 +209,7 @@ class CheckpointDirectory:
                 continue
             final = self.root / match[2]
             if match[1] == "old" and not final.exists():
-                # Killed while the step was being replaced: the former one is the one there is.
+                # A killed run was replacing the step: its former version is the only one.
                 path.rename(final)
             else:
                 shutil.rmtree(path)
@@ -219,9 +218,9 @@ class CheckpointDirectory:
         self._ready_to_write = True
 
     def _commit(self, step: int, partial: Path, sealed: bytes, response: Any) -> None:
-        """Turn a running Orbax save into a step that exists. Runs in a thread of its own.
+        """Turn a running Orbax save into a step; runs in a thread of its own.
 
-        Of several processes the first one alone does more than wait for the arrays.
+        Processes other than the first only wait for the arrays.
         """
         with self._telling(step, partial):
             response.result()
@@ -248,9 +247,9 @@ class CheckpointDirectory:
             shutil.rmtree(former)
 
     def _delete_old(self, saved: int) -> None:
-        """Give up the steps before ``saved`` that are too many.
+        """Delete the steps before ``saved`` that exceed ``keep``.
 
-        Steps after it are left: the run that wrote them went back, and will come to them again.
+        Later steps are left: the run that wrote them went back, and will reach them again.
         """
         if not (self.root / str(saved)).is_dir():
             raise FileNotFoundError(f"step {saved} vanished after it was saved")
@@ -260,7 +259,7 @@ class CheckpointDirectory:
 
     def _delete(self, steps: list[int]) -> None:
         for step in steps:
-            # Renamed first: half a step under its own name would look damaged.
+            # Renamed first: a half-deleted step under its own name would look damaged.
             trash = self.root / f".trash-{step}"
             (self.root / str(step)).rename(trash)
             reach("during-delete")
@@ -270,27 +269,27 @@ class CheckpointDirectory:
 
     @contextmanager
     def _telling(self, step: int, partial: Path) -> Iterator[None]:
-        """Turn what a save fails with into a ``UserError``, and delete what it has written so far."""
+        """Turn the errors of a save into a ``UserError``, and delete what it has written."""
         try:
             yield
         except FAILURES as error:
             if several() and isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # another process is gone, which says nothing about this save
+                raise  # another process is gone, which is no failure of this save
             if is_first() and partial.exists():
-                # It may be what fills the disk. Renamed first: threads of Orbax may still be writing there.
+                # It may be what fills the disk. Renamed first, because Orbax's threads may still be writing.
                 with suppress(OSError):
                     shutil.rmtree(partial.rename(self.root / f".trash-{step}"))
             raise UserError(f"cannot save step {step} to {self.root}: {reason_of(error)}") from error
 
 
 def verify_step(directory: Path) -> dict[str, Any]:
-    """Check a step folder, byte by byte and that it is the step its name says.
+    """Check a step folder byte by byte, and that its content is the step of its name.
 
     Returns:
       The content of its ``metadata.json``.
 
     Raises:
-      DamagedError: something in it is not as it was written.
+      DamagedError: something in it differs from what was written.
     """
     verify_manifest(directory)
     try:
@@ -322,7 +321,7 @@ def _is_described(leaf: Any) -> bool:
 
 
 def read_metadata(root: Path, step: int) -> dict[str, Any]:
-    """The metadata a verified step was saved with, without reading its arrays.
+    """Read the metadata of a verified step, without its arrays.
 
     Raises:
       UserError: there is no such step, or its metadata cannot be read.
@@ -334,7 +333,7 @@ def read_metadata(root: Path, step: int) -> dict[str, Any]:
 
 
 def _orbax() -> Any:
-    """Orbax's v1 interface, imported by the first save or restore: it takes a second."""
+    """Orbax's v1 interface, which is imported by the first save or restore because that takes a second."""
     from orbax.checkpoint import v1
 
     return v1
@@ -350,10 +349,10 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def _to_storage(tree: PyTree) -> tuple[dict[str, _Leaf], dict[str, jax.Array]]:
-    """What each leaf is, and the plain arrays Orbax shall write.
+    """The type of each leaf, and the plain arrays for Orbax.
 
-    Keys become their data; leaves without elements, which Orbax refuses, are described only; NumPy
-    arrays are copied, as their owner may change them while the save runs.
+    Keys become their data. Leaves without elements, which Orbax refuses, only have a type. NumPy arrays are
+    copied, because their owner may change them during the save.
     """
     described, arrays = {}, {}
     for name, leaf in _named_leaves(tree).items():
@@ -374,7 +373,7 @@ def _to_storage(tree: PyTree) -> tuple[dict[str, _Leaf], dict[str, jax.Array]]:
 
 
 def _require_same(directory: Path, saved: dict[str, _Leaf], wanted: dict[str, Any]) -> None:
-    """Raise one line unless the checkpoint holds exactly the leaves wanted."""
+    """Raise one line unless the checkpoint holds exactly the wanted leaves."""
     for name in wanted.keys() | saved.keys():
         if name in saved and name in wanted and wanted[name].sharding is None:
             raise ValueError(f"leaf {name} of the abstract tree has no sharding")

@@ -1,7 +1,7 @@
-"""A trained adapter written for others: portable, for PEFT, as a checkpoint, or merged into its base.
+"""Export a trained adapter: portable, for PEFT, as a checkpoint, or merged into its base.
 
-Every export is a directory that appears whole or not at all, sealed by a manifest. Where the format has no
-place for it, ``export.json`` says which base the adapter was made on.
+Every export is a directory that appears whole or not at all, sealed by a manifest. Where the format cannot
+name the adapter's base, ``export.json`` does.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from milora_jax.storage.merged import write_merged
 from milora_jax.storage.peft import write_peft
 
 ORIGIN_FILE = "export.json"
-"""Of an export in somebody else's format: what we want to know about it later."""
+"""File in exports of foreign formats with what this package needs to know about them."""
 
 
 def formats_of(method: Method, fused: bool) -> tuple[str, ...]:
-    """The formats that an adapter of a method has without rows that fix a route, the most portable first.
+    """The formats that need no rows to fix a route for an adapter of a method, the most portable first.
 
     Args:
-      fused: of the base's family, see ``base.families``.
+      fused: a property of the base's family, see ``base.families``.
     """
     always = method.record is not None and not method.routes
     has = {
@@ -46,7 +46,7 @@ def export_milora(source: Path, out: Path) -> None:
     """Write the adapter of ``source`` in the form of ``storage.exported``.
 
     Args:
-      source: as ``read_adapter`` takes it; likewise in the functions below.
+      source: a path for ``read_adapter``; likewise in the functions below.
       out: a new or an empty directory.
 
     Raises:

@@ -1,10 +1,10 @@
 """The portable form of an adapter: a sealed directory of safetensors files with plain names.
 
 ``milora_config.json`` holds the method's settings, the shape and the fingerprint of the base, and what a
-reader in another language needs to compute the route; ``experts.safetensors`` the pairs under PEFT's
-names; ``router.safetensors``, for a method that routes, the routers; ``manifest.json`` the hashes of all.
-The experts' file has not PEFT's name, nor is there an ``adapter_config.json``: PEFT would load all seven
-experts, always on, and compute another function without a word.
+reader in another language needs to compute the route. ``experts.safetensors`` holds the pairs under PEFT's
+names; ``router.safetensors``, for a method that routes, the routers; ``manifest.json`` the hashes of all
+files. The experts' file does not have PEFT's name, and there is no ``adapter_config.json``: PEFT would load
+all seven experts, always active, and silently compute another function.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ ROUTER_FILE = "router.safetensors"
 FILES = (CONFIG_FILE, EXPERTS_FILE, ROUTER_FILE)
 
 FORMAT = 3
-"""Version of the directory's layout that is written. Version 1 has no ``prompt_format``; version 2 has
-routers with ``normalize`` in place of ``features`` and the settings that came with them. Both are read; an
-older reader, which would compute another route, refuses version 3."""
+"""Version of the layout that is written. Version 1 has no ``prompt_format``; version 2 has routers with
+``normalize`` in place of ``features`` and its settings. Both can be read; an older reader, which would
+compute another route, refuses version 3."""
 
 READ = (1, 2, 3)
 
 PORTABLE = tuple(name for name, cls in METHOD_CLASSES.items() if cls.portable)
-"""The methods that have this form."""
+"""The methods that have the portable form."""
 
 MOST_LAYERS, LARGEST_WIDTH = 10_000, 2**24
-"""Of a base that an adapter may be for: tables of names are made from these before a file is read."""
+"""Bounds of the shape of a base: tables of names are made from it before any file is read."""
 
 
 def is_exported(directory: Path) -> bool:
-    """Whether a directory says that it is of this form."""
+    """Whether a directory declares this form."""
     return (directory / CONFIG_FILE).is_file()
 
 
@@ -77,7 +77,7 @@ def write_exported(directory: Path, adapter: Adapter, metadata: dict[str, Any]) 
 
     Args:
       adapter: in the stacked layout.
-      metadata: see ``storage.adapters.adapter_metadata``; what else a run has stored there stays behind.
+      metadata: see ``storage.adapters.adapter_metadata``; further fields that a run stored are dropped.
 
     Raises:
       UserError: the method has no such form.
@@ -95,7 +95,7 @@ def write_exported(directory: Path, adapter: Adapter, metadata: dict[str, Any]) 
     require_change(tensors, f"the adapter of method {method.name!r}")
     write_tensors(directory / EXPERTS_FILE, tensors)
     kept = {name: metadata[name] for name in ("base_fingerprint", "adapter", "shape")}
-    quantize = metadata.get("quantize", "none")  # older adapters do not say
+    quantize = metadata.get("quantize", "none")  # older adapters lack it
     config = {
         "format": FORMAT,
         "normalize_eps": NORMALIZE_EPS,
@@ -108,10 +108,10 @@ def write_exported(directory: Path, adapter: Adapter, metadata: dict[str, Any]) 
 
 
 def read_exported(directory: Path) -> tuple[Adapter, dict[str, Any]]:
-    """The adapter in a directory of this form, every byte of it checked, and its metadata.
+    """Read an adapter in this form, with every byte checked, and its metadata.
 
     Raises:
-      UserError: by name, for what is damaged, missing, unexpected, misshapen or not finite.
+      UserError: something is damaged, missing, unexpected, misshapen or not finite; the error names it.
     """
     contents = read_verified(directory, FILES)
     method, shape, metadata = parse_config(_config_of(directory, contents), str(directory / CONFIG_FILE))
@@ -133,13 +133,13 @@ def read_exported(directory: Path) -> tuple[Adapter, dict[str, Any]]:
 
 
 def read_exported_metadata(directory: Path) -> dict[str, Any]:
-    """The checked content of ``milora_config.json``; the other files are not looked at."""
+    """Read and check ``milora_config.json``, without the other files."""
     contents = read_verified(directory, FILES, wanted=(CONFIG_FILE,))
     return parse_config(_config_of(directory, contents), str(directory / CONFIG_FILE))[2]
 
 
 def exported_findings(directory: Path) -> Iterator[str]:
-    """One line for everything that is wrong with a directory of this form."""
+    """Yield one line for every fault of a directory of this form."""
     damaged = False
     for error in manifest_errors(directory):
         damaged = True
@@ -170,10 +170,10 @@ def exported_findings(directory: Path) -> Iterator[str]:
 
 
 def parse_config(values: dict[str, Any], where: str) -> tuple[Method, Shape, dict[str, Any]]:
-    """Method, shape and metadata of ``milora_config.json``.
+    """Parse method, shape and metadata of ``milora_config.json``.
 
     Raises:
-      UserError: by name, for a field that is missing, unknown or out of its range.
+      UserError: a field is missing, unknown or out of range; the error names it.
     """
     if values.get("format") not in READ:
         named = " or ".join(map(str, READ))
@@ -195,7 +195,7 @@ def parse_config(values: dict[str, Any], where: str) -> tuple[Method, Shape, dic
 
 
 def read_method(values: Any, where: str, form: int = FORMAT) -> Method:
-    """The method whose settings an exported file of a format holds, every one of them written out."""
+    """Parse the method of an exported file of a format; all of its settings must be written out."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: adapter is {values!r}, expected an object")
     try:
@@ -213,7 +213,7 @@ def read_method(values: Any, where: str, form: int = FORMAT) -> Method:
 
 
 def read_shape(values: Any, where: str) -> Shape:
-    """The shape of the base that an adapter was stored for."""
+    """Parse the shape of the base that an adapter was stored for."""
 
     def whole(value: Any, most: int) -> bool:
         return type(value) is int and 1 <= value <= most
@@ -235,7 +235,7 @@ def read_shape(values: Any, where: str) -> Shape:
 
 
 def shape_values(shape: Shape) -> dict[str, Any]:
-    """What :func:`read_shape` reads."""
+    """The values that :func:`read_shape` parses."""
     return {**dataclasses.asdict(shape), "modules": {name: list(dims) for name, dims in shape.modules}}
 
 
@@ -246,7 +246,7 @@ def _config_of(directory: Path, contents: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _record(method: Method) -> type:
-    """What each expert of a portable method is."""
+    """The record of each expert of a portable method."""
     if method.record is None:
         raise AssertionError(f"method {method.name!r} is portable and has no record")
     return method.record
@@ -260,7 +260,7 @@ def _files(method: Method, shape: Shape) -> dict[str, Shapes]:
 
 
 def _file_errors(directory: Path, contents: dict[str, bytes], method: Method) -> Iterator[DamagedError]:
-    """A file too few, or one too many."""
+    """Yield an error for every file that is missing or not expected."""
     expected = {CONFIG_FILE, EXPERTS_FILE} | ({ROUTER_FILE} if method.routes else set())
     for name in sorted(expected ^ contents.keys()):
         yield DamagedError(directory, name, "missing" if name in expected else "not expected here")

@@ -1,4 +1,4 @@
-"""Places where a test can kill the process, as a power cut would, to see what is left behind."""
+"""Points at which a test can kill the process, as a power cut would."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FAILPOINTS = (
     "after-rename",
     "during-delete",
 )
-"""Points of a checkpoint save in the order they are reached; the last only if an old step is given up."""
+"""Points of a checkpoint save in the order they are reached; the last one only if an old step is deleted."""
 
 _reached: Counter[str] = Counter()
 
 
 def reach(name: str) -> None:
-    """Kill this process if the environment asks for it here; otherwise do nothing.
+    """Kill this process if the environment says so for this point; otherwise do nothing.
 
     Raises:
       UserError: the variable is set and is not ``NAME:N`` with a known name and N at least 1.

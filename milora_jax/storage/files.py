@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old content or the new, and reading those of strangers."""
+"""Write files so that a crash leaves the old content or the new, and read files of unknown origin."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGEST_FILE = 2**36
 
 
 UNFINISHED = ".milora-partial"
-"""End of the hidden names under which new directories are written."""
+"""Suffix of the hidden names under which new directories are written."""
 
 
 def fsync_directory(directory: Path) -> None:
@@ -35,7 +35,7 @@ def fsync_directory(directory: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where :func:`write_atomic` prepares the content of ``path``: same directory, fixed hidden name.
+    """The name under which :func:`write_atomic` prepares the content of ``path``: same directory, hidden.
 
     The name is fixed so that a killed run leaves at most one, which the next write overwrites.
     """
@@ -63,9 +63,9 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """The one way this project writes a JSON value, keys sorted: equal values give equal bytes.
+    """Encode a JSON value with sorted keys, so that equal values give equal bytes.
 
-    Non-finite floats come out as Python's ``NaN`` and ``Infinity``, which :func:`read_json` reads.
+    Non-finite floats become Python's ``NaN`` and ``Infinity``, which :func:`read_json` reads.
     """
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
@@ -84,7 +84,7 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in the JSON file ``path``.
+    """Read the value in the JSON file ``path``.
 
     Raises:
       UserError: the file cannot be read or is not JSON; names the path and the reason.
@@ -100,10 +100,10 @@ def read_json(path: Path) -> Any:
 
 
 def require_new(path: Path) -> None:
-    """Refuse a place for :func:`new_directory` where something is already.
+    """Refuse a path for :func:`new_directory` that exists.
 
     Raises:
-      UserError: there is, and it is no empty directory.
+      UserError: the path exists and is not an empty directory.
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UserError(f"{path}: exists and is no directory, expected a new or an empty one")
@@ -113,16 +113,15 @@ def require_new(path: Path) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory that appears at ``path`` with all that was written into it, or not at all.
+    """Make a directory that appears at ``path`` with everything written into it, or not at all.
 
-    Gives a hidden sibling to write into, which is renamed into place when the ``with`` block ends well,
-    and removed when it does not, like the parents that were made for it. Whoever writes holds a lock on the
-    sibling, so one that a killed process left behind is told from one that is being written. Of two who write
-    to one place the first to finish gets it.
+    The ``with`` block gets a hidden sibling, which is renamed into place at its end, or removed after an
+    error, like the parents that were made for it. The writer holds a lock on the sibling, which tells one
+    that is being written from one that a killed process left. If two processes write to one path, the first
+    to finish gets it.
 
     Raises:
-      UserError: there is something at ``path`` already, unless it is an empty directory; or the sibling
-        cannot be made or renamed.
+      UserError: ``path`` exists and is not an empty directory, or the sibling cannot be made or renamed.
     """
     require_new(path)
     final = Path(os.path.abspath(path))
@@ -151,7 +150,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(final: Path) -> None:
-    """Take away what killed processes left beside ``final``."""
+    """Remove what killed processes left beside ``final``."""
     for partial in final.parent.glob(f".{glob.escape(final.name)}.*{UNFINISHED}"):
         lock = _locked(partial)
         if lock is not None:
@@ -160,7 +159,7 @@ def _remove_abandoned(final: Path) -> None:
 
 
 def _locked(directory: Path) -> int | None:
-    """A lock on a directory, which ends with the process; None where another has it."""
+    """Lock a directory until the process ends; None if another process has the lock."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -174,20 +173,20 @@ def _locked(directory: Path) -> int | None:
 
 
 def _umask() -> int:
-    """Of this process, which can only be read by setting it."""
+    """The umask of this process, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
-    """The content of a regular file, read once through a descriptor that follows no symbolic link.
+    """Read a regular file once, through a descriptor that follows no symbolic link.
 
     Raises:
-      UserError: there is none, it is a symbolic link or no regular file, or larger than ``largest``.
+      UserError: the file is missing, a symbolic link, not regular, or larger than ``largest``.
     """
     try:
-        # Without O_NONBLOCK opening a FIFO would wait for a writer for ever.
+        # Without O_NONBLOCK opening a FIFO would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         reason = "a symbolic link" if error.errno == errno.ELOOP else (error.strerror or "").lower()

@@ -1,7 +1,7 @@
-"""What an adapter does to each frozen weight when nothing is chosen any more.
+"""The change that an adapter makes to each frozen weight under one fixed route.
 
-LoRA, what is decoded as LoRA, and DoRA change every weight in one way for all prompts. A MiLoRA does so
-under one fixed route: expert e of layer l then changes its weight ``weights[l, e]`` times.
+LoRA, methods that are decoded as LoRA, and DoRA change every weight in one way for all prompts. A MiLoRA does
+so under one fixed route: the change of expert e of layer l is then multiplied by ``weights[l, e]``.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from milora_jax.shapes import Float
 from milora_jax.types import EXPERTS
 
 MERGED = (LowRank, Decomposed)
-"""Records whose change can be added to a weight. Factors of outputs are not among them: they scale the bias,
-too, which a base need not have."""
+"""Records whose change can be added to a weight. Factors of outputs are not among them: they scale the bias
+too, and a base need not have one."""
 
 
 @dataclass(frozen=True)
 class FixedChange:
-    """One change of every weight.
+    """One change of every weight, the same for all prompts.
 
     Attributes:
-      change: of an adapter.
-      weights: how many times each module's change acts; all ones without a route.
+      change: the change that an adapter makes.
+      weights: factor of each module's change; all ones without a route.
     """
 
     change: WeightChange
     weights: Float[np.ndarray, "L E"]
 
     def outputs(self, module: str) -> int:
-        """Outputs of a module."""
+        """Number of outputs of a module."""
         return self.change.records[module].b.shape[-1]
 
     def apply(
@@ -47,7 +47,7 @@ class FixedChange:
         """The changed weight of a module, in float32.
 
         Args:
-          weight: frozen, laid out as files hold it.
+          weight: the frozen weight in the layout of files.
         """
         share = np.float32(self.weights[layer, EXPERTS.index(module)])
         frozen = np.asarray(weight, np.float32)
@@ -57,7 +57,7 @@ class FixedChange:
 
 
 def fixed_change(adapter: Adapter, weights: Float[np.ndarray, "L E"] | None = None) -> FixedChange:
-    """The change that an adapter makes, of a method that routes under one route.
+    """The change that an adapter makes, under one route if its method routes.
 
     Args:
       adapter: in the stacked layout.
@@ -80,10 +80,10 @@ def fixed_change(adapter: Adapter, weights: Float[np.ndarray, "L E"] | None = No
 
 
 def static_lora(adapter: Adapter, weights: Float[np.ndarray, "L E"]) -> Adapter:
-    """The LoRA that a MiLoRA is under one route: the weights are folded into B.
+    """Convert a MiLoRA under one route to a LoRA: the weights are multiplied into B.
 
-    Every module keeps its pair at the full rank, in layers that never choose it with a B of zero: readers
-    of PEFT's files take one rank for all.
+    Every module keeps its pair at full rank, with B zero in layers that never choose it, because readers of
+    PEFT's files assume one rank for all.
 
     Raises:
       UserError: the experts are not plain pairs.

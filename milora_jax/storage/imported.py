@@ -1,4 +1,4 @@
-"""Adapters of other programs as ours: a LoRA or DoRA of PEFT, or the experts of a MiLoRA made from one."""
+"""Import adapters of other programs: a LoRA or DoRA of PEFT, also as the experts of a new MiLoRA."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from milora_jax.types import EXPERTS
 LARGEST_SEED = 2**32 - 1
 
 BECOMES = {"lora": ("lora", "milora"), "dora": ("dora", "midora")}
-"""What a PEFT adapter of a kind may be imported as; the first is what it is."""
+"""The methods that a kind of PEFT adapter may be imported as; the first is its own."""
 
 
 def _prompt_format(source: Path, base: Path) -> PromptFormat:
-    """How the prompts of a PEFT adapter were written.
+    """The prompt format of a PEFT adapter.
 
-    What we have exported ourselves says so, must be as it was written, and be for this base. Others have no
-    template that is known, and their prompts were written by the tokenizer's own rule.
+    Our own exports state it; they must be undamaged and made for this base. Other adapters have no known
+    template, and their prompts follow the tokenizer's own rule.
     """
     if not ((source / MANIFEST).exists() or (source / ORIGIN_FILE).exists()):
         return PromptFormat(template="")
@@ -45,23 +45,23 @@ def _prompt_format(source: Path, base: Path) -> PromptFormat:
 
 
 def import_peft(source: Path, base: Path, out: Path, method: str = "", seed: int = 0) -> list[str]:
-    """Write a PEFT adapter in the form of ``storage.exported``.
+    """Write a PEFT adapter in the portable form of ``storage.exported``.
 
     As a MiLoRA or MiDoRA its pairs are the experts; the router is fresh and the other settings are the
     method's defaults.
 
     Args:
       source: directory that PEFT saved.
-      base: Hugging Face directory of the base that it is for, whose fingerprint it gets.
+      base: Hugging Face directory of its base, whose fingerprint is stored.
       out: a new or an empty directory.
-      method: one of :data:`BECOMES`; empty takes what the adapter is.
-      seed: of the router, and of the pairs of modules that have none.
+      method: one of :data:`BECOMES`; empty is the adapter's own kind.
+      seed: seed of the router, and of the pairs of modules that have none.
 
     Returns:
-      One line per thing worth knowing.
+      Lines for the user.
 
     Raises:
-      UserError: by name, for whatever in ``source`` is missing, unknown or does not fit the base.
+      UserError: something in ``source`` is missing, unknown or does not fit the base; the error names it.
     """
     require(0 <= seed <= LARGEST_SEED, "--seed", seed, f"0 to {LARGEST_SEED}")
     model = read_model_config(base)
@@ -85,7 +85,7 @@ def import_peft(source: Path, base: Path, out: Path, method: str = "", seed: int
         said.append(f"no pairs for {', '.join(missing)}: theirs are fresh and change nothing")
     section = AdapterSection(method=name, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout)
     if METHOD_CLASSES[name].routes:
-        section = dataclasses.replace(section, features="rms")  # there are no prompts to measure others on
+        section = dataclasses.replace(section, features="rms")  # others are measured on prompts
     built = build_method(section)
     params = pairs
     if isinstance(built, MiLoRA):

@@ -1,4 +1,4 @@
-"""One run per workdir."""
+"""The lock of a workdir, which admits one run."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ class WorkdirBusy(UserError):
 
 
 class WorkdirLock:
-    """Hold a workdir for as long as the ``with`` block, or until the process dies.
+    """Lock a workdir for the ``with`` block, or until the process dies.
 
-    The lock is the kernel's (``flock`` on ``.lock``), so a killed run never leaves a stale one; the
-    file stays, because deleting it would let two runs lock two different files. It holds between
-    processes of one host on any local file system. Over NFS, Linux turns it into a lock the server
-    keeps, so it holds between hosts too unless the share is mounted with ``nolock`` or
-    ``local_lock``; Lustre needs the ``flock`` mount option. Buckets mounted as file systems do not
-    lock between hosts, and some refuse, which is reported. A process forked inside the block shares
-    the lock until it ends too.
+    The lock is the kernel's (``flock`` on ``.lock``), so a killed run never leaves a stale one. The file
+    stays, because deleting it would let two runs lock two different files. The lock works between processes
+    of one host on any local file system. Over NFS, Linux makes it a lock of the server, so it works between
+    hosts too, unless the share is mounted with ``nolock`` or ``local_lock``; Lustre needs the ``flock`` mount
+    option. Buckets mounted as file systems do not lock between hosts, and some refuse, which is reported. A
+    process forked inside the block shares the lock until it ends too.
 
     Raises (on entering):
-      WorkdirBusy: another run holds the workdir (names its process and host).
-      UserError: it cannot be locked.
+      WorkdirBusy: another run holds the workdir; the error names its process and host.
+      UserError: the workdir cannot be locked.
     """
 
     def __init__(self, workdir: Path) -> None:

@@ -1,7 +1,7 @@
 """The seal of a directory: ``manifest.json`` with size and SHA-256 of every file below it.
 
-Neither Orbax nor safetensors keeps a checksum of the data: a flipped bit loads as a wrong weight.
-So a directory counts only if every byte in it is the byte that was written.
+Neither Orbax nor safetensors stores a checksum of the data: a flipped bit would load as a wrong weight. So a
+directory is valid only if every byte in it is the byte that was written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DIFFERS = "content differs from its SHA-256"
 
 
 class DamagedError(UserError):
-    """A directory that is not what was written: which one, which file in it, and what is wrong."""
+    """A directory differs from what was written: which directory, which file in it, and how."""
 
     def __init__(self, directory: Path, file: str, reason: str) -> None:
         super().__init__(f"{directory} is damaged: {file}: {reason}")
@@ -41,13 +41,13 @@ class DamagedError(UserError):
 
 
 def write_manifest(directory: Path) -> None:
-    """Bring every file below ``directory`` to the disk, then write the manifest over all of them.
+    """Fsync every file below ``directory``, then write the manifest of all of them.
 
-    The manifest appears last and at once, so its presence says that the rest is complete.
+    The manifest appears last and atomically, so its presence means that the rest is complete.
 
     Raises:
-      OSError: a file cannot be read, brought to the disk or written.
-      DamagedError: there is something below that is neither a regular file nor a directory.
+      OSError: a file cannot be read, fsynced or written.
+      DamagedError: an entry is neither a regular file nor a directory.
     """
     temporary_name(directory / MANIFEST).unlink(missing_ok=True)
     files = {}
@@ -59,7 +59,7 @@ def write_manifest(directory: Path) -> None:
 
 
 def verify_manifest(directory: Path) -> None:
-    """Check every byte below ``directory`` against its manifest; return only if all of them match.
+    """Check every byte below ``directory`` against its manifest.
 
     Raises:
       DamagedError: the manifest is missing or unreadable, or a file is missing, extra, of another
@@ -70,7 +70,7 @@ def verify_manifest(directory: Path) -> None:
 
 
 def manifest_errors(directory: Path) -> Iterator[DamagedError]:
-    """Everything that :func:`verify_manifest` would raise, one after another."""
+    """Yield everything that :func:`verify_manifest` would raise."""
     try:
         recorded = _read(directory)
         found = _regular_files(directory)
@@ -78,11 +78,11 @@ def manifest_errors(directory: Path) -> Iterator[DamagedError]:
         yield error
         return
     yield from _names_and_sizes(directory, recorded, found)
-    # Names come from the walk, never from the manifest: nothing outside is opened.
+    # Names come from the walk, never from the manifest: no file outside is opened.
     for name in sorted(name for name, size in found.items() if recorded.get(name, {}).get("size") == size):
         try:
             actual = _digest(directory / name, sync=False)
-        except OSError as error:  # a bad sector, or the file went away meanwhile
+        except OSError as error:  # a bad sector, or the file was deleted meanwhile
             yield DamagedError(directory, name, f"cannot be read ({error.strerror})")
             continue
         if actual != recorded[name]:
@@ -92,17 +92,17 @@ def manifest_errors(directory: Path) -> Iterator[DamagedError]:
 def read_verified(
     directory: Path, known: Collection[str], wanted: Collection[str] | None = None
 ) -> dict[str, bytes]:
-    """The content of files in ``directory``, as the manifest has it.
+    """Read files of ``directory`` whose content matches the manifest.
 
-    Each file is read once: what is returned is what was checked, whatever becomes of the file meanwhile.
+    Each file is read once: the returned content is the checked content, even if the file changes meanwhile.
 
     Args:
-      known: the files that may be there.
-      wanted: those to read; None reads all.
+      known: the files that may exist.
+      wanted: the files to read; None reads all.
 
     Raises:
-      DamagedError: like :func:`verify_manifest`, but the content of files that are not wanted is not
-        looked at; or there is an unknown file.
+      DamagedError: as in :func:`verify_manifest`, except that the content of files that are not wanted is not
+        read; or there is an unknown file.
     """
     recorded = _read(directory)
     for error in _names_and_sizes(directory, recorded, _regular_files(directory)):
@@ -125,7 +125,7 @@ def read_verified(
 def _names_and_sizes(
     directory: Path, recorded: dict[str, dict[str, Any]], found: dict[str, int]
 ) -> Iterator[DamagedError]:
-    """What differs between the manifest and the files there are, before any of them is opened."""
+    """Yield the differences between the manifest and the existing files, before any of them is opened."""
     outside = {name for name in recorded if _leads_outside(name)}
     for name in sorted(outside):
         yield DamagedError(directory, name, "listed under a path outside the directory")
@@ -151,7 +151,7 @@ def _read(directory: Path) -> dict[str, dict[str, Any]]:
     try:
         content = path.read_bytes()
         value = read_json(path)
-        # Only the very bytes we would write count: a flipped bit may leave valid JSON behind.
+        # Only the exact bytes that we would write are accepted: a flipped bit may leave valid JSON.
         intact = json_bytes(value) == content
     except OSError as error:
         raise DamagedError(directory, MANIFEST, f"cannot be read ({error.strerror})") from error
@@ -176,7 +176,7 @@ def _read(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _regular_files(directory: Path) -> dict[str, int]:
-    """Relative posix path and size of every file below, without the manifest itself."""
+    """Relative POSIX path and size of every file below, except the manifest."""
     found = {}
     for parent, directories, names in os.walk(directory):
         for name in directories + names:
@@ -195,7 +195,7 @@ def _regular_files(directory: Path) -> dict[str, int]:
 
 def _digest(path: Path, *, sync: bool) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file; with ``sync`` its content is on the disk afterwards."""
-    # O_NOFOLLOW: a link put there after the walk must not lead us out of the directory.
+    # O_NOFOLLOW: a link made after the walk must not lead out of the directory.
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
         if sync:
             os.fsync(file.fileno())

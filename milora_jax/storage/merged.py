@@ -1,8 +1,8 @@
-"""A base with an adapter in its weights, as a Hugging Face directory that needs no adapter any more.
+"""A base with an adapter merged into its weights, as a Hugging Face directory.
 
-Tensors are read, changed and written one at a time. A changed weight is computed in float32 and rounded
-once, to the dtype that the base's file holds it in; every other tensor is copied as it is, and so are the
-config and the files of the tokenizer.
+Tensors are read, changed and written one at a time. A changed weight is computed in float32 and rounded once,
+to the dtype of the base's file. Every other tensor is copied unchanged, as are the config and the tokenizer's
+files.
 """
 
 from __future__ import annotations
@@ -25,36 +25,37 @@ from milora_jax.storage.fixed import FixedChange
 from milora_jax.types import EXPERTS
 
 SHARD_BYTES = 5 * 10**9
-"""Of the largest file, as transformers writes them."""
+"""Bytes of the largest file, as in transformers."""
 
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
-"""What goes along with the weights. Python files do not: nothing of ours runs code from a model."""
+"""Files that are copied beside the weights. Python files are not: code of a model is never run."""
 
 LEFT = (INDEX_NAME, "adapter_config.json", "manifest.json", "export.json")
-"""What does not: transformers would load the adapter of an ``adapter_config.json`` on top."""
+"""Files that are not copied: transformers would load the adapter of an ``adapter_config.json`` on top."""
 
 _PLACES = {path: (module,) for module, path in MODULE_PATHS.items()} | {
     path: tuple(module for module in EXPERTS if FUSED_PATHS.get(module) == path)
     for path in FUSED_PATHS.values()
 }
-"""Which modules a weight holds, one after the other, by its path in a layer."""
+"""The modules that a weight holds, one after the other, by its path in a layer."""
 
 _WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
 Named = tuple[str, Entry]
-"""A tensor of the base and what its file's header says of it."""
+"""A tensor of the base and its entry in the file's header."""
 
 
 def write_merged(base: Path, out: Path, change: FixedChange, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the base with a change in its weights into an empty directory.
+    """Write the base with a change merged into its weights to an empty directory.
 
     Args:
       base: a Hugging Face directory that the adapter of ``change`` fits.
-      shard_bytes: of the tensors in one file; where one file does not hold all, an index says which does.
+      shard_bytes: bytes of the tensors in one file; an index says which file holds each, if there are
+        several.
 
     Raises:
-      UserError: a file of the base is damaged, a changed weight is not finite in its dtype, or no number
-        changes.
+      UserError: a file of the base is damaged, a changed weight is not finite in its dtype, or the change
+        alters no number.
     """
     require(shard_bytes >= 1, "shard size", shard_bytes, "at least 1 byte")
     files = files_by_tensor(base)
@@ -85,7 +86,7 @@ def _place(name: str) -> tuple[int, tuple[str, ...]] | None:
 
 
 def _require_all(files: dict[str, TensorFile], change: FixedChange, base: Path) -> None:
-    """Refuse a base in which a module of the adapter has no weight: its change would be lost."""
+    """Refuse a base without a weight for a module of the adapter, whose change would be lost."""
     found = {(place[0], module) for place in map(_place, files) if place for module in place[1]}
     for layer in range(len(change.weights)):
         for module in EXPERTS:
@@ -94,7 +95,7 @@ def _require_all(files: dict[str, TensorFile], change: FixedChange, base: Path) 
 
 
 def _described(files: dict[str, TensorFile]) -> Iterator[Named]:
-    """All tensors, in the order of their files."""
+    """All tensors in the order of their files."""
     for name, file in sorted(files.items(), key=lambda pair: (pair[1].name, pair[0])):
         entry = file.entries[name]
         if entry.dtype not in FLOATING:
@@ -105,7 +106,7 @@ def _described(files: dict[str, TensorFile]) -> Iterator[Named]:
 
 
 def _packed(tensors: Iterator[Named], most: int) -> Iterator[list[Named]]:
-    """Tensors shard by shard, each of at most so many bytes unless it is one tensor."""
+    """Group tensors into shards of at most so many bytes; a larger tensor gets a shard of its own."""
     shard: list[Named] = []
     filled = 0
     for name, entry in tensors:
@@ -118,7 +119,7 @@ def _packed(tensors: Iterator[Named], most: int) -> Iterator[list[Named]]:
 
 
 def _write_shard(path: Path, shard: list[Named], files: dict[str, TensorFile], change: FixedChange) -> bool:
-    """One safetensors file, tensor by tensor: the library's own writer wants all of them at once.
+    """Write one safetensors file tensor by tensor; the library's writer needs all of them in memory.
 
     Returns:
       Whether any number in it differs from the base's.
@@ -143,7 +144,7 @@ def _write_shard(path: Path, shard: list[Named], files: dict[str, TensorFile], c
 
 
 def _changed(name: str, values: np.ndarray, change: FixedChange) -> np.ndarray:
-    """A tensor of the base with the change in it, if it is one of a layer's seven weights."""
+    """Apply the change to a tensor of the base, if it is one of a layer's seven weights."""
     place = _place(name)
     if place is None:
         return values

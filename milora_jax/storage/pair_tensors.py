@@ -1,10 +1,9 @@
-"""Low-rank pairs and routers as named tensors of files: the one table of names and shapes.
+"""Names and shapes of low-rank pairs and routers as tensors of files.
 
-Pairs have the names and the layout that Hugging Face PEFT gives them: a module's path in the
-transformers model, then ``lora_A.weight`` ``[R, in]``, ``lora_B.weight`` ``[out, R]`` and, for DoRA,
-``lora_magnitude_vector`` ``[out]`` (PEFT, developer guide "Checkpoint format"). Routers have no place in
-PEFT; theirs are ``layers.{i}.router.weight`` ``[7, D]``, ``.pool`` ``[D]``, ``.numerator`` ``[7]`` and
-``.denominator`` ``[5]``.
+Pairs have the names and the layout of Hugging Face PEFT: a module's path in the transformers model, then
+``lora_A.weight`` ``[R, in]``, ``lora_B.weight`` ``[out, R]`` and, for DoRA, ``lora_magnitude_vector``
+``[out]`` (PEFT, developer guide "Checkpoint format"). PEFT has no routers. Theirs are ``[7, D]``
+``layers.{i}.router.weight``, ``.pool`` ``[D]``, ``.numerator`` ``[7]`` and ``.denominator`` ``[5]``.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ NAMES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitud
 """PEFT's name of each leaf of a module's record."""
 
 MATRICES = ("a", "b")
-"""The leaves that files hold ``[out, in]`` and we ``[in, out]``."""
+"""The leaves that files hold as ``[out, in]`` and this package as ``[in, out]``."""
 
 NOTHING = "every product of lora_A and lora_B is zero: the adapter changes nothing"
 
@@ -49,7 +48,7 @@ def router_name(layer: int, leaf: str) -> str:
 
 
 def pair_shapes(shape: Shape, rank: int, record: type[Record], modules: Sequence[str] = EXPERTS) -> Shapes:
-    """The tensors of pairs of ``rank`` on ``modules``, by name, as files hold them."""
+    """Names and shapes in files of pairs of ``rank`` on ``modules``."""
     expected: Shapes = {}
     for module in modules:
         d_in, d_out = shape.dims[module]
@@ -61,7 +60,7 @@ def pair_shapes(shape: Shape, rank: int, record: type[Record], modules: Sequence
 
 
 def router_shapes(router: RouterParams) -> Shapes:
-    """The tensors of stacked routers, abstract ones perhaps, by name, as files hold them."""
+    """Names and shapes in files of stacked routers, which may be abstract."""
     leaves = {leaf: values.shape for leaf, values in vars(router).items() if values is not None}
     return {
         router_name(layer, leaf): size[:0:-1] for leaf, size in leaves.items() for layer in range(size[0])
@@ -69,7 +68,7 @@ def router_shapes(router: RouterParams) -> Shapes:
 
 
 def pair_tensors(pairs: Mapping[str, Record]) -> dict[str, np.ndarray]:
-    """The tensors of stacked pairs, by name, in float32."""
+    """The tensors of stacked pairs by name, in float32."""
     tensors = {}
     for module, record in pairs.items():
         for field in dataclasses.fields(record):
@@ -81,7 +80,7 @@ def pair_tensors(pairs: Mapping[str, Record]) -> dict[str, np.ndarray]:
 
 
 def router_tensors(params: RouterParams) -> dict[str, np.ndarray]:
-    """The tensors of stacked routers, by name."""
+    """The tensors of stacked routers by name."""
     tensors = {}
     for leaf, values in vars(params).items():
         for layer, value in enumerate(() if values is None else np.asarray(values, np.float32)):
@@ -95,7 +94,7 @@ def stacked_pairs(
     record: type[Record],
     modules: Sequence[str] = EXPERTS,
 ) -> dict[str, Record]:
-    """Stacked float32 pairs of tensors with the names and shapes of :func:`pair_shapes`."""
+    """Make stacked float32 pairs of tensors with the names and shapes of :func:`pair_shapes`."""
 
     def leaf(module: str, name: str) -> jnp.ndarray:
         every = [tensors[pair_name(layer, module, name)] for layer in range(shape.num_layers)]
@@ -107,10 +106,10 @@ def stacked_pairs(
 
 
 def stacked_router(tensors: Mapping[str, np.ndarray], like: RouterParams) -> RouterParams:
-    """Stacked routers of tensors with the names and shapes of :func:`router_shapes`.
+    """Make stacked routers of tensors with the names and shapes of :func:`router_shapes`.
 
     Args:
-      like: the same leaves, abstract ones perhaps.
+      like: a tree with the same leaves, which may be abstract.
     """
     leaves = {
         leaf: jnp.asarray(np.stack([tensors[router_name(i, leaf)].T for i in range(values.shape[0])]))
@@ -123,7 +122,7 @@ def stacked_router(tensors: Mapping[str, np.ndarray], like: RouterParams) -> Rou
 
 
 def changes_nothing(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether no pair among tensors has both matrices: every product is zero then, whatever the scale."""
+    """Whether no pair has both matrices non-zero, so that every product is zero at any scale."""
     ends = {leaf: f".{name}" for leaf, name in NAMES.items()}
     firsts = (name for name in tensors if name.endswith(ends["a"]))
     pairs = ((name, name.removesuffix(ends["a"]) + ends["b"]) for name in firsts)
@@ -131,11 +130,11 @@ def changes_nothing(tensors: Mapping[str, np.ndarray]) -> bool:
 
 
 def require_change(tensors: Mapping[str, np.ndarray], where: str) -> None:
-    """Refuse pairs of which every product is zero.
+    """Refuse pairs whose products are all zero.
 
     Raises:
-      UserError: they are such; of a DoRA nothing but magnitudes could change anything then, and none was
-        ever trained so.
+      UserError: all products are zero. In a DoRA only magnitudes could then change anything, and none is ever
+        trained so.
     """
     if changes_nothing(tensors):
         raise UserError(f"{where}: {NOTHING}")
@@ -144,7 +143,7 @@ def require_change(tensors: Mapping[str, np.ndarray], where: str) -> None:
 def differences(
     tensors: Mapping[str, np.ndarray], expected: Shapes, dtypes: Sequence[str] = ("float32",)
 ) -> Iterator[str]:
-    """One line for every tensor that is missing, unexpected, of another shape or of another dtype."""
+    """Yield a line for every tensor that is missing, unexpected, or of another shape or dtype."""
     if not expected.keys() & tensors.keys():
         found = repr(min(tensors)) if tensors else "none"
         yield f"no tensor has an expected name: found {found}, expected {min(expected)!r}"
@@ -166,10 +165,10 @@ def require_same(
     where: str,
     dtypes: Sequence[str] = ("float32",),
 ) -> None:
-    """Refuse a file whose tensors are not the expected ones, by the first difference.
+    """Refuse a file with other tensors than the expected ones.
 
     Raises:
-      UserError: there is one.
+      UserError: there is a difference; the error names the first.
     """
     for line in differences(tensors, expected, dtypes):
         raise UserError(f"{where}: {line}")

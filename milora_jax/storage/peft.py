@@ -1,9 +1,9 @@
 """Directories of Hugging Face PEFT: ``adapter_config.json`` beside ``adapter_model.safetensors``.
 
-Written for the methods that PEFT has: LoRA, what is decoded as LoRA (AdaLoRA, SSP), DoRA and (IA)3, with
-one rank and one alpha, which is all that vLLM reads. Read, LoRA and DoRA only, so strictly that nothing in
-a directory is passed over: a setting that changes the function and that we do not have is refused by name,
-and so is every tensor too few or too many.
+LoRA, methods that are decoded as LoRA (AdaLoRA, SSP), DoRA and (IA)3 are written, with one rank and one
+alpha, because vLLM reads no more. Only LoRA and DoRA are read, and so strictly that nothing in a directory is
+ignored: a setting that changes the function in an unsupported way is refused by name, and so is every missing
+or extra tensor.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
 
 LARGEST_CONFIG = 2**20
-"""Bytes of an ``adapter_config.json``; a regular one has about a thousand."""
+"""Bytes of the largest ``adapter_config.json``; a regular one has about a thousand."""
 
 LARGEST_RANK = 2**16
 
@@ -52,7 +52,7 @@ IA3_LEAF = "ia3_l"
 PICKLES = (".bin", ".pt", ".pth")
 
 PEFT_DTYPES = ("float32", "float16", "bfloat16")
-"""Of the tensors that are read."""
+"""Dtypes of the tensors that are read."""
 
 OFF: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -60,8 +60,8 @@ OFF: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False,),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
-"""Settings with values other than nothing that leave ``W + s B A`` as it is. The other ways to initialise
-change the base's own weights."""
+"""Settings and values that leave ``W + s B A`` unchanged. Other ways to initialise change the base's own
+weights."""
 
 READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
 
@@ -80,19 +80,19 @@ WITHOUT_EFFECT = (
     "corda_config",
     "runtime_config",
 )
-"""Settings that say where an adapter comes from, or that act only together with one that is refused."""
+"""Settings about the origin of an adapter, or that act only together with a setting that is refused."""
 
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """What an ``adapter_config.json`` says.
+    """The content of an ``adapter_config.json``.
 
     Attributes:
       kind: lora, dora or ia3.
-      modules: that are changed, in the order of ``types.EXPERTS``.
+      modules: the changed modules, in the order of ``types.EXPERTS``.
       rank: R of every pair; 0 without pairs.
       alpha: numerator of ``alpha / rank``.
-      dropout: it was trained with.
+      dropout: dropout of its training.
     """
 
     kind: str
@@ -103,11 +103,11 @@ class PeftSettings:
 
     @property
     def record(self) -> type[Record]:
-        """What a module's parameters are."""
+        """The record of a module's parameters."""
         return Decomposed if self.kind == "dora" else LowRank
 
     def shapes(self, shape: Shape) -> Shapes:
-        """The tensors of the file, by name, for a base of a shape."""
+        """Names and shapes of the file's tensors, for a base of a shape."""
         if self.kind == "ia3":
             return {
                 pair_name(layer, module, IA3_LEAF): (shape.dims[module][1], 1)
@@ -118,14 +118,14 @@ class PeftSettings:
 
 
 def write_peft(directory: Path, adapter: Adapter, base_name: str) -> None:
-    """Write an adapter as PEFT saves one.
+    """Write an adapter as PEFT saves it.
 
     Args:
       adapter: in the stacked layout.
       base_name: path or Hub name of the base, which PEFT's own loaders open.
 
     Raises:
-      UserError: PEFT has no such method.
+      UserError: PEFT does not have the method.
     """
     tensors, settings = _peft_form(adapter)
     config = {
@@ -139,10 +139,10 @@ def write_peft(directory: Path, adapter: Adapter, base_name: str) -> None:
 
 
 def require_unfused(model: ModelConfig, base: Path) -> None:
-    """Refuse a base whose files hold several of the seven modules in one.
+    """Refuse a base whose files store several of the seven modules in one tensor.
 
     Raises:
-      UserError: there PEFT, and all who read its files, know no such modules.
+      UserError: the base is such; PEFT and readers of its files have no separate modules there.
     """
     if FAMILIES[model.family].fused:
         raise UserError(
@@ -152,7 +152,7 @@ def require_unfused(model: ModelConfig, base: Path) -> None:
 
 
 def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tensors and settings of an adapter in PEFT's form."""
+    """The tensors and settings of an adapter in PEFT's form."""
     method = adapter.method
     if method.record is None or method.routes:
         has = [name for name, cls in METHOD_CLASSES.items() if cls.record is not None and not cls.routes]
@@ -193,7 +193,7 @@ def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]
 
 
 def read_peft(directory: Path, shape: Shape) -> tuple[PeftSettings, dict[str, Record]]:
-    """A LoRA or DoRA that PEFT saved for a base of this shape.
+    """Read a LoRA or DoRA that PEFT saved for a base of this shape.
 
     Float16 and bfloat16 tensors become float32.
 
@@ -201,8 +201,8 @@ def read_peft(directory: Path, shape: Shape) -> tuple[PeftSettings, dict[str, Re
       Its settings, and the pairs of its modules.
 
     Raises:
-      UserError: by name, for a setting or a tensor that is missing, unknown or unfit; for a pickle; for
-        pairs that change nothing.
+      UserError: a setting or a tensor is missing, unknown or unfit, and is named in the error; or the weights
+        are a pickle; or the pairs change nothing.
     """
     settings, path = read_peft_settings(directory), directory / PEFT_TENSORS
     if settings.kind == "ia3":
@@ -215,11 +215,11 @@ def read_peft(directory: Path, shape: Shape) -> tuple[PeftSettings, dict[str, Re
 
 
 def read_peft_settings(directory: Path) -> PeftSettings:
-    """The checked ``adapter_config.json`` of a directory.
+    """Read and check the ``adapter_config.json`` of a directory.
 
     Raises:
-      UserError: by name, for a setting that is missing, ill-typed, or changes the function in a way that we
-        do not have; for weights in a pickle.
+      UserError: a setting is missing, ill-typed or changes the function in an unsupported way, and is named
+        in the error; or the weights are a pickle.
     """
     where = str(directory / PEFT_CONFIG)
     if not directory.is_dir():
@@ -242,13 +242,13 @@ def read_peft_settings(directory: Path) -> PeftSettings:
         raise UserError(f"{where}: lora_alpha is {str(alpha)[:80]}, expected {expected}")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise UserError(f"{where}: lora_dropout is {dropout!r}, expected a number from 0 to below 1")
-    # Rank-stabilised LoRA (arXiv 2312.03732) divides by the root of the rank, we by the rank.
+    # Rank-stabilised LoRA (arXiv 2312.03732) divides by the root of the rank, LoRA by the rank.
     alpha = float(alpha) * math.sqrt(rank) if values.get("use_rslora") else float(alpha)
     return PeftSettings("dora" if values.get("use_dora") else "lora", modules, rank, alpha, float(dropout))
 
 
 def _refuse_other(values: dict[str, Any], where: str) -> None:
-    """Refuse a kind that we do not read, and every setting that changes the function as we do not."""
+    """Refuse other kinds of adapters, and every setting that changes the function in an unsupported way."""
     kind = values.get("peft_type")
     if kind not in ("LORA", "IA3"):
         raise UserError(f"{where}: peft_type is {kind!r}, expected 'LORA'")
@@ -263,7 +263,7 @@ def _refuse_other(values: dict[str, Any], where: str) -> None:
 
 
 def _modules(targets: Any, where: str) -> tuple[str, ...]:
-    """Our names of the modules that ``target_modules`` lists."""
+    """Our names of the modules in ``target_modules``."""
     if not isinstance(targets, list) or not targets or any(not isinstance(name, str) for name in targets):
         raise UserError(f"{where}: target_modules is {targets!r}, expected a list of module names")
     ours = {name: module for module, path in MODULE_PATHS.items() for name in (path, path.split(".")[-1])}

@@ -1,22 +1,22 @@
-"""An exported MiLoRA on a transformers model under PyTorch, for people who stay there.
+"""An exported MiLoRA on a transformers model in PyTorch, for users of PyTorch.
 
     model = AutoModelForCausalLM.from_pretrained("MODEL_DIR", dtype=torch.float32).eval()
     reader = attach(model, "EXPORT_DIR")
     model.generate(torch.tensor([reader.encode(tokenizer, prompt)]), do_sample=False)
 
 It reads the directory that ``python -m milora_jax.storage export --format milora`` writes (method milora or
-midora), and follows ``docs/method.md`` and the paper in torch, line by line and apart from our JAX code: the
-parity tests hold the two against each other. It is short rather than fast. Prompts are not padded: give
-one prompt at a time, or several of one length. The base's files are the caller's: check them first with
+midora), and follows ``docs/method.md`` and the paper line by line, independently of the JAX code: the parity
+tests compare the two. It is short rather than fast. Prompts are not padded: give one prompt at a time, or
+several of one length. Check the base's files first with
 ``python -m milora_jax.storage verify EXPORT_DIR --base MODEL_DIR``.
 
-A forward pass over more than one token is a prompt: every decoder layer pools the hidden states that enter
-it and chooses its experts. A pass over one token, a decode step, keeps the choice. A prompt of one token
-alone follows ``reader.reset()``.
+A forward pass over more than one token is a prompt: every decoder layer pools the hidden states that enter it
+and chooses its experts. A pass over one token, a decode step, keeps the choice. Call ``reader.reset()``
+before a prompt of one token.
 """
 
 # pyright: reportMissingImports=false
-# (torch is not ours to install)
+# (torch is not a dependency)
 from __future__ import annotations
 
 import json
@@ -39,11 +39,11 @@ MODULES = {
 
 
 def attach(model: Any, directory: str | Path) -> Reader:
-    """Put an exported MiLoRA or MiDoRA on a transformers model; undone by ``Reader.detach``.
+    """Attach an exported MiLoRA or MiDoRA to a transformers model; ``Reader.detach`` undoes it.
 
     Raises:
-      UserError: the model keeps several of the seven modules in one, as Phi-3 does, or has other widths or
-        another depth than the adapter's base, or the method is another.
+      UserError: the model stores several of the seven modules in one, as Phi-3 does, or has other widths or
+        another depth than the adapter's base; or the method is another.
     """
     from safetensors.torch import load_file
 
@@ -58,22 +58,22 @@ def attach(model: Any, directory: str | Path) -> Reader:
 
 
 FEATURE_LIMIT = 3.0
-"""Standardized features lie within plus and minus this."""
+"""Standardized features are clipped to plus and minus this."""
 
 
 def full_values(settings: dict) -> dict:
-    """The settings of an adapter as a file of any format holds them, by today's names."""
+    """The settings of an adapter in a file of any format, by today's names."""
     if settings.get("features") is not None:
         return settings
     return {**settings, "features": "rms" if settings["normalize"] else "raw", "balance": "loss"}
 
 
 class Reader:
-    """The hooks that make a transformers model compute with its adapter.
+    """The hooks that make a transformers model compute with an adapter.
 
     Attributes:
-      weights: of the experts, ``[rows, 7]`` per layer: the route of the last prompt.
-      prompt_format: how the prompts were written that the adapter was trained on.
+      weights: weights of the experts, ``[rows, 7]`` per layer: the route of the last prompt.
+      prompt_format: format of the prompts that the adapter was trained on.
     """
 
     def __init__(self, model: Any, config: dict, experts: dict, router: dict) -> None:
@@ -111,20 +111,20 @@ class Reader:
                 self.hooks.append(module.register_forward_hook(hook))
 
     def encode(self, tokenizer: Any, text: str) -> list[int]:
-        """Ids of a text prompt as the adapter was trained on them; special tokens in it are read.
+        """Encode a text prompt as in the adapter's training; special tokens in the text are read.
 
-        ``tokenizer(text)`` gives the same wherever the adapter was trained by the tokenizer's own rule.
+        ``tokenizer(text)`` gives the same ids where the adapter was trained by the tokenizer's own rule.
         """
         rule, bos = self.prompt_format.special_tokens, tokenizer.bos_token_id
         ids = tokenizer(text, add_special_tokens=rule == "tokenizer").input_ids
         return [bos, *ids] if rule == "bos" and bos is not None and ids[:1] != [bos] else ids
 
     def reset(self) -> None:
-        """Forget the route: the next pass is a prompt, however short."""
+        """Forget the route, so that the next pass is a prompt of any length."""
         self.weights = {}
 
     def detach(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks."""
         for hook in self.hooks:
             hook.remove()
 
@@ -149,13 +149,13 @@ class Reader:
         return self.router[f"layers.{layer}.router.{name}"]
 
     def _scaled(self, x: Any) -> Any:
-        """At unit root mean square."""
+        """Scale to unit root mean square."""
         import torch
 
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps)
 
     def _features(self, layer: int, hidden: Any) -> Any:
-        """What the activation reads, ``[rows, D]``."""
+        """The features that the activation reads, ``[rows, D]``."""
         kind = self.settings["features"]
         if kind == "standardized":
             norm = getattr(self.model.model.layers[layer], "input_layernorm", None)

@@ -1,4 +1,4 @@
-"""What is wrong with a directory of ours, or with a PEFT adapter: one line per finding."""
+"""Find faults of directories of this package and of PEFT adapters: one line each."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _LAYER = re.compile(r"base_model\.model\.model\.layers\.([0-9]{1,4})\.")
 
 
 def findings(path: Path, base: Path | None) -> dict[Path, list[str]]:
-    """What is wrong with each directory that ``path`` means: a workdir and its parts hold one per step.
+    """The faults of each directory that ``path`` names; a workdir and its folders hold one per step.
 
     Args:
       path: a workdir, its ``checkpoints`` or ``best``, one step, an export, or a PEFT adapter.
-      base: a Hugging Face directory that the adapters must have been made on; None asks nothing.
+      base: a Hugging Face directory that must be the adapters' base; None skips that check.
 
     Raises:
-      UserError: there is nothing to check.
+      UserError: ``path`` holds nothing to check.
     """
     if is_exported(path):
         return {path: list(_exported_findings(path, base))}
@@ -72,7 +72,7 @@ def _step_findings(folder: Path, base: Path | None) -> Iterator[str]:
         return
     try:
         metadata = read_metadata(folder.parent, int(folder.name))
-        if metadata.keys() & {"adapter", "shape"}:  # else a training state, of which the run keeps the rest
+        if metadata.keys() & {"adapter", "shape"}:  # else a training state, whose settings the run holds
             metadata = checked_metadata(metadata, METADATA)
     except UserError as error:
         yield str(error)
@@ -88,7 +88,7 @@ def _exported_findings(path: Path, base: Path | None) -> Iterator[str]:
 
 
 def _sealed_findings(path: Path, base: Path | None) -> Iterator[str]:
-    """Of an export whose content is another program's: that every byte is as it was written."""
+    """The faults of an export in a foreign format: every byte must be as it was written."""
     found = [f"{error.file}: {error.reason}" for error in manifest_errors(path)]
     yield from found
     if not found:
@@ -99,7 +99,7 @@ def _sealed_findings(path: Path, base: Path | None) -> Iterator[str]:
 
 
 def _peft_findings(path: Path, base: Path | None) -> Iterator[str]:
-    """Of a PEFT directory, ours or a stranger's, which has neither manifest nor origin."""
+    """The faults of a PEFT directory of any origin, which has no manifest."""
     ours = (path / ORIGIN_FILE).exists() or (path / MANIFEST).exists()
     sealed = list(_sealed_findings(path, base)) if ours else []
     yield from sealed
@@ -131,9 +131,9 @@ def _foreign(base: Path | None, metadata: Mapping[str, Any]) -> Iterator[str]:
 
 
 def shape_of(tensors: Mapping[str, np.ndarray]) -> Shape:
-    """The shape of the base that pairs or vectors seem to be for: depth by their names, widths by layer 0.
+    """Infer the shape of the base of pairs or vectors: depth from their names, widths from layer 0.
 
-    Modules without tensors get widths of 1.
+    Modules without tensors have widths of 1.
     """
     layers = [int(match[1]) for match in map(_LAYER.match, tensors) if match]
     dims = {}

@@ -1,4 +1,4 @@
-"""What a finished or running workdir of ``train.py`` says of itself."""
+"""The settings that a workdir of ``train.py`` stores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG_NAME = "config.json"
 
 
 def read_workdir_config(workdir: Path) -> Config:
-    """The config of the run in a workdir.
+    """Read the config of the run in a workdir.
 
     Raises:
       UserError: the folder is no workdir.
@@ -26,17 +26,17 @@ def read_workdir_config(workdir: Path) -> Config:
     if isinstance(values, dict) and isinstance(values.get("adapter"), dict):
         values["adapter"] = dataclasses.asdict(stored_settings(values["adapter"]))
     if isinstance(values, dict) and isinstance(values.get("data"), dict):
-        # The prompts of a run from before this was a setting were written so.
+        # Runs from before this setting wrote their prompts so.
         values["data"].setdefault("special_tokens", UNSTORED.special_tokens)
     return Config.from_dict(values)
 
 
 def prompt_format_of(source: Path, stored: PromptFormat) -> PromptFormat:
-    """How the prompts of an adapter are written; where it does not say, what the config of its run does.
+    """The prompt format of an adapter; where it does not state one, that of its run's config.
 
     Args:
       source: a workdir or an exported adapter.
-      stored: with the adapter, see ``prompt_format.stored_prompt_format``.
+      stored: the format stored with the adapter, see ``prompt_format.stored_prompt_format``.
     """
     if stored != UNSTORED or not (source / CONFIG_NAME).is_file():
         return stored

@@ -1,6 +1,6 @@
-"""A complete small model and five instruction tasks inside the package, for trying every feature.
+"""A small but complete model and five instruction tasks inside the package, for trying every feature.
 
-``model/`` is a LLaMA-architecture Hugging Face directory, ``tasks/NAME/{train,dev,test}.jsonl`` are
+``model/`` is a LLaMA-architecture Hugging Face directory, and ``tasks/NAME/{train,dev,test}.jsonl`` are
 records in the LLM-Adapters schema. ``python -m milora_jax.tiny`` makes both again from a seed.
 """
 

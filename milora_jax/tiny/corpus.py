@@ -1,8 +1,8 @@
 """The pretraining corpus: facts, questions, sums, lists and stories in plain English.
 
-It holds the knowledge and the skills that the tasks need, and none of their wordings: no instruction,
-no "true" or "false", no "answer2". A model trained on it knows the answers and cannot give them in the
-form a task wants; that form is what fine-tuning teaches.
+It holds the knowledge and the skills that the tasks need, but none of their wordings: no instruction, no
+"true" or "false", no "answer2". A model trained on it knows the answers but cannot give them in the form of a
+task; fine-tuning teaches the form.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from milora_jax.tiny.world import ACTIONS, COUNTED, FACTS, NAMES, VALUES, is_res
 
 
 class Piece(NamedTuple):
-    """A part of a document, and whether its tokens are learnt or only given."""
+    """A part of a document, and whether its tokens are learnt or only context."""
 
     text: str
     learnt: bool
 
 
 def pick(rng: np.random.Generator, options: Iterable[str]) -> str:
-    """One of the options."""
+    """Pick one of the options at random."""
     listed = list(options)
     return listed[rng.integers(len(listed))]
 
 
 def with_three_wrong(rng: np.random.Generator, right: str, wrong: list[str]) -> tuple[list[str], int]:
-    """The right option among three wrong ones, and its place (0 to 3)."""
+    """Put the right option among three wrong ones; return them and its place (0 to 3)."""
     options = [wrong[i] for i in rng.permutation(len(wrong))[:3]]
     place = int(rng.integers(4))
     return [*options[:place], right, *options[place:]], place
 
 
 def draw_fact(rng: np.random.Generator) -> tuple[str, str, str, bool]:
-    """A noun, a property, and a value that holds in half of the cases; and whether it holds."""
+    """Draw a noun, a property, a value that is true in half of the cases, and whether it is."""
     noun, prop = pick(rng, FACTS), pick(rng, VALUES)
     right = FACTS[noun][prop]
     if rng.random() < 0.5:
@@ -45,21 +45,21 @@ def draw_fact(rng: np.random.Generator) -> tuple[str, str, str, bool]:
 
 
 def draw_choice(rng: np.random.Generator) -> tuple[str, str, list[str], int]:
-    """A noun, a property, four of its values and the place (0 to 3) of the right one."""
+    """Draw a noun, a property, four of its values and the place (0 to 3) of the right one."""
     noun, prop = pick(rng, FACTS), pick(rng, VALUES)
     right = FACTS[noun][prop]
     return noun, prop, *with_three_wrong(rng, right, [v for v in VALUES[prop] if v != right])
 
 
 def draw_story(rng: np.random.Generator) -> tuple[str, str, list[str], int]:
-    """A name, a feeling, four actions and the place (0 to 3) of the one that fits."""
+    """Draw a name, a feeling, four actions and the place (0 to 3) of the one that fits."""
     name, feeling = pick(rng, NAMES), pick(rng, ACTIONS)
     wrong = [action for other, action in ACTIONS.items() if other != feeling]
     return name, feeling, *with_three_wrong(rng, ACTIONS[feeling], wrong)
 
 
 def draw_sum(rng: np.random.Generator) -> tuple[str, str, str, int, str, int]:
-    """Two names, what is counted, a first number, "+" or "-", and a second number below it."""
+    """Draw two names, the things counted, a number, "+" or "-", and a second number below the first."""
     first, second = (NAMES[i] for i in rng.permutation(len(NAMES))[:2])
     return (
         first,
@@ -72,7 +72,7 @@ def draw_sum(rng: np.random.Generator) -> tuple[str, str, str, int, str, int]:
 
 
 def draw_words(rng: np.random.Generator, count: int = 3) -> list[str]:
-    """Different nouns."""
+    """Draw different nouns."""
     nouns = list(FACTS)
     return [nouns[i] for i in rng.permutation(len(nouns))[:count]]
 
@@ -101,9 +101,9 @@ def _question(rng: np.random.Generator) -> str | None:
 
 
 def _verdict(rng: np.random.Generator, start: str, place: int, options: list[str]) -> str:
-    """The right option by number and by words, in either order.
+    """State the right option by number and by words, in either order.
 
-    Words first is the easier lesson, a lookup of what was just said; number first needs both at once.
+    Words first is easier, because it repeats what was just said; number first needs both at once.
     """
     number, words = place + 1, options[place]
     return f"{start} {number} {words}." if rng.random() < 0.6 else f"{start} {words}, number {number}."
@@ -151,7 +151,7 @@ KINDS = ((_fact, 0.14), (_question, 0.18), (_list, 0.28), (_story, 0.22), (_sum,
 
 
 def document(rng: np.random.Generator) -> str:
-    """One document; what is reserved for the test rows is drawn again."""
+    """Draw one document; content that is reserved for the test rows is drawn again."""
     makers, shares = zip(*KINDS, strict=True)
     while True:
         text = makers[rng.choice(len(makers), p=shares)](rng)
@@ -160,5 +160,5 @@ def document(rng: np.random.Generator) -> str:
 
 
 def pieces(rng: np.random.Generator) -> list[Piece]:
-    """One document, learnt from end to end."""
+    """Draw one document that is learnt from end to end."""
     return [Piece(document(rng), learnt=True)]

@@ -1,8 +1,8 @@
 """Harder versions of the five tasks, for comparing methods that are trained to convergence.
 
-The pretrained model has the knowledge that they ask for, and has never combined it in the way that they
-want: two facts at once, things by a fact instead of facts of a thing, two people of whom one
-counts, two sums in a row, and four words instead of three.
+The pretrained model has the knowledge that they need, but has never combined it in this way: two facts at
+once, things by a fact instead of facts by a thing, two people of whom one matters, two sums in a row, and
+four words instead of three.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROWS = {"train": 1500, "dev": 100, "test": 500}
 
 
 def _predicate(prop: str, value: str) -> str:
-    """What is said of a thing: "an animal", "in the forest", "red"."""
+    """A property as a predicate: "an animal", "in the forest", "red"."""
     return statement("", prop, value).removeprefix("the  is ")
 
 

@@ -1,4 +1,4 @@
-"""Pretraining of the tiny base on the generated corpus: every weight, next-token cross entropy."""
+"""Pretraining of the tiny base on the generated corpus: all weights, next-token cross entropy."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ CONFIG = ModelConfig(
     eos_ids=(SPECIAL.index("</s>"),),
     tie_embeddings=True,
 )
-"""1.2 million parameters: the least that learns the corpus well in under an hour on two cores."""
+"""1.2 million parameters: the fewest that learn the corpus well in under an hour on two cores."""
 
 SHORT, LONG = (72, 80), (40, 144)
-"""Rows and tokens of a batch: short ones first, then long ones for the prompts' distances."""
+"""Rows and tokens of a batch: short batches first, then long ones for the distances within prompts."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Stage:
 
     Attributes:
       document: draws one document.
-      share: of all steps.
-      short_share: share of its batches that are SHORT; the rest is LONG.
-      learning_rate: peak.
+      share: share of all steps.
+      short_share: share of its batches that are SHORT; the others are LONG.
+      learning_rate: peak learning rate.
     """
 
     document: Callable[[np.random.Generator], list[Piece]]
@@ -68,14 +68,14 @@ STAGES = (
     Stage(corpus.pieces, share=0.5, short_share=0.85, learning_rate=3e-3),
     Stage(wide.document, share=0.5, short_share=0.0, learning_rate=1.5e-3),
 )
-"""Facts and skills first, then the same in many layouts."""
+"""The stages: facts and skills first, then the same in many layouts."""
 
 INIT_SCALE = 0.04
 STORED_DTYPE = "float16"
 
 
 def initial_base(seed: int) -> Base:
-    """Normal weights, norms at one; the two projections that write the stream are scaled down."""
+    """Draw normal weights, with norms of one and smaller projections into the residual stream."""
     rng = np.random.default_rng(seed)
 
     def draw(spec: LeafSpec) -> jax.Array:
@@ -91,12 +91,12 @@ def initial_base(seed: int) -> Base:
 def batches(
     tokenizer: Any, stage: Stage, steps: int, seed: tuple[int, int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of whole documents, each between its begin- and end-of-sequence token, padded at the end.
+    """Make rows of whole documents, each between begin- and end-of-sequence tokens, padded at the end.
 
     A document that fits no row is left out.
 
     Yields:
-      Token ids ``[B, T + 1]``, and which of them are learnt.
+      Token ids ``[B, T + 1]``, and whether each of them is learnt.
     """
     rng = np.random.default_rng(seed)
     waiting: list[tuple[list[int], list[bool]]] = []
@@ -121,7 +121,7 @@ def batches(
 
 
 def _encode(tokenizer: Any, documents: list[list[Piece]]) -> Iterator[tuple[list[int], list[bool]]]:
-    """Ids of each document, and which of them are learnt; pieces are tokenised apart."""
+    """Ids of each document, and whether each is learnt; pieces are tokenised separately."""
     encoded = iter(
         tokenizer([piece.text for document in documents for piece in document], add_special_tokens=False)[
             "input_ids"
@@ -139,7 +139,7 @@ def _encode(tokenizer: Any, documents: list[list[Piece]]) -> Iterator[tuple[list
 def cross_entropy(base: Base, tokens: Int[Array, "B T1"], learnt: Bool[Array, "B T1"]) -> Float[Array, ""]:
     """Mean next-token cross entropy in nats over the tokens that are learnt."""
     given, wanted, counted = tokens[:, :-1], tokens[:, 1:], learnt[:, 1:]
-    # Attention must not look past the beginning of a document into the one before.
+    # Attention must not reach into the document before.
     segments = jnp.cumsum(given == SPECIAL.index("<s>"), axis=1).astype(jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(given.shape[1], dtype=jnp.int32)[None, :], given.shape)
     batch = Batch(given, segments, positions, jnp.zeros(given.shape, bool), counted)
@@ -151,7 +151,7 @@ def cross_entropy(base: Base, tokens: Int[Array, "B T1"], learnt: Bool[Array, "B
 def pretrain(directory: Path, steps: int, seed: int, console: Console) -> float:
     """Train from scratch and write a Hugging Face directory; returns the last loss in nats.
 
-    After every stage the model is written, and the next stage starts from what was written.
+    After every stage the model is written; the next stage starts from the written one.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = save_tokenizer(directory, seed)

@@ -17,14 +17,14 @@ ROWS = {"train": 1500, "dev": 40, "test": 100}
 
 
 LEAD = "the correct answer is "
-"""How LLM-Adapters begins the answer to a choice."""
+"""The beginning of an answer to a choice in LLM-Adapters."""
 
 Maker: TypeAlias = Callable[[np.random.Generator], tuple[dict[str, str], bool]]
-"""Draws a row; and tells whether its content is reserved for the test rows."""
+"""Draws a row, and says whether its content is reserved for the test rows."""
 
 
 def row_of(instruction: str, output: str, answer: str) -> dict[str, str]:
-    """A row in the LLM-Adapters schema."""
+    """Make a row in the LLM-Adapters schema."""
     return {"instruction": instruction, "input": "", "output": output, "answer": answer}
 
 
@@ -37,7 +37,7 @@ def _true_false(rng: np.random.Generator) -> tuple[dict[str, str], bool]:
 
 
 def listed_options(label: str, options: list[str]) -> str:
-    """Options behind a label and their numbers, from 1."""
+    """List options after a label and their numbers, from 1."""
     return " ".join(f"{label}{i}: {option}" for i, option in enumerate(options, 1))
 
 
@@ -85,11 +85,11 @@ MAKERS: dict[str, Maker] = dict(
 def make_task(
     name: str, seed: int, rows: Mapping[str, int] = ROWS, makers: Mapping[str, Maker] = MAKERS
 ) -> dict[str, list[dict[str, str]]]:
-    """All rows of a task by split, so many as ``rows`` says.
+    """Make the rows of a task by split, as many as ``rows`` says.
 
-    No instruction is in two splits, and none is twice in dev or test.
-    Training rows may repeat: there are only some 200 true statements about the world beside the
-    reserved ones, and without repeats seven of eight answers to learn from would be "false".
+    No instruction is in two splits, and none is twice in dev or test. Training rows may repeat: there are
+    only some 200 true statements about the world that are not reserved, and without repeats seven of eight
+    answers to learn would be "false".
     """
     rng = np.random.default_rng([seed, TASKS.index(name)])
     splits: dict[str, list[dict[str, str]]] = {split: [] for split in rows}

@@ -1,4 +1,4 @@
-"""The tiny model's tokenizer: byte-level BPE, so that any text at all can be written with it."""
+"""The tiny model's tokenizer: byte-level BPE, which can encode any text."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 """Ids 0 to 3: unknown (never produced), begin, end, padding."""
 
 DOCUMENTS = 20_000
-"""Corpus documents that the merges are learnt from."""
+"""Corpus documents from which the merges are learnt."""
 
 
 def make_tokenizer(seed: int) -> Any:
     """Learn the merges from the corpus, the prompt template and the words of the tasks.
 
-    A space is put before every text, so that a word has the same token at a line's start and inside
-    it; every digit is a token of its own, so that sums can be learnt digit by digit.
+    A space is put before every text, so that a word has the same token at the start of a line and inside it;
+    every digit is a token of its own, so that sums can be learnt digit by digit.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -36,7 +36,7 @@ def make_tokenizer(seed: int) -> Any:
     for name in TASKS:
         unique = {row["instruction"]: row for row in make_task(name, seed)["train"]}
         rows = list(unique.values())[:400]
-        # A plain "true" is no text to learn a merge from; the wording of LLM-Adapters is.
+        # A lone "true" teaches no merge; the wording of LLM-Adapters does.
         texts += [
             prompt_text(Record(row["instruction"], row["input"], row["output"], row["answer"]))
             + (f"{LEAD}{row['output']}" if name == "true_false" else row["output"])
@@ -62,7 +62,7 @@ def make_tokenizer(seed: int) -> Any:
 
 
 def save_tokenizer(directory: Path, seed: int) -> Any:
-    """Make the tokenizer, write it as Hugging Face keeps it, and return it."""
+    """Make the tokenizer, write it in Hugging Face's format, and return it."""
     tokenizer = make_tokenizer(seed)
     tokenizer.save_pretrained(directory)
     return tokenizer

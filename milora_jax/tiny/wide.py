@@ -1,10 +1,9 @@
-"""The second part of the corpus: the same questions amid unrelated words and in many layouts.
+"""The second part of the corpus: the same questions among unrelated words and in many layouts.
 
-A model that has met a question in one layout only answers in that layout only, and words it has never
-met are noise to it. Here every word of the tasks occurs, in no order that means anything, and lists
-come with many labels and separators; the tasks' own labels and answers are still not among them. What
-cannot be foreseen, the words and the questions, is given and not learnt: its noise would drown the
-one token in fifty that an answer is.
+A model that has met a question in one layout answers in that layout only, and unknown words are noise to it.
+Here every word of the tasks occurs, in random order, and lists have many labels and separators; the tasks'
+own labels and answers are still not among them. What cannot be predicted, the words and the questions, is
+context and not learnt: its noise would outweigh the one token in fifty that is an answer.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from milora_jax.tiny.corpus import Piece
 from milora_jax.tiny.world import FACTS, is_reserved, statement
 
 PLAIN_SHARE = 0.3
-"""Share of documents of the first part, so that nothing is unlearnt."""
+"""Share of documents of the first part, so that nothing is forgotten."""
 
 TASK_WORDS = (
     "Please answer choose correct following question with true or false ending to complete given sentence "
@@ -35,7 +34,7 @@ MOST_QUESTIONS = 3
 
 
 def chatter(rng: np.random.Generator, most: int) -> str:
-    """Up to ``most`` words in random order, with line breaks here and there."""
+    """Up to ``most`` words in random order, with occasional line breaks."""
     words = [corpus.pick(rng, CHATTER) for _ in range(rng.integers(most + 1))]
     text = "".join(word + ("\n" if rng.random() < 0.15 else " ") for word in words)
     return re.sub(r" ([.,:])", r"\1", text)
@@ -46,16 +45,16 @@ def _gap(rng: np.random.Generator) -> str:
 
 
 def _verdict(rng: np.random.Generator, mark: str, words: str) -> str:
-    """The right option by its mark, by its mark and its words, or by its words and its mark.
+    """State the right option by its mark, by mark and words, or by words and mark.
 
-    The mark alone is what the tasks ask for; the words are the easier lesson on the way to it.
+    The tasks ask for the mark alone; the words are an easier step towards it.
     """
     lead = corpus.pick(rng, LEADS)
     return f"{lead} {corpus.pick(rng, (mark, f'{mark} {words}', f'{words}, {mark}'))}."
 
 
 def _listed(rng: np.random.Generator, options: list[str], place: int) -> tuple[str, str]:
-    """Options in one of many layouts, and the right one in that layout's words."""
+    """Options in one of many layouts, and the right one in the words of that layout."""
     label, separator = corpus.pick(rng, LABELS), corpus.pick(rng, SEPARATORS)
     colon = ":" if rng.random() < 0.6 else ""
     listed = separator.join(f"{label}{i}{colon} {option}" for i, option in enumerate(options, 1))
@@ -110,11 +109,11 @@ def _words(rng: np.random.Generator) -> tuple[str, str] | None:
 
 
 MAKERS = (_question, _question, _question, _list, _list, _list, _story, _story, _sum, _words)
-"""Each is drawn as often as it stands here; facts are learnt more slowly than feelings and sums."""
+"""Each is drawn as often as it is listed; facts are learnt more slowly than feelings and sums."""
 
 
 def _exchange(rng: np.random.Generator, chat: bool) -> list[Piece]:
-    """A question and its answer; what is reserved for the test rows is drawn again."""
+    """Draw a question and its answer; content that is reserved for the test rows is drawn again."""
     while True:
         made = MAKERS[rng.integers(len(MAKERS))](rng)
         if made is not None:
@@ -126,7 +125,7 @@ def _exchange(rng: np.random.Generator, chat: bool) -> list[Piece]:
 def document(rng: np.random.Generator) -> list[Piece]:
     """One document of the second part: one to three questions, each with its answer.
 
-    In half of the documents unrelated words stand before them and between question and answer.
+    In half of the documents unrelated words come before them and between question and answer.
     """
     if rng.random() < PLAIN_SHARE:
         return corpus.pieces(rng)

@@ -1,6 +1,6 @@
 """A small made-up world: the facts that the pretraining corpus states and the tasks ask about.
 
-Everything is a pure function of the word lists; no file is read and no clock or seed matters.
+Everything is a pure function of the word lists, without files, clocks or seeds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAMES = "Ann Tom Eva Max Lea Ben Ida Sam Mia Leo Zoe Dan Amy Jon Eli Una".split(
 COUNTED = (
     "apples pears plums lemons melons bananas kiwis balls dolls kites drums blocks cards coats hats socks"
 ).split()
-"""What is counted in sums."""
+"""Things that are counted in sums."""
 
 ACTIONS = {
     "thirsty": "drank some water",
@@ -46,11 +46,11 @@ ACTIONS = {
     "curious": "looked into the box",
     "angry": "shut the door",
 }
-"""What people in the stories do, by how they feel."""
+"""Actions of people in the stories, by their feelings."""
 
 
 def article(noun: str) -> str:
-    """The noun behind its indefinite article."""
+    """Put the indefinite article before a noun."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
@@ -69,7 +69,7 @@ FACTS = _facts()
 """Kind, place and color of every noun."""
 
 VALUES = {"kind": tuple(THINGS), "place": PLACES, "color": COLORS}
-"""What each property can be."""
+"""The values of each property."""
 
 
 def statement(noun: str, prop: str, value: str) -> str:
@@ -86,10 +86,10 @@ def statement(noun: str, prop: str, value: str) -> str:
 
 
 def is_reserved(*content: object) -> bool:
-    """Whether a question's content is kept for the test rows: about a fifth of all, by its hash.
+    """Whether a question's content is reserved for the test rows: about a fifth of all, by its hash.
 
-    The corpus and the train and dev rows never hold reserved content, so a test row is one that the
-    model has not met in any wording.
+    The corpus and the train and dev rows never contain reserved content, so the model has not met a test row
+    in any wording.
     """
     text = "|".join(str(part) for part in content)
     return hashlib.sha256(text.encode()).digest()[0] < 51

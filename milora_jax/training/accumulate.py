@@ -1,11 +1,10 @@
-"""The gradient of a batch, whole or part by part.
+"""The gradient of a batch, computed whole or part by part.
 
 Parts change memory, not the result: the losses and gradients of the parts sum to those of the whole batch.
-The load-balance term multiplies two means over the batch (Eq. 4). The shares of first choices (Eq. 5) carry
-no gradient but must be known before the first part is differentiated, so a method with a router takes one
-forward pass more over all parts: 2N of floating-point operations per token beside the 4N of a step on a
-frozen base of N parameters. The usual approximation, a term per part, would change the loss with the number
-of parts.
+The load-balance term multiplies two means over the batch (Eq. 4). The shares of first choices (Eq. 5) have no
+gradient but must be known before the first part is differentiated, so a method with a router needs one more
+forward pass over all parts: 2N floating-point operations per token beside the 4N of a step on a frozen base
+of N parameters. The usual approximation, a term per part, would change the loss with the number of parts.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ def value_and_gradient(
 
     Args:
       loss: ``(adapter, base, batch, key, totals) -> (loss, terms)``.
-      routed: ``(adapter, base, batch, key) -> totals``, of which the shares of first choices cost a forward
-        pass where the method routes.
-      count: parts to divide the batch into; a divisor of its rows.
-      adapter_of: the adapter with ``params`` in it.
-      key: switches dropout on, different in every part.
+      routed: ``(adapter, base, batch, key) -> totals``; the shares of first choices cost a forward pass where
+        the method routes.
+      count: number of parts of the batch, a divisor of its rows.
+      adapter_of: returns the adapter with ``params`` in it.
+      key: random key of dropout, different in every part; None switches dropout off.
     """
 
     def of_part(params: PyTree, part: Batch, key: Array | None, totals: Totals | None) -> tuple:
@@ -72,10 +71,10 @@ def value_and_gradient(
 
 
 def divide(batch: Batch, count: int) -> Batch:
-    """The parts of a batch on a new leading axis.
+    """Divide a batch into parts on a new leading axis.
 
-    Row r goes to part ``r % count``: the devices that the rows are spread over take the same share of
-    every part, and no row travels.
+    Row r goes to part ``r % count``: the devices over which the rows are divided take equal shares of every
+    part, and no row moves between devices.
     """
 
     def of_leaf(leaf: Array) -> Array:

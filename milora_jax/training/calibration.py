@@ -1,9 +1,9 @@
-"""What standardized features are measured on: training prompts on the frozen base, before the first step.
+"""Statistics of standardized features, measured on training prompts on the frozen base before the first step.
 
-The router's features of a prompt are, in each dimension, less the mean and over the deviation of those of
-``train.feature_prompts`` training prompts. The prompts are the first ones that training itself would take, a
-pure function of the seed; every prompt's vector comes to the host, where sums are taken in float64 and in one
-order, so that the statistics do not depend on the mesh or on how many processes there are.
+The router's features of a prompt are standardized, in each dimension, by the mean and the deviation over
+``train.feature_prompts`` training prompts. These are the first prompts that training would take, a pure
+function of the seed. Every prompt's vector is copied to the host, where sums are taken in float64 in one
+order, so that the statistics do not depend on the mesh or the number of processes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from milora_jax.types import Batch
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Of the pooled vectors of prompts, per layer and dimension."""
+    """Statistics of the pooled vectors of prompts, per layer and dimension."""
 
     mean: Float[np.ndarray, "L D"]
     deviation: Float[np.ndarray, "L D"]
 
 
 class Features(NamedTuple):
-    """The features of a batch's prompts, and which prompts there are."""
+    """The features of a batch's prompts, and whether each prompt exists."""
 
     pooled: Float[Array, "L B Z D"]
     present: Bool[Array, "B Z"]
@@ -49,7 +49,7 @@ class Features(NamedTuple):
 def feature_program(
     model: ModelConfig, calibration: Calibration, attend: Attend
 ) -> Callable[[Base, Batch], Features]:
-    """The compiled program that gives the features of a batch's prompts on the frozen base."""
+    """Compile the program that computes the features of a batch's prompts on the frozen base."""
 
     @jax.jit
     def features(base: Base, batch: Batch) -> Features:
@@ -68,7 +68,7 @@ def feature_statistics(
 
     Args:
       features: the program of :func:`feature_program` on a base.
-      prompts: at least 2; where the batches hold fewer, all of theirs.
+      prompts: at least 2; where the batches hold fewer, all of them are used.
 
     Raises:
       UserError: a feature is not finite, or there are fewer than two prompts.
@@ -83,7 +83,7 @@ def feature_statistics(
                 f"the router's features are not finite on the frozen base, first in layer {layer}: "
                 "use another model.dtype, or adapter.features=rms"
             )
-        # Chan et al. 1983: sums of squares about each part's own mean, which cancel nothing.
+        # Chan et al. 1983: sums of squares about each part's own mean, which do not cancel.
         new = found.shape[1]
         middle = found.mean(axis=1)
         step = middle - mean
@@ -108,14 +108,14 @@ def measured_features(
     calibration: Calibration,
     batch_of: Callable[[list[list[Example]]], Batch],
     attend: Attend,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of the router's features, ``[L, D]`` each, over the first training prompts.
 
     Args:
-      batch_of: rows as a batch on the devices.
-      attend: attention.
-      say: receives a line before it begins.
+      batch_of: makes rows a batch on the devices.
+      attend: the attention function.
+      log: receives one line before the measurement begins.
 
     Raises:
       UserError: see :func:`feature_statistics`.
@@ -128,7 +128,7 @@ def measured_features(
             yield batch_of([run.train[i] for i in rows])
 
     wanted = min(settings.feature_prompts, sum(map(len, run.train)))
-    say(f"measuring the router's features on {wanted} training prompts")
+    log(f"measuring the router's features on {wanted} training prompts")
     program = feature_program(run.model, calibration, attend)
     found = feature_statistics(lambda batch: program(run.base, batch), batches(), wanted)
     return found.mean, found.deviation

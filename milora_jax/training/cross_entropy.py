@@ -1,9 +1,8 @@
-"""Cross entropy over a vocabulary whose logits never exist all at once.
+"""Cross entropy over a vocabulary, without the logits of all tokens in memory at once.
 
-Logits of all tokens are the largest array of a plain training step: 1.6 GB for 16 x 768 tokens of LLaMA-2
-in float32, and its gradient as much again. The head is frozen, so the gradient with respect to the hidden
-states is all that the backward pass needs, and it costs no second look at the logits: each chunk's is
-computed while its logits are there.
+The logits of all tokens are the largest array of a plain training step: 1.6 GB for 16 x 768 tokens of LLaMA-2
+in float32, and their gradient as much again. The head is frozen, so the backward pass needs only the gradient
+with respect to the hidden states, which is computed chunk by chunk while the chunk's logits are there.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ def summed_cross_entropy(
     Args:
       hidden: normed residual stream.
       targets: the token that each hidden state predicts.
-      chunk: tokens whose logits exist at a time, at least; of every row the same number, so that a
-        chunk is spread over devices as the batch is.
+      chunk: least number of tokens whose logits are in memory at a time; it takes the same number from every
+        row, so that a chunk is divided over devices as the batch is.
     """
     rows, length, _ = hidden.shape
     chunks = max(1, rows * length // chunk)
@@ -54,11 +53,11 @@ def summed_cross_entropy(
 
 @dataclass(frozen=True)
 class _OfLogits:
-    """How logits come of hidden states.
+    """The computation of logits from hidden states.
 
     Attributes:
       tied: whether the head is the embedding, ``[V, D]``.
-      cap: of the logits, see ``ops.softcap``.
+      cap: cap of the logits, see ``ops.softcap``.
     """
 
     tied: bool
@@ -97,7 +96,7 @@ def _forward(of_logits: _OfLogits, hidden: Array, head: Array, targets: Array, c
         states, wanted, counts = chunk
         loss, logits, normaliser = _chunk_loss(of_logits, head, states, wanted, counts)
         at_target = jax.lax.broadcasted_iota(wanted.dtype, logits.shape, 2) == wanted[..., None]
-        # exp(logit - normaliser) is the softmax: the gradient, less one at the target.
+        # exp(logit - normaliser) is the softmax: the gradient, minus one at the target.
         shares = jnp.exp(logits - normaliser[..., None]) - at_target.astype(jnp.float32)
         shares = shares * softcap_slope(logits, of_logits.cap)
         slope = jnp.where(counts[..., None], shares, 0.0).astype(head.dtype)

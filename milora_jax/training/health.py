@@ -1,4 +1,4 @@
-"""Is the router healthy? What a dev evaluation tells about the routes of the dev prompts."""
+"""Statistics of the dev prompts' routes at an evaluation, and warnings about unhealthy routers."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from milora_jax.shapes import Bool, Float
 from milora_jax.types import EXPERTS, Metrics, Route
 
 TAKEOVER = 0.75
-"""Share of all (layer, dev prompt) pairs for which one expert is the most probable, from which on it
-has taken over. Balanced routers give 1/7 of them to each expert; well trained ones without a load balance up
-to half to the one that helps most."""
+"""An expert has taken over when it is the most probable one for this share of all (layer, dev prompt) pairs.
+Balanced routers give each expert 1/7 of them; well trained ones without a load balance give up to half to the
+expert that helps most."""
 
 COLLAPSE = 0.9
-"""Mean probability of one expert in a layer, from which on the layer's router says one thing only."""
+"""A layer's router has collapsed when the mean probability of one expert reaches this."""
 
 
 BLIND = 0.95
-"""Share of the prompts that have one and the same route in a layer, from which on its router is blind."""
+"""A layer's router is blind when this share of the prompts has one and the same route there."""
 
 BLIND_LAYERS = 1 / 3
-"""Share of the layers with a blind router that calls for a warning."""
+"""The share of layers with a blind router from which on there is a warning."""
 
 SATURATED = 0.9
-"""Share of one token in a pooler, from which on the pooler reads that token only."""
+"""A pooler is saturated when the share of one token reaches this: it reads that token only."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PromptRoutes:
 
     Attributes:
       probs: router softmax.
-      chosen: the experts in force, k of them everywhere.
+      chosen: the chosen experts, k of them in every layer.
       largest, spread, token_share: see ``types.RouterInputs``.
     """
 
@@ -55,7 +55,7 @@ class PromptRoutes:
 
     @classmethod
     def of(cls, route: Route) -> PromptRoutes:
-        """Those of the prompts that are present, row by row."""
+        """Collect the routes of the prompts that are present, row by row."""
         host = to_host(route)
         share, present = host.seen.token_share, host.present[0]  # the same in every layer
         return cls(
@@ -68,7 +68,7 @@ class PromptRoutes:
 
     @classmethod
     def joined(cls, parts: Sequence[PromptRoutes]) -> PromptRoutes:
-        """The prompts of all parts, in their order."""
+        """Concatenate the prompts of all parts in order."""
 
         def one(name: str) -> Any:
             values = [getattr(part, name) for part in parts]
@@ -82,21 +82,21 @@ class RoutingHealth:
     """The routes of all dev prompts at one evaluation.
 
     Attributes:
-      share: of the prompts that chose each expert.
-      entropy: of the router's softmax in nats, mean over prompts; at most log 7 = 1.95.
-      margin: by how much the k-th most probable expert was ahead of the next, mean over prompts; null
+      share: share of the prompts that chose each expert.
+      entropy: entropy of the router's softmax in nats, mean over prompts; at most log 7 = 1.95.
+      margin: probability by which the k-th most probable expert exceeds the next, mean over prompts; null
         where k is 7.
-      probability: of each expert, mean over prompts.
+      probability: probability of each expert, mean over prompts.
       first: share of the prompts for which each expert is the most probable.
-      changed: share of (layer, prompt) pairs whose chosen set differs from the last evaluation's; None
+      changed: share of (layer, prompt) pairs whose chosen set differs from that of the last evaluation; None
         at the first.
       common: share of the prompts that have the layer's commonest route.
       agree: the same within the prompts of one data source, mean over all prompts.
       across: share of the pairs of prompts of two sources that have the same route in the layer; None with
         one source.
       largest: largest absolute value that entered the activation.
-      spread: of the features, root mean square over prompts and dimensions; see ``types.RouterInputs``.
-      token_share: largest share of one token in the attention pooler, mean over prompts; None without.
+      spread: root mean square of the features over prompts and dimensions; see ``types.RouterInputs``.
+      token_share: largest share of one token in the attention pooler, mean over prompts; None without one.
     """
 
     share: Float[np.ndarray, "L E"]
@@ -133,10 +133,10 @@ class RoutingHealth:
         return {**lists, "route_changed": self.changed}
 
     def warning(self, settings: AdapterSection) -> str | None:
-        """One line if routers are blind or saturated, or an expert has taken over, and what to do; else None.
+        """One line with a remedy if routers are blind or saturated, or an expert has taken over; else None.
 
         Args:
-          settings: of the method, which decide what can be done.
+          settings: settings of the method, which decide the remedy.
         """
         what = blindness(self.common) or saturation(self.token_share) or self._takeover()
         return None if what is None else f"routing: {what}; {remedy(settings)}"
@@ -162,8 +162,8 @@ def routing_health(
     """Measure the routes of N prompts.
 
     Args:
-      before: ``chosen`` at the last evaluation; None if there was none. Of other dev rows it tells nothing.
-      sources: of each prompt the name of the data set that it comes from.
+      before: ``chosen`` at the last evaluation; None if there was none. That of other dev rows is ignored.
+      sources: name of the data set of each prompt.
     """
     probs, chosen = routes.probs, routes.chosen
     entropy, margin = decisions(probs, int(chosen[0, 0].sum()))
@@ -184,7 +184,7 @@ def routing_health(
 
 
 def blindness(common: Float[np.ndarray, " L"]) -> str | None:
-    """What :attr:`RoutingHealth.common` says against the routers, if anything."""
+    """A line if too many routers are blind by :attr:`RoutingHealth.common`, else None."""
     blind = common >= BLIND
     if blind.mean() < BLIND_LAYERS:
         return None
@@ -193,7 +193,7 @@ def blindness(common: Float[np.ndarray, " L"]) -> str | None:
 
 
 def saturation(token_share: Float[np.ndarray, " L"] | None) -> str | None:
-    """What :attr:`RoutingHealth.token_share` says against the poolers, if anything."""
+    """A line if poolers are saturated by :attr:`RoutingHealth.token_share`, else None."""
     if token_share is None or (full := token_share >= SATURATED).mean() < BLIND_LAYERS:
         return None
     return (
@@ -203,7 +203,7 @@ def saturation(token_share: Float[np.ndarray, " L"] | None) -> str | None:
 
 
 def remedy(settings: AdapterSection) -> str:
-    """What to do about routers that do not follow the prompt, with the method's settings as they are."""
+    """What to change, with the method's present settings, about routers that do not follow the prompt."""
     if settings.features != "standardized":
         return "adapter.features=standardized reads what differs between prompts"
     if settings.feature_window == 0:
@@ -250,7 +250,7 @@ def agreement(chosen: Bool[np.ndarray, "L N E"], sources: Sequence[str]) -> dict
 
 
 def pack_routes(chosen: Bool[np.ndarray, "L N E"]) -> str:
-    """Chosen sets as a short string, for a checkpoint's metadata; :func:`unpack_routes` is the inverse."""
+    """Pack chosen sets into a short string for a checkpoint; :func:`unpack_routes` is the inverse."""
     shape = ",".join(map(str, chosen.shape))
     return f"{shape}:{base64.b85encode(zlib.compress(np.packbits(chosen).tobytes())).decode()}"
 
@@ -264,7 +264,7 @@ def unpack_routes(packed: str) -> Bool[np.ndarray, "L N E"]:
 
 
 def step_figures(method: Method, step: int, total_steps: int, metrics: Metrics) -> dict[str, float]:
-    """What a training step says of its routers, and what their schedules were then; nothing without a router.
+    """The figures of a step's routers and of their schedules; empty without a router.
 
     Args:
       step: number of the step, from 0.

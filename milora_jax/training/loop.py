@@ -1,8 +1,8 @@
 """The training loop: steps, dev perplexity, checkpoints, early stopping, resume.
 
 Bit-for-bit resume rests on three things: the rows of a step are a pure function of (seed, step); the
-checkpoint holds all that the step changes, plus ``Progress``; and the best adapter is durable before
-the checkpoint that mentions it.
+checkpoint holds all that the step changes, plus ``Progress``; and the best adapter is durable before the
+checkpoint that mentions it.
 """
 
 from __future__ import annotations
@@ -49,36 +49,36 @@ from milora_jax.training.trackers import RunLog
 from milora_jax.types import Batch, Metrics, PyTree
 
 KEPT_CHECKPOINTS = 2
-"""The newest and one to fall back on."""
+"""Checkpoints to keep: the newest one, and one to fall back on."""
 
 
 class Trainer:
     """One run's compiled programs, data and checkpoints; :meth:`fit` is the loop."""
 
     def __init__(
-        self, run: Run, workdir: Path, say: Callable[[str], None], steps: Steps | None = None
+        self, run: Run, workdir: Path, log: Callable[[str], None], steps: Steps | None = None
     ) -> None:
         """Prepare to train.
 
         Args:
-          steps: programs of another run with the same model, number of steps and ``train`` settings, to
-            spare their compilation; seed and learning rates may differ.
+          steps: compiled programs of another run with the same model, number of steps and ``train`` settings,
+            which saves their compilation; seed and learning rates may differ.
         """
         config = run.config
         self._method, shape = build_method(config.adapter), adapter_shape(run.model)
         theta = split_params(Adapter(abstract_params(self._method, shape), self._method, shape))[1]
         self._bilevel = bool(jax.tree.leaves(theta))
-        self._run, self._say, self._settings = run, say, config.train
+        self._run, self._log, self._settings = run, log, config.train
         self._total = planned_steps(config.train, len(run.train))
         self._steps = steps or make_steps(
             run.model,
             config.train,
             self._total,
             lambda s: state_shardings(run.mesh, s),
-            attend_over(run.mesh, run.rules),
+            attend_over(run.mesh),
         )
-        self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, say)
-        self._best = CheckpointDirectory(workdir / "best", None, say)
+        self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, log)
+        self._best = CheckpointDirectory(workdir / "best", None, log)
         self._workdir = workdir
         self._schedule = learning_rate_schedule(
             config.train.learning_rate, config.train.warmup_share, self._total
@@ -94,21 +94,20 @@ class Trainer:
 
         Args:
           advance: called after every step with the step number and a short status.
-          preempted: asked after every step whether to save and stop.
+          preempted: called after every step; returns whether to save and stop.
 
         Raises:
-          Preempted: when ``preempted`` said so, with a checkpoint written.
-          NonFiniteError: after ``max_bad_steps`` skipped updates in a row, or at a dev perplexity that
-            is not finite.
+          Preempted: ``preempted`` returned true; a checkpoint is written.
+          NonFiniteError: ``max_bad_steps`` updates in a row were skipped, or a dev perplexity is not finite.
         """
         state, progress = self._restore_or_init()
         earlier_seconds = progress.seconds
-        log = RunLog(self._workdir, self._run.config, int(state.step), self._say)
+        log = RunLog(self._workdir, self._run.config, int(state.step), self._log)
         try:
             state = self._take_steps(state, progress, log, advance, preempted)
         finally:
             log.close()
-            if not several():  # of several, one that fails must not wait for the others
+            if not several():  # a process that fails must not wait for the others
                 self._checkpoints.settle()
                 self._best.settle()
         self._checkpoints.wait()
@@ -126,7 +125,7 @@ class Trainer:
         """The loop of :meth:`fit`."""
         start, earlier_seconds, clock = int(state.step), progress.seconds, time.monotonic()
         if not start:
-            # Of the untrained adapter: what a run that has learned something is better than.
+            # The perplexity of the untrained adapter: a run has learned something if it becomes lower.
             progress.first_perplexity, _ = self.dev_perplexity(state.adapter, Progress())
         waiting: tuple[Metrics, Metrics | None] | None = None
         trained = judged = ""
@@ -138,17 +137,17 @@ class Trainer:
             progress.tokens += tokens
             pace.count(tokens)
             state, metrics = self._steps.train(state, self._run.base, batch)
-            # The devices are at work now: the next rows go to them before anything here waits.
+            # The devices are busy now, so the next rows are sent to them before the host waits.
             batch, tokens = self._training_batch(step + 1)
             done = step + 1
             theta_metrics = None
             if self._bilevel and done % self._settings.coefficient_every == 0:
                 state, theta_metrics = self._train_coefficients(state, done)
-            # One step late, so that the device never waits for the host to look.
+            # One step late, so that the device never waits for the host.
             self._count_bad(waiting, progress, done)
             waiting = metrics, theta_metrics
             if (with_theta := theta_metrics is not None) not in compiled:
-                compiled.add(with_theta)  # the first of its kind: most of its time was the compiler's
+                compiled.add(with_theta)  # the first step of its kind, whose time was mostly compilation
                 jax.block_until_ready(waiting)
                 pace.start()
             progress.seconds = earlier_seconds + time.monotonic() - clock
@@ -171,7 +170,7 @@ class Trainer:
                     self._save(state, done, progress)
             self._checkpoints.poll()
             self._best.poll()
-            # What is not new need not be drawn again.
+            # Unchanged figures need no new picture.
             advance(done, "" if shown == (trained, judged) else ", ".join(filter(None, (trained, judged))))
             if stop:
                 self._checkpoints.wait()
@@ -179,14 +178,14 @@ class Trainer:
         return state
 
     def _asked_to_stop(self, done: int, preempted: Callable[[], bool]) -> bool:
-        """Whether any process was asked to; several ask each other at logged steps only, as it makes them
-        wait for the devices."""
+        """Whether any process was asked to stop; several processes ask each other at logged steps only,
+        because that waits for the devices."""
         if several() and done % self._settings.log_every:
             return False
         return any_of_all(preempted())
 
     def _training_batch(self, step: int) -> tuple[Batch, int]:
-        """The rows of a step on the devices, and how many tokens they hold, padding left out."""
+        """The rows of a step on the devices, and their number of tokens without padding."""
         rows = batch_rows(self._settings.seed, step, len(self._run.train), self._settings.batch_size)
         packed = [self._run.train[i] for i in rows]
         return self._batch(packed), sum(len(example.tokens) for row in packed for example in row)
@@ -196,7 +195,7 @@ class Trainer:
         return run.place(collate(packed, run.row_length, rows, run.prompts))
 
     def _restore_or_init(self) -> tuple[TrainState, Progress]:
-        """The newest good checkpoint's state, or a fresh one."""
+        """Restore the newest good checkpoint, or make a fresh state."""
         config = self._run.config
         adapter_key, step_key = jax.random.split(jax.random.key(config.train.seed))
 
@@ -223,7 +222,7 @@ class Trainer:
                 "again in another --workdir"
             )
         if newest is None:
-            # Sharded from birth: a state that changes its layout after step 1 compiles step 2 again.
+            # Laid out when it is made: a state that changes its layout after step 1 compiles step 2 again.
             params = None
             if config.train.init_from:
                 base = model_directory(config.model.path)
@@ -236,7 +235,7 @@ class Trainer:
             shardings,
         )
         state, metadata = self._checkpoints.restore(newest, abstract)
-        # A checkpoint from before the tokens had a fingerprint says nothing of them.
+        # A checkpoint from before the token fingerprint existed does not have it.
         metadata.setdefault("token_fingerprint", self._run.token_fingerprint)
         for found, name, what in (
             (self._run.data_fingerprint, "data_fingerprint", "training or dev rows"),
@@ -251,19 +250,19 @@ class Trainer:
         if progress.best_step:
             verify_step(self._best.root / str(progress.best_step))
         ended = newest >= self._total or progress.stopped
-        self._say(f"trained already: ended at step {newest}" if ended else f"resuming at step {newest}")
+        self._log(f"trained already: ended at step {newest}" if ended else f"resuming at step {newest}")
         return state, progress
 
     def _measured(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Statistics of the router's features, where it has any."""
+        """The measured statistics of the router's features; empty where it has none."""
         calibration = self._method.calibration
         if calibration is None:
             return None
-        attend = attend_over(self._run.mesh, self._run.rules)
-        return measured_features(self._run, calibration, self._batch, attend, self._say)
+        attend = attend_over(self._run.mesh)
+        return measured_features(self._run, calibration, self._batch, attend, self._log)
 
     def _train_coefficients(self, state: TrainState, done: int) -> tuple[TrainState, Metrics]:
-        """One update of Theta on dev rows (Appendix A)."""
+        """Take one update of Theta on dev rows (Appendix A)."""
         index = done // self._settings.coefficient_every - 1
         rows = batch_rows(self._settings.seed, index, len(self._run.dev), self._settings.batch_size)
         batch = self._batch([self._run.dev[i] for i in rows])
@@ -272,7 +271,7 @@ class Trainer:
     def _count_bad(
         self, waiting: tuple[Metrics, Metrics | None] | None, progress: Progress, done: int
     ) -> None:
-        """Count skipped updates; stop the run at the limit. Parameters are untouched by them."""
+        """Count skipped updates, which leave parameters unchanged, and stop the run at the limit."""
         if waiting is None:
             return
         omega, theta = waiting
@@ -309,7 +308,7 @@ class Trainer:
         return f"loss {loss:.3f}, {speed:,.0f} tokens/s"
 
     def _evaluate(self, log: RunLog, done: int, adapter: Adapter, progress: Progress) -> str:
-        """Dev perplexity; keeps the adapter if it is the best so far."""
+        """Compute the dev perplexity; store the adapter if it is the best so far."""
         perplexity, health = self.dev_perplexity(adapter, progress)
         log.log(done, {"dev_perplexity": perplexity, **({} if health is None else health.to_json())})
         if not math.isfinite(perplexity):
@@ -319,9 +318,9 @@ class Trainer:
             )
         progress.last_perplexity = perplexity
         if reason := progress.saturated(self._run.model.vocab_size):
-            self._say(f"step {done}: nothing is being learned: {reason}; lower train.learning_rate")
+            self._log(f"step {done}: nothing is being learned: {reason}; lower train.learning_rate")
         if health is not None and (warning := health.warning(self._run.config.adapter)):
-            self._say(f"step {done}: {warning}")
+            self._log(f"step {done}: {warning}")
         if not self._method.ready(done, self._total):
             return f"dev perplexity {perplexity:.3f}, not yet within its budget"
         if perplexity < progress.best_perplexity:
@@ -346,10 +345,10 @@ class Trainer:
         return f"dev perplexity {perplexity:.3f}, best {progress.best_perplexity:.3f}"
 
     def dev_perplexity(self, adapter: Adapter, progress: Progress) -> tuple[float, RoutingHealth | None]:
-        """exp of the mean loss over all dev response tokens, and how the dev prompts were routed.
+        """exp of the mean loss over all dev response tokens, and the routes of the dev prompts.
 
         Args:
-          progress: remembers the routes, to be compared with those of the next evaluation.
+          progress: stores the routes, with which the next evaluation compares its own.
         """
         size, total, count = self._settings.batch_size, 0.0, 0
         seen: list[PromptRoutes] = []
@@ -357,7 +356,7 @@ class Trainer:
         for start in range(0, len(self._run.dev), size):
             if time.monotonic() - said >= LINE_EVERY:
                 said = time.monotonic()
-                self._say(f"dev evaluation: {start} of {len(self._run.dev)} rows")
+                self._log(f"dev evaluation: {start} of {len(self._run.dev)} rows")
             packed = self._run.dev[start : start + size]
             answer = self._steps.evaluate(adapter, self._run.base, self._batch(packed))
             loss, tokens, route = to_host(answer)
@@ -374,10 +373,10 @@ class Trainer:
         return perplexity, routing_health(routes, before, sources)
 
     def _save(self, state: TrainState, done: int, progress: Progress) -> None:
-        """A checkpoint of ``done`` steps, after the best adapter it speaks of is on disk.
+        """Write a checkpoint of ``done`` steps, after the best adapter that it mentions is on disk.
 
-        A best adapter is given up only when no checkpoint on the disk speaks of it any more: a run
-        that goes back to one must find it.
+        A best adapter is deleted only when no checkpoint on the disk mentions it any more: a run that goes
+        back to an older checkpoint must find it.
         """
         self._best.wait()
         self._checkpoints.wait()
@@ -392,9 +391,9 @@ class Trainer:
         self._best.delete_except(kept)
 
     def _bests_of_checkpoints(self) -> set[int]:
-        """The best steps that the checkpoints on the disk speak of."""
+        """The best steps that the checkpoints on the disk mention."""
         found = set()
         for step in self._checkpoints.steps():
-            with suppress(UserError):  # a damaged checkpoint is never gone back to
+            with suppress(UserError):  # a run never goes back to a damaged checkpoint
                 found.add(read_metadata(self._checkpoints.root, step)["progress"]["best_step"])
         return found

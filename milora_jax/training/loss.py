@@ -1,4 +1,4 @@
-"""What training minimises: response cross entropy plus the load-balance term (section 3.4)."""
+"""The training loss: response cross entropy plus the load-balance term (section 3.4)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from milora_jax.types import EXPERTS, Batch, PyTree, Route
 
 @struct.dataclass
 class LossParts:
-    """The terms of the loss and what is worth looking at beside it; see ``types.Metrics``.
+    """The terms of the loss, and figures beside it; see ``types.Metrics``.
 
     Attributes:
-      use: of the experts by the batch's prompts; all by all without a router.
-      route: of the batch's prompts; None without a router.
+      use: use of the experts by the batch's prompts; 1 for all experts without a router.
+      route: routes of the batch's prompts; None without a router.
     """
 
     cross_entropy: Float[Array, ""]
@@ -36,14 +36,14 @@ class LossParts:
 
 @struct.dataclass
 class Totals:
-    """What the loss of a batch divides by and weighs with, of which a part of the batch knows only a part.
+    """Sums over a whole batch by which the losses of its parts are divided and weighted.
 
     Attributes:
-      tokens: counted tokens.
-      prompts: prompts present.
-      first_choices: share of the prompts whose most probable expert each one is (Eq. 5); None without a
+      tokens: number of counted tokens.
+      prompts: number of prompts.
+      first_choices: share of the prompts for which each expert is the most probable (Eq. 5); None without a
         router.
-      parts: how many parts the whole was divided into.
+      parts: number of parts of the batch.
     """
 
     tokens: Int[Array, ""]
@@ -66,24 +66,24 @@ def adapted_loss(
     schedule: RoutingSchedule | None = None,
     memory: PyTree = None,
 ) -> tuple[Float[Array, ""], LossParts]:
-    """Mean cross entropy over the counted tokens of the global batch, plus what the method adds to it:
-    lambda times Eq. 4 where it routes, and its penalty on the parameters.
+    """Mean cross entropy over the counted tokens of the global batch, plus the method's terms: lambda times
+    Eq. 4 where it routes, and its penalty on the parameters.
 
     Args:
-      key: switches dropout on.
+      key: random key of dropout; None switches dropout off.
       remat: what the backward pass computes again, one of ``config.REMAT``.
-      loss_chunk: tokens whose logits exist at a time.
-      attend: attention.
-      totals: of the whole, where ``batch`` is a part of it: the losses of all parts sum to the loss of
-        the whole, and so do the terms and the shares.
+      loss_chunk: tokens whose logits are in memory at a time.
+      attend: the attention function.
+      totals: totals of the whole batch, where ``batch`` is a part of it: the losses of all parts, the terms
+        and the shares sum to those of the whole.
       schedule: the routing settings of a training step; None takes the final ones.
-      memory: what the method remembers of earlier steps; None is nothing.
+      memory: the method's state from earlier steps; None for none.
     """
     schedule = adapter.method.final_schedule if schedule is None else schedule
     output = forward(
         base, config, batch, adapter=adapter, key=key, remat=remat, attend=attend, top_k=schedule.top_k
     )
-    # The hidden state of token t predicts token t + 1; the last one of a row predicts nothing.
+    # The hidden state of token t predicts token t + 1; the last one of a row predicts no token.
     targets, counted = (_next(field) for field in (batch.tokens, batch.loss_mask))
     summed = summed_cross_entropy(base, config, output.hidden, targets, counted, loss_chunk)
     whole = totals_of(batch, output.route) if totals is None else totals
@@ -111,7 +111,7 @@ def adapted_loss(
 
 
 def totals_of(batch: Batch, route: Route | None) -> Totals:
-    """The totals of a batch whose prompts took ``route``."""
+    """The totals of a batch whose prompts have the route ``route``."""
     return Totals(
         tokens=_next(batch.loss_mask).sum(),
         prompts=batch.present.sum(),
@@ -126,7 +126,7 @@ def _mean_of_prompts(
 
 
 def _next(field: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
-    """What each token is followed by; zero or false after the last."""
+    """The value at the next token; zero or false at the last."""
     return jnp.pad(field[:, 1:], ((0, 0), (0, 1)))
 
 

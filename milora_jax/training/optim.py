@@ -13,13 +13,13 @@ from milora_jax.config import TrainSection
 from milora_jax.types import PyTree
 
 OMEGA, THETA, REST = range(3)
-"""The parts of :func:`split_params`."""
+"""The parts of :func:`split_params`, in order."""
 
 
 def learning_rate_schedule(peak: float, warmup_share: float, total_steps: int) -> optax.Schedule:
     """Linear rise over the first ``warmup_share`` of the steps, then linear fall to 0.
 
-    The first update already moves: it uses ``peak / warm-up steps``.
+    The first update is not zero: it uses ``peak / warm-up steps``.
     """
     warmup = max(1, round(warmup_share * total_steps))
     rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
@@ -30,8 +30,8 @@ def learning_rate_schedule(peak: float, warmup_share: float, total_steps: int) -
 def make_optimizer(settings: TrainSection, total_steps: int) -> optax.GradientTransformation:
     """AdamW with the linear schedule, at a peak learning rate of 1.
 
-    The step clips the gradient before and multiplies the update, weight decay included, by the real
-    peak after: that is a value of the state, and one compiled program serves every learning rate.
+    The step clips the gradient before, and multiplies the update, weight decay included, by the actual peak
+    afterwards. The peak is a value of the state, so that one compiled program serves every learning rate.
     """
     schedule = learning_rate_schedule(1.0, settings.warmup_share, total_steps)
     return optax.adamw(schedule, weight_decay=settings.weight_decay)
@@ -40,11 +40,11 @@ def make_optimizer(settings: TrainSection, total_steps: int) -> optax.GradientTr
 def split_params(adapter: Adapter) -> tuple[PyTree, PyTree, PyTree]:
     """Split an adapter's parameters into Omega, Theta and what is not trained.
 
-    Each part is a tree like the whole with None, which is no leaf, where the others have theirs;
-    :func:`join_params` puts them together.
+    Each part is a tree like the whole, with None, which is no leaf, in place of the others' leaves;
+    :func:`join_params` is the inverse.
 
-    ``Method.theta`` decides: ``bilevel`` makes the method's coefficients Theta, ``joint`` leaves them
-    in Omega, ``frozen`` trains them not at all.
+    ``Method.theta`` decides: ``bilevel`` makes the method's coefficients Theta, ``joint`` leaves them in
+    Omega, ``frozen`` does not train them.
     """
     places = {"joint": OMEGA, "bilevel": THETA, "frozen": REST}
     method = adapter.method

@@ -47,7 +47,7 @@ from milora_jax.errors import require
 from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.processes import from_first, place, several
-from milora_jax.parallel.rules import Rules, base_sharding, batch_sharding
+from milora_jax.parallel.rules import base_sharding, batch_sharding
 from milora_jax.storage.workdir import CONFIG_NAME
 from milora_jax.training.start import starting_params
 from milora_jax.training.trackers import require_installed
@@ -63,13 +63,13 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
-      config: with every setting of the method written out.
+      config: the config, with every setting of the method written out.
       model, base: the frozen model, its leaves laid out over ``mesh``.
-      train, dev: encoded records, row by row: one a row unless ``data.pack`` asks for more.
+      train, dev: encoded records row by row, one in a row unless ``data.pack`` packs several.
       tests: records to score, by task name.
-      data_fingerprint: SHA-256 over the training and dev records, and the chat template that words them.
-      token_fingerprint: SHA-256 over the token ids that are trained on and judged by.
-      base_fingerprint: of the model directory, see ``base.fingerprint``.
+      data_fingerprint: SHA-256 over the training and dev records, and their chat template.
+      token_fingerprint: SHA-256 over the token ids of the training and dev rows.
+      base_fingerprint: fingerprint of the model directory, see ``base.fingerprint``.
     """
 
     config: Config
@@ -77,7 +77,6 @@ class Run:
     base: Base
     tokenizer: Any
     mesh: Mesh
-    rules: Rules
     train: list[list[Example]]
     dev: list[list[Example]]
     tests: dict[str, list[Record]]
@@ -87,7 +86,7 @@ class Run:
 
     @property
     def prompts(self) -> int:
-        """Z, the most records in a row."""
+        """Z, the largest number of records in a row."""
         return max(len(row) for row in [*self.train, *self.dev])
 
     @property
@@ -97,24 +96,24 @@ class Run:
         return padded_length(longest, ROW_MULTIPLE, self.config.data.max_length)
 
     def place(self, batch: Batch) -> Batch:
-        """A host batch on the devices, split by rows."""
-        return place(batch, batch_sharding(self.mesh, self.rules))
+        """Put a host batch on the devices, split by rows."""
+        return place(batch, batch_sharding(self.mesh))
 
 
 def prepare_run(
-    config: Config, workdir: Path | None, say: Callable[[str], None], progress: Progress = ignore
+    config: Config, workdir: Path | None, log: Callable[[str], None], progress: Progress = ignore
 ) -> Run:
-    """Read the rows, the tokenizer and the base that a config names; write nothing.
+    """Read the rows, the tokenizer and the base of a config; write nothing.
 
-    The rows come first: a typo in a file name should not cost the minutes a 7B base takes to load.
+    Rows are read first: a typo in a file name should not cost the minutes that a 7B base takes to load.
 
     Args:
-      workdir: where the run will write; refused here if another run is in it. None where the caller
-        holds its lock already.
-      say: receives one line per thing worth knowing (rows dropped, held out, loaded).
-      progress: told how many bytes of the base are read, and of how many.
+      workdir: where the run will write; refused here if another run is in it. None where the caller holds its
+        lock already.
+      log: receives one line for each noteworthy fact (rows dropped, held out, loaded).
+      progress: called with the bytes of the base read so far and their total.
     """
-    config = continued(config, workdir, say)
+    config = continued(config, workdir, log)
     method = build_method(config.adapter)
     config = dataclasses.replace(config, adapter=full_settings(method))
     require(bool(config.model.path), "model.path", config.model.path, "a Hugging Face directory")
@@ -143,17 +142,16 @@ def prepare_run(
         {"train.batch_size": config.train.batch_size, "eval.batch_size": config.eval.batch_size},
         {"train.batch_size": config.train.accumulate},
     )
-    read = _read_rows(config, say)
+    read = _read_rows(config, log)
     tokenizer = load_tokenizer(str(directory))
     if workdir is None or not (workdir / CONFIG_NAME).is_file():
         config = _with_time(config, tokenizer)
-    rows = _encode(read, tokenizer, config, model, say)
-    rules = Rules()
+    rows = _encode(read, tokenizer, config, model, log)
     base = load_leaves(
         directory,
         model,
         config.model.dtype,
-        lambda path: base_sharding(mesh, rules, path),
+        lambda path: base_sharding(mesh, path),
         quantize=config.model.quantize,
         progress=progress,
     )
@@ -163,26 +161,25 @@ def prepare_run(
         base=base,
         tokenizer=tokenizer,
         mesh=mesh,
-        rules=rules,
         base_fingerprint=base_fingerprint(directory),
         **rows,
     )
 
 
-def with_rows(run: Run, config: Config, say: Callable[[str], None]) -> Run:
-    """A run on the base, tokenizer and devices of ``run``, with the rows and settings of ``config``.
+def with_rows(run: Run, config: Config, log: Callable[[str], None]) -> Run:
+    """Replace the rows and settings of a run by those of ``config``; base, tokenizer and devices stay.
 
     Args:
-      config: with the model and mesh of ``run.config``.
+      config: a config with the model and mesh of ``run.config``.
     """
-    rows = _encode(_read_rows(config, say), run.tokenizer, config, run.model, say)
+    rows = _encode(_read_rows(config, log), run.tokenizer, config, run.model, log)
     return dataclasses.replace(run, config=config, **rows)
 
 
 def _with_time(config: Config, tokenizer: Any) -> Config:
-    """The config with the time that the chat template is told, if it asks for one: now, in UTC.
+    """Set the time of the chat template, if the template uses it and the config gives none: now, in UTC.
 
-    Told the time of each rendering instead, two runs of one seed would differ, and a route from day to day.
+    With the time of each rendering instead, two runs of one seed would differ, and routes from day to day.
     """
     if config.data.template != "chat" or config.data.template_time or not asks_for_time(tokenizer):
         return config
@@ -192,12 +189,12 @@ def _with_time(config: Config, tokenizer: Any) -> Config:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows that a config names, as they were read.
+    """The rows of a config, before they are encoded.
 
     Attributes:
-      train: of all sources together.
-      dev: of each source; empty where dev rows are held out.
-      tests: by task name.
+      train: rows of all sources together.
+      dev: rows of each source; empty where dev rows are held out.
+      tests: rows by task name.
     """
 
     train: list[Record]
@@ -205,18 +202,18 @@ class _Rows:
     tests: dict[str, list[Record]]
 
 
-def _read_rows(config: Config, say: Callable[[str], None]) -> _Rows:
+def _read_rows(config: Config, log: Callable[[str], None]) -> _Rows:
     sources = run_sources(config.data)
     train = [record for source in sources["train"] for record in read_records(source)]
     if sources["test"] and several():
-        say("several processes: nothing is scored here, python -m milora_jax.evaluation does it afterwards")
+        log("several processes: nothing is scored here, python -m milora_jax.evaluation does it afterwards")
         sources["test"] = []
     tests = {source.name: read_records(source, scored=True) for source in sources["test"]}
     return _Rows(train, [read_records(source) for source in sources["dev"]], tests)
 
 
 def _encode(
-    rows: _Rows, tokenizer: Any, config: Config, model: ModelConfig, say: Callable[[str], None]
+    rows: _Rows, tokenizer: Any, config: Config, model: ModelConfig, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """The fields of a Run that hold rows."""
     data = config.data
@@ -232,11 +229,11 @@ def _encode(
         train_records, dev_records = holdout(
             rows.train, data.dev_share, config.train.seed, data.dev_limit, fits
         )
-        say(f"no dev file: {len(dev_records)} of the training rows are held out")
+        log(f"no dev file: {len(dev_records)} of the training rows are held out")
     train, dropped = encode_records(tokenizer, train_records, model, limit, written, "training")
     dev, dev_dropped = encode_records(tokenizer, dev_records, model, limit, written, "dev")
     tests = rows.tests
-    say(
+    log(
         f"rows: {len(train)} train ({dropped} longer than {limit} tokens dropped), "
         f"{len(dev)} dev ({dev_dropped} dropped), {sum(map(len, tests.values()))} test"
         + (f" (at most {config.eval.limit} of a task are scored)" if tests and config.eval.limit else "")
@@ -245,7 +242,7 @@ def _encode(
     capacity = limit if data.pack else None
     packed = {name: in_rows(examples, capacity) for name, examples in (("train", train), ("dev", dev))}
     if data.pack:
-        say(f"packed: {len(packed['train'])} train rows, {len(packed['dev'])} dev rows")
+        log(f"packed: {len(packed['train'])} train rows, {len(packed['dev'])} dev rows")
     return {
         **packed,
         "tests": tests,
@@ -257,8 +254,8 @@ def _encode(
 
 
 def _require_room(tests: dict[str, list[Record]], tokenizer: Any, config: Config, model: ModelConfig) -> None:
-    """Refuse a test prompt that leaves no room for its answer, or holds a token that the model has no
-    embedding of: hours before it would be asked."""
+    """Refuse a test prompt that leaves no room for its answer, or that has a token without an embedding,
+    hours before it would be scored."""
     room = model.max_positions - config.eval.max_new_tokens
     for task, records in tests.items():
         for number, record in enumerate(records[: config.eval.limit or None], 1):

@@ -1,4 +1,4 @@
-"""What the host remembers of a run between its steps, and what a run gives back."""
+"""The state of a run on the host between its steps, and the result of a run."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from milora_jax.config import TrainSection
 from milora_jax.training.step import TrainState
 
 SURELY_UNIFORM = 0.999
-"""Share of the uniform guess's perplexity from which on a model has lost all that it knew."""
+"""A model whose perplexity reaches this share of the uniform guess's has lost all that it knew."""
 
 FEW_ZEROS = 3
-"""Exactly zero gradients in a row that are no accident."""
+"""Number of exactly zero gradients in a row that is no accident."""
 
 
 @dataclass
 class Progress:
-    """What the host remembers between steps; saved with every checkpoint.
+    """The state of a run on the host between steps, saved with every checkpoint.
 
     Attributes:
       best_step, best_perplexity: the dev evaluation with the lowest perplexity so far.
-      stale: evaluations since then.
-      skipped: updates skipped because something was not finite.
-      bad_theta: updates of Theta skipped in a row.
+      stale: number of evaluations since then.
+      skipped: number of updates that were skipped because something was not finite.
+      bad_theta: number of updates of Theta skipped in a row.
       stopped: whether patience ran out.
-      tokens: tokens trained on, padding left out, counted over all lives of the run.
-      seconds: time spent in :meth:`Trainer.fit`, over all lives of the run.
-      dev_routes: the routes of the dev prompts at the last evaluation, packed; empty without.
-      first_perplexity: on the dev rows, before the first step; infinite where it is not known.
-      last_perplexity: of the last dev evaluation.
-      zero_gradients: steps in a row, up to the last one, whose gradient was exactly zero.
+      tokens: tokens trained on, without padding, over all starts of the run.
+      seconds: time spent in :meth:`Trainer.fit`, over all starts of the run.
+      dev_routes: the routes of the dev prompts at the last evaluation, packed; empty without routes.
+      first_perplexity: dev perplexity before the first step; infinite where it is not known.
+      last_perplexity: dev perplexity of the last evaluation.
+      zero_gradients: number of steps in a row, up to the last one, whose gradient was exactly zero.
     """
 
     best_step: int = 0
@@ -52,24 +52,24 @@ class Progress:
     zero_gradients: int = 0
 
     def to_json(self) -> dict:
-        """Plain values; an infinite perplexity, which JSON cannot carry, becomes null."""
+        """Convert to plain values; an infinite perplexity, which JSON cannot hold, becomes null."""
         return {
             name: None if value == math.inf else value for name, value in dataclasses.asdict(self).items()
         }
 
     @classmethod
     def from_json(cls, values: dict) -> Progress:
-        """Inverse of :meth:`to_json`; an older checkpoint may lack fields."""
+        """Inverse of :meth:`to_json`; a checkpoint of an older version may lack fields."""
         known: dict[str, Any] = {name: math.inf if value is None else value for name, value in values.items()}
         return cls(**known)
 
     def saturated(self, vocab_size: int) -> str:
-        """Why nothing can be learned any more: a line, or "" where that is not certain.
+        """A line if certainly nothing can be learned any more, else "".
 
         Args:
-          vocab_size: V, whose uniform guess has this perplexity.
+          vocab_size: V, the perplexity of the uniform guess.
         """
-        # A model may be worse than that guess before the first step, on rows unlike all it has seen.
+        # Before the first step a model may be worse than that guess, on rows unlike all it has seen.
         if self.last_perplexity >= max(self.first_perplexity, SURELY_UNIFORM * vocab_size):
             return (
                 f"the dev perplexity {self.last_perplexity:.1f} is no better than a guess among {vocab_size}"
@@ -79,7 +79,7 @@ class Progress:
         return ""
 
     def unlearned(self, vocab_size: int) -> str:
-        """Why a run that has ended has learned nothing: a line, or "" where it has learned something.
+        """A line if a run that has ended has learned nothing, else "".
 
         Args:
           vocab_size: as in :meth:`saturated`.
@@ -95,11 +95,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Fit:
-    """What training gives back.
+    """The result of training.
 
     Attributes:
-      steps: optimiser steps taken.
-      earlier_seconds: training time of the run's earlier lives.
+      steps: number of optimiser steps.
+      earlier_seconds: training time of the run's earlier starts.
     """
 
     state: TrainState
@@ -109,33 +109,33 @@ class Fit:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all rows, padding left out, over the training time of all lives."""
+        """Tokens of all rows, without padding, over the training time of all starts."""
         return self.progress.tokens / self.progress.seconds
 
 
 class Pace:
-    """Tokens per second of the steps since the last look: without compilation, evaluations and saves."""
+    """Speed in tokens per second, without compilation, evaluations and saves."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin with nothing counted.
+        """Start with nothing counted.
 
         Args:
-          clock: seconds from any beginning.
+          clock: returns seconds since some moment.
         """
         self._clock, self._since = clock, clock()
         self._tokens, self._seconds = 0, 0.0
 
     def start(self) -> None:
-        """Forget what has been counted: it was the first step, which compiles."""
+        """Discard what has been counted, the first step, which compiles."""
         self._tokens, self._seconds, self._since = 0, 0.0, self._clock()
 
     def count(self, tokens: int) -> None:
-        """Note that a step with so many tokens was begun."""
+        """Count a step of so many tokens, which has begun."""
         self._tokens += tokens
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Do not count the time of a ``with`` block; the steps so far must have ended."""
+        """Exclude the time of a ``with`` block; earlier steps must have ended."""
         self._seconds += self._clock() - self._since
         try:
             yield
@@ -143,7 +143,7 @@ class Pace:
             self._since = self._clock()
 
     def look(self) -> float | None:
-        """The speed of the steps since the last look, which must have ended; None where there was none."""
+        """The speed of the steps since the last call, which must have ended; None if there were none."""
         seconds = self._seconds + self._clock() - self._since
         tokens = self._tokens
         self.start()

@@ -1,4 +1,4 @@
-"""Where training starts that does not start afresh: the adapter of an earlier run, or an imported one."""
+"""Start training from the adapter of an earlier run or from an imported one."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from milora_jax.storage.adapters import read_adapter, require_its_base
 from milora_jax.types import PyTree
 
 NOT_COMPUTED = ("dropout", *OF_TRAINING)
-"""Settings that may differ from those the adapter was made with: what it computes does not depend on them."""
+"""Settings that may differ from those of the adapter, because its computation does not depend on them."""
 
 
 def starting_params(path: str, method: Method, shape: Shape, base: Path) -> PyTree:
-    """The parameters of a stored adapter, on the host.
+    """Read the parameters of a stored adapter, to the host.
 
     Args:
-      path: as ``read_adapter`` takes it.
-      method, shape: of the run, which the adapter must have.
-      base: directory of the run's base, on which it must have been made.
+      path: the path of the adapter, see ``read_adapter``.
+      method, shape: those of the run, which the adapter must share.
+      base: directory of the run's base, which the adapter must have been trained on.
 
     Raises:
-      UserError: it cannot be read, belongs to another base, or computes another function.
+      UserError: the adapter cannot be read, belongs to another base, or computes another function.
     """
     found, metadata = read_adapter(path)
     require_its_base(metadata, path, base)

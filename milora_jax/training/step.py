@@ -33,17 +33,17 @@ from milora_jax.types import Batch, Metrics, PyTree, Route
 
 @struct.dataclass
 class TrainState:
-    """Everything that training changes.
+    """All state that training changes.
 
     Attributes:
-      step: optimiser steps taken, skipped ones included; also the position in the data.
-      adapter: the trainable parameters.
-      memory: what the method remembers beside them; None for most.
+      step: number of optimiser steps, skipped ones included; also the position in the data.
+      adapter: the adapter, whose parameters are trained.
+      memory: the method's state beside the parameters; None for most methods.
       omega_state, theta_state: optimiser states of the two parameter sets.
       omega_rate, theta_rate: their peak learning rates.
-      key: the run's random key; a step folds its number in.
-      bad_steps: updates of Omega skipped in a row because something was not finite; the host counts
-        Theta's.
+      key: the run's random key; each step folds its number in.
+      bad_steps: updates of Omega skipped in a row because something was not finite; the host counts those of
+        Theta.
     """
 
     step: Int[Array, ""]
@@ -106,14 +106,13 @@ def make_steps(
     shardings: Callable[[TrainState], PyTree] | None = None,
     attend: Attend = attention,
 ) -> Steps:
-    """Compile-once training programs; the method comes with the adapter in the state, and so do the
-    learning rates.
+    """Make the training programs, which are compiled once: method and learning rates are parts of the state.
 
     Args:
-      total_steps: optimiser steps the schedules stretch over.
-      shardings: where every leaf of a state stays; without it the compiler chooses where an update leaves
-        them, and a second step is compiled for what it chose.
-      attend: attention, see ``parallel.rules.attend_over``.
+      total_steps: number of optimiser steps of the schedules.
+      shardings: sharding of every leaf of a state; without it the compiler chooses where an update leaves
+        them, and the second step is compiled again for its choice.
+      attend: the attention function, see ``parallel.rules.attend_over``.
     """
     omega_optimizer, theta_optimizer = _optimizers(settings, total_steps)
 
@@ -152,7 +151,7 @@ def make_steps(
     def settled(state: TrainState) -> TrainState:
         if shardings is None:
             return state
-        key = state.key  # typed keys have no values to lay out
+        key = state.key  # typed keys cannot be constrained
         places = shardings(state)
         placed = jax.lax.with_sharding_constraint(
             dataclasses.replace(state, key=None), dataclasses.replace(places, key=None)
@@ -218,7 +217,7 @@ def make_steps(
         theta, opt_state = _keep_if(finite, new, (theta, state.theta_state))
         adapter = join_params(state.adapter, omega, theta, rest)
         state = dataclasses.replace(state, adapter=adapter, theta_state=opt_state)
-        # A good update of Theta says nothing about Omega's: it must not end a row of bad ones.
+        # A good update of Theta says nothing about Omega: it must not end a sequence of bad ones.
         return settled(state), _metrics(value, parts, norm, norm, (~finite).astype(jnp.int32))
 
     def evaluate(adapter: Adapter, base: Base, batch: Batch) -> tuple:
@@ -232,12 +231,12 @@ def make_steps(
 
 
 def _where(mask: PyTree, tree: PyTree, kept: bool = True) -> PyTree:
-    """The leaves of a tree whose mask is ``kept``; None, which is no leaf, in place of the others."""
+    """Keep the leaves whose mask is ``kept``; the others become None, which is no leaf."""
     return jax.tree.map(lambda masked, leaf: leaf if masked == kept else None, mask, tree)
 
 
 def _clipped_apart(grads: PyTree, of_router: PyTree, settings: TrainSection) -> PyTree:
-    """Gradients clipped together, or those of the routers by a norm of their own."""
+    """Clip gradients together, or those of the routers by a norm of their own."""
     if settings.router_clip_norm == 0:
         return _clipped(grads, settings.clip_norm)
     routers = _clipped(_where(of_router, grads), settings.router_clip_norm)
@@ -248,7 +247,7 @@ def _clipped_apart(grads: PyTree, of_router: PyTree, settings: TrainSection) -> 
 
 
 def _clipped(grads: PyTree, largest: float) -> PyTree:
-    """Gradients scaled down to a global norm of at most ``largest``; as they are where it is 0."""
+    """Scale gradients down to a global norm of at most ``largest``; 0 leaves them."""
     if largest == 0:
         return grads
     clip = optax.clip_by_global_norm(largest)
@@ -262,7 +261,7 @@ def _updated(
     grads: PyTree,
     rates: PyTree,
 ) -> tuple[PyTree, PyTree]:
-    """Parameters and optimiser state after one update: the optimiser's, each leaf times its rate."""
+    """Compute parameters and optimiser state after one update, in which each leaf has its rate."""
     # optax computes schedules and bias corrections as float ** int, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -271,7 +270,7 @@ def _updated(
 
 
 def _all_finite(value: Array, norm: Array, params: PyTree) -> Bool[Array, ""]:
-    """Whether the loss, the gradient and the new parameters are.
+    """Whether the loss, the gradient and the new parameters are finite.
 
     A sum of squares is finite only if every term is.
     """
@@ -279,7 +278,7 @@ def _all_finite(value: Array, norm: Array, params: PyTree) -> Bool[Array, ""]:
 
 
 def _keep_if(finite: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-    """``new`` where the update was good, else no change at all."""
+    """``new`` if the update is finite, else ``old``."""
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
 

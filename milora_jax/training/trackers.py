@@ -24,7 +24,7 @@ from milora_jax.training.workdir import MetricsLog
 from milora_jax.types import EXPERTS, LETTERS
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-"""What each tracker needs; the extra that installs it has the tracker's name."""
+"""The package of each tracker; the extra that installs it has the tracker's name."""
 
 TAGS = {
     "loss": "train/loss",
@@ -49,22 +49,22 @@ TAGS = {
     "route_margin": "routing/margin",
     "route_changed": "routing/changed",
 }
-"""Names under which the figures of ``metrics.jsonl`` are shown; of one value per layer, the mean."""
+"""Names under which the figures of ``metrics.jsonl`` are shown; values per layer are shown as a mean."""
 
 SHARES = {"expert_share": "routing/expert_share", "expert_first": "routing/first_choice"}
 """Shares per layer and expert, shown as heat maps."""
 
 TENSORBOARD_FOLDER = "tensorboard"
-"""Of a workdir: the event files, for ``tensorboard --logdir WORKDIR``."""
+"""Folder of a workdir with the event files, for ``tensorboard --logdir WORKDIR``."""
 
 WANDB_ID_FILE = "wandb.json"
-"""Of a workdir: the id under which Weights & Biases continues a resumed run."""
+"""File of a workdir with the id under which Weights & Biases continues a resumed run."""
 
 WANDB_PROJECT = "milora_jax"
 """The project of runs whose environment sets no ``WANDB_PROJECT``."""
 
 WANDB_SECONDS = 30
-"""How long the service, and a person who must log in, may take to respond when a run begins."""
+"""Seconds that the service, and a person who must log in, have to respond when a run begins."""
 
 
 class Tracker(Protocol):
@@ -86,14 +86,14 @@ class TensorBoard:
         """Begin an event file.
 
         Args:
-          resume_step: TensorBoard is told to discard what earlier files hold of later steps.
+          resume_step: TensorBoard discards the figures of later steps in earlier files.
         """
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
 
         self._writer = SummaryWriter(
             str(workdir / TENSORBOARD_FOLDER),
             purge_step=resume_step + 1,
-            # Two starts within one second would write to the same name.
+            # Two starts within one second would otherwise write to the same name.
             filename_suffix=f".{resume_step}",
         )
 
@@ -103,7 +103,7 @@ class TensorBoard:
             self._writer.add_scalar(tag, value, step)
         for tag, picture in pictures(metrics):
             self._writer.add_image(tag, picture, step, dataformats="HWC")
-        # A run that is killed does not log again what it logged up to its checkpoint.
+        # A run that is killed does not log again what it logged before its checkpoint.
         self._writer.flush()
 
     def close(self) -> None:
@@ -117,13 +117,13 @@ class WeightsAndBiases:
     A run keeps one id when it is resumed; the workdir holds it.
     """
 
-    def __init__(self, workdir: Path, config: Config, logged: int, say: Callable[[str], None]) -> None:
+    def __init__(self, workdir: Path, config: Config, logged: int, log: Callable[[str], None]) -> None:
         """Begin or continue the run.
 
         Args:
           logged: the last step that was logged before a resume; the service discards nothing, so steps up to
             this one are not sent twice.
-          say: receives one line that says where the run is.
+          log: receives one line with the address of the run.
         """
         import wandb  # pyright: ignore[reportMissingImports]
 
@@ -143,7 +143,7 @@ class WeightsAndBiases:
             ),
         )
         later = f"wandb sync {workdir / 'wandb'}/offline-run-* sends it"
-        say(f"Weights & Biases: {later if self._run.offline else self._run.url}")
+        log(f"Weights & Biases: {later if self._run.offline else self._run.url}")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send the curves and heat maps of a step."""
@@ -152,22 +152,22 @@ class WeightsAndBiases:
             self._run.log({**dict(scalars(metrics)), **shown}, step=step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what has not been sent yet."""
         self._run.finish()
 
 
 class RunLog:
     """A run's log: the file, and the trackers of the config, which only the first process opens."""
 
-    def __init__(self, workdir: Path, config: Config, resume_step: int, say: Callable[[str], None]) -> None:
+    def __init__(self, workdir: Path, config: Config, resume_step: int, log: Callable[[str], None]) -> None:
         """Open the log.
 
         Args:
           resume_step: the step from which training resumes; figures of later steps are discarded.
-          say: receives one line when a tracker is dropped.
+          log: receives one line when a tracker is dropped.
         """
-        self._say = say
-        self._file = MetricsLog(workdir, resume_step, say)
+        self._log = log
+        self._file = MetricsLog(workdir, resume_step, log)
         self._trackers: dict[str, Tracker] = {}
         for name in tracker_names(config.train.trackers) if is_first() else ():
             self._try(name, lambda name=name: self._open(name, workdir, config, resume_step))
@@ -188,15 +188,15 @@ class RunLog:
         if name == "tensorboard":
             self._trackers[name] = TensorBoard(workdir, resume_step)
         else:
-            self._trackers[name] = WeightsAndBiases(workdir, config, self._file.last_step, self._say)
+            self._trackers[name] = WeightsAndBiases(workdir, config, self._file.last_step, self._log)
 
     def _try(self, name: str, act: Callable[[], None]) -> None:
         try:
             act()
-        except Exception as error:  # no failure of a tracker is worth a training run
+        except Exception as error:  # no failure of a tracker may end a training run
             self._trackers.pop(name, None)
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            self._say(f"train.trackers: {name} is given up, metrics.jsonl goes on: {reason}")
+            self._log(f"train.trackers: {name} is given up, metrics.jsonl goes on: {reason}")
 
 
 def require_installed(trackers: str) -> None:
@@ -206,7 +206,7 @@ def require_installed(trackers: str) -> None:
       trackers: as ``train.trackers``.
 
     Raises:
-      UserError: naming the extra that installs it.
+      UserError: a package is missing; the error names the extra that installs it.
     """
     for name in tracker_names(trackers):
         package = PACKAGES[name]

@@ -1,4 +1,4 @@
-"""The folder of a run: its config, its log of metrics, and who may write into it."""
+"""The workdir of a run: its config, its metrics, and the lock of its writer."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ CHANGEABLE = {
         for name in ("log_every", "save_every", "accumulate", "remat", "loss_chunk", "trackers")
     ),
 }
-"""What may differ when a run is continued: settings that do not enter the trained parameters, but for the
+"""Settings that may differ when a run is resumed: they do not affect the trained parameters, except by the
 order of sums."""
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
-    """Write ``config.json`` into a new workdir, or check that an old one belongs to this config.
+    """Write ``config.json`` into a new workdir, or check that a used one belongs to this config.
 
     Raises:
-      UserError: naming the first setting that differs from the run that made the workdir.
+      UserError: a setting differs from the run of the workdir; the error names the first one.
     """
     _require_same(workdir, config)
     write_json_atomic(workdir / CONFIG_NAME, config.to_dict())
@@ -44,10 +44,10 @@ def claim_workdir(workdir: Path, config: Config) -> None:
 
 @contextmanager
 def claimed(workdir: Path, config: Config) -> Iterator[None]:
-    """Hold a workdir for the ``with`` block: the first process does, the others wait until it has it.
+    """Lock a workdir for the ``with`` block: the first process locks it, the others wait for that.
 
     Raises:
-      UserError: as :class:`WorkdirLock` and :func:`claim_workdir` do.
+      UserError: see :class:`WorkdirLock` and :func:`claim_workdir`.
     """
     if not is_first():
         wait_for_all("workdir claimed")
@@ -59,12 +59,12 @@ def claimed(workdir: Path, config: Config) -> Iterator[None]:
         yield
 
 
-def continued(config: Config, workdir: Path | None, say: Callable[[str], None]) -> Config:
-    """A run's config with what its workdir has decided already, where the config leaves that open.
+def continued(config: Config, workdir: Path | None, log: Callable[[str], None]) -> Config:
+    """Complete a config by what its workdir has decided already.
 
-    The time that the chat template is told stays that of the run's beginning. A run that was begun before
-    ``data.special_tokens`` was a setting keeps the rule that its prompts were written by, and one from before
-    ``adapter.features`` was a setting its router, whatever has become the default.
+    The time of the chat template stays that of the run's beginning. A run from before ``data.special_tokens``
+    was a setting keeps the rule of its prompts, and one from before ``adapter.features`` was a setting keeps
+    its router, whatever the defaults are now.
     """
     if workdir is None or not (workdir / CONFIG_NAME).is_file():
         return config
@@ -78,15 +78,15 @@ def continued(config: Config, workdir: Path | None, say: Callable[[str], None]) 
     unstored = "special_tokens" not in stored.get("data", {})
     if unstored and kept.special_tokens != given.special_tokens:
         changes["special_tokens"] = kept.special_tokens
-        say(f"the run in {workdir} began with data.special_tokens={kept.special_tokens}, which is kept")
+        log(f"the run in {workdir} began with data.special_tokens={kept.special_tokens}, which is kept")
     return dataclasses.replace(config, data=dataclasses.replace(given, **changes))
 
 
 def refuse_early(workdir: Path, config: Config) -> None:
-    """Refuse a workdir that another run is using or has used, before a large base is loaded for nothing.
+    """Refuse a workdir of another run before a large base is loaded.
 
     Raises:
-      UserError: as :class:`WorkdirLock` and :func:`claim_workdir` do.
+      UserError: see :class:`WorkdirLock` and :func:`claim_workdir`.
     """
     if is_first() and (workdir / CONFIG_NAME).is_file():
         with WorkdirLock(workdir):
@@ -103,10 +103,10 @@ def _require_same(workdir: Path, config: Config) -> None:
 
 
 def differences(kept: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
-    """Settings that must not differ where a run is continued, and do.
+    """The settings that differ but must not differ when a run is resumed.
 
     Args:
-      kept, given: of the workdir and of now, with every setting of the method written out.
+      kept, given: configs of the workdir and of now, with every setting of the method written out.
 
     Yields:
       Name, value in the workdir, value now.
@@ -121,16 +121,16 @@ class MetricsLog:
     """``metrics.jsonl``: one JSON object a line, in step order even after a resume.
 
     Attributes:
-      last_step: the last step of which an earlier life of the run has logged something; 0 where none has.
+      last_step: the last step that an earlier start of the run has logged; 0 if there is none.
     """
 
     def __init__(self, workdir: Path, resume_step: int, warn: Callable[[str], None]) -> None:
         """Open the log and drop the lines of steps that will be taken again.
 
-        Of several processes the first one writes; the others' logs are nowhere.
+        Only the first process writes; the logs of the others are discarded.
 
         Args:
-          warn: receives one line if a power cut left lines that cannot be read; they are dropped too.
+          warn: receives one line if a power cut left unreadable lines, which are dropped too.
         """
         self._path = workdir / METRICS_NAME
         self.last_step = 0
@@ -149,14 +149,14 @@ class MetricsLog:
         os.replace(temporary, self._path)
 
     def _old_lines(self) -> list[str]:
-        """Complete lines of an earlier life; a kill may have torn the last one."""
+        """Complete lines of an earlier start; a kill may have torn the last one."""
         if not self._path.is_file():
             return []
         text = self._path.read_text(encoding="utf-8", errors="replace")
         return text[: text.rfind("\n") + 1].splitlines()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line; values that are not finite are written as null, which JSON can carry."""
+        """Append one line; values that are not finite are written as null, which JSON has."""
         if not is_first():
             return
         clean = {name: _json_value(value) for name, value in values.items()}
@@ -179,7 +179,7 @@ def _json_value(value: Any) -> Any:
 
 
 def leaves_by_path(values: dict[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """Nested dictionaries as one, keyed by the path of each value."""
+    """Flatten nested dictionaries into one, keyed by the path of each value."""
     leaves: dict[tuple[str, ...], Any] = {}
     for name, value in values.items():
         inner = leaves_by_path(value, (*path, name)) if isinstance(value, dict) else {(*path, name): value}

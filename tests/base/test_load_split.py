@@ -20,7 +20,7 @@ from milora_jax.base.specs import base_specs
 from milora_jax.config import QUANTIZE, MeshSection
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import make_mesh
-from milora_jax.parallel.rules import Rules, base_sharding
+from milora_jax.parallel.rules import base_sharding
 from tests.base import pieces
 from tests.models import QUANTIZABLE, random_base, write_hf_directory
 
@@ -31,9 +31,7 @@ GROUPED = dataclasses.replace(pieces.GROUPED, vocab_size=60)
 
 def split(folder, config, *, data=1, fsdp=1, tensor=1, dtype="float32", quantize="none"):
     mesh = make_mesh(MeshSection(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
-    return load_leaves(
-        folder, config, dtype, lambda path: base_sharding(mesh, Rules(), path), quantize=quantize
-    )
+    return load_leaves(folder, config, dtype, lambda path: base_sharding(mesh, path), quantize=quantize)
 
 
 @pytest.fixture(params=[HostBuffer, DeviceBuffer])

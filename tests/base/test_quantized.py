@@ -17,7 +17,7 @@ from milora_jax.base.quantized import NF4_VALUES, SCHEMES, bits_of, decode
 from milora_jax.config import AdapterSection, MeshSection
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import make_mesh
-from milora_jax.parallel.rules import Rules, base_sharding
+from milora_jax.parallel.rules import base_sharding
 from tests.models import QUANTIZABLE, decoded_base, quantized_base, random_base, write_hf_directory
 from tests.programs import largest_floats
 
@@ -186,9 +186,7 @@ def test_a_loaded_base_is_the_plain_one_encoded(folder, name):
 def test_a_split_quantised_base_is_the_whole_one(folder, name, sizes):
     """Shards of 16 rows cut blocks of 64."""
     mesh = make_mesh(MeshSection(**{"data": 1, **sizes}))
-    split = load_leaves(
-        folder, QUANTIZABLE, "float32", lambda path: base_sharding(mesh, Rules(), path), quantize=name
-    )
+    split = load_leaves(folder, QUANTIZABLE, "float32", lambda path: base_sharding(mesh, path), quantize=name)
     whole, _ = load_base(folder, quantize=name)
     jax.tree.map(np.testing.assert_array_equal, split, whole)
     shard = split.layers.q.kernel[...].addressable_shards[0].data

@@ -24,7 +24,6 @@ from milora_jax.evaluation.study.settings import MIXED, load_study, quick
 from milora_jax.evaluation.study.tables import Results, mixing
 from milora_jax.evaluation.study.tuning import SINGLE, Chosen, Point, choose, keys_of
 from milora_jax.parallel.mesh import make_mesh
-from milora_jax.parallel.rules import Rules
 from milora_jax.training.prepare import Run
 from tests.evaluation.commands import ROOT
 from tests.evaluation.study_rows import rows as rows_of
@@ -52,7 +51,6 @@ def made(tmp_path_factory):
         base=base,
         tokenizer=load_tokenizer(str(path)),
         mesh=make_mesh(MeshSection(data=1), jax.devices()[:1]),
-        rules=Rules(),
         train=dev,
         dev=dev,
         tests={},

@@ -13,7 +13,7 @@ from milora_jax.base.modules import unroll
 from milora_jax.config import MeshSection
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import make_mesh
-from milora_jax.parallel.rules import Rules, base_sharding
+from milora_jax.parallel.rules import base_sharding
 from milora_jax.serving.build import Offer, build_service
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.metrics import COMPILATIONS, Metrics
@@ -83,7 +83,7 @@ def test_two_devices_say_what_one_says_and_compile_nothing_late(folder, adapters
 def test_a_base_is_read_apart_as_it_is_unrolled(folder, adapters, quantize):
     mesh = make_mesh(MeshSection(data=1, fsdp=1, tensor=2), jax.devices()[:2])
     model = folder / "model"
-    places = functools.partial(base_sharding, mesh, Rules())
+    places = functools.partial(base_sharding, mesh)
     read = load_leaves(model, read_model_config(model), "float32", places, decode=True, quantize=quantize)
     made = unroll(load_base(folder / "model", quantize=quantize)[0])
     assert jax.tree.structure(read) == jax.tree.structure(made)

@@ -45,7 +45,7 @@ def prepare_short_run(folder):
     run = prepare_run(config, folder / "none", silent)
     assert run.prompts > 1, "no row is packed"
     one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), run.mesh.axis_names)  # compiles faster than 8
-    base = jax.device_put(run.base, base_shardings(one, run.rules, run.base))
+    base = jax.device_put(run.base, base_shardings(one, run.base))
     run = dataclasses.replace(run, mesh=one, base=base)
     return run, make_steps(run.model, settings, planned_steps(settings, len(run.train)))
 

@@ -15,7 +15,7 @@ from milora_jax.generation.beam import beam_search
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.parallel.mesh import make_mesh
-from milora_jax.parallel.rules import Rules, base_shardings
+from milora_jax.parallel.rules import base_shardings
 from milora_jax.training.loss import adapted_loss
 from tests.adapted import row_batch, stack, text
 from tests.families import FAMILY_CONFIGS, WINDOW
@@ -108,6 +108,6 @@ def test_sharded_equals_unsharded(name):
     step = jax.jit(jax.value_and_grad(loss))
     expected, expected_grads = step(adapter.params, base)
     mesh = make_mesh(MeshSection(2, 4, 1))
-    found, grads = step(adapter.params, jax.device_put(base, base_shardings(mesh, Rules(), base)))
+    found, grads = step(adapter.params, jax.device_put(base, base_shardings(mesh, base)))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads)

@@ -11,7 +11,7 @@ from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import frozen_kernels
 from milora_jax.config import AdapterSection, MeshSection, TrainSection
 from milora_jax.parallel.mesh import make_mesh
-from milora_jax.parallel.rules import Rules, base_shardings, batch_sharding, state_shardings
+from milora_jax.parallel.rules import base_shardings, batch_sharding, state_shardings
 from milora_jax.training.step import init_state, make_steps
 from tests.models import TINY, random_base
 from tests.training.steps import rows
@@ -23,7 +23,6 @@ SHAPES = [
     (2, 2, 2),
 ]
 SETTINGS = TrainSection(learning_rate=1e-3, coefficient_learning_rate=1e-3)
-RULES = Rules()
 
 
 def losses(devices, steps=3):
@@ -39,9 +38,9 @@ def losses(devices, steps=3):
         def layout(tree):
             return state_shardings(devices, tree)
 
-        base = jax.device_put(base, base_shardings(devices, RULES, base))
+        base = jax.device_put(base, base_shardings(devices, base))
         state = jax.device_put(state, layout(state))
-        batches = [jax.device_put(batch, batch_sharding(devices, RULES)) for batch in batches]
+        batches = [jax.device_put(batch, batch_sharding(devices)) for batch in batches]
     programs, found = make_steps(MODEL, SETTINGS, 10, layout), []
     for batch in batches:
         state, metrics = programs.train(state, base, batch)

@@ -16,7 +16,7 @@ from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.parallel.mesh import make_mesh
-from milora_jax.parallel.rules import Rules, base_shardings, batch_sharding, state_shardings
+from milora_jax.parallel.rules import base_shardings, batch_sharding, state_shardings
 from milora_jax.training.step import init_state, make_steps
 from tests.adapted import text
 from tests.models import QUANTIZABLE, decoded_base, quantized_base, small
@@ -100,7 +100,7 @@ def test_decoding_gives_the_tokens_of_the_decoded_kernels(quantize):
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)], ids=str)
 def test_every_mesh_gives_the_losses_of_one_device(sizes, quantize):
-    devices, rules = make_mesh(MeshSection(*sizes)), Rules()
+    devices = make_mesh(MeshSection(*sizes))
 
     def layout(tree):
         return state_shardings(devices, tree)
@@ -108,9 +108,9 @@ def test_every_mesh_gives_the_losses_of_one_device(sizes, quantize):
     base = quantized_base(QUANTIZABLE, quantize)
     state, batch = fresh(base), rows()
     _, alone = step()(fresh(base), base, batch)
-    base = jax.device_put(base, base_shardings(devices, rules, base))
+    base = jax.device_put(base, base_shardings(devices, base))
     state = jax.device_put(state, layout(state))
-    _, spread = step(layout)(state, base, jax.device_put(batch, batch_sharding(devices, rules)))
+    _, spread = step(layout)(state, base, jax.device_put(batch, batch_sharding(devices)))
     np.testing.assert_allclose(
         [spread.loss, spread.load_balance], [alone.loss, alone.load_balance], rtol=1e-6
     )

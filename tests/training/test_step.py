@@ -13,7 +13,7 @@ from milora_jax.adapters.protocol import router_mask
 from milora_jax.config import MeshSection
 from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import check_divides, make_mesh
-from milora_jax.parallel.rules import Rules, base_shardings, batch_sharding, state_shardings
+from milora_jax.parallel.rules import base_shardings, batch_sharding, state_shardings
 from milora_jax.training.loss import adapted_loss
 from milora_jax.training.optim import learning_rate_schedule
 from milora_jax.types import EXPERTS
@@ -148,11 +148,11 @@ def test_sharded_equals_unsharded(sizes):
     state, steps = prepare(gate="softmax")
     base = random_base(MODEL)
     reference, expected = steps.train(jax.tree.map(jnp.copy, state), base, rows())
-    devices, rules = make_mesh(MeshSection(*sizes)), Rules()
+    devices = make_mesh(MeshSection(*sizes))
     shardings = state_shardings(devices, jax.eval_shape(lambda: state))
     state = jax.device_put(state, shardings)
-    base = jax.device_put(base, base_shardings(devices, rules, base))
-    split, metrics = steps.train(state, base, jax.device_put(rows(), batch_sharding(devices, rules)))
+    base = jax.device_put(base, base_shardings(devices, base))
+    split, metrics = steps.train(state, base, jax.device_put(rows(), batch_sharding(devices)))
     np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, expected.grad_norm, rtol=1e-4)
     np.testing.assert_array_equal(metrics.expert_share, expected.expert_share)
@@ -163,11 +163,11 @@ def test_sharded_equals_unsharded(sizes):
 
 
 def test_every_leaf_of_the_base_has_a_declared_sharding():
-    mesh, rules = make_mesh(MeshSection(2, 2, 2)), Rules()
+    mesh = make_mesh(MeshSection(2, 2, 2))
     biased = dataclasses.replace(MODEL, biased=EXPERTS)
-    base_shardings(mesh, rules, random_base(biased))
+    base_shardings(mesh, random_base(biased))
     with pytest.raises(KeyError, match="no sharding is declared for base leaf"):
-        base_shardings(mesh, rules, {"layers": {"q": jnp.ones(3)}})
+        base_shardings(mesh, {"layers": {"q": jnp.ones(3)}})
 
 
 @pytest.mark.parametrize(

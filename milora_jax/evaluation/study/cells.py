@@ -37,12 +37,12 @@ from milora_jax.training.workdir import METRICS_NAME, claim_workdir
 
 RESULT = "result.json"
 LOG = "log.txt"
-"""What a run has to say; a thousand runs on one terminal would say too much."""
+"""Log of a run; the logs of a thousand runs would be too much for one terminal."""
 
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000
-"""A compiled program holds some hundred memory maps, and Linux gives a process 65,530 of them by default;
-at the end XLA dies with "Unable to allocate section memory"."""
+"""Most memory maps before compiled programs are dropped. A program has some hundred maps, and Linux allows a
+process 65,530 by default; at the limit XLA aborts with "Unable to allocate section memory"."""
 
 Row = dict[str, Any]
 """A finished cell on one task: one line of ``rows.jsonl``."""
@@ -50,16 +50,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """What is trained and scored once.
+    """A run that is trained and scored once.
 
     Attributes:
-      variant: name in tables and plots: a method's label, or the subject's with what is changed.
+      variant: name in tables and plots: a method's label, or the subject's with the changed setting.
       method: the label whose learning rate it uses.
       trained_on: a task, or ``mixed``.
-      config: the whole run.
-      scored: whether the test rows are looked at; the runs that choose a learning rate look at dev only.
+      config: the config of the run.
+      scored: whether the test rows are scored; runs that choose a learning rate use dev rows only.
       converged: whether it has a budget of ``Study.converged``.
-      forced: whether the test rows are scored under other routes than the routers' as well.
+      forced: whether the test rows are also scored under routes other than the routers'.
       fixed_mask: whether every layer has one random set of experts for all prompts, see ``starts``.
       generate: whether the test rows are answered by generation, see ``Study.generate``.
     """
@@ -76,14 +76,14 @@ class Cell:
 
     @property
     def seed(self) -> int:
-        """Of initialisation and row order; the same seed gives every method the same rows."""
+        """Seed of initialisation and row order; a seed gives every method the same rows."""
         return self.config.train.seed
 
     @property
     def name(self) -> str:
-        """Folder of the cell: the same for the same run, whatever table asks for it.
+        """Folder of the cell, the same for the same run in every table.
 
-        Wherever the base and the rows lie: that they are those of the study, its claim makes sure.
+        Paths of base and rows are not part of it: the study's claim checks that they are the study's.
         """
         flags = [self.scored, self.forced, self.fixed_mask, self.generate]
         values = json.dumps([without_paths(self.config), self.trained_on, *flags], sort_keys=True)
@@ -92,7 +92,7 @@ class Cell:
 
 
 def without_paths(config: Config) -> dict[str, Any]:
-    """A config's values but for where its base and its rows lie."""
+    """A config's values without the paths of its base and its rows."""
     values = config.to_dict()
     del values["model"]["path"]
     for split in ("train", "dev", "test"):
@@ -115,10 +115,10 @@ def make_cell(
     forced: bool = False,
     fixed_mask: bool = False,
 ) -> Cell:
-    """A cell of a study; its settings are written out, so that equal runs have equal names.
+    """Make a cell of a study; its settings are written out, so that equal runs have equal names.
 
     Args:
-      converged: gives the budget; None is the short one.
+      converged: the terms of its budget; None for the short one.
     """
     steps = study.mixed_steps if trained_on == MIXED and study.mixed_steps else study.base.train.max_steps
     train = dataclasses.replace(
@@ -152,7 +152,7 @@ def make_cell(
 
 
 def memory_maps() -> int:
-    """Memory maps that this process holds; 0 where the system does not say."""
+    """Number of memory maps of this process; 0 where the system does not report it."""
     try:
         return MAPS.read_bytes().count(b"\n")
     except OSError:
@@ -160,7 +160,7 @@ def memory_maps() -> int:
 
 
 class CellRunner:
-    """Runs cells on one base, whose leaves, rows and compiled programs it keeps between them."""
+    """Runs cells on one base, and keeps its leaves, rows and compiled programs between them."""
 
     def __init__(self, root: Path, log: Callable[[str], None]) -> None:
         self._root, self._log = root, log
@@ -169,21 +169,21 @@ class CellRunner:
         self._decoding: Base | None = None
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
-        """What a finished cell found, or None."""
+        """The result of a finished cell, or None."""
         path = self._root / cell.name / RESULT
         return read_json(path) if path.is_file() else None
 
     def with_scores(self, row: Row) -> Row:
-        """A row of a finished cell with the scores of its test rows, by route; as it is if it has none."""
+        """Add the scores of its test rows, by route, to the row of a finished cell that has them."""
         path, task = self._root / row["cell"], row["task"]
         if row["accuracy"] is None:
             return row
         return {**row, "scores": {route: tasks[task] for route, tasks in read_scores(path).items()}}
 
     def run(self, cell: Cell, preempted: Callable[[], bool]) -> None:
-        """Train (resuming where an earlier life stopped), score, write the result, drop the checkpoints.
+        """Train (or resume), score, write the result, and delete the checkpoints.
 
-        A run whose loss does not stay finite is a result too: it is written as diverged.
+        A run whose loss does not stay finite has a result too: it is written as diverged.
         """
         started, workdir = time.monotonic(), self._root / cell.name
         self._make_room()
@@ -228,14 +228,14 @@ class CellRunner:
             shutil.rmtree(workdir / name, ignore_errors=True)
 
     def _make_room(self) -> None:
-        """Forget compiled programs before they are too many for one process."""
+        """Drop compiled programs before they are too many for one process."""
         if memory_maps() > MOST_MAPS:
             self._steps.clear()
             jax.clear_caches()
             gc.collect()
 
     def _prepare(self, cell: Cell) -> Run:
-        """The run of a cell: rows are read once per set of them, the base once per study."""
+        """Prepare the run of a cell: rows are read once per set, the base once per study."""
         if cell.trained_on not in self._runs:
             if self._runs:
                 other = next(iter(self._runs.values()))
@@ -245,7 +245,7 @@ class CellRunner:
         return dataclasses.replace(self._runs[cell.trained_on], config=cell.config)
 
     def _programs(self, run: Run) -> Steps:
-        """Compiled steps; methods, seeds and learning rates come as arguments."""
+        """The compiled steps; methods, seeds and learning rates are their arguments."""
         settings = dataclasses.replace(
             run.config.train, seed=0, learning_rate=1.0, coefficient_learning_rate=1.0
         )
@@ -256,8 +256,8 @@ class CellRunner:
         return self._steps[key]
 
     def _score(self, cell: Cell, run: Run, workdir: Path, preempted: Callable[[], bool]) -> dict[str, Any]:
-        """Accuracy, loss and expert shares by test task, of the best adapter as read back from the disk; what
-        became of each row goes to a file of its own."""
+        """Accuracy, loss and expert shares of the best adapter on disk, by test task; the scores of each row
+        go to a file of their own."""
         if self._decoding is None:
             self._decoding = decode_layout(run.base)
         base, stored = self._decoding, load_adapter(workdir)
@@ -280,7 +280,7 @@ class CellRunner:
         }
 
     def _nothing(self, cell: Cell, run: Run, workdir: Path) -> dict[str, Any]:
-        """What :meth:`_score` gives of a run that diverged."""
+        """The result of a run that diverged, in the form of :meth:`_score`."""
         if not cell.scored:
             return {"accuracy": {}}
         nothing = {task: each.nothing() for task, each in encoded_tests(run).items()}
@@ -289,7 +289,7 @@ class CellRunner:
 
 
 def encoded_tests(run: Run) -> dict[str, Encoded]:
-    """The test rows that are scored, by task."""
+    """Encode the test rows to score, by task."""
     return {
         task: Encoded(run, limited(records, run.config.eval.limit)) for task, records in run.tests.items()
     }
@@ -298,9 +298,9 @@ def encoded_tests(run: Run) -> dict[str, Encoded]:
 def routing_of(workdir: Path, step: int) -> dict[str, float] | None:
     """How the dev prompts were routed at one evaluation, in a few numbers; None without a router.
 
-    ``common``, ``agree``, ``across``, ``pooler_share`` and ``spread`` are means over the layers of what
-    ``training.health`` says of each, ``largest`` the largest of them; ``blind`` is the share of layers whose
-    router is blind.
+    ``common``, ``agree``, ``across``, ``pooler_share`` and ``spread`` are means over the layers of the
+    figures of ``training.health``, and ``largest`` is the largest over layers; ``blind`` is the share of
+    layers whose router is blind.
     """
     lines = (workdir / METRICS_NAME).read_text(encoding="utf-8").splitlines()
     metrics = [

@@ -1,4 +1,4 @@
-"""How the comparisons of converged methods read, and what was chosen for them."""
+"""Reports of the comparisons of converged methods, and of what was chosen for them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALONE, TOGETHER = "Trained on each task by itself:", "Trained on the mix:"
 
 
 def converged_terms(study: Study) -> list[str]:
-    """What all converged cells share."""
+    """The terms of all converged cells."""
     terms = study.converged
     if terms is None:
         return []
@@ -58,7 +58,7 @@ def converged_terms(study: Study) -> list[str]:
 
 
 def render_converged(results: Results, study: Study, directory: Path) -> str:
-    """Each task by itself, the mix, one against the other, and how the runs ended."""
+    """Report each task by itself, the mix, one against the other, and how the runs ended."""
     single, mixed = results.places(mixed=False), results.places(mixed=True)
     plot_bars(directory / "converged_single.png", results, single, "converged, each task by itself")
     plot_bars(directory / "converged_mixed.png", results, mixed, "converged, on the mix of tasks")
@@ -78,7 +78,7 @@ def render_converged(results: Results, study: Study, directory: Path) -> str:
 
 
 def ends(results: Results, single: Sequence[Place], mixed: Sequence[Place]) -> str:
-    """Whether runs converged: steps, best step, and how many stopped early."""
+    """Report whether runs converged: steps, best step, and how many stopped early."""
     head = ["variant", "trained on", "steps, median", "best step, median", "stopped early"]
     body = []
     for variant in results.variants:
@@ -94,7 +94,7 @@ def ends(results: Results, single: Sequence[Place], mixed: Sequence[Place]) -> s
 
 
 def render_routing(results: Results, study: Study, directory: Path) -> str:
-    """The trained subject under other routes than its own, and adapters that learned no route."""
+    """Report the trained subject under other routes than its own, and adapters that learned no route."""
     del directory
     subject = study.subject
     parts = [
@@ -132,7 +132,7 @@ def _against(
     others: Sequence[tuple[str, str]],
     what: str,
 ) -> str:
-    """Losses and exact outputs of variants under routes, each less those of ``own``."""
+    """Losses and exact outputs of variants under routes, and their differences from those of ``own``."""
 
     def samples(which: tuple[str, str], sample: Callable[[Sequence[RowScores]], Sample]) -> dict[str, Sample]:
         return results.samples(which[0], places, sample, which[1])
@@ -169,7 +169,7 @@ def _against(
 
 
 def tuning_tables(cells: Sequence[Cell], study: Study, chosen: Chosen) -> list[str]:
-    """What was chosen for some cells, and from what."""
+    """Report what was chosen for some cells, and from what."""
     labels, keys = keys_of(cells)
     parts = []
     losses = {label: chosen.rate_losses[label] for label in labels if label in chosen.rate_losses}

@@ -1,7 +1,7 @@
-"""Does routing pay? The same trained adapter under routes that its routers did not choose.
+"""Whether routing pays: a trained adapter under routes that its routers did not choose.
 
 Each replaced route is scored on the same test rows as the adapter's own, by the likelihood of the outputs;
-no router is in the program then. ``exact`` needs no generation: greedy decoding writes an output token for
+the program then has no router. ``exact`` needs no generation: greedy decoding writes an output token for
 token if and only if each of its tokens is the most probable one after those before.
 """
 
@@ -25,20 +25,20 @@ SWAPPED, SWAPPED_ANY = "another prompt's, of the task", "another prompt's, of an
 COMMON, COMMON_ANY = "commonest of the task", "commonest of all tasks"
 RANDOM = "random"
 FORCED = (SWAPPED, COMMON, RANDOM, SWAPPED_ANY, COMMON_ANY)
-"""Routes in place of a prompt's own. ``commonest`` is, layer by layer, the commonest set of the dev prompts;
+"""Routes that replace a prompt's own. ``commonest`` is, layer by layer, the commonest set of the dev prompts;
 ``random`` has as many experts in each layer as the route, with its weights."""
 
 STREAM = 7
-"""Keeps these draws apart from every other use of the run's seed."""
+"""Separates these draws from every other use of the run's seed."""
 
 
 def forced_scores(run: Run, base: Base, adapter: Adapter, rows: Mapping[str, Encoded]) -> dict[str, ByTask]:
-    """Likelihoods of the test rows under each of :data:`FORCED`; what speaks of several tasks is left out
-    where there is one.
+    """Likelihoods of the test rows under each of :data:`FORCED`; routes of several tasks are left out where
+    there is one task.
 
     Args:
-      base, adapter: in the decode layout.
-      rows: by task.
+      base, adapter: both in the decode layout.
+      rows: encoded rows by task.
     """
     own = {
         task: _routes_of(run, base, adapter, [p.tokens[: p.prompt] for p in each.passages])
@@ -58,7 +58,7 @@ def _routes_of(run: Run, base: Base, adapter: Adapter, prompts: list) -> Routes:
 def _replaced(
     run: Run, base: Base, adapter: Adapter, own: Mapping[str, Routes]
 ) -> dict[str, dict[str, Routes]]:
-    """By task the routes that replace those of its prompts, by their names."""
+    """The routes that replace those of a task's prompts, by task and by their names."""
     rng = np.random.default_rng([run.config.train.seed, STREAM])
     dev = [example for row in run.dev for example in row]
     learned = _routes_of(
@@ -83,7 +83,7 @@ def _replaced(
 
 
 def next_in_a_cycle(rng: np.random.Generator, routes: Routes) -> Routes:
-    """For each prompt the route of another one, each route once: that of the next in a random cycle."""
+    """Give each prompt the route of another one, and each route once: the next in a random cycle."""
     order = rng.permutation(len(routes))
     given = np.empty_like(routes)
     given[order] = routes[np.roll(order, -1)]

@@ -1,4 +1,4 @@
-"""Which cells each table and figure of the paper asks for."""
+"""The cells of each table and figure of the paper."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "joint coefficients": {"coefficients": "joint"},
     "frozen coefficients": {"coefficients": "frozen"},
 }
-"""Table 5 (MiLoRA-1 to -5), and the ways to train the coefficients of Appendix A."""
+"""Table 5 (MiLoRA-1 to -5), and the ways to train the coefficients in Appendix A."""
 
 BY_K, BY_LAMBDA, BY_RANK = "k={}", "lambda={:g}", "{} r={}"
 """Names of the variants of Figures 3, 4 and 5."""
 
 RANDOM_MASK, RANDOM_ROUTER = "random mask, kept", "random router, kept"
-"""Variants of the subject in ``routing`` that learn no route: one random set of experts per layer for all
-prompts; and routers that stay as they began, whose routes differ between prompts."""
+"""Variants of the subject in ``routing`` without a learned route: one random set of experts per layer for all
+prompts; and routers that are not trained, whose routes differ between prompts."""
 
 
 def _grid(
@@ -39,7 +39,7 @@ def _grid(
     seeds: int,
     chosen: Chosen,
 ) -> list[Cell]:
-    """Every variant on every set of rows with every seed, seed by seed."""
+    """Make a cell for every variant, set of rows and seed, seed by seed."""
     return [
         make_cell(study, variant, label, settings, trained_on, seed, chosen.rates[label])
         for seed in range(seeds)
@@ -58,44 +58,44 @@ def _varied(study: Study, changes: dict[str, dict]) -> dict[str, tuple[str, Adap
 
 
 def table1(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
-    """All methods, each task by itself."""
+    """Cells of all methods, each task by itself."""
     variants = {label: (label, settings) for label, settings in study.methods.items()}
     return _grid(study, variants, study.tasks, seeds, chosen)
 
 
 def table2(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
-    """Some methods on each task by itself and on the mix of all."""
+    """Cells of some methods, on each task by itself and on the mix of all."""
     variants = {label: (label, study.methods[label]) for label in study.mixed_methods}
     return _grid(study, variants, (*study.tasks, MIXED), seeds, chosen)
 
 
 def table5(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
-    """The subject and its ablations."""
+    """Cells of the subject and its ablations."""
     variants = _varied(study, {study.subject: {}, **ABLATIONS})
     return _grid(study, variants, study.varied_tasks, seeds, chosen)
 
 
 def figure2(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
-    """The subject on the mix of all tasks, for its shares of experts per layer and task."""
+    """Cells of the subject on the mix of all tasks, for its shares of experts per layer and task."""
     require(study.generate, "study generate", study.generate, "True, for figure2: answers tell the shares")
     variants = {study.subject: (study.subject, study.methods[study.subject])}
     return _grid(study, variants, (MIXED,), seeds, chosen)
 
 
 def figure3(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
-    """The subject over k."""
+    """Cells of the subject over k."""
     variants = _varied(study, {BY_K.format(k): {"top_k": k} for k in study.top_ks})
     return _grid(study, variants, study.varied_tasks, seeds, chosen)
 
 
 def figure4(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
-    """The subject over lambda."""
+    """Cells of the subject over lambda."""
     variants = _varied(study, {BY_LAMBDA.format(value): {"load_balance": value} for value in study.lambdas})
     return _grid(study, variants, study.varied_tasks, seeds, chosen)
 
 
 def figure5(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
-    """The subject and the reference over the rank."""
+    """Cells of the subject and the reference over the rank."""
     variants = {}
     for label in (study.subject, study.reference):
         settings = full_settings(build_method(study.methods[label]))
@@ -106,8 +106,8 @@ def figure5(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
 
 
 def defaults(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
-    """The subject with each choice that the paper leaves open: looked at on dev only, with seeds that no
-    table uses, and each choice at every learning rate of the grid, since it may want its own."""
+    """Cells of the subject with each choice that the paper leaves open, on dev rows only, with seeds that no
+    table uses, and at every learning rate of the grid, because each choice may need its own."""
     cells = []
     for seed in range(study.tuning_seed, study.tuning_seed + seeds):
         for trained_on in study.varied_tasks:
@@ -135,7 +135,7 @@ def defaults(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
 
 
 def converged(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
-    """Some methods to convergence, on each task by itself and on the mix of all."""
+    """Cells of some methods to convergence, on each task by itself and on the mix of all."""
     terms = _terms(study)
     variants = {label: study.methods[label] for label in terms.methods}
     return [
@@ -147,7 +147,7 @@ def converged(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
 
 
 def routing(study: Study, seeds: int, chosen: Chosen) -> list[Cell]:
-    """The subject to convergence, and with routes that are not learned."""
+    """Cells of the subject to convergence, and with routes that are not learned."""
     terms, label = _terms(study), study.subject
     subject = study.methods[label]
     routes = getattr(build_method(subject), "routes", False)
@@ -184,7 +184,7 @@ def _converged(
     router_rate: float = 1.0,
     fixed_mask: bool = False,
 ) -> Cell:
-    """A run with what was chosen for its method; the subject's own is scored under forced routes too."""
+    """Make a converged cell with its method's choices; the subject is also scored under forced routes."""
     point = chosen.points[label, where_of(trained_on)]
     return make_cell(
         study,

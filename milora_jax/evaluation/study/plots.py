@@ -1,4 +1,4 @@
-"""Figures of a study."""
+"""Plots of a study."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milora_jax.evaluation.study.tables import Place, Results
 
 
 def plot_bars(path: Path, results: Results, places: Sequence[Place], title: str) -> None:
-    """Mean accuracy of each variant over the places, every seed a dot."""
+    """Draw the mean accuracy of each variant over the places, with a dot for every seed."""
     variants = results.variants[::-1]
     figure = new_figure(8.0, 0.36 * len(variants) + 1.4)
     axes = figure.subplots()
@@ -31,11 +31,11 @@ def plot_bars(path: Path, results: Results, places: Sequence[Place], title: str)
 def plot_lines(
     path: Path, results: Results, places: Sequence[Place], lines: dict[str, list[tuple[str, str]]], axis: str
 ) -> None:
-    """Accuracy over a setting: one panel per place, the median as a line, the seeds' range as a band.
+    """Draw accuracy over a setting: one panel per place, a line of medians, and the seeds' range as a band.
 
     Args:
-      lines: by label, ``(tick, variant)`` along the axis.
-      axis: what the ticks are.
+      lines: ``(tick, variant)`` along the axis, by label.
+      axis: meaning of the ticks.
     """
     columns = min(3, len(places))
     rows = -(-len(places) // columns)
@@ -61,7 +61,7 @@ def plot_lines(
 
 
 def plot_shares(path: Path, results: Results, variant: str, places: Sequence[Place], top_k: int) -> None:
-    """Share of each expert among the active ones, per layer and task, mean over seeds (Figure 2)."""
+    """Draw each expert's share of the chosen ones, per layer and task, mean over seeds (Figure 2)."""
     found = {
         place: [row for row in results.by_variant[variant][place] if row["expert_share"] is not None]
         for place in places

@@ -1,4 +1,4 @@
-"""Every table and figure of the paper: which cells it asks for, and how it reads."""
+"""Every table and figure of the paper: its cells and its report."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ NOT_GENERATED = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table or figure.
+    """One table or figure.
 
     Attributes:
-      title: in a few words.
-      plan: ``(study, seeds, chosen)`` to the cells.
-      render: ``(results, study, directory)`` to Markdown; draws its plots into the directory.
-      converged: whether it trains to convergence, and there is none of it in a study without those terms.
+      title: title in a few words.
+      plan: makes cells of ``(study, seeds, chosen)``.
+      render: makes Markdown of ``(results, study, directory)``, and draws its plots into the directory.
+      converged: whether it trains to convergence, for which a study needs terms.
     """
 
     title: str
@@ -54,10 +54,10 @@ class Comparison:
 
 
 def report(name: str, study: Study, rows: Sequence[Row], chosen: Chosen, seeds: int, directory: Path) -> str:
-    """The Markdown of one comparison; draws its plots beside it.
+    """Make the Markdown of one comparison, and draw its plots beside it.
 
     Args:
-      rows: with ``scores``, see ``StudyRunner.scored_rows``.
+      rows: rows with ``scores``, see ``StudyRunner.scored_rows``.
     """
     made, results = COMPARISONS[name], Results.of(rows)
     note = (
@@ -82,7 +82,7 @@ def report(name: str, study: Study, rows: Sequence[Row], chosen: Chosen, seeds: 
 
 
 def _terms(study: Study) -> list[str]:
-    """What all cells share."""
+    """The terms of all cells."""
     train, data = study.base.train, study.base.data
     bilevel = [label for label, s in study.methods.items() if build_method(s).theta == "bilevel"]
     every = {label: study.coefficient_every.get(label, train.coefficient_every) for label in bilevel}
@@ -99,7 +99,7 @@ def _terms(study: Study) -> list[str]:
 
 
 def _short_terms(study: Study) -> list[str]:
-    """What all cells of the short budget share."""
+    """The terms of all cells of the short budget."""
     train = study.base.train
     mixed = study.mixed_steps or train.max_steps
     return [
@@ -144,17 +144,17 @@ def _curve(
     points: Callable[[Results], dict[str, list[tuple[str, str]]]],
     own: Callable[[str, AdapterSection], str],
 ) -> Callable[[Results, Study, Path], str]:
-    """How a curve over one setting reads; every value is compared with the study's own.
+    """Make the report of a curve over one setting; every value is compared with the study's own.
 
     Args:
-      own: name of the variant that has the subject's own setting, from its label and settings.
+      own: returns the name of the variant with the subject's own setting, from its label and settings.
     """
 
     def make(results: Results, study: Study, directory: Path) -> str:
         places = results.places()
         plot_lines(directory / f"{name}.png", results, places, points(results), axis)
         variant = own(study.subject, full_settings(build_method(study.methods[study.subject])))
-        # A rehearsal may leave it out.
+        # A rehearsal may have left it out.
         subject = variant if variant in results.variants else results.variants[0]
         return comparison(results, subject, places, counts=True) + f"\n\n![]({name}.png)"
 
@@ -221,4 +221,4 @@ COMPARISONS = {
     "converged": Comparison("trained to convergence", plans.converged, render_converged, converged=True),
     "routing": Comparison("does routing pay?", plans.routing, render_routing, converged=True),
 }
-"""Every comparison by name."""
+"""The comparisons by name."""

@@ -1,4 +1,4 @@
-"""What a trained model made of every test row, kept so that methods can be compared row by row."""
+"""Scores of every test row, stored so that methods can be compared row by row."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from milora_jax.storage.files import read_json, write_json_atomic
 from milora_jax.training.prepare import Run
 
 NAME = "test_rows.json"
-"""File of a scored cell: under ``routed``, or the name of a forced route, and the task one list per field."""
+"""File of a scored cell: one list per field under the name of a route (or ``routed``) and the task."""
 
 ROUTED = "routed"
-"""The routes that the adapter's routers choose, and all there is of a method without routers."""
+"""Name of the routes that the adapter's routers choose, the only ones of a method without routers."""
 
 
 @dataclass(frozen=True)
 class RowScores:
-    """Of the test rows of a task, in their order.
+    """Scores of the test rows of a task, in order.
 
     Attributes:
       nll: negative log-likelihood of the output, in nats; infinite after a diverged run.
-      tokens: response tokens; 0 where the row has no output that could be scored.
+      tokens: number of response tokens; 0 where the row has no output to score.
       exact: 1 where greedy decoding writes the output token for token.
       correct: 1 where the generated answer is right; None where none was generated.
     """
@@ -47,17 +47,17 @@ class RowScores:
 
     @property
     def loss(self) -> float | None:
-        """Negative log-likelihood of a response token, in nats; None where it is not finite."""
+        """Negative log-likelihood per response token, in nats; None where it is not finite."""
         mean = self.nll.sum() / max(self.tokens.sum(), 1)
         return float(mean) if math.isfinite(mean) else None
 
     @property
     def accuracy(self) -> float:
-        """Share of the rows that are right; 0 where nothing says which are."""
+        """Share of the rows that are right; 0 where that is unknown."""
         return 0.0 if self.correct is None else float(self.correct.mean())
 
     def to_json(self) -> dict[str, Any]:
-        """Lists of numbers; JSON has no infinity, which becomes null."""
+        """Convert to lists of numbers; infinity, which JSON does not have, becomes null."""
         nll = [round(float(x), 5) if math.isfinite(x) else None for x in self.nll]
         others = {"tokens": self.tokens, "exact": self.exact, "correct": self.correct}
         return {"nll": nll} | {k: None if v is None else v.astype(int).tolist() for k, v in others.items()}
@@ -75,10 +75,10 @@ ByTask = dict[str, RowScores]
 
 
 class Encoded:
-    """The test rows of a task as passages, where they have an output.
+    """The test rows of a task as passages, if they have an output.
 
     Attributes:
-      passages: of the rows that have one; ``places`` are theirs among all ``count`` rows.
+      passages: passages of the rows with an output; ``places`` are their places among all ``count`` rows.
     """
 
     def __init__(self, run: Run, records: Sequence[Record]) -> None:
@@ -94,11 +94,11 @@ class Encoded:
     def scores(
         self, run: Run, base: Base, adapter: Adapter, routes: Float[np.ndarray, "N L E"] | None
     ) -> RowScores:
-        """Likelihoods of the rows.
+        """Compute the likelihoods of the rows.
 
         Args:
-          base, adapter: in the decode layout.
-          routes: of ``passages``, in place of those that the routers choose.
+          base, adapter: both in the decode layout.
+          routes: routes of ``passages``, in place of those that the routers choose.
         """
         nll, exact = np.zeros(self.count), np.zeros(self.count)
         size = run.config.eval.batch_size
@@ -111,18 +111,18 @@ class Encoded:
 
     @property
     def tokens(self) -> Float[np.ndarray, " N"]:
-        """Response tokens of all rows."""
+        """Number of response tokens of all rows."""
         tokens = np.zeros(self.count)
         tokens[self.places] = [passage.scored for passage in self.passages]
         return tokens
 
     def nothing(self) -> RowScores:
-        """Of a run that diverged: nothing is right, and nothing is probable."""
+        """Scores of a run that diverged: no row is right, and no output is probable."""
         return RowScores(np.full(self.count, np.inf), self.tokens, np.zeros(self.count), np.zeros(self.count))
 
 
 def with_answers(scores: RowScores, score: TaskScore) -> RowScores:
-    """The same with whether the generated answers are right."""
+    """Add whether the generated answers are right."""
     correct = np.array([prediction.correct for prediction in score.predictions], float)
     return dataclasses.replace(scores, correct=correct)
 
@@ -136,7 +136,7 @@ def write_scores(workdir: Path, scores: Mapping[str, ByTask]) -> None:
 
 
 def read_scores(workdir: Path) -> dict[str, ByTask]:
-    """What :func:`write_scores` has written."""
+    """Read the scores that :func:`write_scores` wrote."""
     return {
         route: {task: RowScores.from_json(each) for task, each in tasks.items()}
         for route, tasks in read_json(workdir / NAME).items()
@@ -144,16 +144,16 @@ def read_scores(workdir: Path) -> dict[str, ByTask]:
 
 
 def accuracy_sample(scores: Sequence[RowScores]) -> Sample:
-    """Right answers in percent, of the same rows under several seeds."""
+    """Sample of right answers in percent, of the same rows under several seeds."""
     values = np.stack([100.0 * (np.zeros(len(s.nll)) if s.correct is None else s.correct) for s in scores])
     return Sample(values, np.ones(values.shape[1]))
 
 
 def exact_sample(scores: Sequence[RowScores]) -> Sample:
-    """Outputs that greedy decoding writes token for token, in percent."""
+    """Sample of outputs that greedy decoding writes token for token, in percent."""
     return Sample(np.stack([100.0 * s.exact for s in scores]), np.ones(len(scores[0].exact)))
 
 
 def loss_sample(scores: Sequence[RowScores]) -> Sample:
-    """Negative log-likelihood over response tokens."""
+    """Sample of negative log-likelihoods over response tokens."""
     return Sample(np.stack([s.nll for s in scores]), scores[0].tokens)

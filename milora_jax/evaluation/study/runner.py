@@ -1,4 +1,4 @@
-"""Runs the cells of a study, in any order, and keeps what is finished."""
+"""Runs the cells of a study in any order, and stores their results."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ STUDY_NAME = "study.json"
 ROWS_NAME = "rows.jsonl"
 CELLS_NAME = "cells"
 WAIT_SECONDS = 2.0
-"""Between two looks at cells that another process is running."""
+"""Seconds between two checks of cells that another process is running."""
 
 
 def claim_study(directory: Path, study: Study) -> None:
     """Write ``study.json``, or check that an old one describes this study.
 
     Raises:
-      UserError: naming the first setting that differs; nothing in the directory is touched.
+      UserError: a setting differs; the error names the first one, and no file is changed.
     """
     path, new = directory / STUDY_NAME, json.loads(json.dumps(_identity(study)))
     with study_lock(directory):
@@ -47,7 +47,7 @@ def claim_study(directory: Path, study: Study) -> None:
 
 @contextmanager
 def study_lock(directory: Path) -> Iterator[None]:
-    """Hold a study's own files for a moment; several processes may be at work on its cells."""
+    """Lock a study's own files for a moment; several processes may run its cells."""
     while True:
         try:
             with WorkdirLock(directory):
@@ -58,7 +58,7 @@ def study_lock(directory: Path) -> Iterator[None]:
 
 
 def _identity(study: Study) -> dict[str, Any]:
-    """Everything that decides what the cells find, with base and rows by their content."""
+    """Everything that decides the results of the cells, with base and rows by their content."""
     rows = {
         split: fingerprint([record for source in sources for record in read_records(source, True)])
         for split, sources in run_sources(study.base.data).items()
@@ -92,10 +92,10 @@ def _claim(directory: Path, path: Path, new: dict[str, Any]) -> None:
 
 
 def require_equal_budgets(study: Study, shape: Shape) -> dict[str, int]:
-    """The tunable parameters of every method.
+    """Check that every method has nearly the reference's number of tunable parameters, and return them.
 
     Raises:
-      UserError: for a method too far from the reference's count.
+      UserError: a method is too far from the reference's number.
     """
     counts = {
         label: build_method(settings).tunable_parameters(shape) for label, settings in study.methods.items()
@@ -112,7 +112,7 @@ def require_equal_budgets(study: Study, shape: Shape) -> dict[str, int]:
 
 
 class StudyRunner:
-    """One process at work on a study; several may share its directory."""
+    """One process that runs a study; several may share its directory."""
 
     def __init__(
         self, study: Study, directory: Path, console: Console, preempted: Callable[[], bool]
@@ -123,10 +123,10 @@ class StudyRunner:
         require_equal_budgets(study, adapter_shape(read_model_config(model_directory(study.base.model.path))))
 
     def run(self, cells: Sequence[Cell], title: str) -> None:
-        """Run what is not finished yet; wait for what another process is running.
+        """Run the cells that are not finished; wait for those that another process is running.
 
-        Cells of one program come one after another. Where another process is at the first of them, this
-        one begins at the last, so that the two compile few programs twice.
+        Cells of one program are run one after another. If another process is running the first of them, this
+        one begins with the last, so that the two rarely compile the same program.
         """
         order = {(cell.variant, cell.trained_on): i for i, cell in enumerate(cells)}
         grouped = sorted(cells, key=lambda cell: order[cell.variant, cell.trained_on])
@@ -160,7 +160,7 @@ class StudyRunner:
             return True
 
     def _finish(self, cell: Cell) -> bool:
-        """Whether the cell had to be run; it is finished in any case."""
+        """Finish the cell, and return whether it had to be run."""
         if self._cells.result(cell) is not None:
             return False
         with self._lock(cell):
@@ -169,7 +169,7 @@ class StudyRunner:
         return True
 
     def choose(self, cells: Sequence[Cell]) -> Chosen:
-        """Choose what cells need; they were planned with :meth:`Chosen.nothing`."""
+        """Choose what cells need; they are planned with :meth:`Chosen.nothing`."""
         return choose(self._study, *keys_of(cells), self._dev_losses)
 
     def _dev_losses(self, groups: list[list[Cell]], title: str) -> list[float]:
@@ -187,7 +187,7 @@ class StudyRunner:
         return sum(losses) / len(losses)
 
     def rows(self, cells: Sequence[Cell]) -> list[Row]:
-        """The finished ones among the cells, one row per test task."""
+        """The rows of the finished cells, one per test task."""
         found = []
         for cell in cells:
             result = self._cells.result(cell)
@@ -196,13 +196,12 @@ class StudyRunner:
         return found
 
     def scored_rows(self, cells: Sequence[Cell]) -> list[Row]:
-        """:meth:`rows`, each with what became of its test rows: as ``scores`` by route."""
+        """:meth:`rows`, each with the scores of its test rows as ``scores``, by route."""
         return [self._cells.with_scores(row) for row in self.rows(cells)]
 
     def write_rows(self, cells: Sequence[Cell]) -> None:
-        """Add the finished ones of the cells to ``rows.jsonl``: one line per (variant, task, seed), and
-        per setting where that is being chosen; ``accuracy`` and ``loss`` are null where dev alone was looked
-        at.
+        """Add the finished cells to ``rows.jsonl``: one line per (variant, task, seed), and per setting where
+        one is being chosen; ``accuracy`` and ``loss`` are null where only dev rows were used.
         """
         path = self._directory / ROWS_NAME
         with study_lock(self._directory):
@@ -217,7 +216,7 @@ class StudyRunner:
 
 
 def _rows(cell: Cell, result: Row) -> list[Row]:
-    # A run that chose a learning rate has no accuracy; the others' come in the order of the study's tasks.
+    # A run that chose a learning rate has no accuracy; other runs' are in the order of the study's tasks.
     tasks = [source.name for source in parse_sources(cell.config.data.test)] if cell.scored else []
     accuracy = {task: result["accuracy"][task] for task in tasks} or {cell.trained_on: None}
     by_task = ("accuracy", "loss", "expert_share")

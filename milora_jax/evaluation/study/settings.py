@@ -1,4 +1,4 @@
-"""What a study compares: a file in ``configs/`` returns a :class:`Study` from ``get_study()``."""
+"""The settings of a study; a file in ``configs/`` returns a :class:`Study` from ``get_study()``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milora_jax.data.records import parse_sources, run_sources
 from milora_jax.errors import UserError, one_of, require
 
 MIXED = "mixed"
-"""Name of the data that holds the rows of all tasks."""
+"""Name of the data with the rows of all tasks."""
 
 LETTER: dict[str, Any] = {
     "features": "raw",
@@ -24,15 +24,15 @@ LETTER: dict[str, Any] = {
     "top_k_anneal": 0.0,
     "load_balance": 1e-2,
 }
-"""MiLoRA by the letter of the paper: where the defaults differ from ``configs/paper.py``."""
+"""MiLoRA exactly as in the paper: the settings whose defaults differ from ``configs/paper.py``."""
 
 QUICK_STEPS, QUICK_ROWS = 10, 20
-"""What is left of a study by ``--quick``: enough to exercise every part, too little to learn from."""
+"""Steps and rows under ``--quick``: enough to exercise every part, too few to learn from."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a run may last that is to converge.
+    """The longest duration of a run that is to converge.
 
     Attributes:
       max_steps: optimiser steps, over which the learning rate falls to 0.
@@ -54,7 +54,7 @@ class Budget:
         require(self.max_steps >= least, "study budget max_steps", self.max_steps, expected)
 
     def applied(self, train: TrainSection) -> TrainSection:
-        """Settings of a run with this budget."""
+        """The training settings of a run with this budget."""
         return dataclasses.replace(train, **dataclasses.asdict(self))
 
 
@@ -63,14 +63,14 @@ class Converged:
     """The comparison of methods that are trained until they no longer improve.
 
     Attributes:
-      methods: their labels; all other methods have the short budget only.
+      methods: labels of these methods; all others have the short budget only.
       single, mixed: budgets of a single task and of the mix.
-      learning_rates: the grid from which each method's is chosen, at alpha = rank, for single tasks and for
-        the mix apart; a grid of one value is that value, without a run.
+      learning_rates: the grid from which each method's is chosen, at alpha = rank, separately for single
+        tasks and for the mix; a grid of one value needs no run.
       scales: alpha over rank, chosen next at that learning rate; the first is 1.
-      alone: tasks that are trained on by themselves; all of them where it is empty.
-      tuned_on: those of them whose mean dev loss chooses for all of them; all where it is empty.
-      tuning_seeds: runs of each choice.
+      alone: tasks on which methods are trained separately; empty means all.
+      tuned_on: those of them whose mean dev loss decides for all of them; empty means all.
+      tuning_seeds: number of runs for each choice.
     """
 
     methods: tuple[str, ...]
@@ -91,7 +91,7 @@ class Converged:
         require(self.tuning_seeds >= 1, "study converged tuning_seeds", self.tuning_seeds, "at least 1")
 
     def budget(self, trained_on: str) -> Budget:
-        """That of a task, or of the mix."""
+        """The budget of a task, or of the mix."""
         return self.mixed if trained_on == MIXED else self.single
 
 
@@ -100,29 +100,29 @@ class Study:
     """The terms on which methods are compared.
 
     Attributes:
-      base: everything the cells share. ``data.train``, ``data.dev`` and ``data.test`` hold one source
+      base: the settings that all cells share. ``data.train``, ``data.dev`` and ``data.test`` hold one source
         per task, of the same names; the adapter is not read.
       methods: settings by label, of equal tunable parameters.
-      reference: the label whose count is the budget.
+      reference: the label whose number of parameters is the budget.
       tolerance: largest relative distance from the budget.
       learning_rates: the grid from which each method's is chosen by dev perplexity.
-      coefficient_ratio: learning rate of a bi-level Theta over that of the rest (the paper: 1e-6 / 1e-4).
-      converged: which methods are trained to convergence, and how; everything else has the budget of
-        ``base.train`` and ``mixed_steps``. None where no comparison asks for it.
+      coefficient_ratio: learning rate of a bi-level Theta over that of Omega (the paper: 1e-6 / 1e-4).
+      converged: the terms of methods that are trained to convergence; everything else has the budget of
+        ``base.train`` and ``mixed_steps``. None where no comparison needs it.
       tuning_seed: first seed of the runs that choose; above every seed of the tables.
-      coefficient_every: by label, where a method needs another ``train.coefficient_every``.
+      coefficient_every: values of ``train.coefficient_every`` for some methods, by label.
       mixed_steps: optimiser steps where the rows of all tasks are mixed.
       mixed_methods: labels of Table 2.
-      generate: whether the test rows are answered by generation; else a row is right where greedy decoding
-        would write its output token for token, which its likelihood tells.
-      subject: label of the method that is varied in Table 5 and Figures 2 to 5, and whose routes are taken
-        away in ``routing``.
+      generate: whether the test rows are answered by generation; otherwise a row is right where greedy
+        decoding would write its output token for token, which the likelihood tells.
+      subject: label of the method that is varied in Table 5 and Figures 2 to 5, and whose routes are replaced
+        in ``routing``.
       varied_tasks: tasks of Table 5 and Figures 3 to 5.
-      top_ks, lambdas: of Figures 3 and 4.
-      ranks: of Figure 5, beside the subject's own.
-      choices: by name, settings of the subject that are changed one choice at a time among the open ones.
+      top_ks, lambdas: values of Figures 3 and 4.
+      ranks: values of Figure 5, beside the subject's own.
+      choices: settings of the subject by name, changed one choice at a time among the open ones.
       router_rates: learning rates of the routers, as multiples, among the open choices.
-      quick_tasks: tasks of a rehearsal; of equal length they share compiled programs.
+      quick_tasks: tasks of a rehearsal; those of equal length share compiled programs.
     """
 
     base: Config
@@ -182,7 +182,7 @@ class Study:
 
     @property
     def alone(self) -> tuple[str, ...]:
-        """The tasks that methods are trained on to convergence by themselves."""
+        """The tasks on which methods are trained separately to convergence."""
         return (self.converged.alone if self.converged else ()) or self.tasks
 
     def data_of(self, trained_on: str) -> DataSection:
@@ -201,10 +201,10 @@ def _of_tasks(data: DataSection, tasks: tuple[str, ...]) -> DataSection:
 
 
 def load_study(path: Path) -> Study:
-    """The study that a config file describes.
+    """Load the study of a config file.
 
     Raises:
-      UserError: where the file is missing, cannot be run or describes none.
+      UserError: the file is missing, cannot be run or defines no study.
     """
     study = call_config_file(path, "get_study", example="configs/study_tiny.py")
     if not isinstance(study, Study):
@@ -213,7 +213,7 @@ def load_study(path: Path) -> Study:
 
 
 def narrowed(study: Study, tasks: str, methods: str) -> Study:
-    """The study of some tasks and methods only, given comma-separated; all where empty."""
+    """Restrict a study to some tasks and methods, given comma-separated; empty means all."""
     kept_tasks = _chosen("--tasks", tasks, study.tasks)
     kept_methods = _chosen("--methods", methods, tuple(study.methods))
     for needed in (study.reference, study.subject):
@@ -226,7 +226,7 @@ def narrowed(study: Study, tasks: str, methods: str) -> Study:
         coefficient_every={k: v for k, v in study.coefficient_every.items() if k in kept_methods},
         quick_tasks=tuple(task for task in study.quick_tasks if task in kept_tasks),
         converged=_narrowed(study.converged, kept_tasks, kept_methods),
-        # Varied on other tasks than asked for is better than not at all.
+        # Without any of the tasks that it varies, it varies the given ones.
         varied_tasks=tuple(task for task in study.varied_tasks if task in kept_tasks) or kept_tasks,
     )
 
@@ -261,11 +261,11 @@ def _quick(converged: Converged) -> Converged:
 
 
 def quick(study: Study) -> Study:
-    """The same study with a few steps and rows: a rehearsal, whose figures mean nothing."""
+    """Shorten a study to a few steps and rows: a rehearsal whose figures mean nothing."""
     train = dataclasses.replace(
         study.base.train, max_steps=QUICK_STEPS, eval_every=QUICK_STEPS, coefficient_every=5
     )
-    # Rows beyond those that are answered are padding, and cost as much.
+    # Rows beyond those that are answered would be padding of the same cost.
     rows = dataclasses.replace(study.base.eval, limit=QUICK_ROWS, batch_size=QUICK_ROWS)
     base = dataclasses.replace(study.base, train=train, eval=rows)
     small = dataclasses.replace(

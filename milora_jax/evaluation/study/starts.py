@@ -1,8 +1,8 @@
-"""Where a run starts whose routes are fixed: one random set of experts per layer, for all prompts alike.
+"""Start of a run with fixed routes: one random set of experts per layer, for all prompts alike.
 
-No method of its own is needed. With W_r zero every expert of a MiLoRA has the probability 1/7, whatever the
-prompt; ``balance="bias"`` adds a bias to the choice alone, which is drawn here and, with ``bias_rate=0`` and
-``train.router_rate=0``, never moves. The experts of the highest biases are the set.
+It needs no method of its own. With W_r zero every expert of a MiLoRA has the probability 1/7, whatever the
+prompt. ``balance="bias"`` adds a bias to the choice only; it is drawn here and, with ``bias_rate=0`` and
+``train.router_rate=0``, never changes. The experts with the highest biases are the set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from milora_jax.storage.checkpoint import CheckpointDirectory
 from milora_jax.training.prepare import Run
 
 START = "start"
-"""Folder of the adapter, in that of the cell."""
+"""Folder of the adapter in the folder of the cell."""
 
 FIXED: dict[str, Any] = {
     "balance": "bias",
@@ -35,10 +35,10 @@ FIXED: dict[str, Any] = {
 
 
 def with_fixed_mask(run: Run, directory: Path, log: Callable[[str], None]) -> Run:
-    """The run, starting from an adapter with a random bias that is written to ``directory``.
+    """A run that starts from an adapter with a random bias, which is written to ``directory``.
 
     Args:
-      run: of a MiLoRA with the settings of :data:`FIXED`.
+      run: a run of a MiLoRA with the settings of :data:`FIXED`.
     """
     method, shape = build_method(run.config.adapter), adapter_shape(run.model)
     start_key, bias_key = jax.random.split(jax.random.key(run.config.train.seed))

@@ -15,18 +15,18 @@ from milora_jax.evaluation.study.settings import MIXED
 from milora_jax.evaluation.study.tuning import Losses, at_the_edge
 
 Place = tuple[str, str]
-"""What a model was trained on, and the task it is scored on."""
+"""The data that a model was trained on, and the task that it is scored on."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """Rows of one table by variant and place; the rows of a place come in the order of their seeds."""
+    """The rows of one table by variant and place, in the order of their seeds."""
 
     by_variant: Mapping[str, Mapping[Place, Sequence[Row]]]
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Results:
-        """Sort rows; variants keep the order in which they first come."""
+        """Sort rows; variants keep the order in which they first occur."""
         found: dict[str, dict[Place, list[Row]]] = {}
         for row in sorted(rows, key=lambda row: row["seed"]):
             place = row["trained_on"], row["task"]
@@ -36,11 +36,11 @@ class Results:
 
     @property
     def variants(self) -> list[str]:
-        """Names in order."""
+        """Names of the variants, in order."""
         return list(self.by_variant)
 
     def places(self, mixed: bool | None = None) -> list[Place]:
-        """Where every variant has rows: all places, or the mixed or single-task ones only."""
+        """Places where every variant has rows: all of them, or only those of the mix or of single tasks."""
         first = next(iter(self.by_variant.values()))
         common = [p for p in first if all(p in places for places in self.by_variant.values())]
         return [p for p in common if mixed is None or (p[0] == MIXED) == mixed]
@@ -58,7 +58,7 @@ class Results:
         return float(np.mean([self.median(variant, place) for place in places]))
 
     def runs(self, variant: str, places: Sequence[Place]) -> str:
-        """How many runs there are, and how many of them diverged."""
+        """Number of runs, and how many of them diverged."""
         rows = [row for place in places for row in self.by_variant[variant][place]]
         diverged = sum("diverged" in row for row in rows)
         return f"{len(rows)}" + (f" ({diverged} diverged)" if diverged else "")
@@ -82,10 +82,10 @@ class Results:
         return float(np.mean(losses))
 
     def scores(self, variant: str, place: Place, route: str = ROUTED) -> list[RowScores]:
-        """What became of the test rows, seed by seed.
+        """Scores of the test rows, seed by seed.
 
         Args:
-          route: under which the rows were scored.
+          route: the route under which the rows were scored.
         """
         return [row["scores"][route] for row in self.by_variant[variant][place]]
 
@@ -96,17 +96,17 @@ class Results:
         sample: Callable[[Sequence[RowScores]], Sample],
         route: str = ROUTED,
     ) -> dict[str, Sample]:
-        """One kind of figure by task, for ``statistics.paired_difference``."""
+        """Samples of one figure by task, for ``statistics.paired_difference``."""
         return {place[1]: sample(self.scores(variant, place, route)) for place in places}
 
     def lead(self, ours: str, theirs: str, places: Sequence[Place]) -> list[str]:
-        """What one variant has more than another: accuracy in points, loss in nats and in percent."""
+        """The lead of one variant over another: accuracy in points, loss in nats and in percent."""
         points = paired_difference(*(self.samples(v, places, accuracy_sample) for v in (ours, theirs)))
         loss = paired_difference(*(self.samples(v, places, loss_sample) for v in (ours, theirs)))
         return [said(points.absolute), said(loss.absolute, 3), percent(loss.relative)]
 
     def mixing_loss(self, variant: str) -> list[str]:
-        """As :meth:`lead`: trained on the mix against trained on the task alone."""
+        """The lead, as in :meth:`lead`, of training on the mix over training on the task alone."""
         mixed, alone = self.both_ways()
 
         def difference(sample: Callable[[Sequence[RowScores]], Sample]) -> Difference:
@@ -115,13 +115,13 @@ class Results:
         return [said(difference(accuracy_sample).absolute), percent(difference(loss_sample).relative)]
 
     def both_ways(self) -> tuple[list[Place], list[Place]]:
-        """The tasks of the mix that are trained on alone as well: their places in the mix, and alone."""
+        """Tasks of the mix on which variants are also trained alone: their places in the mix, and alone."""
         single = self.places(mixed=False)
         mixed = [(where, task) for where, task in self.places(mixed=True) if (task, task) in single]
         return mixed, [(task, task) for _, task in mixed]
 
     def mean(self, variant: str, places: Sequence[Place], field: str) -> float:
-        """Mean of a number over the rows of some places that have it."""
+        """Mean of a field over the rows of some places that have it."""
         values = [
             row[field]
             for place in places
@@ -132,7 +132,7 @@ class Results:
 
 
 def said(interval: Interval, digits: int = 1) -> str:
-    """``+1.2 [-0.3, 2.7]``; a difference from a run that diverged is no number.
+    """``+1.2 [-0.3, 2.7]``; a difference from a run that diverged is not a number.
 
     >>> said(Interval(1.2, -0.3, 2.7))
     '+1.2 [-0.3, 2.7]'
@@ -143,22 +143,21 @@ def said(interval: Interval, digits: int = 1) -> str:
 
 
 def percent(share: Interval) -> str:
-    """A share as :func:`said` says it, in percent."""
+    """A share in percent, in the form of :func:`said`."""
     return said(Interval(*(100 * value for value in (share.mean, share.low, share.high))))
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, first column to the left."""
+    """A Markdown table whose first column is aligned to the left."""
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in body)])
 
 
 def comparison(results: Results, subject: str, places: Sequence[Place], counts: bool) -> str:
-    """Medians by place, their mean and the test loss, each with how much more of it the subject has, paired,
-    and the dev loss.
+    """Medians by place, their mean and the test loss, each with the subject's paired lead, and the dev loss.
 
     Args:
-      counts: whether to give tunable and active parameters and the learning rate.
+      counts: whether to include tunable and active parameters and the learning rate.
     """
     extra = ["tunable", "active", "rate"] if counts else []
     head = [
@@ -203,7 +202,7 @@ def comparison(results: Results, subject: str, places: Sequence[Place], counts: 
 
 
 def dev_only(results: Results, places: Sequence[Place]) -> str:
-    """Mean dev loss by place, for runs that choose: the lowest mean first."""
+    """Mean dev loss by place, for runs that choose, the lowest first."""
     body = [
         [
             variant,
@@ -236,7 +235,7 @@ def mixing(results: Results) -> str:
 
 
 def routes(results: Results) -> str:
-    """How the dev prompts were routed at the best step, mean over runs; nothing where no run routed."""
+    """How the dev prompts were routed at the best step, mean over runs; empty where no run routed."""
     head = ["variant", "trained on", "share one route", "within a task", "across tasks", "blind layers"]
     body = []
     for variant, by_place in results.by_variant.items():
@@ -263,7 +262,7 @@ def routes(results: Results) -> str:
 
 
 def tuned(losses: Mapping[str, Losses], grid: Sequence[float]) -> str:
-    """Mean dev loss by method and value of a grid, the chosen one in bold."""
+    """Mean dev loss by method and value of a grid, with the chosen one in bold."""
     body = []
     for label, found in losses.items():
         best = min(found, key=found.__getitem__)

@@ -1,6 +1,6 @@
-"""What is chosen on dev rows before anything is scored: learning rates, and scales of what converges.
+"""Choices on dev rows before any scoring: learning rates, and scales of methods that converge.
 
-Every run that chooses has a seed that no table uses and looks at dev rows only.
+Every run that chooses has a seed that no table uses and reads dev rows only.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from milora_jax.evaluation.study.settings import MIXED, Converged, Study
 Name = TypeVar("Name", str, tuple[str, str])
 
 SINGLE = "single tasks"
-"""Beside :data:`MIXED`, what converged runs are tuned for."""
+"""Target of the tuning of converged runs, beside :data:`MIXED`."""
 
 Losses = dict[float, float]
 """Mean dev loss in nats by value of a grid; infinite where a run diverged."""
 
 Key = tuple[str, str]
-"""Label of a method, and SINGLE or MIXED."""
+"""A method's label, and SINGLE or MIXED."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What was chosen for a method that is to converge.
+    """The choices for a method that is trained to convergence.
 
     Attributes:
-      scale: alpha over rank; None of a method without low-rank pairs.
+      scale: alpha over rank; None for a method without low-rank pairs.
     """
 
     learning_rate: float
@@ -43,13 +43,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What tuning has found.
+    """The results of tuning.
 
     Attributes:
       rates: learning rates of the short budget, by label.
-      points: of what converges.
-      rate_losses, converged_rate_losses, scale_losses: what they were chosen from, where there was more than
-        one value.
+      points: choices for converged runs.
+      rate_losses, converged_rate_losses, scale_losses: dev losses behind each choice of more than one value.
     """
 
     rates: Mapping[str, float] = field(default_factory=dict)
@@ -60,32 +59,32 @@ class Chosen:
 
     @classmethod
     def nothing(cls, study: Study) -> Chosen:
-        """Stands for what is not known yet, to see which cells there will be."""
+        """A placeholder before tuning, with which cells can be planned."""
         points = {(label, where): Point(0.0, None) for label in study.methods for where in (SINGLE, MIXED)}
         return cls(rates=dict.fromkeys(study.methods, 0.0), points=points)
 
 
 def where_of(trained_on: str) -> str:
-    """What a converged run is tuned with."""
+    """The target with which a converged run is tuned."""
     return MIXED if trained_on == MIXED else SINGLE
 
 
 def keys_of(cells: Sequence[Cell]) -> tuple[list[str], list[Key]]:
-    """The labels whose short learning rate some cells need, and what they need that converges."""
+    """The labels whose short learning rate some cells need, and the keys of their converged choices."""
     short = [cell.method for cell in cells if not cell.converged]
     long = [(cell.method, where_of(cell.trained_on)) for cell in cells if cell.converged]
     return list(dict.fromkeys(short)), list(dict.fromkeys(long))
 
 
 def scaled(settings: AdapterSection, scale: float | None) -> AdapterSection:
-    """Settings with alpha at a multiple of the rank; as they are where the scale is None."""
+    """Settings with alpha at a multiple of the rank; unchanged where the scale is None."""
     if scale is None:
         return settings
     return dataclasses.replace(settings, alpha=scale * (full_settings(build_method(settings)).rank or 0))
 
 
 def short_cells(study: Study, label: str) -> dict[float, list[Cell]]:
-    """By learning rate one run per task, with the short budget."""
+    """One run per task with the short budget, by learning rate."""
     return {
         rate: [
             make_cell(study, label, label, study.methods[label], task, study.tuning_seed, rate, scored=False)
@@ -96,7 +95,7 @@ def short_cells(study: Study, label: str) -> dict[float, list[Cell]]:
 
 
 def converged_cells(study: Study, terms: Converged, key: Key, point: Point) -> list[Cell]:
-    """At one point a run per task of ``tuned_on`` and tuning seed, or on the mix."""
+    """One run per task of ``tuned_on`` and tuning seed, or on the mix, at one point."""
     label, where = key
     tasks = (MIXED,) if where == MIXED else terms.tuned_on or study.alone
     return [
@@ -122,11 +121,11 @@ def choose(
     keys: Sequence[Key],
     losses_of: Callable[[list[list[Cell]], str], list[float]],
 ) -> Chosen:
-    """Choose what some cells need.
+    """Make the choices that some cells need.
 
     Args:
       labels, keys: see :func:`keys_of`.
-      losses_of: runs groups of cells, under a title, and gives the mean dev loss of each.
+      losses_of: runs groups of cells under a title, and returns the mean dev loss of each.
 
     Raises:
       UserError: a method diverged at every learning rate.
@@ -137,7 +136,7 @@ def choose(
     terms = study.converged
     if terms is None or not keys:
         return Chosen(rates, {}, rate_losses)
-    # At scale 1 first; then the scale at that learning rate, of which 1 is known already.
+    # At scale 1 first; then the scale at that learning rate, where scale 1 is known already.
     first = {key: _scale_of(study, key[0]) for key in keys}
     found = _measured(
         {
@@ -165,7 +164,7 @@ def choose(
 
 
 def _scale_of(study: Study, label: str) -> float | None:
-    """1 for a method with a scale."""
+    """1 for a method with a scale, else None."""
     return None if full_settings(build_method(study.methods[label])).alpha is None else 1.0
 
 
@@ -174,7 +173,7 @@ def _measured(
     losses_of: Callable[[list[list[Cell]], str], list[float]],
     title: str,
 ) -> dict[Name, Losses]:
-    """Losses by key and value, where there is more than one value to choose from."""
+    """Losses by key and value, for keys with more than one value to choose from."""
     open_ones = {key: grid for key, grid in grids.items() if len(grid) > 1}
     groups = [cells for grid in open_ones.values() for cells in grid.values()]
     losses = iter(losses_of(groups, title) if groups else [])
