@@ -30,31 +30,19 @@ from milora_jax.generation.decode import (
     prefill,
     state_shardings_of,
 )
+from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.merge import merged_base
 from milora_jax.generation.prefix_cache import PrefixCache
 from milora_jax.generation.request import Request, require_decodable
 from milora_jax.generation.results import RunningSample, StartedWork, read_results
 from milora_jax.generation.sampling import Plan, Sampler, make_sampler
 from milora_jax.generation.settings import GenerationSettings
+from milora_jax.generation.waiting import WaitingRequests
 from milora_jax.model_config import ModelConfig
 from milora_jax.types import Batch
 
 CHUNK = 16
 """Decode steps between two checks for sequences that have ended."""
-
-SMALLEST_BUCKET = 32
-
-
-def bucket_of(length: int, limit: int) -> int:
-    """The length to which a prompt is padded: a power of two that depends on the prompt alone.
-
-    >>> [bucket_of(n, 1000) for n in (1, 32, 33, 900)]
-    [32, 32, 64, 1000]
-    """
-    bucket = SMALLEST_BUCKET
-    while bucket < length:
-        bucket *= 2
-    return min(bucket, limit)
 
 
 class Engine:
@@ -120,7 +108,7 @@ class Engine:
         self._merged: Base | None = None
         prefix = 0 if adapters is None else adapters.method.prefix_length
         self.cache_length, self._prefix = cache_length, prefix
-        self._waiting: deque[Request] = deque()
+        self._waiting = WaitingRequests(batch_slots, cache_length, prefill_rows, alone=self._merges)
         in_blocks = (prefill_budget or prefix_cache) and not (prefix or self._merges or prefill_rows > 1)
         self.prefix_cache = PrefixCache(prefix_cache, prefill_block) if in_blocks and prefix_cache else None
         self._blocks: BlockQueue | None = None
@@ -202,7 +190,7 @@ class Engine:
         self.check(prompt, settings)
         ids = tuple(int(token) for token in prompt)
         request = Request(ids, settings, adapter_slot, route_tokens, cache_scope)
-        self._waiting.append(request)
+        self._waiting.add(request)
         return request
 
     def end(self, request: Request, sample: int, reason: str) -> None:
@@ -220,14 +208,13 @@ class Engine:
                 self._slots[row] = None
         if request.done and self._blocks is not None:
             self._blocks.cancel(request)
-        if request.done and request in self._waiting:
-            self._waiting.remove(request)
+        if request.done:
+            self._waiting.discard(request)
 
     @property
     def free_slots(self) -> int:
         """Batch slots that no running or waiting request needs."""
-        wanted = sum(request.settings.num_samples for request in self._waiting)
-        return max(0, self._slots.count(None) - wanted)
+        return max(0, self._slots.count(None) - self._waiting.samples)
 
     @property
     def idle(self) -> bool:
@@ -267,31 +254,12 @@ class Engine:
 
     def _admit(self) -> None:
         """Prefill waiting requests into free batch slots, in their order."""
-        while self._waiting and (self._blocks is None or self._blocks.has_room):
+        while self._blocks is None or self._blocks.has_room:
             free = [row for row, sequence in enumerate(self._slots) if sequence is None]
-            first = self._waiting[0]
-            if self._merges and len(free) < self.batch_slots:
+            group = self._admitting = self._waiting.take(len(free))
+            if not group:
                 return
-            # A prefill costs the same however few of its rows are used, so it waits until it can be filled.
-            wanted = min(self.prefill_rows, len(self._waiting), self.batch_slots)
-            if len(free) < max(wanted, first.settings.num_samples):
-                return
-            group = self._admitting = [self._waiting.popleft()]
-            if first.settings.num_samples > 1:
-                self._prefill(group, free[: first.settings.num_samples])
-                continue
-            while self._waiting and len(group) < min(self.prefill_rows, len(free)):
-                if self._merges or not self._alike(first, self._waiting[0]):
-                    break
-                group.append(self._waiting.popleft())
-            self._prefill(group, free[: len(group)])
-
-    def _alike(self, one: Request, other: Request) -> bool:
-        """Whether two requests can be prefilled together."""
-        buckets = {bucket_of(len(request.prompt), self.cache_length) for request in (one, other)}
-        return (
-            len(buckets) == 1 and one.adapter_slot == other.adapter_slot and other.settings.num_samples == 1
-        )
+            self._prefill(group, free[: sum(request.settings.num_samples for request in group)])
 
     def _prefill(self, group: list[Request], rows: list[int]) -> None:
         """Prefill some requests, or one of several samples, and put them into batch slots."""

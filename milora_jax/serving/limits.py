@@ -38,7 +38,7 @@ class Limits:
       adapters_on_device: adapter slots, the adapters that can decode at the same time.
       prefill_budget: prompt tokens that are prefilled in one turn of the scheduler while others decode; 0
         prefills every prompt in one program, for which all streams wait.
-      prefix_cache: mebibytes of keys and values of earlier prompts, kept for prompts that begin alike; 0 keeps
+      prefix_cache: mebibytes of keys and values of earlier prompts, for prompts that begin alike; 0 keeps
         none.
       share_prefixes: 1 lets tenants that use the same adapter find each other's prompts in the prefix cache,
         which the time to the first token can tell; 0 keeps tenants apart.

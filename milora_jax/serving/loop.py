@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from milora_jax.errors import UserError
-from milora_jax.generation.engine import Engine, bucket_of
+from milora_jax.generation.engine import Engine
+from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.request import Request, TokenLogprobs
 from milora_jax.generation.sampling import Plan
 from milora_jax.generation.settings import GenerationSettings

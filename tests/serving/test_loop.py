@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import milora_jax.generation.engine as engine_module
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.serving.metrics import COMPILATIONS, Metrics
 from tests.serving.harness import LIMITS, WAIT, Listener, random_request, running, service_of, write_model
@@ -239,20 +240,20 @@ def test_a_loop_that_stops_tells_everybody(folder, adapters):
     assert not service.loop.alive
 
 
-@pytest.mark.parametrize("where", ["_read", "_prefill"])
+@pytest.mark.parametrize("where", ["read_results", "admit"])
 def test_an_error_that_shows_late_or_early_ends_those_it_concerns_and_nobody_waits(
     service, monkeypatch, where
 ):
     """When results are fetched, of a request whose row has been given away; and before one has a row."""
     expected = Listener(service, "law", [5, 6]).end()
-    real, times = getattr(service.engine, where), iter([True])
+    real, times = getattr(engine_module, where), iter([True])
 
     def broken(*given):
         if next(times, False):
             raise RuntimeError("out of memory")
         return real(*given)
 
-    monkeypatch.setattr(service.engine, where, broken)
+    monkeypatch.setattr(engine_module, where, broken)
     lost = Listener(service, "math", [7, 8], max_new_tokens=1)
     assert lost.end()[2] == ["error"]
     monkeypatch.undo()
