@@ -112,9 +112,7 @@ def forward(
     prefix_length = method.prefix_length if first and method is not None else 0
     segment_ids, members = batch.segment_ids, batch.members if first else None
     with jax.named_scope("embed"):
-        hidden = jnp.take(base.embedding[...], batch.tokens, axis=0, mode="clip")
-        if config.scale_embedding:
-            hidden = hidden * jnp.asarray(config.hidden_size**0.5, hidden.dtype)
+        hidden = embed(base, config, batch.tokens)
         context = AttentionContext.of(config, batch, prefix_length, cache)
     slides = config.slides
 
@@ -123,7 +121,7 @@ def forward(
         sliding = slides[0] if sliding is None else sliding
         computed = prefix = inspected = None
         if members is not None:
-            normed = _norm(config, hidden, layer.norms.attention)
+            normed = input_norm(config, layer, hidden)
             depth = index.astype(jnp.float32) / config.num_layers
             entering = LayerInput(hidden, normed, members, depth)
             inspected = None if inspect is None else inspect(entering)
@@ -224,7 +222,7 @@ def block(
     adapted: AdaptedLayer,
     hidden: Float[Array, "B T D"],
     angles: tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]],
-    attend_own: Callable[[Array, Array, Array], Array],
+    attend_own: Callable[[Array, Array, Array], Array] | None,
     past: Past | None = None,
     prefix: tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]] | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
@@ -251,15 +249,17 @@ def block(
         q, k, v = adapted.project(0, normed)
         q, k, v = _norm(config, heads(q), norms.query), _norm(config, heads(k), norms.key), heads(v)
         q, k = (ops.apply_rope(x, cos, sin) for x in (q, k))
-        if past is None:
+        if past is not None:
+            cache = past.cache.write(k, v, past.place)
+            attended = cache.attend(q, past.mask, scoring_of(config))
+        elif attend_own is None:
+            raise ValueError("a first pass needs attention over its own keys and values")
+        else:
             if prefix is not None:
                 k, v = (
                     jnp.concatenate([heads(p), own], axis=1) for p, own in zip(prefix, (k, v), strict=True)
                 )
             attended, cache = attend_own(q, k, v), LayerCache.of(k, v)
-        else:
-            cache = past.cache.write(k, v, past.place)
-            attended = cache.attend(q, past.mask, scoring_of(config))
         (x,) = adapted.project(1, attended.reshape(rows, length, -1))
         x = _norm(config, x, norms.attention_post)
         hidden = hidden + adapted.beside("attention", normed, x)
@@ -274,6 +274,24 @@ def block(
 def _norm(config: ModelConfig, x: Float[Array, "*B D"], weight: Any) -> Float[Array, "*B D"]:
     """Apply a norm of a layer; return ``x`` where the family has no such norm."""
     return x if weight is None else ops.rms_norm(x, weight[...], config.norm_eps, config.norm_unit_offset)
+
+
+def embed(base: Base, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The residual stream before the first layer."""
+    hidden = jnp.take(base.embedding[...], tokens, axis=0, mode="clip")
+    return hidden * jnp.asarray(config.hidden_size**0.5, hidden.dtype) if config.scale_embedding else hidden
+
+
+def input_norm(
+    config: ModelConfig, layer: Layer | JoinedLayer, hidden: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """The stream behind a layer's own input norm, where the family has one there."""
+    return _norm(config, hidden, layer.norms.attention)
+
+
+def unembed_last(base: Base, config: ModelConfig, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Logits of the residual stream behind the last layer, before the final norm."""
+    return unembed(base, config, _norm(config, hidden, base.final_norm))
 
 
 def unembed(base: Base, config: ModelConfig, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

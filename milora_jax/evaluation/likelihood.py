@@ -21,7 +21,7 @@ from milora_jax.base.attention import DeviceLayout, attention, device_layout
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.errors import require
-from milora_jax.generation.engine import bucket_of
+from milora_jax.generation.lengths import bucket_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int
 from milora_jax.types import Batch
@@ -101,7 +101,7 @@ def log_likelihoods(
 ) -> Iterator[dict[int, Likelihood]]:
     """Score passages, the longest first, batch by batch.
 
-    Every batch has ``rows`` rows, whose length is rounded up by ``generation.engine.bucket_of``, so that one
+    Every batch has ``rows`` rows, whose length is rounded up by ``generation.lengths.bucket_of``, so that one
     program is compiled for each rounded length.
 
     Args:

@@ -27,7 +27,7 @@ from milora_jax.errors import UserError, require
 from milora_jax.evaluation.score import limited
 from milora_jax.evaluation.static_route import modal_route
 from milora_jax.evaluation.subject import Named, read_subject
-from milora_jax.generation.engine import bucket_of
+from milora_jax.generation.lengths import bucket_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float
 from milora_jax.training.health import decisions

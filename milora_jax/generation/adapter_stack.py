@@ -98,6 +98,10 @@ class AdapterStack:
             params = _on_pairs(SlotPairs.joined, params, SlotPairs)
         return Adapter(params=params, method=self.method, shape=self.shape)
 
+    def of_layer(self, index: int) -> AdapterStack:
+        """The same with the parameters of one layer alone."""
+        return dataclasses.replace(self, params=(self.params[index],))
+
     def for_batch(self, adapter_slots: Int[Array, " B"]) -> Adapter:
         """An adapter for rows that each use their own.
 

@@ -24,7 +24,8 @@ from milora_jax.base.transformer import forward, unembed
 from milora_jax.data.batches import collate_prompts
 from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.decode import Prefilled, prefill
-from milora_jax.generation.engine import CHUNK, bucket_of
+from milora_jax.generation.engine import CHUNK
+from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int

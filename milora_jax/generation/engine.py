@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,31 +20,29 @@ from milora_jax.base.modules import Base
 from milora_jax.data.batches import collate_prompts
 from milora_jax.errors import UserError, require
 from milora_jax.generation.adapter_stack import AdapterStack, GatheredAdapters, gather_adapter
-from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefill, state_shardings_of
+from milora_jax.generation.block_prefill import BLOCK
+from milora_jax.generation.block_queue import BlockQueue
+from milora_jax.generation.decode import (
+    Prefilled,
+    admit,
+    decode_chunk,
+    empty_state,
+    prefill,
+    state_shardings_of,
+)
+from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.merge import merged_base
-from milora_jax.generation.request import Request, require_served
+from milora_jax.generation.prefix_cache import PrefixCache
+from milora_jax.generation.request import Request, require_decodable
 from milora_jax.generation.results import RunningSample, StartedWork, read_results
 from milora_jax.generation.sampling import Plan, Sampler, make_sampler
 from milora_jax.generation.settings import GenerationSettings
+from milora_jax.generation.waiting import WaitingRequests
 from milora_jax.model_config import ModelConfig
 from milora_jax.types import Batch
 
 CHUNK = 16
 """Decode steps between two checks for sequences that have ended."""
-
-SMALLEST_BUCKET = 32
-
-
-def bucket_of(length: int, limit: int) -> int:
-    """The length to which a prompt is padded: a power of two that depends on the prompt alone.
-
-    >>> [bucket_of(n, 1000) for n in (1, 32, 33, 900)]
-    [32, 32, 64, 1000]
-    """
-    bucket = SMALLEST_BUCKET
-    while bucket < length:
-        bucket *= 2
-    return min(bucket, limit)
 
 
 class Engine:
@@ -63,6 +62,11 @@ class Engine:
         requests, as small as can be.
       place: puts a prefill batch on the devices.
       layout: of batch slots and heads over several devices; None lets XLA decide.
+      prefill_budget: prompt tokens that are prefilled between two chunks of decode steps while others
+        decode; 0 prefills a prompt in one program.
+      prefix_cache: bytes for keys and values of earlier prompts; 0 keeps none. Either prefills prompts block
+        by block, see ``generation.block_prefill``; not with a method that has a prefix, nor merged.
+      prefill_block: tokens of such a block.
 
     Attributes:
       adapters: to be set again after a bank has loaded an adapter, whose old buffers are gone then.
@@ -83,6 +87,9 @@ class Engine:
         plans: Sequence[Plan] = (),
         place: Callable[[Batch], Batch] = jax.device_put,
         layout: DeviceLayout | None = None,
+        prefill_budget: int = 0,
+        prefix_cache: int = 0,
+        prefill_block: int = BLOCK,
     ) -> None:
         require(batch_slots >= 1, "batch_slots", batch_slots, "at least 1")
         cache_length = cache_length or config.max_positions
@@ -90,6 +97,9 @@ class Engine:
         require(fits, "cache_length", cache_length, f"2 to the model's {config.max_positions} positions")
         require(chunk >= 1, "chunk", chunk, "at least 1")
         require(prefill_rows >= 1, "prefill_rows", prefill_rows, "at least 1")
+        require(prefill_budget >= 0, "prefill_budget", prefill_budget, "at least 0")
+        require(prefix_cache >= 0, "prefix_cache", prefix_cache, "at least 0 bytes")
+        require(prefill_block >= 1, "prefill_block", prefill_block, "at least 1")
         self.config, self.batch_slots, self.chunk = config, batch_slots, chunk
         self.adapters, self.prefill_rows = adapters, prefill_rows
         self._base, self._place, self._penalties, self._plans = base, place, penalties, tuple(plans)
@@ -98,12 +108,21 @@ class Engine:
         self._merged: Base | None = None
         prefix = 0 if adapters is None else adapters.method.prefix_length
         self.cache_length, self._prefix = cache_length, prefix
-        self._waiting: deque[Request] = deque()
+        self._waiting = WaitingRequests(batch_slots, cache_length, prefill_rows, alone=self._merges)
+        in_blocks = (prefill_budget or prefix_cache) and not (prefix or self._merges or prefill_rows > 1)
+        self.prefix_cache = PrefixCache(prefix_cache, prefill_block) if in_blocks and prefix_cache else None
+        self._blocks: BlockQueue | None = None
+        if in_blocks:
+            self._blocks = BlockQueue(
+                base, config, cache_length, prefill_budget, prefill_block, self.prefix_cache
+            )
         self._clear()
 
     def _clear(self) -> None:
         """Start an empty batch."""
         self._admitting: list[Request] = []
+        if self._blocks is not None:
+            self._blocks.clear()
         self._touched: dict[int, Request] = {}
         self._slots: list[RunningSample | None] = [None] * self.batch_slots
         self._started: deque[StartedWork] = deque()
@@ -143,32 +162,35 @@ class Engine:
         Raises:
           UserError: naming what is wrong with this one request.
         """
-        vocab, allowed = self.config.vocab_size, f"0 to {self.config.vocab_size - 1}"
-        require(len(prompt) > 0, "prompt", "empty", "at least one token")
-        wrong = [token for token in prompt if not 0 <= token < vocab]
-        require(not wrong, "a token id of the prompt", wrong[:1], allowed)
-        require_served(self.config, settings, self.batch_slots)
         require(settings.num_beams == 1, "num_beams", settings.num_beams, "1, beams run by themselves")
+        require_decodable(self.config, prompt, settings, self.batch_slots, self.cache_length)
         if settings.penalized and not self._penalties:
             raise UserError("a penalty was asked for, but this engine was made without penalties")
-        if len(prompt) + settings.max_new_tokens > self.cache_length:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens and may get {settings.max_new_tokens} new ones: "
-                f"expected at most {self.cache_length} together"
-            )
 
-    def submit(self, prompt: Sequence[int], settings: GenerationSettings, adapter_slot: int = 0) -> Request:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        adapter_slot: int = 0,
+        *,
+        cache_scope: str | None = None,
+        route_tokens: int = 0,
+    ) -> Request:
         """Queue a prompt.
 
         Args:
           adapter_slot: of its adapter in the bank.
+          cache_scope: names the version of the adapter and whoever may share keys and values of the prompt;
+            None neither uses the prefix cache nor adds to it.
+          route_tokens: leading tokens of the prompt that the routers read; 0 for all.
 
         Raises:
           UserError: for a prompt or settings that cannot be decoded here; nothing is queued then.
         """
         self.check(prompt, settings)
-        request = Request(tuple(int(token) for token in prompt), settings, adapter_slot)
-        self._waiting.append(request)
+        ids = tuple(int(token) for token in prompt)
+        request = Request(ids, settings, adapter_slot, route_tokens, cache_scope)
+        self._waiting.add(request)
         return request
 
     def end(self, request: Request, sample: int, reason: str) -> None:
@@ -178,17 +200,21 @@ class Engine:
         """
         if request.finish[sample] is None:
             request.finish[sample] = reason
-        for row, sequence in enumerate(self._slots):
-            if sequence is not None and sequence.request is request and sequence.sample == sample:
+        for row, held in enumerate(self._slots):
+            if held is None or held.request is not request:
+                continue
+            # A prompt that is being prefilled for several samples keeps all of their slots.
+            if request.done if held.prefilling else held.sample == sample:
                 self._slots[row] = None
-        if request.done and request in self._waiting:
-            self._waiting.remove(request)
+        if request.done and self._blocks is not None:
+            self._blocks.cancel(request)
+        if request.done:
+            self._waiting.discard(request)
 
     @property
     def free_slots(self) -> int:
         """Batch slots that no running or waiting request needs."""
-        wanted = sum(request.settings.num_samples for request in self._waiting)
-        return max(0, self._slots.count(None) - wanted)
+        return max(0, self._slots.count(None) - self._waiting.samples)
 
     @property
     def idle(self) -> bool:
@@ -207,8 +233,10 @@ class Engine:
           The requests that got tokens or ended.
         """
         self._admit()
+        if self._blocks is not None:
+            self._end_blocks(self._blocks)
         unread = 0
-        if any(sequence is not None and sequence.left > 0 for sequence in self._slots):
+        if any(sequence.left > 0 for sequence in self._decoding if sequence is not None):
             self._start_chunk()
             unread = 1  # the device computes it while the host reads the one before
         while len(self._started) > unread:
@@ -219,57 +247,73 @@ class Engine:
         touched, self._touched = self._touched, {}
         return list(touched.values())
 
+    @property
+    def _decoding(self) -> list[RunningSample | None]:
+        """The samples in the batch slots, but those whose prompt is still being prefilled."""
+        return [None if sample is None or sample.prefilling else sample for sample in self._slots]
+
     def _admit(self) -> None:
         """Prefill waiting requests into free batch slots, in their order."""
-        while self._waiting:
+        while self._blocks is None or self._blocks.has_room:
             free = [row for row, sequence in enumerate(self._slots) if sequence is None]
-            first = self._waiting[0]
-            if self._merges and len(free) < self.batch_slots:
+            group = self._admitting = self._waiting.take(len(free))
+            if not group:
                 return
-            # A prefill costs the same however few of its rows are used, so it waits until it can be filled.
-            wanted = min(self.prefill_rows, len(self._waiting), self.batch_slots)
-            if len(free) < max(wanted, first.settings.num_samples):
-                return
-            group = self._admitting = [self._waiting.popleft()]
-            if first.settings.num_samples > 1:
-                self._prefill(group, free[: first.settings.num_samples])
-                continue
-            while self._waiting and len(group) < min(self.prefill_rows, len(free)):
-                if self._merges or not self._alike(first, self._waiting[0]):
-                    break
-                group.append(self._waiting.popleft())
-            self._prefill(group, free[: len(group)])
-
-    def _alike(self, one: Request, other: Request) -> bool:
-        """Whether two requests can be prefilled together."""
-        buckets = {bucket_of(len(request.prompt), self.cache_length) for request in (one, other)}
-        return (
-            len(buckets) == 1 and one.adapter_slot == other.adapter_slot and other.settings.num_samples == 1
-        )
+            self._prefill(group, free[: sum(request.settings.num_samples for request in group)])
 
     def _prefill(self, group: list[Request], rows: list[int]) -> None:
         """Prefill some requests, or one of several samples, and put them into batch slots."""
         first = group[0]
-        sequences = [
+        samples = [
             RunningSample(request, sample, request.settings.max_new_tokens - 1)
             for request in group
             for sample in range(request.settings.num_samples)
         ]
-        several = len(sequences) > len(group)
-        count = len(sequences) if several else self.prefill_rows
-        # Slots beyond the batch are dropped, so that a group that is not full has its program's shape.
-        places = np.array([*rows, *range(self.batch_slots, self.batch_slots + count - len(rows))], np.int32)
-        padded = sequences + [sequences[0]] * (count - len(sequences))
-        sampler = self._sampler(
-            [sequence.request.settings for sequence in padded],
-            [sequence.sample for sequence in padded],
-            [sequence.request.prompt for sequence in padded],
-        )
+        if self._blocks is not None:
+            for row, sample in zip(rows, samples, strict=True):
+                self._slots[row] = sample
+            routed = self.adapters is not None and self.adapters.method.routes
+            self._blocks.add(samples, rows, routed)
+            self._admitting = []
+            return
         bucket = bucket_of(len(first.prompt), self.cache_length)
         prompts = [request.prompt for request in group]
         batch = self._place(collate_prompts(prompts, bucket, 0, rows=self.prefill_rows))
         slot, length = np.int32(first.adapter_slot), self._prefix + self.cache_length
         prefilled, route = prefill(self._base, self.adapters, slot, batch, self.config, length, self._layout)
+        if self._merges and self.adapters is not None:
+            adapter = self.adapters.of_slot(jnp.asarray(slot))
+            chosen = None if route is None else np.asarray(route.weights[:, 0, 0])
+            self._merged = merged_base(self._base, adapter, chosen)
+        self._start(prefilled, None if route is None else route.weights[:, :, 0], samples, rows)
+
+    def _end_blocks(self, blocks: BlockQueue) -> None:
+        """Run a turn of prefilling, and start the samples of the prompts that are done."""
+        decoding = any(sample is not None for sample in self._decoding)
+        for prompt in blocks.advance(self.adapters, decoding):
+            self._start(*prompt.work.result(), prompt.samples, prompt.rows)
+
+    def _start(
+        self, prefilled: Prefilled, weights: Any, samples: Sequence[RunningSample], rows: list[int]
+    ) -> None:
+        """Put what was prefilled into batch slots, and choose the first tokens.
+
+        Args:
+          weights: of the routes, ``[L, R, E]``; None without a router.
+          samples: one for each prompt, or several of the first one.
+        """
+        group = list(dict.fromkeys(sample.request for sample in samples))
+        several = len(samples) > len(group)
+        count = len(samples) if several else self.prefill_rows
+        # Slots beyond the batch are dropped, so that a group that is not full has its program's shape.
+        places = np.array([*rows, *range(self.batch_slots, self.batch_slots + count - len(rows))], np.int32)
+        padded = [*samples, *([samples[0]] * (count - len(samples)))]
+        sampler = self._sampler(
+            [sample.request.settings for sample in padded],
+            [sample.sample for sample in padded],
+            [sample.request.prompt for sample in padded],
+        )
+        slot = np.int32(group[0].adapter_slot)
         if several:
             prefilled = jax.tree.map(lambda leaf: leaf[:1], prefilled)
         plan = self._plan([request.settings for request in group])
@@ -278,31 +322,26 @@ class Engine:
         )
         if self._gathered is not None and self.adapters is not None:
             self._gathered = gather_adapter(self._gathered, self.adapters, places, slot)
-        for row, sequence in zip(rows, sequences, strict=True):
-            wanted = sequence.request.finish[sequence.sample] is None  # or it was ended while it waited
-            self._slots[row] = sequence if wanted and self._stays(sequence) else None
-        if self._merges and self.adapters is not None:
-            adapter = self.adapters.of_slot(jnp.asarray(slot))
-            chosen = None if route is None else np.asarray(route.weights[:, 0, 0])
-            self._merged = merged_base(self._base, adapter, chosen)
-        nobody = (None,) * (count - len(sequences))
-        weights = None if route is None else route.weights[:, :, 0]
+        for row, sample in zip(rows, samples, strict=True):
+            wanted = sample.request.finish[sample.sample] is None  # or it was ended while it waited
+            self._slots[row] = sample if wanted and self._stays(sample) else None
+        nobody = (None,) * (count - len(samples))
         if weights is not None and several:
             weights = weights[:, :1].repeat(count, axis=1)
         choices = jax.tree.map(lambda leaf: leaf[None], choice)
-        self._started.append(StartedWork((*sequences, *nobody), choices, np.zeros((1, count), bool), weights))
+        self._started.append(StartedWork((*samples, *nobody), choices, np.zeros((1, count), bool), weights))
         self._admitting = []
 
     def _start_chunk(self) -> None:
-        running = [sequence for sequence in self._slots if sequence is not None]
+        running = [sequence for sequence in self._decoding if sequence is not None]
         plan = self._plan([sequence.request.settings for sequence in running])
         adapters = self.adapters if self._gathered is None else self._gathered
         weights = (self._base, adapters) if self._merged is None else (self._merged, None)
         self._state, choices, ended = decode_chunk(
             *weights, self._state, self.config, self.chunk, plan, self._layout
         )
-        self._started.append(StartedWork(tuple(self._slots), choices, ended))
-        for row, sequence in enumerate(self._slots):
+        self._started.append(StartedWork(tuple(self._decoding), choices, ended))
+        for row, sequence in enumerate(self._decoding):
             if sequence is not None:
                 sequence.left -= self.chunk
                 self._slots[row] = sequence if self._stays(sequence) else None

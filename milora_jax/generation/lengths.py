@@ -15,8 +15,22 @@ from dataclasses import dataclass
 import jax
 
 from milora_jax.base.modules import Base
-from milora_jax.generation.engine import bucket_of
 from milora_jax.model_config import ModelConfig
+
+SMALLEST_BUCKET = 32
+
+
+def bucket_of(length: int, limit: int) -> int:
+    """The length to which a prompt is padded: a power of two that depends on the prompt alone.
+
+    >>> [bucket_of(n, 1000) for n in (1, 32, 33, 900)]
+    [32, 32, 64, 1000]
+    """
+    bucket = SMALLEST_BUCKET
+    while bucket < length:
+        bucket *= 2
+    return min(bucket, limit)
+
 
 LEAST_GAIN = 0.1
 """Share of the whole that one more group has to save: it is one more program to compile."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from milora_jax.errors import require
+from milora_jax.errors import UserError, require
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.model_config import ModelConfig
 
@@ -32,20 +33,27 @@ class Request:
       prompt: token ids.
       settings: how it is continued.
       adapter_slot: of its adapter in the bank.
+      route_tokens: leading tokens of the prompt that the routers read; 0 for all.
+      cache_scope: names what the keys and values of its prompt depend on beside its tokens, and who may share
+        them, see ``generation.prefix_cache``; None for no use of the cache.
       tokens: per sample what was produced so far.
       logprobs: per sample and token, where asked for.
       finish: per sample why it ended: "stop" (an end-of-sequence or stop token, or the caller said so),
         "length", "cancelled", "error" (a logit was not finite, or the device failed); None while it goes on.
       route: routing weights ``[L, E]`` of the prompt, once it was prefilled; None without a router.
+      cached_tokens: tokens of the prompt whose keys and values came from the prefix cache.
     """
 
     prompt: tuple[int, ...]
     settings: GenerationSettings
     adapter_slot: int = 0
+    route_tokens: int = 0
+    cache_scope: str | None = None
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
     finish: list[str | None] = field(default_factory=list)
     route: np.ndarray | None = None
+    cached_tokens: int = 0
 
     def __post_init__(self) -> None:
         samples = range(self.settings.num_samples)
@@ -69,3 +77,23 @@ def require_served(config: ModelConfig, settings: GenerationSettings, rows: int)
     require(not wrong, "stop_token_ids", wrong[:1], f"0 to {config.vocab_size - 1}")
     samples = settings.num_samples
     require(samples <= rows, "num_samples", samples, f"at most the batch's {rows} rows")
+
+
+def require_decodable(
+    config: ModelConfig, prompt: Sequence[int], settings: GenerationSettings, rows: int, cache_length: int
+) -> None:
+    """Refuse a prompt that no batch of ``rows`` rows and ``cache_length`` positions can continue.
+
+    Raises:
+      UserError: naming what is wrong with this one request.
+    """
+    vocab, allowed = config.vocab_size, f"0 to {config.vocab_size - 1}"
+    require(len(prompt) > 0, "prompt", "empty", "at least one token")
+    wrong = [token for token in prompt if not 0 <= token < vocab]
+    require(not wrong, "a token id of the prompt", wrong[:1], allowed)
+    require_served(config, settings, rows)
+    if len(prompt) + settings.max_new_tokens > cache_length:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens and may get {settings.max_new_tokens} new ones: "
+            f"expected at most {cache_length} together"
+        )

@@ -21,11 +21,13 @@ class RunningSample:
 
     Attributes:
       left: tokens that are still to be computed for the sample, by its length alone.
+      prefilling: whether its prompt is still being prefilled.
     """
 
     request: Request
     sample: int
     left: int
+    prefilling: bool = False
 
 
 @dataclass(frozen=True)

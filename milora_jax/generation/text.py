@@ -20,8 +20,8 @@ from milora_jax.errors import UserError, require
 from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.beam import Found, beam_search
-from milora_jax.generation.engine import Engine, bucket_of
-from milora_jax.generation.lengths import Need, groups_by_length, position_cost
+from milora_jax.generation.engine import Engine
+from milora_jax.generation.lengths import Need, bucket_of, groups_by_length, position_cost
 from milora_jax.generation.request import Request, TokenLogprobs, require_served
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.stream import TextStream

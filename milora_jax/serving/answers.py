@@ -16,7 +16,7 @@ from milora_jax.serving import responses
 from milora_jax.serving.api_errors import APIError
 from milora_jax.serving.keys import Tenant
 from milora_jax.serving.requests import ChatRequest, CompletionRequest, GenerationRequest
-from milora_jax.serving.responses import ErrorResponse, RouteInfo, Usage, as_json
+from milora_jax.serving.responses import ErrorResponse, PromptTokens, RouteInfo, Usage, as_json
 from milora_jax.serving.service import Backend, Delta, Generation
 from milora_jax.types import EXPERTS
 
@@ -36,12 +36,13 @@ class Writer(ABC):
     ) -> None:
         self._body, self._generation, self._token_text = body, generation, token_text
         self._samples = range(body.n or 1)
-        self._new_tokens = 0
+        self._new_tokens = self._cached_tokens = 0
 
     async def whole(self) -> BaseModel:
         """The response of all deltas."""
         deltas = [delta async for delta in self._generation.deltas]
         self._new_tokens = sum(len(delta.tokens) for delta in deltas)
+        self._cached_tokens = deltas[0].cached_tokens
         route = next((delta.route for delta in deltas if delta.route is not None), None)
         samples = [joined([delta for delta in deltas if delta.sample == i]) for i in self._samples]
         return self._response(samples, {**self._fields(route), "usage": self._usage()})
@@ -73,6 +74,7 @@ class Writer(ABC):
 
     def _delta_event(self, delta: Delta, no_usage: dict[str, None]) -> bytes:
         self._new_tokens += len(delta.tokens)
+        self._cached_tokens = delta.cached_tokens
         return _event(as_json(self._chunk([delta], {**self._fields(delta.route), **no_usage})))
 
     def _fields(self, route: np.ndarray | None) -> dict[str, Any]:
@@ -85,7 +87,12 @@ class Writer(ABC):
 
     def _usage(self) -> Usage:
         prompt, new = self._generation.prompt_tokens, self._new_tokens
-        return Usage(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=new,
+            total_tokens=prompt + new,
+            prompt_tokens_details=PromptTokens(cached_tokens=self._cached_tokens),
+        )
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         """The fields that all choices have."""

@@ -103,6 +103,8 @@ def build_service(
         cache_length=limits.context,
         chunk=limits.chunk,
         plans=PLANS,
+        prefill_budget=limits.prefill_budget,
+        prefix_cache=limits.prefix_cache * 2**20,
         layout=None if mesh is None else mesh_layout(mesh),
     )
     loop = DeviceLoop(engine, store, limits)
@@ -111,13 +113,20 @@ def build_service(
     loop.warm_up()
     metrics = Metrics()
     COMPILATIONS.add(metrics.compiled)
-    name = offer.name if store is None or store.has_base else ""
-    service = Service(engine, loop, store, tokenizers, name, limits, metrics)
+    served = offer.name if store is None or store.has_base else ""
+    service = Service(engine, loop, store, tokenizers, served, limits, metrics)
     metrics.gauge("milora_running", "Requests in the batch", lambda: loop.running)
     metrics.gauge("milora_under_way", "Admitted requests", lambda: service.admission.active_requests)
     metrics.gauge(
         "milora_waiting_tokens", "Tokens of queued prompts", lambda: service.admission.queued_tokens
     )
+    cache = engine.prefix_cache
+    if cache is not None:
+        name = "milora_prefix_cache"
+        metrics.count(f"{name}_queries_total", "Prompt tokens looked up", lambda: cache.counts.queries)
+        metrics.count(f"{name}_hits_total", "Prompt tokens found", lambda: cache.counts.hits)
+        metrics.count(f"{name}_evictions_total", "Entries evicted", lambda: cache.counts.evicted)
+        metrics.gauge(f"{name}_bytes", "Bytes of all entries", lambda: cache.counts.used)
     metrics.gauge("milora_rows", "Batch slots", lambda: limits.rows)
     metrics.gauge("milora_tasks", "Tasks of the event loop", _tasks)
     metrics.gauge("milora_steps", "Steps of the device loop", lambda: loop.counts.steps)

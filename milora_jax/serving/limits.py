@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from milora_jax.errors import UserError, require
 
-MAY_BE_ZERO = ("context", "max_lora_rank", "samples", "grace_seconds")
+MAY_BE_ZERO = (
+    *("context", "max_lora_rank", "samples", "grace_seconds"),
+    *("prefill_budget", "prefix_cache", "share_prefixes"),
+)
 """Limits for which 0 has a meaning of its own."""
 
 USUAL_SAMPLES = 4
@@ -33,6 +36,12 @@ class Limits:
       chunk: decode steps between two turns of the scheduler: the longest time that a new request waits for
         the device, and the tokens that a stream gets at a time.
       adapters_on_device: adapter slots, the adapters that can decode at the same time.
+      prefill_budget: prompt tokens that are prefilled in one turn of the scheduler while others decode; 0
+        prefills every prompt in one program, for which all streams wait.
+      prefix_cache: mebibytes of keys and values of earlier prompts, for prompts that begin alike; 0 keeps
+        none.
+      share_prefixes: 1 lets tenants that use the same adapter find each other's prompts in the prefix cache,
+        which the time to the first token can tell; 0 keeps tenants apart.
       max_lora_rank: highest rank of the pairs of an adapter that is loaded later; 0 is that of the adapters
         at the start, rounded up to a power of two.
       queue: requests of all tenants that may wait; more are refused with 503.
@@ -56,6 +65,9 @@ class Limits:
     context: int = 0
     chunk: int = 8
     adapters_on_device: int = 8
+    prefill_budget: int = 128
+    prefix_cache: int = 256
+    share_prefixes: int = 0
     max_lora_rank: int = 0
     queue: int = 256
     queue_tokens: int = 65536

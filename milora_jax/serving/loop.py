@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from milora_jax.errors import UserError
-from milora_jax.generation.engine import Engine, bucket_of
+from milora_jax.generation.engine import Engine
+from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.request import Request, TokenLogprobs
 from milora_jax.generation.sampling import Plan
 from milora_jax.generation.settings import GenerationSettings
@@ -44,6 +45,7 @@ class StreamEvent:
       logprobs: of these tokens, if the request wants them.
       finish: why the sample ended, as in ``generation.request.Request.finish``; None while it continues.
       route: routing weights ``[L, E]`` of the prompt, with the first event.
+      cached_tokens: prompt tokens that came from the prefix cache.
     """
 
     sample: int
@@ -51,6 +53,7 @@ class StreamEvent:
     logprobs: tuple[TokenLogprobs, ...]
     finish: str | None
     route: np.ndarray | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -61,6 +64,8 @@ class Job:
       tenant: name of the tenant, for fair queuing.
       adapter: the adapter that it uses; None for the base alone.
       on_event: called with each stream event; must not block.
+      route_tokens: leading tokens of the prompt that the routers read; 0 for all.
+      cache_scope: of the prefix cache; None does without it.
       request: the engine's, once the job has started.
       sent: tokens of each sample that were in events.
       ended: which samples have ended.
@@ -74,6 +79,8 @@ class Job:
     prompt: tuple[int, ...]
     settings: GenerationSettings
     on_event: Callable[[StreamEvent], object]
+    route_tokens: int = 0
+    cache_scope: str | None = None
     request: Request | None = None
     sent: list[int] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
@@ -189,12 +196,18 @@ class DeviceLoop:
             length = length + 1 if length == longest else min(2 * length, longest)
         for length in buckets.values():
             self._compile([0] * length, GenerationSettings(max_new_tokens=1, ignore_eos=True))
+        if engine.prefix_cache is not None:
+            for _ in range(2):  # once to keep blocks, and once to find them
+                self._compile([0] * longest, GenerationSettings(max_new_tokens=1, ignore_eos=True), "")
+            engine.prefix_cache.clear()
         samples = range(1, limits.most_samples + 1)
         for number, plan in itertools.product(samples, PLANS):
             self._compile([0], _settings_for(plan, number, min(2, longest)))
 
-    def _compile(self, prompt: Sequence[int], settings: GenerationSettings) -> None:
-        self._engine.submit(prompt, settings, 0)
+    def _compile(
+        self, prompt: Sequence[int], settings: GenerationSettings, cache_scope: str | None = None
+    ) -> None:
+        self._engine.submit(prompt, settings, 0, cache_scope=cache_scope)
         self._engine.run()
 
     def _run(self) -> None:
@@ -278,7 +291,9 @@ class DeviceLoop:
                 slot = self._store.acquire_slot(job.adapter)
                 self._engine.adapters = self._store.bank.adapters
                 job.has_slot = True
-            job.request = self._engine.submit(job.prompt, job.settings, slot)
+            job.request = self._engine.submit(
+                job.prompt, job.settings, slot, cache_scope=job.cache_scope, route_tokens=job.route_tokens
+            )
         except UserError as error:
             log.warning("a request could not be started: %s", error)
             self._fail(job)
@@ -320,7 +335,7 @@ class DeviceLoop:
             logprobs = tuple(request.logprobs[sample][first:])
             job.sent[sample] += len(tokens)
             job.ended[sample] = finish is not None
-            self._send(job, StreamEvent(sample, tokens, logprobs, finish, route))
+            self._send(job, StreamEvent(sample, tokens, logprobs, finish, route, request.cached_tokens))
         if request.done:
             self._running.pop(request, None)
             self._release(job)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -45,9 +47,26 @@ class Metrics:
         """Add a gauge whose value is read at every scrape."""
         Gauge(name, help, registry=self.registry).set_function(value)
 
+    def count(self, name: str, help: str, value: Callable[[], float]) -> None:
+        """Add a counter whose value is read at every scrape."""
+        self.registry.register(_ReadCounter(name, help, value))
+
     def text(self) -> bytes:
         """All metrics in the format of Prometheus."""
         return generate_latest(self.registry)
+
+
+@dataclass(frozen=True)
+class _ReadCounter:
+    """A counter that somebody else counts, as a collector."""
+
+    name: str
+    help: str
+    value: Callable[[], float]
+
+    def collect(self) -> list[Metric]:
+        """The counter as it is now."""
+        return [CounterMetricFamily(self.name, self.help, value=self.value())]
 
 
 class _Compilations:

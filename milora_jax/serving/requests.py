@@ -99,8 +99,8 @@ class MiloraOptions(RequestBase):
 class GenerationRequest(RequestBase):
     """The fields that completions and chat completions share.
 
-    ``user``, ``safety_identifier``, ``prompt_cache_key`` and ``cache_salt`` have no effect: requests
-    share no cache.
+    ``user``, ``safety_identifier`` and ``prompt_cache_key`` have no effect. ``cache_salt`` keeps the prefix
+    cache of a request apart from that of requests with another one, as in vLLM.
     """
 
     model: str
@@ -116,7 +116,7 @@ class GenerationRequest(RequestBase):
     user: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
-    cache_salt: Ignored = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None

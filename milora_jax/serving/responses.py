@@ -33,12 +33,19 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
+class PromptTokens(BaseModel):
+    """What became of the tokens of the prompt."""
+
+    cached_tokens: Count
+
+
 class Usage(BaseModel):
     """Tokens of the prompt and of all samples."""
 
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
+    prompt_tokens_details: PromptTokens
 
 
 class RouteInfo(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -48,6 +49,7 @@ class Delta:
       tokens, logprobs: since the previous delta; a stop token included.
       finish: "stop" or "length" with the last delta.
       route: of the prompt, with the first delta.
+      cached_tokens: prompt tokens that came from the prefix cache.
     """
 
     sample: int
@@ -56,6 +58,7 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...]
     finish: FinishReason | None
     route: np.ndarray | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,9 @@ class Service:
             with ExitStack() as queued:
                 queued.enter_context(self.admission.queue_prompt(tenant, len(ids)))
                 self.admission.spend_tokens(tenant, len(ids) + settings.max_new_tokens * settings.num_samples)
-                async with aclosing(self._deltas(tenant, adapter, ids, settings, queued.close)) as deltas:
+                salt = body.cache_salt or ""
+                deltas = self._deltas(tenant, adapter, ids, settings, salt, queued.close)
+                async with aclosing(deltas):
                     yield Generation(f"{kind}-{secrets.token_hex(16)}", body.model, len(ids), deltas)
 
     def token_text(self, token: int) -> str:
@@ -262,11 +267,13 @@ class Service:
         adapter: AdapterVersion | None,
         ids: Sequence[int],
         settings: GenerationSettings,
+        salt: str,
         on_start: Callable[[], None],
     ) -> AsyncGenerator[Delta]:
         """Submit a job, and turn its stream events into text until every sample has ended.
 
         Args:
+          salt: keeps the prefix cache of this request apart from that of others.
           on_start: called when the prompt is no longer queued.
         """
         event_loop = asyncio.get_running_loop()
@@ -277,6 +284,9 @@ class Service:
             tuple(ids),
             settings,
             lambda event: event_loop.call_soon_threadsafe(events.put_nowait, event),
+            # The route of the base's slot of zeros changes nothing, whatever its routers read.
+            route_tokens=0 if adapter is not None else 1,
+            cache_scope=self._cache_scope(tenant, adapter, salt),
         )
         samples = range(settings.num_samples)
         texts = [TextStream(self._decoder, settings.stop) for _ in samples]
@@ -314,6 +324,11 @@ class Service:
             self.metrics.tokens.labels(tenant.name, "prompt").inc(len(ids))
             self.metrics.tokens.labels(tenant.name, "completion").inc(new_tokens)
 
+    def _cache_scope(self, tenant: Tenant, adapter: AdapterVersion | None, salt: str) -> str:
+        """Who may find the keys and values of a prompt, and under which adapter."""
+        who = "" if self.limits.share_prefixes else tenant.name
+        return json.dumps([who, None if adapter is None else adapter.version, salt])
+
     def _count_experts(self, route: np.ndarray) -> None:
         for layer, weights in enumerate(route):
             for expert, weight in zip(EXPERTS, weights, strict=True):
@@ -326,8 +341,11 @@ class Service:
         before = len(text.tokens)
         fresh = text.add(shown, last=finish is not None)
         if not text.stopped:
-            return Delta(event.sample, fresh, event.tokens, event.logprobs, finish, event.route)
+            return Delta(
+                event.sample, fresh, event.tokens, event.logprobs, finish, event.route, event.cached_tokens
+            )
         if finish is None:
             self.loop.end(job, event.sample, "stop")
         kept = len(text.tokens) - before
-        return Delta(event.sample, fresh, event.tokens[:kept], event.logprobs[:kept], "stop", event.route)
+        tokens, logprobs = event.tokens[:kept], event.logprobs[:kept]
+        return Delta(event.sample, fresh, tokens, logprobs, "stop", event.route, event.cached_tokens)

@@ -56,7 +56,7 @@ def test_the_score_is_that_of_the_tokens(method):
 
 def test_a_beam_as_wide_as_everything_finds_the_best_of_all():
     from milora_jax.base.modules import decode_layout
-    from milora_jax.generation.engine import bucket_of
+    from milora_jax.generation.lengths import bucket_of
 
     assert bucket_of(3, 128) == 32
     base = decode_layout(random_base(SMALL_VOCAB))

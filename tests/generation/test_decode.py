@@ -14,7 +14,7 @@ from milora_jax.base.transformer import adapter_decode_layout, forward, unembed
 from milora_jax.data.batches import collate_prompts
 from milora_jax.generation import engine as engine_module
 from milora_jax.generation.decode import admit, decode_chunk, prefill
-from milora_jax.generation.engine import bucket_of
+from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.sampling import Plan
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.types import Batch, stack_layers

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from milora_jax.generation.engine import bucket_of
-from milora_jax.generation.lengths import LEAST_GAIN, Need, groups_by_length, position_cost
+from milora_jax.generation.lengths import LEAST_GAIN, Need, bucket_of, groups_by_length, position_cost
 from tests.generation.decoding import DECODING
 from tests.models import TINY
 

@@ -25,7 +25,7 @@ from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.registry import build_method
 from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError
-from milora_jax.generation.engine import bucket_of
+from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.request import Request
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.serving import store as store_module
@@ -269,8 +269,8 @@ class Scheduler(RuleBasedStateMachine):
 def test_every_length_is_warmed_up(slots):
     engine, asked = PaperEngine(), []
     engine.cache_length = slots
-    engine.run = lambda: None
-    engine.submit = lambda prompt, settings, slot: asked.append((len(prompt), settings.max_new_tokens))
+    engine.run, engine.prefix_cache = lambda: None, None
+    engine.submit = lambda prompt, settings, slot, **_: asked.append((len(prompt), settings.max_new_tokens))
     DeviceLoop(engine, None, Limits(rows=ROWS, samples=2)).warm_up()
     assert all(length >= 1 and length + new <= slots for length, new in asked)
     warm = {bucket_of(length, slots) for length, _ in asked}

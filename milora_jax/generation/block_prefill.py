@@ -1,0 +1,323 @@
+"""Prefill in slices of one layer and one block of tokens.
+
+A long prompt that is prefilled in one program stops every stream for as long as it takes. A layer's route
+depends on all prompt tokens that its router reads, so a prompt cannot be cut into blocks of tokens that pass
+through all layers one after the other; it is cut into layers, and within a layer, once its route is known,
+into blocks. Between two slices the device can run decode steps.
+
+Blocks lie at fixed places, and a block's program depends on its place alone: what it computes has the same
+bits whatever the length of the prompt, whatever was computed just before, and whether the keys and values
+before it come from this prefill or from a :class:`~milora_jax.generation.prefix_cache.PrefixCache`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from milora_jax.adapters.inputs import LayerInput
+from milora_jax.base.attention_context import AttentionContext
+from milora_jax.base.cache import KVCache, LayerCache
+from milora_jax.base.modules import Base, JoinedLayer, Layer
+from milora_jax.base.transformer import AdaptedLayer, Past, block, embed, input_norm, unembed_last
+from milora_jax.generation.adapter_stack import AdapterStack
+from milora_jax.generation.decode import Prefilled
+from milora_jax.generation.prefix_cache import KeptPrefix
+from milora_jax.model_config import ModelConfig
+from milora_jax.shapes import Array, Float, Int
+from milora_jax.types import Batch
+
+BLOCK = 64
+"""Tokens of a block. Smaller blocks are shared more often and cost more starts of programs."""
+
+LayerRoute = Float[Array, "1 1 E"] | None
+
+
+def reach_of(number: int, length: int, block: int) -> int:
+    """Cache positions that a block's attention reads: a power of two of blocks that holds its own.
+
+    Args:
+      number: of the block, from 0.
+      length: cache positions that there are.
+      block: tokens of a block.
+
+    >>> [reach_of(n, 640, 64) for n in (0, 1, 2, 4, 8)]
+    [64, 128, 256, 512, 640]
+    """
+    blocks = 1
+    while blocks <= number:
+        blocks *= 2
+    return min(blocks * block, length)
+
+
+class BlockPrefill:
+    """One prompt on its way through the layers of a base.
+
+    Args:
+      base: in the decode layout.
+      prompt: token ids.
+      adapter_slot: of its adapter.
+      cache_length: cache positions of a batch slot.
+      block: tokens of a block.
+      route_tokens: leading tokens that the routers read; 0 for all.
+      kept: what a prefix cache has of the prompt.
+
+    Attributes:
+      slices: that are still to be run.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        config: ModelConfig,
+        prompt: Sequence[int],
+        adapter_slot: int,
+        cache_length: int,
+        *,
+        block: int = BLOCK,
+        route_tokens: int = 0,
+        kept: KeptPrefix | None = None,
+    ) -> None:
+        self._base, self._slot = base, np.int32(adapter_slot)
+        self._adapters: AdapterStack | None = None
+        self._config, self._cache_length = config, cache_length
+        self._length, self._scope = len(prompt), route_tokens or len(prompt)
+        kept = kept or KeptPrefix()
+        self._block, self._first = block, len(kept.blocks)
+        self._last = (len(prompt) - 1) // self._block
+        self._routes: list[LayerRoute] = list(kept.route or ())
+        self._caches = _empty_caches(config, base, -(-cache_length // self._block) * self._block)
+        for number, keys in enumerate(kept.blocks):
+            self._caches = paste_block(self._caches, keys, np.int32(number * self._block))
+        tokens = np.zeros((1, (self._last + 1) * block), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        ends = Base(base.embedding, (), base.final_norm, base.head)
+        self._ends = ends
+        self._hidden = {
+            number: embed_block(ends, tokens[:, number * self._block : (number + 1) * self._block], config)
+            for number in range(self._first, self._last + 1)
+        }
+        self._newest = self._hidden[self._last]
+        self.slices = config.num_layers * len(self._hidden)
+        self._steps = self._run()
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose keys and values were kept."""
+        return self._first * self._block
+
+    def advance(self, slices: int, adapters: AdapterStack | None) -> Array:
+        """Start at most so many slices.
+
+        Args:
+          adapters: whose method has no prefix; None for the plain base.
+
+        Returns:
+          An array that is ready when they have been run.
+        """
+        self._adapters = adapters
+        for _ in range(min(slices, self.slices)):
+            next(self._steps)
+        return self._newest
+
+    def result(self) -> tuple[Prefilled, Float[Array, "L 1 E"] | None]:
+        """What decoding starts from, after all slices, and the route for looking at."""
+        routes = tuple(route for route in self._routes if route is not None)
+        prefilled = finish(
+            self._ends,
+            self._hidden[self._last],
+            np.int32((self._length - 1) % self._block),
+            np.int32(self._length),
+            self._caches,
+            self._config,
+            self._cache_length,
+        )
+        if not routes:
+            return prefilled, None
+        return dataclasses.replace(prefilled, route=routes), jnp.concatenate(routes)
+
+    def to_keep(self) -> KeptPrefix:
+        """What a prefix cache may keep of the prompt, after all slices: its whole blocks, and its route."""
+        starts = range(0, self._length - self._block + 1, self._block)
+        return KeptPrefix(
+            blocks=tuple(cut_block(self._caches, np.int32(start), self._block) for start in starts),
+            route=tuple(route for route in self._routes if route is not None) or None,
+        )
+
+    def _run(self) -> Iterator[None]:
+        """Run a slice for each value that is asked for."""
+        known = bool(self._routes)
+        for index, layer in enumerate(self._base.layers):
+            adapter = self._layer_adapters(index)
+            if adapter is not None and adapter.method.routes and not known:
+                self._routes.append(self._route(index, adapter))
+            for number in self._hidden:
+                self._hidden[number], self._caches[index] = run_block(
+                    layer,
+                    self._layer_adapters(index),
+                    self._slot,
+                    self._routes[index] if self._routes else None,
+                    self._hidden[number],
+                    self._caches[index],
+                    np.int32(number * self._block),
+                    self._config,
+                    reach_of(number, self._caches[index].k.shape[2], self._block),
+                    self._config.slides[index],
+                )
+                self._newest = self._hidden[number]
+                self.slices -= 1
+                yield
+
+    def _layer_adapters(self, index: int) -> AdapterStack | None:
+        return None if self._adapters is None else self._adapters.of_layer(index)
+
+    def _route(self, index: int, adapters: AdapterStack) -> LayerRoute:
+        """The route of a layer that none of its blocks has passed."""
+        scope = [self._hidden[number] for number in range((self._scope - 1) // self._block + 1)]
+        # A power of two of blocks, of which the last ones are masked out, so that there are few programs.
+        while len(scope) & (len(scope) - 1):
+            scope.append(scope[-1])
+        depth = np.float32(index / self._config.num_layers)
+        layer, tokens = self._base.layers[index], np.int32(self._scope)
+        return route_layer(layer, adapters, self._slot, tuple(scope), tokens, depth, self._config)
+
+
+def _empty_caches(config: ModelConfig, base: Base, length: int) -> list[LayerCache]:
+    shape = (1, config.num_kv_heads, length, config.head_dim)
+    return [
+        LayerCache(k=jnp.zeros(shape, base.dtype), v=jnp.zeros(shape, base.dtype))
+        for _ in range(config.num_layers)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def embed_block(ends: Base, tokens: Int[Array, "1 T"], config: ModelConfig) -> Float[Array, "1 T D"]:
+    """The residual stream before the first layer.
+
+    Args:
+      ends: the base without its layers.
+    """
+    return embed(ends, config, tokens)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def route_layer(
+    layer: Layer | JoinedLayer,
+    adapters: AdapterStack,
+    adapter_slot: Int[Array, ""],
+    hidden: tuple[Float[Array, "1 T D"], ...],
+    scope: Int[Array, ""],
+    depth: Float[Array, ""],
+    config: ModelConfig,
+) -> LayerRoute:
+    """The routing weights of one layer.
+
+    Args:
+      adapters: of this layer.
+      hidden: what enters the layer, block by block.
+      scope: number of tokens that the router reads.
+    """
+    adapter = adapters.of_slot(adapter_slot)
+    stream = jnp.concatenate(hidden, axis=1)
+    members = (jnp.arange(stream.shape[1]) < scope)[None, None]
+    entering = LayerInput(stream, input_norm(config, layer, stream), members, depth)
+    route = adapter.method.route(adapter.params[0], entering)
+    return None if route is None else route.weights
+
+
+@functools.partial(jax.jit, static_argnames=("config", "reach", "sliding"), donate_argnames=("cache",))
+def run_block(
+    layer: Layer | JoinedLayer,
+    adapters: AdapterStack | None,
+    adapter_slot: Int[Array, ""],
+    route: LayerRoute,
+    hidden: Float[Array, "1 T D"],
+    cache: LayerCache,
+    start: Int[Array, ""],
+    config: ModelConfig,
+    reach: int,
+    sliding: bool,
+) -> tuple[Float[Array, "1 T D"], LayerCache]:
+    """One block of tokens through one layer.
+
+    Args:
+      adapters: of this layer; None for the plain base.
+      route: of this layer; None without a router.
+      cache: of the layer, with the blocks before.
+      start: position of the block's first token.
+      reach: cache positions that attention reads, at least those of the blocks before and of this one.
+      sliding: whether the layer has a sliding window.
+    """
+    near = LayerCache(k=cache.k[:, :, :reach], v=cache.v[:, :, :reach])
+    past = KVCache(layers=(near,), length=start[None])
+    tokens = hidden.shape[1]
+    positions = (start + jnp.arange(tokens, dtype=jnp.int32))[None]
+    batch = Batch.unpadded(jnp.zeros_like(positions), positions)
+    context = AttentionContext.of(config, batch, 0, past)
+    adapter = None if adapters is None else adapters.of_slot(adapter_slot)
+    params = None if adapter is None else adapter.params[0]
+    adapted = AdaptedLayer(layer, adapter, params, route, None)
+    mask = context.cached(sliding)
+    hidden, new = block(config, adapted, hidden, context.angles(sliding), None, Past(near, past.place, mask))
+
+    def written(whole: Array, part: Array) -> Array:
+        mine = jax.lax.dynamic_slice_in_dim(part, start, tokens, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(whole, mine, start, axis=2)
+
+    return hidden, LayerCache(k=written(cache.k, new.k), v=written(cache.v, new.v))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "cache_length"))
+def finish(
+    ends: Base,
+    hidden: Float[Array, "1 T D"],
+    last: Int[Array, ""],
+    length: Int[Array, ""],
+    caches: list[LayerCache],
+    config: ModelConfig,
+    cache_length: int,
+) -> Prefilled:
+    """What decoding starts from, without the route.
+
+    Args:
+      hidden: the last block behind the last layer.
+      last: place of the prompt's last token in it.
+      length: of the prompt.
+    """
+    stream = jax.lax.dynamic_index_in_dim(hidden, last, axis=1, keepdims=False)
+    layers = tuple(LayerCache(k=c.k[:, :, :cache_length], v=c.v[:, :, :cache_length]) for c in caches)
+    return Prefilled(
+        logits=unembed_last(ends, config, stream),
+        position=length[None],
+        cache=KVCache(layers=layers, length=length[None]),
+        route=None,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def cut_block(caches: list[LayerCache], start: Int[Array, ""], block: int) -> Float[Array, "L 2 K T H"]:
+    """The keys and values of one block in all layers."""
+
+    def cut(leaf: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(leaf[0], start, block, axis=1)
+
+    return jnp.stack([jnp.stack([cut(cache.k), cut(cache.v)]) for cache in caches])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def paste_block(
+    caches: list[LayerCache], keys: Float[Array, "L 2 K T H"], start: Int[Array, ""]
+) -> list[LayerCache]:
+    """The caches with what :func:`cut_block` gave in its place."""
+
+    def paste(leaf: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(leaf, new[None], start, axis=2)
+
+    return [
+        LayerCache(k=paste(c.k, new[0]), v=paste(c.v, new[1])) for c, new in zip(caches, keys, strict=True)
+    ]

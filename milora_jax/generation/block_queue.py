@@ -1,0 +1,145 @@
+"""The prompts of an engine that are being prefilled block by block, and whose turn it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+from milora_jax.base.modules import Base
+from milora_jax.generation.adapter_stack import AdapterStack
+from milora_jax.generation.block_prefill import BlockPrefill
+from milora_jax.generation.prefix_cache import PrefixCache
+from milora_jax.generation.results import RunningSample
+from milora_jax.model_config import ModelConfig
+from milora_jax.shapes import Array
+
+MOST_PROMPTS = 4
+"""Prompts that are prefilled at the same time: each holds keys and values beside the batch's."""
+
+UNHURRIED = 4
+"""Times the budget that a turn takes while nobody decodes. More would make a new prompt wait."""
+
+DEFAULT_BUDGET = 256
+"""Tokens a turn, where only the prefix cache was asked for."""
+
+
+@dataclass(eq=False)
+class Prefilling:
+    """A request whose prompt is being prefilled.
+
+    Attributes:
+      samples: of the request, which hold batch slots already.
+      rows: these slots.
+    """
+
+    work: BlockPrefill
+    samples: Sequence[RunningSample]
+    rows: list[int]
+
+
+class BlockQueue:
+    """Divides a budget of slices over the prompts that are being prefilled.
+
+    The oldest prompt has half of every turn; the rest goes to the prompts that are nearest to their end, so
+    that a short prompt does not wait for a long one, and a long one is not put off for ever.
+
+    Args:
+      base: in the decode layout.
+      cache_length: cache positions of a batch slot.
+      budget: prompt tokens a turn, through all layers; 0 takes :data:`DEFAULT_BUDGET`.
+      block: tokens of a block.
+      cache: keys and values of earlier prompts; None for none.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        config: ModelConfig,
+        cache_length: int,
+        budget: int,
+        block: int,
+        cache: PrefixCache | None = None,
+    ) -> None:
+        self._base, self._config, self._cache_length = base, config, cache_length
+        self._block, self._cache = block, cache
+        self._slices = max(1, (budget or DEFAULT_BUDGET) * config.num_layers // block)
+        self._prompts: list[Prefilling] = []
+        self._in_flight: list[Array] = []
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another prompt may be added."""
+        return len(self._prompts) < MOST_PROMPTS
+
+    def add(self, samples: Sequence[RunningSample], rows: list[int], routed: bool) -> Prefilling:
+        """Queue the prompt of a request, behind those that are there.
+
+        Args:
+          samples: all of the request.
+          rows: batch slots that are kept for them.
+          routed: whether the adapter has a router.
+        """
+        request, kept = samples[0].request, None
+        if self._cache is not None and request.cache_scope is not None:
+            kept = self._cache.find(request.cache_scope, request.prompt, request.route_tokens, routed)
+        work = BlockPrefill(
+            self._base,
+            self._config,
+            request.prompt,
+            request.adapter_slot,
+            self._cache_length,
+            block=self._block,
+            route_tokens=request.route_tokens,
+            kept=kept,
+        )
+        request.cached_tokens = work.cached_tokens
+        for sample in samples:
+            sample.prefilling = True
+        self._prompts.append(Prefilling(work, samples, rows))
+        return self._prompts[-1]
+
+    def cancel(self, samples_of: object) -> None:
+        """Forget the prompt of a request."""
+        self._prompts = [each for each in self._prompts if each.samples[0].request is not samples_of]
+
+    def clear(self) -> None:
+        """Forget all prompts."""
+        self._prompts, self._in_flight = [], []
+
+    def advance(self, adapters: AdapterStack | None, decoding: bool) -> list[Prefilling]:
+        """Start the slices of one turn, once those of the turn before have been run.
+
+        Args:
+          adapters: as they are now; a bank that has loaded one has other buffers.
+          decoding: whether others decode, who wait for these slices.
+
+        Returns:
+          The prompts that are done, and no longer in the queue.
+        """
+        jax.block_until_ready(self._in_flight)
+        self._in_flight = []
+        left = self._slices if decoding else UNHURRIED * self._slices
+        if self._prompts:
+            oldest = self._prompts[0]
+            left -= self._run(oldest, max(1, left // 2), adapters)
+            for prompt in sorted(self._prompts, key=lambda each: each.work.slices):
+                left -= self._run(prompt, left, adapters)
+        done = [prompt for prompt in self._prompts if not prompt.work.slices]
+        for prompt in done:
+            request = prompt.samples[0].request
+            if self._cache is not None and request.cache_scope is not None:
+                kept = prompt.work.to_keep()
+                self._cache.keep(request.cache_scope, request.prompt, request.route_tokens, kept)
+            for sample in prompt.samples:
+                sample.prefilling = False
+        self._prompts = [prompt for prompt in self._prompts if prompt.work.slices]
+        return done
+
+    def _run(self, prompt: Prefilling, most: int, adapters: AdapterStack | None) -> int:
+        """Start at most so many slices of a prompt; returns how many."""
+        slices = min(most, prompt.work.slices)
+        if slices:
+            self._in_flight.append(prompt.work.advance(slices, adapters))
+        return slices
