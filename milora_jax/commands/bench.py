@@ -1,4 +1,4 @@
-"""``python -m milora_jax.bench decode|train|load|serve|overhead|files ...``: one JSON object per line."""
+"""``python -m milora_jax.bench decode|train|prefill|load|serve|overhead|files``: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ PROGRAM = "python -m milora_jax.bench"
 BENCHMARKS = {
     "decode": "the speed of decoding",
     "train": "the speed of training",
+    "prefill": "what long prompts cost others, and what a prefix cache saves",
     "load": "the speed of loading a base, compared with the disk itself",
     "serve": "a running server under load, and the outcome of every request",
     "overhead": "the cost of a server compared with its engine",
