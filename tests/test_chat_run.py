@@ -112,15 +112,15 @@ def test_training_scoring_and_generation_take_the_same_tokens(folder, monkeypatc
             "rows",
             run.tests["rows"],
             run.config.eval,
-            prompt_format=run.config.data.prompt_format,
+            prompt_format=run.config.prompt_format,
         )
-    assert scored == trained
+    assert [prompt.ids for prompt in scored] == trained
     asked = taken_by(monkeypatch, generation)
     question = ["--base", str(folder / "model"), "--chat", "--system", SYSTEM, "--prompt", "0 + 1?"]
     monkeypatch.setattr(sys, "argv", ["generation", *question])
     with pytest.raises(KeyboardInterrupt):
         generation.main()
-    assert asked == trained[:1]
+    assert [prompt.ids for prompt in asked] == trained[:1]
 
 
 def test_the_template_is_part_of_what_a_resumed_run_compares(folder, tmp_path):

@@ -8,6 +8,7 @@ to adapt them; training, decoding, evaluation and storage each ask through a pro
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,12 +59,18 @@ class Adapter:
       method: the method that reads them.
       shape: the base they fit.
       prompt_format: how the prompts were written that it was trained on; no computation depends on it.
+        :attr:`encoding` adds what of them the method reads.
     """
 
     params: PyTree
     method: Method = struct.field(pytree_node=False)
     shape: Shape = struct.field(pytree_node=False)
     prompt_format: PromptFormat = struct.field(pytree_node=False, default=PromptFormat())
+
+    @property
+    def encoding(self) -> PromptFormat:
+        """How its prompts become tokens, and which of these its routers read."""
+        return dataclasses.replace(self.prompt_format, route_on=self.method.route_scope)
 
 
 def init_adapter(method: Method, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> Adapter:

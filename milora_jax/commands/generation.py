@@ -23,6 +23,7 @@ from milora_jax.config import DTYPES, QUANTIZE, TEMPLATES
 from milora_jax.data.chat import Message
 from milora_jax.data.prompts import prompt_messages
 from milora_jax.data.records import Record, read_question
+from milora_jax.data.scopes import EncodedPrompt
 from milora_jax.data.tokens import encode_question
 from milora_jax.errors import EXIT_BAD_INPUT, UserError
 from milora_jax.evaluation.subject import Named, named_subject, read_subject
@@ -89,7 +90,7 @@ def read_prompts(asked: argparse.Namespace) -> list[str | Record]:
 
 def in_template(
     tokenizer: Any, given: str | Record, prompt_format: PromptFormat, system: str | None, raw: bool
-) -> str | list[int]:
+) -> str | EncodedPrompt:
     """A prompt as ``generate`` takes it.
 
     Args:

@@ -105,19 +105,21 @@ def render_chat(
     return "".join(text for text, _ in _pieces(tokenizer, marked))
 
 
-def encode_chat(tokenizer: Any, messages: Messages, *, time: str = "") -> list[int]:
+def encode_chat(
+    tokenizer: Any, messages: Messages, add_generation_prompt: bool = True, *, time: str = ""
+) -> list[int]:
     """Ids of a chat up to where the assistant's next turn begins.
 
     Where the template writes a beginning-of-sequence token there is one, and where it writes none there
     is none: the models that come with such a template were tuned without it.
 
     Args:
-      messages, time: as :func:`render_chat` takes them.
+      messages, add_generation_prompt, time: as :func:`render_chat` takes them.
 
     Raises:
       UserError: as :func:`render_chat`.
     """
-    return _encode(tokenizer, _render(tokenizer, as_messages(messages), True, time))
+    return _encode(tokenizer, _render(tokenizer, as_messages(messages), add_generation_prompt, time))
 
 
 def encode_exchange(

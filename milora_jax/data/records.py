@@ -44,8 +44,8 @@ HOLDOUT_STREAM = 1
 class Record:
     """What is asked, what should be written, and the short answer that is scored.
 
-    A record has one prompt, because a route belongs to one prompt: a chat gives a record for each of the
-    assistant's turns.
+    A record has one prompt and one answer: a chat gives a record for each of the assistant's turns.
+    ``tokens.encode_records`` puts them together again where they have one route.
 
     Attributes:
       instruction: of a chat, the user's last message.
@@ -205,7 +205,7 @@ def holdout(
     Returns:
       Training records in their order, and at least one dev record.
     """
-    rows = _by_row(records)
+    rows = by_row(records)
     if len(rows) < 2:
         raise UserError("one training row is too few to hold out dev rows: give data.dev")
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
@@ -222,11 +222,11 @@ def first_rows(records: list[Record], limit: int, fits: Callable[[Record], bool]
     """The first ``limit`` rows of which a record fits, a chat with all of its turns; all where it is 0."""
     if not limit:
         return records
-    rows = (row for row in _by_row(records) if any(map(fits, row)))
+    rows = (row for row in by_row(records) if any(map(fits, row)))
     return [record for row in itertools.islice(rows, limit) for record in row] or records[:limit]
 
 
-def _by_row(records: list[Record]) -> list[list[Record]]:
+def by_row(records: list[Record]) -> list[list[Record]]:
     """Records that are turns of one chat, together; each of the others alone."""
     rows: list[list[Record]] = []
     for record in records:

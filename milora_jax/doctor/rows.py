@@ -74,7 +74,7 @@ def token_findings(subject: Subject) -> Iterator[Finding]:
             for record in _all_of(subject, split):
                 # However long: it is told how long the rows are that are dropped.
                 made = encode_example(
-                    subject.tokenizer, record, model.eos_ids, sys.maxsize, config.data.prompt_format
+                    subject.tokenizer, record, model.eos_ids, sys.maxsize, config.prompt_format
                 )
                 if made is not None:
                     with naming(record):
@@ -88,7 +88,7 @@ def token_findings(subject: Subject) -> Iterator[Finding]:
         room = model.max_positions - config.eval.max_new_tokens
         prompts = []
         for record in _all_of(subject, "test"):
-            prompts.append(len(encode_question(subject.tokenizer, record, config.data.prompt_format)))
+            prompts.append(len(encode_question(subject.tokenizer, record, config.prompt_format).ids))
             bar.advance(1)
         if prompts:
             yield prompt_finding(prompts, room)
@@ -119,7 +119,7 @@ def example_findings(split: str, examples: Sequence[Example], bos: int | None) -
         unasked += not batch.prompt_mask.any()
         # The first token of a row is never predicted.
         unlearned += not batch.loss_mask[:, 1:].any()
-        bare += len(example.tokens) - example.prompt_length == 1
+        bare += any(end - start == 1 for start, end in example.learned)
         doubled += bos is not None and example.tokens[:2].tolist() == [bos, bos]
     of = f"of {len(examples)} rows"
     name = f"data.{split}"

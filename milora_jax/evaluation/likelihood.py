@@ -36,7 +36,7 @@ class Passage:
 
     Attributes:
       tokens: at least two.
-      prompt: how many of them, from the first, are the prompt: the route is theirs.
+      prompt: how many of them, from the first, the routers read: the route is theirs.
       scored: how many, up to the last, are scored; none of them is prompt.
     """
 

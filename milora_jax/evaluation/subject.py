@@ -173,7 +173,7 @@ def named_subject(
             base=base or run.model.path,
             dtype=dtype or run.model.dtype,
             quantize=quantize or (run.model.quantize if plain else ""),
-            prompt_format=run.data.prompt_format,
+            prompt_format=run.prompt_format,
             template=template or "",
             otherwise=otherwise,
             tests=run_sources(run.data)["test"],
@@ -187,7 +187,7 @@ def named_subject(
         base=str(base),
         dtype=dtype or "float32",
         quantize=quantize or "",
-        prompt_format=read_workdir_config(Path(adapter)).data.prompt_format if adapter and is_run else None,
+        prompt_format=read_workdir_config(Path(adapter)).prompt_format if adapter and is_run else None,
         template=template or "",
         otherwise=otherwise,
         tests=[],
@@ -209,6 +209,7 @@ def read_subject(named: Named) -> Subject:
     tokenizer = load_tokenizer(str(directory))
     known = PromptFormat(template="") if adapter is None else adapter.prompt_format
     known = named.prompt_format or known
+    route_on = "prompt" if adapter is None else adapter.method.route_scope
     own = "chat" if tokenizer.chat_template else "alpaca"
     template = named.template or known.template or named.otherwise or own
     return Subject(
@@ -219,5 +220,5 @@ def read_subject(named: Named) -> Subject:
         adapter=adapter,
         settings=settings,
         quantize=named.quantize or kept,
-        prompt_format=dataclasses.replace(known, template=template),
+        prompt_format=dataclasses.replace(known, template=template, route_on=route_on),
     )

@@ -157,17 +157,27 @@ class Engine:
                 f"expected at most {self.cache_length} together"
             )
 
-    def submit(self, prompt: Sequence[int], settings: GenerationSettings, adapter_slot: int = 0) -> Request:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        adapter_slot: int = 0,
+        *,
+        route_tokens: int = 0,
+    ) -> Request:
         """Queue a prompt.
 
         Args:
           adapter_slot: of its adapter in the bank.
+          route_tokens: how many of its tokens, from the first, the routers read; 0 is all.
 
         Raises:
           UserError: for a prompt or settings that cannot be decoded here; nothing is queued then.
         """
         self.check(prompt, settings)
-        request = Request(tuple(int(token) for token in prompt), settings, adapter_slot)
+        fits = 0 <= route_tokens <= len(prompt)
+        require(fits, "route_tokens", route_tokens, f"0 to the {len(prompt)} tokens of the prompt")
+        request = Request(tuple(int(token) for token in prompt), settings, adapter_slot, route_tokens)
         self._waiting.append(request)
         return request
 
@@ -266,8 +276,8 @@ class Engine:
             [sequence.request.prompt for sequence in padded],
         )
         bucket = bucket_of(len(first.prompt), self.cache_length)
-        prompts = [request.prompt for request in group]
-        batch = self._place(collate_prompts(prompts, bucket, 0, rows=self.prefill_rows))
+        prompts, scopes = [request.prompt for request in group], [request.route_tokens for request in group]
+        batch = self._place(collate_prompts(prompts, bucket, 0, self.prefill_rows, scopes))
         slot, length = np.int32(first.adapter_slot), self._prefix + self.cache_length
         prefilled, route = prefill(self._base, self.adapters, slot, batch, self.config, length, self._layout)
         if several:

@@ -32,6 +32,7 @@ class Request:
       prompt: token ids.
       settings: how it is continued.
       adapter_slot: of its adapter in the bank.
+      route_tokens: how many of the prompt's tokens, from the first, the routers read; 0 is all.
       tokens: per sample what was produced so far.
       logprobs: per sample and token, where asked for.
       finish: per sample why it ended: "stop" (an end-of-sequence or stop token, or the caller said so),
@@ -42,6 +43,7 @@ class Request:
     prompt: tuple[int, ...]
     settings: GenerationSettings
     adapter_slot: int = 0
+    route_tokens: int = 0
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
     finish: list[str | None] = field(default_factory=list)

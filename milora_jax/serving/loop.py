@@ -61,6 +61,7 @@ class Job:
       tenant: name of the tenant, for fair queuing.
       adapter: the adapter that it uses; None for the base alone.
       on_event: called with each stream event; must not block.
+      route_tokens: how many of the prompt's tokens, from the first, the routers read; 0 is all.
       request: the engine's, once the job has started.
       sent: tokens of each sample that were in events.
       ended: which samples have ended.
@@ -74,6 +75,7 @@ class Job:
     prompt: tuple[int, ...]
     settings: GenerationSettings
     on_event: Callable[[StreamEvent], object]
+    route_tokens: int = 0
     request: Request | None = None
     sent: list[int] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
@@ -278,7 +280,7 @@ class DeviceLoop:
                 slot = self._store.acquire_slot(job.adapter)
                 self._engine.adapters = self._store.bank.adapters
                 job.has_slot = True
-            job.request = self._engine.submit(job.prompt, job.settings, slot)
+            job.request = self._engine.submit(job.prompt, job.settings, slot, route_tokens=job.route_tokens)
         except UserError as error:
             log.warning("a request could not be started: %s", error)
             self._fail(job)

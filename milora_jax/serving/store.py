@@ -259,7 +259,7 @@ class AdapterStore:
 
     def _add(self, name: str, directory: Path, loaded: Adapter, pinned: bool) -> AdapterVersion:
         prepared = self._prepared(name, loaded)
-        adapter = AdapterVersion(name, directory, version_of(loaded), loaded.prompt_format, prepared, pinned)
+        adapter = AdapterVersion(name, directory, version_of(loaded), loaded.encoding, prepared, pinned)
         with self._lock:
             pins = sum(other.pinned for other in self._adapters.values() if other.name != name)
             if pinned and pins >= len(self._slots) - 2:
