@@ -43,7 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--base", help="of the base: Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH"
     )
     parser.add_argument(
-        "--adapter", type=Path, help="exported adapter, or a workdir; default with --base: none"
+        "--adapter", type=Path, help="export, workdir or PEFT adapter; default with --base: none"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the run's, or float32")
     parser.add_argument(

@@ -219,7 +219,7 @@ def encode_records(
         the model has no embedding of.
     """
     kept, dropped = [], 0
-    for turns in _in_examples(records, prompt_format):
+    for turns in in_examples(records, prompt_format):
         example, fitting = encode_conversation(tokenizer, turns, model.eos_ids, max_length, prompt_format)
         dropped += len(turns) - fitting
         if example is None:
@@ -233,7 +233,7 @@ def encode_records(
     return kept, dropped
 
 
-def _in_examples(records: Sequence[Record], prompt_format: PromptFormat) -> list[list[Record]]:
+def in_examples(records: Sequence[Record], prompt_format: PromptFormat) -> list[list[Record]]:
     """The records that make an example together: the turns of one row where they have one route."""
     if prompt_format.route_on == "prompt" or prompt_format.template != "chat":
         return [[record] for record in records]

@@ -33,7 +33,8 @@ from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
-from milora_jax.storage.adapters import read_adapter, require_its_base
+from milora_jax.storage.adapters import require_its_base
+from milora_jax.storage.imported import read_any_adapter
 from milora_jax.storage.workdir import CONFIG_NAME, read_workdir_config
 
 
@@ -204,7 +205,7 @@ def read_subject(named: Named) -> Subject:
     directory = model_directory(named.base)
     adapter, settings, kept = None, {}, "none"
     if named.adapter is not None:
-        adapter, metadata = read_adapter(named.adapter)
+        adapter, metadata = read_any_adapter(named.adapter, directory)
         kept, settings = require_its_base(metadata, named.adapter, directory), metadata["adapter"]
     tokenizer = load_tokenizer(str(directory))
     known = PromptFormat(template="") if adapter is None else adapter.prompt_format
