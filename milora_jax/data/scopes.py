@@ -109,12 +109,19 @@ def require_history(tokens: Sequence[int], turn: Sequence[int], number: int) -> 
     Raises:
       RouteScopeError: naming the message.
     """
-    if list(tokens[: len(turn)]) != list(turn):
+    if list(tokens[: len(turn)]) == list(turn):
+        return
+    if list(tokens[: len(turn) - 1]) == list(turn[:-1]):
         raise RouteScopeError(
-            f"message {number}, or what comes before it, has other tokens once it is history, by the chat "
-            "template or the tokenizer, so the conversation cannot be one record: expected "
+            f"the chat template ends message {number} with no token that ends an answer, so the conversation "
+            "cannot be one record: expected a model whose eos_token_id holds the one that ends turns, or "
             "adapter.route_on=prompt"
         )
+    raise RouteScopeError(
+        f"message {number}, or what comes before it, has other tokens once it is history, by the chat "
+        "template or the tokenizer, so the conversation cannot be one record: expected "
+        "adapter.route_on=prompt"
+    )
 
 
 def _head(messages: tuple[Message, ...], scope: str) -> tuple[Message, ...]:

@@ -228,6 +228,9 @@ def test_a_template_that_rewrites_history_is_refused_with_its_message(tokenizers
         RouteScopeError, match=r"rows\.jsonl:1: message 3, or what comes before it, has other"
     ):
         encode_conversation(tokenizer, records, [end], 10**6, FIRST)
+    chatml = tokenizers["chatml"]
+    with pytest.raises(RouteScopeError, match="ends message 2 with no token that ends an answer"):
+        encode_conversation(chatml, turns(TALK[:4]), [2], 10**6, FIRST)
     merges = tokenizers["llama3"]  # its line breaks and the word behind them become one token
     with pytest.raises(RouteScopeError, match="by the chat template or the tokenizer"):
         encode_conversation(merges, turns(TALK[:4]), [end_of(merges, "llama3")], 10**6, FIRST)
