@@ -62,7 +62,8 @@ class AdapterSection:
 
     Attributes:
       method: the fine-tuning method, a name of ``adapters.registry``, which checks it.
-      rank, alpha, dropout: low-rank pairs. [all methods made of them]
+      rank, alpha, dropout: of low-rank pairs. [all made of them]
+      route_on: what of the prompt the routers read. [milora, midora]
       top_k, pooler, activation, features, gate: the router. [milora, midora; moelora has top_k]
       feature_window, router_gradient, top_k_anneal: how the router is trained. [milora, midora]
       balance, load_balance, balance_warmup, balance_until, balance_decay, bias_rate: the balancing of the
@@ -83,6 +84,7 @@ class AdapterSection:
     rank: int | None = None
     alpha: float | None = None
     dropout: float | None = None
+    route_on: str | None = None
     top_k: int | None = None
     pooler: str | None = None
     activation: str | None = None
@@ -170,7 +172,7 @@ class DataSection:
 
     @property
     def prompt_format(self) -> PromptFormat:
-        """The format of the run's prompts."""
+        """How prompts are written; ``Config.prompt_format`` adds what of them the routers read."""
         return PromptFormat(self.template, self.special_tokens, self.template_time)
 
 
@@ -318,6 +320,16 @@ class Config:
     def from_dict(cls, values: Any) -> Config:
         """Build and check a Config from nested mappings; an unknown or ill-typed field raises UserError."""
         return _from_dict(cls, values, "config")
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """How the prompts of the run are written, and what of them the routers read.
+
+        Raises:
+          UserError: ``adapter.route_on`` does not go together with ``data.template``.
+        """
+        route_on = self.adapter.route_on or "prompt"
+        return dataclasses.replace(self.data.prompt_format, route_on=route_on)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain nested dictionaries, ready for JSON."""

@@ -54,7 +54,8 @@ class Batch:
       tokens: token ids; padding holds any valid id.
       segment_ids: 0 for padding, 1..Z for the records packed into the row.
       positions: position of each token within its own record, from 0.
-      prompt_mask: true on prompt tokens, false on response and padding.
+      prompt_mask: true on the tokens that the routers read: those of the prompt, or of the part of it that
+        ``adapter.route_on`` names; false on response and padding.
       loss_mask: true on the tokens that are *predicted* and count: response and end-of-sequence.
       prompts: Z, the most records packed into one row; static, as a shape is.
     """

@@ -8,14 +8,14 @@ import pytest
 
 import train
 from milora_jax.commands import evaluation, generation
-from milora_jax.config import Config, EvalSection
+from milora_jax.config import AdapterSection, Config, EvalSection, ModelSection
 from milora_jax.data.chat import Message, encode_chat
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.evaluation.score import score_task
 from milora_jax.training.prepare import prepare_run
-from tests.data.chats import LLAMA3, write_chat_tokenizer
-from tests.models import write_hf_directory
+from tests.data.chats import CHATML, LLAMA3, write_chat_tokenizer
+from tests.models import WITH_TOKENIZER, write_hf_directory
 from tests.training.runs import command
 
 SYSTEM = "You add."
@@ -112,15 +112,15 @@ def test_training_scoring_and_generation_take_the_same_tokens(folder, monkeypatc
             "rows",
             run.tests["rows"],
             run.config.eval,
-            prompt_format=run.config.data.prompt_format,
+            prompt_format=run.config.prompt_format,
         )
-    assert scored == trained
+    assert [prompt.ids for prompt in scored] == trained
     asked = taken_by(monkeypatch, generation)
     question = ["--base", str(folder / "model"), "--chat", "--system", SYSTEM, "--prompt", "0 + 1?"]
     monkeypatch.setattr(sys, "argv", ["generation", *question])
     with pytest.raises(KeyboardInterrupt):
         generation.main()
-    assert asked == trained[:1]
+    assert [prompt.ids for prompt in asked] == trained[:1]
 
 
 def test_the_template_is_part_of_what_a_resumed_run_compares(folder, tmp_path):
@@ -216,3 +216,34 @@ def test_a_run_on_chats(folder, tmp_path, monkeypatch, capsys):
     (answer,) = json.loads(capsys.readouterr().out)["samples"]
     first = json.loads((tmp_path / "p").read_text().splitlines()[0])
     assert answer["text"] == first["generated"]
+
+
+@pytest.mark.parametrize("part", ["prompt", "first_turn", "system"])
+def test_a_run_takes_a_conversation_as_one_example_where_it_has_one_route(folder, tmp_path, part):
+    write_hf_directory(tmp_path / "model", dataclasses.replace(WITH_TOKENIZER, eos_ids=(9,)), tokenizer=False)
+    write_chat_tokenizer(tmp_path / "model", CHATML)
+    config = config_of(folder, dev=str(folder / "rows.jsonl"))
+    config = dataclasses.replace(
+        config,
+        model=ModelSection(path=str(tmp_path / "model")),
+        adapter=AdapterSection(route_on=part),
+    )
+    said = []
+    run = prepare_run(config, None, said.append)
+    count = 40 if part == "prompt" else 20
+    assert f"rows: {count} train (0 longer than 128 tokens dropped), {count} dev (0 dropped), 40 test" in said
+    ((example,), *_) = run.train
+    text = run.tokenizer.decode(example.tokens[: example.routed])
+    answers = [run.tokenizer.decode(example.tokens[start:stop]) for start, stop in example.learned]
+    system = "<|im_start|>system\nYou add.<|im_end|>\n"
+    first = f"{system}<|im_start|>user\n0 + 1?<|im_end|>\n"
+    assert text == {"system": system, "first_turn": first, "prompt": f"{first}<|im_start|>assistant\n"}[part]
+    assert answers == ["1<|im_end|>", "So it is, 0.<|im_end|>"][: 1 if part == "prompt" else 2]
+    with pytest.raises(UserError, match=r"route_on is 'system', and data\.template is 'alpaca'"):
+        prepare_run(
+            dataclasses.replace(
+                config_of(folder, template="alpaca"), adapter=AdapterSection(route_on="system")
+            ),
+            None,
+            said.append,
+        )

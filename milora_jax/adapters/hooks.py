@@ -50,6 +50,11 @@ class LayerHooks:
     """Whether the method has a router, so that a forward pass computes a route or is given one."""
 
     @property
+    def route_scope(self) -> str:
+        """What of a prompt the method reads, one of ``prompt_format.ROUTE_ON``."""
+        return "prompt"
+
+    @property
     def prefix_length(self) -> int:
         """P, the number of keys and values that the method puts before every record's tokens."""
         return 0

@@ -38,6 +38,7 @@ from milora_jax.adapters.records import LowRank, Parts, WeightChange
 from milora_jax.adapters.router import Router, RouterParams, followed
 from milora_jax.config import ACTIVATIONS, BALANCES, COEFFICIENTS, FEATURES, GATES, POOLERS, ROUTER_GRADIENTS
 from milora_jax.errors import one_of, require
+from milora_jax.prompt_format import ROUTE_ON
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.types import EXPERTS, PyTree, Route
 
@@ -56,6 +57,9 @@ OF_TRAINING = (
     "coefficients",
 )
 """Settings that no computation of a trained adapter depends on."""
+
+OF_BATCHES = ("route_on",)
+"""Settings that say which tokens of a prompt ``types.Batch.prompt_mask`` holds, and act on nothing else."""
 
 
 @struct.dataclass
@@ -89,6 +93,8 @@ class MiLoRA(LowRankMethod):
     """MiLoRA and its settings; ``docs/method.md`` explains each choice.
 
     Attributes:
+      route_on: the part of the prompt that the router reads: prompt, all of it; first_turn, the system
+        messages and the first user message of a chat; system, its system messages alone.
       top_k: experts a prompt activates per layer, k of 7.
       pooler: how a prompt's hidden states become one vector (section 3.3 of the paper).
       activation: the router's activation; ``relu-gelu`` is ReLU in the first half of the layers.
@@ -113,6 +119,7 @@ class MiLoRA(LowRankMethod):
     routes: ClassVar[bool] = True
     record: ClassVar[type | None] = LowRank
     portable: ClassVar[bool] = True
+    route_on: str = "prompt"
     top_k: int = 3
     pooler: str = "attention"
     activation: str = "rational"
@@ -131,6 +138,7 @@ class MiLoRA(LowRankMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of("adapter.route_on", self.route_on, ROUTE_ON)
         one_of("adapter.pooler", self.pooler, POOLERS)
         one_of("adapter.activation", self.activation, ACTIVATIONS)
         one_of("adapter.gate", self.gate, GATES)
@@ -148,6 +156,11 @@ class MiLoRA(LowRankMethod):
         require(0 < self.balance_until <= 1, "adapter.balance_until", self.balance_until, "above 0, up to 1")
         order = self.balance_warmup < self.balance_until
         require(order, "adapter.balance_warmup", self.balance_warmup, "less than adapter.balance_until")
+
+    @property
+    def route_scope(self) -> str:
+        """What the routers read."""
+        return self.route_on
 
     @property
     def router(self) -> Router:
@@ -287,7 +300,7 @@ class MiLoRA(LowRankMethod):
             rank=plain.rank,
             alpha=plain.alpha,
             dropout=plain.dropout,
-            **{name: getattr(plain, name) for name in OF_TRAINING},
+            **{name: getattr(plain, name) for name in (*OF_TRAINING, *OF_BATCHES)},
         )
 
     def route(self, params: MiLoRAParams, entering: LayerInput, top_k: Int[Array, ""] | None = None) -> Route:

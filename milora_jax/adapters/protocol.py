@@ -8,6 +8,7 @@ adapt them; training, decoding, evaluation and storage each use a protocol of th
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,14 +57,20 @@ class Adapter:
     Attributes:
       params: the trainable leaves: stacked on a layer axis, or a settled tuple of layers for decoding.
       method: the method that reads them.
-      shape: the shape of the base that they fit.
-      prompt_format: the format of the prompts that it was trained on; no computation depends on it.
+      shape: the base they fit.
+      prompt_format: how the prompts were written that it was trained on; no computation depends on it.
+        :attr:`encoding` adds what of them the method reads.
     """
 
     params: PyTree
     method: Method = struct.field(pytree_node=False)
     shape: Shape = struct.field(pytree_node=False)
     prompt_format: PromptFormat = struct.field(pytree_node=False, default=PromptFormat())
+
+    @property
+    def encoding(self) -> PromptFormat:
+        """How its prompts become tokens, and which of these its routers read."""
+        return dataclasses.replace(self.prompt_format, route_on=self.method.route_scope)
 
 
 def init_adapter(method: Method, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> Adapter:

@@ -103,7 +103,15 @@ def stored_settings(values: Mapping[str, Any]) -> AdapterSection:
       UserError: a setting is unknown or ill-typed.
     """
     settings = {**(ROUTERS_BEFORE_FEATURES if before_features(values) else {}), **values}
+    if settings.get("route_on") is None and "route_on" in _settings_of(settings.get("method")):
+        settings["route_on"] = "prompt"  # stored before it was a setting
     return Config.from_dict({"adapter": settings}).adapter
+
+
+def _settings_of(method: Any) -> set[str]:
+    """Names of a method's settings; none of a method that there is not."""
+    cls = METHOD_CLASSES.get(method) if isinstance(method, str) else None
+    return set() if cls is None else {field.name for field in dataclasses.fields(cls)}
 
 
 def adapter_shape(model: ModelConfig) -> Shape:

@@ -23,6 +23,7 @@ from milora_jax.config import DTYPES, QUANTIZE, TEMPLATES
 from milora_jax.data.chat import Message
 from milora_jax.data.prompts import prompt_messages
 from milora_jax.data.records import Record, read_question
+from milora_jax.data.scopes import EncodedPrompt
 from milora_jax.data.tokens import encode_question
 from milora_jax.errors import EXIT_BAD_INPUT, UserError
 from milora_jax.evaluation.subject import Named, named_subject, read_subject
@@ -42,7 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--base", help="of the base: Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH"
     )
     parser.add_argument(
-        "--adapter", type=Path, help="exported adapter, or a workdir; default with --base: none"
+        "--adapter", type=Path, help="export, workdir or PEFT adapter; default with --base: none"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the run's, or float32")
     parser.add_argument(
@@ -89,8 +90,8 @@ def read_prompts(asked: argparse.Namespace) -> list[str | Record]:
 
 def in_template(
     tokenizer: Any, given: str | Record, prompt_format: PromptFormat, system: str | None, raw: bool
-) -> str | list[int]:
-    """Put a prompt into the form that ``generate`` accepts.
+) -> str | EncodedPrompt:
+    """A prompt as ``generate`` takes it.
 
     Args:
       prompt_format: format of the adapter's prompts.

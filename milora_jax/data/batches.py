@@ -53,29 +53,40 @@ def collate(packed: Sequence[Sequence[Example]], length: int, rows: int, prompts
     for row, examples in enumerate(packed):
         start = 0
         for segment, example in enumerate(examples, 1):
-            middle, end = start + example.prompt_length, start + len(example.tokens)
+            end = start + len(example.tokens)
             batch.tokens[row, start:end] = example.tokens
             batch.segment_ids[row, start:end] = segment
             batch.positions[row, start:end] = np.arange(end - start)
-            batch.prompt_mask[row, start:middle] = True
-            batch.loss_mask[row, middle:end] = True
+            batch.prompt_mask[row, start : start + example.routed] = True
+            for first, last in example.learned:
+                batch.loss_mask[row, start + first : start + last] = True
             start = end
     return batch
 
 
-def collate_prompts(prompts: Sequence[Sequence[int]], length: int, pad_id: int, rows: int) -> Batch:
-    """Make a batch of prompts for generation, padded on the right: a token's place is that in its prompt.
+def collate_prompts(
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    pad_id: int,
+    rows: int,
+    route_tokens: Sequence[int] = (),
+) -> Batch:
+    """Prompts for generation, padded on the right: a token's place does not depend on other rows.
 
     Missing rows hold a prompt of one token, so that no row is empty.
+
+    Args:
+      route_tokens: how many tokens of each prompt the routers read, 0 for all; empty is all of every one.
     """
     batch = _empty(rows, length, pad_id)
     filled = [*prompts, *([[pad_id]] * (rows - len(prompts)))]
-    for row, ids in enumerate(filled):
+    scopes = [*route_tokens, *([0] * (rows - len(route_tokens)))]
+    for row, (ids, scope) in enumerate(zip(filled, scopes, strict=True)):
         here = slice(0, len(ids))
         batch.tokens[row, here] = ids
         batch.segment_ids[row, here] = 1
         batch.positions[row, here] = np.arange(len(ids))
-        batch.prompt_mask[row, here] = True
+        batch.prompt_mask[row, : scope or len(ids)] = True
     return batch
 
 

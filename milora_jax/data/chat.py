@@ -105,19 +105,21 @@ def render_chat(
     return "".join(text for text, _ in _pieces(tokenizer, marked))
 
 
-def encode_chat(tokenizer: Any, messages: Messages, *, time: str = "") -> list[int]:
-    """Encode a chat up to the beginning of the assistant's next turn.
+def encode_chat(
+    tokenizer: Any, messages: Messages, add_generation_prompt: bool = True, *, time: str = ""
+) -> list[int]:
+    """Ids of a chat up to where the assistant's next turn begins.
 
     There is a beginning-of-sequence token if and only if the template writes one: models with such a template
     were trained so.
 
     Args:
-      messages, time: see :func:`render_chat`.
+      messages, add_generation_prompt, time: as :func:`render_chat` takes them.
 
     Raises:
       UserError: see :func:`render_chat`.
     """
-    return _encode(tokenizer, _render(tokenizer, as_messages(messages), True, time))
+    return _encode(tokenizer, _render(tokenizer, as_messages(messages), add_generation_prompt, time))
 
 
 def encode_exchange(

@@ -44,8 +44,8 @@ HOLDOUT_STREAM = 1
 class Record:
     """A question, the output to be written, and the short answer that is scored.
 
-    A record has one prompt, because a route belongs to one prompt: a chat gives one record for each turn of
-    the assistant.
+    A record has one prompt and one answer: a chat gives a record for each of the assistant's turns.
+    ``tokens.encode_records`` puts them together again where they have one route.
 
     Attributes:
       instruction: the instruction; for a chat, the user's last message.
@@ -205,7 +205,7 @@ def holdout(
     Returns:
       Training records in their order, and at least one dev record.
     """
-    rows = _by_row(records)
+    rows = by_row(records)
     if len(rows) < 2:
         raise UserError("one training row is too few to hold out dev rows: give data.dev")
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
@@ -222,12 +222,12 @@ def first_rows(records: list[Record], limit: int, fits: Callable[[Record], bool]
     """The first ``limit`` rows with a record that fits, a chat with all of its turns; 0 means all."""
     if not limit:
         return records
-    rows = (row for row in _by_row(records) if any(map(fits, row)))
+    rows = (row for row in by_row(records) if any(map(fits, row)))
     return [record for row in itertools.islice(rows, limit) for record in row] or records[:limit]
 
 
-def _by_row(records: list[Record]) -> list[list[Record]]:
-    """Group records by row: the turns of one chat together, every other record alone."""
+def by_row(records: list[Record]) -> list[list[Record]]:
+    """Records that are turns of one chat, together; each of the others alone."""
     rows: list[list[Record]] = []
     for record in records:
         before = rows[-1][-1] if rows else None

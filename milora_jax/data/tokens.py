@@ -1,9 +1,13 @@
-"""The conversion of records to token ids. Nothing is truncated: a row that does not fit is dropped and
-counted."""
+"""From records to token ids. No record is ever cut: one that does not fit is dropped and counted.
+
+A record has one prompt and one answer, and with ``adapter.route_on=prompt`` it makes one example. Otherwise
+the turns of a chat have one route, so that they make one example together.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from milora_jax.data.chat import encode_chat, encode_exchange
+from milora_jax.data.chat import encode_exchange
 from milora_jax.data.prompts import prompt_messages, prompt_text
-from milora_jax.data.records import Record
+from milora_jax.data.records import Record, by_row
+from milora_jax.data.scopes import (
+    EncodedPrompt,
+    encode_messages,
+    require_history,
+    route_tokens,
+    whole_prompt,
+)
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
@@ -23,17 +34,31 @@ from milora_jax.prompt_format import PromptFormat
 
 @dataclass(frozen=True)
 class Example:
-    """An encoded record.
+    """An encoded record, or the encoded turns of a conversation.
 
     Attributes:
       tokens: int32 ids of prompt, response and end-of-sequence token.
-      prompt_length: number of tokens of the prompt.
-      source: name of the data set that the record comes from.
+      prompt_length: how many of them come before the first answer that is learned.
+      source: name of the data set that it comes from.
+      route_tokens: how many of them, from the first, the routers read; 0 is ``prompt_length``.
+      answers: where each answer that is learned begins and ends; empty where there is one, up to the end.
     """
 
     tokens: np.ndarray
     prompt_length: int
     source: str = ""
+    route_tokens: int = 0
+    answers: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def routed(self) -> int:
+        """How many tokens, from the first, the routers read."""
+        return self.route_tokens or self.prompt_length
+
+    @property
+    def learned(self) -> tuple[tuple[int, int], ...]:
+        """Where each answer that is learned begins and ends."""
+        return self.answers or ((self.prompt_length, len(self.tokens)),)
 
 
 def load_tokenizer(path: str) -> Any:
@@ -82,16 +107,17 @@ def encode_prompt(
     return ids[1:] if doubled and text.startswith(tokenizer.bos_token) else ids
 
 
-def encode_question(tokenizer: Any, record: Record, prompt_format: PromptFormat) -> list[int]:
-    """Encode a record's prompt as training, scoring and generation do.
+def encode_question(tokenizer: Any, record: Record, prompt_format: PromptFormat) -> EncodedPrompt:
+    """A record's prompt: what training, scoring and generation give to the model.
 
     Raises:
       UserError: the record cannot be written in the format's template; the error names its row.
     """
     with naming(record):
         if prompt_format.template == "chat":
-            return encode_chat(tokenizer, prompt_messages(record), time=prompt_format.time)
-        return encode_prompt(tokenizer, prompt_text(record), prompt_format.special_tokens)
+            return encode_messages(tokenizer, prompt_messages(record), prompt_format)
+        ids = encode_prompt(tokenizer, prompt_text(record), prompt_format.special_tokens)
+        return whole_prompt(ids, prompt_format)
 
 
 def encode_example(
@@ -108,15 +134,66 @@ def encode_example(
     Raises:
       UserError: the record cannot be written in the format's template; the error names its row.
     """
-    if prompt_format.template == "chat":
-        messages, time = prompt_messages(record), prompt_format.time
-        with naming(record):
-            prompt, response = encode_exchange(tokenizer, messages, record.output, eos_ids, time=time)
-    else:
+    return encode_conversation(tokenizer, [record], eos_ids, max_length, prompt_format)[0]
+
+
+def encode_conversation(
+    tokenizer: Any,
+    records: Sequence[Record],
+    eos_ids: Sequence[int],
+    max_length: int,
+    prompt_format: PromptFormat,
+) -> tuple[Example | None, int]:
+    """The turns of one chat as one example: the first prompt, and all that comes up to the last answer.
+
+    Each turn has the tokens that :func:`encode_example` gives it. The first turn that ends behind
+    ``max_length`` tokens and those that follow it are left out, as they would be by themselves.
+
+    Args:
+      records: of one chat, in their order; what each goes on from holds the answers of those before.
+
+    Returns:
+      The example, None where no turn fits, and how many turns it has.
+
+    Raises:
+      RouteScopeError: the chat template writes a turn otherwise once it is history.
+      UserError: as :func:`encode_example`.
+    """
+    turns: list[tuple[Record, EncodedPrompt, list[int]]] = []
+    for record in records:
+        prompt, response = _exchange(tokenizer, record, eos_ids, prompt_format)
+        if len(prompt.ids) + len(response) > max_length:
+            break
+        turns.append((record, prompt, response))
+    if not turns:
+        return None, 0
+    record, prompt, response = turns[-1]
+    tokens = [*prompt.ids, *response]
+    for earlier, before, answer in turns[:-1]:
+        with naming(earlier):
+            require_history(tokens, [*before.ids, *answer], len(prompt_messages(earlier)) + 1)
+    answers = tuple((len(before.ids), len(before.ids) + len(answer)) for _, before, answer in turns)
+    example = Example(
+        tokens=np.array(tokens, np.int32),
+        prompt_length=answers[0][0],
+        source=record.source,
+        route_tokens=prompt.route_tokens,
+        answers=answers if len(answers) > 1 else (),
+    )
+    return example, len(turns)
+
+
+def _exchange(
+    tokenizer: Any, record: Record, eos_ids: Sequence[int], prompt_format: PromptFormat
+) -> tuple[EncodedPrompt, list[int]]:
+    """A record's prompt, and the ids of its answer."""
+    if prompt_format.template != "chat":
         prompt = encode_question(tokenizer, record, prompt_format)
-        response = [*encode_prompt(tokenizer, record.output, "none"), eos_ids[0]]
-    tokens = np.array([*prompt, *response], np.int32)
-    return Example(tokens, len(prompt), record.source) if len(tokens) <= max_length else None
+        return prompt, [*encode_prompt(tokenizer, record.output, "none"), eos_ids[0]]
+    messages = prompt_messages(record)
+    with naming(record):
+        ids, response = encode_exchange(tokenizer, messages, record.output, eos_ids, time=prompt_format.time)
+        return EncodedPrompt(ids, route_tokens(tokenizer, messages, ids, prompt_format)), response
 
 
 def encode_records(
@@ -127,7 +204,8 @@ def encode_records(
     prompt_format: PromptFormat,
     what: str = "",
 ) -> tuple[list[Example], int]:
-    """Encode records by :func:`encode_example`.
+    """Encode records, as :func:`encode_example` does each, or :func:`encode_conversation` the turns of a chat
+    that have one route.
 
     Args:
       model: the model whose embeddings the tokens must have, and whose tokens end an answer.
@@ -141,12 +219,12 @@ def encode_records(
         embedding.
     """
     kept, dropped = [], 0
-    for record in records:
-        example = encode_example(tokenizer, record, model.eos_ids, max_length, prompt_format)
+    for turns in in_examples(records, prompt_format):
+        example, fitting = encode_conversation(tokenizer, turns, model.eos_ids, max_length, prompt_format)
+        dropped += len(turns) - fitting
         if example is None:
-            dropped += 1
             continue
-        with naming(record):
+        with naming(turns[0]):
             require_embedded(tokenizer, example.tokens, model.vocab_size)
         kept.append(example)
     if not kept:
@@ -155,11 +233,21 @@ def encode_records(
     return kept, dropped
 
 
+def in_examples(records: Sequence[Record], prompt_format: PromptFormat) -> list[list[Record]]:
+    """The records that make an example together: the turns of one row where they have one route."""
+    if prompt_format.route_on == "prompt" or prompt_format.template != "chat":
+        return [[record] for record in records]
+    rows = by_row(list(records))
+    return [list(turns) for row in rows for _, turns in itertools.groupby(row, lambda each: each.where)]
+
+
 def token_fingerprint(examples: Sequence[Example]) -> str:
     """SHA-256 over the token ids of examples in order, which are what a model gets of the rows."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.prompt_length} {len(example.tokens)}\0".encode())
+        if example.route_tokens or example.answers:
+            digest.update(f"{example.route_tokens} {example.answers}\0".encode())
         digest.update(example.tokens.astype("<i4").tobytes())
     return digest.hexdigest()
 

@@ -181,7 +181,8 @@ def _decoded(
     longest, rows = max(map(len, prompts)), _rows_of(subject, count)
     adapters, layout = AdapterStack.single(adapter_decode_layout(adapter, base)), device_layout(base.devices)
     length = adapters.method.prefix_length + longest + STEPS + 1
-    batch = place(collate_prompts(prompts, longest, 0, rows), batch_sharding(subject.mesh))
+    scopes = [example.route_tokens for example in examples]
+    batch = place(collate_prompts(prompts, longest, 0, rows, scopes), batch_sharding(subject.mesh))
     prefilled, route = prefill(base, adapters, np.int32(0), batch, model, length, layout)
     if route is None:
         raise AssertionError("a method that routes gives a route in prefill")

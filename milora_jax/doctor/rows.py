@@ -12,7 +12,14 @@ import numpy as np
 from milora_jax.console import Console
 from milora_jax.data.batches import collate
 from milora_jax.data.records import Record, Source, read_records, run_sources
-from milora_jax.data.tokens import Example, encode_example, encode_question, naming, require_embedded
+from milora_jax.data.tokens import (
+    Example,
+    encode_conversation,
+    encode_question,
+    in_examples,
+    naming,
+    require_embedded,
+)
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding, guarded
 from milora_jax.doctor.subject import Subject
 from milora_jax.evaluation.free_text import is_free_text, require_text_packages
@@ -71,16 +78,16 @@ def token_findings(subject: Subject) -> Iterator[Finding]:
         bar = stack.enter_context(Console(total < LARGE).progress("encoding", total, "rows"))
         for split in ("train", "dev"):
             encoded = []
-            for record in _all_of(subject, split):
-                # Without a limit, because the report names the length of rows that are dropped.
-                made = encode_example(
-                    subject.tokenizer, record, model.eos_ids, sys.maxsize, config.data.prompt_format
+            for turns in in_examples(_all_of(subject, split), config.prompt_format):
+                # However long: it is told how long the rows are that are dropped.
+                made, _ = encode_conversation(
+                    subject.tokenizer, turns, model.eos_ids, sys.maxsize, config.prompt_format
                 )
                 if made is not None:
-                    with naming(record):
+                    with naming(turns[0]):
                         require_embedded(subject.tokenizer, made.tokens, model.vocab_size)
                     encoded.append(made)
-                bar.advance(1)
+                bar.advance(len(turns))
             subject.examples[split] = encoded
             if encoded:
                 yield length_finding(split, [len(e.tokens) for e in encoded], config.data.max_length)
@@ -88,7 +95,7 @@ def token_findings(subject: Subject) -> Iterator[Finding]:
         room = model.max_positions - config.eval.max_new_tokens
         prompts = []
         for record in _all_of(subject, "test"):
-            prompts.append(len(encode_question(subject.tokenizer, record, config.data.prompt_format)))
+            prompts.append(len(encode_question(subject.tokenizer, record, config.prompt_format).ids))
             bar.advance(1)
         if prompts:
             yield prompt_finding(prompts, room)
@@ -119,7 +126,7 @@ def example_findings(split: str, examples: Sequence[Example], bos: int | None) -
         unasked += not batch.prompt_mask.any()
         # The first token of a row is never predicted.
         unlearned += not batch.loss_mask[:, 1:].any()
-        bare += len(example.tokens) - example.prompt_length == 1
+        bare += any(end - start == 1 for start, end in example.learned)
         doubled += bos is not None and example.tokens[:2].tolist() == [bos, bos]
     of = f"of {len(examples)} rows"
     name = f"data.{split}"

@@ -73,7 +73,7 @@ def evaluate_base(
         "base": run.base_fingerprint,
         "end_tokens": sorted(run.model.eos_ids),
         "eval": run.config.to_dict()["eval"],
-        "prompt_format": run.config.data.prompt_format.to_dict(),
+        "prompt_format": run.config.prompt_format.to_dict(),
     }
     # A file of an earlier version lacks some of the figures.
     if path.is_file() and (saved := read_json(path)).get("key") == key and "answers" in saved:
@@ -106,7 +106,7 @@ def _score_all(
     base = decode_layout(run.base)
     tests = {task: limited(records, run.config.eval.limit) for task, records in run.tests.items()}
     responses = {
-        task: encode_responses(run.tokenizer, records, run.model, run.config.data.prompt_format)
+        task: encode_responses(run.tokenizer, records, run.model, run.config.prompt_format)
         for task, records in tests.items()
     }
     outputs = sum(len(each.passages) for each in responses.values())
@@ -185,7 +185,7 @@ def score_tests(
             task,
             records,
             run.config.eval,
-            prompt_format=run.config.data.prompt_format,
+            prompt_format=run.config.prompt_format,
             prefill_rows=prefill_rows,
             place=run.place,
             progress=advance,
@@ -316,6 +316,6 @@ def require_learned(run: Run, fit: Fit) -> None:
 
 
 def _example(run: Run, score: TaskScore) -> str:
-    record, written = run.tests[score.task][0], run.config.data.prompt_format
+    record, written = run.tests[score.task][0], run.config.prompt_format
     prompt = shown_prompt(run.tokenizer, record, written)
     return f"\nprompt:\n{prompt}\nanswer:\n{score.predictions[0].generated}\n"

@@ -21,6 +21,7 @@ from milora_jax.console import Console
 from milora_jax.data.chat import Message, encode_chat, render_chat, template_source
 from milora_jax.data.prompts import WITHOUT_INPUT, prompt_text
 from milora_jax.data.records import Record
+from milora_jax.data.scopes import EncodedPrompt, route_tokens, whole_prompt
 from milora_jax.data.tokens import encode_prompt
 from milora_jax.errors import UserError, one_of, require
 from milora_jax.evaluation.likelihood import Passage, log_likelihoods, rolling_passages
@@ -199,15 +200,17 @@ class Harness:
         """For each request the log-probability of its continuation, and whether it is the greedy one."""
         passages, places, cut = [], [], 0
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        for place, (_, context, continuation) in enumerate(requests):
-            if not continuation:  # an empty continuation is certain
+        for place, (texts, context, continuation) in enumerate(requests):
+            if not continuation:  # nothing is certain
                 continue
             fits = len(continuation) <= self.max_length
             expected = f"at most max_length {self.max_length} tokens"
             require(fits, "a continuation", f"{len(continuation)} tokens long", expected)
             tokens = (*context, *continuation)[-(self.max_length + 1) :]
-            cut += len(tokens) < len(context) + len(continuation)
-            passages.append(Passage(tokens, len(tokens) - len(continuation), len(continuation)))
+            lost = len(context) + len(continuation) - len(tokens)
+            cut += lost > 0
+            prompt, scope = len(tokens) - len(continuation), self._prompt(context, texts).route_tokens
+            passages.append(Passage(tokens, scope - lost if scope > lost else prompt, len(continuation)))
             places.append(place)
         _tell_cut(cut, self.max_length)
         for place, result in zip(places, self._scored(passages, disable_tqdm), strict=True):
@@ -216,6 +219,18 @@ class Harness:
             if request[0] is not None:
                 self.cache_hook.add_partial("loglikelihood", request[0], result)
         return found
+
+    def _prompt(self, ids: Sequence[int], texts: tuple[str, str] | None) -> EncodedPrompt:
+        """An encoded context, and what of it the routers read.
+
+        Args:
+          texts: the context, and what follows it; None where lm_eval gives token ids alone.
+        """
+        written = self.tuned.prompt_format
+        if texts is None or texts[0] not in self._chats or written.template != "chat":
+            return whole_prompt(list(ids), written)
+        asked, _ = self._chats[texts[0]]
+        return EncodedPrompt(list(ids), route_tokens(self.tokenizer, asked, ids, written))
 
     def _scored(self, passages: Sequence[Passage], silent: bool) -> list[tuple[float, bool]]:
         tuned, found = self.tuned, {}
@@ -239,7 +254,7 @@ class Harness:
         led = method is not None and (method.routes or method.prefix_length > 0)
         owners, passages = [], []
         for owner, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+            tokens = whole_prompt(self.tok_encode(request.args[0]), self.tuned.prompt_format).ids
             windows = rolling_passages(tokens, self.prefix_token_id, self.max_length, led)
             owners += [owner] * len(windows)
             passages += windows
@@ -259,12 +274,13 @@ class Harness:
             room = self.max_length - wanted.max_new_tokens
             expected = f"fewer than max_length {self.max_length}"
             require(room >= 1, "max_gen_toks", wanted.max_new_tokens, expected)
-            ids = self.tok_encode(context) or [self.prefix_token_id]
-            cut += len(ids) > room
-            prompts.append(ids[-room:])
+            prompt = self._prompt(self.tok_encode(context) or [self.prefix_token_id], (context, ""))
+            lost = max(0, len(prompt) - room)
+            cut += lost > 0
+            prompts.append(EncodedPrompt(prompt.ids[lost:], max(0, prompt.route_tokens - lost)))
             settings.append(wanted)
         _tell_cut(cut, self.max_length)
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i].ids))
         texts: dict[int, str] = {}
         with Console(disable_tqdm).progress("answers", len(prompts), "requests") as bar:
             for start in range(0, len(order), GROUP * self.batch_size):

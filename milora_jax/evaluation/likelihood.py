@@ -35,9 +35,9 @@ class Passage:
     """Tokens, of which the last ones are scored.
 
     Attributes:
-      tokens: at least two tokens.
-      prompt: number of tokens, from the first, of the prompt, which decide the route.
-      scored: number of scored tokens, up to the last; none of them is in the prompt.
+      tokens: at least two.
+      prompt: how many of them, from the first, the routers read: the route is theirs.
+      scored: how many, up to the last, are scored; none of them is prompt.
     """
 
     tokens: tuple[int, ...]

@@ -90,8 +90,8 @@ def encode_responses(
             continue
         with naming(record):
             require_embedded(tokenizer, found.tokens, config.vocab_size)
-        tokens, prompt = tuple(found.tokens.tolist()), found.prompt_length
-        passages.append(Passage(tokens, prompt, len(tokens) - prompt))
+        tokens = tuple(found.tokens.tolist())
+        passages.append(Passage(tokens, found.routed, len(tokens) - found.prompt_length))
     return Responses(passages, dict(left_out))
 
 

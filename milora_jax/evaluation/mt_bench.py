@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_jax.data.chat import UNWRITABLE, Message, encode_chat
+from milora_jax.data.chat import UNWRITABLE, Message
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
 from milora_jax.data.rows import parse_row
+from milora_jax.data.scopes import EncodedPrompt, encode_messages, whole_prompt
 from milora_jax.data.tokens import encode_prompt
 from milora_jax.errors import UserError
 from milora_jax.evaluation.subject import Model
@@ -162,8 +163,8 @@ def _answers(model: Model, group: Sequence[Question], asked: Asked, batch_size: 
     return done
 
 
-def turn_prompt(model: Model, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
-    """Encode the prompt of the last of ``turns``: the whole conversation before it, in the model's template.
+def turn_prompt(model: Model, turns: Sequence[str], answers: Sequence[str]) -> EncodedPrompt:
+    """The prompt of the last of ``turns``: all that was said before, in the model's template.
 
     Args:
       answers: answers to the turns before.
@@ -173,11 +174,11 @@ def turn_prompt(model: Model, turns: Sequence[str], answers: Sequence[str]) -> l
         messages = [Message("user", turns[0])]
         for answer, question in zip(answers, turns[1:], strict=True):
             messages += [Message("assistant", answer), Message("user", question)]
-        return encode_chat(model.tokenizer, messages, time=written.time)
+        return encode_messages(model.tokenizer, messages, written)
     text = prompt_text(Record(turns[0], "", "", ""))
     for answer, question in zip(answers, turns[1:], strict=True):
         text += answer + NEXT_TURN.format(question=question)
-    return encode_prompt(model.tokenizer, text, written.special_tokens)
+    return whole_prompt(encode_prompt(model.tokenizer, text, written.special_tokens), written)
 
 
 def _earlier(

@@ -11,6 +11,7 @@ from typing import Any
 
 from milora_jax.console import Console, ProgressBar
 from milora_jax.data.records import Record, Source, fingerprint, read_records
+from milora_jax.data.scopes import EncodedPrompt
 from milora_jax.data.tokens import encode_question, naming, require_embedded
 from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import Rule
@@ -55,16 +56,16 @@ class Plan:
     """One evaluation and its settings.
 
     Attributes:
-      questions: questions by task.
-      prompts: token ids of every question, by task.
-      responses: the given outputs, whose loss is computed, by task.
+      questions: by task.
+      prompts: of every question, by task.
+      responses: the given outputs, of which the loss is computed, by task.
       beams: width of the search; 1 is greedy.
       batch_size: number of prompts decoded together.
     """
 
     subject: Subject
     questions: Mapping[str, Questions]
-    prompts: Mapping[str, list[list[int]]]
+    prompts: Mapping[str, list[EncodedPrompt]]
     responses: Mapping[str, Responses]
     beams: int
     batch_size: int
@@ -304,10 +305,11 @@ def result_of(scores: Sequence[TaskScore], plan: Plan) -> dict[str, Any]:
     }
 
 
-def _encoded(subject: Subject, task: str, asked: Questions) -> list[list[int]]:
+def _encoded(subject: Subject, task: str, asked: Questions) -> list[EncodedPrompt]:
     written, room = subject.prompt_format, subject.config.max_positions - asked.max_new_tokens
     prompts = [encode_question(subject.tokenizer, record, written) for record in asked.records]
-    for row, (record, ids) in enumerate(zip(asked.records, prompts, strict=True)):
+    for row, (record, prompt) in enumerate(zip(asked.records, prompts, strict=True)):
+        ids = prompt.ids
         with naming(record):
             require_embedded(subject.tokenizer, ids, subject.config.vocab_size)
         if len(ids) > room:

@@ -114,9 +114,9 @@ def route_prompts(
 
     Args:
       base: in either layout.
-      adapter: an adapter of a method with a router, in the stacked layout or in the base's.
-      prompts: token ids, from ``data.tokens.encode_question``.
-      rows: number of prompts in a batch.
+      adapter: of a method with a router, in the stacked layout or in the base's.
+      prompts: the token ids that the routers read, from ``data.scopes.EncodedPrompt.routed``.
+      rows: prompts of a batch.
       progress: called with the number of prompts each time some are done.
 
     Raises:
@@ -163,7 +163,7 @@ def route_tasks(named: Named, sources: Sequence[Source], limit: int, rows: int) 
         raise UserError("a plain base has no routes: expected --workdir DIR, or --adapter DIR and --base DIR")
     require_router(adapter, named.adapter)
     prompts = {
-        task: [encode_question(subject.tokenizer, record, subject.prompt_format) for record in mine]
+        task: [encode_question(subject.tokenizer, record, subject.prompt_format).routed for record in mine]
         for task, mine in records.items()
     }
     console, model = Console(), subject.load()

@@ -33,7 +33,8 @@ from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
-from milora_jax.storage.adapters import read_adapter, require_its_base
+from milora_jax.storage.adapters import require_its_base
+from milora_jax.storage.imported import read_any_adapter
 from milora_jax.storage.workdir import CONFIG_NAME, read_workdir_config
 
 
@@ -174,7 +175,7 @@ def named_subject(
             base=base or run.model.path,
             dtype=dtype or run.model.dtype,
             quantize=quantize or (run.model.quantize if plain else ""),
-            prompt_format=run.data.prompt_format,
+            prompt_format=run.prompt_format,
             template=template or "",
             otherwise=otherwise,
             tests=run_sources(run.data)["test"],
@@ -188,7 +189,7 @@ def named_subject(
         base=str(base),
         dtype=dtype or "float32",
         quantize=quantize or "",
-        prompt_format=read_workdir_config(Path(adapter)).data.prompt_format if adapter and is_run else None,
+        prompt_format=read_workdir_config(Path(adapter)).prompt_format if adapter and is_run else None,
         template=template or "",
         otherwise=otherwise,
         tests=[],
@@ -205,11 +206,12 @@ def read_subject(named: Named) -> Subject:
     directory = model_directory(named.base)
     adapter, settings, kept = None, {}, "none"
     if named.adapter is not None:
-        adapter, metadata = read_adapter(named.adapter)
+        adapter, metadata = read_any_adapter(named.adapter, directory)
         kept, settings = require_its_base(metadata, named.adapter, directory), metadata["adapter"]
     tokenizer = load_tokenizer(str(directory))
     known = PromptFormat(template="") if adapter is None else adapter.prompt_format
     known = named.prompt_format or known
+    route_on = "prompt" if adapter is None else adapter.method.route_scope
     own = "chat" if tokenizer.chat_template else "alpaca"
     template = named.template or known.template or named.otherwise or own
     return Subject(
@@ -220,5 +222,5 @@ def read_subject(named: Named) -> Subject:
         adapter=adapter,
         settings=settings,
         quantize=named.quantize or kept,
-        prompt_format=dataclasses.replace(known, template=template),
+        prompt_format=dataclasses.replace(known, template=template, route_on=route_on),
     )

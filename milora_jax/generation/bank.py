@@ -133,7 +133,7 @@ class Bank:
             slot = free[0]
         require(0 <= slot < self.slots, "slot", slot, f"0 to {self.slots - 1}")
         self.place(prepared, slot)
-        self.prompt_formats[name] = adapter.prompt_format
+        self.prompt_formats[name] = adapter.encoding
         self.names = {other: place for other, place in self.names.items() if place != slot}
         self.names[name] = slot
         return slot

@@ -108,6 +108,7 @@ def beam_search(
     *,
     adapter_slot: int = 0,
     rows: int = 0,
+    route_tokens: Sequence[int] = (),
     place: Callable[[Batch], Batch] = jax.device_put,
 ) -> list[Found]:
     """The best continuation of each prompt.
@@ -117,11 +118,12 @@ def beam_search(
       prompts: token ids.
       settings: of all of them.
       adapter_slot: of their adapter.
+      route_tokens: how many tokens of each prompt the routers read, see ``data.batches.collate_prompts``.
       rows: prompts the program is compiled for, at least as many as there are; 0 is their number.
     """
     rows = rows or len(prompts)
     bucket = bucket_of(max(len(ids) for ids in prompts), config.max_positions)
-    batch = place(collate_prompts(prompts, bucket, 0, rows=rows))
+    batch = place(collate_prompts(prompts, bucket, 0, rows, route_tokens))
     prefix = 0 if adapters is None else adapters.method.prefix_length
     layout = device_layout(base.devices)
     prefilled, route = prefill(base, adapters, np.int32(adapter_slot), batch, config, prefix + bucket, layout)

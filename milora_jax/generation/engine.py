@@ -188,6 +188,8 @@ class Engine:
           UserError: for a prompt or settings that cannot be decoded here; nothing is queued then.
         """
         self.check(prompt, settings)
+        fits = 0 <= route_tokens <= len(prompt)
+        require(fits, "route_tokens", route_tokens, f"0 to the {len(prompt)} tokens of the prompt")
         ids = tuple(int(token) for token in prompt)
         request = Request(ids, settings, adapter_slot, route_tokens, cache_scope)
         self._waiting.add(request)
@@ -277,8 +279,8 @@ class Engine:
             self._admitting = []
             return
         bucket = bucket_of(len(first.prompt), self.cache_length)
-        prompts = [request.prompt for request in group]
-        batch = self._place(collate_prompts(prompts, bucket, 0, rows=self.prefill_rows))
+        prompts, scopes = [request.prompt for request in group], [request.route_tokens for request in group]
+        batch = self._place(collate_prompts(prompts, bucket, 0, self.prefill_rows, scopes))
         slot, length = np.int32(first.adapter_slot), self._prefix + self.cache_length
         prefilled, route = prefill(self._base, self.adapters, slot, batch, self.config, length, self._layout)
         if self._merges and self.adapters is not None:

@@ -14,7 +14,8 @@ from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.registry import adapter_shape
 from milora_jax.base.modules import Base, decode_layout
 from milora_jax.base.transformer import adapter_decode_layout
-from milora_jax.data.chat import Message, Messages, encode_chat
+from milora_jax.data.chat import Message, Messages
+from milora_jax.data.scopes import EncodedPrompt, encode_messages, whole_prompt
 from milora_jax.data.tokens import encode_prompt, require_embedded
 from milora_jax.errors import UserError, require
 from milora_jax.generation.adapter_stack import AdapterStack
@@ -29,8 +30,8 @@ from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.types import Batch
 
-Prompt: TypeAlias = str | Sequence[int] | Messages
-"""A text, its token ids, or a chat."""
+Prompt: TypeAlias = str | Sequence[int] | EncodedPrompt | Messages
+"""A text, its token ids, these with what of them the routers read, or a chat."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def generate(
       tokenizer: from ``milora_jax.data.tokens.load_tokenizer``.
       prompts: full prompt texts; token ids; or chats, lists of messages with ``role`` and ``content``, which
         the tokenizer's chat template writes. Special tokens are put around a text as the adapter was trained
-        with (``Adapter.prompt_format``); without one, by the tokenizer's own rule.
+        with (``Adapter.prompt_format``); without one, by the tokenizer's own rule. Of a text and of ids the
+        routers read all; of a chat, and of an ``EncodedPrompt``, what ``adapter.route_on`` says.
       adapter: from ``load_adapter``; None, and no bank, answers with the plain base.
       bank: adapters of several tenants, instead of ``adapter``.
       tenants: with a bank, whose adapter each prompt is for.
@@ -152,12 +154,12 @@ def generate(
     for i, (prompt, mine) in enumerate(zip(prompts, each, strict=True)):
         try:
             slot = 0 if bank is None else bank.slot_of(tenants[i])
-            written = PromptFormat() if adapter is None else adapter.prompt_format
+            written = PromptFormat() if adapter is None else adapter.encoding
             if bank is not None:
                 written = bank.prompt_formats[tenants[i]]
-            ids = prompt_ids(tokenizer, prompt, written, parse_special_tokens)
-            require_room(config, tokenizer, ids, mine, batch_size)
-            work[i] = _Job(ids, mine, slot)
+            encoded = prompt_ids(tokenizer, prompt, written, parse_special_tokens)
+            require_room(config, tokenizer, encoded.ids, mine, batch_size)
+            work[i] = _Job(encoded.ids, mine, slot, encoded.route_tokens)
         except UserError as error:
             if not return_errors:
                 raise UserError(f"prompt {i}: {error}") from None
@@ -187,9 +189,16 @@ def generate(
     for group in _alike(config, beams, batch_size):
         first = beams[group[0]]
         ids = [beams[i].ids for i in group]
-        rows = min(batch_size, len(beams))
         found = beam_search(
-            base, config, served, ids, first.settings, adapter_slot=first.adapter_slot, rows=rows, place=place
+            base,
+            config,
+            served,
+            ids,
+            first.settings,
+            adapter_slot=first.adapter_slot,
+            rows=min(batch_size, len(beams)),
+            route_tokens=[beams[i].route_tokens for i in group],
+            place=place,
         )
         for i, best in zip(group, found, strict=True):
             answers[i] = Answer((_continued(tokenizer, best, first.settings),), best.route)
@@ -205,6 +214,7 @@ class _Job:
     ids: list[int]
     settings: GenerationSettings
     adapter_slot: int
+    route_tokens: int
 
     def length(self, config: ModelConfig) -> int:
         """Cache positions it may fill, its prompt rounded up to its bucket."""
@@ -260,7 +270,8 @@ def _run(engine: Engine, tokenizer: Any, jobs: dict[int, _Job], report: _Report)
     numbers: dict[Request, int] = {}
     streams: dict[tuple[int, int], TextStream] = {}
     for i, job in jobs.items():
-        numbers[engine.submit(job.ids, job.settings, job.adapter_slot)] = i
+        request = engine.submit(job.ids, job.settings, job.adapter_slot, route_tokens=job.route_tokens)
+        numbers[request] = i
         for sample in range(job.settings.num_samples):
             streams[i, sample] = TextStream(tokenizer, job.settings.stop)
     while not engine.idle:
@@ -312,26 +323,28 @@ def _continued(tokenizer: Any, found: Found, settings: GenerationSettings) -> Co
 
 def prompt_ids(
     tokenizer: Any, prompt: Prompt, prompt_format: PromptFormat, parse_special_tokens: bool
-) -> list[int]:
-    """Token ids of a text, of ids, or of a chat.
+) -> EncodedPrompt:
+    """A text, ids, or a chat as the model gets it.
 
     Args:
       prompt_format: of the adapter that is to answer.
       parse_special_tokens: see :func:`generate`.
 
     Raises:
-      UserError: the prompt is empty, or cannot be written.
+      UserError: the prompt is empty, cannot be written, or has not what the routers read.
     """
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise UserError("the prompt is empty")
-        rule = prompt_format.special_tokens
-        return encode_prompt(tokenizer, prompt, rule, parse_special_tokens=parse_special_tokens)
-    if not len(prompt):
+    if not (prompt.strip() if isinstance(prompt, str) else len(prompt)):
         raise UserError("the prompt is empty")
-    if isinstance(prompt[0], (Message, Mapping)):
-        return encode_chat(tokenizer, cast(Messages, prompt), time=prompt_format.time)
-    return [int(token) for token in cast(Sequence[int], prompt)]
+    if isinstance(prompt, EncodedPrompt):
+        return prompt
+    if isinstance(prompt, str):
+        rule = prompt_format.special_tokens
+        ids = encode_prompt(tokenizer, prompt, rule, parse_special_tokens=parse_special_tokens)
+    elif isinstance(prompt[0], (Message, Mapping)):
+        return encode_messages(tokenizer, cast(Messages, prompt), prompt_format)
+    else:
+        ids = [int(token) for token in cast(Sequence[int], prompt)]
+    return whole_prompt(ids, prompt_format)
 
 
 def require_room(

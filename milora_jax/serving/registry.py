@@ -25,7 +25,7 @@ class Registered:
     """An adapter that a server may load.
 
     Attributes:
-      path: its directory: a workdir, a copy of its ``best`` folder, or an export.
+      path: its directory: a workdir, a copy of its ``best`` folder, an export, or what PEFT saved.
       loaded: whether a server loads it at the start.
       pinned: whether it is never evicted from the device.
     """

@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from milora_jax.data.chat import encode_chat
+from milora_jax.data.scopes import EncodedPrompt, RouteScopeError, encode_messages
 from milora_jax.errors import UserError
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.request import TokenLogprobs
@@ -171,9 +171,10 @@ class Service:
         with self._adapter(tenant, body.model) as adapter:
             self._require_short(body)
             prompt_format = PromptFormat() if adapter is None else adapter.prompt_format
-            ids = await asyncio.get_running_loop().run_in_executor(
+            prompt = await asyncio.get_running_loop().run_in_executor(
                 self._encoding, self._encode, body, prompt_format
             )
+            ids = prompt.ids
             default = COMPLETION_TOKENS if isinstance(body, CompletionRequest) else 0
             settings = body.settings(self.limits, len(ids), self.engine.cache_length, default)
             try:
@@ -185,7 +186,7 @@ class Service:
                 queued.enter_context(self.admission.queue_prompt(tenant, len(ids)))
                 self.admission.spend_tokens(tenant, len(ids) + settings.max_new_tokens * settings.num_samples)
                 salt = body.cache_salt or ""
-                deltas = self._deltas(tenant, adapter, ids, settings, salt, queued.close)
+                deltas = self._deltas(tenant, adapter, prompt, settings, salt, queued.close)
                 async with aclosing(deltas):
                     yield Generation(f"{kind}-{secrets.token_hex(16)}", body.model, len(ids), deltas)
 
@@ -248,16 +249,19 @@ class Service:
                 "context_length_exceeded",
             )
 
-    def _encode(self, body: GenerationBody, prompt_format: PromptFormat) -> list[int]:
-        """Token ids of a prompt, as the adapter was trained on them.
+    def _encode(self, body: GenerationBody, prompt_format: PromptFormat) -> EncodedPrompt:
+        """Token ids of a prompt, as the adapter was trained on them, and which of them its routers read.
 
         As in vLLM, special tokens are parsed in the prompt of a completion, which its client has written out,
         and never in the contents of a chat, which a user may have typed.
         """
         try:
             if isinstance(body, ChatRequest):
-                return encode_chat(self._encoder, body.chat(self.limits), time=prompt_format.time)
+                return encode_messages(self._encoder, body.chat(self.limits), prompt_format)
             return prompt_ids(self._encoder, body.prompt, prompt_format, parse_special_tokens=True)
+        except RouteScopeError as error:
+            field = "messages" if isinstance(body, ChatRequest) else "prompt"
+            raise bad_request(f"The adapter of model {body.model!r}: {error}.", field) from None
         except UserError as error:
             raise bad_request(f"{error}.") from None
 
@@ -265,7 +269,7 @@ class Service:
         self,
         tenant: Tenant,
         adapter: AdapterVersion | None,
-        ids: Sequence[int],
+        prompt: EncodedPrompt,
         settings: GenerationSettings,
         salt: str,
         on_start: Callable[[], None],
@@ -281,11 +285,11 @@ class Service:
         job = Job(
             tenant.name,
             adapter,
-            tuple(ids),
+            tuple(prompt.ids),
             settings,
             lambda event: event_loop.call_soon_threadsafe(events.put_nowait, event),
             # The route of the base's slot of zeros changes nothing, whatever its routers read.
-            route_tokens=0 if adapter is not None else 1,
+            route_tokens=prompt.route_tokens if adapter is not None else 1,
             cache_scope=self._cache_scope(tenant, adapter, salt),
         )
         samples = range(settings.num_samples)
@@ -321,7 +325,7 @@ class Service:
         finally:
             for sample in open_samples:
                 self.loop.end(job, sample, "cancelled")
-            self.metrics.tokens.labels(tenant.name, "prompt").inc(len(ids))
+            self.metrics.tokens.labels(tenant.name, "prompt").inc(len(prompt))
             self.metrics.tokens.labels(tenant.name, "completion").inc(new_tokens)
 
     def _cache_scope(self, tenant: Tenant, adapter: AdapterVersion | None, salt: str) -> str:

@@ -28,7 +28,7 @@ from milora_jax.generation.bank import Bank, RankError, rank_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.serving.json_models import NAME
-from milora_jax.storage.adapters import read_adapter
+from milora_jax.storage.imported import read_any_adapter
 from milora_jax.types import PyTree
 
 BASE_SLOT = 0
@@ -240,7 +240,7 @@ class AdapterStore:
     def _read(self, name: str, directory: Path) -> Adapter:
         if not re.fullmatch(NAME, name):
             raise UserError(f"adapter name {name!r}: expected letters, digits, '.', '_', '-', at most 64")
-        loaded, metadata = read_adapter(directory)
+        loaded, metadata = read_any_adapter(directory, self._model.directory, self._model.quantize)
         if metadata["base_fingerprint"] != self._fingerprint:
             raise UserError(f"adapter {name!r} was made on other files than those of the base that is served")
         kept = metadata.get("quantize", "none")
@@ -259,7 +259,7 @@ class AdapterStore:
 
     def _add(self, name: str, directory: Path, loaded: Adapter, pinned: bool) -> AdapterVersion:
         prepared = self._prepared(name, loaded)
-        adapter = AdapterVersion(name, directory, version_of(loaded), loaded.prompt_format, prepared, pinned)
+        adapter = AdapterVersion(name, directory, version_of(loaded), loaded.encoding, prepared, pinned)
         with self._lock:
             pins = sum(other.pinned for other in self._adapters.values() if other.name != name)
             if pinned and pins >= len(self._slots) - 2:

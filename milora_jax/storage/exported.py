@@ -53,12 +53,12 @@ EXPERTS_FILE = "experts.safetensors"
 ROUTER_FILE = "router.safetensors"
 FILES = (CONFIG_FILE, EXPERTS_FILE, ROUTER_FILE)
 
-FORMAT = 3
-"""Version of the layout that is written. Version 1 has no ``prompt_format``; version 2 has routers with
-``normalize`` in place of ``features`` and its settings. Both can be read; an older reader, which would
-compute another route, refuses version 3."""
+FORMAT = 4
+"""Version of the directory's layout that is written. Version 1 has no ``prompt_format``; version 2 has
+routers with ``normalize`` in place of ``features`` and the settings that came with them; version 3 has no
+``route_on``. All are read; an older reader, which would compute another route, refuses version 4."""
 
-READ = (1, 2, 3)
+READ = (1, 2, 3, 4)
 
 PORTABLE = tuple(name for name, cls in METHOD_CLASSES.items() if cls.portable)
 """The methods that have the portable form."""
@@ -205,7 +205,8 @@ def read_method(values: Any, where: str, form: int = FORMAT) -> Method:
         raise UserError(f"{where}: {error}") from None
     if not method.portable:
         raise UserError(f"{where}: method is {method.name!r}, expected one of {', '.join(PORTABLE)}")
-    if before_features(values) != (form < 3 and method.routes):
+    stored = values.get("route_on") is not None
+    if before_features(values) != (form < 3 and method.routes) or stored != (form > 3 and method.routes):
         raise UserError(f"{where}: the settings of method {method.name!r} are not those of format {form}")
     if full_settings(method) != settings:
         raise UserError(f"{where}: the settings of method {method.name!r} are not complete")

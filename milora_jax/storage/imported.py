@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -16,13 +18,15 @@ from milora_jax.base.hf_config import read_model_config
 from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError, require
 from milora_jax.prompt_format import PromptFormat, stored_prompt_format
-from milora_jax.storage.adapters import adapter_metadata, require_its_base
+from milora_jax.storage.adapters import adapter_metadata, read_adapter, require_its_base
 from milora_jax.storage.export import ORIGIN_FILE, read_origin
 from milora_jax.storage.exported import write_exported
 from milora_jax.storage.files import new_directory
 from milora_jax.storage.manifest import MANIFEST, verify_manifest
-from milora_jax.storage.peft import read_peft, require_unfused
+from milora_jax.storage.peft import PEFT_CONFIG, read_peft, require_unfused
 from milora_jax.types import EXPERTS
+
+log = logging.getLogger("milora_jax.storage")
 
 LARGEST_SEED = 2**32 - 1
 
@@ -44,21 +48,65 @@ def _prompt_format(source: Path, base: Path) -> PromptFormat:
     return stored_prompt_format(origin.get("prompt_format"), str(source / ORIGIN_FILE))
 
 
+def read_any_adapter(path: Path, base: Path, quantize: str = "none") -> tuple[Adapter, dict[str, Any]]:
+    """An adapter of ours, as ``storage.adapters.read_adapter`` reads it, or one that PEFT saved, as it is.
+
+    Nothing is written.
+
+    Args:
+      base: Hugging Face directory of the base. A PEFT adapter of others does not say which base it is for,
+        and gets the fingerprint of this one.
+      quantize: how the base is kept, of which a PEFT adapter says nothing either.
+
+    Raises:
+      UserError: by name, for whatever is missing, damaged, unknown or does not fit the base.
+    """
+    if not (path / PEFT_CONFIG).is_file():
+        return read_adapter(path)
+    adapter, said = read_peft_adapter(path, base)
+    for line in said:
+        log.info("%s: %s", path, line)
+    return adapter, adapter_metadata(
+        adapter.method, adapter.shape, base_fingerprint(base), quantize, adapter.prompt_format
+    )
+
+
 def import_peft(source: Path, base: Path, out: Path, method: str = "", seed: int = 0) -> list[str]:
     """Write a PEFT adapter in the portable form of ``storage.exported``.
+
+    Args:
+      out: a new or an empty directory.
+      source, base, method, seed: as :func:`read_peft_adapter` takes them.
+
+    Returns:
+      One line per thing worth knowing.
+
+    Raises:
+      UserError: as :func:`read_peft_adapter`.
+    """
+    adapter, said = read_peft_adapter(source, base, method, seed)
+    metadata = adapter_metadata(
+        adapter.method, adapter.shape, base_fingerprint(base), "none", adapter.prompt_format
+    )
+    with new_directory(out) as partial:
+        write_exported(partial, adapter, metadata)
+    return said
+
+
+def read_peft_adapter(source: Path, base: Path, method: str = "", seed: int = 0) -> tuple[Adapter, list[str]]:
+    """A LoRA or DoRA that PEFT saved.
 
     As a MiLoRA or MiDoRA its pairs are the experts; the router is fresh and the other settings are the
     method's defaults.
 
     Args:
       source: directory that PEFT saved.
-      base: Hugging Face directory of its base, whose fingerprint is stored.
-      out: a new or an empty directory.
-      method: one of :data:`BECOMES`; empty is the adapter's own kind.
-      seed: seed of the router, and of the pairs of modules that have none.
+      base: Hugging Face directory of the base that it is for, whose fingerprint it gets.
+      method: one of :data:`BECOMES`; empty takes what the adapter is.
+      seed: of the router, and of the pairs of modules that have none.
 
     Returns:
-      Lines for the user.
+      The adapter, and one line per thing worth knowing.
 
     Raises:
       UserError: something in ``source`` is missing, unknown or does not fit the base; the error names it.
@@ -93,8 +141,4 @@ def import_peft(source: Path, base: Path, out: Path, method: str = "", seed: int
         said.append(
             f"the router is fresh: it chooses {built.top_k} of 7 experts at random until it is trained"
         )
-    adapter = Adapter(params, built, shape, prompt_format)
-    metadata = adapter_metadata(built, shape, base_fingerprint(base), "none", prompt_format)
-    with new_directory(out) as partial:
-        write_exported(partial, adapter, metadata)
-    return said
+    return Adapter(params, built, shape, prompt_format), said

@@ -19,6 +19,7 @@ before a prompt of one token.
 # (torch is not a dependency)
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ FEATURE_LIMIT = 3.0
 
 
 def full_values(settings: dict) -> dict:
-    """The settings of an adapter in a file of any format, by today's names."""
+    """The settings of an adapter as a file of any format holds them, by today's names."""
+    settings = {"route_on": "prompt", **settings}
     if settings.get("features") is not None:
         return settings
     return {**settings, "features": "rms" if settings["normalize"] else "raw", "balance": "loss"}
@@ -72,14 +74,20 @@ class Reader:
     """The hooks that make a transformers model compute with an adapter.
 
     Attributes:
-      weights: weights of the experts, ``[rows, 7]`` per layer: the route of the last prompt.
-      prompt_format: format of the prompts that the adapter was trained on.
+      weights: of the experts, ``[rows, 7]`` per layer: the route of the last prompt.
+      prompt_format: how the prompts were written that the adapter was trained on, and what of them the
+        routers read.
+      route_tokens: how many tokens of the next prompt, from the first, the routers read; 0 is all. It is to
+        be set for a chat where ``prompt_format.route_on`` is not ``prompt``: ``data.scopes.encode_messages``
+        counts them.
     """
 
     def __init__(self, model: Any, config: dict, experts: dict, router: dict) -> None:
         self.model = model
         self.settings = full_values(config["adapter"])
-        self.prompt_format = stored_prompt_format(config.get("prompt_format"), "milora_config.json")
+        stored = stored_prompt_format(config.get("prompt_format"), "milora_config.json")
+        self.prompt_format = dataclasses.replace(stored, route_on=self.settings["route_on"])
+        self.route_tokens = 0
         self.eps, self.layers = config["normalize_eps"], config["shape"]["num_layers"]
         self.router, self.weights = router, {}
         alpha, rank = self.settings["alpha"], self.settings["rank"]
@@ -117,7 +125,9 @@ class Reader:
         """
         rule, bos = self.prompt_format.special_tokens, tokenizer.bos_token_id
         ids = tokenizer(text, add_special_tokens=rule == "tokenizer").input_ids
-        return [bos, *ids] if rule == "bos" and bos is not None and ids[:1] != [bos] else ids
+        ids = [bos, *ids] if rule == "bos" and bos is not None and ids[:1] != [bos] else ids
+        self.route_tokens = 0
+        return ids
 
     def reset(self) -> None:
         """Forget the route, so that the next pass is a prompt of any length."""
@@ -195,7 +205,10 @@ class Reader:
             del module
             hidden = args[0] if args else kwargs["hidden_states"]
             if hidden.shape[1] > 1 or layer not in self.weights:
-                self.weights[layer] = self.route(layer, hidden)
+                scope = self.route_tokens or hidden.shape[1]
+                if self.prompt_format.route_on == "system" and not self.route_tokens:
+                    raise UserError("the routers read a system message: set route_tokens of the reader")
+                self.weights[layer] = self.route(layer, hidden[:, :scope])
 
         return hook
 

@@ -40,4 +40,4 @@ def prompt_format_of(source: Path, stored: PromptFormat) -> PromptFormat:
     """
     if stored != UNSTORED or not (source / CONFIG_NAME).is_file():
         return stored
-    return read_workdir_config(source).data.prompt_format
+    return read_workdir_config(source).prompt_format

@@ -330,7 +330,7 @@ class Trainer:
                 adapter.shape,
                 self._run.base_fingerprint,
                 self._run.config.model.quantize,
-                self._run.config.data.prompt_format,
+                self._run.config.prompt_format,
             )
             share = None if health is None else health.share.tolist()
             found = {

@@ -116,6 +116,7 @@ def prepare_run(
     config = continued(config, workdir, log)
     method = build_method(config.adapter)
     config = dataclasses.replace(config, adapter=full_settings(method))
+    _ = config.prompt_format  # checks that what the routers read is there
     require(bool(config.model.path), "model.path", config.model.path, "a Hugging Face directory")
     require(bool(config.data.train), "data.train", config.data.train, "at least one file")
     require_installed(config.train.trackers)
@@ -217,7 +218,7 @@ def _encode(
 ) -> dict[str, Any]:
     """The fields of a Run that hold rows."""
     data = config.data
-    limit, written = data.max_length, data.prompt_format
+    limit, written = data.max_length, config.prompt_format
 
     def fits(record: Record) -> bool:
         return encode_example(tokenizer, record, model.eos_ids, limit, written) is not None
@@ -259,7 +260,7 @@ def _require_room(tests: dict[str, list[Record]], tokenizer: Any, config: Config
     room = model.max_positions - config.eval.max_new_tokens
     for task, records in tests.items():
         for number, record in enumerate(records[: config.eval.limit or None], 1):
-            ids = encode_question(tokenizer, record, config.data.prompt_format)
+            ids = encode_question(tokenizer, record, config.prompt_format).ids
             require(
                 len(ids) <= room,
                 f"prompt length of row {number} of test task {task!r}",

@@ -9,7 +9,7 @@ import pytest
 
 from milora_jax.adapters.hooks import path_names
 from milora_jax.adapters.inputs import ProjectionGroup
-from milora_jax.adapters.milora import OF_TRAINING
+from milora_jax.adapters.milora import OF_BATCHES, OF_TRAINING
 from milora_jax.adapters.registry import METHOD_CLASSES, METHODS, build_method, full_settings
 from milora_jax.base.modules import decode_layout
 from milora_jax.base.transformer import adapter_decode_layout, unembed
@@ -128,6 +128,7 @@ CHANGES = {
 SEEN_ELSEWHERE = {
     "dropout",
     *OF_TRAINING,
+    *OF_BATCHES,
     "orthogonality",
     "prune_start",
     "prune_end",
@@ -137,7 +138,7 @@ SEEN_ELSEWHERE = {
     "search_share",
     "gate_learning_rate",
 }
-"""Settings that act on training alone, each with a test of its own."""
+"""Settings that act on training alone or on the tokens of a batch alone, each with a test of its own."""
 
 
 def settings_of(method):

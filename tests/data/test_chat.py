@@ -166,7 +166,7 @@ def test_training_and_inference_see_the_same_prompt_tokens(tokenizers):
         (end,) = ids_of(tokenizer, ENDS.get(name, "<|im_end|>"))
         for record in (chat, plain):
             example = encode_example(tokenizer, record, [2, end], 10**6, CHAT)
-            prompt = encode_question(tokenizer, record, CHAT)
+            prompt = encode_question(tokenizer, record, CHAT).ids
             assert prompt == encode_chat(tokenizer, prompt_messages(record))
             np.testing.assert_array_equal(example.tokens[: example.prompt_length], prompt)
             assert example.tokens[-1] == end

@@ -63,7 +63,7 @@ def test_the_rule_can_be_another(tokenizers, name):
     record = Record(TEXT, "", "Paris", "Paris")
     for rule in ("tokenizer", "bos", "none"):
         written = PromptFormat(special_tokens=rule)
-        prompt = encode_question(tokenizer, record, written)
+        prompt = encode_question(tokenizer, record, written).ids
         example = encode_example(tokenizer, record, [2], 500, written)
         assert example.tokens[: example.prompt_length].tolist() == prompt
         assert tokenizer.decode(example.tokens[example.prompt_length :]) == "Paris</s>"

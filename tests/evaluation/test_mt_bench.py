@@ -140,14 +140,14 @@ def test_a_question_without_room_leaves_the_others(folder, tmp_path):
 def test_the_second_prompt_holds_the_first_answer(folder, tmp_path):
     tuned = read_subject(named_subject(folder / "run")).load()
     first = encode_prompt(tuned.tokenizer, prompt_text(Record("one", "", "", "")))
-    assert turn_prompt(tuned, ["one"], []) == first
-    second = turn_prompt(tuned, ["one", "three"], ["two"])
+    assert turn_prompt(tuned, ["one"], []).ids == first
+    second = turn_prompt(tuned, ["one", "three"], ["two"]).ids
     text = prompt_text(Record("one", "", "", "")) + "two\n\n### Instruction:\nthree\n\n### Response:\n"
     assert second == encode_prompt(tuned.tokenizer, text)
     tuned.tokenizer.chat_template = TEMPLATE
     object.__setattr__(tuned, "prompt_format", PromptFormat("chat"))
     messages = [Message("user", "one"), Message("assistant", "two"), Message("user", "three")]
-    assert turn_prompt(tuned, ["one", "three"], ["two"]) == encode_chat(tuned.tokenizer, messages)
+    assert turn_prompt(tuned, ["one", "three"], ["two"]).ids == encode_chat(tuned.tokenizer, messages)
 
 
 def test_answers_are_graded(tmp_path, capsys, monkeypatch):

@@ -86,5 +86,5 @@ def flip(path):
 
 def of_then(values, normalize):
     """Stored settings as a version wrote them that had ``normalize``."""
-    kept = {name: value for name, value in values.items() if name not in ROUTERS_BEFORE_FEATURES}
-    return {**{name: value for name, value in kept.items() if name != "features"}, "normalize": normalize}
+    later = {*ROUTERS_BEFORE_FEATURES, "features", "route_on"}
+    return {**{name: value for name, value in values.items() if name not in later}, "normalize": normalize}

@@ -166,6 +166,29 @@ def test_torch_computes_the_route_and_the_logits_from_the_exported_files(
     np.testing.assert_array_equal(their_logits(model, tokens), before)
 
 
+@pytest.mark.parametrize("part", ["first_turn", "system"])
+def test_torch_reads_the_part_of_a_prompt_that_routers_read(part, models, tmp_path):
+    folder, tokens = models["plain"], tokens_of(TINY)
+    run_of(tmp_path / "run", folder, "milora", route_on=part, gate="softmax")
+    export_milora(tmp_path / "run", tmp_path / "out")
+    adapter, config = load_adapter(tmp_path / "out"), MODELS["plain"]
+    assert adapter.method.route_on == part
+    _, route = our_logits(folder, adapter, tokens[:, :7])
+    model = torch_model(folder)
+    reader = attach(model, tmp_path / "out")
+    assert reader.prompt_format.route_on == part
+    if part == "system":
+        with pytest.raises(UserError, match="set route_tokens"):
+            their_logits(model, tokens)
+    reader.route_tokens = 7
+    found = their_logits(model, tokens)
+    for layer, weights in reader.weights.items():
+        np.testing.assert_allclose(weights.numpy(), np.asarray(route.weights[layer, :, 0]), atol=1e-5)
+    ours = logits_of(*load_base(folder), adapter, tokens, route=route.weights)[0]
+    assert config.num_layers == len(reader.weights)
+    assert_near(found, ours)
+
+
 def test_torch_refuses_a_model_that_keeps_modules_together(tmp_path):
     write_hf_directory(tmp_path / "phi", FAMILY_CONFIGS["phi3"], tokenizer=False)
     run_of(tmp_path / "run", tmp_path / "phi", "milora")

@@ -71,6 +71,34 @@ def test_settings_of_another_format_are_refused(model, form, change, tmp_path):
         load_adapter(tmp_path / "export")
 
 
+def test_adapters_from_before_route_on_read_the_whole_prompt(model, tmp_path):
+    adapter = run_of(tmp_path / "run", model, "milora")
+    export_milora(tmp_path / "run", tmp_path / "export")
+    path = tmp_path / "export" / "milora_config.json"
+    values = json.loads(path.read_text())
+    assert (values["format"], values["adapter"].pop("route_on")) == (4, "prompt")
+    path.write_bytes(json_bytes({**values, "format": 3}))
+    write_manifest(tmp_path / "export")
+    metadata = adapter_metadata(adapter.method, adapter.shape, "base", "none", adapter.prompt_format)
+    del metadata["adapter"]["route_on"]
+    directory = CheckpointDirectory(tmp_path / "old" / "best", 1, print)
+    directory.save(STEP, adapter.params, metadata)
+    directory.wait()
+    for place in ("export", "old"):
+        assert load_adapter(tmp_path / place).method == adapter.method
+    assert full_values(values["adapter"])["route_on"] == "prompt"
+
+
+@pytest.mark.parametrize("part", ["prompt", "first_turn"])
+def test_an_export_keeps_what_the_routers_read(model, part, tmp_path):
+    adapter = run_of(tmp_path / "run", model, "milora", route_on=part)
+    export_milora(tmp_path / "run", tmp_path / "export")
+    found = load_adapter(tmp_path / "export")
+    assert found.method == adapter.method
+    assert found.encoding.route_on == part
+    assert found.prompt_format == adapter.prompt_format
+
+
 def test_an_old_run_goes_on_with_its_router_whatever_the_defaults_are(tmp_path):
     written = Config(adapter=full_settings(build_method(AdapterSection(rank=4)))).to_dict()
     written["adapter"] = of_then(written["adapter"], True)

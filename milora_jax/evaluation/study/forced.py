@@ -61,9 +61,7 @@ def _replaced(
     """The routes that replace those of a task's prompts, by task and by their names."""
     rng = np.random.default_rng([run.config.train.seed, STREAM])
     dev = [example for row in run.dev for example in row]
-    learned = _routes_of(
-        run, base, adapter, [example.tokens[: example.prompt_length].tolist() for example in dev]
-    )
+    learned = _routes_of(run, base, adapter, [example.tokens[: example.routed].tolist() for example in dev])
     swapped_any = np.split(
         next_in_a_cycle(rng, np.concatenate(list(own.values()))),
         np.cumsum([len(each) for each in own.values()])[:-1],

@@ -84,7 +84,7 @@ class Encoded:
     def __init__(self, run: Run, records: Sequence[Record]) -> None:
         """Encode every row by itself, so that each keeps its place."""
         each = [
-            encode_responses(run.tokenizer, [record], run.model, run.config.data.prompt_format).passages
+            encode_responses(run.tokenizer, [record], run.model, run.config.prompt_format).passages
             for record in records
         ]
         self.count = len(each)

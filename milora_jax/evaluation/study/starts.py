@@ -47,7 +47,7 @@ def with_fixed_mask(run: Run, directory: Path, log: Callable[[str], None]) -> Ru
     drawn = jax.random.normal(bias_key, router.bias.shape)
     router = dataclasses.replace(router, weight=jnp.zeros_like(router.weight), bias=drawn)
     params = dataclasses.replace(adapter.params, router=router)
-    settings = run.config.model.quantize, run.config.data.prompt_format
+    settings = run.config.model.quantize, run.config.prompt_format
     metadata = adapter_metadata(method, shape, run.base_fingerprint, *settings)
     steps = CheckpointDirectory(directory, 1, log)
     steps.save(0, params, metadata)
