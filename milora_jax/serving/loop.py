@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from milora_jax.errors import UserError
+from milora_jax.generation.constraint import AnyToken, Constraint
 from milora_jax.generation.engine import Engine, bucket_of
 from milora_jax.generation.request import Request, TokenLogprobs
 from milora_jax.generation.sampling import Plan
@@ -44,6 +45,7 @@ class StreamEvent:
       logprobs: of these tokens, if the request wants them.
       finish: why the sample ended, as in ``generation.request.Request.finish``; None while it continues.
       route: routing weights ``[L, E]`` of the prompt, with the first event.
+      failure: why a constraint cannot be followed, with the finish "constraint".
     """
 
     sample: int
@@ -51,6 +53,7 @@ class StreamEvent:
     logprobs: tuple[TokenLogprobs, ...]
     finish: str | None
     route: np.ndarray | None = None
+    failure: str = ""
 
 
 @dataclass(eq=False)
@@ -61,6 +64,7 @@ class Job:
       tenant: name of the tenant, for fair queuing.
       adapter: the adapter that it uses; None for the base alone.
       on_event: called with each stream event; must not block.
+      constraint: of the tokens of each sample.
       request: the engine's, once the job has started.
       sent: tokens of each sample that were in events.
       ended: which samples have ended.
@@ -74,6 +78,7 @@ class Job:
     prompt: tuple[int, ...]
     settings: GenerationSettings
     on_event: Callable[[StreamEvent], object]
+    constraint: Constraint | None = None
     request: Request | None = None
     sent: list[int] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
@@ -192,9 +197,14 @@ class DeviceLoop:
         samples = range(1, limits.most_samples + 1)
         for number, plan in itertools.product(samples, PLANS):
             self._compile([0], _settings_for(plan, number, min(2, longest)))
+        constraint = AnyToken(engine.config.vocab_size)
+        for number, plan in ((1, PLANS[0]), (1, PLANS[1]), *((number, PLANS[2]) for number in samples)):
+            self._compile([0], _settings_for(plan, number, min(2, longest)), constraint)
 
-    def _compile(self, prompt: Sequence[int], settings: GenerationSettings) -> None:
-        self._engine.submit(prompt, settings, 0)
+    def _compile(
+        self, prompt: Sequence[int], settings: GenerationSettings, constraint: Constraint | None = None
+    ) -> None:
+        self._engine.submit(prompt, settings, 0, constraint=constraint)
         self._engine.run()
 
     def _run(self) -> None:
@@ -278,7 +288,7 @@ class DeviceLoop:
                 slot = self._store.acquire_slot(job.adapter)
                 self._engine.adapters = self._store.bank.adapters
                 job.has_slot = True
-            job.request = self._engine.submit(job.prompt, job.settings, slot)
+            job.request = self._engine.submit(job.prompt, job.settings, slot, constraint=job.constraint)
         except UserError as error:
             log.warning("a request could not be started: %s", error)
             self._fail(job)
@@ -320,7 +330,7 @@ class DeviceLoop:
             logprobs = tuple(request.logprobs[sample][first:])
             job.sent[sample] += len(tokens)
             job.ended[sample] = finish is not None
-            self._send(job, StreamEvent(sample, tokens, logprobs, finish, route))
+            self._send(job, StreamEvent(sample, tokens, logprobs, finish, route, request.failure))
         if request.done:
             self._running.pop(request, None)
             self._release(job)
