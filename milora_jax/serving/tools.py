@@ -274,6 +274,8 @@ class CallParser:
             return found
         rest = text[found[1] :].lstrip()
         call = self._call(found[0])
+        if not last and len(rest) < len(closing) and closing.startswith(rest):
+            return None
         if call is None or (rest and not rest.startswith(closing)):
             return ()
         return [call], rest.removeprefix(closing)
