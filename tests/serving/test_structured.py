@@ -116,7 +116,7 @@ BAD = {
             ]
         },
     ],
-    "guided_grammar": ["nothing", "start: b", "start: @x", 'start: "a" start', "start: A\nA: B\nB: A", "::="],
+    "guided_grammar": ["nothing", "start: b", "start: @x", "start: A\nA: B\nB: A", "::="],
 }
 
 

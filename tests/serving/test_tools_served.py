@@ -18,8 +18,8 @@ from tests.serving.harness import KEYS, digest, running, service_of, serving, wr
 HERMES_TEMPLATE = (
     "{% if tools %}tools:{% for tool in tools %}{{ tool | tojson }}{% endfor %}\n{% endif %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }}"
-    "{% for call in m.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}\n"
-    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% for call in m.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 PLACE = {
     "type": "object",
