@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from milora_jax.serving.api_errors import bad_request
 from milora_jax.serving.format_fields import FieldModel, Schema
@@ -102,16 +101,14 @@ class ToolFields(FieldModel):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
-    @model_validator(mode="after")
-    def _require_tools(self) -> ToolFields:
+    def _require_tools(self) -> None:
         choice, names = self.tool_choice, [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
-            raise PydanticCustomError("tools", "two tools have the same name")
+            raise bad_request("tools: two of them have the same name.", "tools")
         if isinstance(choice, NamedTool) and choice.function.name not in names:
-            raise PydanticCustomError("tool_choice", "tool_choice names a function that is not in tools")
+            raise bad_request("tool_choice: it names a function that is not in tools.", "tool_choice")
         if choice == "required" and not names:
-            raise PydanticCustomError("tool_choice", "tool_choice is required, and there are no tools")
-        return self
+            raise bad_request("tool_choice: a call is required, and there are no tools.", "tool_choice")
 
     @property
     def calls_wanted(self) -> bool:
@@ -134,8 +131,9 @@ class ToolFields(FieldModel):
         """The tools, as chat templates take them.
 
         Raises:
-          APIError: they are too long.
+          APIError: they are too long, or not those of ``tool_choice``; naming the field.
         """
+        self._require_tools()
         found = [tool.for_template for tool in self.tools or ()]
         try:
             require_small(json.dumps(found), "tools", limits)

@@ -105,16 +105,20 @@ def call_grammar(
             head = literal(f'{{"name": "{name}", "{family.parameters}": ')
             calls.append(f"{head} arguments{i} {literal('}')}")
     rules.append("call: " + " | ".join(calls))
-    more = 0 if one_call else MOST_CALLS - 1
+
+    def repeated(first: str, more: str) -> str:
+        return first if one_call else f"{first} ({more}){{0,{MOST_CALLS - 1}}}"
+
     if family is HERMES:
         rules.append(f'tagged: {marker("<tool_call>")} "\\n" call "\\n" {marker("</tool_call>")}')
-        start = 'tagged ("\\n" tagged)' + f"{{0,{more}}}"
+        start = repeated("tagged", '"\\n" tagged')
     elif bare:
         rules.append(f"marked: {marker('[TOOL_CALLS]')} call")
-        start = f"marked{{1,{more + 1}}}"
+        start = repeated("marked", "marked")
     elif family is MISTRAL:
         opening = literal(" [" if "[TOOL_CALLS] [" in source else "[")
-        start = f'{marker("[TOOL_CALLS]")} {opening} call (", " call){{0,{more}}} "]"'
+        items = repeated("call", '", " call')
+        start = f'{marker("[TOOL_CALLS]")} {opening} {items} "]"'
     else:
         start = "call"
     text = "\n".join([f"start: {start}", *rules])

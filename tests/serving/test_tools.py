@@ -2,9 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from milora_jax.serving.tools import HERMES, LLAMA3, MISTRAL, CallParser, family_of
+from milora_jax.data.tokens import load_tokenizer
+from milora_jax.serving.limits import Limits
+from milora_jax.serving.structured import Grammars
+from milora_jax.serving.tool_fields import Tool
+from milora_jax.serving.tools import HERMES, LLAMA3, MISTRAL, CallParser, call_grammar, family_of
+from milora_jax.tiny import MODEL_DIR
 
 NAMES = frozenset({"f", "get_weather"})
 
@@ -101,3 +107,57 @@ def test_the_family_is_read_off_the_template():
         is LLAMA3
     )
     assert family_of("{{ messages }}") is None
+
+
+TEMPLATES = (
+    "{{ '<tool_call>' }}",
+    '{{ "[TOOL_CALLS] [" }}',
+    '{{ "[TOOL_CALLS]" }}{{ name }}[ARGS]',
+    """{{ '<|start_header_id|>' }}{{ '{"name": ..., "parameters": ...}' }}""",
+)
+
+
+@pytest.mark.parametrize("one_call", [True, False])
+@pytest.mark.parametrize("source", TEMPLATES)
+@pytest.mark.parametrize(
+    "tokens", [{}, {"<tool_call>": 5, "</tool_call>": 6, "[TOOL_CALLS]": 7, "[ARGS]": 8}]
+)
+def test_what_a_grammar_allows_can_be_parsed(source, one_call, tokens):
+    """Random texts of the grammar of a family, on the embedded model's tokenizer and one with its markers."""
+    from tokenizers import AddedToken
+
+    tokenizer = load_tokenizer(str(MODEL_DIR))
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in tokens])
+    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in tokens}
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, "x", "</tool_call>"]}},
+        "required": ["a"],
+    }
+    parameters["additionalProperties"] = False
+    tools = [
+        Tool.model_validate({"type": "function", "function": {"name": "f", "parameters": parameters}}),
+        Tool.model_validate({"type": "function", "function": {"name": "get_weather"}}),
+    ]
+    family = family_of(source)
+    assert family is not None
+    grammars = Grammars(tokenizer, 1024, [2], Limits())
+    constraint = grammars.compile(call_grammar(family, source, tools, one_call, ids.get).source)
+    assert not isinstance(constraint, str), constraint
+    rng, counts = np.random.default_rng(0), set()
+    for _ in range(10):
+        each, chosen = constraint.copy(), []
+        while True:
+            allowed = np.flatnonzero(np.unpackbits(each.mask().view(np.uint8), bitorder="little"))
+            token = int(rng.choice(allowed))
+            if token == 2:
+                break
+            each.accept(token)
+            chosen.append(token)
+        content, calls = parsed(family, tokenizer.decode(chosen), size=3)
+        assert not content
+        assert calls
+        assert all(set(arguments) == ({"a"} if name == "f" else set()) for name, arguments in calls)
+        counts.add(len(calls))
+    assert counts == {1} if one_call or family is LLAMA3 else max(counts) > 1
+    grammars.close()

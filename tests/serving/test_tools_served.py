@@ -41,10 +41,7 @@ SCHEMAS = {"weather": PLACE, "now": {"type": "object", "maxProperties": 0}}
 def folder(tmp_path_factory):
     pytest.importorskip("transformers")
     made = tmp_path_factory.mktemp("tools")
-    adapters = write_model(made)
-    path = made / "model" / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": HERMES_TEMPLATE}))
-    return made, adapters["math"]
+    return made, write_model(made, HERMES_TEMPLATE)["math"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +64,7 @@ def client(served_with_tools):
 CHAT = {
     "model": "math",
     "messages": [{"role": "user", "content": "Rain?"}],
-    "max_tokens": 200,
+    "max_tokens": 150,
     "tools": TOOLS,
 }
 
@@ -133,7 +130,9 @@ def test_a_reply_that_may_call_is_parsed(client):
         return with_calls(Delta(delta.sample, reply if delta.finish else "", (), (), delta.finish), parser)
 
     with patch("milora_jax.serving.service.with_calls", replaced):
-        found = client.chat.completions.create(**{**CHAT, "max_tokens": 4}).choices[0]
+        found = client.chat.completions.create(
+            **{**CHAT, "max_tokens": 4}, extra_body={"ignore_eos": True}
+        ).choices[0]
     assert (found.message.content, found.message.tool_calls[0].function.name) == ("Yes.", "now")
     assert found.finish_reason == "length", "the sample was cut"
     ended = with_calls(Delta(0, reply, (), (), "stop"), CallParser(HERMES, frozenset({"now"}), False))
@@ -144,9 +143,9 @@ def test_a_reply_that_may_call_is_parsed(client):
     ("change", "field"),
     [
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tools": [TOOLS[0], TOOLS[0]]}, ""),
-        ({"tools": [], "tool_choice": "required"}, ""),
-        ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, ""),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
         ({"tool_choice": "required", "extra_body": {"ignore_eos": True}}, "ignore_eos"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages"),
@@ -157,9 +156,7 @@ def test_a_reply_that_may_call_is_parsed(client):
 def test_contradictions_are_refused_by_name(client, change, field):
     with pytest.raises(BadRequestError) as found:
         client.chat.completions.create(**{**CHAT, **change})
-    assert (found.value.param or "").startswith(field)
-    name = field or "tool"
-    assert name in found.value.message
+    assert found.value.param.startswith(field)
 
 
 def test_bad_parameters_are_refused(client):
