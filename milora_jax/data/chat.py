@@ -17,6 +17,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+from milora_jax.data.control_tokens import (
+    CLOSE,
+    OPEN,
+    Controls,
+    controls_of,
+    template_source,
+    tool_template,
+)
 from milora_jax.errors import UserError, one_of
 from milora_jax.prompt_format import parse_time
 
@@ -28,10 +36,6 @@ UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 MAX_CHARACTERS = 4_000_000
 """Longest rendered chat, about a million tokens. A longer one is a mistake of the template, or no prompt."""
 
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
-"""Marks around control tokens in messages. Unicode reserves these two characters, so that no text holds them;
-a mark in a text is treated as a control token itself."""
-
 
 class UnclosedThoughtError(UserError):
     """The chat template opens a thought that the answer does not close, so the answer would be part of it."""
@@ -39,14 +43,29 @@ class UnclosedThoughtError(UserError):
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a chat; its role is one of ROLES."""
+    """One message of a chat; its role is one of ROLES, or "tool" where a server has tools.
+
+    Attributes:
+      tool_calls: calls that an assistant has made, as templates take them.
+      tool_call_id: of the call whose result a message of a tool holds.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tool_call_id: str = ""
+
+    @property
+    def of_tools(self) -> bool:
+        """Whether it says something that only a template with tools can write."""
+        return self.role == "tool" or bool(self.tool_calls)
 
 
 Messages: TypeAlias = Sequence[Message | Mapping[str, Any]]
 """A chat as callers give it: messages, or mappings of ``role`` and ``content``."""
+
+Tools: TypeAlias = Sequence[Mapping[str, Any]]
+"""Tools as chat templates take them: JSON schemas of functions."""
 
 
 def as_messages(chat: Messages) -> tuple[Message, ...]:
@@ -67,6 +86,7 @@ def as_messages(chat: Messages) -> tuple[Message, ...]:
 
 
 def _as_message(item: Message | Mapping[str, Any], number: int) -> Message:
+    roles = ROLES if isinstance(item, Mapping) else (*ROLES, "tool")
     if isinstance(item, Mapping):
         unknown = [name for name, value in item.items() if name not in ("role", "content") and value]
         if unknown:
@@ -77,7 +97,7 @@ def _as_message(item: Message | Mapping[str, Any], number: int) -> Message:
     if not isinstance(item, Message):
         found = type(item).__name__
         raise UserError(f"message {number} is of type {found}: expected a role and a content")
-    one_of(f"the role of message {number}", item.role, ROLES)
+    one_of(f"the role of message {number}", item.role, roles)
     if not isinstance(item.content, str):
         found = type(item.content).__name__
         raise UserError(f"the content of message {number} is of type {found}: expected text")
@@ -87,7 +107,12 @@ def _as_message(item: Message | Mapping[str, Any], number: int) -> Message:
 
 
 def render_chat(
-    tokenizer: Any, messages: Messages, add_generation_prompt: bool = True, *, time: str = ""
+    tokenizer: Any,
+    messages: Messages,
+    add_generation_prompt: bool = True,
+    *,
+    time: str = "",
+    tools: Tools = (),
 ) -> str:
     """Render a chat as text for people; only :func:`encode_chat` tells control tokens from text.
 
@@ -96,17 +121,24 @@ def render_chat(
       messages: see :func:`as_messages`.
       add_generation_prompt: end with the beginning of an assistant's turn.
       time: result of ``strftime_now`` in the template, see ``prompt_format.PromptFormat``.
+      tools: as templates take them; these and the calls in messages need a template that writes them, see
+        :func:`tool_template`.
 
     Raises:
       UserError: the chat is empty or has an unknown role, the tokenizer has no template, or the template
         refuses the chat or fails.
     """
-    marked = _render(tokenizer, as_messages(messages), add_generation_prompt, time)
+    marked = _render(tokenizer, as_messages(messages), add_generation_prompt, time, tools)
     return "".join(text for text, _ in _pieces(tokenizer, marked))
 
 
 def encode_chat(
-    tokenizer: Any, messages: Messages, add_generation_prompt: bool = True, *, time: str = ""
+    tokenizer: Any,
+    messages: Messages,
+    add_generation_prompt: bool = True,
+    *,
+    time: str = "",
+    tools: Tools = (),
 ) -> list[int]:
     """Ids of a chat up to where the assistant's next turn begins.
 
@@ -114,12 +146,12 @@ def encode_chat(
     were trained so.
 
     Args:
-      messages, add_generation_prompt, time: as :func:`render_chat` takes them.
+      messages, add_generation_prompt, time, tools: as :func:`render_chat` takes them.
 
     Raises:
       UserError: see :func:`render_chat`.
     """
-    return _encode(tokenizer, _render(tokenizer, as_messages(messages), add_generation_prompt, time))
+    return _encode(tokenizer, _render(tokenizer, as_messages(messages), add_generation_prompt, time, tools))
 
 
 def encode_exchange(
@@ -150,7 +182,7 @@ def encode_exchange(
     prompt = _render(tokenizer, said, True, time)
     whole = _render(tokenizer, [*said, turn], False, time)
     goes_on = whole.startswith(prompt)
-    text = whole[len(prompt) :] if goes_on else _controls_of(tokenizer).mark("assistant", content)
+    text = whole[len(prompt) :] if goes_on else controls_of(tokenizer).mark("assistant", content)
     if OPEN_THOUGHT.search(prompt):
         closed = _render(tokenizer, said, False, time)
         # A tag at the end of a message, not of the template, opens no thought.
@@ -161,7 +193,7 @@ def encode_exchange(
         answer = answer[: ends[0] + 1] if ends else [*answer, eos_ids[0]]
         if len(answer) > 1:
             return before, answer
-        answer = _encode(tokenizer, _controls_of(tokenizer).mark("assistant", content))
+        answer = _encode(tokenizer, controls_of(tokenizer).mark("assistant", content))
     ends = [token for token in _encode(tokenizer, whole) if token in eos_ids]
     return before, [*answer, ends[-1] if ends else eos_ids[0]]
 
@@ -214,76 +246,6 @@ def _within_thought(opened: str, text: str) -> str:
     return text.lstrip().removeprefix(opening).removeprefix(space)
 
 
-def template_source(tokenizer: Any) -> str:
-    """The program text of the tokenizer's template; tokenizers with the same text write chats alike.
-
-    Raises:
-      UserError: there is no template, or there are several and none is called ``default``.
-    """
-    found = tokenizer.chat_template
-    if isinstance(found, dict):
-        names = ", ".join(sorted(map(str, found)))
-        found = found.get("default")
-        if found is None:
-            raise UserError(f"the tokenizer has the chat templates {names}: expected one called 'default'")
-    if not isinstance(found, str):
-        what = "no chat template" if found is None else f"a chat template of type {type(found).__name__}"
-        raise UserError(f"the tokenizer has {what}: expected the tokenizer of a chat model")
-    return found
-
-
-@dataclass(frozen=True)
-class _Controls:
-    """Patterns of the texts that a tokenizer reads as control tokens.
-
-    Attributes:
-      special: matches special tokens.
-      every: matches those, and added tokens that the template writes; ``<|im_start|>`` is no special token in
-        some tokenizers.
-      marked: matches a control token between marks, or a mark that the template separated.
-      added: ids of all added tokens.
-    """
-
-    special: re.Pattern[str]
-    every: re.Pattern[str]
-    marked: re.Pattern[str]
-    added: frozenset[int]
-
-    def mark(self, role: str, content: str) -> str:
-        """Put marks around every control token in ``content``.
-
-        An assistant may write added tokens that are not special, such as those around its thoughts.
-        """
-        pattern = self.special if role == "assistant" else self.every
-        return pattern.sub(f"{OPEN}\\g<0>{CLOSE}", content)
-
-
-def _controls_of(tokenizer: Any) -> _Controls:
-    return _controls(tokenizer, template_source(tokenizer), len(tokenizer))
-
-
-@lru_cache(maxsize=8)
-def _controls(tokenizer: Any, source: str, size: int) -> _Controls:
-    """``size`` is the tokenizer's length, so that a tokenizer that grew gets new patterns."""
-    added = tokenizer.added_tokens_decoder
-    special = {token.content for token in added.values() if token.special}
-    special |= {text for text in tokenizer.all_special_tokens if isinstance(text, str)}
-    written = {token.content for token in added.values() if token.content in source}
-    written = {text for text in written if not text.isspace()}  # "\n" is a token of Gemma, not a control
-
-    def pattern(texts: set[str]) -> str:
-        longest_first = sorted({*texts, OPEN, CLOSE} - {""}, key=lambda text: (-len(text), text))
-        return "|".join(map(re.escape, longest_first))
-
-    every = pattern(special | written)
-    return _Controls(
-        special=re.compile(pattern(special)),
-        every=re.compile(every),
-        marked=re.compile(f"{OPEN}({every}){CLOSE}|[{OPEN}{CLOSE}]"),
-        added=frozenset(added),
-    )
-
-
 def asks_for_time(tokenizer: Any) -> bool:
     """Whether the tokenizer's chat template writes the time, or the day, into its chats."""
     return "strftime_now" in template_source(tokenizer)
@@ -313,16 +275,34 @@ def _directives(time: str) -> dict[str, str]:
     return {name: value for name, value in found.items() if value != name}
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool, time: str) -> str:
-    """Render the chat, with marks around the control tokens in its messages."""
-    source, controls = template_source(tokenizer), _controls_of(tokenizer)
+def _render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    time: str,
+    tools: Tools = (),
+) -> str:
+    """The rendered chat, with marks around the control tokens that its messages and tools hold."""
+    source, controls = template_source(tokenizer), controls_of(tokenizer)
+    of_tools = bool(tools) or any(message.of_tools for message in messages)
+    if of_tools:
+        with_tools = tool_template(tokenizer)
+        if with_tools is None:
+            raise UserError("the chat template of this model has no place for tools and their calls")
+        source = with_tools
     clock = {}
     if time and asks_for_time(tokenizer):
         source, clock = CLOCK + source, {"directives_of_strftime": _directives(time)}
-    chat = [{"role": m.role, "content": controls.mark(m.role, m.content)} for m in messages]
+    chat = [_for_template(message, controls) for message in messages]
+    marked_tools = {"tools": controls.mark_all(list(tools))} if tools else {}
     try:
         text = tokenizer.apply_chat_template(
-            chat, chat_template=source, tokenize=False, add_generation_prompt=add_generation_prompt, **clock
+            chat,
+            chat_template=source,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **marked_tools,
+            **clock,
         )
     except Exception as error:  # the template is foreign code, which may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -330,12 +310,28 @@ def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: 
         raise UserError(f"the chat template cannot write a chat of {roles}: {reason[:300]}") from None
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"the chat template wrote {len(text)} characters: expected at most {MAX_CHARACTERS}")
+    if of_tools:
+        # A template may write JSON in ASCII, marks too.
+        text = text.replace(r"\ufdd0", OPEN).replace(r"\ufdd1", CLOSE)
     return text
 
 
+def _for_template(message: Message, controls: Controls) -> dict[str, Any]:
+    """A message as templates take it, marked."""
+    fields: dict[str, Any] = {
+        "role": message.role,
+        "content": controls.mark(message.role, message.content),
+    }
+    if message.tool_calls:
+        fields["tool_calls"] = controls.mark_all(message.tool_calls)
+    if message.tool_call_id:
+        fields["tool_call_id"] = controls.mark_all(message.tool_call_id)
+    return fields
+
+
 def _pieces(tokenizer: Any, marked: str) -> list[tuple[str, bool]]:
-    """The parts of a marked text; True for text that reads like a control token but is none."""
-    controls = _controls_of(tokenizer)
+    """The parts of a marked text; True for one that reads like a control token and is none."""
+    controls = controls_of(tokenizer)
     pieces, plain, at = [], "", 0
     for match in controls.marked.finditer(marked):
         plain, at = plain + marked[at : match.start()], match.end()
@@ -357,7 +353,7 @@ def _encode(tokenizer: Any, marked: str) -> list[int]:
 def _literal(tokenizer: Any, text: str) -> list[int]:
     """Ids of the text of a control token, without the control token itself."""
     ids = _ids(tokenizer, text, split=True)
-    controls = _controls_of(tokenizer)
+    controls = controls_of(tokenizer)
     if controls.added.isdisjoint(ids):
         return ids
     # A tokenizer finds an added token that is not special in any text that holds it whole.

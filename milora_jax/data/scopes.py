@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milora_jax.data.chat import Message, Messages, as_messages, encode_chat, render_chat
+from milora_jax.data.chat import Message, Messages, Tools, as_messages, encode_chat, render_chat
 from milora_jax.errors import UserError
 from milora_jax.prompt_format import PromptFormat
 
@@ -41,18 +41,26 @@ class EncodedPrompt:
         return self.ids[: self.route_tokens or len(self.ids)]
 
 
-def encode_messages(tokenizer: Any, messages: Messages, prompt_format: PromptFormat) -> EncodedPrompt:
-    """A chat up to where the assistant's next turn begins, as ``chat.encode_chat`` writes it.
+def encode_messages(
+    tokenizer: Any, messages: Messages, prompt_format: PromptFormat, tools: Tools = ()
+) -> EncodedPrompt:
+    """A chat up to where the assistant's next turn begins, as ``chat.encode_chat`` writes it with its tools.
 
     Raises:
       RouteScopeError: as :func:`route_tokens`.
       UserError: as ``chat.encode_chat``.
     """
-    ids = encode_chat(tokenizer, messages, time=prompt_format.time)
-    return EncodedPrompt(ids, route_tokens(tokenizer, messages, ids, prompt_format))
+    ids = encode_chat(tokenizer, messages, time=prompt_format.time, tools=tools)
+    return EncodedPrompt(ids, route_tokens(tokenizer, messages, ids, prompt_format, tools))
 
 
-def route_tokens(tokenizer: Any, messages: Messages, ids: Sequence[int], prompt_format: PromptFormat) -> int:
+def route_tokens(
+    tokenizer: Any,
+    messages: Messages,
+    ids: Sequence[int],
+    prompt_format: PromptFormat,
+    tools: Tools = (),
+) -> int:
     """How many tokens, from the first, of an encoded chat the routers read; 0 is all.
 
     They are those of the messages in question, written by the template as a chat of their own and without a
@@ -69,8 +77,8 @@ def route_tokens(tokenizer: Any, messages: Messages, ids: Sequence[int], prompt_
         return 0
     head, time = _head(as_messages(messages), scope), prompt_format.time
     try:
-        leading = encode_chat(tokenizer, head, add_generation_prompt=False, time=time)
-        text = render_chat(tokenizer, head, add_generation_prompt=False, time=time)
+        leading = encode_chat(tokenizer, head, add_generation_prompt=False, time=time, tools=tools)
+        text = render_chat(tokenizer, head, add_generation_prompt=False, time=time, tools=tools)
     except UserError as error:
         raise RouteScopeError(f"adapter.route_on is {scope!r}: {error}") from None
     # A template may keep a system message back for the user's.

@@ -27,7 +27,7 @@ from milora_jax.base.transformer import forward, unembed
 from milora_jax.generation.adapter_stack import AdapterStack, GatheredAdapters
 from milora_jax.generation.sampling import Choice, Plan, Sampler, choose, is_end, note
 from milora_jax.model_config import ModelConfig
-from milora_jax.shapes import Array, Bool, Float, Int
+from milora_jax.shapes import Array, Bool, Float, Int, UInt
 from milora_jax.types import Batch, PyTree, Route
 
 
@@ -124,6 +124,7 @@ def admit(
     sampler: Sampler,
     plan: Plan,
     layout: DeviceLayout | None = None,
+    masks: UInt[Array, "n W"] | None = None,
 ) -> tuple[DecodeState, Choice]:
     """Put prefilled prompts into rows of the batch and choose their first tokens.
 
@@ -133,6 +134,7 @@ def admit(
       adapter_slot: of their adapter.
       sampler: of the n prompts.
       layout: of the state.
+      masks: the first tokens that each prompt may get, see ``sampling.choose``.
     """
     count = batch_slots.shape[0]
 
@@ -140,7 +142,7 @@ def admit(
         return jnp.broadcast_to(leaf, (count, *leaf.shape[1:]))
 
     prefilled = jax.tree.map(repeated, prefilled)
-    choice = choose(prefilled.logits, sampler, prefilled.position, plan)
+    choice = choose(prefilled.logits, sampler, prefilled.position, plan, masks)
     sampler = note(sampler, choice.token, jnp.ones_like(batch_slots, bool))
     new = DecodeState(
         token=choice.token,
@@ -162,6 +164,14 @@ def decode_step(
     base: Base, adapter: Adapter | None, state: DecodeState, config: ModelConfig, plan: Plan
 ) -> tuple[DecodeState, Choice]:
     """One token for every row. Rows that are done keep their last token and write nothing new."""
+    logits, cache = _next_logits(base, adapter, state, config)
+    return _with_choice(state, cache, choose(logits, state.sampler, state.position + 1, plan))
+
+
+def _next_logits(
+    base: Base, adapter: Adapter | None, state: DecodeState, config: ModelConfig
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Logits of each row's next token, and the cache with its last one."""
     output = forward(
         base,
         config,
@@ -172,7 +182,11 @@ def decode_step(
     )
     if not isinstance(output.cache, KVCache):
         raise AssertionError("a pass gives the cache that it was given")
-    choice = choose(unembed(base, config, output.hidden[:, 0]), state.sampler, state.position + 1, plan)
+    return unembed(base, config, output.hidden[:, 0]), output.cache
+
+
+def _with_choice(state: DecodeState, cache: KVCache, choice: Choice) -> tuple[DecodeState, Choice]:
+    """The state after a choice of tokens, and the choice of the live rows."""
     live = ~state.done
     choice = dataclasses.replace(choice, token=jnp.where(live, choice.token, state.token))
     sampler = note(state.sampler, choice.token, live)
@@ -181,7 +195,7 @@ def decode_step(
         token=choice.token,
         position=state.position + live.astype(jnp.int32),
         done=state.done | is_end(sampler, choice.token),
-        cache=dataclasses.replace(output.cache, length=state.cache.length + live.astype(jnp.int32)),
+        cache=dataclasses.replace(cache, length=state.cache.length + live.astype(jnp.int32)),
         sampler=sampler,
     )
     return state, choice
@@ -218,6 +232,47 @@ def decode_chunk(
     state, (choices, ended) = jax.lax.scan(step, state, None, length=steps)
     state = dataclasses.replace(state, cache=state.cache.unsqueezed())
     return constrained(state, layout), choices, ended
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layout"), donate_argnames="state")
+def decode_logits(
+    base: Base,
+    adapters: AdapterStack | GatheredAdapters | None,
+    state: DecodeState,
+    config: ModelConfig,
+    layout: DeviceLayout | None = None,
+) -> tuple[DecodeState, Float[Array, "B V"]]:
+    """The first half of a decode step: the model, of which the host needs no result.
+
+    Meanwhile it makes the masks for the second half, :func:`decode_masked`.
+    """
+    adapter = None if adapters is None else adapters.for_batch(state.adapter_slot)
+    logits, cache = _next_logits(base, adapter, state, config)
+    cache = dataclasses.replace(cache, length=state.cache.length)
+    return constrained(dataclasses.replace(state, cache=cache), layout), logits
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "layout"), donate_argnames="state")
+def decode_masked(
+    state: DecodeState,
+    logits: Float[Array, "B V"],
+    masks: UInt[Array, "B W"],
+    plan: Plan,
+    layout: DeviceLayout | None = None,
+) -> tuple[DecodeState, Choice, Bool[Array, "1 B"]]:
+    """The second half of a decode step: the choice among the tokens that each row may get.
+
+    Args:
+      logits: of :func:`decode_logits`.
+      masks: see ``sampling.choose``.
+
+    Returns:
+      As :func:`decode_chunk` of one step.
+    """
+    ended = state.done
+    choice = choose(logits, state.sampler, state.position + 1, plan, masks)
+    state, choice = _with_choice(state, state.cache, choice)
+    return constrained(state, layout), jax.tree.map(lambda leaf: leaf[None], choice), ended[None]
 
 
 def constrained(state: DecodeState, layout: DeviceLayout | None) -> DecodeState:

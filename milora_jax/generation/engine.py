@@ -22,10 +22,13 @@ from milora_jax.errors import UserError, require
 from milora_jax.generation.adapter_stack import AdapterStack, GatheredAdapters, gather_adapter
 from milora_jax.generation.block_prefill import BLOCK
 from milora_jax.generation.block_queue import BlockQueue
+from milora_jax.generation.constraint import Constraint, full_masks
 from milora_jax.generation.decode import (
     Prefilled,
     admit,
     decode_chunk,
+    decode_logits,
+    decode_masked,
     empty_state,
     prefill,
     state_shardings_of,
@@ -34,11 +37,12 @@ from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.merge import merged_base
 from milora_jax.generation.prefix_cache import PrefixCache
 from milora_jax.generation.request import Request, require_decodable
-from milora_jax.generation.results import RunningSample, StartedWork, read_results
-from milora_jax.generation.sampling import Plan, Sampler, make_sampler
+from milora_jax.generation.results import RunningSample, StartedWork, masks_of, read_results
+from milora_jax.generation.sampling import Choice, Plan, Sampler, make_sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.waiting import WaitingRequests
 from milora_jax.model_config import ModelConfig
+from milora_jax.shapes import Array
 from milora_jax.types import Batch
 
 CHUNK = 16
@@ -175,6 +179,7 @@ class Engine:
         *,
         cache_scope: str | None = None,
         route_tokens: int = 0,
+        constraint: Constraint | None = None,
     ) -> Request:
         """Queue a prompt.
 
@@ -183,6 +188,7 @@ class Engine:
           cache_scope: names the version of the adapter and whoever may share keys and values of the prompt;
             None neither uses the prefix cache nor adds to it.
           route_tokens: leading tokens of the prompt that the routers read; 0 for all.
+          constraint: constrains the tokens of each sample.
 
         Raises:
           UserError: for a prompt or settings that cannot be decoded here; nothing is queued then.
@@ -191,7 +197,7 @@ class Engine:
         fits = 0 <= route_tokens <= len(prompt)
         require(fits, "route_tokens", route_tokens, f"0 to the {len(prompt)} tokens of the prompt")
         ids = tuple(int(token) for token in prompt)
-        request = Request(ids, settings, adapter_slot, route_tokens, cache_scope)
+        request = Request(ids, settings, adapter_slot, route_tokens, cache_scope, constraint=constraint)
         self._waiting.add(request)
         return request
 
@@ -237,17 +243,27 @@ class Engine:
         self._admit()
         if self._blocks is not None:
             self._end_blocks(self._blocks)
-        unread = 0
-        if any(sequence.left > 0 for sequence in self._decoding if sequence is not None):
-            self._start_chunk()
-            unread = 1  # the device computes it while the host reads the one before
+        running = [each for each in self._decoding if each is not None and each.left > 0]
+        if any(each.constraint is not None for each in running):
+            self._step_with_masks()
+        else:
+            if running:
+                self._start_chunk()
+            self._read(unread=1 if running else 0)  # the device computes one while the host reads another
+        touched, self._touched = self._touched, {}
+        return list(touched.values())
+
+    def _read(self, unread: int = 0) -> None:
+        """Read the results of all started work but the last ``unread``."""
         while len(self._started) > unread:
             # Taken out after it has been read: if that raises, ``fail`` must know its sequences.
             for request in read_results(self._started[0], self.config.eos_ids, self.end):
                 self._touched[id(request)] = request
             self._started.popleft()
-        touched, self._touched = self._touched, {}
-        return list(touched.values())
+
+    def _end_constrained(self, request: Request, sample: int, reason: str) -> None:
+        self._touched[id(request)] = request
+        self.end(request, sample, reason)
 
     @property
     def _decoding(self) -> list[RunningSample | None]:
@@ -319,8 +335,11 @@ class Engine:
         if several:
             prefilled = jax.tree.map(lambda leaf: leaf[:1], prefilled)
         plan = self._plan([request.settings for request in group])
+        masks = masks_of(padded, self.config.vocab_size, self._end_constrained)
+        if masks is not None and self._plans:
+            plan = self._plans[-1]  # one program more, and not one for each plan
         self._state, choice = admit(
-            self._state, prefilled, places, np.full(count, slot), sampler, plan, self._layout
+            self._state, prefilled, places, np.full(count, slot), sampler, plan, self._layout, masks
         )
         if self._gathered is not None and self.adapters is not None:
             self._gathered = gather_adapter(self._gathered, self.adapters, places, slot)
@@ -335,17 +354,36 @@ class Engine:
         self._admitting = []
 
     def _start_chunk(self) -> None:
-        running = [sequence for sequence in self._decoding if sequence is not None]
-        plan = self._plan([sequence.request.settings for sequence in running])
-        adapters = self.adapters if self._gathered is None else self._gathered
-        weights = (self._base, adapters) if self._merged is None else (self._merged, None)
         self._state, choices, ended = decode_chunk(
-            *weights, self._state, self.config, self.chunk, plan, self._layout
+            *self._weights(), self._state, self.config, self.chunk, self._running_plan(), self._layout
         )
+        self._note_started(choices, ended, self.chunk)
+
+    def _step_with_masks(self) -> None:
+        """Start a single decode step, and give it the masks of its tokens once those before it are read."""
+        self._state, logits = decode_logits(*self._weights(), self._state, self.config, self._layout)
+        self._read()
+        masks = masks_of(self._decoding, self.config.vocab_size, self._end_constrained)
+        if masks is None:  # the last constrained sample has just ended
+            masks = full_masks(self.batch_slots, self.config.vocab_size)
+        self._state, choices, ended = decode_masked(
+            self._state, logits, masks, self._running_plan(), self._layout
+        )
+        self._note_started(choices, ended, 1)
+
+    def _weights(self) -> tuple[Base, AdapterStack | GatheredAdapters | None]:
+        if self._merged is not None:
+            return self._merged, None
+        return self._base, self.adapters if self._gathered is None else self._gathered
+
+    def _running_plan(self) -> Plan:
+        return self._plan([sequence.request.settings for sequence in self._decoding if sequence is not None])
+
+    def _note_started(self, choices: Choice, ended: Array, steps: int) -> None:
         self._started.append(StartedWork(tuple(self._decoding), choices, ended))
         for row, sequence in enumerate(self._decoding):
             if sequence is not None:
-                sequence.left -= self.chunk
+                sequence.left -= steps
                 self._slots[row] = sequence if self._stays(sequence) else None
 
     def _stays(self, sequence: RunningSample) -> bool:

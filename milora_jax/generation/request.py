@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from milora_jax.errors import UserError, require
+from milora_jax.generation.constraint import Constraint
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.model_config import ModelConfig
 
@@ -39,9 +40,13 @@ class Request:
       tokens: per sample what was produced so far.
       logprobs: per sample and token, where asked for.
       finish: per sample why it ended: "stop" (an end-of-sequence or stop token, or the caller said so),
-        "length", "cancelled", "error" (a logit was not finite, or the device failed); None while it goes on.
+        "length", "cancelled", "error" (a logit was not finite, or the device failed), "constraint" (its
+        constraint cannot be followed, see ``failure``); None while it goes on.
       route: routing weights ``[L, E]`` of the prompt, once it was prefilled; None without a router.
       cached_tokens: tokens of the prompt whose keys and values came from the prefix cache.
+      constraint: of its tokens; None for none.
+      constraints: of each sample, in the state of the sample; empty without one.
+      failure: why a constraint cannot be followed.
     """
 
     prompt: tuple[int, ...]
@@ -54,12 +59,16 @@ class Request:
     finish: list[str | None] = field(default_factory=list)
     route: np.ndarray | None = None
     cached_tokens: int = 0
+    constraint: Constraint | None = None
+    constraints: list[Constraint] = field(default_factory=list)
+    failure: str = ""
 
     def __post_init__(self) -> None:
         samples = range(self.settings.num_samples)
         self.tokens = [[] for _ in samples]
         self.logprobs = [[] for _ in samples]
         self.finish = [None for _ in samples]
+        self.constraints = [] if self.constraint is None else [self.constraint.copy() for _ in samples]
 
     @property
     def done(self) -> bool:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
+from milora_jax.generation.constraint import Constraint, ConstraintError, full_masks
 from milora_jax.generation.request import Request, TokenLogprobs
 from milora_jax.generation.sampling import Choice
 
@@ -28,6 +30,11 @@ class RunningSample:
     sample: int
     left: int
     prefilling: bool = False
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """Of the sample; None for none."""
+        return self.request.constraints[self.sample] if self.request.constraints else None
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def read_results(started: StartedWork, eos_ids: Sequence[int], end: End) -> list
             if ended[step, row]:
                 break
             _append(sequence, choices, step, row, eos_ids, end)
-            if request.finish[sequence.sample] == "error":
+            if request.finish[sequence.sample] in ("error", "constraint"):
                 break
         touched.append(request)
     return touched
@@ -94,3 +101,33 @@ def _append(
         end(request, sample, "stop")
     elif len(request.tokens[sample]) >= settings.max_new_tokens:
         end(request, sample, "length")
+    elif (constraint := sequence.constraint) is not None:
+        try:
+            constraint.accept(token)
+        except ConstraintError as error:
+            _fail(sequence, error, end)
+
+
+def masks_of(sequences: Sequence[RunningSample | None], vocab_size: int, end: End) -> np.ndarray | None:
+    """Packed masks of the tokens that samples may get next, ``[B, ceil(V / 32)]``; None if all may get any.
+
+    Args:
+      end: called for a sample whose constraint has no answer; its row may get any token, which is dropped.
+    """
+    if not any(sequence is not None and sequence.constraint is not None for sequence in sequences):
+        return None
+    masks = full_masks(len(sequences), vocab_size)
+    for row, sequence in enumerate(sequences):
+        if sequence is None or sequence.constraint is None:
+            continue
+        if sequence.request.finish[sequence.sample] is None:
+            try:
+                masks[row] = sequence.constraint.mask()
+            except ConstraintError as error:
+                _fail(sequence, error, end)
+    return masks
+
+
+def _fail(sequence: RunningSample, error: ConstraintError, end: End) -> None:
+    sequence.request.failure = str(error)
+    end(sequence.request, sequence.sample, "constraint")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from milora_jax.generation.constraint import BITS
 from milora_jax.generation.settings import MOST_LOGPROBS, MOST_STOPS, SAMPLING, GenerationSettings
 from milora_jax.shapes import Array, Bool, Float, Int, UInt
 
@@ -138,14 +139,22 @@ def make_sampler(
     return Sampler(**fields)
 
 
-def choose(logits: Float[Array, "B V"], sampler: Sampler, position: Int[Array, " B"], plan: Plan) -> Choice:
+def choose(
+    logits: Float[Array, "B V"],
+    sampler: Sampler,
+    position: Int[Array, " B"],
+    plan: Plan,
+    masks: UInt[Array, "B W"] | None = None,
+) -> Choice:
     """The next token of every row.
 
     Args:
       position: of the new token in its row's text: each place has its own random numbers.
+      masks: the tokens that each row may get, packed as in ``generation.constraint``; None for all tokens.
     """
     with jax.named_scope("choose"):
-        scores = _penalized(logits, sampler) if plan.penalized else logits
+        scores = logits if masks is None else jnp.where(_allowed(masks, logits), logits, -jnp.inf)
+        scores = _penalized(scores, sampler) if plan.penalized else scores
         token = jnp.argmax(scores, axis=-1)
         if plan.sampled:
             scores = _over_temperature(scores, sampler)
@@ -175,6 +184,12 @@ def note(sampler: Sampler, token: Int[Array, " B"], live: Bool[Array, " B"]) -> 
 def is_end(sampler: Sampler, token: Int[Array, " B"]) -> Bool[Array, " B"]:
     """Whether the row ends with this token, by its stop tokens or by its length."""
     return (token[:, None] == sampler.ends).any(axis=-1) | (sampler.remaining <= 0)
+
+
+def _allowed(masks: UInt[Array, "B W"], logits: Float[Array, "B V"]) -> Bool[Array, "B V"]:
+    """Packed masks as one bool for each token."""
+    bits = (masks[:, :, None] >> jnp.arange(BITS, dtype=masks.dtype)[None, None, :]) & 1
+    return bits.reshape(masks.shape[0], -1)[:, : logits.shape[1]] == 1
 
 
 def _penalized(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V"]:

@@ -22,6 +22,7 @@ class TextStream:
     Args:
       tokenizer: anything with Hugging Face's ``decode``.
       stops: strings that end the text; they are not part of it.
+      hidden: tokens that have no text; None for the tokenizer's special tokens.
 
     Attributes:
       text: all that can be shown so far.
@@ -29,8 +30,10 @@ class TextStream:
       stopped: whether a stop string came.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stops = tokenizer, tuple(stops)
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), hidden: frozenset[int] | None = None
+    ) -> None:
+        self._tokenizer, self._stops, self._hidden = tokenizer, tuple(stops), hidden
         self._settled, self._settled_tokens = "", 0
         self._shown = 0
         self.text, self.tokens, self.stopped = "", [], False
@@ -87,7 +90,10 @@ class TextStream:
         self._settled, self._settled_tokens = whole, len(self.tokens)
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        if self._hidden is None:
+            return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        shown = [token for token in tokens if token not in self._hidden]
+        return self._tokenizer.decode(shown, skip_special_tokens=False)
 
     def _without_held_back(self, whole: str) -> str:
         whole = whole.rstrip(UNFINISHED) if whole.endswith(UNFINISHED) else whole

@@ -37,6 +37,7 @@ class Writer(ABC):
         self._body, self._generation, self._token_text = body, generation, token_text
         self._samples = range(body.n or 1)
         self._new_tokens = self._cached_tokens = 0
+        self._calls = [0] * len(self._samples)
 
     async def whole(self) -> BaseModel:
         """The response of all deltas."""
@@ -60,11 +61,14 @@ class Writer(ABC):
         try:
             for response in self._opening({**self._fields(None), **no_usage}):
                 yield _event(as_json(response))
-            yield self._delta_event(first, no_usage)
+            for event in self._delta_events(first, no_usage):
+                yield event
             async for delta in self._generation.deltas:
-                event = self._delta_event(delta, no_usage)  # counts its tokens, even if it has no text
-                if delta.text or delta.finish or delta.logprobs:
-                    yield event
+                # They count its tokens, even if it has no text.
+                events = self._delta_events(delta, no_usage)
+                if delta.text or delta.finish or delta.logprobs or delta.calls:
+                    for event in events:
+                        yield event
             if self._body.include_usage:
                 yield _event(as_json(self._chunk([], {**self._fields(None), "usage": self._usage()})))
             yield _event(b"[DONE]")
@@ -72,10 +76,16 @@ class Writer(ABC):
             yield _event(as_json(ErrorResponse(**error.body)))
             raise
 
-    def _delta_event(self, delta: Delta, no_usage: dict[str, None]) -> bytes:
+    def _delta_events(self, delta: Delta, no_usage: dict[str, None]) -> list[bytes]:
         self._new_tokens += len(delta.tokens)
         self._cached_tokens = delta.cached_tokens
-        return _event(as_json(self._chunk([delta], {**self._fields(delta.route), **no_usage})))
+        fields = {**self._fields(delta.route), **no_usage}
+        chunks = [*self._call_chunks(delta, fields), self._chunk([delta], fields)]
+        return [_event(as_json(chunk)) for chunk in chunks]
+
+    def _call_chunks(self, delta: Delta, fields: dict[str, Any]) -> Iterator[BaseModel]:
+        """The events of the calls of a delta, which come before its own."""
+        yield from ()
 
     def _fields(self, route: np.ndarray | None) -> dict[str, Any]:
         generation = self._generation
@@ -146,10 +156,7 @@ class ChatWriter(Writer):
 
     def _response(self, samples: Sequence[Delta], fields: dict[str, Any]) -> BaseModel:
         choices = [
-            responses.ChatChoice(
-                message=responses.AssistantMessage(role="assistant", content=each.text), **self._choice(each)
-            )
-            for each in samples
+            responses.ChatChoice(message=_assistant_message(each), **self._choice(each)) for each in samples
         ]
         return responses.ChatResponse(object="chat.completion", choices=choices, **fields)
 
@@ -166,6 +173,23 @@ class ChatWriter(Writer):
             delta = responses.ChatDelta(content=each.text) if has_content else responses.ChatDelta()
             choices.append(responses.ChatChunkChoice(delta=delta, **self._choice(each)))
         return responses.ChatChunk(object="chat.completion.chunk", choices=choices, **fields)
+
+    def _call_chunks(self, delta: Delta, fields: dict[str, Any]) -> Iterator[BaseModel]:
+        for index, call in enumerate(delta.calls, self._calls[delta.sample]):
+            name = responses.FunctionDelta(name=call.name, arguments="")
+            more = responses.FunctionDelta(arguments=call.arguments)
+            for each in (
+                responses.ToolCallDelta(index=index, id=call.id, type="function", function=name),
+                responses.ToolCallDelta(index=index, function=more),
+            ):
+                choice = responses.ChatChunkChoice(
+                    index=delta.sample,
+                    delta=responses.ChatDelta(tool_calls=[each]),
+                    logprobs=None,
+                    finish_reason=None,
+                )
+                yield responses.ChatChunk(object="chat.completion.chunk", choices=[choice], **fields)
+        self._calls[delta.sample] += len(delta.calls)
 
     def _logprobs(self, delta: Delta) -> responses.ChatLogprobs | None:
         if not self._body.logprobs:
@@ -190,7 +214,22 @@ def joined(deltas: Sequence[Delta]) -> Delta:
         tuple(itertools.chain.from_iterable(each.tokens for each in deltas)),
         tuple(itertools.chain.from_iterable(each.logprobs for each in deltas)),
         deltas[-1].finish,
+        calls=tuple(itertools.chain.from_iterable(each.calls for each in deltas)),
     )
+
+
+def _assistant_message(sample: Delta) -> responses.AssistantMessage:
+    if not sample.calls:
+        return responses.AssistantMessage(role="assistant", content=sample.text)
+    calls = [
+        responses.ToolCall(
+            id=call.id,
+            type="function",
+            function=responses.CalledFunction(name=call.name, arguments=call.arguments),
+        )
+        for call in sample.calls
+    ]
+    return responses.AssistantMessage(role="assistant", content=sample.text or None, tool_calls=calls)
 
 
 class GenerationResponse(Response):

@@ -54,6 +54,8 @@ class Limits:
       messages: number of messages of a chat.
       stops: number of stop strings of a request.
       stop_characters: length of a stop string.
+      grammar_bytes: size of a grammar, a schema or a list of tools of a request.
+      grammar_seconds: processor time in which a grammar must be compiled.
       samples: samples of one request; 0 is 4, or ``rows`` if that is less.
       unread_bytes: bytes of a response that may wait in memory for a slow reader.
       write_seconds: time in which a client must read some of a response that waits for it.
@@ -79,6 +81,8 @@ class Limits:
     messages: int = 256
     stops: int = 4
     stop_characters: int = 64
+    grammar_bytes: int = 2**16
+    grammar_seconds: float = 3.0
     samples: int = 0
     unread_bytes: int = 2**16
     write_seconds: float = 20.0

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from milora_jax.errors import UserError
+from milora_jax.generation.constraint import AnyToken, Constraint
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.request import Request, TokenLogprobs
@@ -46,6 +47,7 @@ class StreamEvent:
       finish: why the sample ended, as in ``generation.request.Request.finish``; None while it continues.
       route: routing weights ``[L, E]`` of the prompt, with the first event.
       cached_tokens: prompt tokens that came from the prefix cache.
+      failure: why a constraint cannot be followed, with the finish "constraint".
     """
 
     sample: int
@@ -54,6 +56,7 @@ class StreamEvent:
     finish: str | None
     route: np.ndarray | None = None
     cached_tokens: int = 0
+    failure: str = ""
 
 
 @dataclass(eq=False)
@@ -66,6 +69,7 @@ class Job:
       on_event: called with each stream event; must not block.
       route_tokens: leading tokens of the prompt that the routers read; 0 for all.
       cache_scope: of the prefix cache; None does without it.
+      constraint: of the tokens of each sample.
       request: the engine's, once the job has started.
       sent: tokens of each sample that were in events.
       ended: which samples have ended.
@@ -81,6 +85,7 @@ class Job:
     on_event: Callable[[StreamEvent], object]
     route_tokens: int = 0
     cache_scope: str | None = None
+    constraint: Constraint | None = None
     request: Request | None = None
     sent: list[int] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
@@ -203,11 +208,18 @@ class DeviceLoop:
         samples = range(1, limits.most_samples + 1)
         for number, plan in itertools.product(samples, PLANS):
             self._compile([0], _settings_for(plan, number, min(2, longest)))
+        constraint = AnyToken(engine.config.vocab_size)
+        for number, plan in ((1, PLANS[0]), (1, PLANS[1]), *((number, PLANS[2]) for number in samples)):
+            self._compile([0], _settings_for(plan, number, min(2, longest)), constraint=constraint)
 
     def _compile(
-        self, prompt: Sequence[int], settings: GenerationSettings, cache_scope: str | None = None
+        self,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        cache_scope: str | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
-        self._engine.submit(prompt, settings, 0, cache_scope=cache_scope)
+        self._engine.submit(prompt, settings, 0, cache_scope=cache_scope, constraint=constraint)
         self._engine.run()
 
     def _run(self) -> None:
@@ -292,7 +304,12 @@ class DeviceLoop:
                 self._engine.adapters = self._store.bank.adapters
                 job.has_slot = True
             job.request = self._engine.submit(
-                job.prompt, job.settings, slot, cache_scope=job.cache_scope, route_tokens=job.route_tokens
+                job.prompt,
+                job.settings,
+                slot,
+                cache_scope=job.cache_scope,
+                route_tokens=job.route_tokens,
+                constraint=job.constraint,
             )
         except UserError as error:
             log.warning("a request could not be started: %s", error)
@@ -335,7 +352,8 @@ class DeviceLoop:
             logprobs = tuple(request.logprobs[sample][first:])
             job.sent[sample] += len(tokens)
             job.ended[sample] = finish is not None
-            self._send(job, StreamEvent(sample, tokens, logprobs, finish, route, request.cached_tokens))
+            cached = request.cached_tokens
+            self._send(job, StreamEvent(sample, tokens, logprobs, finish, route, cached, request.failure))
         if request.done:
             self._running.pop(request, None)
             self._release(job)

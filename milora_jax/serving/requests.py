@@ -27,7 +27,9 @@ from milora_jax.data.chat import UNWRITABLE, Message
 from milora_jax.errors import UserError
 from milora_jax.generation.settings import LARGEST_SEED, MOST_LOGPROBS, GenerationSettings
 from milora_jax.serving.api_errors import APIError, bad_request
+from milora_jax.serving.format_fields import FormatFields
 from milora_jax.serving.limits import Limits
+from milora_jax.serving.tool_fields import ToolFields, ToolMessageFields
 from milora_jax.serving.unsupported import (
     ADAPTER,
     CHAT,
@@ -96,7 +98,7 @@ class MiloraOptions(RequestBase):
     return_route: bool | None = None
 
 
-class GenerationRequest(RequestBase):
+class GenerationRequest(FormatFields, RequestBase):
     """The fields that completions and chat completions share.
 
     ``user``, ``safety_identifier`` and ``prompt_cache_key`` have no effect. ``cache_salt`` keeps the prefix
@@ -207,17 +209,43 @@ class CompletionRequest(GenerationRequest):
         return 0 if self.logprobs is None else max(1, self.logprobs)
 
 
-class ChatMessage(RequestBase):
-    """A message of a chat."""
+class ChatMessage(ToolMessageFields, RequestBase):
+    """A message of a chat. Its content may be null beside calls of tools."""
 
     unsupported = MESSAGE
 
-    role: Literal["system", "user", "assistant"]
-    content: str
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
 
+    @model_validator(mode="after")
+    def _require_content(self) -> ChatMessage:
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("content", "a message without tool_calls has to have a content")
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "only an assistant's message may have tool_calls")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise PydanticCustomError("tool_call_id", "a message of role tool has a tool_call_id, no other")
+        return self
 
-class ChatRequest(GenerationRequest):
+    @property
+    def characters(self) -> int:
+        """Length of all its texts."""
+        calls = [call.function for call in self.tool_calls or ()]
+        return len(self.content or "") + sum(len(call.name) + len(call.arguments) for call in calls)
+
+    @property
+    def message(self) -> Message:
+        """The message, as chat templates take it.
+
+        Raises:
+          APIError: the arguments of a call are no JSON object.
+        """
+        calls = tuple(call.for_template() for call in self.tool_calls or ())
+        return Message(self.role, self.content or "", calls, self.tool_call_id or "")
+
+
+class ChatRequest(ToolFields, GenerationRequest):
     """``/v1/chat/completions``."""
 
     unsupported = CHAT
@@ -252,7 +280,7 @@ class ChatRequest(GenerationRequest):
         if len(self.messages) > limits.messages:
             found = len(self.messages)
             raise bad_request(f"messages has {found}: at most --messages {limits.messages}.", "messages")
-        return [Message(message.role, message.content) for message in self.messages]
+        return [message.message for message in self.messages]
 
 
 class AdapterRequest(RequestBase):

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -32,6 +32,8 @@ from milora_jax.serving.registry import Registered
 from milora_jax.serving.requests import ChatRequest, CompletionRequest
 from milora_jax.serving.responses import FinishReason
 from milora_jax.serving.store import AdapterStore, AdapterVersion
+from milora_jax.serving.structured import GrammarConstraint, Grammars, invalid_grammar
+from milora_jax.serving.tools import Call, CallParser, ToolCalls
 from milora_jax.types import EXPERTS
 
 COMPLETION_TOKENS = 16
@@ -47,9 +49,10 @@ class Delta:
     Attributes:
       text: that can be shown.
       tokens, logprobs: since the previous delta; a stop token included.
-      finish: "stop" or "length" with the last delta.
+      finish: "stop", "length" or "tool_calls" with the last delta.
       route: of the prompt, with the first delta.
       cached_tokens: prompt tokens that came from the prefix cache.
+      calls: of tools, that are whole since the previous delta.
     """
 
     sample: int
@@ -59,6 +62,7 @@ class Delta:
     finish: FinishReason | None
     route: np.ndarray | None = None
     cached_tokens: int = 0
+    calls: tuple[Call, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,8 @@ class Service:
         self._token_texts: dict[int, str] = {}  # at most the vocabulary
         longest = max(map(len, self._encoder.get_vocab()), default=1)
         self._max_characters = longest * engine.cache_length
+        self._grammars = Grammars(self._encoder, engine.config.vocab_size, engine.config.eos_ids, limits)
+        self._calls = ToolCalls(self._encoder)
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
     def models(self, tenant: Tenant) -> list[str]:
@@ -181,12 +187,12 @@ class Service:
                 self.engine.check(ids, settings)
             except UserError as error:
                 raise bad_request(f"{error}.") from None
+            constraint = await self._constraint(body)
             kind = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
             with ExitStack() as queued:
                 queued.enter_context(self.admission.queue_prompt(tenant, len(ids)))
                 self.admission.spend_tokens(tenant, len(ids) + settings.max_new_tokens * settings.num_samples)
-                salt = body.cache_salt or ""
-                deltas = self._deltas(tenant, adapter, prompt, settings, salt, queued.close)
+                deltas = self._deltas(tenant, adapter, prompt, body, settings, constraint, queued.close)
                 async with aclosing(deltas):
                     yield Generation(f"{kind}-{secrets.token_hex(16)}", body.model, len(ids), deltas)
 
@@ -240,8 +246,11 @@ class Service:
     def _require_short(self, body: GenerationBody) -> None:
         """Refuse a text that cannot fit into the context, whatever its tokens are, before it is tokenized."""
         chat = isinstance(body, ChatRequest)
-        texts = [message.content for message in body.messages] if chat else [body.prompt]
-        if sum(len(text) for text in texts if isinstance(text, str)) > self._max_characters:
+        if isinstance(body, ChatRequest):
+            characters = sum(message.characters for message in body.messages)
+        else:
+            characters = len(body.prompt) if isinstance(body.prompt, str) else 0
+        if characters > self._max_characters:
             raise bad_request(
                 f"This model has a context of {self.engine.cache_length} tokens (--context): "
                 "the prompt is far longer.",
@@ -257,7 +266,9 @@ class Service:
         """
         try:
             if isinstance(body, ChatRequest):
-                return encode_messages(self._encoder, body.chat(self.limits), prompt_format)
+                messages, tools = body.chat(self.limits), body.tools_for_template(self.limits)
+                self._calls.require_template(body, messages)
+                return encode_messages(self._encoder, messages, prompt_format, tools)
             return prompt_ids(self._encoder, body.prompt, prompt_format, parse_special_tokens=True)
         except RouteScopeError as error:
             field = "messages" if isinstance(body, ChatRequest) else "prompt"
@@ -265,19 +276,30 @@ class Service:
         except UserError as error:
             raise bad_request(f"{error}.") from None
 
+    async def _constraint(self, body: GenerationBody) -> GrammarConstraint | None:
+        """The constraint of a request that wants a format; None for another one."""
+        calls = self._calls.grammar_of(body) if isinstance(body, ChatRequest) else None
+        if calls is None and not body.wants_format:
+            return None
+        if calls is not None and body.wants_format:
+            raise bad_request("tool_choice: a reply that has to call has no other format.", "tool_choice")
+        if body.ignore_eos:
+            raise bad_request("ignore_eos: an answer in a format ends where the format does.", "ignore_eos")
+        return await self._grammars.constraint(calls or body.format_grammar)
+
     async def _deltas(
         self,
         tenant: Tenant,
         adapter: AdapterVersion | None,
         prompt: EncodedPrompt,
+        body: GenerationBody,
         settings: GenerationSettings,
-        salt: str,
+        constraint: GrammarConstraint | None,
         on_start: Callable[[], None],
     ) -> AsyncGenerator[Delta]:
         """Submit a job, and turn its stream events into text until every sample has ended.
 
         Args:
-          salt: keeps the prefix cache of this request apart from that of others.
           on_start: called when the prompt is no longer queued.
         """
         event_loop = asyncio.get_running_loop()
@@ -290,10 +312,14 @@ class Service:
             lambda event: event_loop.call_soon_threadsafe(events.put_nowait, event),
             # The route of the base's slot of zeros changes nothing, whatever its routers read.
             route_tokens=prompt.route_tokens if adapter is not None else 1,
-            cache_scope=self._cache_scope(tenant, adapter, salt),
+            cache_scope=self._cache_scope(tenant, adapter, body.cache_salt or ""),
+            constraint=constraint,
         )
         samples = range(settings.num_samples)
-        texts = [TextStream(self._decoder, settings.stop) for _ in samples]
+        tools = body if isinstance(body, ChatRequest) else None
+        hidden = tools and self._calls.hidden_tokens(tools)
+        texts = [TextStream(self._decoder, settings.stop, hidden) for _ in samples]
+        parsers = [tools and self._calls.parser_of(tools) for _ in samples]
         open_samples, new_tokens = set(samples), 0
         submitted, last = time.monotonic(), 0.0
         try:
@@ -305,6 +331,8 @@ class Service:
             on_start()
             self.metrics.first_token.observe(time.monotonic() - submitted)
             while True:
+                if event.finish == "constraint":
+                    raise invalid_grammar(constraint.field if constraint else "", event.failure)
                 if event.finish in ("error", "cancelled"):
                     raise internal_error()
                 now = time.monotonic()
@@ -315,6 +343,8 @@ class Service:
                     self._count_experts(event.route)
                 if event.sample in open_samples:
                     delta = self._delta(job, texts[event.sample], event)
+                    if (parser := parsers[event.sample]) is not None:
+                        delta = with_calls(delta, parser)
                     new_tokens += len(delta.tokens)
                     if delta.finish is not None:
                         open_samples.discard(event.sample)
@@ -353,3 +383,10 @@ class Service:
         kept = len(text.tokens) - before
         tokens, logprobs = event.tokens[:kept], event.logprobs[:kept]
         return Delta(event.sample, fresh, tokens, logprobs, "stop", event.route, event.cached_tokens)
+
+
+def with_calls(delta: Delta, parser: CallParser) -> Delta:
+    """A delta whose text has gone through the parser of its sample."""
+    text, calls = parser.feed(delta.text, delta.finish is not None)
+    finish = "tool_calls" if delta.finish == "stop" and parser.count else delta.finish
+    return replace(delta, text=text, calls=tuple(calls), finish=finish)

@@ -30,14 +30,12 @@ GENERATION: Unsupported = {
     **fields("length_penalty", 1),
     **fields("kv_transfer_params logit_bias metadata vllm_xargs", {}),
     **fields("bad_words documents logits_processors", []),
-    **fields("response_format", {"type": "text"}),
     **fields("service_tier", "auto", "default"),
     **fields("echo include_stop_str_in_output return_token_ids return_tokens_as_token_ids store", False),
     **fields("use_beam_search", False),
     **fields("skip_special_tokens spaces_between_special_tokens", True),
-    **fields("allowed_token_ids guided_choice guided_decoding_backend guided_grammar guided_json"),
-    **fields("guided_regex guided_whitespace_pattern prompt_logprobs request_id structural_tag"),
-    **fields("structured_outputs truncate_prompt_tokens"),
+    **fields("allowed_token_ids guided_decoding_backend guided_whitespace_pattern prompt_logprobs"),
+    **fields("request_id structural_tag truncate_prompt_tokens"),
 }
 """Fields of completions and of chat completions."""
 
@@ -51,9 +49,8 @@ COMPLETION: Unsupported = {
 
 CHAT: Unsupported = {
     **GENERATION,
-    **fields("functions tools", []),
-    **fields("function_call tool_choice", "none", "auto"),
-    **fields("parallel_tool_calls", True, False),
+    **fields("functions", []),
+    **fields("function_call", "none", "auto"),
     **fields("modalities", ["text"]),
     **fields("verbosity", "medium"),
     **fields("prompt_cache_retention", "in_memory"),
@@ -65,8 +62,8 @@ CHAT: Unsupported = {
 }
 
 MESSAGE: Unsupported = {
-    **fields("annotations tool_calls", []),
-    **fields("audio function_call reasoning reasoning_content refusal tool_call_id"),
+    **fields("annotations", []),
+    **fields("audio function_call reasoning reasoning_content refusal"),
 }
 """Fields of a message: clients send the message of a response back as a part of the chat."""
 

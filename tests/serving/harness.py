@@ -43,13 +43,13 @@ TEMPLATE = (
 )
 
 
-def write_model(folder: Path) -> dict[str, Path]:
+def write_model(folder: Path, template: str = TEMPLATE) -> dict[str, Path]:
     """A model with a chat template, and workdirs of adapters on it by name."""
     model = folder / "model"
     # No token ends a text by itself: the length of an answer is the asked one.
     write_hf_directory(model, dataclasses.replace(WITH_TOKENIZER, eos_ids=(2,)))
     path = model / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
     adapters = {}
     for name in ADAPTERS:
         adapters[name] = folder / name

@@ -123,7 +123,7 @@ def test_chats_are_checked(client):
         answer = client.post("/v1/chat/completions", json={**good, "messages": messages})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"].startswith("messages")
-    for extra in ({"tools": [{}]}, {"response_format": {"type": "json_object"}}, {"top_logprobs": 2}):
+    for extra in ({"tools": [{}]}, {"response_format": {"type": "xml"}}, {"top_logprobs": 2}):
         answer = client.post("/v1/chat/completions", json={**good, **extra})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == next(iter(extra))

@@ -96,8 +96,10 @@ def test_what_is_nested_may_ask_for_nothing_too():
     )
     said = {**BODIES[ChatRequest]["messages"][0], "name": None, **dict.fromkeys(ChatMessage.unsupported)}
     assert read(ChatRequest, messages=[said]) == plain
-    assert read(ChatRequest, messages=[{**said, "tool_calls": [], "annotations": []}]) == plain
-    assert refused(ChatRequest, messages=[{**said, "tool_calls": [{}]}])["param"] == "messages.tool_calls"
+    called = read(ChatRequest, messages=[{**said, "tool_calls": [], "annotations": []}])
+    assert called.chat(Limits()) == plain.chat(Limits())
+    for calls in ([{}], 5, [{"id": "x", "type": "function", "function": {"name": "f"}}]):
+        assert refused(ChatRequest, messages=[{**said, "tool_calls": calls}])["param"] == "messages"
 
 
 def test_defaults_of_served_fields_are_served():
