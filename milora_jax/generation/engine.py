@@ -147,13 +147,9 @@ class Engine:
         Returns:
           The requests that ended, and those that had got tokens before it raised; waiting ones are kept.
         """
-        begun = [
-            sequence
-            for sequences in (self._slots, *(work.sequences for work in self._started))
-            for sequence in sequences
-        ]
-        failed = {id(sequence.request): sequence.request for sequence in begun if sequence is not None}
-        failed |= {id(request): request for request in self._admitting}
+        begun = [*self._slots, *(sample for work in self._started for sample in work.sequences)]
+        running = [sample.request for sample in begun if sample is not None]
+        failed = {id(request): request for request in (*running, *self._admitting)}
         touched = {**self._touched, **failed}
         for request in failed.values():
             request.finish = [reason or "error" for reason in request.finish]
@@ -281,12 +277,7 @@ class Engine:
 
     def _prefill(self, group: list[Request], rows: list[int]) -> None:
         """Prefill some requests, or one of several samples, and put them into batch slots."""
-        first = group[0]
-        samples = [
-            RunningSample(request, sample, request.settings.max_new_tokens - 1)
-            for request in group
-            for sample in range(request.settings.num_samples)
-        ]
+        samples = [sample for request in group for sample in RunningSample.all_of(request)]
         if self._blocks is not None:
             for row, sample in zip(rows, samples, strict=True):
                 self._slots[row] = sample
@@ -294,10 +285,10 @@ class Engine:
             self._blocks.add(samples, rows, routed)
             self._admitting = []
             return
-        bucket = bucket_of(len(first.prompt), self.cache_length)
+        bucket = bucket_of(len(group[0].prompt), self.cache_length)
         prompts, scopes = [request.prompt for request in group], [request.route_tokens for request in group]
         batch = self._place(collate_prompts(prompts, bucket, 0, self.prefill_rows, scopes))
-        slot, length = np.int32(first.adapter_slot), self._prefix + self.cache_length
+        slot, length = np.int32(group[0].adapter_slot), self._prefix + self.cache_length
         prefilled, route = prefill(self._base, self.adapters, slot, batch, self.config, length, self._layout)
         if self._merges and self.adapters is not None:
             adapter = self.adapters.of_slot(jnp.asarray(slot))

@@ -31,6 +31,12 @@ class RunningSample:
     left: int
     prefilling: bool = False
 
+    @classmethod
+    def all_of(cls, request: Request) -> list[RunningSample]:
+        """The samples of a request before their first tokens, which prefill gives them."""
+        settings = request.settings
+        return [cls(request, sample, settings.max_new_tokens - 1) for sample in range(settings.num_samples)]
+
     @property
     def constraint(self) -> Constraint | None:
         """Of the sample; None for none."""

@@ -24,9 +24,10 @@ from milora_jax.generation.text import prompt_ids
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.serving.admission import AdmissionControl
 from milora_jax.serving.api_errors import bad_request, internal_error, model_not_found, overloaded
+from milora_jax.serving.jobs import Job, StreamEvent
 from milora_jax.serving.keys import Tenant
 from milora_jax.serving.limits import Limits
-from milora_jax.serving.loop import DeviceLoop, Job, StreamEvent
+from milora_jax.serving.loop import DeviceLoop
 from milora_jax.serving.metrics import Metrics
 from milora_jax.serving.registry import Registered
 from milora_jax.serving.requests import ChatRequest, CompletionRequest

@@ -29,8 +29,9 @@ from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.request import Request
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.serving import store as store_module
+from milora_jax.serving.jobs import Job
 from milora_jax.serving.limits import Limits
-from milora_jax.serving.loop import DeviceLoop, Job
+from milora_jax.serving.loop import DeviceLoop
 from milora_jax.serving.store import AdapterStore, Model
 
 ROWS = 3
