@@ -21,6 +21,8 @@ from milora_jax.errors import UserError, one_of
 from milora_jax.prompt_format import parse_time
 
 ROLES = ("system", "user", "assistant")
+DEVELOPER = "developer"
+"""OpenAI's newer name of the role ``system``, which it becomes where the template does not know it."""
 
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 """Characters that no tokenizer can take, or none should."""
@@ -39,7 +41,7 @@ class UnclosedThoughtError(UserError):
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a chat; its role is one of ROLES."""
+    """One message of a chat; its role is one of ROLES, or DEVELOPER."""
 
     role: str
     content: str
@@ -77,7 +79,7 @@ def _as_message(item: Message | Mapping[str, Any], number: int) -> Message:
     if not isinstance(item, Message):
         found = type(item).__name__
         raise UserError(f"message {number} is of type {found}: expected a role and a content")
-    one_of(f"the role of message {number}", item.role, ROLES)
+    one_of(f"the role of message {number}", item.role, ROLES if item.role != DEVELOPER else (DEVELOPER,))
     if not isinstance(item.content, str):
         found = type(item.content).__name__
         raise UserError(f"the content of message {number} is of type {found}: expected text")
@@ -105,19 +107,21 @@ def render_chat(
     return "".join(text for text, _ in _pieces(tokenizer, marked))
 
 
-def encode_chat(tokenizer: Any, messages: Messages, *, time: str = "") -> list[int]:
+def encode_chat(
+    tokenizer: Any, messages: Messages, *, add_generation_prompt: bool = True, time: str = ""
+) -> list[int]:
     """Ids of a chat up to where the assistant's next turn begins.
 
     Where the template writes a beginning-of-sequence token there is one, and where it writes none there
     is none: the models that come with such a template were tuned without it.
 
     Args:
-      messages, time: as :func:`render_chat` takes them.
+      messages, add_generation_prompt, time: as :func:`render_chat` takes them.
 
     Raises:
       UserError: as :func:`render_chat`.
     """
-    return _encode(tokenizer, _render(tokenizer, as_messages(messages), True, time))
+    return _encode(tokenizer, _render(tokenizer, as_messages(messages), add_generation_prompt, time))
 
 
 def encode_exchange(
@@ -317,15 +321,19 @@ def _render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: 
     clock = {}
     if time and asks_for_time(tokenizer):
         source, clock = CLOCK + source, {"directives_of_strftime": _directives(time)}
-    chat = [{"role": m.role, "content": controls.mark(m.role, m.content)} for m in messages]
+    known = any(f"{quote}{DEVELOPER}{quote}" in source for quote in "'\"")
+    roles = {} if known else {DEVELOPER: "system"}
+    chat = [
+        {"role": roles.get(m.role, m.role), "content": controls.mark(m.role, m.content)} for m in messages
+    ]
     try:
         text = tokenizer.apply_chat_template(
             chat, chat_template=source, tokenize=False, add_generation_prompt=add_generation_prompt, **clock
         )
     except Exception as error:  # the template is a program of others, and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        roles = ", ".join(message.role for message in messages[:4]) + (", ..." if len(messages) > 4 else "")
-        raise UserError(f"the chat template cannot write a chat of {roles}: {reason[:300]}") from None
+        said = ", ".join(message.role for message in messages[:4]) + (", ..." if len(messages) > 4 else "")
+        raise UserError(f"the chat template cannot write a chat of {said}: {reason[:300]}") from None
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"the chat template wrote {len(text)} characters: expected at most {MAX_CHARACTERS}")
     return text

@@ -7,6 +7,7 @@ before, so that the device computes one chunk while the host reads the last.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -21,6 +22,7 @@ from milora_jax.errors import UserError, require
 from milora_jax.generation.adapter_stack import AdapterStack, GatheredAdapters, gather_adapter
 from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefill, state_shardings_of
 from milora_jax.generation.merge import merged_base
+from milora_jax.generation.prompt_logprobs import prompt_logprobs
 from milora_jax.generation.request import Request, require_served
 from milora_jax.generation.results import RunningSample, StartedWork, read_results
 from milora_jax.generation.sampling import Plan, Sampler, make_sampler
@@ -56,7 +58,7 @@ class Engine:
       cache_length: cache positions of a batch slot: the longest prompt and continuation together; 0 takes
         the model's positions.
       chunk: decode steps between two checks for sequences that have ended.
-      penalties: whether requests may have penalties, which cost two bits of memory per row and word.
+      penalties: whether requests may have penalties and biases, which cost nine bytes per row and word.
       prefill_rows: prompts of one length bucket and one adapter that are prefilled together.
       merge: continue one prompt at a time, with its adapter folded into a copy of the weights.
       plans: of which the first that does all that is asked is compiled; none makes one for every mixture of
@@ -270,6 +272,9 @@ class Engine:
         batch = self._place(collate_prompts(prompts, bucket, 0, rows=self.prefill_rows))
         slot, length = np.int32(first.adapter_slot), self._prefix + self.cache_length
         prefilled, route = prefill(self._base, self.adapters, slot, batch, self.config, length, self._layout)
+        wanted = any(request.settings.prompt_logprobs for request in group)
+        scores = prompt_logprobs(self._base, self.config, prefilled.hidden, batch.tokens) if wanted else None
+        prefilled = dataclasses.replace(prefilled, hidden=None)
         if several:
             prefilled = jax.tree.map(lambda leaf: leaf[:1], prefilled)
         plan = self._plan([request.settings for request in group])
@@ -290,7 +295,9 @@ class Engine:
         if weights is not None and several:
             weights = weights[:, :1].repeat(count, axis=1)
         choices = jax.tree.map(lambda leaf: leaf[None], choice)
-        self._started.append(StartedWork((*sequences, *nobody), choices, np.zeros((1, count), bool), weights))
+        self._started.append(
+            StartedWork((*sequences, *nobody), choices, np.zeros((1, count), bool), weights, scores)
+        )
         self._admitting = []
 
     def _start_chunk(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from milora_jax.generation.prompt_logprobs import PromptLogprobs
 from milora_jax.generation.request import Request, TokenLogprobs
 from milora_jax.generation.sampling import Choice
 
@@ -37,12 +38,15 @@ class StartedWork:
       choices: leaves ``[steps, B, ...]``.
       ended: batch slots whose sequence had ended before each step, ``[steps, B]``.
       route: of the prompts that were prefilled, ``[L, B, E]``.
+      prompt_logprobs: of the prompts that were prefilled; None where none were asked for. A single prompt
+        that is continued in several ways has one row.
     """
 
     sequences: tuple[RunningSample | None, ...]
     choices: Choice
     ended: Any
     route: Any = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 def read_results(started: StartedWork, eos_ids: Sequence[int], end: End) -> list[Request]:
@@ -55,7 +59,9 @@ def read_results(started: StartedWork, eos_ids: Sequence[int], end: End) -> list
     Returns:
       The requests that got tokens or ended.
     """
-    choices, ended, route = jax.device_get((started.choices, started.ended, started.route))
+    choices, ended, route, prompt_logprobs = jax.device_get(
+        (started.choices, started.ended, started.route, started.prompt_logprobs)
+    )
     touched = []
     for row, sequence in enumerate(started.sequences):
         if sequence is None or sequence.request.finish[sequence.sample] is not None:
@@ -63,6 +69,9 @@ def read_results(started: StartedWork, eos_ids: Sequence[int], end: End) -> list
         request = sequence.request
         if route is not None:
             request.route = route[:, row]
+        if prompt_logprobs is not None and request.settings.prompt_logprobs:
+            prompt = min(row, len(prompt_logprobs.logprob) - 1)
+            request.prompt_logprobs = prompt_logprobs.of_row(prompt, request)
         for step in range(len(ended)):
             if ended[step, row]:
                 break
@@ -82,6 +91,9 @@ def _append(
         end(request, sample, "error")
         return
     settings, token = request.settings, int(choices.token[step, row])
+    if settings.max_new_tokens == 0:
+        end(request, sample, "length")
+        return
     request.tokens[sample].append(token)
     top_tokens, top_logprobs = choices.top_tokens, choices.top_logprobs
     if settings.logprobs and not (choices.logprob is None or top_tokens is None or top_logprobs is None):

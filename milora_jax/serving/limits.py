@@ -45,7 +45,8 @@ class Limits:
       messages: number of messages of a chat.
       stops: number of stop strings of a request.
       stop_characters: length of a stop string.
-      samples: samples of one request; 0 is 4, or ``rows`` if that is less.
+      prompts: prompts of one completion.
+      samples: samples of one request, for each of its prompts; 0 is 4, or ``rows`` if that is less.
       unread_bytes: bytes of a response that may wait in memory for a slow reader.
       write_seconds: time in which a client must read some of a response that waits for it.
       grace_seconds: time after SIGTERM in which admitted requests may complete.
@@ -67,6 +68,7 @@ class Limits:
     messages: int = 256
     stops: int = 4
     stop_characters: int = 64
+    prompts: int = 64
     samples: int = 0
     unread_bytes: int = 2**16
     write_seconds: float = 20.0

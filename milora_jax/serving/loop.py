@@ -44,6 +44,7 @@ class StreamEvent:
       logprobs: of these tokens, if the request wants them.
       finish: why the sample ended, as in ``generation.request.Request.finish``; None while it continues.
       route: routing weights ``[L, E]`` of the prompt, with the first event.
+      prompt_logprobs: of the prompt's tokens but the first, if the request wants them, with the first event.
     """
 
     sample: int
@@ -51,6 +52,7 @@ class StreamEvent:
     logprobs: tuple[TokenLogprobs, ...]
     finish: str | None
     route: np.ndarray | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(eq=False)
@@ -188,7 +190,7 @@ class DeviceLoop:
             buckets[bucket_of(length, engine.cache_length)] = length
             length = length + 1 if length == longest else min(2 * length, longest)
         for length in buckets.values():
-            self._compile([0] * length, GenerationSettings(max_new_tokens=1, ignore_eos=True))
+            self._compile([0] * length, GenerationSettings(max_new_tokens=0, prompt_logprobs=1))
         samples = range(1, limits.most_samples + 1)
         for number, plan in itertools.product(samples, PLANS):
             self._compile([0], _settings_for(plan, number, min(2, longest)))
@@ -317,10 +319,11 @@ class DeviceLoop:
                 continue
             # The base alone has no router: what its slot of zeros chose has no meaning.
             route = request.route if first == 0 and job.adapter is not None else None
+            prompt_logprobs = request.prompt_logprobs if first == 0 else ()
             logprobs = tuple(request.logprobs[sample][first:])
             job.sent[sample] += len(tokens)
             job.ended[sample] = finish is not None
-            self._send(job, StreamEvent(sample, tokens, logprobs, finish, route))
+            self._send(job, StreamEvent(sample, tokens, logprobs, finish, route, prompt_logprobs))
         if request.done:
             self._running.pop(request, None)
             self._release(job)

@@ -3,126 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from typing import Any
 
 import numpy as np
 
 from milora_jax.data.chat import encode_chat
 from milora_jax.errors import UserError
 from milora_jax.generation.engine import Engine
-from milora_jax.generation.request import TokenLogprobs
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.stream import TextStream
 from milora_jax.generation.text import prompt_ids
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.serving.admission import AdmissionControl
 from milora_jax.serving.api_errors import bad_request, internal_error, model_not_found, overloaded
+from milora_jax.serving.backend import Delta, Generation, GenerationBody
 from milora_jax.serving.keys import Tenant
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.loop import DeviceLoop, Job, StreamEvent
 from milora_jax.serving.metrics import Metrics
 from milora_jax.serving.registry import Registered
 from milora_jax.serving.requests import ChatRequest, CompletionRequest
-from milora_jax.serving.responses import FinishReason
 from milora_jax.serving.store import AdapterStore, AdapterVersion
+from milora_jax.serving.tokenization import (
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
+    tokenized,
+)
 from milora_jax.types import EXPERTS
 
 COMPLETION_TOKENS = 16
 """``max_tokens`` of a completion where none is given, as in OpenAI's API; a chat may fill the context."""
-
-GenerationBody = CompletionRequest | ChatRequest
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one sample has gained.
-
-    Attributes:
-      text: that can be shown.
-      tokens, logprobs: since the previous delta; a stop token included.
-      finish: "stop" or "length" with the last delta.
-      route: of the prompt, with the first delta.
-    """
-
-    sample: int
-    text: str
-    tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    finish: FinishReason | None
-    route: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A request that has been queued.
-
-    Attributes:
-      model: the name in the request.
-      prompt_tokens: length of the prompt.
-      deltas: of all samples, to be read to the end.
-    """
-
-    id: str
-    model: str
-    prompt_tokens: int
-    deltas: AsyncIterator[Delta]
-    created: int = field(default_factory=lambda: int(time.time()))
-
-
-@runtime_checkable
-class Backend(Protocol):
-    """What the HTTP API calls: a :class:`Service` of this process, or replicas in others.
-
-    Attributes:
-      admission: admission control of this process.
-      metrics: where requests are counted in this process.
-    """
-
-    limits: Limits
-    admission: AdmissionControl
-    metrics: Metrics
-
-    def models(self, tenant: Tenant) -> list[str]:
-        """Names of the models that a tenant may use."""
-        ...
-
-    def generate(self, tenant: Tenant, body: GenerationBody) -> AbstractAsyncContextManager[Generation]:
-        """Queue an admitted request; leaving the context ends what still runs of it.
-
-        Raises:
-          APIError: the request is refused.
-        """
-        ...
-
-    def token_text(self, token: int) -> str:
-        """The text of one token."""
-        ...
-
-    async def load(self, name: str, registered: Registered) -> None:
-        """Load an adapter.
-
-        Raises:
-          UserError, OSError: it cannot be loaded; what was loaded before stays loaded.
-        """
-        ...
-
-    async def unload(self, name: str) -> bool:
-        """Unload an adapter; False if none of that name is loaded."""
-        ...
-
-    async def health(self) -> tuple[bool, int]:
-        """Whether requests can be served, and the number of free batch slots."""
-        ...
-
-    async def metrics_text(self) -> bytes:
-        """All counters in the format of Prometheus."""
-        ...
 
 
 class Service:
@@ -168,21 +85,22 @@ class Service:
         with self._adapter(tenant, body.model) as adapter:
             self._require_short(body)
             prompt_format = PromptFormat() if adapter is None else adapter.prompt_format
-            ids = await asyncio.get_running_loop().run_in_executor(
-                self._encoding, self._encode, body, prompt_format
-            )
-            default = COMPLETION_TOKENS if isinstance(body, CompletionRequest) else 0
-            settings = body.settings(self.limits, len(ids), self.engine.cache_length, default)
-            try:
-                self.engine.check(ids, settings)
-            except UserError as error:
-                raise bad_request(f"{error}.") from None
+            prompts = [
+                await self._in_encoder(
+                    self._encode, prompt, prompt_format
+                )  # one by one: others may come between
+                for prompt in body.prompts(self.limits)
+            ]
+            jobs = [(tuple(ids), self._settings(body, ids)) for ids in prompts]
             kind = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
             with ExitStack() as queued:
-                queued.enter_context(self.admission.queue_prompt(tenant, len(ids)))
-                self.admission.spend_tokens(tenant, len(ids) + settings.max_new_tokens * settings.num_samples)
-                async with aclosing(self._deltas(tenant, adapter, ids, settings, queued.close)) as deltas:
-                    yield Generation(f"{kind}-{secrets.token_hex(16)}", body.model, len(ids), deltas)
+                length = sum(map(len, prompts))
+                new = sum(settings.max_new_tokens * settings.num_samples for _, settings in jobs)
+                queued.enter_context(self.admission.queue_prompt(tenant, length))
+                self.admission.spend_tokens(tenant, length + new)
+                async with aclosing(self._deltas(tenant, adapter, jobs, queued.close)) as deltas:
+                    ids = tuple(ids for ids, _ in jobs)
+                    yield Generation(f"{kind}-{secrets.token_hex(16)}", body.model, ids, deltas)
 
     def token_text(self, token: int) -> str:
         """The text of one token."""
@@ -190,6 +108,27 @@ class Service:
         if text is None:
             text = self._token_texts[token] = self._decoder.decode([token])
         return text
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of several tokens, special ones among them."""
+        return self._decoder.decode(list(tokens))
+
+    async def tokenize(self, tenant: Tenant, body: TokenizeRequest) -> Tokenized:
+        """Token ids of a prompt, as a generation would get it."""
+        with self._adapter(tenant, self._named(tenant, body.model)) as adapter:
+            self._require_short(body)
+            prompt_format = PromptFormat() if adapter is None else adapter.prompt_format
+            limits, context = self.limits, self.engine.cache_length
+            found = await self._in_encoder(tokenized, self._encoder, body, prompt_format, limits, context)
+        self.admission.spend_tokens(tenant, len(found.tokens))
+        return found
+
+    async def detokenize(self, tenant: Tenant, body: DetokenizeRequest) -> str:
+        """The text of token ids."""
+        with self._adapter(tenant, self._named(tenant, body.model)):
+            body.require_served(self.engine.config.vocab_size, self.engine.cache_length)
+            self.admission.spend_tokens(tenant, len(body.tokens))
+            return await self._in_encoder(self._encoder.decode, body.tokens)
 
     async def load(self, name: str, registered: Registered) -> None:
         """Read an adapter, check it, and load it: see ``AdapterStore.load``."""
@@ -216,6 +155,10 @@ class Service:
     def _serves_base(self, tenant: Tenant) -> bool:
         return bool(self.base_name) and (tenant.adapters is None or self.base_name in tenant.adapters)
 
+    def _named(self, tenant: Tenant, name: str | None) -> str:
+        """A name of a model, or that of the first which a tenant may use."""
+        return next(iter(self.models(tenant)), "") if name is None else name
+
     @contextmanager
     def _adapter(self, tenant: Tenant, name: str) -> Iterator[AdapterVersion | None]:
         """The adapter of a model, held until its job holds it too; None for the base alone."""
@@ -231,11 +174,11 @@ class Service:
             self.store.release(adapter)
             self.loop.wake()
 
-    def _require_short(self, body: GenerationBody) -> None:
+    def _require_short(self, body: GenerationBody | TokenizeRequest) -> None:
         """Refuse a text that cannot fit into the context, whatever its tokens are, before it is tokenized."""
-        chat = isinstance(body, ChatRequest)
-        texts = [message.content for message in body.messages] if chat else [body.prompt]
-        if sum(len(text) for text in texts if isinstance(text, str)) > self._max_characters:
+        chat = not isinstance(body, CompletionRequest) and body.messages is not None
+        lengths = [len(text) for text in body.texts if isinstance(text, str)]
+        if (sum(lengths) if chat else max(lengths, default=0)) > self._max_characters:
             raise bad_request(
                 f"This model has a context of {self.engine.cache_length} tokens (--context): "
                 "the prompt is far longer.",
@@ -243,7 +186,22 @@ class Service:
                 "context_length_exceeded",
             )
 
-    def _encode(self, body: GenerationBody, prompt_format: PromptFormat) -> list[int]:
+    async def _in_encoder(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function returns in the thread of the encoder."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, function, *arguments)
+
+    def _settings(self, body: GenerationBody, ids: Sequence[int]) -> GenerationSettings:
+        """The settings for one of the prompts of a request, which can be served."""
+        default = COMPLETION_TOKENS if isinstance(body, CompletionRequest) else 0
+        settings = body.settings(self.limits, len(ids), self.engine.cache_length, default)
+        try:
+            self.engine.check(ids, settings)
+        except UserError as error:
+            field = str(error).split(" ", 1)[0]
+            raise bad_request(f"{error}.", field if field in type(body).model_fields else None) from None
+        return settings
+
+    def _encode(self, body: ChatRequest | str | list[int], prompt_format: PromptFormat) -> list[int]:
         """Token ids of a prompt, as the adapter was trained on them.
 
         As in vLLM, special tokens are parsed in the prompt of a completion, which its client has written out,
@@ -252,7 +210,7 @@ class Service:
         try:
             if isinstance(body, ChatRequest):
                 return encode_chat(self._encoder, body.chat(self.limits), time=prompt_format.time)
-            return prompt_ids(self._encoder, body.prompt, prompt_format, parse_special_tokens=True)
+            return prompt_ids(self._encoder, body, prompt_format, parse_special_tokens=True)
         except UserError as error:
             raise bad_request(f"{error}.") from None
 
@@ -260,74 +218,81 @@ class Service:
         self,
         tenant: Tenant,
         adapter: AdapterVersion | None,
-        ids: Sequence[int],
-        settings: GenerationSettings,
+        prompts: Sequence[tuple[tuple[int, ...], GenerationSettings]],
         on_start: Callable[[], None],
     ) -> AsyncGenerator[Delta]:
-        """Submit a job, and turn its stream events into text until every sample has ended.
+        """Submit a job for each prompt, and turn stream events into text until every sample has ended.
 
         Args:
-          on_start: called when the prompt is no longer queued.
+          prompts: token ids and settings.
+          on_start: called when no prompt is queued any more.
         """
         event_loop = asyncio.get_running_loop()
-        events: asyncio.Queue[StreamEvent] = asyncio.Queue()
-        job = Job(
-            tenant.name,
-            adapter,
-            tuple(ids),
-            settings,
-            lambda event: event_loop.call_soon_threadsafe(events.put_nowait, event),
-        )
-        samples = range(settings.num_samples)
-        texts = [TextStream(self._decoder, settings.stop) for _ in samples]
-        open_samples, new_tokens = set(samples), 0
-        submitted, last = time.monotonic(), 0.0
+        events: asyncio.Queue[tuple[int, StreamEvent]] = asyncio.Queue()
+
+        def send(number: int, event: StreamEvent) -> None:
+            event_loop.call_soon_threadsafe(events.put_nowait, (number, event))
+
+        jobs = [
+            Job(tenant.name, adapter, ids, settings, functools.partial(send, number))
+            for number, (ids, settings) in enumerate(prompts)
+        ]
+        count = prompts[0][1].num_samples
+        texts = [TextStream(self._decoder, job.settings.stop) for job in jobs for _ in range(count)]
+        open_samples: set[int] = set()
+        begin, new_tokens, last = time.monotonic(), 0, [0.0] * len(jobs)
+        try:
+            for number, job in enumerate(jobs):
+                self._submit(job)
+                open_samples |= set(range(number * count, (number + 1) * count))
+            while open_samples:
+                number, event = await events.get()
+                now = time.monotonic()
+                if not last[number]:
+                    self.metrics.first_token.observe(now - begin)
+                elif event.tokens:
+                    self.metrics.between_tokens.observe((now - last[number]) / len(event.tokens))
+                last[number] = now
+                if all(last):
+                    on_start()
+                if event.finish in ("error", "cancelled"):
+                    raise internal_error()
+                if event.route is not None:
+                    self._count_experts(event.route)
+                sample = number * count + event.sample
+                if sample in open_samples:
+                    delta = self._delta(jobs[number], texts[sample], event, sample)
+                    new_tokens += len(delta.tokens)
+                    if delta.finish is not None:
+                        open_samples.discard(sample)
+                    yield delta
+        finally:
+            for sample in open_samples:
+                self.loop.end(jobs[sample // count], sample % count, "cancelled")
+            self.metrics.tokens.labels(tenant.name, "prompt").inc(sum(len(job.prompt) for job in jobs))
+            self.metrics.tokens.labels(tenant.name, "completion").inc(new_tokens)
+
+    def _submit(self, job: Job) -> None:
         try:
             self.loop.submit(job)
         except RuntimeError:
             raise overloaded("The server is stopping.") from None
-        try:
-            event = await events.get()
-            on_start()
-            self.metrics.first_token.observe(time.monotonic() - submitted)
-            while True:
-                if event.finish in ("error", "cancelled"):
-                    raise internal_error()
-                now = time.monotonic()
-                if last and event.tokens:
-                    self.metrics.between_tokens.observe((now - last) / len(event.tokens))
-                last = now
-                if event.route is not None:
-                    self._count_experts(event.route)
-                if event.sample in open_samples:
-                    delta = self._delta(job, texts[event.sample], event)
-                    new_tokens += len(delta.tokens)
-                    if delta.finish is not None:
-                        open_samples.discard(event.sample)
-                    yield delta
-                if not open_samples:
-                    return
-                event = await events.get()
-        finally:
-            for sample in open_samples:
-                self.loop.end(job, sample, "cancelled")
-            self.metrics.tokens.labels(tenant.name, "prompt").inc(len(ids))
-            self.metrics.tokens.labels(tenant.name, "completion").inc(new_tokens)
 
     def _count_experts(self, route: np.ndarray) -> None:
         for layer, weights in enumerate(route):
             for expert, weight in zip(EXPERTS, weights, strict=True):
                 self.metrics.experts.labels(str(layer), expert).inc(float(weight))
 
-    def _delta(self, job: Job, text: TextStream, event: StreamEvent) -> Delta:
+    def _delta(self, job: Job, text: TextStream, event: StreamEvent, sample: int) -> Delta:
         """The text of an event's tokens; a stop string ends the sample, here and in the device loop."""
         finish: Any = event.finish
         shown = event.tokens[:-1] if finish == "stop" else event.tokens
         before = len(text.tokens)
         fresh = text.add(shown, last=finish is not None)
-        if not text.stopped:
-            return Delta(event.sample, fresh, event.tokens, event.logprobs, finish, event.route)
-        if finish is None:
-            self.loop.end(job, event.sample, "stop")
-        kept = len(text.tokens) - before
-        return Delta(event.sample, fresh, event.tokens[:kept], event.logprobs[:kept], "stop", event.route)
+        tokens, logprobs = event.tokens, event.logprobs
+        if text.stopped:
+            if finish is None:
+                self.loop.end(job, event.sample, "stop")
+            kept = len(text.tokens) - before
+            tokens, logprobs, finish = tokens[:kept], logprobs[:kept], "stop"
+        return Delta(sample, fresh, tokens, logprobs, finish, event.route, event.prompt_logprobs)

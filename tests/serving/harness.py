@@ -15,13 +15,13 @@ import httpx
 
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.serving.app import make_app
+from milora_jax.serving.backend import Backend
 from milora_jax.serving.build import Offer, build_service
 from milora_jax.serving.keys import Keyring
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.loop import Job
 from milora_jax.serving.registry import Registered, Registry
 from milora_jax.serving.server import bound_socket, make_server
-from milora_jax.serving.service import Backend
 from tests.models import WITH_TOKENIZER, write_hf_directory
 from tests.storage.adapters import run_of
 
