@@ -128,7 +128,7 @@ async def _name(name: str) -> str:
 
 
 class Replicas:
-    """The backend of the front end: engines in other processes, see ``service.Backend``.
+    """The backend of the front end: engines in other processes, see ``backend.Backend``.
 
     Args:
       engines: handle of the deployment.

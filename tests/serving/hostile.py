@@ -96,7 +96,7 @@ STRANGE = {"lora_path", "__class__", "temprature"}
 FIELDS = {
     path: sorted({name for kind in kinds for name in (*kind.model_fields, *kind.unsupported)} | STRANGE)
     for path, kinds in {
-        **dict.fromkeys(GENERATIONS, list(GENERATIONS.values())),
+        **{path: [*GENERATIONS.values()] for path in GENERATIONS},
         **{path: [kind] for path, kind in OTHERS.items()},
     }.items()
 }
