@@ -16,6 +16,7 @@ from tests.storage.adapters import run_of
 
 __all__ = ["folder"]
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'milora-jax[eval]'")
+pytest.importorskip("tenacity", reason="lm_eval's clients of servers need lm-eval[api]")
 
 TASKS = "choice,answer"
 
