@@ -173,6 +173,11 @@ class Base(nnx.Module):
         return isinstance(self.layers, tuple)
 
 
+def ends_of(base: Base) -> Base:
+    """The base without its layers: what embeds tokens and gives logits."""
+    return Base(base.embedding[...], (), base.final_norm[...], None if base.head is None else base.head[...])
+
+
 def unroll(base: Base) -> Base:
     """Convert the layers to a tuple."""
     head = None if base.head is None else base.head[...]

@@ -161,7 +161,7 @@ def forward(
     if remat in POLICIES:
         layer_step = jax.checkpoint(run_layer, policy=POLICIES[remat], prevent_cse=base.unrolled)
     hidden, (computed, layers, inspected) = _over_layers(layer_step, hidden, inputs, base.unrolled)
-    hidden = _norm(config, hidden, base.final_norm)
+    hidden = final_norm(base, config, hidden)
     if cache is not None:
         cache = cache.after(layers, batch.tokens.shape[1])
     elif cache_length:
@@ -289,9 +289,9 @@ def input_norm(
     return _norm(config, hidden, layer.norms.attention)
 
 
-def unembed_last(base: Base, config: ModelConfig, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Logits of the residual stream behind the last layer, before the final norm."""
-    return unembed(base, config, _norm(config, hidden, base.final_norm))
+def final_norm(base: Base, config: ModelConfig, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """The residual stream after the norm behind the last layer, as :func:`unembed` takes it."""
+    return _norm(config, hidden, base.final_norm)
 
 
 def unembed(base: Base, config: ModelConfig, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

@@ -31,8 +31,14 @@ from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import Answer, generate
 from milora_jax.prompt_format import PromptFormat
 
-GIVEN_APART = ("stop", "stop_token_ids")
-"""Settings that have no option of the same name, or one that may be repeated."""
+GIVEN_APART = ("stop", "stop_token_ids", "logit_bias")
+"""Settings that are no option, or one that may be repeated."""
+
+
+def token_bias(text: str) -> tuple[int, float]:
+    """The parts of TOKEN:NUMBER."""
+    token, _, number = text.partition(":")
+    return int(token), float(number)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,11 +66,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--system", help="in a chat template: the system message of every prompt")
     parser.add_argument("--stop", action="append", default=[], help="a string that ends it; may be repeated")
     parser.add_argument(
+        "--logit-bias",
+        action="append",
+        default=[],
+        type=token_bias,
+        metavar="TOKEN:NUMBER",
+        help="a number that is added to the logit of a token id; may be repeated",
+    )
+    parser.add_argument(
         "--merge", action="store_true", help="fold the chosen experts into a copy of the weights"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together")
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object per prompt instead of text; --logprobs are in it"
+        "--json",
+        action="store_true",
+        help="one JSON object per prompt, with what was asked for beside text",
     )
     add_options(parser, GenerationSettings, skip=GIVEN_APART)
     return parser.parse_args(arguments)
@@ -133,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parse_arguments(arguments)
     if (asked.workdir is None) == (asked.base is None):
         raise UserError("command line: expected either --workdir or --base")
-    settings = settings_of(GenerationSettings, asked, stop=tuple(asked.stop), stop_token_ids=())
+    apart = {"stop": tuple(asked.stop), "stop_token_ids": (), "logit_bias": tuple(asked.logit_bias)}
+    settings = settings_of(GenerationSettings, asked, **apart)
     if asked.raw and (asked.chat or asked.system is not None):
         raise UserError("command line: expected --raw, or --chat and --system")
     given = read_prompts(asked)
@@ -181,5 +198,6 @@ def _as_json(number: int, answer: Answer) -> dict:
     return {
         "prompt": number,
         "samples": [dataclasses.asdict(sample) for sample in answer.samples],
+        "prompt_logprobs": [dataclasses.asdict(each) for each in answer.prompt_logprobs],
         "route": None if answer.route is None else answer.route.round(6).tolist(),
     }

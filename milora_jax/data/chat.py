@@ -29,6 +29,8 @@ from milora_jax.errors import UserError, one_of
 from milora_jax.prompt_format import parse_time
 
 ROLES = ("system", "user", "assistant")
+DEVELOPER = "developer"
+"""OpenAI's newer name of the role ``system``, which it becomes where the template does not know it."""
 
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 """Characters that tokenizers cannot encode, or should not."""
@@ -43,7 +45,7 @@ class UnclosedThoughtError(UserError):
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a chat; its role is one of ROLES, or "tool" where a server has tools.
+    """One message of a chat; its role is one of ROLES, or DEVELOPER, or "tool" where a server has tools.
 
     Attributes:
       tool_calls: calls that an assistant has made, as templates take them.
@@ -97,7 +99,7 @@ def _as_message(item: Message | Mapping[str, Any], number: int) -> Message:
     if not isinstance(item, Message):
         found = type(item).__name__
         raise UserError(f"message {number} is of type {found}: expected a role and a content")
-    one_of(f"the role of message {number}", item.role, roles)
+    one_of(f"the role of message {number}", item.role, roles if item.role != DEVELOPER else (DEVELOPER,))
     if not isinstance(item.content, str):
         found = type(item.content).__name__
         raise UserError(f"the content of message {number} is of type {found}: expected text")
@@ -293,7 +295,8 @@ def _render(
     clock = {}
     if time and asks_for_time(tokenizer):
         source, clock = CLOCK + source, {"directives_of_strftime": _directives(time)}
-    chat = [_for_template(message, controls) for message in messages]
+    known = any(f"{quote}{DEVELOPER}{quote}" in source for quote in "'\"")
+    chat = [_for_template(message, controls, known) for message in messages]
     marked_tools = {"tools": controls.mark_all(list(tools))} if tools else {}
     try:
         text = tokenizer.apply_chat_template(
@@ -306,8 +309,8 @@ def _render(
         )
     except Exception as error:  # the template is foreign code, which may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        roles = ", ".join(message.role for message in messages[:4]) + (", ..." if len(messages) > 4 else "")
-        raise UserError(f"the chat template cannot write a chat of {roles}: {reason[:300]}") from None
+        said = ", ".join(message.role for message in messages[:4]) + (", ..." if len(messages) > 4 else "")
+        raise UserError(f"the chat template cannot write a chat of {said}: {reason[:300]}") from None
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"the chat template wrote {len(text)} characters: expected at most {MAX_CHARACTERS}")
     if of_tools:
@@ -316,10 +319,10 @@ def _render(
     return text
 
 
-def _for_template(message: Message, controls: Controls) -> dict[str, Any]:
+def _for_template(message: Message, controls: Controls, has_developer: bool) -> dict[str, Any]:
     """A message as templates take it, marked."""
     fields: dict[str, Any] = {
-        "role": message.role,
+        "role": "system" if message.role == DEVELOPER and not has_developer else message.role,
         "content": controls.mark(message.role, message.content),
     }
     if message.tool_calls:

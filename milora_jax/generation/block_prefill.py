@@ -23,11 +23,12 @@ import numpy as np
 from milora_jax.adapters.inputs import LayerInput
 from milora_jax.base.attention_context import AttentionContext
 from milora_jax.base.cache import KVCache, LayerCache
-from milora_jax.base.modules import Base, JoinedLayer, Layer
-from milora_jax.base.transformer import AdaptedLayer, Past, block, embed, input_norm, unembed_last
+from milora_jax.base.modules import Base, JoinedLayer, Layer, ends_of
+from milora_jax.base.transformer import AdaptedLayer, Past, block, embed, final_norm, input_norm, unembed
 from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.decode import Prefilled
 from milora_jax.generation.prefix_cache import KeptPrefix
+from milora_jax.generation.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float, Int
 from milora_jax.types import Batch
@@ -66,6 +67,7 @@ class BlockPrefill:
       block: tokens of a block.
       route_tokens: leading tokens that the routers read; 0 for all.
       kept: what a prefix cache has of the prompt.
+      scored: whether log-probabilities of the prompt are wanted, for which nothing may be kept.
 
     Attributes:
       slices: that are still to be run.
@@ -82,13 +84,14 @@ class BlockPrefill:
         block: int = BLOCK,
         route_tokens: int = 0,
         kept: KeptPrefix | None = None,
+        scored: bool = False,
     ) -> None:
         self._base, self._slot = base, np.int32(adapter_slot)
         self._adapters: AdapterStack | None = None
         self._config, self._cache_length = config, cache_length
         self._length, self._scope = len(prompt), route_tokens or len(prompt)
         kept = kept or KeptPrefix()
-        self._block, self._first = block, len(kept.blocks)
+        self._block, self._first, self._scored = block, len(kept.blocks), scored
         self._last = (len(prompt) - 1) // self._block
         self._routes: list[LayerRoute] = list(kept.route or ())
         self._caches = _empty_caches(config, base, -(-cache_length // self._block) * self._block)
@@ -96,8 +99,8 @@ class BlockPrefill:
             self._caches = paste_block(self._caches, keys, np.int32(number * self._block))
         tokens = np.zeros((1, (self._last + 1) * block), np.int32)
         tokens[0, : len(prompt)] = prompt
-        ends = Base(base.embedding, (), base.final_norm, base.head)
-        self._ends = ends
+        self._ends = ends = ends_of(base)
+        self._following = np.roll(tokens, -1, axis=1)
         self._hidden = {
             number: embed_block(ends, tokens[:, number * self._block : (number + 1) * self._block], config)
             for number in range(self._first, self._last + 1)
@@ -125,8 +128,9 @@ class BlockPrefill:
             next(self._steps)
         return self._newest
 
-    def result(self) -> tuple[Prefilled, Float[Array, "L 1 E"] | None]:
-        """What decoding starts from, after all slices, and the route for looking at."""
+    def result(self) -> tuple[Prefilled, Float[Array, "L 1 E"] | None, tuple[PromptLogprobs, ...] | None]:
+        """What decoding starts from, after all slices, the routing weights, and what ``scored`` asks for."""
+        scores = self._logprobs() if self._scored else None
         routes = tuple(route for route in self._routes if route is not None)
         prefilled = finish(
             self._ends,
@@ -138,8 +142,18 @@ class BlockPrefill:
             self._cache_length,
         )
         if not routes:
-            return prefilled, None
-        return dataclasses.replace(prefilled, route=routes), jnp.concatenate(routes)
+            return prefilled, None, scores
+        return dataclasses.replace(prefilled, route=routes), jnp.concatenate(routes), scores
+
+    def _logprobs(self) -> tuple[PromptLogprobs, ...]:
+        """Log-probabilities of the prompt, block by block."""
+        found = []
+        for number, hidden in self._hidden.items():
+            start = number * self._block
+            following = self._following[:, start : start + self._block]
+            normed = norm_block(self._ends, hidden, self._config)
+            found.append(prompt_logprobs(self._ends, self._config, normed, following))
+        return tuple(found)
 
     def to_keep(self) -> KeptPrefix:
         """What a prefix cache may keep of the prompt, after all slices: its whole blocks, and its route."""
@@ -203,6 +217,12 @@ def embed_block(ends: Base, tokens: Int[Array, "1 T"], config: ModelConfig) -> F
       ends: the base without its layers.
     """
     return embed(ends, config, tokens)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def norm_block(ends: Base, hidden: Float[Array, "1 T D"], config: ModelConfig) -> Float[Array, "1 T D"]:
+    """The residual stream behind the final norm."""
+    return final_norm(ends, config, hidden)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -292,10 +312,11 @@ def finish(
     stream = jax.lax.dynamic_index_in_dim(hidden, last, axis=1, keepdims=False)
     layers = tuple(LayerCache(k=c.k[:, :, :cache_length], v=c.v[:, :, :cache_length]) for c in caches)
     return Prefilled(
-        logits=unembed_last(ends, config, stream),
+        logits=unembed(ends, config, final_norm(ends, config, stream)),
         position=length[None],
         cache=KVCache(layers=layers, length=length[None]),
         route=None,
+        hidden=None,
     )
 
 

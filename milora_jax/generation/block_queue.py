@@ -82,7 +82,8 @@ class BlockQueue:
           routed: whether the adapter has a router.
         """
         request, kept = samples[0].request, None
-        if self._cache is not None and request.cache_scope is not None:
+        scored = request.settings.prompt_logprobs > 0  # which needs what every block leaves behind
+        if self._cache is not None and request.cache_scope is not None and not scored:
             kept = self._cache.find(request.cache_scope, request.prompt, request.route_tokens, routed)
         work = BlockPrefill(
             self._base,
@@ -93,6 +94,7 @@ class BlockQueue:
             block=self._block,
             route_tokens=request.route_tokens,
             kept=kept,
+            scored=scored,
         )
         request.cached_tokens = work.cached_tokens
         for sample in samples:

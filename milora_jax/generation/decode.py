@@ -40,12 +40,14 @@ class Prefilled:
       position: of that token in its text.
       cache: keys and values of the prompt.
       route: routing weights of each layer; None without a router.
+      hidden: normed residual stream of the prompt, for ``prompt_logprobs``; None once that is done.
     """
 
     logits: Float[Array, "R V"]
     position: Int[Array, " R"]
     cache: KVCache
     route: tuple[Float[Array, "R 1 E"], ...] | None
+    hidden: Float[Array, "R T D"] | None
 
 
 @struct.dataclass
@@ -111,6 +113,7 @@ def prefill(
         position=length,
         cache=output.cache,
         route=None if output.route is None else tuple(output.route.weights),
+        hidden=output.hidden,
     )
     return prefilled, output.route
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from milora_jax.base.attention import DeviceLayout, device_layout
 from milora_jax.base.modules import Base
-from milora_jax.data.batches import collate_prompts
 from milora_jax.errors import UserError, require
 from milora_jax.generation.adapter_stack import AdapterStack, GatheredAdapters, gather_adapter
 from milora_jax.generation.block_prefill import BLOCK
@@ -30,12 +29,12 @@ from milora_jax.generation.decode import (
     decode_logits,
     decode_masked,
     empty_state,
-    prefill,
     state_shardings_of,
 )
-from milora_jax.generation.lengths import bucket_of
+from milora_jax.generation.group_prefill import prefill_group
 from milora_jax.generation.merge import merged_base
 from milora_jax.generation.prefix_cache import PrefixCache
+from milora_jax.generation.prompt_logprobs import PromptLogprobs
 from milora_jax.generation.request import Request, require_decodable
 from milora_jax.generation.results import RunningSample, StartedWork, masks_of, read_results
 from milora_jax.generation.sampling import Choice, Plan, Sampler, make_sampler
@@ -59,7 +58,7 @@ class Engine:
       cache_length: cache positions of a batch slot: the longest prompt and continuation together; 0 takes
         the model's positions.
       chunk: decode steps between two checks for sequences that have ended.
-      penalties: whether requests may have penalties, which cost two bits of memory per row and word.
+      penalties: whether requests may have penalties and biases, which cost nine bytes per row and word.
       prefill_rows: prompts of one length bucket and one adapter that are prefilled together.
       merge: continue one prompt at a time, with its adapter folded into a copy of the weights.
       plans: of which the first that does all that is asked is compiled; none makes one for every mixture of
@@ -134,7 +133,7 @@ class Engine:
         if self.adapters is not None and self.adapters.path == "gathered":
             self._gathered = GatheredAdapters.empty(self.adapters, self.batch_slots)
         routed = self.adapters is not None and self.adapters.method.routes
-        sampler = self._sampler([GenerationSettings()], [0], [()])
+        sampler = self._sampler(RunningSample.all_of(Request((), GenerationSettings())))
         state = empty_state(
             self.config, self._base, sampler, self.batch_slots, self._prefix + self.cache_length, routed
         )
@@ -181,17 +180,14 @@ class Engine:
 
         Args:
           adapter_slot: of its adapter in the bank.
-          cache_scope: names the version of the adapter and whoever may share keys and values of the prompt;
-            None neither uses the prefix cache nor adds to it.
-          route_tokens: leading tokens of the prompt that the routers read; 0 for all.
+          cache_scope, route_tokens: see ``generation.request.Request``.
           constraint: constrains the tokens of each sample.
 
         Raises:
           UserError: for a prompt or settings that cannot be decoded here; nothing is queued then.
         """
         self.check(prompt, settings)
-        fits = 0 <= route_tokens <= len(prompt)
-        require(fits, "route_tokens", route_tokens, f"0 to the {len(prompt)} tokens of the prompt")
+        require(0 <= route_tokens <= len(prompt), "route_tokens", route_tokens, f"0 to {len(prompt)}")
         ids = tuple(int(token) for token in prompt)
         request = Request(ids, settings, adapter_slot, route_tokens, cache_scope, constraint=constraint)
         self._waiting.add(request)
@@ -264,7 +260,7 @@ class Engine:
     @property
     def _decoding(self) -> list[RunningSample | None]:
         """The samples in the batch slots, but those whose prompt is still being prefilled."""
-        return [None if sample is None or sample.prefilling else sample for sample in self._slots]
+        return [sample if sample and not sample.prefilling else None for sample in self._slots]
 
     def _admit(self) -> None:
         """Prefill waiting requests into free batch slots, in their order."""
@@ -285,16 +281,15 @@ class Engine:
             self._blocks.add(samples, rows, routed)
             self._admitting = []
             return
-        bucket = bucket_of(len(group[0].prompt), self.cache_length)
-        prompts, scopes = [request.prompt for request in group], [request.route_tokens for request in group]
-        batch = self._place(collate_prompts(prompts, bucket, 0, self.prefill_rows, scopes))
-        slot, length = np.int32(group[0].adapter_slot), self._prefix + self.cache_length
-        prefilled, route = prefill(self._base, self.adapters, slot, batch, self.config, length, self._layout)
+        sizes = self.prefill_rows, self.cache_length
+        prefilled, weights, scores = prefill_group(
+            self._base, self.adapters, self.config, group, *sizes, self._place, self._layout
+        )
         if self._merges and self.adapters is not None:
-            adapter = self.adapters.of_slot(jnp.asarray(slot))
-            chosen = None if route is None else np.asarray(route.weights[:, 0, 0])
+            adapter = self.adapters.of_slot(jnp.asarray(group[0].adapter_slot))
+            chosen = None if weights is None else np.asarray(weights[:, 0])
             self._merged = merged_base(self._base, adapter, chosen)
-        self._start(prefilled, None if route is None else route.weights[:, :, 0], samples, rows)
+        self._start(prefilled, weights, scores, samples, rows)
 
     def _end_blocks(self, blocks: BlockQueue) -> None:
         """Run a turn of prefilling, and start the samples of the prompts that are done."""
@@ -303,12 +298,18 @@ class Engine:
             self._start(*prompt.work.result(), prompt.samples, prompt.rows)
 
     def _start(
-        self, prefilled: Prefilled, weights: Any, samples: Sequence[RunningSample], rows: list[int]
+        self,
+        prefilled: Prefilled,
+        weights: Any,
+        scores: tuple[PromptLogprobs, ...] | None,
+        samples: Sequence[RunningSample],
+        rows: list[int],
     ) -> None:
         """Put what was prefilled into batch slots, and choose the first tokens.
 
         Args:
           weights: of the routes, ``[L, R, E]``; None without a router.
+          scores: log-probabilities of the prompts, in parts; None where none are wanted.
           samples: one for each prompt, or several of the first one.
         """
         group = list(dict.fromkeys(sample.request for sample in samples))
@@ -317,11 +318,7 @@ class Engine:
         # Slots beyond the batch are dropped, so that a group that is not full has its program's shape.
         places = np.array([*rows, *range(self.batch_slots, self.batch_slots + count - len(rows))], np.int32)
         padded = [*samples, *([samples[0]] * (count - len(samples)))]
-        sampler = self._sampler(
-            [sample.request.settings for sample in padded],
-            [sample.sample for sample in padded],
-            [sample.request.prompt for sample in padded],
-        )
+        sampler = self._sampler(padded)
         slot = np.int32(group[0].adapter_slot)
         if several:
             prefilled = jax.tree.map(lambda leaf: leaf[:1], prefilled)
@@ -341,7 +338,8 @@ class Engine:
         if weights is not None and several:
             weights = weights[:, :1].repeat(count, axis=1)
         choices = jax.tree.map(lambda leaf: leaf[None], choice)
-        self._started.append(StartedWork((*samples, *nobody), choices, np.zeros((1, count), bool), weights))
+        work = StartedWork((*samples, *nobody), choices, np.zeros((1, count), bool), weights, scores)
+        self._started.append(work)
         self._admitting = []
 
     def _start_chunk(self) -> None:
@@ -390,11 +388,13 @@ class Engine:
         least = Plan.of(settings)
         return next((plan for plan in self._plans if plan.covers(least)), least)
 
-    def _sampler(
-        self,
-        settings: Sequence[GenerationSettings],
-        samples: Sequence[int],
-        prompts: Sequence[Sequence[int]],
-    ) -> Sampler:
-        config = self.config
-        return make_sampler(settings, samples, prompts, config.eos_ids, config.vocab_size, self._penalties)
+    def _sampler(self, samples: Sequence[RunningSample]) -> Sampler:
+        requests, config = [sample.request for sample in samples], self.config
+        return make_sampler(
+            [request.settings for request in requests],
+            [sample.sample for sample in samples],
+            [request.prompt for request in requests],
+            config.eos_ids,
+            config.vocab_size,
+            self._penalties,
+        )

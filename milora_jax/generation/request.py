@@ -15,7 +15,7 @@ from milora_jax.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities of one produced token, before penalties and temperature.
+    """Log-probabilities of one token, before bias, penalties and temperature.
 
     Attributes:
       logprob: of the token.
@@ -42,6 +42,7 @@ class Request:
       finish: per sample why it ended: "stop" (an end-of-sequence or stop token, or the caller said so),
         "length", "cancelled", "error" (a logit was not finite, or the device failed), "constraint" (its
         constraint cannot be followed, see ``failure``); None while it goes on.
+      prompt_logprobs: of every token of the prompt but the first, where asked for, once it was prefilled.
       route: routing weights ``[L, E]`` of the prompt, once it was prefilled; None without a router.
       cached_tokens: tokens of the prompt whose keys and values came from the prefix cache.
       constraint: of its tokens; None for none.
@@ -57,6 +58,7 @@ class Request:
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[TokenLogprobs]] = field(default_factory=list)
     finish: list[str | None] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     route: np.ndarray | None = None
     cached_tokens: int = 0
     constraint: Constraint | None = None
@@ -84,6 +86,8 @@ def require_served(config: ModelConfig, settings: GenerationSettings, rows: int)
     """
     wrong = [token for token in settings.stop_token_ids if token >= config.vocab_size]
     require(not wrong, "stop_token_ids", wrong[:1], f"0 to {config.vocab_size - 1}")
+    wrong = [token for token, _ in settings.logit_bias if token >= config.vocab_size]
+    require(not wrong, "logit_bias of a token", wrong[:1], f"0 to {config.vocab_size - 1}")
     samples = settings.num_samples
     require(samples <= rows, "num_samples", samples, f"at most the batch's {rows} rows")
 

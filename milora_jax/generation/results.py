@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from milora_jax.generation.constraint import Constraint, ConstraintError, full_masks
+from milora_jax.generation.prompt_logprobs import PromptLogprobs
 from milora_jax.generation.request import Request, TokenLogprobs
 from milora_jax.generation.sampling import Choice
 
@@ -52,12 +53,15 @@ class StartedWork:
       choices: leaves ``[steps, B, ...]``.
       ended: batch slots whose sequence had ended before each step, ``[steps, B]``.
       route: of the prompts that were prefilled, ``[L, B, E]``.
+      prompt_logprobs: of the prompts that were prefilled, in parts along T; None where none were asked for.
+        A single prompt that is continued in several ways has one row.
     """
 
     sequences: tuple[RunningSample | None, ...]
     choices: Choice
     ended: Any
     route: Any = None
+    prompt_logprobs: tuple[PromptLogprobs, ...] | None = None
 
 
 def read_results(started: StartedWork, eos_ids: Sequence[int], end: End) -> list[Request]:
@@ -70,7 +74,9 @@ def read_results(started: StartedWork, eos_ids: Sequence[int], end: End) -> list
     Returns:
       The requests that got tokens or ended.
     """
-    choices, ended, route = jax.device_get((started.choices, started.ended, started.route))
+    choices, ended, route, prompt_logprobs = jax.device_get(
+        (started.choices, started.ended, started.route, started.prompt_logprobs)
+    )
     touched = []
     for row, sequence in enumerate(started.sequences):
         if sequence is None or sequence.request.finish[sequence.sample] is not None:
@@ -78,6 +84,9 @@ def read_results(started: StartedWork, eos_ids: Sequence[int], end: End) -> list
         request = sequence.request
         if route is not None:
             request.route = route[:, row]
+        if prompt_logprobs is not None and request.settings.prompt_logprobs:
+            whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *prompt_logprobs)
+            request.prompt_logprobs = whole.of_row(min(row, len(whole.logprob) - 1), request)
         for step in range(len(ended)):
             if ended[step, row]:
                 break
@@ -97,6 +106,9 @@ def _append(
         end(request, sample, "error")
         return
     settings, token = request.settings, int(choices.token[step, row])
+    if settings.max_new_tokens == 0:
+        end(request, sample, "length")
+        return
     request.tokens[sample].append(token)
     top_tokens, top_logprobs = choices.top_tokens, choices.top_logprobs
     if settings.logprobs and not (choices.logprob is None or top_tokens is None or top_logprobs is None):

@@ -30,7 +30,7 @@ class Plan:
     Attributes:
       sampled: some row draws.
       limited: some row draws from a part of the vocabulary, for which it is sorted.
-      penalized: some row has a penalty.
+      penalized: some row has a penalty or a bias.
       logprobs: some row reports log-probabilities.
     """
 
@@ -62,8 +62,9 @@ class Sampler:
       seed: of the row's random numbers; one per sample of a request.
       remaining: tokens that the row may still produce.
       ends: tokens that end the row, filled up with -1.
-      in_prompt, in_text: which tokens the prompt and the continuation hold; None where no row may have
-        a penalty.
+      in_prompt: which tokens the prompt holds; None, as the next two, where no row may have a penalty.
+      in_text: how often the continuation holds each token.
+      bias: of every token's logit.
     """
 
     temperature: Float[Array, " B"]
@@ -72,11 +73,13 @@ class Sampler:
     min_p: Float[Array, " B"]
     repetition_penalty: Float[Array, " B"]
     presence_penalty: Float[Array, " B"]
+    frequency_penalty: Float[Array, " B"]
     seed: UInt[Array, "B 2"]
     remaining: Int[Array, " B"]
     ends: Int[Array, "B stops"]
     in_prompt: Bool[Array, "B V"] | None
-    in_text: Bool[Array, "B V"] | None
+    in_text: Int[Array, "B V"] | None
+    bias: Float[Array, "B V"] | None
 
 
 @struct.dataclass
@@ -86,7 +89,7 @@ class Choice:
     Attributes:
       token: chosen tokens.
       finite: whether all of the row's logits are numbers; its token means nothing where they are not.
-      logprob: their log-probabilities before penalties and temperature; None unless asked for.
+      logprob: their log-probabilities before bias, penalties and temperature; None unless asked for.
       top_tokens, top_logprobs: the most probable tokens; None unless asked for.
     """
 
@@ -111,18 +114,21 @@ def make_sampler(
       samples: which of its request's samples a row is.
       prompts: token ids, for the penalties.
       end_ids: the model's end-of-sequence tokens.
-      penalties: whether to remember which tokens were seen.
+      penalties: whether rows may have penalties and biases.
     """
     ends = np.full((len(settings), MOST_STOPS + len(end_ids)), NO_TOKEN, np.int32)
     for row, mine in enumerate(settings):
         ids = (*mine.stop_token_ids, *(() if mine.ignore_eos else end_ids))
         ends[row, : len(ids)] = ids
-    in_prompt = in_text = None
+    in_prompt = in_text = bias = None
     if penalties:
         in_prompt = np.zeros((len(settings), vocab_size), bool)
         for row, ids in enumerate(prompts):
             in_prompt[row, list(ids)] = True
-        in_text = np.zeros_like(in_prompt)
+        in_text, bias = np.zeros_like(in_prompt, np.int32), np.zeros_like(in_prompt, np.float32)
+        for row, mine in enumerate(settings):
+            for token, number in mine.logit_bias:
+                bias[row, token] = number
 
     def column(name: str, dtype: type) -> np.ndarray:
         return np.array([getattr(s, name) for s in settings], dtype)
@@ -135,6 +141,7 @@ def make_sampler(
         "ends": ends,
         "in_prompt": in_prompt,
         "in_text": in_text,
+        "bias": bias,
     }
     return Sampler(**fields)
 
@@ -177,8 +184,8 @@ def note(sampler: Sampler, token: Int[Array, " B"], live: Bool[Array, " B"]) -> 
     if sampler.in_text is None:
         return dataclasses.replace(sampler, remaining=remaining)
     rows = jnp.arange(token.shape[0])
-    seen = sampler.in_text.at[rows, token].max(live)
-    return dataclasses.replace(sampler, remaining=remaining, in_text=seen)
+    counts = sampler.in_text.at[rows, token].add(live.astype(jnp.int32))
+    return dataclasses.replace(sampler, remaining=remaining, in_text=counts)
 
 
 def is_end(sampler: Sampler, token: Int[Array, " B"]) -> Bool[Array, " B"]:
@@ -193,13 +200,16 @@ def _allowed(masks: UInt[Array, "B W"], logits: Float[Array, "B V"]) -> Bool[Arr
 
 
 def _penalized(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V"]:
-    """Repetition, then presence penalty."""
-    if sampler.in_prompt is None or sampler.in_text is None:
+    """Bias, then repetition, frequency and presence penalty, in vLLM's order."""
+    if sampler.in_prompt is None or sampler.in_text is None or sampler.bias is None:
         raise ValueError("penalties need a sampler that remembers tokens")
-    seen = sampler.in_prompt | sampler.in_text
+    logits = logits + sampler.bias
+    in_text = sampler.in_text > 0
+    seen = sampler.in_prompt | in_text
     penalty = sampler.repetition_penalty[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    return logits - sampler.presence_penalty[:, None] * sampler.in_text.astype(logits.dtype)
+    logits = logits - sampler.frequency_penalty[:, None] * sampler.in_text.astype(logits.dtype)
+    return logits - sampler.presence_penalty[:, None] * in_text.astype(logits.dtype)
 
 
 def _over_temperature(scores: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V"]:

@@ -12,6 +12,7 @@ MOST_STOPS = 16
 """Stop strings, and stop tokens, of one request: each is looked for after every token."""
 
 MOST_LOGPROBS = 20
+MOST_BIASES = 300
 MOST_SAMPLES = 128
 LARGEST_SEED = 2**32 - 1
 
@@ -21,10 +22,11 @@ class GenerationSettings:
     """How one prompt is continued. The defaults are greedy decoding.
 
     Names and meaning are those of Hugging Face's ``GenerationConfig`` and of vLLM's ``SamplingParams``.
-    The steps are taken in this order: penalties, temperature, top-k, top-p, min-p.
+    The steps are taken in this order: bias, penalties, temperature, top-k, top-p, min-p.
 
     Attributes:
-      max_new_tokens: longest continuation in tokens, the end-of-sequence token included.
+      max_new_tokens: longest continuation in tokens, the end-of-sequence token included; 0 with
+        ``prompt_logprobs``, which then are all that is wanted.
       temperature: what logits are divided by; 0 is greedy.
       top_k: keep the k most probable tokens; 0 keeps all.
       top_p: keep the smallest set of most probable tokens that holds this probability.
@@ -32,12 +34,15 @@ class GenerationSettings:
       repetition_penalty: divides positive and multiplies negative logits of tokens seen in the prompt or
         the continuation; 1 is off (arXiv 1909.05858, section 4.1).
       presence_penalty: taken from the logits of tokens seen in the continuation; 0 is off.
+      frequency_penalty: taken from a token's logit for each time that the continuation holds it; 0 is off.
+      logit_bias: ``(token, number)`` pairs; the number is added to the token's logit.
       seed: of this request's random numbers: they depend on it and on nothing else in the batch.
       stop: strings that end the continuation; they are not part of it.
       stop_token_ids: tokens that end it, beside the model's end-of-sequence tokens.
       ignore_eos: go on after an end-of-sequence token, as benchmarks do.
       logprobs: log-probabilities to return, per token: 0 none, n those of the token and of the n most
-        probable ones, before penalties and temperature.
+        probable ones, before bias, penalties and temperature.
+      prompt_logprobs: the same of the prompt's tokens, each behind those before it; the first has none.
       num_samples: independent continuations.
       num_beams: above 1, beam search of that width, which takes no sampling settings.
       length_penalty: beams are compared by sum of log-probabilities over length to this power.
@@ -51,18 +56,22 @@ class GenerationSettings:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int = 0
+    prompt_logprobs: int = 0
     num_samples: int = 1
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
 
     def __post_init__(self) -> None:
-        _require_whole("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
+        _require_whole("prompt_logprobs", self.prompt_logprobs, 0, MOST_LOGPROBS)
+        _require_whole("max_new_tokens", self.max_new_tokens, 0 if self.prompt_logprobs else 1, 2**31 - 1)
         _require_number("temperature", self.temperature, 0.0, 1e4, "a number from 0 (greedy) up")
         _require_whole("top_k", self.top_k, 0, 2**31 - 1)
         _require_number("top_p", self.top_p, 0.0, 1.0, "above 0, at most 1")
@@ -70,6 +79,8 @@ class GenerationSettings:
         _require_number("min_p", self.min_p, 0.0, 1.0, "from 0 to 1")
         _require_number("repetition_penalty", self.repetition_penalty, 1e-4, 1e4, "a number above 0")
         _require_number("presence_penalty", self.presence_penalty, -1e4, 1e4, "a finite number")
+        _require_number("frequency_penalty", self.frequency_penalty, -1e4, 1e4, "a finite number")
+        _require_biases(self.logit_bias)
         _require_whole("seed", self.seed, 0, LARGEST_SEED)
         _require_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         _require_whole("num_samples", self.num_samples, 1, MOST_SAMPLES)
@@ -85,14 +96,15 @@ class GenerationSettings:
         require(ids, "stop_token_ids", self.stop_token_ids, "token ids")
         if self.num_beams > 1:
             plain = GenerationSettings()
-            for name in (*SAMPLING, "num_samples", "logprobs"):
+            for name in (*SAMPLING, "logit_bias", "num_samples", "logprobs", "prompt_logprobs"):
                 fits = getattr(self, name) == getattr(plain, name)
                 require(fits, name, getattr(self, name), f"{getattr(plain, name)} under beam search")
 
     @property
     def penalized(self) -> bool:
-        """Whether a token's logit depends on what was seen."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0
+        """Whether a token's logit is changed by a bias, or by what was seen."""
+        penalties = self.presence_penalty, self.frequency_penalty
+        return self.repetition_penalty != 1 or any(penalties) or bool(self.logit_bias)
 
     @property
     def sampled(self) -> bool:
@@ -105,8 +117,22 @@ class GenerationSettings:
         return self.sampled and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
-"""The settings that decide which token follows given logits."""
+SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+"""The numbers that decide, with ``logit_bias``, which token follows given logits."""
+
+
+def _require_biases(value: Any) -> None:
+    """Refuse what is no ``logit_bias``, by its name."""
+    pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value)
+    require(pairs, "logit_bias", value, "a tuple of (token, number) pairs")
+    require(len(value) <= MOST_BIASES, "logit_bias", f"{len(value)} long", f"at most {MOST_BIASES}")
+    require(len(dict(value)) == len(value), "logit_bias", "twice of one token", "each token once")
+    for token, bias in value:
+        _require_whole("logit_bias of a token", token, 0, 2**31 - 1)
+        _require_number("logit_bias", bias, -1e4, 1e4, "a finite number")
 
 
 def _require_number(name: str, value: Any, low: float, high: float, expected: str) -> None:

@@ -59,11 +59,13 @@ class Answer:
       samples: its continuations; several if ``num_samples`` asked for them; none after an error.
       route: routing weights ``[L, E]`` of the prompt; None without a router.
       error: one line, if the prompt or its settings could not be served.
+      prompt_logprobs: of every token of the prompt but the first, where asked for.
     """
 
     samples: tuple[Continuation, ...]
     route: np.ndarray | None = None
     error: str = ""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
     def text(self) -> str:
@@ -283,7 +285,8 @@ def _run(engine: Engine, tokenizer: Any, jobs: dict[int, _Job], report: _Report)
                 report.text(i, sample, _feed(engine, request, sample, streams[i, sample]))
             if request.done:
                 continuations = (_continuation(request, sample, streams[i, sample]) for sample in samples)
-                answers[i] = Answer(tuple(continuations), request.route)
+                found = request.route, "", request.prompt_logprobs
+                answers[i] = Answer(tuple(continuations), *found)
                 ready += 1
         report.answered(ready)
     return answers

@@ -25,12 +25,20 @@ from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Record
 from milora_jax.errors import UserError
 from milora_jax.serving import middleware, responses
-from milora_jax.serving.answers import GenerationResponse
-from milora_jax.serving.api_errors import APIError, bad_request
+from milora_jax.serving.answers import ChatWriter, CompletionWriter, GenerationResponse
+from milora_jax.serving.api_errors import APIError, bad_request, model_not_found
+from milora_jax.serving.backend import Backend
 from milora_jax.serving.keys import Keyring, Tenant
 from milora_jax.serving.registry import Registry
-from milora_jax.serving.requests import AdapterRequest, ChatRequest, CompletionRequest, invalid_request
-from milora_jax.serving.service import Backend
+from milora_jax.serving.request_base import invalid_request
+from milora_jax.serving.requests import AdapterRequest, ChatRequest, CompletionRequest
+from milora_jax.serving.responses_api import NAMES, ResponseObject, ResponsesRequest, ResponsesWriter
+from milora_jax.serving.tokenization import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
 
 log = logging.getLogger("milora_jax.serving")
 
@@ -171,12 +179,20 @@ async def models(service: CurrentService, tenant: CurrentTenant) -> responses.Mo
     return responses.ModelList(data=[responses.Model(id=name) for name in service.models(tenant)])
 
 
+@routes.get("/v1/models/{model:path}")
+async def model(model: str, service: CurrentService, tenant: CurrentTenant) -> responses.Model:
+    """A model that the caller may use."""
+    if model not in service.models(tenant):
+        raise model_not_found(model)
+    return responses.Model(id=model)
+
+
 @routes.post("/v1/completions", response_model=responses.CompletionResponse, responses=STREAM)
 async def completions(
     body: CompletionRequest, service: CurrentService, tenant: CurrentTenant
 ) -> GenerationResponse:
-    """Continue a text."""
-    return GenerationResponse(service, tenant, body)
+    """Continue a text, or several."""
+    return GenerationResponse(service, tenant, body, lambda found: CompletionWriter(body, found, service))
 
 
 @routes.post("/v1/chat/completions", response_model=responses.ChatResponse, responses=STREAM)
@@ -184,7 +200,36 @@ async def chat_completions(
     body: ChatRequest, service: CurrentService, tenant: CurrentTenant
 ) -> GenerationResponse:
     """Answer the messages of a chat."""
-    return GenerationResponse(service, tenant, body)
+    return GenerationResponse(service, tenant, body, lambda found: ChatWriter(body, found, service))
+
+
+@routes.post("/v1/responses", response_model=ResponseObject, responses=STREAM)
+async def create_response(
+    body: ResponsesRequest, service: CurrentService, tenant: CurrentTenant
+) -> GenerationResponse:
+    """Answer an input; nothing is stored."""
+    chat = body.as_chat()
+    return GenerationResponse(service, tenant, chat, lambda found: ResponsesWriter(body, found), NAMES)
+
+
+@routes.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: CurrentService, tenant: CurrentTenant) -> TokenizeResponse:
+    """Token ids of a prompt, as a generation would get it."""
+    found = await service.tokenize(tenant, body)
+    return TokenizeResponse(
+        count=len(found.tokens),
+        max_model_len=found.context,
+        tokens=found.tokens,
+        token_strs=found.strings,
+    )
+
+
+@routes.post("/detokenize")
+async def detokenize(
+    body: DetokenizeRequest, service: CurrentService, tenant: CurrentTenant
+) -> DetokenizeResponse:
+    """The text of token ids."""
+    return DetokenizeResponse(prompt=await service.detokenize(tenant, body))
 
 
 @routes.post("/v1/load_lora_adapter")

@@ -24,6 +24,7 @@ class StreamEvent:
       route: routing weights ``[L, E]`` of the prompt, with the first event.
       cached_tokens: prompt tokens that came from the prefix cache.
       failure: why a constraint cannot be followed, with the finish "constraint".
+      prompt_logprobs: of the prompt's tokens but the first, if the request wants them, with the first event.
     """
 
     sample: int
@@ -33,6 +34,7 @@ class StreamEvent:
     route: np.ndarray | None = None
     cached_tokens: int = 0
     failure: str = ""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(eq=False)

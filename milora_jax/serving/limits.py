@@ -56,7 +56,8 @@ class Limits:
       stop_characters: length of a stop string.
       grammar_bytes: size of a grammar, a schema or a list of tools of a request.
       grammar_seconds: processor time in which a grammar must be compiled.
-      samples: samples of one request; 0 is 4, or ``rows`` if that is less.
+      prompts: prompts of one completion.
+      samples: samples of one request, for each of its prompts; 0 is 4, or ``rows`` if that is less.
       unread_bytes: bytes of a response that may wait in memory for a slow reader.
       write_seconds: time in which a client must read some of a response that waits for it.
       grace_seconds: time after SIGTERM in which admitted requests may complete.
@@ -83,6 +84,7 @@ class Limits:
     stop_characters: int = 64
     grammar_bytes: int = 2**16
     grammar_seconds: float = 3.0
+    prompts: int = 64
     samples: int = 0
     unread_bytes: int = 2**16
     write_seconds: float = 20.0

@@ -133,7 +133,7 @@ class DeviceLoop:
             buckets[bucket_of(length, engine.cache_length)] = length
             length = length + 1 if length == longest else min(2 * length, longest)
         for length in buckets.values():
-            self._compile([0] * length, GenerationSettings(max_new_tokens=1, ignore_eos=True))
+            self._compile([0] * length, GenerationSettings(max_new_tokens=0, prompt_logprobs=1))
         if engine.prefix_cache is not None:
             for _ in range(2):  # once to keep blocks, and once to find them
                 self._compile([0] * longest, GenerationSettings(max_new_tokens=1, ignore_eos=True), "")
@@ -282,11 +282,15 @@ class DeviceLoop:
                 continue
             # The base alone has no router: what its slot of zeros chose has no meaning.
             route = request.route if first == 0 and job.adapter is not None else None
+            prompt_logprobs = request.prompt_logprobs if first == 0 else ()
             logprobs = tuple(request.logprobs[sample][first:])
             job.sent[sample] += len(tokens)
             job.ended[sample] = finish is not None
-            cached = request.cached_tokens
-            self._send(job, StreamEvent(sample, tokens, logprobs, finish, route, cached, request.failure))
+            cached, failure = request.cached_tokens, request.failure
+            self._send(
+                job,
+                StreamEvent(sample, tokens, logprobs, finish, route, cached, failure, prompt_logprobs),
+            )
         if request.done:
             self._running.pop(request, None)
             self._release(job)

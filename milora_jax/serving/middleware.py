@@ -25,10 +25,10 @@ from milora_jax.serving.api_errors import (
     invalid_key,
     log_error,
 )
+from milora_jax.serving.backend import Backend
 from milora_jax.serving.keys import Keyring, Tenant
 from milora_jax.serving.limits import Limits
-from milora_jax.serving.requests import parse_body
-from milora_jax.serving.service import Backend
+from milora_jax.serving.request_base import parse_body
 
 ANONYMOUS, ADMIN, MONITOR = Tenant("nobody"), Tenant("admin"), Tenant("monitor")
 """Requests without a key, and the keys of administrators and monitors, which are no tenants."""
@@ -41,7 +41,10 @@ MONITOR_PATHS = (METRICS_PATH, "/health/ready", "/health/live")
 """All that a monitor may call."""
 
 ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-GENERATION_PATHS = ("/v1/completions", "/v1/chat/completions")
+GENERATION_PATHS = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses"),
+    *("/tokenize", "/detokenize"),
+)
 """Calls that admission control counts."""
 
 

@@ -16,7 +16,7 @@ request, and answers ``/-/healthz`` and ``/-/routes`` without a key.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +31,14 @@ from milora_jax.errors import UserError, named_directory
 from milora_jax.serving.admission import AdmissionControl
 from milora_jax.serving.api_errors import APIError, internal_error, model_not_found
 from milora_jax.serving.app import make_app
+from milora_jax.serving.backend import Delta, Generation, GenerationBody
 from milora_jax.serving.build import Offer, build_service
 from milora_jax.serving.keys import Keyring, Tenant
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.metrics import Metrics
 from milora_jax.serving.registry import Registered, Registry
 from milora_jax.serving.server import MAX_CONNECTIONS
-from milora_jax.serving.service import Delta, Generation, GenerationBody
+from milora_jax.serving.tokenization import DetokenizeRequest, Tokenized, TokenizeRequest
 
 log = logging.getLogger("milora_jax.serving")
 
@@ -47,7 +48,7 @@ class Started:
     """The first message of an engine about a request: it has been queued."""
 
     id: str
-    prompt_tokens: int
+    prompts: tuple[tuple[int, ...], ...]
 
 
 class Engine:
@@ -72,11 +73,25 @@ class Engine:
         try:
             async with self._service.generate(tenant, body) as generation:
                 await self._mark_used(body.model)
-                yield Started(generation.id, generation.prompt_tokens)
+                yield Started(generation.id, generation.prompts)
                 async for delta in generation.deltas:
                     yield delta
         except APIError as error:
             yield error
+
+    async def tokenize(self, tenant: Tenant, body: TokenizeRequest) -> Tokenized | APIError:
+        """Token ids of a prompt, or an error."""
+        try:
+            return await self._service.tokenize(tenant, body)
+        except APIError as error:
+            return error
+
+    async def detokenize(self, tenant: Tenant, body: DetokenizeRequest) -> str | APIError:
+        """The text of token ids, or an error."""
+        try:
+            return await self._service.detokenize(tenant, body)
+        except APIError as error:
+            return error
 
     async def load(self, name: str, registered: Registered) -> str:
         """Load an adapter; returns what is wrong with it, and an empty text if it is loaded."""
@@ -113,7 +128,7 @@ async def _name(name: str) -> str:
 
 
 class Replicas:
-    """The backend of the front end: engines in other processes, see ``service.Backend``.
+    """The backend of the front end: engines in other processes, see ``backend.Backend``.
 
     Args:
       engines: handle of the deployment.
@@ -142,13 +157,37 @@ class Replicas:
             started = await _next(messages)
             if not isinstance(started, Started):
                 raise internal_error()
-            yield Generation(started.id, body.model, started.prompt_tokens, _deltas(messages))
+            yield Generation(started.id, body.model, started.prompts, _deltas(messages))
         finally:
             messages.cancel()  # does nothing if it has ended
 
     def token_text(self, token: int) -> str:
         """The text of one token."""
         return self._tokenizer.decode([token])
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of several tokens, special ones among them."""
+        return self._tokenizer.decode(list(tokens))
+
+    async def tokenize(self, tenant: Tenant, body: TokenizeRequest) -> Tokenized:
+        """Token ids of a prompt, from an engine, which knows how the adapter's prompts are written."""
+        return await self._ask("tokenize", tenant, body)
+
+    async def detokenize(self, tenant: Tenant, body: DetokenizeRequest) -> str:
+        """The text of token ids."""
+        return await self._ask("detokenize", tenant, body)
+
+    async def _ask(self, method: str, tenant: Tenant, body: TokenizeRequest | DetokenizeRequest) -> Any:
+        if body.model is not None and body.model not in self.models(tenant):
+            raise model_not_found(body.model)
+        try:
+            found = await self._engines.options(method_name=method).remote(tenant, body)
+        except Exception as error:  # Ray's errors have no common base class but this
+            log.warning("an engine did not answer: %s", type(error).__name__)
+            raise internal_error() from None
+        if isinstance(found, APIError):
+            raise found
+        return found
 
     async def load(self, name: str, registered: Registered) -> None:
         """Load an adapter on all engines; if one cannot, a new name is unloaded from the others.

@@ -7,28 +7,31 @@ not supported. An unknown field is refused: a misspelt field must not silently m
 
 from __future__ import annotations
 
+import json
 import secrets
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    FailFast,
-    Field,
-    GetJsonSchemaHandler,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from milora_jax.base.json_files import parse_json_object
-from milora_jax.data.chat import UNWRITABLE, Message
+from milora_jax.data.chat import Message
 from milora_jax.errors import UserError
-from milora_jax.generation.settings import LARGEST_SEED, MOST_LOGPROBS, GenerationSettings
-from milora_jax.serving.api_errors import APIError, bad_request
+from milora_jax.generation.settings import LARGEST_SEED, MOST_BIASES, MOST_LOGPROBS, GenerationSettings
+from milora_jax.serving.api_errors import bad_request
 from milora_jax.serving.format_fields import FormatFields
 from milora_jax.serving.limits import Limits
+from milora_jax.serving.request_base import (
+    BOUNDED,
+    FAIL_FAST,
+    Ignored,
+    Number,
+    RequestBase,
+    TokenId,
+    TokenIds,
+    contradiction,
+)
 from milora_jax.serving.tool_fields import ToolFields, ToolMessageFields
 from milora_jax.serving.unsupported import (
     ADAPTER,
@@ -36,52 +39,20 @@ from milora_jax.serving.unsupported import (
     COMPLETION,
     MESSAGE,
     STREAM_OPTIONS,
+    TEXT_PART,
     UNSUPPORTED,
-    Unsupported,
-    describe,
-    without_unsupported,
 )
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")], Annotated[Number, Field(ge=-100, le=100)]],
+    Field(max_length=MOST_BIASES),
+]
+"""Token ids as text, and the numbers that are added to their logits."""
 
-
-class _HashableFailFast(FailFast):
-    """pydantic's ``FailFast`` is not hashable, and members of a union must be."""
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-FAIL_FAST = _HashableFailFast()
-"""Validation of a list ends at its first invalid entry: a body may hold a megabyte of them."""
-
-BOUNDED = Field(max_length=4096)
-"""A list whose own limit, a smaller one, is in ``serving.limits``."""
-
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-
-Ignored = Annotated[str, Field(max_length=256)] | None
-"""Names a client or a conversation, and has no effect on the response."""
-
-
-class RequestBase(BaseModel):
-    """A body, or an object in one: no type is coerced, no unknown field is accepted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    unsupported: ClassVar[Unsupported] = {}
-    """Fields that are known and not supported."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_unsupported(cls, values: Any) -> Any:
-        return without_unsupported(values, cls.unsupported) if isinstance(values, dict) else values
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        schema = handler(core)
-        describe(handler.resolve_ref_schema(schema), cls.unsupported)
-        return schema
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+"""Labels, which have no effect here: nothing is stored."""
 
 
 class StreamOptions(RequestBase):
@@ -115,6 +86,9 @@ class GenerationRequest(FormatFields, RequestBase):
     stop: str | Annotated[list[str], BOUNDED, FAIL_FAST] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: LogitBias | None = None
+    metadata: Metadata | None = None
     user: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
@@ -141,9 +115,18 @@ class GenerationRequest(FormatFields, RequestBase):
         """Longest continuation, where the client gives one."""
         return self.max_tokens
 
+    @property
+    def samples(self) -> int:
+        """Samples of each prompt."""
+        return self.n or 1
+
     @abstractmethod
     def logprobs_wanted(self) -> int:
         """Most probable tokens that are wanted for each token; 0 for no log-probabilities at all."""
+
+    def prompt_logprobs_wanted(self) -> int:
+        """The same of the tokens of the prompt."""
+        return 0
 
     def settings(self, limits: Limits, prompt_tokens: int, context: int, default: int) -> GenerationSettings:
         """The settings of the engine.
@@ -157,11 +140,12 @@ class GenerationRequest(FormatFields, RequestBase):
           APIError: naming the field.
         """
         room = context - prompt_tokens
-        wanted = self.token_limit or min(default or room, room)
-        if room < 1 or wanted > room:
+        least = 0 if self.token_limit == 0 else 1
+        wanted = self.token_limit if self.token_limit is not None else min(default or room, room)
+        if room < least or wanted > room:
             raise bad_request(
                 f"This model has a context of {context} tokens (--context): the prompt has {prompt_tokens} "
-                f"and {max(wanted, 1)} were asked for.",
+                f"and {max(wanted, least)} were asked for.",
                 "max_tokens" if self.token_limit else "prompt",
                 "context_length_exceeded",
             )
@@ -185,12 +169,15 @@ class GenerationRequest(FormatFields, RequestBase):
                 min_p=(self.min_p or 0.0) if sampled else 0.0,
                 repetition_penalty=self.repetition_penalty or 1.0,
                 presence_penalty=self.presence_penalty or 0.0,
+                frequency_penalty=self.frequency_penalty or 0.0,
+                logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
                 seed=seed,
                 stop=tuple(stops),
                 stop_token_ids=tuple(self.stop_token_ids or ()),
                 ignore_eos=bool(self.ignore_eos),
                 logprobs=self.logprobs_wanted(),
-                num_samples=self.n or 1,
+                prompt_logprobs=self.prompt_logprobs_wanted(),
+                num_samples=self.samples,
             )
         except UserError as error:
             raise bad_request(f"{error}.") from None
@@ -201,12 +188,56 @@ class CompletionRequest(GenerationRequest):
 
     unsupported = COMPLETION
 
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[TokenId], Field(min_length=1), FAIL_FAST]
+    prompt: (
+        Annotated[str, Field(min_length=1)]
+        | TokenIds
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), BOUNDED, FAIL_FAST]
+        | Annotated[list[TokenIds], Field(min_length=1), BOUNDED, FAIL_FAST]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
 
     def logprobs_wanted(self) -> int:
         """At least one where any are wanted: OpenAI's 0 means the token's own alone."""
         return 0 if self.logprobs is None else max(1, self.logprobs)
+
+    def prompt_logprobs_wanted(self) -> int:
+        """Those of an echo; an echo without a new token takes them even if nobody reads them."""
+        return max(self.logprobs_wanted(), int(self.max_tokens == 0)) if self.echo else 0
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """The prompts, each a text or its token ids."""
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return cast(Any, [self.prompt] if one else self.prompt)
+
+    def prompts(self, limits: Limits) -> list[str | list[int]]:
+        """The prompts.
+
+        Raises:
+          APIError: there are too many.
+        """
+        if len(self.texts) > limits.prompts:
+            raise bad_request(f"prompt has {len(self.texts)}: at most --prompts {limits.prompts}.", "prompt")
+        return self.texts
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise contradiction("max_tokens", "max_tokens is 0: expected at least 1, or echo true")
+        if self.return_route and len(self.texts) > 1:
+            raise contradiction("milora", "milora.return_route is of one prompt: expected no other")
+        return self
+
+
+class TextPart(RequestBase):
+    """A part of a message."""
+
+    unsupported = TEXT_PART
+
+    type: Literal["text"]
+    text: str
 
 
 class ChatMessage(ToolMessageFields, RequestBase):
@@ -214,8 +245,8 @@ class ChatMessage(ToolMessageFields, RequestBase):
 
     unsupported = MESSAGE
 
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(min_length=1), BOUNDED, FAIL_FAST] | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
 
     @model_validator(mode="after")
@@ -229,10 +260,22 @@ class ChatMessage(ToolMessageFields, RequestBase):
         return self
 
     @property
+    def text(self) -> str:
+        """The content; its parts stand on lines of their own, as in vLLM."""
+        content = self.content or ""
+        return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _refuse_other_parts(cls, content: Any) -> Any:
+        require_parts(content, ("text",))
+        return content
+
+    @property
     def characters(self) -> int:
         """Length of all its texts."""
         calls = [call.function for call in self.tool_calls or ()]
-        return len(self.content or "") + sum(len(call.name) + len(call.arguments) for call in calls)
+        return len(self.text) + sum(len(call.name) + len(call.arguments) for call in calls)
 
     @property
     def message(self) -> Message:
@@ -242,7 +285,34 @@ class ChatMessage(ToolMessageFields, RequestBase):
           APIError: the arguments of a call are no JSON object.
         """
         calls = tuple(call.for_template() for call in self.tool_calls or ())
-        return Message(self.role, self.content or "", calls, self.tool_call_id or "")
+        return Message(self.role, self.text, calls, self.tool_call_id or "")
+
+
+def require_parts(content: Any, kinds: tuple[str, ...]) -> None:
+    """Refuse a part of a message that is no text, by its type.
+
+    Raises:
+      PydanticCustomError: naming the type.
+    """
+    parts = content if isinstance(content, list) else []
+    found = (part["type"] for part in parts if isinstance(part, dict) and "type" in part)
+    wrong = next((kind for kind in found if isinstance(kind, str) and kind not in kinds), None)
+    if wrong is not None:
+        message = "a content part of type {kind} is not supported: expected {expected}"
+        context = {"field": "content", "kind": json.dumps(wrong[:40]), "expected": " or ".join(kinds)}
+        raise PydanticCustomError(UNSUPPORTED, message, context)  # pyright: ignore[reportArgumentType]
+
+
+def chat_messages(messages: Sequence[ChatMessage], limits: Limits) -> list[Message]:
+    """The messages of a chat.
+
+    Raises:
+      APIError: there are too many.
+    """
+    if len(messages) > limits.messages:
+        found = len(messages)
+        raise bad_request(f"messages has {found}: at most --messages {limits.messages}.", "messages")
+    return [message.message for message in messages]
 
 
 class ChatRequest(ToolFields, GenerationRequest):
@@ -277,10 +347,16 @@ class ChatRequest(ToolFields, GenerationRequest):
         Raises:
           APIError: there are too many.
         """
-        if len(self.messages) > limits.messages:
-            found = len(self.messages)
-            raise bad_request(f"messages has {found}: at most --messages {limits.messages}.", "messages")
-        return [message.message for message in self.messages]
+        return chat_messages(self.messages, limits)
+
+    @property
+    def texts(self) -> list[str]:
+        """The contents of the messages."""
+        return [message.text for message in self.messages]
+
+    def prompts(self, limits: Limits) -> list[ChatRequest]:
+        """The one prompt, which is this chat."""
+        return [self]
 
 
 class AdapterRequest(RequestBase):
@@ -289,43 +365,3 @@ class AdapterRequest(RequestBase):
     unsupported = ADAPTER
 
     lora_name: Annotated[str, Field(max_length=64)]
-
-
-def parse_body(content: bytes) -> dict[str, Any]:
-    """The JSON object of a body, whatever its fields.
-
-    Raises:
-      APIError: it is none, or has a name twice or a character that no tokenizer can take.
-    """
-    try:
-        values = parse_json_object(content, "The body")
-    except UserError:
-        raise bad_request("The body is not a JSON object without doubled names.") from None
-    pending: list[Any] = [values]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, str) and UNWRITABLE.search(value):
-            raise bad_request("The body holds a lone surrogate or a NUL character.")
-        if isinstance(value, dict):
-            pending += [*value.keys(), *value.values()]
-        elif isinstance(value, list):
-            pending += value
-    return values
-
-
-def invalid_request(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """The error for a body that a model does not accept, naming the field.
-
-    Args:
-      errors: as :meth:`pydantic.ValidationError.errors` has them.
-    """
-    first = errors[0]
-    location = first["loc"]
-    field = str(location[0])[:80] if location else ""
-    if first["type"] == "extra_forbidden":
-        unknown = str(location[-1])[:80]
-        return bad_request(f"Unrecognized request argument supplied: {unknown!r}.", unknown)
-    if first["type"] == UNSUPPORTED:
-        name = ".".join(part for part in (field, first["ctx"]["field"]) if part)
-        return bad_request(f"{first['msg']}.", name, "unsupported_parameter")
-    return bad_request(f"{field}: {first['msg']}.", field or None)

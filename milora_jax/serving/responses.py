@@ -56,11 +56,12 @@ class RouteInfo(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Log-probabilities of the tokens of a completion."""
+    """Log-probabilities of the tokens of a completion; the first token of an echo has none."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
 
 
 class CompletionChoice(BaseModel):

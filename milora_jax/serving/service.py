@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from milora_jax.data.scopes import EncodedPrompt, RouteScopeError, encode_messages
 from milora_jax.errors import UserError
 from milora_jax.generation.engine import Engine
-from milora_jax.generation.request import TokenLogprobs
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.stream import TextStream
 from milora_jax.generation.text import prompt_ids
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.serving.admission import AdmissionControl
 from milora_jax.serving.api_errors import bad_request, internal_error, model_not_found, overloaded
+from milora_jax.serving.backend import Delta, Generation, GenerationBody
 from milora_jax.serving.jobs import Job, StreamEvent
 from milora_jax.serving.keys import Tenant
 from milora_jax.serving.limits import Limits
@@ -31,106 +32,14 @@ from milora_jax.serving.loop import DeviceLoop
 from milora_jax.serving.metrics import Metrics
 from milora_jax.serving.registry import Registered
 from milora_jax.serving.requests import ChatRequest, CompletionRequest
-from milora_jax.serving.responses import FinishReason
 from milora_jax.serving.store import AdapterStore, AdapterVersion
 from milora_jax.serving.structured import GrammarConstraint, Grammars, invalid_grammar
-from milora_jax.serving.tools import Call, CallParser, ToolCalls
+from milora_jax.serving.tokenization import DetokenizeRequest, Tokenized, TokenizeRequest, tokenized
+from milora_jax.serving.tools import CallParser, ToolCalls
 from milora_jax.types import EXPERTS
 
 COMPLETION_TOKENS = 16
 """``max_tokens`` of a completion where none is given, as in OpenAI's API; a chat may fill the context."""
-
-GenerationBody = CompletionRequest | ChatRequest
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one sample has gained.
-
-    Attributes:
-      text: that can be shown.
-      tokens, logprobs: since the previous delta; a stop token included.
-      finish: "stop", "length" or "tool_calls" with the last delta.
-      route: of the prompt, with the first delta.
-      cached_tokens: prompt tokens that came from the prefix cache.
-      calls: of tools, that are whole since the previous delta.
-    """
-
-    sample: int
-    text: str
-    tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    finish: FinishReason | None
-    route: np.ndarray | None = None
-    cached_tokens: int = 0
-    calls: tuple[Call, ...] = ()
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A request that has been queued.
-
-    Attributes:
-      model: the name in the request.
-      prompt_tokens: length of the prompt.
-      deltas: of all samples, to be read to the end.
-    """
-
-    id: str
-    model: str
-    prompt_tokens: int
-    deltas: AsyncIterator[Delta]
-    created: int = field(default_factory=lambda: int(time.time()))
-
-
-@runtime_checkable
-class Backend(Protocol):
-    """What the HTTP API calls: a :class:`Service` of this process, or replicas in others.
-
-    Attributes:
-      admission: admission control of this process.
-      metrics: where requests are counted in this process.
-    """
-
-    limits: Limits
-    admission: AdmissionControl
-    metrics: Metrics
-
-    def models(self, tenant: Tenant) -> list[str]:
-        """Names of the models that a tenant may use."""
-        ...
-
-    def generate(self, tenant: Tenant, body: GenerationBody) -> AbstractAsyncContextManager[Generation]:
-        """Queue an admitted request; leaving the context ends what still runs of it.
-
-        Raises:
-          APIError: the request is refused.
-        """
-        ...
-
-    def token_text(self, token: int) -> str:
-        """The text of one token."""
-        ...
-
-    async def load(self, name: str, registered: Registered) -> None:
-        """Load an adapter.
-
-        Raises:
-          UserError, OSError: it cannot be loaded; what was loaded before stays loaded.
-        """
-        ...
-
-    async def unload(self, name: str) -> bool:
-        """Unload an adapter; False if none of that name is loaded."""
-        ...
-
-    async def health(self) -> tuple[bool, int]:
-        """Whether requests can be served, and the number of free batch slots."""
-        ...
-
-    async def metrics_text(self) -> bytes:
-        """All counters in the format of Prometheus."""
-        ...
 
 
 class Service:
@@ -178,24 +87,36 @@ class Service:
         with self._adapter(tenant, body.model) as adapter:
             self._require_short(body)
             prompt_format = PromptFormat() if adapter is None else adapter.prompt_format
-            prompt = await asyncio.get_running_loop().run_in_executor(
-                self._encoding, self._encode, body, prompt_format
-            )
-            ids = prompt.ids
-            default = COMPLETION_TOKENS if isinstance(body, CompletionRequest) else 0
-            settings = body.settings(self.limits, len(ids), self.engine.cache_length, default)
-            try:
-                self.engine.check(ids, settings)
-            except UserError as error:
-                raise bad_request(f"{error}.") from None
+            prompts = [
+                await self._in_encoder(self._encode, body, prompt, prompt_format)  # others may come between
+                for prompt in body.prompts(self.limits)
+            ]
+            settings = [self._settings(body, prompt.ids) for prompt in prompts]
             constraint = await self._constraint(body)
             kind = "chatcmpl" if isinstance(body, ChatRequest) else "cmpl"
             with ExitStack() as queued:
-                queued.enter_context(self.admission.queue_prompt(tenant, len(ids)))
-                self.admission.spend_tokens(tenant, len(ids) + settings.max_new_tokens * settings.num_samples)
-                deltas = self._deltas(tenant, adapter, prompt, body, settings, constraint, queued.close)
-                async with aclosing(deltas):
-                    yield Generation(f"{kind}-{secrets.token_hex(16)}", body.model, len(ids), deltas)
+                length = sum(map(len, prompts))
+                new = sum(each.max_new_tokens * each.num_samples for each in settings)
+                queued.enter_context(self.admission.queue_prompt(tenant, length))
+                self.admission.spend_tokens(tenant, length + new)
+                scope = self._cache_scope(tenant, adapter, body)
+                jobs = [
+                    Job(
+                        tenant.name,
+                        adapter,
+                        tuple(prompt.ids),
+                        each,
+                        _nobody,
+                        # The route of the base's slot of zeros changes nothing, whatever its routers read.
+                        route_tokens=prompt.route_tokens if adapter is not None else 1,
+                        cache_scope=scope,
+                        constraint=constraint,
+                    )
+                    for prompt, each in zip(prompts, settings, strict=True)
+                ]
+                async with aclosing(self._deltas(jobs, body, queued.close)) as deltas:
+                    ids = tuple(job.prompt for job in jobs)
+                    yield Generation(f"{kind}-{secrets.token_hex(16)}", body.model, ids, deltas)
 
     def token_text(self, token: int) -> str:
         """The text of one token."""
@@ -203,6 +124,27 @@ class Service:
         if text is None:
             text = self._token_texts[token] = self._decoder.decode([token])
         return text
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of several tokens, special ones among them."""
+        return self._decoder.decode(list(tokens))
+
+    async def tokenize(self, tenant: Tenant, body: TokenizeRequest) -> Tokenized:
+        """Token ids of a prompt, as a generation would get it."""
+        with self._adapter(tenant, self._named(tenant, body.model)) as adapter:
+            self._require_short(body)
+            prompt_format = PromptFormat() if adapter is None else adapter.prompt_format
+            limits, context = self.limits, self.engine.cache_length
+            found = await self._in_encoder(tokenized, self._encoder, body, prompt_format, limits, context)
+        self.admission.spend_tokens(tenant, len(found.tokens))
+        return found
+
+    async def detokenize(self, tenant: Tenant, body: DetokenizeRequest) -> str:
+        """The text of token ids."""
+        with self._adapter(tenant, self._named(tenant, body.model)):
+            body.require_served(self.engine.config.vocab_size, self.engine.cache_length)
+            self.admission.spend_tokens(tenant, len(body.tokens))
+            return await self._in_encoder(self._encoder.decode, body.tokens)
 
     async def load(self, name: str, registered: Registered) -> None:
         """Read an adapter, check it, and load it: see ``AdapterStore.load``."""
@@ -229,6 +171,10 @@ class Service:
     def _serves_base(self, tenant: Tenant) -> bool:
         return bool(self.base_name) and (tenant.adapters is None or self.base_name in tenant.adapters)
 
+    def _named(self, tenant: Tenant, name: str | None) -> str:
+        """A name of a model, or that of the first which a tenant may use."""
+        return next(iter(self.models(tenant)), "") if name is None else name
+
     @contextmanager
     def _adapter(self, tenant: Tenant, name: str) -> Iterator[AdapterVersion | None]:
         """The adapter of a model, held until its job holds it too; None for the base alone."""
@@ -244,14 +190,14 @@ class Service:
             self.store.release(adapter)
             self.loop.wake()
 
-    def _require_short(self, body: GenerationBody) -> None:
+    def _require_short(self, body: GenerationBody | TokenizeRequest) -> None:
         """Refuse a text that cannot fit into the context, whatever its tokens are, before it is tokenized."""
-        chat = isinstance(body, ChatRequest)
-        if isinstance(body, ChatRequest):
-            characters = sum(message.characters for message in body.messages)
+        chat = not isinstance(body, CompletionRequest) and body.messages is not None
+        if isinstance(body, CompletionRequest) or body.messages is None:
+            most = max((len(text) for text in body.texts if isinstance(text, str)), default=0)
         else:
-            characters = len(body.prompt) if isinstance(body.prompt, str) else 0
-        if characters > self._max_characters:
+            most = sum(message.characters for message in body.messages)
+        if most > self._max_characters:
             raise bad_request(
                 f"This model has a context of {self.engine.cache_length} tokens (--context): "
                 "the prompt is far longer.",
@@ -259,20 +205,37 @@ class Service:
                 "context_length_exceeded",
             )
 
-    def _encode(self, body: GenerationBody, prompt_format: PromptFormat) -> EncodedPrompt:
+    async def _in_encoder(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function returns in the thread of the encoder."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, function, *arguments)
+
+    def _settings(self, body: GenerationBody, ids: Sequence[int]) -> GenerationSettings:
+        """The settings for one of the prompts of a request, which can be served."""
+        default = COMPLETION_TOKENS if isinstance(body, CompletionRequest) else 0
+        settings = body.settings(self.limits, len(ids), self.engine.cache_length, default)
+        try:
+            self.engine.check(ids, settings)
+        except UserError as error:
+            field = str(error).split(" ", 1)[0]
+            raise bad_request(f"{error}.", field if field in type(body).model_fields else None) from None
+        return settings
+
+    def _encode(
+        self, body: GenerationBody, prompt: ChatRequest | str | list[int], prompt_format: PromptFormat
+    ) -> EncodedPrompt:
         """Token ids of a prompt, as the adapter was trained on them, and which of them its routers read.
 
         As in vLLM, special tokens are parsed in the prompt of a completion, which its client has written out,
         and never in the contents of a chat, which a user may have typed.
         """
         try:
-            if isinstance(body, ChatRequest):
-                messages, tools = body.chat(self.limits), body.tools_for_template(self.limits)
-                self._calls.require_template(body, messages)
+            if isinstance(prompt, ChatRequest):
+                messages, tools = prompt.chat(self.limits), prompt.tools_for_template(self.limits)
+                self._calls.require_template(prompt, messages)
                 return encode_messages(self._encoder, messages, prompt_format, tools)
-            return prompt_ids(self._encoder, body.prompt, prompt_format, parse_special_tokens=True)
+            return prompt_ids(self._encoder, prompt, prompt_format, parse_special_tokens=True)
         except RouteScopeError as error:
-            field = "messages" if isinstance(body, ChatRequest) else "prompt"
+            field = "messages" if isinstance(prompt, ChatRequest) else "prompt"
             raise bad_request(f"The adapter of model {body.model!r}: {error}.", field) from None
         except UserError as error:
             raise bad_request(f"{error}.") from None
@@ -288,102 +251,104 @@ class Service:
             raise bad_request("ignore_eos: an answer in a format ends where the format does.", "ignore_eos")
         return await self._grammars.constraint(calls or body.format_grammar)
 
+    def _cache_scope(self, tenant: Tenant, adapter: AdapterVersion | None, body: GenerationBody) -> str:
+        """Who may find the keys and values of a prompt, and under which adapter."""
+        who = "" if self.limits.share_prefixes else tenant.name
+        return json.dumps([who, None if adapter is None else adapter.version, body.cache_salt or ""])
+
     async def _deltas(
-        self,
-        tenant: Tenant,
-        adapter: AdapterVersion | None,
-        prompt: EncodedPrompt,
-        body: GenerationBody,
-        settings: GenerationSettings,
-        constraint: GrammarConstraint | None,
-        on_start: Callable[[], None],
+        self, jobs: Sequence[Job], body: GenerationBody, on_start: Callable[[], None]
     ) -> AsyncGenerator[Delta]:
-        """Submit a job, and turn its stream events into text until every sample has ended.
+        """Submit the jobs, one for each prompt, and turn their stream events into text until all have ended.
 
         Args:
-          on_start: called when the prompt is no longer queued.
+          on_start: called when no prompt is queued any more.
         """
         event_loop = asyncio.get_running_loop()
-        events: asyncio.Queue[StreamEvent] = asyncio.Queue()
-        job = Job(
-            tenant.name,
-            adapter,
-            tuple(prompt.ids),
-            settings,
-            lambda event: event_loop.call_soon_threadsafe(events.put_nowait, event),
-            # The route of the base's slot of zeros changes nothing, whatever its routers read.
-            route_tokens=prompt.route_tokens if adapter is not None else 1,
-            cache_scope=self._cache_scope(tenant, adapter, body.cache_salt or ""),
-            constraint=constraint,
-        )
-        samples = range(settings.num_samples)
+        events: asyncio.Queue[tuple[int, StreamEvent]] = asyncio.Queue()
+
+        def send(number: int, event: StreamEvent) -> None:
+            event_loop.call_soon_threadsafe(events.put_nowait, (number, event))
+
+        for number, job in enumerate(jobs):
+            job.on_event = functools.partial(send, number)
+        count, constraint = jobs[0].settings.num_samples, jobs[0].constraint
         tools = body if isinstance(body, ChatRequest) else None
         hidden = tools and self._calls.hidden_tokens(tools)
-        texts = [TextStream(self._decoder, settings.stop, hidden) for _ in samples]
-        parsers = [tools and self._calls.parser_of(tools) for _ in samples]
-        open_samples, new_tokens = set(samples), 0
-        submitted, last = time.monotonic(), 0.0
+        texts = [TextStream(self._decoder, job.settings.stop, hidden) for job in jobs for _ in range(count)]
+        parsers = [tools and self._calls.parser_of(tools) for _ in texts]
+        open_samples: set[int] = set()
+        begin, new_tokens, last = time.monotonic(), 0, [0.0] * len(jobs)
+        try:
+            for number, job in enumerate(jobs):
+                self._submit(job)
+                open_samples |= set(range(number * count, (number + 1) * count))
+            while open_samples:
+                number, event = await events.get()
+                now = time.monotonic()
+                if not last[number]:
+                    self.metrics.first_token.observe(now - begin)
+                elif event.tokens:
+                    self.metrics.between_tokens.observe((now - last[number]) / len(event.tokens))
+                last[number] = now
+                if all(last):
+                    on_start()
+                if event.finish == "constraint":
+                    field = constraint.field if isinstance(constraint, GrammarConstraint) else ""
+                    raise invalid_grammar(field, event.failure)
+                if event.finish in ("error", "cancelled"):
+                    raise internal_error()
+                if event.route is not None:
+                    self._count_experts(event.route)
+                sample = number * count + event.sample
+                if sample in open_samples:
+                    delta = self._delta(jobs[number], texts[sample], event, sample)
+                    if (parser := parsers[sample]) is not None:
+                        delta = with_calls(delta, parser)
+                    new_tokens += len(delta.tokens)
+                    if delta.finish is not None:
+                        open_samples.discard(sample)
+                    yield delta
+        finally:
+            for sample in open_samples:
+                self.loop.end(jobs[sample // count], sample % count, "cancelled")
+            tokens = self.metrics.tokens
+            tokens.labels(jobs[0].tenant, "prompt").inc(sum(len(job.prompt) for job in jobs))
+            tokens.labels(jobs[0].tenant, "completion").inc(new_tokens)
+
+    def _submit(self, job: Job) -> None:
         try:
             self.loop.submit(job)
         except RuntimeError:
             raise overloaded("The server is stopping.") from None
-        try:
-            event = await events.get()
-            on_start()
-            self.metrics.first_token.observe(time.monotonic() - submitted)
-            while True:
-                if event.finish == "constraint":
-                    raise invalid_grammar(constraint.field if constraint else "", event.failure)
-                if event.finish in ("error", "cancelled"):
-                    raise internal_error()
-                now = time.monotonic()
-                if last and event.tokens:
-                    self.metrics.between_tokens.observe((now - last) / len(event.tokens))
-                last = now
-                if event.route is not None:
-                    self._count_experts(event.route)
-                if event.sample in open_samples:
-                    delta = self._delta(job, texts[event.sample], event)
-                    if (parser := parsers[event.sample]) is not None:
-                        delta = with_calls(delta, parser)
-                    new_tokens += len(delta.tokens)
-                    if delta.finish is not None:
-                        open_samples.discard(event.sample)
-                    yield delta
-                if not open_samples:
-                    return
-                event = await events.get()
-        finally:
-            for sample in open_samples:
-                self.loop.end(job, sample, "cancelled")
-            self.metrics.tokens.labels(tenant.name, "prompt").inc(len(prompt))
-            self.metrics.tokens.labels(tenant.name, "completion").inc(new_tokens)
-
-    def _cache_scope(self, tenant: Tenant, adapter: AdapterVersion | None, salt: str) -> str:
-        """Who may find the keys and values of a prompt, and under which adapter."""
-        who = "" if self.limits.share_prefixes else tenant.name
-        return json.dumps([who, None if adapter is None else adapter.version, salt])
 
     def _count_experts(self, route: np.ndarray) -> None:
         for layer, weights in enumerate(route):
             for expert, weight in zip(EXPERTS, weights, strict=True):
                 self.metrics.experts.labels(str(layer), expert).inc(float(weight))
 
-    def _delta(self, job: Job, text: TextStream, event: StreamEvent) -> Delta:
+    def _delta(self, job: Job, text: TextStream, event: StreamEvent, sample: int) -> Delta:
         """The text of an event's tokens; a stop string ends the sample, here and in the device loop."""
         finish: Any = event.finish
         shown = event.tokens[:-1] if finish == "stop" else event.tokens
         before = len(text.tokens)
         fresh = text.add(shown, last=finish is not None)
-        if not text.stopped:
-            return Delta(
-                event.sample, fresh, event.tokens, event.logprobs, finish, event.route, event.cached_tokens
-            )
-        if finish is None:
-            self.loop.end(job, event.sample, "stop")
-        kept = len(text.tokens) - before
-        tokens, logprobs = event.tokens[:kept], event.logprobs[:kept]
-        return Delta(event.sample, fresh, tokens, logprobs, "stop", event.route, event.cached_tokens)
+        tokens, logprobs = event.tokens, event.logprobs
+        if text.stopped:
+            if finish is None:
+                self.loop.end(job, event.sample, "stop")
+            kept = len(text.tokens) - before
+            tokens, logprobs, finish = tokens[:kept], logprobs[:kept], "stop"
+        return Delta(
+            sample,
+            fresh,
+            tokens,
+            logprobs,
+            finish,
+            route=event.route,
+            cached_tokens=event.cached_tokens,
+            prompt_logprobs=event.prompt_logprobs,
+        )
 
 
 def with_calls(delta: Delta, parser: CallParser) -> Delta:
@@ -391,3 +356,7 @@ def with_calls(delta: Delta, parser: CallParser) -> Delta:
     text, calls = parser.feed(delta.text, delta.finish is not None)
     finish = "tool_calls" if delta.finish == "stop" and parser.count else delta.finish
     return replace(delta, text=text, calls=tuple(calls), finish=finish)
+
+
+def _nobody(event: StreamEvent) -> None:
+    """Listens to a job that has not been submitted."""

@@ -26,13 +26,13 @@ def fields(names: str, *values: Any) -> Unsupported:
 
 
 GENERATION: Unsupported = {
-    **fields("frequency_penalty min_tokens priority", 0),
+    **fields("min_tokens priority", 0),
     **fields("length_penalty", 1),
-    **fields("kv_transfer_params logit_bias metadata vllm_xargs", {}),
+    **fields("kv_transfer_params vllm_xargs", {}),
     **fields("bad_words documents logits_processors", []),
     **fields("service_tier", "auto", "default"),
-    **fields("echo include_stop_str_in_output return_token_ids return_tokens_as_token_ids store", False),
-    **fields("use_beam_search", False),
+    **fields("include_stop_str_in_output return_token_ids return_tokens_as_token_ids", False),
+    **fields("store use_beam_search", False),
     **fields("skip_special_tokens spaces_between_special_tokens", True),
     **fields("allowed_token_ids guided_decoding_backend guided_whitespace_pattern prompt_logprobs"),
     **fields("request_id structural_tag truncate_prompt_tokens"),
@@ -55,7 +55,7 @@ CHAT: Unsupported = {
     **fields("verbosity", "medium"),
     **fields("prompt_cache_retention", "in_memory"),
     **fields("add_generation_prompt include_reasoning", True),
-    **fields("add_special_tokens continue_final_message", False),
+    **fields("add_special_tokens continue_final_message echo", False),
     **fields("chat_template_kwargs media_io_kwargs mm_processor_kwargs", {}),
     **fields("audio chat_template moderation prediction prompt_cache_options reasoning_effort"),
     **fields("web_search_options"),
@@ -66,6 +66,41 @@ MESSAGE: Unsupported = {
     **fields("audio function_call reasoning reasoning_content refusal"),
 }
 """Fields of a message: clients send the message of a response back as a part of the chat."""
+
+TEXT_PART: Unsupported = {**fields("annotations", []), **fields("cache_control")}
+
+TOKENIZE: Unsupported = {
+    **fields("tools", []),
+    **fields("continue_final_message", False),
+    **fields("chat_template_kwargs mm_processor_kwargs", {}),
+    **fields("chat_template"),
+}
+
+RESPONSES: Unsupported = {
+    **fields("background store", False),
+    **fields("include tools", []),
+    **fields("tool_choice", "none", "auto"),
+    **fields("parallel_tool_calls", True, False),
+    **fields("prompt_cache_retention", "in_memory"),
+    **fields("reasoning", {}),
+    **fields("service_tier", "auto", "default"),
+    **fields("stream_options", {}, {"include_obfuscation": False}),
+    **fields("top_logprobs", 0),
+    **fields("truncation", "disabled"),
+    **fields("access_programs background_options context_management conversation image max_tool_calls"),
+    **fields("moderation previous_response_id prompt prompt_cache_options"),
+}
+"""Fields of responses: they have no state, no tools and no reasoning of their own."""
+
+RESPONSES_TEXT = fields("verbosity", "medium")
+
+RESPONSES_ITEM: Unsupported = {
+    **fields("status", "completed", "incomplete"),
+    **fields("phase", "final_answer"),
+}
+"""Fields of a message of an input: clients send the output of a response back as a part of the next input."""
+
+RESPONSES_PART: Unsupported = {**fields("annotations logprobs", [])}
 
 STREAM_OPTIONS = fields("continuous_usage_stats include_obfuscation", False)
 

@@ -63,7 +63,7 @@ def test_blocks_equal_the_prefill_of_one_program(method, config):
     expected, route = prefill(
         DECODING, adapters, np.int32(0), collate_prompts([prompt], 32, 0, rows=1), config, LENGTH
     )
-    found, weights = in_blocks(adapters, prompt, config).result()
+    found, weights, _ = in_blocks(adapters, prompt, config).result()
     np.testing.assert_allclose(found.logits, expected.logits, rtol=2e-5, atol=2e-5)
     for mine, theirs in zip(found.cache.layers, expected.cache.layers, strict=True):
         np.testing.assert_allclose(mine.k[:, :, :29], theirs.k[:, :, :29], rtol=2e-5, atol=2e-5)

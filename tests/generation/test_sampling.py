@@ -18,7 +18,7 @@ from milora_jax.generation.sampling import (
     make_sampler,
     note,
 )
-from milora_jax.generation.settings import MOST_STOPS, GenerationSettings
+from milora_jax.generation.settings import MOST_BIASES, MOST_STOPS, GenerationSettings
 from tests.adapted import make_adapter, text
 from tests.generation.decoding import decoded, make_engine
 from tests.models import TINY
@@ -158,6 +158,17 @@ MISTAKES = {
     "min_p": [-0.1, 1.1],
     "repetition_penalty": [0.0, -1.0],
     "presence_penalty": [float("nan")],
+    "frequency_penalty": [float("inf"), "1"],
+    "prompt_logprobs": [-1, 21],
+    "logit_bias": [
+        [(1, 2.0)],
+        ((1,),),
+        ((1, float("nan")),),
+        ((-1, 0.0),),
+        ((True, 0.0),),
+        ((1, 0.0), (1, 1.0)),
+        tuple((i, 0.0) for i in range(MOST_BIASES + 1)),
+    ],
     "seed": [-1, 2**32],
     "logprobs": [-1, 21],
     "num_samples": [0],
@@ -172,12 +183,14 @@ def test_settings_out_of_range_are_refused_by_name(name, value):
     settings = GenerationSettings()
     # Not through the checked constructor: values of another type must be refused as well.
     object.__setattr__(settings, name, value)
-    with pytest.raises(UserError, match=f"^{name} is"):
+    with pytest.raises(UserError, match=f"^{name}( of a token)? is"):
         settings.__post_init__()
 
 
 def test_beam_search_takes_no_sampling_settings():
-    for more in ({"temperature": 1.0}, {"num_samples": 2}, {"repetition_penalty": 1.5}):
+    refused = [{"temperature": 1.0}, {"num_samples": 2}, {"repetition_penalty": 1.5}]
+    refused += [{"frequency_penalty": 1.0}, {"logit_bias": ((1, 1.0),)}, {"prompt_logprobs": 1}]
+    for more in refused:
         with pytest.raises(UserError, match="under beam search"):
             GenerationSettings(num_beams=2, **more)
 
@@ -238,6 +251,7 @@ def test_a_bad_request_is_refused_and_the_others_are_unaffected():
         ([TINY.vocab_size], {}, "outside the vocabulary|a token id of the prompt"),
         ([5] * 60, {}, "60 tokens and may get 5 new ones: expected at most 64"),
         ([5], {"stop_token_ids": (97,)}, "stop_token_ids"),
+        ([5], {"logit_bias": ((97, 1.0),)}, "logit_bias of a token"),
         ([5], {"num_samples": 3}, "at most the batch's 2 rows"),
     ):
         with pytest.raises(UserError, match=message):
@@ -260,6 +274,48 @@ def test_nothing_is_sorted_where_no_row_has_a_limit():
     assert "sort" not in plain.as_text()
     assert "sort" in sorted_.as_text()
     np.testing.assert_array_equal(plain.compile()(), sorted_.compile()())
+
+
+def test_bias_and_penalties_are_those_of_vllm():
+    """Its formula: bias, then repetition, then frequency by the count in the text, then presence."""
+    rng = np.random.default_rng(2)
+    logits = (rng.normal(size=(5, VOCAB)) * 2).astype(np.float32)
+    prompt, produced = [3, 4, 4], [5, 5, 3, 7, 5]
+    settings = [
+        {"frequency_penalty": 0.75},
+        {"frequency_penalty": -1.5, "presence_penalty": 0.5},
+        {"repetition_penalty": 1.25, "frequency_penalty": 2.0, "presence_penalty": -0.5},
+        {"logit_bias": ((1, -100.0), (9, 2.5))},
+        {"logit_bias": ((5, 100.0), (0, -1.0)), "repetition_penalty": 2.0, "frequency_penalty": 0.25},
+    ]
+    rows = [GenerationSettings(**each) for each in settings]
+    sampler = sampler_of(*rows, prompts=[prompt] * len(rows))
+    for token in produced:
+        sampler = note(sampler, jnp.full((len(rows),), token), jnp.ones((len(rows),), bool))
+    found = np.asarray(_penalized(jnp.asarray(logits), sampler))
+    counts = np.bincount(produced, minlength=VOCAB)
+    seen = np.isin(np.arange(VOCAB), prompt) | (counts > 0)
+    for row, mine in enumerate(rows):
+        expected = logits[row].copy()
+        for token, bias in mine.logit_bias:
+            expected[token] += bias
+        factor = np.where(seen, mine.repetition_penalty, 1.0)
+        expected = np.where(expected > 0, expected / factor, expected * factor)
+        expected -= mine.frequency_penalty * counts
+        expected -= mine.presence_penalty * (counts > 0)
+        np.testing.assert_allclose(found[row], expected, rtol=1e-6, err_msg=str(mine))
+
+
+def test_a_bias_forbids_or_forces_a_token_and_counts_only_what_was_produced():
+    plain, forced = decoded(make_adapter(), [text(0, 6)], 8, ignore_eos=True)[0], 41
+    (banned,) = decoded(make_adapter(), [text(0, 6)], 8, ignore_eos=True, logit_bias=((plain[0], -100.0),))
+    assert plain[0] not in banned
+    (only,) = decoded(make_adapter(), [text(0, 6)], 8, ignore_eos=True, logit_bias=((forced, 100.0),))
+    assert only == [forced] * 8
+    more = {"logit_bias": ((forced, 100.0),), "frequency_penalty": 40.0}
+    (worn,) = decoded(make_adapter(), [[forced] * 6], 8, ignore_eos=True, **more)
+    assert worn[:2] == [forced] * 2, "what the prompt holds does not count"
+    assert worn.count(forced) < 8
 
 
 @pytest.mark.parity

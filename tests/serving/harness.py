@@ -15,13 +15,13 @@ import httpx
 
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.serving.app import make_app
+from milora_jax.serving.backend import Backend
 from milora_jax.serving.build import Offer, build_service
 from milora_jax.serving.jobs import Job
 from milora_jax.serving.keys import Keyring
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.registry import Registered, Registry
 from milora_jax.serving.server import bound_socket, make_server
-from milora_jax.serving.service import Backend
 from tests.models import WITH_TOKENIZER, write_hf_directory
 from tests.storage.adapters import run_of
 
@@ -114,13 +114,15 @@ class Listener:
         """Tokens, log-probabilities and endings of all samples."""
         count = self.job.settings.num_samples
         tokens, logprobs, finish = [[] for _ in range(count)], [[] for _ in range(count)], [None] * count
-        self.route = None
+        self.route, self.prompt_logprobs = None, []
         while None in finish:
             event = self.events.get(timeout=WAIT)
             tokens[event.sample] += event.tokens
             logprobs[event.sample] += event.logprobs
             finish[event.sample] = event.finish
             self.route = event.route if event.route is not None else self.route
+            if event.prompt_logprobs:
+                self.prompt_logprobs.append(event.prompt_logprobs)
         assert self.events.empty()
         return tokens, logprobs, finish
 
@@ -132,8 +134,13 @@ def random_request(rng):
         settings |= {"temperature": 1.3, "top_p": 0.9}
     if rng.random() < 0.3:
         settings |= {"presence_penalty": 0.5}
+    if rng.random() < 0.3:
+        settings |= {"frequency_penalty": 0.4, "logit_bias": ((int(rng.integers(320)), 4.0), (7, -100.0))}
     if rng.random() < 0.5:
         settings |= {"logprobs": 3}
+    if rng.random() < 0.3:
+        settings |= {"prompt_logprobs": 2}
+        settings |= {"max_new_tokens": 0} if rng.random() < 0.3 else {}
     if rng.random() < 0.2:
         settings |= {"num_samples": 2}
     name = ("base", "math", "law", "art")[rng.integers(4)]

@@ -5,6 +5,8 @@ import json
 from hypothesis import strategies as st
 
 from milora_jax.serving.requests import ChatRequest, CompletionRequest
+from milora_jax.serving.responses_api import ResponsesRequest
+from milora_jax.serving.tokenization import DetokenizeRequest, TokenizeRequest
 
 EDGES = (31, 32, 53, 63, 64, 128)
 
@@ -76,20 +78,38 @@ JUNK = (
     '{"return_route": true}',
     '{"return_route": "yes"}',
     '{"5": 100}',
+    '{"05": 1, "5": 1}',
+    '{"5": 1e999}',
+    '["a", "b"]',
+    "[[5, 6], [7]]",
+    '["a", 5]',
+    '[{"role": "developer", "content": [{"type": "text", "text": "x"}]}]',
+    '[{"role": "user", "content": [{"type": "input_text", "text": "x"}, {"type": "input_image"}]}]',
+    '[{"type": "function_call_output", "output": "x"}]',
+    '{"format": {"type": "text"}}',
+    '{"format": {"type": "json_schema", "schema": {}}}',
 )
 
-FIELDS = sorted(
-    {*CompletionRequest.model_fields, *ChatRequest.model_fields}
-    | {*CompletionRequest.unsupported, *ChatRequest.unsupported}
-    | {"lora_path", "__class__", "temprature"}
-)
-"""Those that there are, and some that other servers have."""
+GENERATIONS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
+OTHERS = {"/v1/responses": ResponsesRequest, "/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest}
+STRANGE = {"lora_path", "__class__", "temprature"}
+FIELDS = {
+    path: sorted({name for kind in kinds for name in (*kind.model_fields, *kind.unsupported)} | STRANGE)
+    for path, kinds in {
+        **{path: [*GENERATIONS.values()] for path in GENERATIONS},
+        **{path: [kind] for path, kind in OTHERS.items()},
+    }.items()
+}
+"""By path those that there are, and some that other servers have."""
 
+MODEL, TOKENS = {"model": '"math"'}, {"max_tokens": "2"}
+TEXT, CHAT = '"What is 3 * 7?"', '[{"role": "user", "content": "x"}]'
 GOOD = {
-    "model": '"math"',
-    "prompt": '"What is 3 * 7?"',
-    "messages": '[{"role": "user", "content": "x"}]',
-    "max_tokens": "2",
+    "/v1/completions": {**MODEL, "prompt": TEXT, **TOKENS},
+    "/v1/chat/completions": {**MODEL, "messages": CHAT, **TOKENS},
+    "/v1/responses": {**MODEL, "input": CHAT, "max_output_tokens": "2"},
+    "/tokenize": {**MODEL, "prompt": TEXT},
+    "/detokenize": {**MODEL, "tokens": "[5, 6]"},
 }
 
 values = st.one_of(
@@ -102,14 +122,14 @@ values = st.one_of(
 )
 """Of a field, as text."""
 
-paths = st.sampled_from(["/v1/completions", "/v1/chat/completions"])
+paths = st.sampled_from([*GENERATIONS, *GENERATIONS, *OTHERS])
 
 
 @st.composite
 def bodies(draw, path):
     """A body for a path: a good one with some fields changed, doubled or left out; or none at all."""
-    fields = [(name, text) for name, text in GOOD.items() if name != ("messages", "prompt")["chat" in path]]
-    for name in draw(st.lists(st.sampled_from(FIELDS), max_size=3)):
+    fields = list(GOOD[path].items())
+    for name in draw(st.lists(st.sampled_from(FIELDS[path]), max_size=3)):
         text = draw(values)
         if draw(st.integers(0, 9)):
             fields = [pair for pair in fields if pair[0] != name]

@@ -9,11 +9,11 @@ import pytest
 
 from milora_jax.serving.admission import AdmissionControl
 from milora_jax.serving.app import make_app
+from milora_jax.serving.backend import Backend, Delta, Generation
 from milora_jax.serving.keys import Keyring
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.metrics import Metrics
 from milora_jax.serving.registry import Registry
-from milora_jax.serving.service import Backend, Delta, Generation
 from tests.serving.harness import http_scope
 
 LIMITS = Limits(rows=4, context=96)
@@ -35,7 +35,7 @@ async def answer(waits, between):
 
     @asynccontextmanager
     async def generate(tenant, body):
-        yield Generation("cmpl-0", "m", 1, pieces())
+        yield Generation("cmpl-0", "m", ((1,),), pieces())
 
     async def receive():
         if came:

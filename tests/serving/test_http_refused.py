@@ -17,7 +17,13 @@ BAD = {
     "no prompt": ({"prompt": ...}, "prompt"),
     "an empty prompt": ({"prompt": ""}, "prompt"),
     "an empty list": ({"prompt": []}, "prompt"),
-    "several prompts": ({"prompt": ["a", "b"]}, "prompt"),
+    "texts and tokens": ({"prompt": ["a", 5]}, "prompt"),
+    "an empty one of several": ({"prompt": ["a", ""]}, "prompt"),
+    "an empty list of several": ({"prompt": [[5], []]}, "prompt"),
+    "lists of lists": ({"prompt": [[[5]]]}, "prompt"),
+    "many prompts": ({"prompt": ["a"] * 65}, "prompt"),
+    "a long one of several": ({"prompt": [[5], [5] * 97]}, None),
+    "a route of several": ({"prompt": ["a", "b"], "milora": {"return_route": True}}, "milora"),
     "a token that is none": ({"prompt": [5, 99999]}, None),
     "a negative token": ({"prompt": [-1]}, "prompt"),
     "no tokens": ({"max_tokens": 0}, "max_tokens"),
@@ -31,7 +37,9 @@ BAD = {
     "too many samples": ({"n": 3}, "n"),
     "many samples": ({"n": 10**9}, "n"),
     "best_of": ({"best_of": 4}, "best_of"),
-    "echo": ({"echo": True}, "echo"),
+    "an echo that is no truth": ({"echo": 1}, "echo"),
+    "no tokens and no echo": ({"max_tokens": 0, "logprobs": 1, "echo": False}, "max_tokens"),
+    "an echo that is too long": ({"prompt": [5] * 97, "echo": True, "max_tokens": 0}, "prompt"),
     "many log-probabilities": ({"logprobs": 6}, "logprobs"),
     "an unknown field": ({"temprature": 1}, "temprature"),
     "a path": ({"lora_path": "/etc"}, "lora_path"),
@@ -40,8 +48,16 @@ BAD = {
     "a long stop": ({"stop": "a" * 65}, "stop"),
     "an empty stop": ({"stop": ""}, "stop"),
     "a stop token that is none": ({"stop_token_ids": [99999]}, None),
-    "a bias": ({"logit_bias": {"5": 1}}, "logit_bias"),
-    "frequency": ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    "a bias of a word": ({"logit_bias": {"x": 1}}, "logit_bias"),
+    "a bias of another writing": ({"logit_bias": {"05": 1}}, "logit_bias"),
+    "a bias of a token that is none": ({"logit_bias": {"99999": 1}}, "logit_bias"),
+    "a bias that is too large": ({"logit_bias": {"5": 101}}, "logit_bias"),
+    "a bias that is a text": ({"logit_bias": {"5": "1"}}, "logit_bias"),
+    "many biases": ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
+    "frequency": ({"frequency_penalty": 2.5}, "frequency_penalty"),
+    "labels that are numbers": ({"metadata": {"a": 1}}, "metadata"),
+    "many labels": ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
+    "storage": ({"store": True}, "store"),
     "a seed that is too large": ({"seed": 2**70}, "seed"),
     "a surrogate": ({"prompt": "\ud800"}, None),
     "a NUL": ({"prompt": "a\0b"}, None),
@@ -118,15 +134,81 @@ def test_chats_are_checked(client):
         [{"role": "tool", "content": "x"}],
         [{"role": "user"}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "user", "content": []}],
         [{"role": "user", "content": "x"}] * 257,
     ):
         answer = client.post("/v1/chat/completions", json={**good, "messages": messages})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"].startswith("messages")
-    for extra in ({"tools": [{}]}, {"response_format": {"type": "xml"}}, {"top_logprobs": 2}):
+    for extra in ({"echo": True}, {"tools": [{}]}, {"response_format": {"type": "xml"}}, {"top_logprobs": 2}):
         answer = client.post("/v1/chat/completions", json={**good, **extra})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == next(iter(extra))
+
+
+def test_a_content_part_that_is_no_text_is_named_by_its_type(client):
+    part = {"type": "image_url", "image_url": {"url": "http://x"}}
+    body = {"model": "math", "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, part]}]}
+    error = client.post("/v1/chat/completions", json=body).json()["error"]
+    assert (error["param"], error["code"]) == ("messages.content", "unsupported_parameter")
+    assert '"image_url" is not supported: expected text' in error["message"]
+
+
+RESPONSES = {
+    "no input": ({"input": ...}, "input"),
+    "an empty input": ({"input": ""}, "input"),
+    "an image": ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.content"),
+    "a call": ({"input": [{"type": "function_call_output", "call_id": "1", "output": "x"}]}, "input.type"),
+    "a role": ({"input": [{"role": "tool", "content": "x"}]}, "input"),
+    "many messages": ({"input": [{"role": "user", "content": "x"}] * 257}, "input"),
+    "a long input": ({"input": "x " * 400, "max_output_tokens": ...}, "input"),
+    "many tokens": ({"max_output_tokens": 97}, "max_output_tokens"),
+    "no tokens": ({"max_output_tokens": 0}, "max_output_tokens"),
+    "a chain": ({"previous_response_id": "resp_1"}, "previous_response_id"),
+    "storage": ({"store": True}, "store"),
+    "a tool": ({"tools": [{"type": "web_search"}]}, "tools"),
+    "a schema": ({"text": {"format": {"type": "json_schema"}}}, "text"),
+    "the background": ({"background": True}, "background"),
+    "a field of chats": ({"max_tokens": 5}, "max_tokens"),
+    "a mistake": ({"inputs": "x"}, "inputs"),
+}
+
+
+@pytest.mark.parametrize("name", RESPONSES)
+def test_a_bad_field_of_a_response_is_named(client, name):
+    more, field = RESPONSES[name]
+    body = {"model": "math", "input": "x", "max_output_tokens": 4, **more}
+    answer = client.post("/v1/responses", json={k: v for k, v in body.items() if v is not ...})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == field
+
+
+TOKENS = {
+    "nothing": ("/tokenize", {}, "prompt"),
+    "both": ("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "prompt"),
+    "several": ("/tokenize", {"prompt": ["x"]}, "prompt"),
+    "far too long": ("/tokenize", {"prompt": "x" * 900_000}, "prompt"),
+    "a prompt's assistant": ("/tokenize", {"prompt": "x", "add_generation_prompt": True}, None),
+    "special tokens of a chat": (
+        "/tokenize",
+        {"messages": [{"role": "user", "content": "x"}], "add_special_tokens": True},
+        "add_special_tokens",
+    ),
+    "a text": ("/detokenize", {"tokens": "x"}, "tokens"),
+    "a token that is none": ("/detokenize", {"tokens": [99999]}, "tokens"),
+    "a negative token": ("/detokenize", {"tokens": [-1]}, "tokens"),
+    "many tokens": ("/detokenize", {"tokens": [5] * 97}, "tokens"),
+    "no tokens": ("/detokenize", {}, "tokens"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_what_cannot_be_tokenized_is_refused(client, name):
+    path, body, field = TOKENS[name]
+    answer = client.post(path, json=body)
+    assert answer.status_code == 400, answer.text
+    assert field is None or answer.json()["error"]["param"] == field
 
 
 def test_five_hundred_mutated_bodies_are_answered_and_none_breaks_anything(client):

@@ -35,17 +35,22 @@ def isolated(service, count, seed):
     """Requests alone, and among each other."""
     rng = np.random.default_rng(seed)
     requests = [random_request(rng) for _ in range(count)]
-    alone = [Listener(service, name, prompt, **more).end() for name, prompt, more in requests]
+
+    def outcome(listener):
+        return *listener.end(), listener.prompt_logprobs
+
+    alone = [outcome(Listener(service, name, prompt, **more)) for name, prompt, more in requests]
     order = rng.permutation(count)
     listeners = {i: Listener(service, *requests[i][:2], **requests[i][2]) for i in order}
-    together = [listeners[i].end() for i in range(count)]
+    together = [outcome(listeners[i]) for i in range(count)]
     return alone, together
 
 
 def test_a_request_is_bit_for_bit_the_same_alone_and_in_company(service):
     alone, together = isolated(service, 40, 0)
     assert alone == together
-    assert any(len(logprobs[0]) for _, logprobs, _ in alone)
+    assert any(len(logprobs[0]) for _, logprobs, *_ in alone)
+    assert any(scores for *_, scores in alone)
 
 
 @pytest.mark.slow

@@ -109,6 +109,35 @@ def test_the_openai_client_streams(deployed):
         assert chat.milora["route"]
 
 
+def test_new_fields_cross_to_the_engines(deployed):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{deployed[1]}/v1", api_key=KEYS["one"]) as client:
+        assert client.models.retrieve("law").id == "law"
+        asked = {"model": "law", "max_tokens": 4, "temperature": 0, "echo": True, "logprobs": 1}
+        several = client.completions.create(prompt=["x", "hello you"], **asked, frequency_penalty=1)
+        assert [choice.index for choice in several.choices] == [0, 1]
+        assert all(choice.logprobs.token_logprobs[0] is None for choice in several.choices)
+        forced = client.completions.create(prompt="x", **asked, logit_bias={"50": 100}).choices[0]
+        assert len(set(forced.logprobs.tokens[-4:])) == 1
+        made = client.responses.create(model="law", input="x", max_output_tokens=5, temperature=0)
+        *_, last = client.responses.create(
+            model="law", input="x", max_output_tokens=5, temperature=0, stream=True
+        )
+        assert last.response.output_text == made.output_text
+        tokens = client.post("../tokenize", body={"model": "law", "prompt": "hello you"}, cast_to=object)
+        whole = client.completions.create(model="law", prompt="hello you", max_tokens=1).usage
+        assert tokens["count"] == whole.prompt_tokens
+        back = client.post("../detokenize", body={"tokens": tokens["tokens"]}, cast_to=object)
+        assert "hello you" in back["prompt"]
+        for path, body in (
+            ("../tokenize", {"prompt": "x", "model": "lax"}),
+            ("../detokenize", {"tokens": [9**9]}),
+        ):
+            with pytest.raises(openai.APIStatusError) as caught:
+                client.post(path, body=body, cast_to=object)
+            assert caught.value.status_code in (400, 404)
+
+
 @pytest.mark.parametrize(
     ("name", "more", "status"),
     [

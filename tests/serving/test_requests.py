@@ -8,21 +8,25 @@ from pydantic import ValidationError
 
 from milora_jax.serving.api_errors import APIError
 from milora_jax.serving.limits import Limits
+from milora_jax.serving.request_base import invalid_request, parse_body
 from milora_jax.serving.requests import (
     AdapterRequest,
     ChatMessage,
     ChatRequest,
     CompletionRequest,
     StreamOptions,
-    invalid_request,
-    parse_body,
+    TextPart,
 )
+from milora_jax.serving.responses_api import InputMessage, InputPart, ResponsesRequest, TextOptions
+from milora_jax.serving.tokenization import TokenizeRequest
 from tests.serving.harness import openapi
 
 BODIES = {
     CompletionRequest: {"model": "m", "prompt": "x"},
     ChatRequest: {"model": "m", "messages": [{"role": "user", "content": "x"}]},
     AdapterRequest: {"lora_name": "m"},
+    ResponsesRequest: {"model": "m", "input": "x"},
+    TokenizeRequest: {"prompt": "x"},
 }
 KINDS = list(BODIES)
 
@@ -31,8 +35,6 @@ SOMETHING = {
     "response_format": [{"type": "json_object"}, {"type": "text", "schema": {}}, "text"],
     "modalities": [["text", "audio"], []],
     "service_tier": ["flex"],
-    "logit_bias": [{"5": 1}, []],
-    "frequency_penalty": [0.5, False, "0"],
     "echo": [True, 0],
     "best_of": [2, True],
     "suffix": ["x"],
@@ -104,8 +106,12 @@ def test_what_is_nested_may_ask_for_nothing_too():
 
 def test_defaults_of_served_fields_are_served():
     defaults = {"n": 1, "stream": False, "temperature": 1, "top_p": 1, "stop": [], "presence_penalty": 0}
+    defaults |= {"frequency_penalty": 0, "logit_bias": {}, "metadata": {}}
     defaults |= {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "ignore_eos": False, "stop_token_ids": []}
-    for kind, more in ((CompletionRequest, {}), (ChatRequest, {"logprobs": False, "top_logprobs": 0})):
+    for kind, more in (
+        (CompletionRequest, {"echo": False}),
+        (ChatRequest, {"logprobs": False, "top_logprobs": 0}),
+    ):
         one, other = (
             read(kind, seed=3, **each).settings(Limits(), 5, 90, 16) for each in ({}, {**defaults, **more})
         )
@@ -137,7 +143,7 @@ def test_log_probabilities_of_others_need_those_of_the_tokens():
 
 def test_the_document_has_the_values():
     schemas = openapi()["components"]["schemas"]
-    for kind in (*KINDS, ChatMessage, StreamOptions):
+    for kind in (*KINDS, ChatMessage, StreamOptions, TextPart, InputMessage, InputPart, TextOptions):
         properties = schemas[kind.__name__]["properties"]
         for name, values in kind.unsupported.items():
             assert properties[name]["enum"] == [None, *values]
