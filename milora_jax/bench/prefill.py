@@ -35,6 +35,9 @@ from milora_jax.generation.settings import GenerationSettings
 from milora_jax.model_config import ModelConfig
 
 CASES = ("streams", "turns")
+ALONE = 20
+"""Chunks of decode steps that are measured without long prompts."""
+
 FIRST_ID = 16
 """Of the random token ids: those below may be special."""
 
@@ -108,7 +111,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
 def _measure_streams(
     settings: Settings, base: Base, config: ModelConfig, stack: AdapterStack | None
 ) -> Iterator[dict[str, Any]]:
-    length = settings.prompt + 8
+    length = max(settings.prompt, ALONE * settings.chunk) + 64
     _require_room(config, length)
     variants = [
         Variant(
@@ -160,7 +163,7 @@ def _take_streams(settings: Settings, variant: Variant) -> None:
 def _stream_round(settings: Settings, engine: Engine) -> tuple[list[float], list[float], list[float]]:
     """Seconds between tokens beside long prompts and without them, and to the first tokens of these."""
     rng = np.random.default_rng(0)
-    alone = 20 * settings.chunk
+    alone = ALONE * settings.chunk
     most = GenerationSettings(max_new_tokens=engine.cache_length - 8, ignore_eos=True)
     streams = [engine.submit(_ids(rng, engine, 8), most) for _ in range(settings.streams)]
     while not all(stream.tokens[0] for stream in streams):
@@ -172,6 +175,8 @@ def _stream_round(settings: Settings, engine: Engine) -> tuple[list[float], list
         prompt = _ids(rng, engine, settings.prompt)
         long = engine.submit(prompt, GenerationSettings(max_new_tokens=1, ignore_eos=True))
         gaps += _gaps(engine, streams, lambda _, long=long: bool(long.tokens[0]))
+        while not long.done:  # the streams may have ended before
+            engine.step()
         first.append(time.perf_counter() - begun)
     for stream in streams:
         engine.end(stream, 0, "cancelled")
@@ -180,11 +185,11 @@ def _stream_round(settings: Settings, engine: Engine) -> tuple[list[float], list
 
 
 def _gaps(engine: Engine, streams: Sequence[Request], ended: Any) -> list[float]:
-    """Seconds between two tokens of the first stream, for every token, until ``ended(tokens)``."""
+    """Seconds between two tokens of the first stream, for each, until ``ended(tokens)`` or its own end."""
     stream, found = streams[0], []
     before = len(stream.tokens[0])
     last, count = time.perf_counter(), 0
-    while not ended(count):
+    while not (ended(count) or stream.done):
         engine.step()
         fresh = len(stream.tokens[0]) - before - count
         if fresh:

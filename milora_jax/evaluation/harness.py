@@ -1,10 +1,7 @@
 """A tuned model for lm-evaluation-harness, whose router reads contexts only.
 
-:func:`harness_class` registers the model in lm_eval as ``milora_jax``. lm_eval 0.4 cannot find models of
-other packages by itself; ``python -m milora_jax.evaluation lm-eval`` is its command with this model.
-
-A context is tokenized as prompts are in training, and its route is used throughout: no router reads a
-continuation, so all choices of a question share one route. docs/lm_eval.md has the rules.
+:func:`harness_class` registers the model in lm_eval as ``milora_jax``; the command ``lm-eval`` uses it. No router
+reads a continuation, so that all choices of a question share one route. docs/lm_eval.md has the rules.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from milora_jax.generation.request import Request
 from milora_jax.model_config import ModelConfig
-from milora_jax.shapes import Float
+from milora_jax.shapes import Array, Float
 from milora_jax.types import Batch
 
 
@@ -29,7 +29,7 @@ def prefill_group(
     cache_length: int,
     place: Callable[[Batch], Batch],
     layout: DeviceLayout | None,
-) -> tuple[Prefilled, Float[np.ndarray, "L R E"] | None, tuple[PromptLogprobs, ...] | None]:
+) -> tuple[Prefilled, Float[Array, "L R E"] | None, tuple[PromptLogprobs, ...] | None]:
     """Run prompts of one adapter and one length bucket.
 
     Args:

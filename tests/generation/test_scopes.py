@@ -44,7 +44,7 @@ def test_rows_of_a_batch_each_have_their_scope():
         np.testing.assert_array_equal(route_of(one), route_of(other))
         leading = route_prompts(DECODING, TINY, adapter, [prompt[: scope or len(prompt)]]).weights[0]
         np.testing.assert_allclose(route_of(one), leading, rtol=1e-5, atol=1e-6)
-    with pytest.raises(UserError, match="route_tokens is 21: expected 0 to the 20 tokens"):
+    with pytest.raises(UserError, match="route_tokens is 21: expected 0 to 20"):
         engine.submit(prompts[0], SETTINGS, route_tokens=21)
 
 
