@@ -1,6 +1,6 @@
 """A tuned model for lm-evaluation-harness, whose router reads contexts only.
 
-:func:`harness_class` registers the model in lm_eval as ``milora_jax``; the command ``lm-eval`` uses it. No router
+:func:`harness_class` registers the model in lm_eval as ``milora_jax``, for the command ``lm-eval``. No router
 reads a continuation, so that all choices of a question share one route. docs/lm_eval.md has the rules.
 """
 

@@ -36,8 +36,6 @@ from milora_jax.types import Batch
 BLOCK = 64
 """Tokens of a block. Smaller blocks are shared more often and cost more starts of programs."""
 
-LayerRoute = Float[Array, "1 1 E"] | None
-
 
 def reach_of(number: int, length: int, block: int) -> int:
     """Cache positions that a block's attention reads: a power of two of blocks that holds its own.
@@ -93,7 +91,7 @@ class BlockPrefill:
         kept = kept or KeptPrefix()
         self._block, self._first, self._scored = block, len(kept.blocks), scored
         self._last = (len(prompt) - 1) // self._block
-        self._routes: list[LayerRoute] = list(kept.route or ())
+        self._routes: list[Float[Array, "1 1 E"] | None] = list(kept.route or ())
         self._caches = _empty_caches(config, base, -(-cache_length // self._block) * self._block)
         for number, keys in enumerate(kept.blocks):
             self._caches = paste_block(self._caches, keys, np.int32(number * self._block))
@@ -190,7 +188,7 @@ class BlockPrefill:
     def _layer_adapters(self, index: int) -> AdapterStack | None:
         return None if self._adapters is None else self._adapters.of_layer(index)
 
-    def _route(self, index: int, adapters: AdapterStack) -> LayerRoute:
+    def _route(self, index: int, adapters: AdapterStack) -> Float[Array, "1 1 E"] | None:
         """The route of a layer that none of its blocks has passed."""
         scope = [self._hidden[number] for number in range((self._scope - 1) // self._block + 1)]
         # A power of two of blocks, of which the last ones are masked out, so that there are few programs.
@@ -234,7 +232,7 @@ def route_layer(
     scope: Int[Array, ""],
     depth: Float[Array, ""],
     config: ModelConfig,
-) -> LayerRoute:
+) -> Float[Array, "1 1 E"] | None:
     """The routing weights of one layer.
 
     Args:
@@ -255,7 +253,7 @@ def run_block(
     layer: Layer | JoinedLayer,
     adapters: AdapterStack | None,
     adapter_slot: Int[Array, ""],
-    route: LayerRoute,
+    route: Float[Array, "1 1 E"] | None,
     hidden: Float[Array, "1 T D"],
     cache: LayerCache,
     start: Int[Array, ""],

@@ -74,7 +74,7 @@ def answered(base, losses, monkeypatch):
 
     def generate(base, config, tokenizer, prompts, *, adapter, settings, batch_size, prefill_rows):
         asked.append((len(prompts), settings))
-        texts = [tokenizer.decode(ids).split("Instruction:\n")[1].split("\n")[0] for ids in prompts]
+        texts = [tokenizer.decode(prompt.ids).split("Instruction:\n")[1].split("\n")[0] for prompt in prompts]
         route = np.tile(np.array([1.0, 0, 0, 0, 0, 0, 0.5], np.float32), (2, 1))
         words = ["none" if text.endswith(" 5") else f"It is {text.split()[-1]}" for text in texts]
         return [Answer((Continuation(word, (4,), "stop"),), route) for word in words]

@@ -42,6 +42,8 @@ class PaperEngine:
     """Batch slots with samples in them, each a token nearer to its end with every step."""
 
     cache_length = 64
+    prefix_cache = None
+    config = SimpleNamespace(vocab_size=97)
 
     def __init__(self):
         self.rows, self.waiting, self.adapters = [None] * ROWS, [], None
@@ -55,7 +57,7 @@ class PaperEngine:
     def idle(self):
         return not self.waiting and not any(self.rows)
 
-    def submit(self, prompt, settings, slot=0):
+    def submit(self, prompt, settings, slot=0, **features):
         if prompt[0] == 99:
             raise UserError("a prompt that cannot be decoded")
         request = Request(tuple(prompt), settings, slot)
@@ -139,10 +141,10 @@ class Scheduler(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         method = build_method(AdapterSection(rank=8))
 
-        def read(path):
+        def read(path, base, quantize):
             return Adapter({"of": str(path)}, method, Shape((), 1, 8)), {"base_fingerprint": "f"}
 
-        self.patch.setattr(store_module, "read_adapter", read)
+        self.patch.setattr(store_module, "read_any_adapter", read)
         self.patch.setattr(store_module, "base_fingerprint", lambda path: "f")
         self.patch.setattr(store_module, "Bank", PaperBank)
         self.patch.setattr(store_module, "rank_of", lambda base, config, adapter, name: 8)
@@ -270,7 +272,7 @@ class Scheduler(RuleBasedStateMachine):
 def test_every_length_is_warmed_up(slots):
     engine, asked = PaperEngine(), []
     engine.cache_length = slots
-    engine.run, engine.prefix_cache = lambda: None, None
+    engine.run = lambda: None
     engine.submit = lambda prompt, settings, slot, **_: asked.append((len(prompt), settings.max_new_tokens))
     DeviceLoop(engine, None, Limits(rows=ROWS, samples=2)).warm_up()
     assert all(length >= 1 and length + new <= slots for length, new in asked)

@@ -43,9 +43,12 @@ WEIGHT = "layers.0.router.weight"
 HOSTILE = {
     "no config field": (
         lambda f: (f / CONFIG_FILE).write_text("{}"),
-        "format is None, this version reads 1 or 2 or 3",
+        "format is None, this version reads 1 or 2 or 3 or 4",
     ),
-    "another format": (lambda f: change_config(f, format=4), "format is 4, this version reads 1 or 2 or 3"),
+    "another format": (
+        lambda f: change_config(f, format=5),
+        "format is 5, this version reads 1 or 2 or 3 or 4",
+    ),
     "unknown field": (lambda f: change_config(f, extra=1), "'extra' is unknown"),
     "other epsilon": (
         lambda f: change_config(f, normalize_eps=1e-5),
@@ -58,7 +61,10 @@ HOSTILE = {
         lambda f: change_config(f, adapter={"method": "ia3", "width": 3}),
         "method is 'ia3', expected one of milora",
     ),
-    "settings left out": (lambda f: change_config(f, adapter={"method": "milora"}), "are not complete"),
+    "settings left out": (
+        lambda f: change_config(f, adapter={"method": "milora"}),
+        "are not those of format 4",
+    ),
     "settings are no object": (lambda f: change_config(f, adapter=[1]), "adapter is [1], expected an object"),
     "alpha is all but nothing": (
         lambda f: change_method(f, alpha=1e-320),
