@@ -12,6 +12,7 @@ from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
+from milora_jax.prompt_format import PromptFormat
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.export import export_merged, export_milora, export_peft, export_static
 from milora_jax.storage.imported import import_peft
@@ -20,7 +21,7 @@ from milora_jax.storage.verify import findings
 from milora_jax.types import EXPERTS
 from tests.families import FAMILY_CONFIGS
 from tests.models import TINY, tame_base, write_hf_directory
-from tests.storage.adapters import run_of
+from tests.storage.adapters import noisy_adapter, run_of, write_run
 from tests.storage.torch_logits import assert_near, logits_of, their_logits, torch_model
 
 pytestmark = [
@@ -169,7 +170,9 @@ def test_torch_computes_the_route_and_the_logits_from_the_exported_files(
 @pytest.mark.parametrize("part", ["first_turn", "system"])
 def test_torch_reads_the_part_of_a_prompt_that_routers_read(part, models, tmp_path):
     folder, tokens = models["plain"], tokens_of(TINY)
-    run_of(tmp_path / "run", folder, "milora", route_on=part, gate="softmax")
+    chat = PromptFormat(template="chat")
+    made = noisy_adapter(*load_base(folder), "milora", route_on=part, gate="softmax")
+    write_run(tmp_path / "run", folder, dataclasses.replace(made, prompt_format=chat))
     export_milora(tmp_path / "run", tmp_path / "out")
     adapter, config = load_adapter(tmp_path / "out"), MODELS["plain"]
     assert adapter.method.route_on == part
