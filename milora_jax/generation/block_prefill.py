@@ -27,6 +27,7 @@ from milora_jax.base.modules import Base, JoinedLayer, Layer, ends_of
 from milora_jax.base.transformer import AdaptedLayer, Past, block, embed, final_norm, input_norm, unembed
 from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.decode import Prefilled
+from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.prefix_cache import KeptPrefix
 from milora_jax.generation.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from milora_jax.model_config import ModelConfig
@@ -35,23 +36,6 @@ from milora_jax.types import Batch
 
 BLOCK = 64
 """Tokens of a block. Smaller blocks are shared more often and cost more starts of programs."""
-
-
-def reach_of(number: int, length: int, block: int) -> int:
-    """Cache positions that a block's attention reads: a power of two of blocks that holds its own.
-
-    Args:
-      number: of the block, from 0.
-      length: cache positions that there are.
-      block: tokens of a block.
-
-    >>> [reach_of(n, 640, 64) for n in (0, 1, 2, 4, 8)]
-    [64, 128, 256, 512, 640]
-    """
-    blocks = 1
-    while blocks <= number:
-        blocks *= 2
-    return min(blocks * block, length)
 
 
 class BlockPrefill:
@@ -88,20 +72,19 @@ class BlockPrefill:
         self._adapters: AdapterStack | None = None
         self._config, self._cache_length = config, cache_length
         self._length, self._scope = len(prompt), route_tokens or len(prompt)
-        kept = kept or KeptPrefix()
-        self._block, self._first, self._scored = block, len(kept.blocks), scored
-        self._last = (len(prompt) - 1) // self._block
-        self._routes: list[Float[Array, "1 1 E"] | None] = list(kept.route or ())
-        self._caches = _empty_caches(config, base, -(-cache_length // self._block) * self._block)
-        for number, keys in enumerate(kept.blocks):
-            self._caches = paste_block(self._caches, keys, np.int32(number * self._block))
-        tokens = np.zeros((1, (self._last + 1) * block), np.int32)
-        tokens[0, : len(prompt)] = prompt
-        self._ends = ends = ends_of(base)
-        self._following = np.roll(tokens, -1, axis=1)
+        self._kept = kept or KeptPrefix()
+        self._block, self._scored = block, scored
+        self._last = (len(prompt) - 1) // block
+        self._routes: list[Float[Array, "1 1 E"]] = list(self._kept.route or ())
+        self._caches = empty_caches(config, base.dtype, -(-cache_length // block) * block)
+        for number, keys in enumerate(self._kept.blocks):
+            self._caches = paste_block(self._caches, keys, np.int32(number * block))
+        self._tokens = np.zeros((1, (self._last + 1) * block), np.int32)
+        self._tokens[0, : len(prompt)] = prompt
+        self._ends = ends_of(base)
         self._hidden = {
-            number: embed_block(ends, tokens[:, number * self._block : (number + 1) * self._block], config)
-            for number in range(self._first, self._last + 1)
+            number: embed_block(self._ends, self._tokens[:, self._place(number)], config)
+            for number in range(len(self._kept.blocks), self._last + 1)
         }
         self._newest = self._hidden[self._last]
         self.slices = config.num_layers * len(self._hidden)
@@ -110,7 +93,11 @@ class BlockPrefill:
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens whose keys and values were kept."""
-        return self._first * self._block
+        return len(self._kept.blocks) * self._block
+
+    def _place(self, number: int) -> slice:
+        """Where a block's tokens are in the prompt."""
+        return slice(number * self._block, (number + 1) * self._block)
 
     def advance(self, slices: int, adapters: AdapterStack | None) -> Array:
         """Start at most so many slices.
@@ -129,7 +116,6 @@ class BlockPrefill:
     def result(self) -> tuple[Prefilled, Float[Array, "L 1 E"] | None, tuple[PromptLogprobs, ...] | None]:
         """What decoding starts from, after all slices, the routing weights, and what ``scored`` asks for."""
         scores = self._logprobs() if self._scored else None
-        routes = tuple(route for route in self._routes if route is not None)
         prefilled = finish(
             self._ends,
             self._hidden[self._last],
@@ -139,27 +125,24 @@ class BlockPrefill:
             self._config,
             self._cache_length,
         )
-        if not routes:
+        if not self._routes:
             return prefilled, None, scores
-        return dataclasses.replace(prefilled, route=routes), jnp.concatenate(routes), scores
+        routed = dataclasses.replace(prefilled, route=tuple(self._routes))
+        return routed, jnp.concatenate(self._routes), scores
 
     def _logprobs(self) -> tuple[PromptLogprobs, ...]:
         """Log-probabilities of the prompt, block by block."""
-        found = []
+        following, found = np.roll(self._tokens, -1, axis=1), []
         for number, hidden in self._hidden.items():
-            start = number * self._block
-            following = self._following[:, start : start + self._block]
             normed = norm_block(self._ends, hidden, self._config)
-            found.append(prompt_logprobs(self._ends, self._config, normed, following))
+            found.append(prompt_logprobs(self._ends, self._config, normed, following[:, self._place(number)]))
         return tuple(found)
 
     def to_keep(self) -> KeptPrefix:
         """What a prefix cache may keep of the prompt, after all slices: its whole blocks, and its route."""
-        starts = range(0, self._length - self._block + 1, self._block)
-        return KeptPrefix(
-            blocks=tuple(cut_block(self._caches, np.int32(start), self._block) for start in starts),
-            route=tuple(route for route in self._routes if route is not None) or None,
-        )
+        fresh = range(self.cached_tokens, self._length - self._block + 1, self._block)
+        blocks = (cut_block(self._caches, np.int32(start), self._block) for start in fresh)
+        return KeptPrefix((*self._kept.blocks, *blocks), tuple(self._routes) or None)
 
     def _run(self) -> Iterator[None]:
         """Run a slice for each value that is asked for."""
@@ -178,33 +161,36 @@ class BlockPrefill:
                     self._caches[index],
                     np.int32(number * self._block),
                     self._config,
-                    reach_of(number, self._caches[index].k.shape[2], self._block),
+                    self._reach(number),
                     self._config.slides[index],
                 )
                 self._newest = self._hidden[number]
                 self.slices -= 1
                 yield
 
+    def _reach(self, number: int) -> int:
+        """Cache positions that a block's attention reads: few programs, and by the block's place alone."""
+        positions = self._caches[0].k.shape[2]
+        return bucket_of((number + 1) * self._block, positions, self._block)
+
     def _layer_adapters(self, index: int) -> AdapterStack | None:
         return None if self._adapters is None else self._adapters.of_layer(index)
 
-    def _route(self, index: int, adapters: AdapterStack) -> Float[Array, "1 1 E"] | None:
+    def _route(self, index: int, adapters: AdapterStack) -> Float[Array, "1 1 E"]:
         """The route of a layer that none of its blocks has passed."""
         scope = [self._hidden[number] for number in range((self._scope - 1) // self._block + 1)]
-        # A power of two of blocks, of which the last ones are masked out, so that there are few programs.
-        while len(scope) & (len(scope) - 1):
-            scope.append(scope[-1])
+        # Filled up to a power of two of blocks, of which the last are masked out, so that programs are few.
+        scope += scope[-1:] * (bucket_of(len(scope), 2 * len(scope), 1) - len(scope))
         depth = np.float32(index / self._config.num_layers)
         layer, tokens = self._base.layers[index], np.int32(self._scope)
         return route_layer(layer, adapters, self._slot, tuple(scope), tokens, depth, self._config)
 
 
-def _empty_caches(config: ModelConfig, base: Base, length: int) -> list[LayerCache]:
-    shape = (1, config.num_kv_heads, length, config.head_dim)
-    return [
-        LayerCache(k=jnp.zeros(shape, base.dtype), v=jnp.zeros(shape, base.dtype))
-        for _ in range(config.num_layers)
-    ]
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "length"))
+def empty_caches(config: ModelConfig, dtype: jnp.dtype, length: int) -> list[LayerCache]:
+    """A cache of ``length`` positions for each layer, without an entry."""
+    zeros = functools.partial(jnp.zeros, (1, config.num_kv_heads, length, config.head_dim), dtype)
+    return [LayerCache(k=zeros(), v=zeros()) for _ in range(config.num_layers)]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -232,7 +218,7 @@ def route_layer(
     scope: Int[Array, ""],
     depth: Float[Array, ""],
     config: ModelConfig,
-) -> Float[Array, "1 1 E"] | None:
+) -> Float[Array, "1 1 E"]:
     """The routing weights of one layer.
 
     Args:
@@ -245,7 +231,9 @@ def route_layer(
     members = (jnp.arange(stream.shape[1]) < scope)[None, None]
     entering = LayerInput(stream, input_norm(config, layer, stream), members, depth)
     route = adapter.method.route(adapter.params[0], entering)
-    return None if route is None else route.weights
+    if route is None:
+        raise AssertionError("a method that routes gives a route in prefill")
+    return route.weights
 
 
 @functools.partial(jax.jit, static_argnames=("config", "reach", "sliding"), donate_argnames=("cache",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from milora_jax.base.modules import Base
 from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.block_prefill import BlockPrefill
 from milora_jax.generation.prefix_cache import PrefixCache
+from milora_jax.generation.request import Request
 from milora_jax.generation.results import RunningSample
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array
@@ -20,9 +22,6 @@ MOST_PROMPTS = 4
 
 UNHURRIED = 4
 """Times the budget that a turn takes while nobody decodes. More would make a new prompt wait."""
-
-DEFAULT_BUDGET = 256
-"""Tokens a turn, where only the prefix cache was asked for."""
 
 
 @dataclass(eq=False)
@@ -48,7 +47,7 @@ class BlockQueue:
     Args:
       base: in the decode layout.
       cache_length: cache positions of a batch slot.
-      budget: prompt tokens a turn, through all layers; 0 takes :data:`DEFAULT_BUDGET`.
+      budget: prompt tokens a turn, through all layers; 0 sets no limit.
       block: tokens of a block.
       cache: keys and values of earlier prompts; None for none.
     """
@@ -64,7 +63,7 @@ class BlockQueue:
     ) -> None:
         self._base, self._config, self._cache_length = base, config, cache_length
         self._block, self._cache = block, cache
-        self._slices = max(1, (budget or DEFAULT_BUDGET) * config.num_layers // block)
+        self._slices = max(1, budget * config.num_layers // block) if budget else sys.maxsize
         self._prompts: list[Prefilling] = []
         self._in_flight: list[Array] = []
 
@@ -102,9 +101,9 @@ class BlockQueue:
         self._prompts.append(Prefilling(work, samples, rows))
         return self._prompts[-1]
 
-    def cancel(self, samples_of: object) -> None:
+    def cancel(self, request: Request) -> None:
         """Forget the prompt of a request."""
-        self._prompts = [each for each in self._prompts if each.samples[0].request is not samples_of]
+        self._prompts = [each for each in self._prompts if each.samples[0].request is not request]
 
     def clear(self) -> None:
         """Forget all prompts."""

@@ -21,11 +21,6 @@ class ConstraintError(Exception):
 class Constraint(Protocol):
     """The tokens that one sample may get, given those that it has got."""
 
-    @property
-    def done(self) -> bool:
-        """Whether the text is complete, so that only a token that ends it may follow."""
-        ...
-
     def mask(self) -> np.ndarray:
         """The tokens that may come next, packed uint32 ``[ceil(V / 32)]``.
 
@@ -62,14 +57,10 @@ def full_masks(rows: int, vocab_size: int) -> np.ndarray:
 
 
 class AnyToken:
-    """Allows every token: it compiles the programs of constrained batches before a constraint is there.
-
-    Attributes:
-      done: never.
-    """
+    """Allows every token: it compiles the programs of constrained batches before a constraint is there."""
 
     def __init__(self, vocab_size: int) -> None:
-        self._vocab_size, self.done = vocab_size, False
+        self._vocab_size = vocab_size
 
     def mask(self) -> np.ndarray:
         """All tokens."""

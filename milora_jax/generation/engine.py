@@ -66,13 +66,14 @@ class Engine:
       place: puts a prefill batch on the devices.
       layout: of batch slots and heads over several devices; None lets XLA decide.
       prefill_budget: prompt tokens that are prefilled between two chunks of decode steps while others
-        decode; 0 prefills a prompt in one program.
-      prefix_cache: bytes for keys and values of earlier prompts; 0 keeps none. Either prefills prompts block
-        by block, see ``generation.block_prefill``; not with a method that has a prefix, nor merged.
+        decode; 0 sets no limit.
+      prefix_cache: bytes for keys and values of earlier prompts; 0 keeps none. With either, prompts are
+        prefilled as in ``generation.block_prefill``, unless merged, in rows, or with a method's prefix.
       prefill_block: tokens of such a block.
 
     Attributes:
       adapters: to be set again after a bank has loaded an adapter, whose old buffers are gone then.
+      prefix_cache: keys and values of earlier prompts; None without one.
     """
 
     def __init__(
@@ -100,8 +101,8 @@ class Engine:
         require(fits, "cache_length", cache_length, f"2 to the model's {config.max_positions} positions")
         require(chunk >= 1, "chunk", chunk, "at least 1")
         require(prefill_rows >= 1, "prefill_rows", prefill_rows, "at least 1")
-        require(prefill_budget >= 0, "prefill_budget", prefill_budget, "at least 0")
-        require(prefix_cache >= 0, "prefix_cache", prefix_cache, "at least 0 bytes")
+        for name, value in (("prefill_budget", prefill_budget), ("prefix_cache", prefix_cache)):
+            require(value >= 0, name, value, "at least 0")
         require(prefill_block >= 1, "prefill_block", prefill_block, "at least 1")
         self.config, self.batch_slots, self.chunk = config, batch_slots, chunk
         self.adapters, self.prefill_rows = adapters, prefill_rows
@@ -114,11 +115,8 @@ class Engine:
         self._waiting = WaitingRequests(batch_slots, cache_length, prefill_rows, alone=self._merges)
         in_blocks = (prefill_budget or prefix_cache) and not (prefix or self._merges or prefill_rows > 1)
         self.prefix_cache = PrefixCache(prefix_cache, prefill_block) if in_blocks and prefix_cache else None
-        self._blocks: BlockQueue | None = None
-        if in_blocks:
-            self._blocks = BlockQueue(
-                base, config, cache_length, prefill_budget, prefill_block, self.prefix_cache
-            )
+        blocks = prefill_budget, prefill_block, self.prefix_cache
+        self._blocks = BlockQueue(base, config, cache_length, *blocks) if in_blocks else None
         self._clear()
 
     def _clear(self) -> None:
@@ -206,10 +204,10 @@ class Engine:
             # A prompt that is being prefilled for several samples keeps all of their slots.
             if request.done if held.prefilling else held.sample == sample:
                 self._slots[row] = None
-        if request.done and self._blocks is not None:
-            self._blocks.cancel(request)
         if request.done:
             self._waiting.discard(request)
+            if self._blocks is not None:
+                self._blocks.cancel(request)
 
     @property
     def free_slots(self) -> int:

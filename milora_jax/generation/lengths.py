@@ -20,13 +20,15 @@ from milora_jax.model_config import ModelConfig
 SMALLEST_BUCKET = 32
 
 
-def bucket_of(length: int, limit: int) -> int:
-    """The length to which a prompt is padded: a power of two that depends on the prompt alone.
+def bucket_of(length: int, limit: int, smallest: int = SMALLEST_BUCKET) -> int:
+    """The length to which a prompt is padded: ``smallest``, doubled until it fits, and at most ``limit``.
+
+    It depends on the prompt alone, so that there are few programs and a prompt always gets the same one.
 
     >>> [bucket_of(n, 1000) for n in (1, 32, 33, 900)]
     [32, 32, 64, 1000]
     """
-    bucket = SMALLEST_BUCKET
+    bucket = smallest
     while bucket < length:
         bucket *= 2
     return min(bucket, limit)

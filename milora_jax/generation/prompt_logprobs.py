@@ -15,7 +15,7 @@ from milora_jax.generation.settings import MOST_LOGPROBS
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float, Int
 
-BLOCK = 32
+LOGITS_TOKENS = 32
 """Tokens of a prompt whose logits exist at a time."""
 
 
@@ -56,14 +56,14 @@ def prompt_logprobs(
       following: the token after each.
     """
     rows, length = following.shape
-    blocks = -(-length // BLOCK)
+    blocks = -(-length // LOGITS_TOKENS)
 
     def in_blocks(array: Array) -> Array:
-        padding = ((0, 0), (0, blocks * BLOCK - length)) + ((0, 0),) * (array.ndim - 2)
-        return jnp.pad(array, padding).reshape(rows, blocks, BLOCK, *array.shape[2:]).swapaxes(0, 1)
+        padding = ((0, 0), (0, blocks * LOGITS_TOKENS - length)) + ((0, 0),) * (array.ndim - 2)
+        return jnp.pad(array, padding).reshape(rows, blocks, LOGITS_TOKENS, *array.shape[2:]).swapaxes(0, 1)
 
     def together(array: Array) -> Array:
-        return array.swapaxes(0, 1).reshape(rows, blocks * BLOCK, *array.shape[3:])[:, :length]
+        return array.swapaxes(0, 1).reshape(rows, blocks * LOGITS_TOKENS, *array.shape[3:])[:, :length]
 
     def of_block(_: None, block: tuple[Array, Array]) -> tuple[None, PromptLogprobs]:
         states, wanted = block

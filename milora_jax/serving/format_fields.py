@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from milora_jax.serving.api_errors import bad_request
 from milora_jax.serving.limits import Limits
+from milora_jax.serving.request_base import RequestBase
 from milora_jax.serving.structured import (
     Grammar,
     choice_grammar,
@@ -24,13 +25,7 @@ Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=
 Text = Annotated[str, Field(min_length=1)]
 
 
-class FieldModel(BaseModel):
-    """An object in a body: no type is coerced, no unknown field is accepted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class JSONSchema(FieldModel):
+class JSONSchema(RequestBase):
     """OpenAI's ``json_schema``. ``strict`` false ignores keywords that are not implemented."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -39,14 +34,14 @@ class JSONSchema(FieldModel):
     strict: bool | None = None
 
 
-class ResponseFormat(FieldModel):
+class ResponseFormat(RequestBase):
     """OpenAI's ``response_format``."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
 
 
-class StructuredOutputs(FieldModel):
+class StructuredOutputs(RequestBase):
     """vLLM's ``structured_outputs``: exactly one of its fields."""
 
     json_: Annotated[Schema | Text | None, Field(alias="json")] = None
@@ -56,7 +51,7 @@ class StructuredOutputs(FieldModel):
     grammar: Text | None = None
 
 
-class FormatFields(FieldModel):
+class FormatFields(RequestBase):
     """The fields that ask for structured output, at most one in a request."""
 
     response_format: ResponseFormat | None = None

@@ -36,8 +36,8 @@ class Limits:
       chunk: decode steps between two turns of the scheduler: the longest time that a new request waits for
         the device, and the tokens that a stream gets at a time.
       adapters_on_device: adapter slots, the adapters that can decode at the same time.
-      prefill_budget: prompt tokens that are prefilled in one turn of the scheduler while others decode; 0
-        prefills every prompt in one program, for which all streams wait.
+      prefill_budget: prompt tokens that are prefilled in one turn of the scheduler while others decode; with
+        0, which is no limit, all streams wait for a long prompt.
       prefix_cache: mebibytes of keys and values of earlier prompts, for prompts that begin alike; 0 keeps
         none.
       share_prefixes: 1 lets tenants that use the same adapter find each other's prompts in the prefix cache,

@@ -135,8 +135,9 @@ class DeviceLoop:
         for length in buckets.values():
             self._compile([0] * length, GenerationSettings(max_new_tokens=0, prompt_logprobs=1))
         if engine.prefix_cache is not None:
-            for _ in range(2):  # once to keep blocks, and once to find them
-                self._compile([0] * longest, GenerationSettings(max_new_tokens=1, ignore_eos=True), "")
+            shortest = [0] * min(engine.prefix_cache.block + 1, longest)
+            for _ in range(2):  # once to keep a block, and once to find it
+                self._compile(shortest, GenerationSettings(max_new_tokens=1, ignore_eos=True), "")
             engine.prefix_cache.clear()
         samples = range(1, limits.most_samples + 1)
         for number, plan in itertools.product(samples, PLANS):

@@ -69,7 +69,7 @@ class MiloraOptions(RequestBase):
     return_route: bool | None = None
 
 
-class GenerationRequest(FormatFields, RequestBase):
+class GenerationRequest(FormatFields):
     """The fields that completions and chat completions share.
 
     ``user``, ``safety_identifier`` and ``prompt_cache_key`` have no effect. ``cache_salt`` keeps the prefix
@@ -240,7 +240,7 @@ class TextPart(RequestBase):
     text: str
 
 
-class ChatMessage(ToolMessageFields, RequestBase):
+class ChatMessage(ToolMessageFields):
     """A message of a chat. Its content may be null beside calls of tools."""
 
     unsupported = MESSAGE

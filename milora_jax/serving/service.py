@@ -100,22 +100,23 @@ class Service:
                 queued.enter_context(self.admission.queue_prompt(tenant, length))
                 self.admission.spend_tokens(tenant, length + new)
                 scope = self._cache_scope(tenant, adapter, body)
-                jobs = [
-                    Job(
+
+                def job(number: int, send: Callable[[StreamEvent], object]) -> Job:
+                    prompt = prompts[number]
+                    return Job(
                         tenant.name,
                         adapter,
                         tuple(prompt.ids),
-                        each,
-                        _nobody,
+                        settings[number],
+                        send,
                         # The route of the base's slot of zeros changes nothing, whatever its routers read.
                         route_tokens=prompt.route_tokens if adapter is not None else 1,
                         cache_scope=scope,
                         constraint=constraint,
                     )
-                    for prompt, each in zip(prompts, settings, strict=True)
-                ]
-                async with aclosing(self._deltas(jobs, body, queued.close)) as deltas:
-                    ids = tuple(job.prompt for job in jobs)
+
+                async with aclosing(self._deltas(job, len(prompts), body, queued.close)) as deltas:
+                    ids = tuple(tuple(prompt.ids) for prompt in prompts)
                     yield Generation(f"{kind}-{secrets.token_hex(16)}", body.model, ids, deltas)
 
     def token_text(self, token: int) -> str:
@@ -192,16 +193,15 @@ class Service:
 
     def _require_short(self, body: GenerationBody | TokenizeRequest) -> None:
         """Refuse a text that cannot fit into the context, whatever its tokens are, before it is tokenized."""
-        chat = not isinstance(body, CompletionRequest) and body.messages is not None
         if isinstance(body, CompletionRequest) or body.messages is None:
-            most = max((len(text) for text in body.texts if isinstance(text, str)), default=0)
+            field, texts = "prompt", [len(text) for text in body.texts if isinstance(text, str)]
         else:
-            most = sum(message.characters for message in body.messages)
-        if most > self._max_characters:
+            field, texts = "messages", [sum(message.characters for message in body.messages)]
+        if max(texts, default=0) > self._max_characters:
             raise bad_request(
                 f"This model has a context of {self.engine.cache_length} tokens (--context): "
                 "the prompt is far longer.",
-                "messages" if chat else "prompt",
+                field,
                 "context_length_exceeded",
             )
 
@@ -257,11 +257,16 @@ class Service:
         return json.dumps([who, None if adapter is None else adapter.version, body.cache_salt or ""])
 
     async def _deltas(
-        self, jobs: Sequence[Job], body: GenerationBody, on_start: Callable[[], None]
+        self,
+        make_job: Callable[[int, Callable[[StreamEvent], object]], Job],
+        prompts: int,
+        body: GenerationBody,
+        on_start: Callable[[], None],
     ) -> AsyncGenerator[Delta]:
-        """Submit the jobs, one for each prompt, and turn their stream events into text until all have ended.
+        """Submit a job for each prompt, and turn their stream events into text until all have ended.
 
         Args:
+          make_job: makes the job of a prompt, by its number, given where its stream events go.
           on_start: called when no prompt is queued any more.
         """
         event_loop = asyncio.get_running_loop()
@@ -270,8 +275,7 @@ class Service:
         def send(number: int, event: StreamEvent) -> None:
             event_loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
-        for number, job in enumerate(jobs):
-            job.on_event = functools.partial(send, number)
+        jobs = [make_job(number, functools.partial(send, number)) for number in range(prompts)]
         count, constraint = jobs[0].settings.num_samples, jobs[0].constraint
         tools = body if isinstance(body, ChatRequest) else None
         hidden = tools and self._calls.hidden_tokens(tools)
@@ -356,7 +360,3 @@ def with_calls(delta: Delta, parser: CallParser) -> Delta:
     text, calls = parser.feed(delta.text, delta.finish is not None)
     finish = "tool_calls" if delta.finish == "stop" and parser.count else delta.finish
     return replace(delta, text=text, calls=tuple(calls), finish=finish)
-
-
-def _nobody(event: StreamEvent) -> None:
-    """Listens to a job that has not been submitted."""

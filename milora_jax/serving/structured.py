@@ -177,11 +177,6 @@ class GrammarConstraint:
         self._matcher, self._words, self._first = matcher, words, first
         self._seconds, self.field = SPARE_SECONDS, ""
 
-    @property
-    def done(self) -> bool:
-        """Whether the text is complete, so that only a token that ends it may follow."""
-        return self._matcher.is_stopped()
-
     def mask(self) -> np.ndarray:
         """The tokens that may come next, packed uint32 ``[ceil(V / 32)]``.
 
@@ -262,10 +257,6 @@ class Grammars:
         constraint = found.copy()
         constraint.field = grammar.field
         return constraint
-
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def compile(self, source: str) -> GrammarConstraint | str:
         """The constraint of a grammar, or what is wrong with it; called in a thread."""

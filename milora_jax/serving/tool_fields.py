@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from milora_jax.serving.api_errors import bad_request
-from milora_jax.serving.format_fields import FieldModel, Schema
+from milora_jax.serving.format_fields import Schema
 from milora_jax.serving.limits import Limits
+from milora_jax.serving.request_base import RequestBase
 from milora_jax.serving.structured import require_small
 
 MOST_TOOLS = 128
@@ -18,7 +19,7 @@ MOST_TOOLS = 128
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
-class Function(FieldModel):
+class Function(RequestBase):
     """A function that the model may call. Without ``parameters`` it has none."""
 
     name: ToolName
@@ -27,7 +28,7 @@ class Function(FieldModel):
     strict: bool | None = None
 
 
-class Tool(FieldModel):
+class Tool(RequestBase):
     """A tool."""
 
     type: Literal["function"]
@@ -40,27 +41,27 @@ class Tool(FieldModel):
         return {"type": "function", "function": function}
 
 
-class FunctionName(FieldModel):
+class FunctionName(RequestBase):
     """The name of a function."""
 
     name: ToolName
 
 
-class NamedTool(FieldModel):
+class NamedTool(RequestBase):
     """The tool that the model has to call."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class CalledFunction(FieldModel):
+class CalledFunction(RequestBase):
     """A call in a message: the arguments are a JSON object, as text."""
 
     name: Annotated[str, Field(max_length=64)]
     arguments: str
 
 
-class ToolCall(FieldModel):
+class ToolCall(RequestBase):
     """A call that the assistant has made earlier in the chat."""
 
     id: Annotated[str, Field(max_length=256)]
@@ -87,14 +88,14 @@ class ToolCall(FieldModel):
         }
 
 
-class ToolMessageFields(FieldModel):
+class ToolMessageFields(RequestBase):
     """The fields of a message that belong to tools."""
 
     tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
 
 
-class ToolFields(FieldModel):
+class ToolFields(RequestBase):
     """The fields of a chat that offer tools."""
 
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from milora_jax.data.batches import collate_prompts
-from milora_jax.generation.block_prefill import BlockPrefill, reach_of
+from milora_jax.generation.block_prefill import BlockPrefill
 from milora_jax.generation.block_queue import BlockQueue
 from milora_jax.generation.decode import prefill
+from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.prefix_cache import KeptPrefix, PrefixCache
 from milora_jax.generation.request import Request
 from milora_jax.generation.results import RunningSample
@@ -221,4 +222,4 @@ def test_the_oldest_prompt_is_never_put_off():
 
 
 def test_programs_are_few():
-    assert {reach_of(n, 640, 64) for n in range(10)} == {64, 128, 256, 512, 640}
+    assert {bucket_of((n + 1) * 64, 640, 64) for n in range(10)} == {64, 128, 256, 512, 640}

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import httpx
+import openai
 
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.serving.app import make_app
@@ -165,6 +166,11 @@ def client_of(served, name):
     """A client with somebody's key, or with none."""
     headers = {"Authorization": f"Bearer {KEYS[name]}"} if name else {}
     return httpx.Client(base_url=served[1], headers=headers, timeout=60)
+
+
+def openai_client(address, name):
+    """OpenAI's client with somebody's key."""
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEYS[name], max_retries=0)
 
 
 def openapi():

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.serving.harness import KEYS, ask, client_of
+from tests.serving.harness import KEYS, ask, client_of, openai_client
 
 
 def events(response):
@@ -63,7 +63,7 @@ def test_a_stop_string_ends_the_text_and_is_not_part_of_it(client):
 def test_the_official_client_works_unchanged(served):
     import openai
 
-    client = openai.OpenAI(base_url=f"{served[1]}/v1", api_key=KEYS["one"], max_retries=0)
+    client = openai_client(served[1], "one")
     assert [model.id for model in client.models.list()] == ["base", "math"]
     messages = [{"role": "system", "content": "You add."}, {"role": "user", "content": "1 + 1?"}]
     asked = {"model": "math", "messages": messages, "max_tokens": 12, "temperature": 0}

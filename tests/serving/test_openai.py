@@ -4,7 +4,7 @@ import openai
 import pytest
 
 from milora_jax.serving.responses_api import ResponsesRequest
-from tests.serving.harness import KEYS, Listener, client_of
+from tests.serving.harness import Listener, client_of, openai_client
 
 CHAT = {
     "model": "math",
@@ -18,7 +18,7 @@ INPUT = {"model": "math", "input": "1 + 1?", "max_output_tokens": 6, "temperatur
 
 @pytest.fixture(scope="module")
 def one(served):
-    with openai.OpenAI(base_url=f"{served[1]}/v1", api_key=KEYS["one"], max_retries=0) as client:
+    with openai_client(served[1], "one") as client:
         yield client
 
 

@@ -3,10 +3,18 @@
 import dataclasses
 
 import pytest
-from openai import OpenAI
 
 from milora_jax.serving.limits import Limits
-from tests.serving.harness import KEYS, LIMITS, ask, client_of, running, service_of, serving, write_model
+from tests.serving.harness import (
+    LIMITS,
+    ask,
+    client_of,
+    openai_client,
+    running,
+    service_of,
+    serving,
+    write_model,
+)
 
 PROMPT = list(range(10, 80))
 """A whole block, and a part of one."""
@@ -53,7 +61,7 @@ def test_a_new_version_of_an_adapter_finds_nothing_of_the_old(served, client):
 
 def test_streams_and_chats_report_it(served):
     _, address, _ = served
-    client = OpenAI(base_url=f"{address}/v1", api_key=KEYS["one"])
+    client = openai_client(address, "one")
     messages = [{"role": "user", "content": "What is 3 * 7? " * 5}]
     found = []
     for _ in range(2):

@@ -7,7 +7,7 @@ import re
 import jsonschema
 import numpy as np
 import pytest
-from openai import BadRequestError, OpenAI
+from openai import BadRequestError
 
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.data.tokens import load_tokenizer
@@ -17,7 +17,7 @@ from milora_jax.serving.format_fields import FormatFields
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.structured import Grammars, json_grammar
 from milora_jax.tiny import MODEL_DIR
-from tests.serving.harness import KEYS
+from tests.serving.harness import openai_client
 from tests.serving.schemas import random_schema
 
 LIMITS = Limits(grammar_seconds=2.0)
@@ -29,8 +29,7 @@ def grammars():
     config = read_model_config(MODEL_DIR)
     made = Grammars(load_tokenizer(str(MODEL_DIR)), config.vocab_size, config.eos_ids, LIMITS)
     made.tokenizer, made.config = load_tokenizer(str(MODEL_DIR)), config
-    yield made
-    made.close()
+    return made
 
 
 def written(grammars, constraint, rng, longest=400):
@@ -171,7 +170,7 @@ def test_contradictions_are_refused(fields):
 
 @pytest.fixture
 def client(served):
-    with OpenAI(base_url=f"{served[1]}/v1", api_key=KEYS["two"], max_retries=0) as made:
+    with openai_client(served[1], "two") as made:
         yield made
 
 

@@ -160,4 +160,3 @@ def test_what_a_grammar_allows_can_be_parsed(source, one_call, tokens):
         assert all(set(arguments) == ({"a"} if name == "f" else set()) for name, arguments in calls)
         counts.add(len(calls))
     assert counts == {1} if one_call or family is LLAMA3 else max(counts) > 1
-    grammars.close()

@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import jsonschema
 import pytest
-from openai import BadRequestError, OpenAI
+from openai import BadRequestError
 
 from milora_jax.data.chat import Message, encode_chat
 from milora_jax.data.tokens import load_tokenizer
@@ -13,7 +13,7 @@ from milora_jax.serving.keys import Keyring
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.service import Delta, with_calls
 from milora_jax.serving.tools import HERMES, CallParser
-from tests.serving.harness import KEYS, digest, running, service_of, serving, write_model
+from tests.serving.harness import digest, openai_client, running, service_of, serving, write_model
 
 HERMES_TEMPLATE = (
     "{% if tools %}tools:{% for tool in tools %}{{ tool | tojson }}{% endfor %}\n{% endif %}"
@@ -57,7 +57,7 @@ def served_with_tools(folder):
 
 @pytest.fixture
 def client(served_with_tools):
-    with OpenAI(base_url=f"{served_with_tools[0]}/v1", api_key=KEYS["two"], max_retries=0) as made:
+    with openai_client(served_with_tools[0], "two") as made:
         yield made
 
 
@@ -187,7 +187,7 @@ def test_no_text_of_a_tool_becomes_a_control_token(folder):
 
 
 def test_a_template_without_tools_is_named(served):
-    with OpenAI(base_url=f"{served[1]}/v1", api_key=KEYS["two"], max_retries=0) as client:
+    with openai_client(served[1], "two") as client:
         for change in ({}, {"tool_choice": "none"}):
             with pytest.raises(BadRequestError, match="chat template"):
                 client.chat.completions.create(**{**CHAT, **change})
