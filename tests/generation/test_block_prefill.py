@@ -223,3 +223,37 @@ def test_the_oldest_prompt_is_never_put_off():
 
 def test_programs_are_few():
     assert {bucket_of((n + 1) * 64, 640, 64) for n in range(10)} == {64, 128, 256, 512, 640}
+
+
+@pytest.mark.parametrize("length", [1, 8, 29, LENGTH])
+def test_a_prompt_is_scored_block_by_block_and_finds_nothing(length):
+    adapter, prompt = make_adapter(seed=3), text(8, length).tolist()
+    settings = {"max_new_tokens": 0, "logprobs": 0, "prompt_logprobs": 2}
+    engine = engine_of(adapter)
+    found = [run(engine, prompt, **settings) for _ in range(2)]
+    expected = run(make_engine(adapter, slots=LENGTH), prompt, scope=None, **settings)
+    assert [request.cached_tokens for request in found] == [0, 0]
+    assert found[0].prompt_logprobs == found[1].prompt_logprobs
+    assert len(found[0].prompt_logprobs) == length - 1
+    for mine, theirs in zip(found[0].prompt_logprobs, expected.prompt_logprobs, strict=True):
+        assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
+        np.testing.assert_allclose(mine.logprob, theirs.logprob, atol=1e-4)
+
+
+def test_without_a_budget_a_prompt_is_prefilled_in_one_turn():
+    """Also beside streams, who then wait for all of it."""
+    engine = engine_of(make_adapter(seed=3), rows=2, chunk=1, prefill_budget=0)
+    stream = engine.submit(text(1, 5).tolist(), GenerationSettings(max_new_tokens=60, ignore_eos=True))
+    while not stream.tokens[0]:
+        engine.step()
+    long = engine.submit(text(2, 80).tolist(), GenerationSettings(max_new_tokens=4, ignore_eos=True))
+    for _ in range(2):  # one turn that starts all of it, and one that reads its first token
+        engine.step()
+    assert long.tokens[0]
+
+
+def test_what_was_found_is_not_cut_out_again():
+    fresh = in_blocks(adapted("lora"), text(2, 40).tolist()).to_keep()
+    again = in_blocks(adapted("lora"), text(2, 40).tolist(), kept=KeptPrefix(fresh.blocks[:3])).to_keep()
+    assert all(mine is theirs for mine, theirs in zip(again.blocks[:3], fresh.blocks[:3], strict=True))
+    np.testing.assert_array_equal(again.blocks[3], fresh.blocks[3])

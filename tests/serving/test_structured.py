@@ -203,3 +203,34 @@ def test_the_client_of_openai_gets_what_it_asked_for(client):
         client.completions.create(
             model="base", prompt="x", extra_body={"guided_regex": "a", "ignore_eos": True}
         )
+
+
+def test_responses_take_a_format_and_repeat_it(client):
+    asked = {"model": "math", "input": "x", "max_output_tokens": 60}
+    form = {"type": "json_schema", "name": "place", "schema": SCHEMA, "strict": True}
+    found = client.responses.create(**asked, text={"format": form})
+    assert found.text.format.type == "json_schema"
+    assert found.text.format.schema_ == SCHEMA
+    assert found.usage.input_tokens_details.cached_tokens == 0
+    assert found.status in ("completed", "incomplete")
+    if found.status == "completed":
+        jsonschema.validate(json.loads(found.output_text), SCHEMA)
+    *_, last = client.responses.create(**asked, text={"format": {"type": "json_object"}}, stream=True)
+    assert last.response.text.format.type == "json_object"
+    assert last.response.output_text.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "json_schema", "name": "place"},
+        {"type": "json_schema", "schema": {"type": "object"}},
+        {"type": "text", "schema": {"type": "object"}},
+        {"type": "json_schema", "name": "place", "schema": {"type": "nothing"}},
+        {"type": "xml"},
+    ],
+)
+def test_a_format_of_a_response_is_refused_by_its_name(client, form):
+    with pytest.raises(BadRequestError) as error:
+        client.responses.create(model="math", input="x", text={"format": form})
+    assert error.value.param == "text"
