@@ -79,8 +79,8 @@ def as_messages(chat: Messages) -> tuple[Message, ...]:
     Raises:
       UserError: a message is wrong, or the chat is empty; the error names the message.
 
-    >>> as_messages([{"role": "user", "content": "Hello."}])
-    (Message(role='user', content='Hello.'),)
+    >>> as_messages([{"role": "user", "content": "Hello."}])[0].content
+    'Hello.'
     """
     if not chat:
         raise UserError("the chat is empty: expected at least one message")
