@@ -94,7 +94,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         with pytest.raises(SystemExit) as ended:
             run_command(lambda: main([str(argument) for argument in arguments]))
         said = capsys.readouterr()
-        assert (ended.value.code, said.out) == (2, "")
+        assert (ended.value.code, said.out.strip()) == (2, "")
         (line,) = said.err.splitlines()
         assert line.startswith("error: ")
         return line
