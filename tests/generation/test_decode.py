@@ -82,7 +82,7 @@ def test_joined_layers_equal_separate_ones():
 def make_adapter_tuple():
     adapter = make_adapter()
     return adapter.replace(
-        params=tuple(jax.tree.map(lambda leaf, i=i: leaf[i], adapter.params) for i in range(4))
+        params=tuple(jax.tree.map(lambda leaf, i=i: leaf[i], adapter.params) for i in range(TINY.num_layers))
     )
 
 
