@@ -47,12 +47,12 @@ def row_batch(prompt, answer, length=None, left=False):
 
 
 @jax.jit
-def _forward(base, batch, adapter, more):
+def forward_program(base, batch, adapter, more):
     return forward(base, TINY, batch, adapter=adapter, **more)
 
 
 def run(adapter, batch, base=BASE, **more):
-    return _forward(base, batch, adapter, more)
+    return forward_program(base, batch, adapter, more)
 
 
 def stack(*batches):

@@ -1,20 +1,26 @@
 """What every test runs under: eight devices, strict dtypes, no rank promotion, checked shapes."""
 
 import atexit
+import importlib.metadata
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests compile much and run little: machine code is not worth optimising. What XLA makes of the
 # program, which some tests look at, is the same.
-FLAGS = (
+FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-)
+]
+# Without the emitters in MLIR a step compiles in a quarter of the time, but some of its fusions are others:
+# tests that look at a program ask for them again (tests/programs.py). Later releases know no such flag.
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 given = os.environ.get("XLA_FLAGS", "")
 missing = [flag for flag in FLAGS if flag.split("=")[0] not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
@@ -37,6 +43,8 @@ if all(importlib.util.find_spec(name) for name in ("jaxtyping", "beartype")):
 
 import jax
 import pytest
+
+from milora_jax.commands.command_line import run_command
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -76,6 +84,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def idle_words(pytestconfig: pytest.Config) -> list[tuple[str, str]]:
     """What of the sweeps that were collected chooses no case."""
     return pytestconfig.stash[IDLE_WORDS]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one line that a command ends with when it is refused, run in this process."""
+
+    def line_of(main: Callable[..., None], *arguments: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            run_command(lambda: main([str(argument) for argument in arguments]))
+        said = capsys.readouterr()
+        assert (ended.value.code, said.out.strip()) == (2, "")
+        (line,) = said.err.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return line_of
 
 
 @pytest.fixture(scope="session")

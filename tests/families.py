@@ -8,8 +8,11 @@ from tests.models import TINY
 WINDOW = 6
 """Shorter than the rows of the tests, so that every sliding layer hides something."""
 
+_FOUR = dataclasses.replace(TINY, num_layers=4)
+"""As many layers as the longest pattern of sliding and full ones."""
+
 _GEMMA = dataclasses.replace(
-    TINY,
+    _FOUR,
     num_kv_heads=1,
     head_dim=12,
     norm_eps=1e-6,
@@ -21,17 +24,17 @@ _GEMMA = dataclasses.replace(
 
 FAMILY_CONFIGS: dict[str, ModelConfig] = {
     "mistral": dataclasses.replace(
-        TINY, sliding_window=WINDOW, sliding_pattern=(True,), rope_theta=1e6, family="mistral"
+        _FOUR, sliding_window=WINDOW, sliding_pattern=(True,), rope_theta=1e6, family="mistral"
     ),
     "qwen2": dataclasses.replace(
-        TINY,
+        _FOUR,
         biased=("q", "k", "v"),
         tie_embeddings=True,
         sliding_window=WINDOW,
         sliding_pattern=(False, False, True, True),
         family="qwen2",
     ),
-    "qwen3": dataclasses.replace(TINY, head_dim=12, qk_norm=True, family="qwen3"),
+    "qwen3": dataclasses.replace(_FOUR, head_dim=12, qk_norm=True, family="qwen3"),
     "gemma": dataclasses.replace(_GEMMA, family="gemma"),
     "gemma2": dataclasses.replace(
         _GEMMA,
@@ -56,6 +59,6 @@ FAMILY_CONFIGS: dict[str, ModelConfig] = {
         local_rope_theta=1e4,
         family="gemma3_text",
     ),
-    "phi3": dataclasses.replace(TINY, sliding_window=WINDOW, sliding_pattern=(True,), family="phi3"),
+    "phi3": dataclasses.replace(_FOUR, sliding_window=WINDOW, sliding_pattern=(True,), family="phi3"),
 }
 """LLaMA itself has tests of its own, with and without each of its options."""

@@ -1,10 +1,24 @@
 """What compiled programs hold."""
 
+import os
 import re
 
 import numpy as np
 
+from tests.adapted import BASE, forward_program
 from tests.training.steps import MODEL
+
+
+def compiled(lowered):
+    """The program as users get it, whose fusions are not those of the other tests (see conftest.py)."""
+    changed = "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"].split()
+    return lowered.compile({"xla_cpu_use_fusion_emitters": True} if changed else None)
+
+
+def run_as_users(adapter, batch):
+    """``tests.adapted.run`` by that program, which rounds otherwise than the tests' own."""
+    given = (BASE, batch, adapter, {})
+    return compiled(forward_program.lower(*given))(*given)
 
 
 def frozen_shaped_dots(program):

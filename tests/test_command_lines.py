@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ["train.py", "--config", "configs/tiny.py", "--nothing"],
     "generation": ["-m", "milora_jax.generation", "--nothing"],
     "evaluation": ["-m", "milora_jax.evaluation", "--limit", "x"],
+    "study": ["-m", "milora_jax.evaluation", "study", "table9"],
     "mt-bench": ["-m", "milora_jax.evaluation", "mt-bench", "judge", "--nothing"],
     "storage": ["-m", "milora_jax.storage", "export", "--format", "other"],
     "storage without a command": ["-m", "milora_jax.storage"],

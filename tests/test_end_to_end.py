@@ -197,7 +197,7 @@ def test_the_verbs_of_the_package(workdir, folder, tmp_path):
     assert alone[0].text == adapted[1].text
     np.testing.assert_array_equal(alone[0].route, adapted[1].route)
     other = dataclasses.replace(config, num_layers=config.num_layers - 1)
-    with pytest.raises(UserError, match="the adapter fits a base of 4 layers"):
+    with pytest.raises(UserError, match="the adapter fits a base of 2 layers"):
         milora_jax.generate(base, other, tokenizer, prompts, adapter=adapter)
     for bad, message in (
         ([" "], "prompt 0: the prompt is empty"),

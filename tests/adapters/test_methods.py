@@ -19,6 +19,7 @@ from milora_jax.training.loss import adapted_loss
 from tests.adapted import ANSWER, BASE, PROMPT, make_adapter, row_batch, run, stack, text
 from tests.generation.decoding import decoded
 from tests.models import TINY
+from tests.programs import run_as_users
 
 EXACT = (
     "milora",
@@ -208,7 +209,7 @@ def test_midora_with_seven_experts_is_dora_to_the_bit():
     midora = make_adapter(method="midora", gate="straight_through", top_k=7)
     dora = make_adapter(method="dora").replace(params=midora.params.experts)
     batch = two_rows()
-    np.testing.assert_array_equal(run(midora, batch).hidden, run(dora, batch).hidden)
+    np.testing.assert_array_equal(run_as_users(midora, batch).hidden, run_as_users(dora, batch).hidden)
 
 
 def test_moelora_with_one_expert_is_lora_to_the_bit():

@@ -19,7 +19,7 @@ from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import make_mesh
 from milora_jax.parallel.rules import base_sharding
 from tests.models import QUANTIZABLE, decoded_base, quantized_base, random_base, write_hf_directory
-from tests.programs import largest_floats
+from tests.programs import compiled, largest_floats
 
 CODED = sorted(SCHEMES)
 F32 = jnp.dtype("float32")
@@ -129,7 +129,7 @@ def test_looking_at_the_kernels_does_not_decode_them_all():
             method, jax.random.key(0), adapter_shape(QUANTIZABLE), frozen_kernels(base)
         ).params
 
-    program = jax.jit(fresh).lower(base).compile()
+    program = compiled(jax.jit(fresh).lower(base))
     assert program.memory_analysis().temp_size_in_bytes < 4 * 8 * 128 * 192 / 2
 
 
@@ -148,7 +148,7 @@ def test_no_full_size_copy_is_written(name):
         return y, back(slope)
 
     given = (draw(4, d_in), draw(4, d_out), codes, scales)
-    program, plain = (jax.jit(f).lower(*given).compile() for f in (both, plainly))
+    program, plain = (compiled(jax.jit(f).lower(*given)) for f in (both, plainly))
     assert largest_floats(program) < d_in * d_out
     assert program.memory_analysis().temp_size_in_bytes < 4 * d_in * d_out
     assert largest_floats(plain) == d_in * d_out, "the search would not see a copy"

@@ -47,7 +47,7 @@ def test_a_healthy_run_is_all_ok(inputs, workdir, monkeypatch, capsys):
     assert {"data.train", "data.dev", "data.test", "overlap", "checkpoints", "best"} <= found
     routing = [f["text"] for f in report["findings"] if f["check"] == "routing"]
     assert routing[0].startswith("8 rows, the adapter of step 7: training and prefill differ by")
-    assert "decoding carries the route of 4 layers unchanged" in routing[1]
+    assert "decoding carries the route of 2 layers unchanged" in routing[1]
 
 
 def test_one_that_is_ill_is_told_in_lines_and_by_the_exit_code(inputs, tmp_path, monkeypatch, capsys):

@@ -1,8 +1,13 @@
-"""Rows of a study by hand: as finished cells give them."""
+"""The tiny study, and rows of a study by hand: as finished cells give them."""
 
 import numpy as np
 
 from milora_jax.evaluation.study.rows import ROUTED, RowScores
+from milora_jax.evaluation.study.settings import load_study
+from tests.paths import ROOT
+
+STUDY = load_study(ROOT / "configs" / "study_tiny.py")
+"""Loading it writes its rows, which takes a second."""
 
 
 def scored(accuracy, loss):

@@ -1,21 +1,18 @@
 """lm-evaluation-harness itself, offline, on tasks that the tests write."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from milora_jax.tiny import MODEL_DIR, TASKS_DIR
+from tests.paths import ROOT, environment
 from tests.storage.adapters import run_of
 
 pytest.importorskip("transformers", reason="lm_eval is given texts, which need a tokenizer")
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'milora-jax[eval]'")
-
-ROOT = Path(__file__).resolve().parents[2]
 
 CHOICE = """\
 task: choice
@@ -85,6 +82,19 @@ json.dump({"results": found["results"], "samples": found["samples"]}, sys.stdout
 """
 
 
+IN_TURN = """\
+import json, sys
+from milora_jax.commands.command_line import run_command
+from milora_jax.commands.evaluation import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        run_command(lambda: main(arguments))
+    except SystemExit as ended:
+        print("exit code", ended.code, file=sys.stderr, flush=True)
+"""
+"""Command lines one after the other in a process, which reads lm_eval once."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tasks")
@@ -99,11 +109,10 @@ def folder(tmp_path_factory):
 
 def run(folder, *command):
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
-        env={**kept, **offline, "JAX_PLATFORMS": "cpu"},
+        env=environment(**offline),
         capture_output=True,
         text=True,
         timeout=900,
@@ -131,22 +140,26 @@ def test_it_evaluates_a_run_offline_and_without_torch(folder):
 
 @pytest.mark.thorough
 def test_the_command_hands_over_and_says_in_one_line_what_is_wrong(folder):
-    command = ("-m", "milora_jax.evaluation", "lm-eval", "--include_path", folder)
+    command = ("lm-eval", "--include_path", str(folder))
     given = (*command, "--model_args", f"workdir={folder / 'run'},batch_size=4")
-    made = run(folder, *given, "--tasks", "choice", "--limit", "2")
+    made = run(folder, "-m", "milora_jax.evaluation", *given, "--tasks", "choice", "--limit", "2")
     assert made.returncode == 0, made.stderr
     assert "|choice|" in made.stdout.replace(" ", "")
-    for arguments, line in [
+    mistakes = [
         ((*given, "--tasks", "chioce"), "error: lm_eval ended: ValueError: Tasks not found: chioce"),
         (
             (*command, "--model_args", "workdir=nowhere", "--tasks", "choice"),
             "error: 'nowhere' is no workdir",
         ),
         ((*given, "--tasks", "arc_easy"), "a task's data comes from the Hub, run where it can be reached"),
-    ]:
-        made = run(folder, *arguments)
-        assert made.returncode == 2, made.stderr
-        assert line in made.stderr.splitlines()[-1]
+    ]
+    said = run(
+        folder, "-c", IN_TURN, json.dumps([arguments for arguments, _ in mistakes])
+    ).stderr.splitlines()
+    ends = [place for place, line in enumerate(said) if line == "exit code 2"]
+    assert len(ends) == len(mistakes), said
+    for (_, line), end in zip(mistakes, ends, strict=True):
+        assert line in said[end - 1]
 
 
 @pytest.mark.parity

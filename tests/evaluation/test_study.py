@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from milora_jax.adapters.registry import METHODS
+from milora_jax.commands.evaluation import main
 from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError
 from milora_jax.evaluation.study import plans
@@ -17,13 +18,12 @@ from milora_jax.evaluation.study.plots import plot_bars, plot_lines, plot_shares
 from milora_jax.evaluation.study.reports import COMPARISONS
 from milora_jax.evaluation.study.rows import ROUTED, RowScores
 from milora_jax.evaluation.study.runner import claim_study, require_equal_budgets
-from milora_jax.evaluation.study.settings import MIXED, Budget, load_study, narrowed, quick
+from milora_jax.evaluation.study.settings import MIXED, Budget, narrowed, quick
 from milora_jax.evaluation.study.tables import Results, comparison, mixing, routes, tuned
 from milora_jax.evaluation.study.tuning import SINGLE, Chosen, Point
-from tests.evaluation.commands import ROOT, study_command
-from tests.evaluation.study_rows import rows
+from tests.evaluation.study_rows import STUDY, rows
+from tests.paths import ROOT
 
-STUDY = load_study(ROOT / "configs" / "study_tiny.py")
 RATES = dict.fromkeys(STUDY.methods, 1e-3)
 CHOSEN = Chosen(
     rates=RATES, points={(label, where): Point(1e-3, 1.0) for label in RATES for where in (SINGLE, MIXED)}
@@ -228,13 +228,10 @@ MISTAKES = {
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line(name, tmp_path):
+def test_a_mistake_is_one_line(name, tmp_path, refused):
     arguments, message = MISTAKES[name]
-    config = "configs/tiny.py" if name == "config" else "configs/study_tiny.py"
-    result = study_command(*arguments, "--config", config, "--workdir", tmp_path / "out")
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    config = ROOT / ("configs/tiny.py" if name == "config" else "configs/study_tiny.py")
+    assert message in refused(main, "study", *arguments, "--config", config, "--workdir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

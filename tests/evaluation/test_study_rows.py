@@ -20,12 +20,12 @@ from milora_jax.evaluation.study import forced, plans, tuning
 from milora_jax.evaluation.study.cells import CellRunner
 from milora_jax.evaluation.study.convergence import tuning_tables
 from milora_jax.evaluation.study.rows import ROUTED, Encoded, RowScores, read_scores, write_scores
-from milora_jax.evaluation.study.settings import MIXED, load_study, quick
+from milora_jax.evaluation.study.settings import MIXED, quick
 from milora_jax.evaluation.study.tables import Results, mixing
 from milora_jax.evaluation.study.tuning import SINGLE, Chosen, Point, choose, keys_of
 from milora_jax.parallel.mesh import make_mesh
 from milora_jax.training.prepare import Run
-from tests.evaluation.commands import ROOT
+from tests.evaluation.study_rows import STUDY
 from tests.evaluation.study_rows import rows as rows_of
 from tests.models import write_hf_directory
 from tests.storage.adapters import noisy_adapter
@@ -146,9 +146,6 @@ def test_scores_survive_the_file(tmp_path):
             np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
     assert diverged.loss is None
     assert good.loss == pytest.approx(2.125 / 7)
-
-
-STUDY = load_study(ROOT / "configs" / "study_tiny.py")
 
 
 def test_the_rate_is_chosen_first_and_then_the_scale_for_tasks_and_mix_apart():

@@ -16,6 +16,7 @@ from milora_jax.generation.settings import GenerationSettings
 from tests.adapted import BASE, make_adapter, row_batch, run, text
 from tests.generation.decoding import DECODING, decoded, one_tenant
 from tests.models import TINY, random_base, write_hf_directory
+from tests.programs import compiled
 
 SMALL_VOCAB = dataclasses.replace(TINY, vocab_size=5)
 
@@ -99,7 +100,7 @@ def test_the_search_never_copies_a_cache(prompts):
     made, _ = prefill(DECODING, tenants, np.int32(0), batch, TINY, 32)
     terms = Terms(3, 24, (2,), 1.0, False)
     lowered = beam_chunk.lower(DECODING, tenants, np.int32(0), _start(made, terms), TINY, 16, terms)
-    program = lowered.compile().as_text()
+    program = compiled(lowered).as_text()
     assert " conditional(" not in program
     moved = [shape for shape, _ in re.findall(r"= f32\[([\d,]+)\]\S* (copy|transpose|gather)\(", program)]
     shapes = [

@@ -21,6 +21,7 @@ from milora_jax.types import Batch, stack_layers
 from tests.adapted import BASE, make_adapter, row_batch, run, text
 from tests.generation.decoding import DECODING, decoded, make_engine, one_tenant
 from tests.models import TINY, random_base
+from tests.programs import compiled
 
 EMPTY = np.zeros(0, np.int64)
 NEW = 12
@@ -81,7 +82,7 @@ def test_joined_layers_equal_separate_ones():
 def make_adapter_tuple():
     adapter = make_adapter()
     return adapter.replace(
-        params=tuple(jax.tree.map(lambda leaf, i=i: leaf[i], adapter.params) for i in range(4))
+        params=tuple(jax.tree.map(lambda leaf, i=i: leaf[i], adapter.params) for i in range(TINY.num_layers))
     )
 
 
@@ -168,14 +169,14 @@ def compiled_chunk(adapter, rows, plan=None):
     """The optimised program of a chunk, and the cache shape of a layer."""
     engine = make_engine(adapter, rows=rows, slots=48)
     lowered = decode_chunk.lower(DECODING, engine.adapters, engine._state, TINY, 16, plan or Plan())
-    return lowered.compile().as_text()
+    return compiled(lowered).as_text()
 
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_the_decode_program_holds_no_router_no_conditional_and_no_copy_of_the_cache(rows):
     program = compiled_chunk(make_adapter(), rows)
     batch = collate_prompts([text(0, 6).tolist()], 16, 0, rows=1)
-    routing = prefill.lower(DECODING, one_tenant(make_adapter()), np.int32(0), batch, TINY, 40).compile()
+    routing = compiled(prefill.lower(DECODING, one_tenant(make_adapter()), np.int32(0), batch, TINY, 40))
 
     assert "/route/" in routing.as_text()
     assert re.search(r" sort\(", routing.as_text()), "the choice of k"

@@ -49,4 +49,4 @@ def test_one_long_prompt_leaves_many_short_ones():
 
 def test_the_cost_of_a_position_is_that_of_its_bytes():
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(DECODING))
-    assert position_cost(DECODING, TINY) == 2 * 4 * 2 * 8 * 4 / weights
+    assert position_cost(DECODING, TINY) == 2 * TINY.num_layers * 2 * 8 * 4 / weights

@@ -11,8 +11,9 @@ from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import Source, read_records
 from milora_jax.storage.export import export_milora
 from milora_jax.storage.torch_reference import attach
+from tests.paths import ROOT, environment
 from tests.real.reference import text_of, their_answer
-from tests.training.runs import ROOT, assert_same_end, environment, life, steps_of, write_rows
+from tests.training.runs import assert_same_end, life, steps_of, write_rows
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -77,16 +78,16 @@ def tuned(folder, arc, tmp_path_factory):
     }
     flags = [f"--config.{name}={value}" for name, value in values.items()]
     command = ["train.py", "--config", "configs/tiny.py", f"--workdir={work / 'run'}", *flags]
-    ran(work, *command)
+    ran(*command)
     return work / "run"
 
 
-def ran(work, *command):
+def ran(*command):
     """What a command of ours prints."""
     result = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
-        env=environment(work),
+        env=environment(XLA_FLAGS=""),  # their speed is measured
         capture_output=True,
         text=True,
         check=False,
@@ -112,7 +113,7 @@ def test_base_and_tuned_are_scored_by_the_texts_that_torch_writes(
     asked = ["--limit", LIMIT, "--max-new-tokens", NEW, "--batch-size", 4, "--predictions", tmp_path / "base"]
     data = ["--data", f"arc={arc / 'test.json'}"]
     command = ("-m", "milora_jax.evaluation", "--base", folder, *data, *asked)
-    scored = json.loads(ran(tmp_path, *command))
+    scored = json.loads(ran(*command))
     assert scored["accuracy"] == summary["accuracy"]["base"]
     assert_their_texts(theirs, run.tokenizer, questions, tmp_path / "base")
     export_milora(tuned, tmp_path / "out")
@@ -127,10 +128,10 @@ def test_base_and_tuned_are_scored_by_the_texts_that_torch_writes(
     record("runs", "answers that torch writes too, of the base and of the tuned model", f"{2 * LIMIT}", "all")
 
 
-def measured(work, what, methods, *sizes):
+def measured(what, methods, *sizes):
     """Tokens per second by method: medians of five, one after the other in every round."""
     command = ("-m", "milora_jax.bench", what, "--method", ",".join(methods), "--repeats", 5, *sizes)
-    lines = [json.loads(line) for line in ran(work, *command).splitlines()]
+    lines = [json.loads(line) for line in ran(*command).splitlines()]
     return {line["method"]: line["tok_s"] for line in lines}
 
 
@@ -141,9 +142,9 @@ def measured(work, what, methods, *sizes):
         ("train", ("milora", "lora", "peft-lora"), ("--batch", 2, "--seq", 128)),
     ],
 )
-def test_speed_beside_hugging_face(folder, tmp_path, record, what, methods, sizes):
+def test_speed_beside_hugging_face(folder, record, what, methods, sizes):
     """Figures only."""
-    speeds = measured(tmp_path, what, methods, "--model", folder, "--rank", 16, *sizes)
+    speeds = measured(what, methods, "--model", folder, "--rank", 16, *sizes)
     assert speeds.keys() == set(methods)
     said = "decoding one prompt" if what == "decode" else "training steps of 2 x 128 tokens"
     for method, speed in speeds.items():

@@ -39,6 +39,7 @@ from milora_jax.scaling.gpus import GPUS, layout_of
 from milora_jax.scaling.plan import base_bytes, estimate, meshes, plan
 from milora_jax.scaling.programs import decode_program, prefill_program
 from tests.models import TINY
+from tests.programs import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = dataclasses.replace(TINY, vocab_size=96, num_heads=8, num_kv_heads=8, head_dim=4)
@@ -73,7 +74,7 @@ def test_a_step_is_compiled_and_measured():
 def test_decoding_gathers_no_weights_and_no_cache(make):
     """A tensor-parallel step sums activations; what it gathers is as small as a token's."""
     mesh = make_mesh(MeshSection(data=1, fsdp=1, tensor=8), jax.devices())
-    program = make(CONFIG, MODEL, mesh).compile().as_text()
+    program = compiled(make(CONFIG, MODEL, mesh)).as_text()
     assert count_collectives(program).get("all-reduce", 0) >= 2 * MODEL.num_layers
     gathered = [line for line in program.splitlines() if " all-gather(" in line]
     rows, slots = CONFIG.eval.batch_size, CONFIG.data.max_length + CONFIG.eval.max_new_tokens

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from tests.models import WITH_TOKENIZER
 from tests.serving.harness import KEYS, ask, client_of, openai_client
 
 
@@ -29,7 +30,7 @@ def test_a_completion_has_its_fields(client):
     assert used["total_tokens"] == used["prompt_tokens"] + used["completion_tokens"]
     assert used["completion_tokens"] == sum(len(c["logprobs"]["tokens"]) for c in answer["choices"])
     route = answer["milora"]["route"]
-    assert len(route) == 4
+    assert len(route) == WITH_TOKENIZER.num_layers
     assert all(sum(weight > 0 for weight in layer) <= 3 for layer in route)
     assert answer["milora"]["experts"] == ["q", "k", "v", "o", "gate", "up", "down"]
 

@@ -9,6 +9,7 @@ import pytest
 import milora_jax.generation.engine as engine_module
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.serving.metrics import COMPILATIONS, Metrics
+from tests.models import WITH_TOKENIZER
 from tests.serving.harness import LIMITS, WAIT, Listener, random_request, running, service_of, write_model
 
 pytest.importorskip("transformers")
@@ -76,7 +77,7 @@ def test_adapters_differ_and_the_base_is_the_plain_model(service, folder):
 def test_the_route_comes_once_with_the_first_tokens(service):
     listener = Listener(service, "math", range(10, 20))
     listener.end()
-    assert listener.route.shape == (4, 7)
+    assert listener.route.shape == (WITH_TOKENIZER.num_layers, 7)
     assert ((listener.route > 0).sum(axis=1) <= 3).all()
     alone = Listener(service, "base", range(10, 20))
     alone.end()

@@ -59,9 +59,9 @@ def test_the_files_have_the_documented_names_and_layout(run, exported):
         [CONFIG_FILE, EXPERTS_FILE, ROUTER_FILE, MANIFEST]
     )
     experts, router = load_file(exported / EXPERTS_FILE), load_file(exported / ROUTER_FILE)
-    prefix = "base_model.model.model.layers.2.mlp.down_proj"
-    np.testing.assert_array_equal(experts[f"{prefix}.lora_A.weight"], adapter.params.experts["down"].a[2].T)
-    np.testing.assert_array_equal(experts[f"{prefix}.lora_B.weight"], adapter.params.experts["down"].b[2].T)
+    prefix = "base_model.model.model.layers.1.mlp.down_proj"
+    np.testing.assert_array_equal(experts[f"{prefix}.lora_A.weight"], adapter.params.experts["down"].a[1].T)
+    np.testing.assert_array_equal(experts[f"{prefix}.lora_B.weight"], adapter.params.experts["down"].b[1].T)
     assert len(experts) == TINY.num_layers * 7 * 2
     np.testing.assert_array_equal(router["layers.1.router.weight"], adapter.params.router.weight[1].T)
     np.testing.assert_array_equal(router["layers.1.router.pool"], adapter.params.router.pool[1])

@@ -82,8 +82,8 @@ HOSTILE = {
     "giant rank": (lambda f: change_method(f, rank=10**12), "expected [1000000000000, 48]"),
     "other pooler": (lambda f: change_method(f, pooler="mean"), "unexpected tensor 'layers.0.router.pool'"),
     "too many layers": (
-        lambda f: change_shape(f, num_layers=5),
-        "layers.4.mlp.down_proj.lora_A.weight' is missing",
+        lambda f: change_shape(f, num_layers=3),
+        "layers.2.mlp.down_proj.lora_A.weight' is missing",
     ),
     "endless layers": (lambda f: change_shape(f, num_layers=10**9), "shape.num_layers is 1000000000"),
     "no layers": (lambda f: change_shape(f, num_layers=True), "shape.num_layers is True"),

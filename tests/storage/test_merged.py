@@ -131,7 +131,7 @@ def test_shards_hold_every_tensor_once_in_the_dtype_of_the_base(dtype, tmp_path)
     write_hf_directory(base, TIED, dtype=dtype, tokenizer=False)
     run_of(tmp_path / "run", base, "lora")
     whole = merge(tmp_path / "run", base, plain)
-    parts = merge(tmp_path / "run", base, sharded, shard_bytes=20_000)
+    parts = merge(tmp_path / "run", base, sharded, shard_bytes=10_000)
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     names = sorted(path.name for path in sharded.glob("*.safetensors"))
     assert names == [f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))]
@@ -142,7 +142,7 @@ def test_shards_hold_every_tensor_once_in_the_dtype_of_the_base(dtype, tmp_path)
         assert value.dtype == jnp.dtype(dtype)
         np.testing.assert_array_equal(parts[name], value)
     jax.tree.map(np.testing.assert_array_equal, load_base(sharded)[0], load_base(plain)[0])
-    again = merge(tmp_path / "run", sharded, tmp_path / "again", shard_bytes=20_000)
+    again = merge(tmp_path / "run", sharded, tmp_path / "again", shard_bytes=10_000)
     assert again.keys() == whole.keys(), "a base in shards is read as well"
 
 

@@ -27,6 +27,7 @@ from milora_jax.training.calibration import feature_program, feature_statistics
 from milora_jax.training.health import PromptRoutes, routing_health
 from milora_jax.training.loop import Trainer
 from milora_jax.training.prepare import prepare_run
+from tests.training.short_runs import on_one_device
 
 MEASURED, ASKED, LENGTH = 40, 24, 160
 SETTINGS = [("attention", "standardized"), ("mean", "standardized"), ("last", "standardized")]
@@ -99,7 +100,7 @@ def test_trained_routers_still_part_prompts(tmp_path):
             max_steps=60, batch_size=8, learning_rate=3e-3, coefficient_every=20, eval_every=30
         ),
     )
-    run = prepare_run(config, None, print)
+    run = on_one_device(prepare_run(config, None, print))
     Trainer(run, tmp_path, print).fit(lambda step, status: None, lambda: False)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "route_across" in line][-1]

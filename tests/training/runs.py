@@ -1,18 +1,15 @@
 """``train.py`` as a person would start it, on inputs small enough to kill it often."""
 
 import json
-import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from tests.models import write_hf_directory
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT, environment
 
 
 def write_inputs(folder):
@@ -54,24 +51,11 @@ def command(inputs, workdir, **settings):
     return [sys.executable, "train.py", "--config", "configs/tiny.py", f"--workdir={workdir}", *flags]
 
 
-def environment(inputs, failpoint=""):
-    """The lives of a run share compiled programs, or this file would compile for minutes."""
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "MILORA_FAILPOINT")
-    }
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(inputs / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    point = {"MILORA_FAILPOINT": failpoint} if failpoint else {}
-    return {**kept, **cache, **point, "JAX_PLATFORMS": "cpu"}
-
-
 def life(inputs, workdir, failpoint="", **settings):
     return subprocess.run(
         command(inputs, workdir, **settings),
         cwd=ROOT,
-        env=environment(inputs, failpoint),
+        env=environment(**({"MILORA_FAILPOINT": failpoint} if failpoint else {})),
         capture_output=True,
         text=True,
         timeout=300,

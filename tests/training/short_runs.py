@@ -23,6 +23,12 @@ def silent(line):
     pass
 
 
+def on_one_device(run):
+    """The same run on one of the tests' eight devices, for which a step compiles faster."""
+    one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), run.mesh.axis_names)
+    return dataclasses.replace(run, mesh=one, base=jax.device_put(run.base, base_shardings(one, run.base)))
+
+
 def prepare_short_run(folder):
     """A run on a small base, and the programs that all methods' runs share."""
     write_hf_directory(folder / "model", SHALLOW)
@@ -44,9 +50,7 @@ def prepare_short_run(folder):
     )
     run = prepare_run(config, folder / "none", silent)
     assert run.prompts > 1, "no row is packed"
-    one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), run.mesh.axis_names)  # compiles faster than 8
-    base = jax.device_put(run.base, base_shardings(one, run.base))
-    run = dataclasses.replace(run, mesh=one, base=base)
+    run = on_one_device(run)
     return run, make_steps(run.model, settings, planned_steps(settings, len(run.train)))
 
 

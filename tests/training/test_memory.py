@@ -14,7 +14,7 @@ from milora_jax.base.transformer import unembed
 from milora_jax.config import REMAT
 from milora_jax.training.cross_entropy import summed_cross_entropy
 from tests.models import TINY, random_base
-from tests.programs import frozen_shaped_dots
+from tests.programs import compiled, frozen_shaped_dots
 from tests.training.steps import MODEL, SETTINGS, prepare, rows
 
 ROWS, LENGTH = 3, 14
@@ -61,10 +61,10 @@ def test_bfloat16_is_summed_in_float32():
     np.testing.assert_allclose(found, dense(base, hidden, targets, True), rtol=1e-5)
 
 
-def compiled(batch=None, **settings):
+def compiled_step(batch=None, **settings):
     settings = dataclasses.replace(SETTINGS, **settings)
     state, steps = prepare(settings=settings)
-    return steps.train.lower(state, random_base(MODEL), batch or rows()).compile(), state
+    return compiled(steps.train.lower(state, random_base(MODEL), batch or rows())), state
 
 
 def logits_at_once(program):
@@ -77,7 +77,7 @@ def logits_at_once(program):
 @pytest.mark.thorough
 def test_the_logits_of_all_tokens_never_exist():
     for chunk in (ODD.tokens.size, 20):
-        assert logits_at_once(compiled(ODD, loss_chunk=chunk)[0].as_text()) == chunk
+        assert logits_at_once(compiled_step(ODD, loss_chunk=chunk)[0].as_text()) == chunk
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_remat_changes_memory_and_nothing_else():
     for remat in REMAT:
         settings = dataclasses.replace(SETTINGS, remat=remat)
         state, steps = prepare(settings=settings)
-        program = steps.train.lower(state, random_base(MODEL), ODD).compile()
+        program = compiled(steps.train.lower(state, random_base(MODEL), ODD))
         memory[remat] = program.memory_analysis().temp_size_in_bytes
         assert not frozen_shaped_dots(program.as_text())
         found[remat] = program(state, random_base(MODEL), ODD)
@@ -101,12 +101,12 @@ def test_remat_changes_memory_and_nothing_else():
 
 @pytest.mark.slow
 def test_parts_need_less_memory():
-    whole, _ = compiled()
-    parts, _ = compiled(accumulate=4)
+    whole, _ = compiled_step()
+    parts, _ = compiled_step(accumulate=4)
     assert parts.memory_analysis().temp_size_in_bytes < 0.6 * whole.memory_analysis().temp_size_in_bytes
 
 
 def test_the_state_is_donated():
-    program, state = compiled()
+    program, state = compiled_step()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(dataclasses.replace(state, key=None)))
     assert program.memory_analysis().alias_size_in_bytes >= size

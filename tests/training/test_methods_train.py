@@ -26,6 +26,10 @@ def test_a_resumed_run_is_the_undisturbed_one_and_its_adapter_generates(method, 
     settings = AdapterSection(method=method, **SMALL[method])
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, adapter=settings))
     whole = fit(run, steps, tmp_path / "whole")
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line["tokens_per_second"] for line in lines if "loss" in line]
+    assert 1 <= len(speeds) <= STEPS
+    assert all(speed > 0 for speed in speeds)
     with pytest.raises(Preempted, match=f"saved step {STOP}"):
         fit(run, steps, tmp_path / "parts", stop_after=STOP)
     resumed = fit(run, steps, tmp_path / "parts")

@@ -1,7 +1,6 @@
 """Two real processes on this machine: one run, its kill, and its resume, against a process alone."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -19,7 +18,8 @@ from milora_jax.parallel.mesh import make_mesh
 from milora_jax.parallel.processes import HEARTBEAT_SECONDS, any_of_all, from_first, place, to_host, together
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.checkpoint import CheckpointDirectory
-from tests.training.runs import ROOT, command
+from tests.paths import ROOT, environment
+from tests.training.runs import command
 
 STEPS = 12
 SETTINGS = {
@@ -34,12 +34,6 @@ SETTINGS = {
     "mesh.fsdp": 4,
     "mesh.tensor": 2,
 }
-
-
-def environment(devices):
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    return {**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def free_port():

@@ -6,7 +6,6 @@ import math
 import pytest
 
 from milora_jax.training.progress import Pace, Progress
-from tests.training.short_runs import STEPS, fit
 
 
 class Clock:
@@ -49,15 +48,6 @@ def test_an_evaluation_that_fails_is_not_counted_either():
         pace.count(7)
         clock.now += 1
     assert pace.look() == 7
-
-
-def test_every_logged_step_of_a_run_has_a_speed(prepared, tmp_path):
-    run, steps = prepared
-    fit(run, steps, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    speeds = [line["tokens_per_second"] for line in lines if "loss" in line]
-    assert 1 <= len(speeds) <= STEPS
-    assert all(speed > 0 for speed in speeds)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from milora_jax.parallel.rules import base_shardings, batch_sharding, state_shar
 from milora_jax.training.step import init_state, make_steps
 from tests.adapted import text
 from tests.models import QUANTIZABLE, decoded_base, quantized_base, small
-from tests.programs import largest_floats
+from tests.programs import compiled, largest_floats
 from tests.training.steps import SETTINGS, rows
 
 TOTAL = 20
@@ -68,8 +68,8 @@ def test_a_step_writes_no_whole_kernel(monkeypatch, quantize):
     batch, whole = rows(), 256 * 2048
     steps = make_steps(wide, SETTINGS, TOTAL)
     assert wide.num_layers * batch.tokens.size < 256, "activations would be as large as a kernel"
-    assert largest_floats(steps.train.lower(state, base, batch).compile()) < whole
-    assert largest_floats(steps.train.lower(state, decoded_base(base), batch).compile()) >= whole
+    assert largest_floats(compiled(steps.train.lower(state, base, batch))) < whole
+    assert largest_floats(compiled(steps.train.lower(state, decoded_base(base), batch))) >= whole
 
 
 def continued(base, merge=False):

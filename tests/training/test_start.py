@@ -1,6 +1,5 @@
 """Training may start from an adapter that there is already, if it is of the same kind and base."""
 
-import os
 import subprocess
 
 import jax
@@ -17,8 +16,9 @@ from milora_jax.storage.imported import import_peft
 from milora_jax.training import prepare
 from milora_jax.training.start import starting_params
 from tests.models import TINY, write_hf_directory
+from tests.paths import ROOT, environment
 from tests.storage.adapters import run_of
-from tests.training.runs import ROOT, command
+from tests.training.runs import command
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def train(inputs, workdir, **more):
     done = subprocess.run(
         command(inputs, workdir, **{"train.max_steps": 2, "train.eval_every": 2, **more}),
         cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -18,7 +18,7 @@ from milora_jax.training.loss import adapted_loss
 from milora_jax.training.optim import learning_rate_schedule
 from milora_jax.types import EXPERTS
 from tests.models import random_base
-from tests.programs import frozen_shaped_dots
+from tests.programs import compiled, frozen_shaped_dots
 from tests.training.steps import MODEL, SETTINGS, TOTAL, params_of, prepare, rows
 
 
@@ -60,7 +60,7 @@ def test_the_load_balance_term_is_weighed_by_lambda():
 def test_the_base_gets_no_gradient():
     state, steps = prepare()
     base, batch = random_base(MODEL), rows(count=5)  # 60 tokens: no activation has a weight's shape
-    program = steps.train.lower(state, base, batch).compile().as_text()
+    program = compiled(steps.train.lower(state, base, batch)).as_text()
     assert not frozen_shaped_dots(program)
     trained = [leaf.shape for leaf in jax.tree.leaves(state.omega_state)]
     assert not any(shape[-2:] in MODEL.module_dims.values() for shape in trained)
@@ -68,11 +68,10 @@ def test_the_base_gets_no_gradient():
     def loss(base):
         return adapted_loss(state.adapter, base, MODEL, batch, key=None)[0]
 
-    with_gradient = jax.jit(jax.grad(loss)).lower(base).compile().as_text()
+    with_gradient = compiled(jax.jit(jax.grad(loss)).lower(base)).as_text()
     assert frozen_shaped_dots(with_gradient), "the search above would not see a gradient of the base"
 
 
-@pytest.mark.thorough
 def theta_mask(adapter):
     """A tree like the parameters that is True on the leaves of Theta."""
     role = adapter.method.role
