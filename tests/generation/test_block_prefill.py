@@ -99,7 +99,8 @@ def test_the_routers_read_their_tokens_alone():
     other = in_blocks(adapters, longer, route_tokens=13)
     np.testing.assert_array_equal(one.result()[1], other.result()[1])
     np.testing.assert_array_equal(one.to_keep().blocks[0], other.to_keep().blocks[0])
-    assert (in_blocks(adapters, longer).result()[1] != other.result()[1]).any()
+    whole = [in_blocks(adapters, [*first, *text(seed, 20).tolist()]).result()[1] for seed in range(4)]
+    assert any((route != other.result()[1]).any() for route in whole)
 
 
 def test_turns_of_a_conversation_find_their_beginning():

@@ -126,7 +126,8 @@ def test_an_echo_has_the_prompt_and_its_log_probabilities(one, new):
     for token, value, top in list(zip(*lists[:3], strict=True))[1:]:
         assert value <= 0
         assert top[token] == value or token.startswith("\N{REPLACEMENT CHARACTER}")
-        assert 2 <= len(top) <= 3
+        parts_of_characters = any("\N{REPLACEMENT CHARACTER}" in text for text in top)
+        assert 2 <= len(top) <= 3 or parts_of_characters, "which have one text, and so one key"
     assert found.text_offset[0] == 0
     assert complete(one, max_tokens=new, echo=True).choices[0].text == choice.text
 
