@@ -41,6 +41,7 @@ COMMANDS = (
     ("-m", "milora_jax.bench", "decode"),
     ("-m", "milora_jax.bench", "train"),
     ("-m", "milora_jax.bench", "prefill"),
+    ("-m", "milora_jax.bench", "lookup"),
     ("-m", "milora_jax.bench", "load"),
     ("-m", "milora_jax.bench", "serve"),
     ("-m", "milora_jax.bench", "overhead"),

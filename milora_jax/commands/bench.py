@@ -1,4 +1,4 @@
-"""``python -m milora_jax.bench decode|train|prefill|load|serve|overhead|files``: one JSON object per line."""
+"""``python -m milora_jax.bench COMMAND``: one JSON object per line, see ``BENCHMARKS``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "decode": "the speed of decoding",
     "train": "the speed of training",
     "prefill": "what long prompts cost others, and what a prefix cache saves",
+    "lookup": "what speculation by prompt look-up saves",
     "load": "the speed of loading a base, compared with the disk itself",
     "serve": "a running server under load, and the outcome of every request",
     "overhead": "the cost of a server compared with its engine",

@@ -76,6 +76,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--merge", action="store_true", help="fold the chosen experts into a copy of the weights"
     )
+    parser.add_argument(
+        "--prompt-lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens that a text proposes as its own next ones at each step; 0: no speculation",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together")
     parser.add_argument(
         "--json",
@@ -173,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings=settings,
         batch_size=max(asked.batch_size, settings.num_samples),
         merge=asked.merge,
+        prompt_lookup=asked.prompt_lookup,
         return_errors=True,
         stream=_print_piece if streams else None,
     )

@@ -248,12 +248,15 @@ class Kernel(BatchMethod):
     platform: str = ""
 
     def adapt(self, params: StackedLayer, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
-        """The adapted outputs of one token per row."""
+        """The adapted outputs."""
         pairs, weights = self.method.pairs_of(params.bank, group)
-        rows, modules = group.x.shape[0], len(pairs.tiles)
+        rows, tokens, width = group.x.shape
+        modules = len(pairs.tiles)
         if weights is None:
             shares = jnp.ones((rows, modules), jnp.float32)
         else:
             shares = weights.astype(jnp.float32).reshape(rows, modules)
-        wide = row_products(group.x[:, 0], pairs, params.adapter_slots, shares, self.platform)
-        return add(group.outputs, by_module(pairs.tiles, wide[:, :, None]))
+        # Each token of a row is a row of the kernel.
+        slots, shares = (jnp.repeat(each, tokens, axis=0) for each in (params.adapter_slots, shares))
+        wide = row_products(group.x.reshape(rows * tokens, width), pairs, slots, shares, self.platform)
+        return add(group.outputs, by_module(pairs.tiles, wide.reshape(-1, rows, tokens, wide.shape[-1])))

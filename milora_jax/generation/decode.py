@@ -3,7 +3,8 @@
 ``prefill`` runs prompts once, with the router. ``admit`` puts what it gave into rows of the running
 batch and chooses their first tokens. ``decode_chunk`` is a jitted ``lax.scan`` of steps whose carry
 holds the route: it reads it and never writes it, and holds no router and no conditional. A chunk has a
-static length so that no step waits for the host.
+static length so that no step waits for the host. With prompt look-up a step also runs the D tokens that a row
+proposes behind its last one, and gives a row up to 1 + D tokens.
 
 A row's keys and values lie at the places of its own tokens, whatever the other rows hold, so a row's
 tokens do not depend on its neighbours.
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import NamedSharding
 
@@ -25,7 +28,8 @@ from milora_jax.base.cache import KVCache, LayerCache
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.generation.adapter_stack import AdapterStack, GatheredAdapters
-from milora_jax.generation.sampling import Choice, Plan, Sampler, choose, is_end, note
+from milora_jax.generation.prompt_lookup import PromptLookup
+from milora_jax.generation.sampling import NO_TOKEN, Choice, Plan, Sampler, choose, is_end, note
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int, UInt
 from milora_jax.types import Batch, PyTree, Route
@@ -63,6 +67,7 @@ class DecodeState:
         without a router.
       adapter_slot: slot of each row's adapter in the bank.
       sampler: each row's settings.
+      lookup: the rows' texts, for prompt look-up; None without it.
     """
 
     token: Int[Array, " B"]
@@ -72,6 +77,29 @@ class DecodeState:
     route: tuple[Float[Array, "B 1 E"], ...] | None
     adapter_slot: Int[Array, " B"]
     sampler: Sampler
+    lookup: PromptLookup | None = None
+
+
+@struct.dataclass
+class Decoded:
+    """The tokens of some decode steps, in the order in which a row got them.
+
+    Attributes:
+      choices: leaves ``[n, B, ...]``: n is the number of steps, times 1 + D with prompt look-up.
+      absent: places without a token: the row had ended, or the token before was not the proposed one.
+      proposed: tokens that were proposed to each row at each step; None without prompt look-up.
+    """
+
+    choices: Choice
+    absent: Bool[Array, "n B"]
+    proposed: Int[Array, "steps B"] | None = None
+
+    @classmethod
+    def first(cls, choice: Choice) -> Decoded:
+        """The first token of every row, as :func:`admit` gives it."""
+        choices = jax.tree.map(lambda leaf: leaf[None], choice)
+        nothing: Any = np.zeros((1, choice.token.shape[0]), bool)
+        return cls(choices, nothing)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "cache_length", "layout"))
@@ -125,6 +153,7 @@ def admit(
     batch_slots: Int[Array, " n"],
     adapter_slot: Int[Array, " n"],
     sampler: Sampler,
+    lookup: PromptLookup | None,
     plan: Plan,
     layout: DeviceLayout | None = None,
     masks: UInt[Array, "n W"] | None = None,
@@ -135,7 +164,7 @@ def admit(
       prefilled: n prompts, or one that is to be continued in n ways.
       batch_slots: where they go; a prompt whose slot is beyond the batch is dropped.
       adapter_slot: of their adapter.
-      sampler: of the n prompts.
+      sampler, lookup: of the n prompts.
       layout: of the state.
       masks: the first tokens that each prompt may get, see ``sampling.choose``.
     """
@@ -146,7 +175,8 @@ def admit(
 
     prefilled = jax.tree.map(repeated, prefilled)
     choice = choose(prefilled.logits, sampler, prefilled.position, plan, masks)
-    sampler = note(sampler, choice.token, jnp.ones_like(batch_slots, bool))
+    every = jnp.ones_like(batch_slots, bool)
+    sampler = note(sampler, choice.token, every)
     new = DecodeState(
         token=choice.token,
         position=prefilled.position,
@@ -155,6 +185,7 @@ def admit(
         route=prefilled.route,
         adapter_slot=adapter_slot,
         sampler=sampler,
+        lookup=None if lookup is None else lookup.noted(choice.token, prefilled.position, every),
     )
 
     def put(old: Array, leaf: Array) -> Array:
@@ -165,43 +196,83 @@ def admit(
 
 def decode_step(
     base: Base, adapter: Adapter | None, state: DecodeState, config: ModelConfig, plan: Plan
-) -> tuple[DecodeState, Choice]:
-    """One token for every row. Rows that are done keep their last token and write nothing new."""
+) -> tuple[DecodeState, Decoded]:
+    """A token for every row, and those behind it that were proposed and are the row's.
+
+    Rows that are done keep their last token and write nothing new.
+    """
     logits, cache = _next_logits(base, adapter, state, config)
-    return _with_choice(state, cache, choose(logits, state.sampler, state.position + 1, plan))
+    return _advance(dataclasses.replace(state, cache=cache), logits, plan)
+
+
+def _proposals(state: DecodeState) -> Int[Array, "B D"]:
+    """What each row's text proposes; D is 0 without prompt look-up."""
+    if state.lookup is None:
+        return jnp.zeros((state.token.shape[0], 0), jnp.int32)
+    return state.lookup.proposals(state.position)
 
 
 def _next_logits(
     base: Base, adapter: Adapter | None, state: DecodeState, config: ModelConfig
-) -> tuple[Float[Array, "B V"], KVCache]:
-    """Logits of each row's next token, and the cache with its last one."""
+) -> tuple[Float[Array, "B T V"], KVCache]:
+    """Logits behind each row's last token and behind its proposals, T = 1 + D, and the cache with all these.
+
+    The cache's length is that before them.
+    """
+    tokens = jnp.concatenate([state.token[:, None], _proposals(state)], axis=1)
+    rows, count = tokens.shape
     output = forward(
         base,
         config,
-        Batch.unpadded(state.token[:, None], state.position[:, None]),
+        Batch.unpadded(tokens, state.position[:, None] + jnp.arange(count, dtype=jnp.int32)[None]),
         adapter=adapter,
         route=state.route,
         cache=state.cache,
     )
     if not isinstance(output.cache, KVCache):
         raise AssertionError("a pass gives the cache that it was given")
-    return unembed(base, config, output.hidden[:, 0]), output.cache
+    logits = unembed(base, config, output.hidden.reshape(rows * count, -1))
+    cache = dataclasses.replace(output.cache, length=state.cache.length)
+    return logits.reshape(rows, count, -1), cache
 
 
-def _with_choice(state: DecodeState, cache: KVCache, choice: Choice) -> tuple[DecodeState, Choice]:
-    """The state after a choice of tokens, and the choice of the live rows."""
-    live = ~state.done
-    choice = dataclasses.replace(choice, token=jnp.where(live, choice.token, state.token))
-    sampler = note(state.sampler, choice.token, live)
-    state = dataclasses.replace(
-        state,
-        token=choice.token,
-        position=state.position + live.astype(jnp.int32),
-        done=state.done | is_end(sampler, choice.token),
-        cache=dataclasses.replace(cache, length=state.cache.length + live.astype(jnp.int32)),
-        sampler=sampler,
+def _advance(
+    state: DecodeState,
+    logits: Float[Array, "B T V"],
+    plan: Plan,
+    masks: UInt[Array, "B W"] | None = None,
+) -> tuple[DecodeState, Decoded]:
+    """Choose the live rows' tokens, as far as each was computed behind the token chosen before it.
+
+    Args:
+      state: with the cache that :func:`_next_logits` gave.
+    """
+    proposals = _proposals(state)
+    before, live, choices, absent = state, ~state.done, [], []
+    for place in range(logits.shape[1]):
+        choice = choose(logits[:, place], state.sampler, state.position + 1, plan, masks)
+        token = jnp.where(live, choice.token, state.token)
+        sampler, step = note(state.sampler, token, live), live.astype(jnp.int32)
+        position = state.position + step
+        choices.append(dataclasses.replace(choice, token=token))
+        absent.append(~live)
+        state = dataclasses.replace(
+            state,
+            token=token,
+            position=position,
+            done=state.done | is_end(sampler, token),
+            cache=dataclasses.replace(state.cache, length=state.cache.length + step),
+            sampler=sampler,
+            lookup=None if state.lookup is None else state.lookup.noted(token, position, live),
+        )
+        if place < proposals.shape[1]:
+            live = live & ~state.done & (proposals[:, place] == token)
+    proposed = None
+    if before.lookup is not None:
+        proposed = ((proposals != NO_TOKEN) & ~before.done[:, None]).sum(axis=1, dtype=jnp.int32)[None]
+    return state, Decoded(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *choices), jnp.stack(absent), proposed
     )
-    return state, choice
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "plan", "layout"), donate_argnames="state")
@@ -213,28 +284,24 @@ def decode_chunk(
     steps: int,
     plan: Plan,
     layout: DeviceLayout | None = None,
-) -> tuple[DecodeState, Choice, Bool[Array, "steps B"]]:
+) -> tuple[DecodeState, Decoded]:
     """``steps`` decode steps as one scan.
 
     Args:
       adapters: those that act on the batch; what depends on the adapter of each batch slot is done once per
         chunk.
       layout: of the state.
-
-    Returns:
-      The state, the choices of every step, and which rows had ended before each step.
     """
     adapter = None if adapters is None else adapters.for_batch(state.adapter_slot)
 
-    def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[Choice, Array]]:
-        ended = state.done
-        state, choice = decode_step(base, adapter, state, config, plan)
-        return state, (choice, ended)
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, Decoded]:
+        return decode_step(base, adapter, state, config, plan)
 
     state = dataclasses.replace(state, cache=state.cache.squeezed())
-    state, (choices, ended) = jax.lax.scan(step, state, None, length=steps)
+    state, decoded = jax.lax.scan(step, state, None, length=steps)
     state = dataclasses.replace(state, cache=state.cache.unsqueezed())
-    return constrained(state, layout), choices, ended
+    in_order = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), decoded)
+    return constrained(state, layout), in_order
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout"), donate_argnames="state")
@@ -244,38 +311,35 @@ def decode_logits(
     state: DecodeState,
     config: ModelConfig,
     layout: DeviceLayout | None = None,
-) -> tuple[DecodeState, Float[Array, "B V"]]:
+) -> tuple[DecodeState, Float[Array, "B T V"]]:
     """The first half of a decode step: the model, of which the host needs no result.
 
     Meanwhile it makes the masks for the second half, :func:`decode_masked`.
     """
     adapter = None if adapters is None else adapters.for_batch(state.adapter_slot)
     logits, cache = _next_logits(base, adapter, state, config)
-    cache = dataclasses.replace(cache, length=state.cache.length)
     return constrained(dataclasses.replace(state, cache=cache), layout), logits
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "layout"), donate_argnames="state")
 def decode_masked(
     state: DecodeState,
-    logits: Float[Array, "B V"],
+    logits: Float[Array, "B T V"],
     masks: UInt[Array, "B W"],
     plan: Plan,
     layout: DeviceLayout | None = None,
-) -> tuple[DecodeState, Choice, Bool[Array, "1 B"]]:
+) -> tuple[DecodeState, Decoded]:
     """The second half of a decode step: the choice among the tokens that each row may get.
 
     Args:
       logits: of :func:`decode_logits`.
-      masks: see ``sampling.choose``.
+      masks: see ``sampling.choose``; all tokens for a row with proposals.
 
     Returns:
       As :func:`decode_chunk` of one step.
     """
-    ended = state.done
-    choice = choose(logits, state.sampler, state.position + 1, plan, masks)
-    state, choice = _with_choice(state, state.cache, choice)
-    return constrained(state, layout), jax.tree.map(lambda leaf: leaf[None], choice), ended[None]
+    state, decoded = _advance(state, logits, plan, masks)
+    return constrained(state, layout), decoded
 
 
 def constrained(state: DecodeState, layout: DeviceLayout | None) -> DecodeState:
@@ -298,13 +362,23 @@ def state_shardings_of(state: DecodeState, layout: DeviceLayout | None) -> PyTre
 
 
 def empty_state(
-    config: ModelConfig, base: Base, sampler: Sampler, batch_slots: int, cache_length: int, routed: bool
+    config: ModelConfig,
+    base: Base,
+    sampler: Sampler,
+    lookup: PromptLookup | None,
+    batch_slots: int,
+    cache_length: int,
+    routed: bool,
 ) -> DecodeState:
     """A batch whose slots are all free.
 
     Args:
-      sampler: of any one sample, for its shapes.
+      sampler, lookup: of any one sample, for their shapes.
     """
+
+    def vacant(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: jnp.zeros((batch_slots, *leaf.shape[1:]), leaf.dtype), tree)
+
     shape = (batch_slots, config.num_kv_heads, cache_length, config.head_dim)
     layers = tuple(
         LayerCache(k=jnp.zeros(shape, base.dtype), v=jnp.zeros(shape, base.dtype))
@@ -318,5 +392,6 @@ def empty_state(
         cache=KVCache(layers=layers, length=zeros()),
         route=tuple(jnp.zeros((batch_slots, 1, 7), jnp.float32) for _ in layers) if routed else None,
         adapter_slot=zeros(),
-        sampler=jax.tree.map(lambda leaf: jnp.zeros((batch_slots, *leaf.shape[1:]), leaf.dtype), sampler),
+        sampler=vacant(sampler),
+        lookup=vacant(lookup),
     )

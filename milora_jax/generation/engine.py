@@ -23,6 +23,7 @@ from milora_jax.generation.block_prefill import BLOCK
 from milora_jax.generation.block_queue import BlockQueue
 from milora_jax.generation.constraint import Constraint, full_masks
 from milora_jax.generation.decode import (
+    Decoded,
     Prefilled,
     admit,
     decode_chunk,
@@ -35,13 +36,20 @@ from milora_jax.generation.group_prefill import prefill_group
 from milora_jax.generation.merge import merged_base
 from milora_jax.generation.prefix_cache import PrefixCache
 from milora_jax.generation.prompt_logprobs import PromptLogprobs
+from milora_jax.generation.prompt_lookup import PromptLookup
 from milora_jax.generation.request import Request, require_decodable
-from milora_jax.generation.results import RunningSample, StartedWork, masks_of, read_results
-from milora_jax.generation.sampling import Choice, Plan, Sampler, make_sampler
+from milora_jax.generation.results import (
+    RunningSample,
+    StartedWork,
+    lookup_of,
+    masks_of,
+    read_results,
+    sampler_of,
+)
+from milora_jax.generation.sampling import Plan, Sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.waiting import WaitingRequests
 from milora_jax.model_config import ModelConfig
-from milora_jax.shapes import Array
 from milora_jax.types import Batch
 
 CHUNK = 16
@@ -70,6 +78,7 @@ class Engine:
       prefix_cache: bytes for keys and values of earlier prompts; 0 keeps none. With either, prompts are
         prefilled as in ``generation.block_prefill``, unless merged, in rows, or with a method's prefix.
       prefill_block: tokens of such a block.
+      prompt_lookup: tokens that prompt look-up proposes to each row at each step; 0 switches it off.
 
     Attributes:
       adapters: to be set again after a bank has loaded an adapter, whose old buffers are gone then.
@@ -94,24 +103,25 @@ class Engine:
         prefill_budget: int = 0,
         prefix_cache: int = 0,
         prefill_block: int = BLOCK,
+        prompt_lookup: int = 0,
     ) -> None:
-        require(batch_slots >= 1, "batch_slots", batch_slots, "at least 1")
         cache_length = cache_length or config.max_positions
-        fits = 2 <= cache_length <= config.max_positions
-        require(fits, "cache_length", cache_length, f"2 to the model's {config.max_positions} positions")
-        require(chunk >= 1, "chunk", chunk, "at least 1")
-        require(prefill_rows >= 1, "prefill_rows", prefill_rows, "at least 1")
-        for name, value in (("prefill_budget", prefill_budget), ("prefix_cache", prefix_cache)):
-            require(value >= 0, name, value, "at least 0")
-        require(prefill_block >= 1, "prefill_block", prefill_block, "at least 1")
+        room = f"2 to the model's {config.max_positions} positions"
+        require(2 <= cache_length <= config.max_positions, "cache_length", cache_length, room)
+        sizes = {"prefill_rows": prefill_rows, "prefill_block": prefill_block}
+        _require_least(1, batch_slots=batch_slots, chunk=chunk, **sizes)
+        _require_least(0, prefill_budget=prefill_budget, prefix_cache=prefix_cache)
+        fits = 0 <= prompt_lookup < cache_length
+        require(fits, "prompt_lookup", prompt_lookup, f"0 to {cache_length - 1}")
         self.config, self.batch_slots, self.chunk = config, batch_slots, chunk
         self.adapters, self.prefill_rows = adapters, prefill_rows
         self._base, self._place, self._penalties, self._plans = base, place, penalties, tuple(plans)
         self._layout = layout or device_layout(base.devices)
-        self._merges = merge and adapters is not None
+        self._merges, self._prompt_lookup = merge and adapters is not None, prompt_lookup
         self._merged: Base | None = None
         prefix = 0 if adapters is None else adapters.method.prefix_length
         self.cache_length, self._prefix = cache_length, prefix
+        self._routed = adapters is not None and adapters.method.routes
         self._waiting = WaitingRequests(batch_slots, cache_length, prefill_rows, alone=self._merges)
         in_blocks = (prefill_budget or prefix_cache) and not (prefix or self._merges or prefill_rows > 1)
         self.prefix_cache = PrefixCache(prefix_cache, prefill_block) if in_blocks and prefix_cache else None
@@ -130,11 +140,9 @@ class Engine:
         self._gathered: GatheredAdapters | None = None
         if self.adapters is not None and self.adapters.path == "gathered":
             self._gathered = GatheredAdapters.empty(self.adapters, self.batch_slots)
-        routed = self.adapters is not None and self.adapters.method.routes
-        sampler = self._sampler(RunningSample.all_of(Request((), GenerationSettings())))
-        state = empty_state(
-            self.config, self._base, sampler, self.batch_slots, self._prefix + self.cache_length, routed
-        )
+        one = RunningSample.all_of(Request((), GenerationSettings()))
+        sizes = self.batch_slots, self._prefix + self.cache_length
+        state = empty_state(self.config, self._base, *self._of_samples(one), *sizes, self._routed)
         places = state_shardings_of(state, self._layout)
         self._state = state if places is None else jax.device_put(state, places)
 
@@ -275,8 +283,7 @@ class Engine:
         if self._blocks is not None:
             for row, sample in zip(rows, samples, strict=True):
                 self._slots[row] = sample
-            routed = self.adapters is not None and self.adapters.method.routes
-            self._blocks.add(samples, rows, routed)
+            self._blocks.add(samples, rows, self._routed)
             self._admitting = []
             return
         sizes = self.prefill_rows, self.cache_length
@@ -316,7 +323,7 @@ class Engine:
         # Slots beyond the batch are dropped, so that a group that is not full has its program's shape.
         places = np.array([*rows, *range(self.batch_slots, self.batch_slots + count - len(rows))], np.int32)
         padded = [*samples, *([samples[0]] * (count - len(samples)))]
-        sampler = self._sampler(padded)
+        sampler, lookup = self._of_samples(padded)
         slot = np.int32(group[0].adapter_slot)
         if several:
             prefilled = jax.tree.map(lambda leaf: leaf[:1], prefilled)
@@ -325,7 +332,7 @@ class Engine:
         if masks is not None and self._plans:
             plan = self._plans[-1]  # one program more, and not one for each plan
         self._state, choice = admit(
-            self._state, prefilled, places, np.full(count, slot), sampler, plan, self._layout, masks
+            self._state, prefilled, places, np.full(count, slot), sampler, lookup, plan, self._layout, masks
         )
         if self._gathered is not None and self.adapters is not None:
             self._gathered = gather_adapter(self._gathered, self.adapters, places, slot)
@@ -335,16 +342,14 @@ class Engine:
         nobody = (None,) * (count - len(samples))
         if weights is not None and several:
             weights = weights[:, :1].repeat(count, axis=1)
-        choices = jax.tree.map(lambda leaf: leaf[None], choice)
-        work = StartedWork((*samples, *nobody), choices, np.zeros((1, count), bool), weights, scores)
-        self._started.append(work)
+        self._started.append(StartedWork((*samples, *nobody), Decoded.first(choice), weights, scores))
         self._admitting = []
 
     def _start_chunk(self) -> None:
-        self._state, choices, ended = decode_chunk(
+        self._state, decoded = decode_chunk(
             *self._weights(), self._state, self.config, self.chunk, self._running_plan(), self._layout
         )
-        self._note_started(choices, ended, self.chunk)
+        self._note_started(decoded, self.chunk)
 
     def _step_with_masks(self) -> None:
         """Start a single decode step, and give it the masks of its tokens once those before it are read."""
@@ -353,10 +358,8 @@ class Engine:
         masks = masks_of(self._decoding, self.config.vocab_size, self._end_constrained)
         if masks is None:  # the last constrained sample has just ended
             masks = full_masks(self.batch_slots, self.config.vocab_size)
-        self._state, choices, ended = decode_masked(
-            self._state, logits, masks, self._running_plan(), self._layout
-        )
-        self._note_started(choices, ended, 1)
+        self._state, decoded = decode_masked(self._state, logits, masks, self._running_plan(), self._layout)
+        self._note_started(decoded, 1)
 
     def _weights(self) -> tuple[Base, AdapterStack | GatheredAdapters | None]:
         if self._merged is not None:
@@ -366,8 +369,8 @@ class Engine:
     def _running_plan(self) -> Plan:
         return self._plan([sequence.request.settings for sequence in self._decoding if sequence is not None])
 
-    def _note_started(self, choices: Choice, ended: Array, steps: int) -> None:
-        self._started.append(StartedWork(tuple(self._decoding), choices, ended))
+    def _note_started(self, decoded: Decoded, steps: int) -> None:
+        self._started.append(StartedWork(tuple(self._decoding), decoded))
         for row, sequence in enumerate(self._decoding):
             if sequence is not None:
                 sequence.left -= steps
@@ -382,17 +385,16 @@ class Engine:
         """
         return sequence.left > 0 or self._merges
 
+    def _of_samples(self, samples: Sequence[RunningSample]) -> tuple[Sampler, PromptLookup | None]:
+        """What the device must know of samples before their first tokens."""
+        lookup = lookup_of(samples, self.cache_length, self._prompt_lookup)
+        return sampler_of(samples, self.config, self._penalties), lookup
+
     def _plan(self, settings: Sequence[GenerationSettings]) -> Plan:
         least = Plan.of(settings)
         return next((plan for plan in self._plans if plan.covers(least)), least)
 
-    def _sampler(self, samples: Sequence[RunningSample]) -> Sampler:
-        requests, config = [sample.request for sample in samples], self.config
-        return make_sampler(
-            [request.settings for request in requests],
-            [sample.sample for sample in samples],
-            [request.prompt for request in requests],
-            config.eos_ids,
-            config.vocab_size,
-            self._penalties,
-        )
+
+def _require_least(least: int, **sizes: int) -> None:
+    for name, value in sizes.items():
+        require(value >= least, name, value, f"at least {least}")

@@ -45,6 +45,8 @@ class Request:
       prompt_logprobs: of every token of the prompt but the first, where asked for, once it was prefilled.
       route: routing weights ``[L, E]`` of the prompt, once it was prefilled; None without a router.
       cached_tokens: tokens of the prompt whose keys and values came from the prefix cache.
+      proposed_tokens: that prompt look-up proposed so far, for all samples.
+      accepted_tokens: of these, tokens that the samples got.
       constraint: of its tokens; None for none.
       constraints: of each sample, in the state of the sample; empty without one.
       failure: why a constraint cannot be followed.
@@ -61,6 +63,8 @@ class Request:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     route: np.ndarray | None = None
     cached_tokens: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
     constraint: Constraint | None = None
     constraints: list[Constraint] = field(default_factory=list)
     failure: str = ""

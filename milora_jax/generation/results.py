@@ -10,9 +10,12 @@ import jax
 import numpy as np
 
 from milora_jax.generation.constraint import Constraint, ConstraintError, full_masks
+from milora_jax.generation.decode import Decoded
 from milora_jax.generation.prompt_logprobs import PromptLogprobs
+from milora_jax.generation.prompt_lookup import PromptLookup
 from milora_jax.generation.request import Request, TokenLogprobs
-from milora_jax.generation.sampling import Choice
+from milora_jax.generation.sampling import Choice, Sampler, make_sampler
+from milora_jax.model_config import ModelConfig
 
 End = Callable[[Request, int, str], None]
 """Ends a sample of a request for a reason, as ``Engine.end`` does."""
@@ -23,7 +26,7 @@ class RunningSample:
     """One sample of a request, while it holds a batch slot.
 
     Attributes:
-      left: tokens that are still to be computed for the sample, by its length alone.
+      left: most tokens that are still to be computed for the sample: a step computes one at least.
       prefilling: whether its prompt is still being prefilled.
     """
 
@@ -44,22 +47,50 @@ class RunningSample:
         return self.request.constraints[self.sample] if self.request.constraints else None
 
 
+def sampler_of(samples: Sequence[RunningSample], config: ModelConfig, penalties: bool) -> Sampler:
+    """The samplers of samples that have not been started.
+
+    Args:
+      penalties: whether rows may have penalties and biases.
+    """
+    requests = [sample.request for sample in samples]
+    return make_sampler(
+        [request.settings for request in requests],
+        [sample.sample for sample in samples],
+        [request.prompt for request in requests],
+        config.eos_ids,
+        config.vocab_size,
+        penalties,
+    )
+
+
+def lookup_of(samples: Sequence[RunningSample], length: int, count: int) -> PromptLookup | None:
+    """The texts of samples that have not been started; None without prompt look-up.
+
+    Args:
+      length: positions of the longest text.
+      count: tokens that are proposed at each step; 0 for no prompt look-up.
+    """
+    if not count:
+        return None
+    allowed = [sample.constraint is None for sample in samples]
+    return PromptLookup.of([sample.request.prompt for sample in samples], allowed, length, count)
+
+
 @dataclass(frozen=True)
 class StartedWork:
     """Work that the device has been given and whose results have not been read.
 
     Attributes:
       sequences: those in the batch slots when it was started.
-      choices: leaves ``[steps, B, ...]``.
-      ended: batch slots whose sequence had ended before each step, ``[steps, B]``.
+      decoded: their tokens.
       route: of the prompts that were prefilled, ``[L, B, E]``.
       prompt_logprobs: of the prompts that were prefilled, in parts along T; None where none were asked for.
         A single prompt that is continued in several ways has one row.
     """
 
     sequences: tuple[RunningSample | None, ...]
-    choices: Choice
-    ended: Any
+    decoded: Decoded
     route: Any = None
     prompt_logprobs: tuple[PromptLogprobs, ...] | None = None
 
@@ -74,8 +105,8 @@ def read_results(started: StartedWork, eos_ids: Sequence[int], end: End) -> list
     Returns:
       The requests that got tokens or ended.
     """
-    choices, ended, route, prompt_logprobs = jax.device_get(
-        (started.choices, started.ended, started.route, started.prompt_logprobs)
+    decoded, route, prompt_logprobs = jax.device_get(
+        (started.decoded, started.route, started.prompt_logprobs)
     )
     touched = []
     for row, sequence in enumerate(started.sequences):
@@ -87,10 +118,13 @@ def read_results(started: StartedWork, eos_ids: Sequence[int], end: End) -> list
         if prompt_logprobs is not None and request.settings.prompt_logprobs:
             whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *prompt_logprobs)
             request.prompt_logprobs = whole.of_row(min(row, len(whole.logprob) - 1), request)
-        for step in range(len(ended)):
-            if ended[step, row]:
-                break
-            _append(sequence, choices, step, row, eos_ids, end)
+        places = np.flatnonzero(~decoded.absent[:, row])
+        if decoded.proposed is not None:
+            request.proposed_tokens += int(decoded.proposed[:, row].sum())
+            width = len(decoded.absent) // len(decoded.proposed)
+            request.accepted_tokens += int(np.count_nonzero(places % width))
+        for place in places.tolist():
+            _append(sequence, decoded.choices, place, row, eos_ids, end)
             if request.finish[sequence.sample] in ("error", "constraint"):
                 break
         touched.append(request)
@@ -98,23 +132,23 @@ def read_results(started: StartedWork, eos_ids: Sequence[int], end: End) -> list
 
 
 def _append(
-    sequence: RunningSample, choices: Choice, step: int, row: int, eos_ids: Sequence[int], end: End
+    sequence: RunningSample, choices: Choice, place: int, row: int, eos_ids: Sequence[int], end: End
 ) -> None:
     """Append one token to a sample, and end the sample if it is the last."""
     request, sample = sequence.request, sequence.sample
-    if not choices.finite[step, row]:
+    if not choices.finite[place, row]:
         end(request, sample, "error")
         return
-    settings, token = request.settings, int(choices.token[step, row])
+    settings, token = request.settings, int(choices.token[place, row])
     if settings.max_new_tokens == 0:
         end(request, sample, "length")
         return
     request.tokens[sample].append(token)
     top_tokens, top_logprobs = choices.top_tokens, choices.top_logprobs
     if settings.logprobs and not (choices.logprob is None or top_tokens is None or top_logprobs is None):
-        pairs = zip(top_tokens[step, row], top_logprobs[step, row], strict=True)
+        pairs = zip(top_tokens[place, row], top_logprobs[place, row], strict=True)
         top = tuple((int(i), float(value)) for i, value in pairs)[: settings.logprobs]
-        request.logprobs[sample].append(TokenLogprobs(float(choices.logprob[step, row]), top))
+        request.logprobs[sample].append(TokenLogprobs(float(choices.logprob[place, row]), top))
     if token in settings.stop_token_ids or (token in eos_ids and not settings.ignore_eos):
         end(request, sample, "stop")
     elif len(request.tokens[sample]) >= settings.max_new_tokens:

@@ -92,6 +92,7 @@ def generate(
     batch_size: int = 8,
     prefill_rows: int = 1,
     merge: bool = False,
+    prompt_lookup: int = 0,
     parse_special_tokens: bool = True,
     return_errors: bool = False,
     place: Callable[[Batch], Batch] = jax.device_put,
@@ -116,6 +117,8 @@ def generate(
       prefill_rows: prompts of like length that are prefilled together.
       merge: after a prompt's prefill, fold its chosen experts into a private copy of the weights; prompts
         are then continued one after the other, see ``generation.merge``.
+      prompt_lookup: tokens that a text may propose as its own next ones at each step, which one pass checks,
+        see ``generation.prompt_lookup``; 0 switches that off. Beams take no proposals.
       parse_special_tokens: read special tokens that are written in texts, as Hugging Face's tokenizers and
         vLLM do: right for a chat that ``apply_chat_template`` rendered. Give False for texts that hold what
         somebody else has typed, which could otherwise end a turn and begin another. Chats need no flag: their
@@ -140,6 +143,7 @@ def generate(
         raise UserError(
             f"the adapter fits a base of {_said(adapter.shape)}, this one has {_said(adapter_shape(config))}"
         )
+    require(prompt_lookup >= 0, "prompt_lookup", prompt_lookup, "at least 0")
     require(adapter is None or bank is None, "adapter", "given", "none beside a bank")
     if bank is None:
         require(not tenants, "tenants", tenants, "none without a bank")
@@ -175,16 +179,18 @@ def generate(
     for group in _of_like_length(base, config, plain, 1 if merge else batch_size):
         count = max if merge else sum
         samples = count(job.settings.num_samples for job in group.values())
+        length = max(job.length(config) for job in group.values())
         engine = Engine(
             base,
             config,
             served,
             batch_slots=min(batch_size, samples),
-            cache_length=max(job.length(config) for job in group.values()),
+            cache_length=length,
             penalties=any(job.settings.penalized for job in plain.values()),
             prefill_rows=prefill_rows,
             merge=merge,
             place=place,
+            prompt_lookup=min(prompt_lookup, length - 1),
         )
         answers |= _run(engine, tokenizer, group, report)
         del engine  # its cache goes before the next one is made

@@ -67,7 +67,7 @@ def decode_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
     settings = [GenerationSettings()]
     sampler = make_sampler(settings, [0], [[0]], model.eos_ids, model.vocab_size, False)
     routed = adapters.method.routes
-    state = jax.eval_shape(lambda: empty_state(model, _zeros_of(base), sampler, rows, length, routed))
+    state = jax.eval_shape(lambda: empty_state(model, _zeros_of(base), sampler, None, rows, length, routed))
     # Heads are split over the tensor axis, as the products that write them; the rest by rows.
     by_head = NamedSharding(mesh, PartitionSpec(MESH_AXES["rows"], MESH_AXES["heads"]))
     by_row = batch_sharding(mesh)

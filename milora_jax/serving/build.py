@@ -81,6 +81,9 @@ def build_service(
         places = functools.partial(base_sharding, mesh)
     fits = limits.context != 1 and limits.context <= config.max_positions
     require(fits, "--context", limits.context, f"2 to the model's {config.max_positions} positions, or 0")
+    positions = limits.context or config.max_positions
+    fits = limits.prompt_lookup < positions
+    require(fits, "--prompt-lookup", limits.prompt_lookup, f"below the context of {positions} tokens")
     base = load_leaves(directory, config, offer.dtype, places, True, offer.quantize, progress)
     adapters = registry.to_load()
     store = None
@@ -105,6 +108,7 @@ def build_service(
         plans=PLANS,
         prefill_budget=limits.prefill_budget,
         prefix_cache=limits.prefix_cache * 2**20,
+        prompt_lookup=limits.prompt_lookup,
         layout=None if mesh is None else mesh_layout(mesh),
     )
     loop = DeviceLoop(engine, store, limits)
@@ -127,6 +131,10 @@ def build_service(
         metrics.count(f"{name}_hits_total", "Prompt tokens found", lambda: cache.counts.hits)
         metrics.count(f"{name}_evictions_total", "Entries evicted", lambda: cache.counts.evicted)
         metrics.gauge(f"{name}_bytes", "Bytes of all entries", lambda: cache.counts.used)
+    if limits.prompt_lookup:
+        name, counts = "milora_prompt_lookup", loop.counts
+        metrics.count(f"{name}_proposed_tokens_total", "Tokens proposed", lambda: counts.proposed_tokens)
+        metrics.count(f"{name}_accepted_tokens_total", "Of these accepted", lambda: counts.accepted_tokens)
     metrics.gauge("milora_rows", "Batch slots", lambda: limits.rows)
     metrics.gauge("milora_tasks", "Tasks of the event loop", _tasks)
     metrics.gauge("milora_steps", "Steps of the device loop", lambda: loop.counts.steps)

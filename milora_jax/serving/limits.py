@@ -10,7 +10,7 @@ from milora_jax.errors import UserError, require
 
 MAY_BE_ZERO = (
     *("context", "max_lora_rank", "samples", "grace_seconds"),
-    *("prefill_budget", "prefix_cache", "share_prefixes"),
+    *("prefill_budget", "prefix_cache", "share_prefixes", "prompt_lookup"),
 )
 """Limits for which 0 has a meaning of its own."""
 
@@ -42,6 +42,8 @@ class Limits:
         none.
       share_prefixes: 1 lets tenants that use the same adapter find each other's prompts in the prefix cache,
         which the time to the first token can tell; 0 keeps tenants apart.
+      prompt_lookup: tokens that a text may propose as its own next ones at each step, which one pass of the
+        model checks; 0 switches speculation off.
       max_lora_rank: highest rank of the pairs of an adapter that is loaded later; 0 is that of the adapters
         at the start, rounded up to a power of two.
       queue: requests of all tenants that may wait; more are refused with 503.
@@ -71,6 +73,7 @@ class Limits:
     prefill_budget: int = 128
     prefix_cache: int = 256
     share_prefixes: int = 0
+    prompt_lookup: int = 0
     max_lora_rank: int = 0
     queue: int = 256
     queue_tokens: int = 65536

@@ -43,6 +43,8 @@ class Counts:
     steps: int = 0
     failures: int = 0
     free_slots: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
     last_step: float = field(default_factory=time.monotonic)
 
 
@@ -293,7 +295,9 @@ class DeviceLoop:
                 StreamEvent(sample, tokens, logprobs, finish, route, cached, failure, prompt_logprobs),
             )
         if request.done:
-            self._running.pop(request, None)
+            if self._running.pop(request, None) is not None:
+                self.counts.proposed_tokens += request.proposed_tokens
+                self.counts.accepted_tokens += request.accepted_tokens
             self._release(job)
 
     def _fail(self, job: Job) -> None:

@@ -2,6 +2,7 @@
 
 const byId = (id) => document.getElementById(id);
 let running = null;
+const chats = new Map(); // of each model: its article, its messages and its last route
 
 async function listModels() {
   const answer = await fetch("/v1/models");
@@ -15,8 +16,7 @@ async function listModels() {
   }
 }
 
-function bodyOf(model) {
-  const prompt = byId("prompt").value;
+function bodyOf(model, prompt, messages) {
   const body = {
     model,
     max_tokens: Number(byId("tokens").value),
@@ -25,9 +25,9 @@ function bodyOf(model) {
     stream_options: { include_usage: true },
     milora: { return_route: true },
   };
-  const wording = byId("wording").value;
-  if (wording === "chat") return ["/v1/chat/completions", { ...body, messages: [{ role: "user", content: prompt }] }];
-  return ["/v1/completions", { ...body, prompt: wording === "instruction" ? INSTRUCTION.join(prompt) : prompt }];
+  if (messages) return ["/v1/chat/completions", { ...body, messages }];
+  const instruction = byId("wording").value === "instruction";
+  return ["/v1/completions", { ...body, prompt: instruction ? INSTRUCTION.join(prompt) : prompt }];
 }
 
 // The text of server-sent events as it comes: an event ends with an empty line, wherever the network cuts it.
@@ -49,6 +49,8 @@ async function* eventsOf(answer) {
 
 function drawRoute(table, { experts, route }) {
   const head = table.querySelector("thead tr");
+  head.replaceChildren(head.firstElementChild);
+  table.querySelector("tbody").replaceChildren();
   for (const expert of experts) head.append(Object.assign(document.createElement("th"), { textContent: expert, scope: "col" }));
   const most = Math.max(...route.flat(), 1e-9);
   route.forEach((weights, layer) => {
@@ -63,14 +65,38 @@ function drawRoute(table, { experts, route }) {
   });
 }
 
-async function askOne(model, signal) {
-  const article = byId("answer").content.firstElementChild.cloneNode(true);
-  article.querySelector("h2").textContent = model;
-  byId("answers").append(article);
-  const text = article.querySelector(".text"), used = article.querySelector(".used"), table = article.querySelector(".route");
-  table.hidden = true;
+// How a turn's route differs from the one before; of a chat whose adapter reads its first turn alone it does not.
+function compared(route, before) {
+  if (!before) return "";
+  const others = route.filter((weights, layer) => weights.some((weight, i) => weight !== before[layer][i])).length;
+  return others ? `; ${others} of ${route.length} layers route otherwise than before` : "; the route is that of the turn before";
+}
+
+function added(template, parent) {
+  const element = byId(template).content.firstElementChild.cloneNode(true);
+  parent.append(element);
+  return element;
+}
+
+function chatOf(model) {
+  if (!chats.has(model)) {
+    const article = added("answer", byId("answers"));
+    article.querySelector("h2").textContent = model;
+    article.querySelector(".route").hidden = true;
+    chats.set(model, { article, messages: [], route: null });
+  }
+  return chats.get(model);
+}
+
+async function askOne(model, prompt, signal) {
+  const chat = chatOf(model), table = chat.article.querySelector(".route");
+  const turn = added("turn", chat.article.querySelector(".turns"));
+  const text = turn.querySelector(".text"), used = turn.querySelector(".used");
+  const messages = chatting() ? [...chat.messages, { role: "user", content: prompt }] : null;
+  if (messages) turn.querySelector(".asked").textContent = prompt;
+  let apart = "";
   try {
-    const [path, body] = bodyOf(model);
+    const [path, body] = bodyOf(model, prompt, messages);
     const answer = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
     if (!answer.ok) throw new Error((await answer.json()).error.message);
     const begin = performance.now();
@@ -78,12 +104,33 @@ async function askOne(model, signal) {
       if (event.error) throw new Error(event.error.message);
       const choice = event.choices[0];
       if (choice) text.textContent += choice.text ?? choice.delta.content ?? "";
-      if (event.milora) { drawRoute(table, event.milora); table.hidden = false; }
-      if (event.usage) used.textContent = `${event.usage.completion_tokens} tokens in ${((performance.now() - begin) / 1000).toFixed(1)} s`;
+      if (event.milora) {
+        apart = compared(event.milora.route, chat.route);
+        chat.route = event.milora.route;
+        drawRoute(table, event.milora);
+        table.hidden = false;
+      }
+      if (event.usage) {
+        const { completion_tokens: written, prompt_tokens: read, prompt_tokens_details: details } = event.usage;
+        const cached = details?.cached_tokens ? `; ${details.cached_tokens} of ${read} prompt tokens cached` : "";
+        used.textContent = `${written} tokens in ${((performance.now() - begin) / 1000).toFixed(1)} s${cached}${apart}`;
+      }
     }
+    if (messages) chat.messages = [...messages, { role: "assistant", content: text.textContent }];
   } catch (error) {
     used.textContent = error.name === "AbortError" ? "stopped" : error.message;
+    if (messages) used.textContent += " (this turn is left out of the chat)";
   }
+}
+
+function chatting() {
+  return byId("wording").value === "chat";
+}
+
+function forget() {
+  chats.clear();
+  byId("answers").replaceChildren();
+  byId("fresh").disabled = true;
 }
 
 byId("ask").addEventListener("submit", async (event) => {
@@ -91,13 +138,18 @@ byId("ask").addEventListener("submit", async (event) => {
   const models = [...document.querySelectorAll("#models input:checked")].map((box) => box.value);
   byId("problem").textContent = models.length ? "" : "Choose at least one adapter.";
   if (!models.length) return;
-  byId("answers").replaceChildren();
+  if (!chatting()) forget();
+  const prompt = byId("prompt").value;
+  if (chatting()) byId("prompt").value = "";
   running = new AbortController();
-  byId("send").disabled = true;
+  byId("send").disabled = byId("wording").disabled = byId("fresh").disabled = true;
   byId("stop").disabled = false;
-  await Promise.all(models.map((model) => askOne(model, running.signal)));
-  byId("send").disabled = false;
+  await Promise.all(models.map((model) => askOne(model, prompt, running.signal)));
+  byId("send").disabled = byId("wording").disabled = false;
+  byId("fresh").disabled = !chatting();
   byId("stop").disabled = true;
 });
 byId("stop").addEventListener("click", () => running?.abort());
+byId("fresh").addEventListener("click", forget);
+byId("wording").addEventListener("change", forget);
 listModels().catch((error) => { byId("problem").textContent = error.message; });
