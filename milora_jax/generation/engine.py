@@ -36,7 +36,7 @@ from milora_jax.generation.group_prefill import prefill_group
 from milora_jax.generation.merge import merged_base
 from milora_jax.generation.prefix_cache import PrefixCache
 from milora_jax.generation.prompt_logprobs import PromptLogprobs
-from milora_jax.generation.prompt_lookup import PromptLookup
+from milora_jax.generation.prompt_lookup import MOST_PROPOSALS, PromptLookup
 from milora_jax.generation.request import Request, require_decodable
 from milora_jax.generation.results import (
     RunningSample,
@@ -111,8 +111,8 @@ class Engine:
         sizes = {"prefill_rows": prefill_rows, "prefill_block": prefill_block}
         _require_least(1, batch_slots=batch_slots, chunk=chunk, **sizes)
         _require_least(0, prefill_budget=prefill_budget, prefix_cache=prefix_cache)
-        fits = 0 <= prompt_lookup < cache_length
-        require(fits, "prompt_lookup", prompt_lookup, f"0 to {cache_length - 1}")
+        most = min(MOST_PROPOSALS, cache_length - 1)
+        require(0 <= prompt_lookup <= most, "prompt_lookup", prompt_lookup, f"0 to {most}")
         self.config, self.batch_slots, self.chunk = config, batch_slots, chunk
         self.adapters, self.prefill_rows = adapters, prefill_rows
         self._base, self._place, self._penalties, self._plans = base, place, penalties, tuple(plans)

@@ -19,6 +19,9 @@ from flax import struct
 from milora_jax.generation.sampling import NO_TOKEN
 from milora_jax.shapes import Array, Bool, Int
 
+MOST_PROPOSALS = 32
+"""Tokens that a row may propose at a step: each is one more choice in the compiled program."""
+
 LONGEST_MATCH = 3
 """Tokens that are compared at most: of places with as many alike the last one is taken."""
 

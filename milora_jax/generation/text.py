@@ -23,6 +23,7 @@ from milora_jax.generation.bank import Bank
 from milora_jax.generation.beam import Found, beam_search
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.lengths import Need, bucket_of, groups_by_length, position_cost
+from milora_jax.generation.prompt_lookup import MOST_PROPOSALS
 from milora_jax.generation.request import Request, TokenLogprobs, require_served
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.stream import TextStream
@@ -143,7 +144,8 @@ def generate(
         raise UserError(
             f"the adapter fits a base of {_said(adapter.shape)}, this one has {_said(adapter_shape(config))}"
         )
-    require(prompt_lookup >= 0, "prompt_lookup", prompt_lookup, "at least 0")
+    fits = 0 <= prompt_lookup <= MOST_PROPOSALS
+    require(fits, "prompt_lookup", prompt_lookup, f"0 to {MOST_PROPOSALS}")
     require(adapter is None or bank is None, "adapter", "given", "none beside a bank")
     if bank is None:
         require(not tenants, "tenants", tenants, "none without a bank")

@@ -18,6 +18,7 @@ from milora_jax.config import DTYPES, QUANTIZE, MeshSection
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, one_of, require
 from milora_jax.generation.engine import Engine
+from milora_jax.generation.prompt_lookup import MOST_PROPOSALS
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.rules import base_sharding, mesh_layout
 from milora_jax.serving.limits import Limits
@@ -81,9 +82,8 @@ def build_service(
         places = functools.partial(base_sharding, mesh)
     fits = limits.context != 1 and limits.context <= config.max_positions
     require(fits, "--context", limits.context, f"2 to the model's {config.max_positions} positions, or 0")
-    positions = limits.context or config.max_positions
-    fits = limits.prompt_lookup < positions
-    require(fits, "--prompt-lookup", limits.prompt_lookup, f"below the context of {positions} tokens")
+    most = min(MOST_PROPOSALS, (limits.context or config.max_positions) - 1)
+    require(limits.prompt_lookup <= most, "--prompt-lookup", limits.prompt_lookup, f"0 to {most}")
     base = load_leaves(directory, config, offer.dtype, places, True, offer.quantize, progress)
     adapters = registry.to_load()
     store = None

@@ -127,7 +127,7 @@ def test_tenants_of_a_bank_get_their_own_tokens(path):
     assert tenants[0] == tenants[3]
 
 
-@pytest.mark.parametrize("count", [-1, 64])
-def test_a_count_that_cannot_be_is_refused(count):
-    with pytest.raises(UserError, match=rf"prompt_lookup is {count}: expected 0 to 63"):
-        make_engine(None, prompt_lookup=count)
+@pytest.mark.parametrize(("count", "most", "slots"), [(-1, 32, 64), (33, 32, 64), (8, 7, 8)])
+def test_a_count_that_cannot_be_is_refused(count, most, slots):
+    with pytest.raises(UserError, match=rf"prompt_lookup is {count}: expected 0 to {most}"):
+        make_engine(None, slots=slots, prompt_lookup=count)

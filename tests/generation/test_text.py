@@ -223,6 +223,15 @@ def test_merging_gives_the_same_tokens(model, method):
     assert apart[0].tokens != model(settings=settings)[0].tokens
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_proposals_of_a_text_leave_the_tokens_as_they_are(model, merge):
+    given = {"adapter": model.adapter(), "max_new_tokens": 20, "merge": merge}
+    plain, looked = model(**given), model(**given, prompt_lookup=32)
+    assert [answer.tokens for answer in looked] == [answer.tokens for answer in plain]
+    with pytest.raises(UserError, match="prompt_lookup is 33: expected 0 to 32"):
+        model(prompt_lookup=33)
+
+
 @pytest.mark.thorough
 def test_what_is_more_than_pairs_is_not_merged(model):
     with pytest.raises(UserError, match="method 'dora' cannot be merged"):

@@ -23,6 +23,7 @@ from milora_jax.serving.keys import Keyring
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.registry import Registered, Registry
 from milora_jax.serving.server import bound_socket, make_server
+from tests.generation.constraints import Steps
 from tests.models import WITH_TOKENIZER, write_hf_directory
 from tests.storage.adapters import run_of
 
@@ -98,11 +99,19 @@ WAIT = 60
 class Listener:
     """A job and its stream events, with the counters of the loop at the time of each."""
 
-    def __init__(self, service, name, prompt, **settings):
+    def __init__(self, service, name, prompt, *, constraint=None, cache_scope=None, **settings):
         self.service, self.events, self.counted = service, queue.Queue(), []
         adapter = None if name == "base" else service.store.acquire(name)
         settings = GenerationSettings(**{"max_new_tokens": 6, "ignore_eos": True, **settings})
-        self.job = Job("tenant", adapter, tuple(prompt), settings, self._on_event)
+        self.job = Job(
+            "tenant",
+            adapter,
+            tuple(prompt),
+            settings,
+            self._on_event,
+            cache_scope=None if cache_scope is None else f"{name} {cache_scope}",
+            constraint=constraint,
+        )
         service.loop.submit(self.job)
         if adapter is not None:
             service.store.release(adapter)
@@ -128,15 +137,19 @@ class Listener:
         return tokens, logprobs, finish
 
 
+BEGINNING = [4 + 37 * i % 300 for i in range(70)]
+"""Of prompts that the prefix cache may know."""
+
+
 def random_request(rng):
-    """Adapter, prompt and settings of a request."""
+    """Adapter, prompt, settings, and what else a request may ask for: a constraint, the prefix cache."""
     settings = {"max_new_tokens": int(rng.integers(1, 20)), "seed": int(rng.integers(1000))}
     if rng.random() < 0.5:
         settings |= {"temperature": 1.3, "top_p": 0.9}
     if rng.random() < 0.3:
         settings |= {"presence_penalty": 0.5}
     if rng.random() < 0.3:
-        settings |= {"frequency_penalty": 0.4, "logit_bias": ((int(rng.integers(320)), 4.0), (7, -100.0))}
+        settings |= {"frequency_penalty": 0.4, "logit_bias": ((int(rng.integers(8, 320)), 4.0), (7, -100.0))}
     if rng.random() < 0.5:
         settings |= {"logprobs": 3}
     if rng.random() < 0.3:
@@ -145,7 +158,17 @@ def random_request(rng):
     if rng.random() < 0.2:
         settings |= {"num_samples": 2}
     name = ("base", "math", "law", "art")[rng.integers(4)]
-    return name, rng.integers(4, 320, int(rng.integers(1, 60))).tolist(), settings
+    prompt = rng.integers(4, 320, int(rng.integers(1, 60))).tolist()
+    if rng.random() < 0.3:
+        prompt = [*BEGINNING, *prompt[: int(rng.integers(6))]]
+        settings |= {"cache_scope": "shared"}
+    if rng.random() < 0.1:
+        vocab_size = WITH_TOKENIZER.vocab_size
+        sets = [set(rng.integers(4, vocab_size, 9).tolist()) for _ in range(int(rng.integers(1, 6)))]
+        settings |= {"constraint": Steps([*sets, {2}], vocab_size=vocab_size)}
+    if rng.random() < 0.2:
+        prompt = prompt[:4] * (len(prompt) // 4 or 1)  # a text that repeats itself proposes its next tokens
+    return name, prompt, settings
 
 
 KEYS = {

@@ -1,5 +1,6 @@
 """The device loop: a request's tokens are its own, whoever else is there, comes, leaves or fails."""
 
+import dataclasses
 import threading
 
 import jax.numpy as jnp
@@ -32,6 +33,13 @@ def service(folder, adapters):
         yield built
 
 
+@pytest.fixture(scope="module")
+def speculating(folder, adapters):
+    built, _ = service_of(folder, adapters, dataclasses.replace(LIMITS, prompt_lookup=3))
+    with running(built):
+        yield built
+
+
 def isolated(service, count, seed):
     """Requests alone, and among each other."""
     rng = np.random.default_rng(seed)
@@ -54,9 +62,20 @@ def test_a_request_is_bit_for_bit_the_same_alone_and_in_company(service):
     assert any(scores for *_, scores in alone)
 
 
+@pytest.mark.thorough
+def test_the_same_holds_where_texts_propose_their_own_tokens(speculating):
+    alone, together = isolated(speculating, 40, 3)
+    assert alone == together
+    counts = speculating.loop.counts
+    assert 0 < counts.accepted_tokens < counts.proposed_tokens
+    cache = speculating.engine.prefix_cache.counts
+    assert 0 < cache.hits < cache.queries
+
+
 @pytest.mark.slow
-def test_a_thousand_requests_are_the_same_alone_and_in_company(service):
-    alone, together = isolated(service, 1000, 1)
+@pytest.mark.parametrize("kind", ["service", "speculating"])
+def test_a_thousand_requests_are_the_same_alone_and_in_company(kind, request):
+    alone, together = isolated(request.getfixturevalue(kind), 1000, 1)
     assert alone == together
 
 
