@@ -2,8 +2,8 @@
 
 import json
 import signal
-import socket
 import subprocess
+import sys
 import time
 
 import jax
@@ -18,7 +18,9 @@ from milora_jax.parallel.mesh import make_mesh
 from milora_jax.parallel.processes import HEARTBEAT_SECONDS, any_of_all, from_first, place, to_host, together
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.checkpoint import CheckpointDirectory
+from milora_jax.storage.files import read_json
 from tests.paths import ROOT, environment
+from tests.processes import ended, free_port, run_together, said_by, start_together
 from tests.training.runs import command
 
 STEPS = 12
@@ -36,33 +38,14 @@ SETTINGS = {
 }
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def start(folder, workdir, log, **settings):
     """Two processes of four devices each."""
-    where, processes = f"127.0.0.1:{free_port()}", []
-    for i in range(2):
-        cluster = (f"--coordinator={where}", "--processes=2", f"--process={i}")
-        with (log / f"process{i}.txt").open("w") as file:
-            processes.append(
-                subprocess.Popen(
-                    [*command(folder, workdir, **{**SETTINGS, **settings}), *cluster],
-                    cwd=ROOT,
-                    env=environment(4),
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    return processes
+    return start_together([command(folder, workdir, **{**SETTINGS, **settings})] * 2, log, 4)
 
 
 def finished(processes, log, seconds=150):
-    codes = [process.wait(timeout=seconds) for process in processes]
-    said = "\n".join((log / f"process{i}.txt").read_text() for i in range(len(processes)))
+    codes = ended(processes, seconds)
+    said = "\n".join(path.read_text() for path in sorted(log.iterdir()))
     assert codes == [0] * len(processes), said
     return said
 
@@ -111,7 +94,6 @@ def on_one(shape):
 def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):
     alone(inputs, tmp_path / "alone")
     log = tmp_path / "whole-log"
-    log.mkdir()
     said = finished(start(inputs, tmp_path / "whole", log), log)
     # Gloo adds up in another order than one process does: the last bit may differ.
     for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "alone"), strict=True):
@@ -135,7 +117,6 @@ def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):
         np.testing.assert_allclose(one[name], other[name], atol=1e-5 * np.abs(one[name]).max(), err_msg=name)
 
     log = tmp_path / "killed-log"
-    log.mkdir()
     processes = start(inputs, tmp_path / "killed", log)
     checkpoints = tmp_path / "killed" / "checkpoints"
     deadline = time.monotonic() + 300
@@ -145,7 +126,6 @@ def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):
     assert processes[0].wait(timeout=300) != 0
     processes[1].wait()
     log = tmp_path / "resumed-log"
-    log.mkdir()
     said = finished(start(inputs, tmp_path / "killed", log), log)
     assert "resuming at step" in said
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
@@ -157,11 +137,10 @@ def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):
 def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(inputs, tmp_path):
     """SIGTERM to one stops both, with the same step saved; another mesh reads the same bits."""
     log = tmp_path / "log"
-    log.mkdir()
     processes = start(inputs, tmp_path / "run", log, **{"train.max_steps": 400})
     while not (tmp_path / "run" / "checkpoints" / "3").is_dir():
         time.sleep(0.05)
-        assert processes[0].poll() is None, (log / "process0.txt").read_text()
+        assert processes[0].poll() is None, said_by(log, 2)
     processes[1].terminate()
     assert [process.wait(timeout=120) for process in processes] == [EXIT_PREEMPTED] * 2
     mesh = make_mesh(MeshSection(data=1, fsdp=8, tensor=1))
@@ -190,6 +169,54 @@ def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(inputs, tmp_path)
     assert process.returncode == EXIT_PREEMPTED
 
 
+@pytest.mark.slow
+def test_four_processes_run_all_of_train_and_score_as_one(tmp_path):
+    """The embedded model from the first row to the last score: the table of one process."""
+    settings = {
+        "train.max_steps": 8,
+        "train.eval_every": 4,
+        "data.dev_limit": 32,
+        "mesh.data": 1,
+        "mesh.fsdp": 4,
+        "mesh.tensor": 2,
+        "eval.limit": 10,
+        "eval.batch_size": 16,
+        "eval.max_new_tokens": 8,
+    }
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    start = [sys.executable, "train.py", "--config", "configs/tiny.py", *flags]
+    subprocess.run(
+        [*start, f"--workdir={tmp_path / 'one'}"],
+        cwd=ROOT,
+        env=environment(8),
+        check=True,
+        timeout=600,
+        capture_output=True,
+    )
+    printed = run_together([[*start, f"--workdir={tmp_path / 'four'}"]] * 4, tmp_path / "log", 2, 600)
+    assert "accuracy" in printed
+    one, four = (read_json(tmp_path / run / "summary.json") for run in ("one", "four"))
+    assert one.keys() == four.keys()
+    assert one["accuracy"] == four["accuracy"]
+    assert one["loss_rows"] == four["loss_rows"]
+    for which in ("base", "adapter"):
+        found, expected = (list(each["loss"][which].values()) for each in (four, one))
+        np.testing.assert_allclose(found, expected, rtol=1e-4 if which == "adapter" else 1e-6)
+    texts = [(tmp_path / run / "predictions.jsonl").read_text() for run in ("one", "four")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_a_host_with_another_setting_is_named_by_all(inputs, tmp_path):
+    commands = [command(inputs, tmp_path / "run", **SETTINGS, **{"train.seed": i}) for i in range(2)]
+    processes = start_together(commands, tmp_path / "log", 4)
+    assert ended(processes) == [2, 2]
+    for said in said_by(tmp_path / "log", 2):
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert "train.seed is 0 in process 0 and 1 in process 1" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_process_that_is_gone_is_missed_after_the_stated_time(monkeypatch):
     asked = {}
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: asked.update(given))
@@ -198,6 +225,25 @@ def test_a_process_that_is_gone_is_missed_after_the_stated_time(monkeypatch):
         pass
     assert (asked["num_processes"], asked["process_id"]) == (2, 0)
     assert asked["heartbeat_timeout_seconds"] == HEARTBEAT_SECONDS == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_host_that_never_comes_is_said_within_the_stated_time(process):
+    script = f"""
+from milora_jax.cluster import Cluster
+from milora_jax.parallel import processes
+
+processes.JOIN_SECONDS = 3
+with processes.together(Cluster("127.0.0.1:{free_port()}", 2, {process})):
+    pass
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert found.returncode == EXIT_PREEMPTED
+    assert found.stderr.startswith("error: the other processes did not all come within 3 s")
+    assert len(found.stderr.splitlines()) == 1
 
 
 def test_alone_nothing_is_asked_of_others():
