@@ -308,8 +308,8 @@ class EvalSection:
       limit: rows scored per task; 0 means all.
       batch_size: prompts decoded together.
       max_new_tokens: longest answer in tokens.
-      mesh: mesh of the scoring, such as ``tensor=8``; empty keeps that of training. Over ``fsdp`` the base is
-        gathered for every token.
+      mesh: mesh of the scoring, such as ``tensor=8``; empty keeps that of training, where a token costs more
+        collectives, see docs/scaling.md.
     """
 
     limit: int = 0
