@@ -113,9 +113,10 @@ def shared_data() -> Path:
 
 
 MAPS = Path("/proc/self/maps")
-MOST_MAPS = 30_000
+MOST_MAPS = 20_000
 """A compiled program has some hundred memory maps, and Linux allows a process 65,530 by default: at the limit
-XLA breaks off the process. A worker compiles enough for that on its way through all files."""
+XLA breaks off the process. A worker compiles enough for that on its way through all files, and the programs
+take gigabytes."""
 
 
 @pytest.hookimpl(trylast=True)  # after the fixtures of the file have been torn down
