@@ -10,7 +10,7 @@ import jax
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
-from milora_jax.config import MeshSection
+from milora_jax.config import Config, MeshSection, parse_mesh
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
 
@@ -34,13 +34,17 @@ def make_mesh(settings: MeshSection, devices: Sequence[Any] | None = None) -> Me
         return Mesh(grid, AXES, axis_types=AXIS_TYPES)
 
 
-def reshaped(mesh: Mesh, settings: MeshSection) -> Mesh:
-    """Another mesh of the same devices in the same order, so that one program can read arrays of both.
+def eval_mesh(mesh: Mesh, config: Config) -> Mesh:
+    """The mesh of the scoring: that of training, or ``eval.mesh`` over the same devices in the same order, so
+    that one program can read arrays of both.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    return Mesh(mesh.devices.reshape(_sizes(settings, mesh.size)), AXES, axis_types=AXIS_TYPES)
+    if not config.eval.mesh:
+        return mesh
+    sizes = _sizes(parse_mesh(config.eval.mesh, "eval.mesh"), mesh.size)
+    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=AXIS_TYPES)
 
 
 def _sizes(settings: MeshSection, count: int) -> tuple[int, ...]:
@@ -84,3 +88,15 @@ def check_divides(
     require(
         model.hidden_size % fsdp == 0, "hidden_size", model.hidden_size, f"a multiple of mesh.fsdp = {fsdp}"
     )
+
+
+def check_meshes(mesh: Mesh, config: Config, model: ModelConfig) -> None:
+    """Refuse a config whose steps or answers cannot be divided evenly, see :func:`check_divides`.
+
+    Args:
+      mesh: mesh of training.
+    """
+    steps = {"train.batch_size": config.train.batch_size}
+    check_divides(mesh, model, steps, {"train.batch_size": config.train.accumulate})
+    answers = {"eval.batch_size": config.eval.batch_size}
+    check_divides(eval_mesh(mesh, config), model, answers, heads=False)

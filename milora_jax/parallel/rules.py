@@ -77,7 +77,7 @@ def relaid(base: Base, mesh: Mesh) -> Base:
     It is a second copy, which is made layer by layer.
 
     Args:
-      mesh: the same devices in the same order, see ``mesh.reshaped``.
+      mesh: the same devices in the same order, see ``mesh.eval_mesh``.
     """
     places = base_shardings(mesh, jax.eval_shape(unroll, base))
 

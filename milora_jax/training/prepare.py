@@ -22,7 +22,7 @@ from milora_jax.base.hf import Progress, ignore, load_leaves
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.modules import Base, decode_layout
 from milora_jax.base.source import model_directory
-from milora_jax.config import Config, parse_mesh
+from milora_jax.config import Config
 from milora_jax.data.batches import padded_length
 from milora_jax.data.chat import asks_for_time, template_source
 from milora_jax.data.packing import in_rows
@@ -46,7 +46,7 @@ from milora_jax.data.tokens import (
 )
 from milora_jax.errors import require
 from milora_jax.model_config import ModelConfig
-from milora_jax.parallel.mesh import check_divides, make_mesh, reshaped
+from milora_jax.parallel.mesh import check_meshes, eval_mesh, make_mesh
 from milora_jax.parallel.processes import from_first, package_versions, place, require_same
 from milora_jax.parallel.rules import base_sharding, batch_sharding, layout_over, relaid
 from milora_jax.storage.workdir import CONFIG_NAME
@@ -99,7 +99,7 @@ class Run:
     @property
     def eval_mesh(self) -> Mesh:
         """The mesh of the scoring."""
-        return _eval_mesh(self.mesh, self.config)
+        return eval_mesh(self.mesh, self.config)
 
     @property
     def layout(self) -> DeviceLayout | None:
@@ -157,14 +157,7 @@ def prepare_run(
     if config.train.init_from and (workdir is None or not (workdir / "checkpoints").is_dir()):
         starting_params(config.train.init_from, method, adapter_shape(model), directory)
     mesh = make_mesh(config.mesh)
-    check_divides(
-        mesh,
-        model,
-        {"train.batch_size": config.train.batch_size},
-        {"train.batch_size": config.train.accumulate},
-    )
-    evaluated = {"eval.batch_size": config.eval.batch_size}
-    check_divides(_eval_mesh(mesh, config), model, evaluated, heads=False)
+    check_meshes(mesh, config, model)
     read = _read_rows(config, log)
     tokenizer = load_tokenizer(str(directory))
     if workdir is None or not (workdir / CONFIG_NAME).is_file():
@@ -204,11 +197,6 @@ def with_rows(run: Run, config: Config, log: Callable[[str], None]) -> Run:
     """
     rows = _encode(_read_rows(config, log), run.tokenizer, config, run.model, log)
     return dataclasses.replace(run, config=config, **rows)
-
-
-def _eval_mesh(mesh: Mesh, config: Config) -> Mesh:
-    """The mesh of the scoring, on the devices of the mesh of training."""
-    return reshaped(mesh, parse_mesh(config.eval.mesh, "eval.mesh")) if config.eval.mesh else mesh
 
 
 def _with_time(config: Config, tokenizer: Any) -> Config:

@@ -126,7 +126,7 @@ def test_processes_generate_as_one(folder, tmp_path):
     expected = subprocess.run(
         [*script, "-"], cwd=ROOT, env=environment(8), check=True, timeout=300, capture_output=True
     )
-    printed = run_together([[*script, "fsdp=4,tensor=2"]] * 2, tmp_path / "log", 4)
+    printed = run_together([[*script, "fsdp=4,tensor=2"]] * 2, tmp_path / "log", 4, 600)
     for found, other in zip(json.loads(printed), json.loads(expected.stdout), strict=True):
         np.testing.assert_allclose(found.pop("logprobs"), other.pop("logprobs"), atol=1e-4)
         assert found == other
@@ -153,8 +153,9 @@ def test_a_host_with_other_rows_is_named_by_all(folder, tmp_path):
         for _ in range(2)
     ]
     commands[1][commands[1].index("--data") + 1] = str(tmp_path / "rows.jsonl")
-    assert ended(start_together(commands, tmp_path / "log", 4)) == [2, 2]
-    for said in said_by(tmp_path / "log", 2):
+    codes, texts = ended(start_together(commands, tmp_path / "log", 4)), said_by(tmp_path / "log", 2)
+    assert codes == [2, 2], texts
+    for said in texts:
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
         assert "tasks.rows.records is " in line
         assert "in process 1: expected the same command, the same files" in line

@@ -193,7 +193,7 @@ def test_four_processes_run_all_of_train_and_score_as_one(tmp_path):
         timeout=600,
         capture_output=True,
     )
-    printed = run_together([[*start, f"--workdir={tmp_path / 'four'}"]] * 4, tmp_path / "log", 2, 600)
+    printed = run_together([[*start, f"--workdir={tmp_path / 'four'}"]] * 4, tmp_path / "log", 2, 900)
     assert "accuracy" in printed
     one, four = (read_json(tmp_path / run / "summary.json") for run in ("one", "four"))
     assert one.keys() == four.keys()
@@ -209,9 +209,9 @@ def test_four_processes_run_all_of_train_and_score_as_one(tmp_path):
 @pytest.mark.slow
 def test_a_host_with_another_setting_is_named_by_all(inputs, tmp_path):
     commands = [command(inputs, tmp_path / "run", **SETTINGS, **{"train.seed": i}) for i in range(2)]
-    processes = start_together(commands, tmp_path / "log", 4)
-    assert ended(processes) == [2, 2]
-    for said in said_by(tmp_path / "log", 2):
+    codes, texts = ended(start_together(commands, tmp_path / "log", 4)), said_by(tmp_path / "log", 2)
+    assert codes == [2, 2], texts
+    for said in texts:
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
         assert "train.seed is 0 in process 0 and 1 in process 1" in line
     assert not (tmp_path / "run").exists()
