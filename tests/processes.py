@@ -52,6 +52,7 @@ def ended(processes, seconds=FEWEST_SECONDS):
     finally:
         for process in processes:
             process.kill()
+            process.wait()
 
 
 def run_together(commands, log, devices, seconds=FEWEST_SECONDS):

@@ -20,7 +20,7 @@ from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.checkpoint import CheckpointDirectory
 from milora_jax.storage.files import read_json
 from tests.paths import ROOT, environment
-from tests.processes import ended, free_port, run_together, said_by, start_together
+from tests.processes import FEWEST_SECONDS, ended, free_port, run_together, said_by, start_together
 from tests.training.runs import command
 
 STEPS = 12
@@ -43,8 +43,8 @@ def start(folder, workdir, log, **settings):
     return start_together([command(folder, workdir, **{**SETTINGS, **settings})] * 2, log, 4)
 
 
-def finished(processes, log, seconds=150):
-    codes = ended(processes, seconds)
+def finished(processes, log):
+    codes = ended(processes, 2 * FEWEST_SECONDS)
     said = "\n".join(path.read_text() for path in sorted(log.iterdir()))
     assert codes == [0] * len(processes), said
     return said
@@ -56,7 +56,7 @@ def alone(folder, workdir, **settings):
         cwd=ROOT,
         env=environment(8),
         check=True,
-        timeout=400,
+        timeout=2 * FEWEST_SECONDS,
         capture_output=True,
     )
 
@@ -142,7 +142,7 @@ def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(inputs, tmp_path)
         time.sleep(0.05)
         assert processes[0].poll() is None, said_by(log, 2)
     processes[1].terminate()
-    assert [process.wait(timeout=120) for process in processes] == [EXIT_PREEMPTED] * 2
+    assert [process.wait(timeout=FEWEST_SECONDS) for process in processes] == [EXIT_PREEMPTED] * 2
     mesh = make_mesh(MeshSection(data=1, fsdp=8, tensor=1))
 
     def split(shape):
@@ -165,7 +165,7 @@ def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(inputs, tmp_path)
     line = next(line for line in process.stderr if "resuming" in line)
     assert f"resuming at step {step}" in line
     process.terminate()
-    process.communicate(timeout=120)
+    process.communicate(timeout=FEWEST_SECONDS)
     assert process.returncode == EXIT_PREEMPTED
 
 
