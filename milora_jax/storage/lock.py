@@ -37,6 +37,8 @@ class WorkdirLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> WorkdirLock:
+        if self.workdir.parts[:1] == ("gs:",):
+            raise UserError(f"{str(self.workdir)!r}: expected a directory, only train.py writes to buckets")
         path = self.workdir / LOCK
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
