@@ -30,6 +30,7 @@ from milora_jax.evaluation.subject import Named, named_subject, read_subject
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import Answer, generate
 from milora_jax.prompt_format import PromptFormat
+from milora_jax.storage.mirror import local_copy
 
 GIVEN_APART = ("stop", "stop_token_ids", "logit_bias")
 """Settings that are no option, or one that may be repeated."""
@@ -44,12 +45,12 @@ def token_bias(text: str) -> tuple[int, float]:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the options."""
     parser = Parser(prog="python -m milora_jax.generation", description=__doc__)
-    parser.add_argument("--workdir", type=Path, help="workdir of train.py: its base and its best adapter")
+    parser.add_argument("--workdir", type=local_copy, help="workdir of train.py, or its gs:// address")
     parser.add_argument(
         "--base", help="of the base: Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH"
     )
     parser.add_argument(
-        "--adapter", type=Path, help="export, workdir or PEFT adapter; default with --base: none"
+        "--adapter", type=local_copy, help="export, workdir or PEFT adapter; default with --base: none"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the run's, or float32")
     parser.add_argument(

@@ -22,6 +22,7 @@ from milora_jax.evaluation.judge import grade_tasks, judge, pair_tasks, summary
 from milora_jax.evaluation.judge_client import JudgeClient
 from milora_jax.evaluation.mt_bench import Asked, answer_questions, read_answers, read_questions
 from milora_jax.evaluation.subject import named_subject, read_subject
+from milora_jax.storage.mirror import local_copy
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -84,8 +85,8 @@ def _answer(asked: argparse.Namespace) -> None:
     for question in questions:
         sampling.settings(question, asked.max_new_tokens)  # checked before the base is loaded
     named = named_subject(
-        asked.workdir,
-        asked.adapter,
+        asked.workdir and local_copy(asked.workdir),
+        asked.adapter and local_copy(asked.adapter),
         asked.base,
         template=asked.template,
         dtype=asked.dtype,

@@ -15,10 +15,11 @@ from pathlib import Path
 from milora_jax.commands.command_line import Parser
 from milora_jax.config import DTYPES, TEMPLATES
 from milora_jax.data.records import parse_given
-from milora_jax.errors import UserError, require
+from milora_jax.errors import UserError, as_given, require
 from milora_jax.evaluation.routing import distances, measure, route_tasks, summary_lines
 from milora_jax.evaluation.routing_plots import write_report
 from milora_jax.evaluation.subject import named_subject
+from milora_jax.storage.mirror import local_copy, synced
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -27,8 +28,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m milora_jax.evaluation routing",
         description=__doc__,
     )
-    parser.add_argument("--workdir", type=Path, help="workdir of train.py: its base and its best adapter")
-    parser.add_argument("--adapter", type=Path, help="exported adapter, or a workdir, beside --base")
+    parser.add_argument("--workdir", type=local_copy, help="workdir of train.py, or its gs:// address")
+    parser.add_argument("--adapter", type=local_copy, help="exported adapter, or a workdir, beside --base")
     parser.add_argument("--base", help="Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base; default: the run's, or float32")
     parser.add_argument("--template", choices=TEMPLATES, help="of prompts (default: the run's, or alpaca)")
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     routes = route_tasks(named, sources, asked.limit, asked.batch_size)
     found = [measure(task, each) for task, each in routes.items()]
     table = distances(routes)
-    write_report(out, routes, found)
+    with synced(asked.workdir):
+        write_report(out, routes, found)
     print("\n".join(summary_lines(found, table)))
-    print(f"written to {out}")
+    print(f"written to {as_given(out)}")
