@@ -53,6 +53,10 @@ _COPIES: dict[Path, Mirror] = {}
 _STEP = re.compile(r"((?:(?:checkpoints|best)/)?(?:0|[1-9][0-9]*)/).+")
 
 
+class VanishedError(UserError):
+    """An object was deleted between the list of all objects and its turn to be read."""
+
+
 class Opened(NamedTuple):
     """The workdir of a run.
 
@@ -82,8 +86,8 @@ class Mirror:
         """Download everything but unfinished steps and the ``skipped`` folders.
 
         Raises:
-          UserError: something cannot be read, or has a name that no file can have.
-          LookupError: something was deleted meanwhile.
+          UserError: something cannot be read, or has a name that no file can have; see also
+            :class:`VanishedError`.
         """
         names = self.bucket.names()
         kept = [name for name in names if name != LOCK and PurePosixPath(name).parts[0] not in skipped]
@@ -94,7 +98,7 @@ class Mirror:
             _require_file_name(name, self.bucket.url)
         for name, (content, generation) in self.bucket.read_all(_of_whole_steps(kept)):
             if content is None:
-                raise LookupError(name)
+                raise VanishedError(f"{self.bucket.url}/{name} was deleted while it was to be read")
             path = self.folder / name
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +147,8 @@ class Mirror:
         """Upload the files outside of steps that have changed.
 
         Raises:
-          UserError: one cannot be written, or another program has changed it in the bucket.
+          UserError: one cannot be written, another program has changed it in the bucket, or another run has
+            taken the workdir over.
         """
         with self._mutex:
             for path in _loose_files(self.folder):
@@ -155,6 +160,8 @@ class Mirror:
         if state == known:
             return
         content = path.read_bytes()
+        if self._lock is not None:
+            self._lock.confirm()
         generation = self.bucket.write(name, content, generation or self.bucket.read(name).generation)
         if generation is None:
             raise UserError(f"{self.bucket.url}/{name} was changed by another program, and is left as it is")
@@ -223,7 +230,7 @@ def fetched(path: str | Path, states: bool = False) -> Iterator[Path]:
 def _fetched(bucket: Bucket, scratch: Path, skipped: Iterable[str]) -> Mirror:
     for attempt in range(ATTEMPTS):
         mirror = Mirror(bucket, _folder_for(scratch / str(attempt), bucket.url))
-        with suppress(LookupError):
+        with suppress(VanishedError):
             mirror.fetch(skipped)
             return mirror
     raise UserError(f"{bucket.url} changes faster than it can be read")

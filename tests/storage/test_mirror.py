@@ -88,6 +88,11 @@ def test_a_holder_that_lost_its_lock_writes_nothing_more(storage, quick, monkeyp
         with pytest.raises(UserError, match="was taken over by another run"):
             save(workdir, 2)
         assert steps_in(storage) == [1]
+        (workdir.path / "metrics.jsonl").write_text("{}")
+        with pytest.raises(UserError, match="was taken over by another run"):
+            workdir.mirror.sync()
+        (workdir.path / "metrics.jsonl").unlink()
+    assert f"{RUN}/metrics.jsonl" not in storage.objects
     assert storage.objects[f"{RUN}/.lock"] == b"another", "left to its holder"
 
 

@@ -115,7 +115,7 @@ def test_kill_nine_at_thirty_random_moments(storage, inputs, tmp_path):
     assert life(inputs, tmp_path / "undisturbed").returncode == 0
     generator, killed, ended = np.random.default_rng(0), 0, 0
     storage.fault = shaken(1)
-    while killed < 30 or not ended:
+    while killed < 30 or storage.objects:
         announced = whole_steps(storage)
         process = start(inputs, shift=float(generator.normal() * 1e8))
         if killed < 30:
@@ -145,6 +145,7 @@ def test_kill_nine_at_thirty_random_moments(storage, inputs, tmp_path):
             assert logged == metrics_in((tmp_path / "undisturbed" / "metrics.jsonl").read_text())
             storage.objects.clear()
     assert killed == 30
+    assert ended
 
 
 @pytest.mark.slow
