@@ -9,7 +9,7 @@ import pytest
 import milora_jax
 from milora_jax.commands import doctor, evaluation, generation, storage
 from milora_jax.errors import UserError, exit_report
-from tests.fake_gcs import BUCKET, in_reach
+from tests.fake_gcs import BUCKET, in_reach, serving
 from tests.test_end_to_end import folder, run_training, train_in
 
 pytest.importorskip("tensorstore")
@@ -38,8 +38,6 @@ def bucket(folder, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def address(bucket, monkeypatch):
     """The server of the module's storage, under a new address."""
-    from tests.fake_gcs import serving
-
     monkeypatch.setenv("GCE_METADATA_ROOT", "127.0.0.1:1")
     with serving(bucket[0]) as address:
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
@@ -104,7 +102,7 @@ def test_verify_and_doctor_look_at_every_step(bucket, monkeypatch, capsys):
     assert [line for line in lines if line.startswith(f"{URL}/best/")]
     doctor.main(["--workdir", URL])
     found = capsys.readouterr().out
-    assert URL in found
+    assert "ok    workdir" in found
     assert "milora_jax-" not in found
     name = "runs/math/checkpoints/6/arrays.safetensors"
     whole = bucket[0].objects[name]
