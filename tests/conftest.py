@@ -1,6 +1,7 @@
 """What every test runs under: eight devices, strict dtypes, no rank promotion, checked shapes."""
 
 import atexit
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -109,3 +110,20 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the data sets in {folder}, or in the folder that MILORA_DATA names")
     return folder
+
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 20_000
+"""A compiled program has some hundred memory maps, and Linux allows a process 65,530 by default: at the limit
+XLA breaks off the process. A worker compiles enough for that on its way through all files, and the programs
+take gigabytes."""
+
+
+@pytest.hookimpl(trylast=True)  # after the fixtures of the file have been torn down
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Drop compiled programs between two files before they are too many."""
+    if nextitem is None or nextitem.path == item.path or not MAPS.is_file():
+        return
+    if MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()

@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--strict", action="store_true", help="read answers by the strict rules, see docs/evaluation.md")
     add("--max-new-tokens", type=int, default=0, help="longest answer (default: the task's, or the run's)")
     add("--batch-size", type=int, default=0, help="prompts decoded together (default: the run's)")
-    add("--template", choices=TEMPLATES, help="of prompts (default: the run's, or alpaca)")
+    add("--template", choices=TEMPLATES, help="of prompts (default: the run's or the export's, else alpaca)")
     add("--dtype", choices=DTYPES, help="of the base (default: the run's, or float32)")
     add("--predictions", type=Path, help="JSONL file (default: WORKDIR/evaluation[-base][-TASK].jsonl)")
     add("--fresh", action="store_true", help="begin again, whatever the predictions file holds")

@@ -32,7 +32,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--adapter", type=local_copy, help="exported adapter, or a workdir, beside --base")
     parser.add_argument("--base", help="Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base; default: the run's, or float32")
-    parser.add_argument("--template", choices=TEMPLATES, help="of prompts (default: the run's, or alpaca)")
+    parser.add_argument(
+        "--template",
+        choices=TEMPLATES,
+        help="of prompts (default: the run's or the export's, else alpaca)",
+    )
     parser.add_argument(
         "--data",
         nargs="+",

@@ -39,14 +39,14 @@ KERNELS = ("tpu", "gpu", "tpu interpreted", "gpu interpreted")
 PATHS = ("one", "one_hot", "gathered", *KERNELS)
 
 FEW_SLOTS = 4
-"""Up to so many slots, reading all of them costs less than treating rows one by one."""
+"""Number of slots up to which reading all of them costs less than treating rows one by one."""
 
 
 def choose_path(method: Method, slots: int, platform: str) -> str:
-    """The way that suits a bank.
+    """Return the path that suits a bank.
 
     Args:
-      slots: of the bank.
+      slots: number of slots of the bank.
       platform: "cpu", "gpu" or "tpu", as JAX names it.
     """
     if not method.is_pairs or platform not in ("tpu", "gpu"):
@@ -55,7 +55,7 @@ def choose_path(method: Method, slots: int, platform: str) -> str:
 
 
 def laid_out(params: PyTree, path: str) -> PyTree:
-    """Prepared parameters, or a bank of them, as ``path`` stores them."""
+    """Return prepared parameters, or a bank of them, as ``path`` stores them."""
     return _on_pairs(lambda pairs: SlotPairs.of(pairs) if path in KERNELS else pairs, params, JoinedPairs)
 
 
@@ -74,7 +74,7 @@ class AdapterStack:
     Attributes:
       params: per layer the tree that ``Method.prepare`` gives; but for path "one" its leaves have a
         leading slot axis.
-      method: as ``Method.served`` gives it.
+      method: the method that ``Method.served`` returns.
       path: one of :data:`PATHS`.
     """
 
@@ -85,11 +85,11 @@ class AdapterStack:
 
     @classmethod
     def single(cls, adapter: Adapter) -> AdapterStack:
-        """One adapter, in the decode layout, for all rows."""
+        """Return a stack of one adapter, in the decode layout, for all rows."""
         return cls(params=adapter.params, method=adapter.method, shape=adapter.shape, path="one")
 
     def of_slot(self, adapter_slot: Int[Array, ""]) -> Adapter:
-        """The adapter in one slot, for rows that all use it."""
+        """Return the adapter in one slot, for rows that all use it."""
         params = self.params
         if self.path != "one":
             params = jax.tree.map(
@@ -99,14 +99,14 @@ class AdapterStack:
         return Adapter(params=params, method=self.method, shape=self.shape)
 
     def of_layer(self, index: int) -> AdapterStack:
-        """The same with the parameters of one layer alone."""
+        """Return the stack with the parameters of one layer alone."""
         return dataclasses.replace(self, params=(self.params[index],))
 
     def for_batch(self, adapter_slots: Int[Array, " B"]) -> Adapter:
-        """An adapter for rows that each use their own.
+        """Return an adapter for rows that each use their own.
 
         Args:
-          adapter_slots: of each row's adapter.
+          adapter_slots: slot of each row's adapter.
         """
         if self.path == "one":
             return Adapter(params=self.params, method=self.method, shape=self.shape)
@@ -137,7 +137,7 @@ class GatheredAdapters:
 
     @classmethod
     def empty(cls, adapters: AdapterStack, batch_slots: int) -> GatheredAdapters:
-        """Batch slots that are all free."""
+        """Return the state in which all batch slots are free."""
 
         def vacant(leaf: Array) -> Array:
             return jnp.zeros((batch_slots, *leaf.shape[1:]), leaf.dtype, device=leaf.sharding)
@@ -145,7 +145,7 @@ class GatheredAdapters:
         return cls(jax.tree.map(vacant, adapters.params), adapters.method, adapters.shape)
 
     def for_batch(self, adapter_slots: Int[Array, " B"]) -> Adapter:
-        """An adapter for rows that each use their own."""
+        """Return an adapter for rows that each use their own."""
         del adapter_slots
         return Adapter(params=self.params, method=PerRow(self.method), shape=self.shape)
 
@@ -172,7 +172,7 @@ class StackedLayer:
 
     Attributes:
       bank: leaves with a leading adapter-slot axis.
-      adapter_slots: of each row's adapter.
+      adapter_slots: slot of each row's adapter.
     """
 
     bank: PyTree
@@ -192,10 +192,10 @@ class BatchMethod(Method):
 
 @dataclass(frozen=True)
 class PerRow(BatchMethod):
-    """Any method, row by row: its hooks are vectorised over rows and their own parameters."""
+    """Applies any method row by row: its hooks are vectorised over rows and their own parameters."""
 
     def adapt(self, params: PyTree, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
-        """The adapted outputs."""
+        """Return the adapted outputs."""
 
         def one(params: PyTree, x: Array, outputs: Any, weights: Any) -> Any:
             row = dataclasses.replace(
@@ -209,7 +209,7 @@ class PerRow(BatchMethod):
         return jax.vmap(one)(params, group.x, group.outputs, group.weights)
 
     def branch(self, params: PyTree, sublayer: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"] | None:
-        """What is added to a sublayer's output."""
+        """Return what is added to a sublayer's output."""
 
         def one(params: PyTree, x: Array) -> Array | None:
             added = self.method.branch(params, sublayer, x[None])
@@ -220,10 +220,10 @@ class PerRow(BatchMethod):
 
 @dataclass(frozen=True)
 class OneHot(BatchMethod):
-    """Methods of low-rank pairs: one product with the matrices of all slots."""
+    """Applies methods of low-rank pairs by one product with the matrices of all slots."""
 
     def adapt(self, params: StackedLayer, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
-        """The adapted outputs."""
+        """Return the adapted outputs."""
         pairs, weights = self.method.pairs_of(params.bank, group)
         slots, _, rank, _ = pairs.b.shape
         u = jnp.einsum("BTD,SDU->BTSU", group.x, pairs.a)
@@ -239,7 +239,7 @@ class OneHot(BatchMethod):
 
 @dataclass(frozen=True)
 class Kernel(BatchMethod):
-    """Methods of low-rank pairs: a kernel that leaves out what a row did not choose.
+    """Applies methods of low-rank pairs by a kernel that skips the modules that a row did not choose.
 
     Attributes:
       platform: the one of ``generation.kernel.row_products``.
@@ -248,7 +248,7 @@ class Kernel(BatchMethod):
     platform: str = ""
 
     def adapt(self, params: StackedLayer, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
-        """The adapted outputs."""
+        """Return the adapted outputs."""
         pairs, weights = self.method.pairs_of(params.bank, group)
         rows, tokens, width = group.x.shape
         modules = len(pairs.tiles)

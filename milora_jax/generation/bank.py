@@ -21,14 +21,14 @@ from milora_jax.shapes import Array, Int
 from milora_jax.types import PyTree
 
 SMALLEST_RANK = 8
-"""Of a bank."""
+"""The smallest rank of a bank."""
 
 
 def rank_bucket(rank: int, experts: int = 1) -> int:
-    """The rank of a bank that holds pairs of this rank: a power of two, which kernels on GPUs need.
+    """Return the rank of a bank that holds pairs of this rank: a power of two, which GPU kernels need.
 
     Args:
-      experts: that share a pair's rank evenly; their number need not be a power of two, nor the rank then.
+      experts: number that share a pair's rank evenly; neither it nor the rank need be a power of two then.
 
     >>> rank_bucket(1), rank_bucket(9), rank_bucket(200), rank_bucket(12, experts=3)
     (8, 16, 256, 18)
@@ -40,14 +40,14 @@ def rank_bucket(rank: int, experts: int = 1) -> int:
 
 
 def rank_of(base: Base, config: ModelConfig, adapter: Adapter, name: str = "") -> int:
-    """The rank of an adapter's pairs as decoding reads them, whatever its method calls rank.
+    """Return the rank of an adapter's pairs as decoding reads them, whatever its method calls rank.
 
     Nothing is computed.
 
     Args:
       base: in either layout.
       adapter: in the stacked layout.
-      name: of the adapter, for the error.
+      name: name of the adapter, for the error.
 
     Returns:
       The highest rank; 0 for a method that has no pairs.
@@ -62,7 +62,7 @@ class RankError(UserError):
     """An adapter's pairs have a higher rank than those of the bank.
 
     Attributes:
-      rank: of the adapter's pairs.
+      rank: rank of the adapter's pairs.
     """
 
     def __init__(self, name: str, rank: int, most: int) -> None:
@@ -80,12 +80,12 @@ class Bank:
       base: in either layout.
       like: any adapter of the kind the bank is to hold; its method's settings are the bank's.
       slots: adapters on the device at the same time.
-      rank: that the bank's pairs have at least, for adapters of a higher rank than ``like``'s.
+      rank: least rank of the bank's pairs, for adapters of a higher rank than ``like``'s.
       path: one of ``generation.adapter_stack.PATHS``; empty takes what suits bank and machine.
 
     Attributes:
-      adapters: what decoding reads.
-      rank: of the bank's pairs, by ``rank_bucket``; 0 for a method that has no pairs.
+      adapters: the stack that decoding reads.
+      rank: rank of the bank's pairs, by ``rank_bucket``; 0 for a method that has no pairs.
       names: slot by tenant's name.
       prompt_formats: how prompts are written for each tenant, by name.
     """
@@ -110,11 +110,11 @@ class Bank:
         self.adapters = AdapterStack(params=empty, method=method, shape=like.shape, path=path)
 
     def load(self, name: str, adapter: Adapter, slot: int | None = None) -> int:
-        """Put a tenant's adapter on the device.
+        """Load a tenant's adapter onto the device.
 
         Args:
           adapter: in the stacked layout.
-          slot: to write; None takes the tenant's own, or a free one.
+          slot: the slot to write; None takes the tenant's own, or a free one.
 
         Returns:
           The slot.
@@ -139,7 +139,7 @@ class Bank:
         return slot
 
     def prepare(self, name: str, adapter: Adapter) -> PyTree:
-        """An adapter as a slot holds it, made beside the bank: another thread may do it.
+        """Return an adapter in the form of a slot, without changing the bank: another thread may call this.
 
         What is returned can be placed: its leaves have the shapes and dtypes of a slot's.
 
@@ -155,12 +155,12 @@ class Bank:
         return prepared
 
     def place(self, prepared: PyTree, slot: int) -> None:
-        """Write what :meth:`prepare` made into a slot."""
+        """Write the result of :meth:`prepare` into a slot."""
         params = _write(self.adapters.params, prepared, jnp.asarray(slot, jnp.int32))
         self.adapters = dataclasses.replace(self.adapters, params=params)
 
     def slot_of(self, name: str) -> int:
-        """Where a tenant's adapter is.
+        """Return the slot of a tenant's adapter.
 
         Raises:
           UserError: it is not in the bank.

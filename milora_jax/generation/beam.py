@@ -32,7 +32,7 @@ from milora_jax.shapes import Array, Bool, Float, Int
 from milora_jax.types import Batch
 
 WORST = -1e9
-"""Score of what must not be chosen."""
+"""The score of tokens that must not be chosen."""
 
 
 @struct.dataclass
@@ -40,15 +40,15 @@ class BeamState:
     """The carry of the search. P prompts, K beams, N the most new tokens.
 
     Attributes:
-      cache: of prompts and beams.
+      cache: key-value cache of prompts and beams.
       route: routing weights of every beam's row; None without a router.
       start: position of the first new token of each prompt.
       running: tokens of the beams that go on.
       scores: their summed log-probabilities.
       finished: the best finished continuations, best first.
       finished_scores: theirs, after the length penalty.
-      lengths: how many tokens they have.
-      ended: which of them there are.
+      lengths: number of their tokens.
+      ended: which of them exist.
       improvable: prompts whose running beams might still beat a finished one.
       done: prompts whose search is over.
     """
@@ -68,7 +68,7 @@ class BeamState:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the search compares by; static.
+    """The settings by which the search compares beams; static.
 
     Attributes:
       limit: N.
@@ -111,13 +111,13 @@ def beam_search(
     route_tokens: Sequence[int] = (),
     place: Callable[[Batch], Batch] = jax.device_put,
 ) -> list[Found]:
-    """The best continuation of each prompt.
+    """Return the best continuation of each prompt.
 
     Args:
       base: in the decode layout.
       prompts: token ids.
-      settings: of all of them.
-      adapter_slot: of their adapter.
+      settings: the settings of all prompts.
+      adapter_slot: slot of their adapter.
       route_tokens: how many tokens of each prompt the routers read, see ``data.batches.collate_prompts``.
       rows: prompts the program is compiled for, at least as many as there are; 0 is their number.
     """
@@ -188,7 +188,7 @@ def beam_chunk(
     steps: int,
     terms: Terms,
 ) -> tuple[BeamState, Bool[Array, " P"]]:
-    """``steps`` steps of the search as one scan, and whose search is over."""
+    """Run ``steps`` steps of the search as one scan, and return which searches are complete."""
     adapter = None if adapters is None else adapters.of_slot(adapter_slot)
 
     def step(state: BeamState, _: None) -> tuple[BeamState, None]:
@@ -213,7 +213,7 @@ def _step(
 
 
 def select(state: BeamState, logits: Float[Array, "P K V"], step: Int[Array, ""], terms: Terms) -> BeamState:
-    """The beams after the choice of token number ``step``.
+    """Return the beams after the choice of token number ``step``.
 
     Twice as many candidates as beams are looked at (more with several end tokens), so that as many
     beams as before can go on whatever ends. A candidate that ends counts as finished only if it is among

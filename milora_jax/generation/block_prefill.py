@@ -35,16 +35,16 @@ from milora_jax.shapes import Array, Float, Int
 from milora_jax.types import Batch
 
 BLOCK = 64
-"""Tokens of a block. Smaller blocks are shared more often and cost more starts of programs."""
+"""Tokens of a block. Smaller blocks are shared more often but start more programs."""
 
 
 class BlockPrefill:
-    """One prompt on its way through the layers of a base.
+    """The prefill of one prompt through the layers of a base.
 
     Args:
       base: in the decode layout.
       prompt: token ids.
-      adapter_slot: of its adapter.
+      adapter_slot: slot of its adapter.
       cache_length: cache positions of a batch slot.
       block: tokens of a block.
       route_tokens: leading tokens that the routers read; 0 for all.
@@ -52,7 +52,7 @@ class BlockPrefill:
       scored: whether log-probabilities of the prompt are wanted, for which nothing may be kept.
 
     Attributes:
-      slices: that are still to be run.
+      slices: number of slices that are still to be run.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class BlockPrefill:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens whose keys and values were kept."""
+        """Number of prompt tokens whose keys and values came from the prefix cache."""
         return len(self._kept.blocks) * self._block
 
     def _place(self, number: int) -> slice:
@@ -100,7 +100,7 @@ class BlockPrefill:
         return slice(number * self._block, (number + 1) * self._block)
 
     def advance(self, slices: int, adapters: AdapterStack | None) -> Array:
-        """Start at most so many slices.
+        """Start at most this many slices.
 
         Args:
           adapters: whose method has no prefix; None for the plain base.
@@ -114,7 +114,7 @@ class BlockPrefill:
         return self._newest
 
     def result(self) -> tuple[Prefilled, Float[Array, "L 1 E"] | None, tuple[PromptLogprobs, ...] | None]:
-        """What decoding starts from, after all slices, the routing weights, and what ``scored`` asks for."""
+        """Return the start of decoding after all slices, routing weights, and what ``scored`` asks for."""
         scores = self._logprobs() if self._scored else None
         prefilled = finish(
             self._ends,
@@ -139,7 +139,7 @@ class BlockPrefill:
         return tuple(found)
 
     def to_keep(self) -> KeptPrefix:
-        """What a prefix cache may keep of the prompt, after all slices: its whole blocks, and its route."""
+        """Return what a prefix cache may keep of the prompt after all slices: whole blocks and its route."""
         fresh = range(self.cached_tokens, self._length - self._block + 1, self._block)
         blocks = (cut_block(self._caches, np.int32(start), self._block) for start in fresh)
         return KeptPrefix((*self._kept.blocks, *blocks), tuple(self._routes) or None)
@@ -188,14 +188,14 @@ class BlockPrefill:
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "length"))
 def empty_caches(config: ModelConfig, dtype: jnp.dtype, length: int) -> list[LayerCache]:
-    """A cache of ``length`` positions for each layer, without an entry."""
+    """Return an empty cache of ``length`` positions for each layer."""
     zeros = functools.partial(jnp.zeros, (1, config.num_kv_heads, length, config.head_dim), dtype)
     return [LayerCache(k=zeros(), v=zeros()) for _ in range(config.num_layers)]
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def embed_block(ends: Base, tokens: Int[Array, "1 T"], config: ModelConfig) -> Float[Array, "1 T D"]:
-    """The residual stream before the first layer.
+    """Return the residual stream before the first layer.
 
     Args:
       ends: the base without its layers.
@@ -205,7 +205,7 @@ def embed_block(ends: Base, tokens: Int[Array, "1 T"], config: ModelConfig) -> F
 
 @functools.partial(jax.jit, static_argnames="config")
 def norm_block(ends: Base, hidden: Float[Array, "1 T D"], config: ModelConfig) -> Float[Array, "1 T D"]:
-    """The residual stream behind the final norm."""
+    """Return the residual stream after the final norm."""
     return final_norm(ends, config, hidden)
 
 
@@ -219,11 +219,11 @@ def route_layer(
     depth: Float[Array, ""],
     config: ModelConfig,
 ) -> Float[Array, "1 1 E"]:
-    """The routing weights of one layer.
+    """Return the routing weights of one layer.
 
     Args:
-      adapters: of this layer.
-      hidden: what enters the layer, block by block.
+      adapters: adapters of this layer.
+      hidden: input of the layer, block by block.
       scope: number of tokens that the router reads.
     """
     adapter = adapters.of_slot(adapter_slot)
@@ -249,12 +249,12 @@ def run_block(
     reach: int,
     sliding: bool,
 ) -> tuple[Float[Array, "1 T D"], LayerCache]:
-    """One block of tokens through one layer.
+    """Run one block of tokens through one layer.
 
     Args:
-      adapters: of this layer; None for the plain base.
-      route: of this layer; None without a router.
-      cache: of the layer, with the blocks before.
+      adapters: adapters of this layer; None for the plain base.
+      route: route of this layer; None without a router.
+      cache: cache of the layer, with the blocks before.
       start: position of the block's first token.
       reach: cache positions that attention reads, at least those of the blocks before and of this one.
       sliding: whether the layer has a sliding window.
@@ -288,12 +288,12 @@ def finish(
     config: ModelConfig,
     cache_length: int,
 ) -> Prefilled:
-    """What decoding starts from, without the route.
+    """Return what decoding starts from, without the route.
 
     Args:
       hidden: the last block behind the last layer.
       last: place of the prompt's last token in it.
-      length: of the prompt.
+      length: length of the prompt.
     """
     stream = jax.lax.dynamic_index_in_dim(hidden, last, axis=1, keepdims=False)
     layers = tuple(LayerCache(k=c.k[:, :, :cache_length], v=c.v[:, :, :cache_length]) for c in caches)
@@ -308,7 +308,7 @@ def finish(
 
 @functools.partial(jax.jit, static_argnames="block")
 def cut_block(caches: list[LayerCache], start: Int[Array, ""], block: int) -> Float[Array, "L 2 K T H"]:
-    """The keys and values of one block in all layers."""
+    """Return the keys and values of one block in all layers."""
 
     def cut(leaf: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(leaf[0], start, block, axis=1)
@@ -320,7 +320,7 @@ def cut_block(caches: list[LayerCache], start: Int[Array, ""], block: int) -> Fl
 def paste_block(
     caches: list[LayerCache], keys: Float[Array, "L 2 K T H"], start: Int[Array, ""]
 ) -> list[LayerCache]:
-    """The caches with what :func:`cut_block` gave in its place."""
+    """Return the caches with the block that :func:`cut_block` returned in its place."""
 
     def paste(leaf: Array, new: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(leaf, new[None], start, axis=2)

@@ -1,4 +1,4 @@
-"""The prompts of an engine that are being prefilled block by block, and whose turn it is."""
+"""The queue of prompts that an engine prefills block by block, and its scheduling."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array
 
 MOST_PROMPTS = 4
-"""Prompts that are prefilled at the same time: each holds keys and values beside the batch's."""
+"""Prompts that are prefilled at the same time; each holds its own keys and values beside the batch's."""
 
 UNHURRIED = 4
-"""Times the budget that a turn takes while nobody decodes. More would make a new prompt wait."""
+"""Factor on the budget of a turn while no request decodes. A larger one would make a new prompt wait."""
 
 
 @dataclass(eq=False)
@@ -29,7 +29,7 @@ class Prefilling:
     """A request whose prompt is being prefilled.
 
     Attributes:
-      samples: of the request, which hold batch slots already.
+      samples: samples of the request, which hold batch slots already.
       rows: these slots.
     """
 
@@ -39,7 +39,7 @@ class Prefilling:
 
 
 class BlockQueue:
-    """Divides a budget of slices over the prompts that are being prefilled.
+    """Divides a budget of slices among the prompts that are being prefilled.
 
     The oldest prompt has half of every turn; the rest goes to the prompts that are nearest to their end, so
     that a short prompt does not wait for a long one, and a long one is not put off for ever.
@@ -73,7 +73,7 @@ class BlockQueue:
         return len(self._prompts) < MOST_PROMPTS
 
     def add(self, samples: Sequence[RunningSample], rows: list[int], routed: bool) -> Prefilling:
-        """Queue the prompt of a request, behind those that are there.
+        """Queue the prompt of a request after those that are queued.
 
         Args:
           samples: all of the request.
@@ -102,19 +102,19 @@ class BlockQueue:
         return self._prompts[-1]
 
     def cancel(self, request: Request) -> None:
-        """Forget the prompt of a request."""
+        """Remove the prompt of a request."""
         self._prompts = [each for each in self._prompts if each.samples[0].request is not request]
 
     def clear(self) -> None:
-        """Forget all prompts."""
+        """Remove all prompts."""
         self._prompts, self._in_flight = [], []
 
     def advance(self, adapters: AdapterStack | None, decoding: bool) -> list[Prefilling]:
-        """Start the slices of one turn, once those of the turn before have been run.
+        """Start the slices of one turn, once those of the previous turn have been run.
 
         Args:
-          adapters: as they are now; a bank that has loaded one has other buffers.
-          decoding: whether others decode, who wait for these slices.
+          adapters: the present adapters; loading one replaces the buffers of a bank.
+          decoding: whether other requests decode, which wait for these slices.
 
         Returns:
           The prompts that are done, and no longer in the queue.

@@ -37,11 +37,11 @@ from milora_jax.types import Batch, PyTree, Route
 
 @struct.dataclass
 class Prefilled:
-    """Prompts that have been run, a row each.
+    """The results of prefilling prompts, a row each.
 
     Attributes:
-      logits: of the token after the prompt.
-      position: of that token in its text.
+      logits: logits of the token after the prompt.
+      position: position of that token in its text.
       cache: keys and values of the prompt.
       route: routing weights of each layer; None without a router.
       hidden: normed residual stream of the prompt, for ``prompt_logprobs``; None once that is done.
@@ -61,7 +61,7 @@ class DecodeState:
     Attributes:
       token: the last token of each row, not yet run through the model.
       position: its position within the row's text.
-      done: rows that have ended, or that nobody uses.
+      done: rows that have ended or are free.
       cache: keys and values of everything before ``token``.
       route: routing weights of each layer, computed by ``prefill`` and never written by a step; None
         without a router.
@@ -82,7 +82,7 @@ class DecodeState:
 
 @struct.dataclass
 class Decoded:
-    """The tokens of some decode steps, in the order in which a row got them.
+    """The tokens of some decode steps, in the order in which each row produced them.
 
     Attributes:
       choices: leaves ``[n, B, ...]``: n is the number of steps, times 1 + D with prompt look-up.
@@ -96,7 +96,7 @@ class Decoded:
 
     @classmethod
     def first(cls, choice: Choice) -> Decoded:
-        """The first token of every row, as :func:`admit` gives it."""
+        """Return the first token of every row, as :func:`admit` gives it."""
         choices = jax.tree.map(lambda leaf: leaf[None], choice)
         nothing: Any = np.zeros((1, choice.token.shape[0]), bool)
         return cls(choices, nothing)
@@ -116,10 +116,10 @@ def prefill(
 
     Args:
       base: in the decode layout.
-      adapter_slot: of the adapter.
+      adapter_slot: slot of the adapter.
       batch: prompts, padded on the right.
       cache_length: S, at least a prefix, T and what is to come.
-      layout: of the rows and heads, for attention's kernels; see ``attention.device_layout``.
+      layout: device layout of the rows and heads, for attention's kernels; see ``attention.device_layout``.
 
     Returns:
       What decoding starts from, and the whole route for looking at.
@@ -162,10 +162,10 @@ def admit(
 
     Args:
       prefilled: n prompts, or one that is to be continued in n ways.
-      batch_slots: where they go; a prompt whose slot is beyond the batch is dropped.
-      adapter_slot: of their adapter.
-      sampler, lookup: of the n prompts.
-      layout: of the state.
+      batch_slots: slots of the prompts; a prompt whose slot is beyond the batch is dropped.
+      adapter_slot: slot of their adapter.
+      sampler, lookup: those of the n prompts.
+      layout: device layout of the state.
       masks: the first tokens that each prompt may get, see ``sampling.choose``.
     """
     count = batch_slots.shape[0]
@@ -197,7 +197,7 @@ def admit(
 def decode_step(
     base: Base, adapter: Adapter | None, state: DecodeState, config: ModelConfig, plan: Plan
 ) -> tuple[DecodeState, Decoded]:
-    """A token for every row, and those behind it that were proposed and are the row's.
+    """Return a token for every row, and the proposed tokens after it that were accepted.
 
     Rows that are done keep their last token and write nothing new.
     """
@@ -285,12 +285,12 @@ def decode_chunk(
     plan: Plan,
     layout: DeviceLayout | None = None,
 ) -> tuple[DecodeState, Decoded]:
-    """``steps`` decode steps as one scan.
+    """Run ``steps`` decode steps as one scan.
 
     Args:
       adapters: those that act on the batch; what depends on the adapter of each batch slot is done once per
         chunk.
-      layout: of the state.
+      layout: device layout of the state.
     """
     adapter = None if adapters is None else adapters.for_batch(state.adapter_slot)
 
@@ -312,7 +312,7 @@ def decode_logits(
     config: ModelConfig,
     layout: DeviceLayout | None = None,
 ) -> tuple[DecodeState, Float[Array, "B T V"]]:
-    """The first half of a decode step: the model, of which the host needs no result.
+    """Run the first half of a decode step: the model, whose results the host does not need.
 
     Meanwhile it makes the masks for the second half, :func:`decode_masked`.
     """
@@ -329,10 +329,10 @@ def decode_masked(
     plan: Plan,
     layout: DeviceLayout | None = None,
 ) -> tuple[DecodeState, Decoded]:
-    """The second half of a decode step: the choice among the tokens that each row may get.
+    """Run the second half of a decode step: the choice among the tokens that each row may get.
 
     Args:
-      logits: of :func:`decode_logits`.
+      logits: result of :func:`decode_logits`.
       masks: see ``sampling.choose``; all tokens for a row with proposals.
 
     Returns:
@@ -343,7 +343,7 @@ def decode_masked(
 
 
 def constrained(state: DecodeState, layout: DeviceLayout | None) -> DecodeState:
-    """The state of a program as :func:`state_shardings_of` says.
+    """Return the state of a program with the shardings of :func:`state_shardings_of`.
 
     Left to itself XLA would choose anew for every program, and every choice would be one more program.
     """
@@ -352,7 +352,7 @@ def constrained(state: DecodeState, layout: DeviceLayout | None) -> DecodeState:
 
 
 def state_shardings_of(state: DecodeState, layout: DeviceLayout | None) -> PyTree | None:
-    """Shardings like the state: keys and values by rows and heads, all else by rows; None on one device."""
+    """Return shardings of the state: keys and values by rows and heads, else by rows; None on one device."""
     if layout is None or layout.mesh is None:
         return None
     by_row = NamedSharding(layout.mesh, jax.P(layout.rows))
@@ -370,10 +370,10 @@ def empty_state(
     cache_length: int,
     routed: bool,
 ) -> DecodeState:
-    """A batch whose slots are all free.
+    """Return a batch whose slots are all free.
 
     Args:
-      sampler, lookup: of any one sample, for their shapes.
+      sampler, lookup: those of any one sample, for their shapes.
     """
 
     def vacant(tree: PyTree) -> PyTree:

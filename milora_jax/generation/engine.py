@@ -1,4 +1,4 @@
-"""Continuous batching: requests take batch slots as these become free.
+"""Continuous batching: waiting requests are admitted as batch slots become free.
 
 An :class:`Engine` owns one running batch with a fixed number of slots. ``submit`` queues a request; ``step``
 admits the requests that fit, starts the next chunk of decode steps, and hands out the tokens of the chunk
@@ -72,7 +72,7 @@ class Engine:
       plans: of which the first that does all that is asked is compiled; none makes one for every mixture of
         requests, as small as can be.
       place: puts a prefill batch on the devices.
-      layout: of batch slots and heads over several devices; None lets XLA decide.
+      layout: device layout of batch slots and heads over several devices; None lets XLA decide.
       prefill_budget: prompt tokens that are prefilled between two chunks of decode steps while others
         decode; 0 sets no limit.
       prefix_cache: bytes for keys and values of earlier prompts; 0 keeps none. With either, prompts are
@@ -162,7 +162,7 @@ class Engine:
         return list(touched.values())
 
     def check(self, prompt: Sequence[int], settings: GenerationSettings) -> None:
-        """Refuse what cannot be decoded here.
+        """Refuse a request that this engine cannot decode.
 
         Raises:
           UserError: naming what is wrong with this one request.
@@ -185,7 +185,7 @@ class Engine:
         """Queue a prompt.
 
         Args:
-          adapter_slot: of its adapter in the bank.
+          adapter_slot: slot of its adapter in the bank.
           cache_scope, route_tokens: see ``generation.request.Request``.
           constraint: constrains the tokens of each sample.
 
@@ -233,7 +233,7 @@ class Engine:
             self.step()
 
     def step(self) -> list[Request]:
-        """Admit requests, start a chunk, and read the results of the work before it.
+        """Admit requests, start a chunk, and read the results of the previous work.
 
         Returns:
           The requests that got tokens or ended.

@@ -34,7 +34,7 @@ def prefill_group(
 
     Args:
       base: in the decode layout.
-      rows: of the program, at least the requests of the group.
+      rows: rows of the program, at least the requests of the group.
       cache_length: cache positions of a batch slot, without the method's prefix.
       place: puts the batch on the devices.
 

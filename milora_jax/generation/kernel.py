@@ -1,4 +1,4 @@
-"""Low-rank products of rows that each have their own adapter, reading only what a row chose.
+"""Low-rank products of rows that each have their own adapter, reading only the modules that a row chose.
 
 For row i with slot s and the chosen modules m of a projection group the kernels compute
 ``share[i, m] * x[i] A[s, m] B[s, m]`` (Eq. 1 and 3 of the paper, one token per row). A pair of row and
@@ -24,7 +24,7 @@ from milora_jax.adapters.joined import JoinedPairs
 from milora_jax.shapes import Array, Float, Int
 
 LARGEST_BLOCK = 512
-"""Inputs or outputs that a GPU program holds at a time."""
+"""The largest number of inputs or outputs that a GPU program holds at a time."""
 
 
 @struct.dataclass
@@ -34,7 +34,7 @@ class SlotPairs:
     Attributes:
       a: the A matrices, transposed.
       b: tiles of the B matrices.
-      tiles: how many tiles each module has.
+      tiles: number of tiles of each module.
     """
 
     a: Float[Array, "*S M R d_in"]
@@ -43,13 +43,13 @@ class SlotPairs:
 
     @classmethod
     def of(cls, pairs: JoinedPairs) -> SlotPairs:
-        """From the form that products with all rows read."""
+        """Convert from the form that products with all rows read."""
         d_in = pairs.a.shape[-2]
         a = jnp.moveaxis(pairs.a, -1, -2).reshape(*pairs.a.shape[:-2], len(pairs.tiles), pairs.rank, d_in)
         return cls(a=a, b=pairs.b, tiles=pairs.tiles)
 
     def joined(self) -> JoinedPairs:
-        """And back."""
+        """Convert back to the form that :meth:`of` takes."""
         flat = self.a.reshape(*self.a.shape[:-3], -1, self.a.shape[-1])
         return JoinedPairs(a=jnp.moveaxis(flat, -1, -2), b=self.b, tiles=self.tiles)
 
@@ -61,12 +61,12 @@ def row_products(
     share: Float[Array, "B M"],
     platform: str,
 ) -> Float[Array, "tiles B width"]:
-    """What each row's own pairs add to its outputs, tile by tile.
+    """Return what each row's own pairs add to its outputs, computed tile by tile.
 
     Args:
-      pairs: of all slots.
+      pairs: pairs of all slots.
       slot: whose pairs a row uses.
-      share: what each module's product is multiplied by; 0 leaves the module out.
+      share: factor of each module's product; 0 leaves the module out.
       platform: "tpu" or "gpu"; with "tpu interpreted" or "gpu interpreted" that kernel runs in Pallas'
         interpreter.
     """
@@ -78,7 +78,7 @@ def row_products(
 def reference_products(
     x: Float[Array, "B d_in"], pairs: SlotPairs, slot: Int[Array, " B"], share: Float[Array, "B M"]
 ) -> Float[Array, "tiles B width"]:
-    """:func:`row_products` by plain products, for tests: reads every matrix of every row's slot."""
+    """Compute :func:`row_products` by plain products, for tests; reads every matrix of every row's slot."""
     u = jnp.einsum("BD,BMRD->BMR", x, pairs.a[slot], preferred_element_type=jnp.float32)
     u = (u * share[..., None]).astype(x.dtype)
     by_tile = jnp.stack([u[:, m] for m in _module_of_tile(pairs.tiles)])
@@ -93,7 +93,7 @@ def _module_of_tile(tiles: tuple[int, ...]) -> list[int]:
 def visits(
     slot: Int[Array, " B"], share: Float[Array, "B M"], tiles: tuple[int, ...]
 ) -> tuple[Int[Array, "steps 3"], Int[Array, " steps"]]:
-    """Which blocks each step of the TPU kernel's grid (row by row, tile by tile) has in memory.
+    """Return the blocks that each step of the TPU kernel's grid (row by row, tile by tile) has in memory.
 
     Returns:
       Slot, module and tile per step: its own where its share is not 0, else those of the last step that

@@ -1,4 +1,4 @@
-"""Which prompts are decoded together: those that need about as many cache positions.
+"""Groups of prompts that are decoded together because they need about as many cache positions.
 
 A decode step reads the weights once, and the cache of every batch slot as far as the longest prompt of the
 batch with its answer needs it. One long prompt makes every short one beside it pay for its length; a batch of
@@ -21,7 +21,7 @@ SMALLEST_BUCKET = 32
 
 
 def bucket_of(length: int, limit: int, smallest: int = SMALLEST_BUCKET) -> int:
-    """The length to which a prompt is padded: ``smallest``, doubled until it fits, and at most ``limit``.
+    """Return the length to which a prompt is padded: ``smallest``, doubled until it fits, at most ``limit``.
 
     It depends on the prompt alone, so that there are few programs and a prompt always gets the same one.
 
@@ -35,12 +35,12 @@ def bucket_of(length: int, limit: int, smallest: int = SMALLEST_BUCKET) -> int:
 
 
 LEAST_GAIN = 0.1
-"""Share of the whole that one more group has to save: it is one more program to compile."""
+"""Share of the whole that one more group has to save, because it is one more program to compile."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a prompt needs of a batch.
+    """The cache positions, samples and decode steps that a prompt needs.
 
     Attributes:
       positions: cache positions that it may fill.
@@ -54,7 +54,7 @@ class Need:
 
 
 def position_cost(base: Base, config: ModelConfig) -> float:
-    """Bytes that a decode step reads for one cache position of one batch slot, over those of the weights."""
+    """Return the bytes that a step reads for one cache position of a slot, over those of the weights."""
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * base.dtype.itemsize / weights
 
@@ -67,7 +67,7 @@ def groups_by_length(needs: Sequence[Need], rows: int, cost: float) -> list[list
 
     Args:
       rows: most continuations that are decoded together.
-      cost: of a cache position, by :func:`position_cost`.
+      cost: cost of a cache position, by :func:`position_cost`.
 
     Returns:
       Places in ``needs``, the shortest first.

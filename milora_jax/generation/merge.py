@@ -23,7 +23,7 @@ from milora_jax.types import EXPERTS, GROUPS
 
 
 def merged_base(base: Base, adapter: Adapter, route: np.ndarray | None) -> Base:
-    """The base with one prompt's adapter in its weights; what the route leaves alone is shared.
+    """Return the base with one prompt's adapter in its weights; unchanged weights are shared.
 
     Args:
       base: in the decode layout, its groups joined.

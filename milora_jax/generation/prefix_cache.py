@@ -1,4 +1,4 @@
-"""Keys and values of blocks of earlier prompts, by the tokens that they depend on.
+"""A cache of keys and values of blocks of earlier prompts, keyed by the tokens that they depend on.
 
 The keys and values of a token depend on the adapter, on the route, and on all tokens before it. A block is
 found by a chain of hashes: the root stands for adapter and route, each link for the tokens of one block. The
@@ -24,7 +24,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class KeptPrefix:
-    """What is kept of a prompt.
+    """The cached part of a prompt.
 
     Attributes:
       blocks: keys and values of its first blocks, ``[L, 2, K, T, H]`` each.
@@ -52,7 +52,7 @@ class CacheCounts:
 
 
 class PrefixCache:
-    """Blocks of prompts and routes in bounded memory; the least recently used are evicted first.
+    """Holds blocks of prompts and routes in bounded memory; the least recently used are evicted first.
 
     Args:
       size: bytes of all entries.
@@ -65,7 +65,7 @@ class PrefixCache:
         self._entries: OrderedDict[bytes, Any] = OrderedDict()
 
     def find(self, scope: str, prompt: Sequence[int], route_tokens: int, routed: bool) -> KeptPrefix:
-        """What is kept of a prompt; at least its last token is always left to be computed.
+        """Return the cached part of a prompt; at least its last token is always left to be computed.
 
         Args:
           scope: names what keys and values depend on beside tokens, the version of the adapter, and whoever
@@ -90,7 +90,7 @@ class PrefixCache:
         return KeptPrefix(tuple(self._entries[link] for link in found), route)
 
     def keep(self, scope: str, prompt: Sequence[int], route_tokens: int, kept: KeptPrefix) -> None:
-        """Add what a prefill has computed.
+        """Add the results of a prefill.
 
         Args:
           scope, prompt, route_tokens: as :meth:`find` takes them.
@@ -108,7 +108,7 @@ class PrefixCache:
             self.counts.evicted += 1
 
     def clear(self) -> None:
-        """Drop everything, the counts too."""
+        """Remove all entries and reset the counts."""
         self._entries.clear()
         self.counts = CacheCounts()
 

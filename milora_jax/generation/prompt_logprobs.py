@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of a prompt, from the residual stream that its prefill leaves behind."""
+"""Log-probabilities of the tokens of a prompt, from the residual stream of its prefill."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float, Int
 
 LOGITS_TOKENS = 32
-"""Tokens of a prompt whose logits exist at a time."""
+"""Number of prompt tokens whose logits exist at a time."""
 
 
 @struct.dataclass
@@ -24,8 +24,8 @@ class PromptLogprobs:
     """Log-probabilities of prompts; the entry at t is of token t + 1, and the last entries have no meaning.
 
     Attributes:
-      logprob: of the prompt's own tokens.
-      top_tokens, top_logprobs: of the most probable tokens, falling.
+      logprob: log-probabilities of the prompt's own tokens.
+      top_tokens, top_logprobs: the most probable tokens, in descending order.
     """
 
     logprob: Float[Array, "R T"]
@@ -33,7 +33,7 @@ class PromptLogprobs:
     top_logprobs: Float[Array, "R T n"]
 
     def of_row(self, row: int, request: Request) -> tuple[TokenLogprobs, ...]:
-        """Those of a request whose prompt is in a row, read on the host."""
+        """Return those of the request whose prompt is in a row, read on the host."""
         count, most = len(request.prompt) - 1, request.settings.prompt_logprobs
         own = self.logprob[row, :count].tolist()
         tokens = self.top_tokens[row, :count, :most].tolist()
@@ -48,7 +48,7 @@ class PromptLogprobs:
 def prompt_logprobs(
     base: Base, config: ModelConfig, hidden: Float[Array, "R T D"], following: Int[Array, "R T"]
 ) -> PromptLogprobs:
-    """Log-probabilities of prompts, block of tokens by block of tokens.
+    """Compute log-probabilities of prompts, one block of tokens at a time.
 
     Args:
       base: its layers are not read.

@@ -20,10 +20,10 @@ from milora_jax.generation.sampling import NO_TOKEN
 from milora_jax.shapes import Array, Bool, Int
 
 MOST_PROPOSALS = 32
-"""Tokens that a row may propose at a step: each is one more choice in the compiled program."""
+"""Most tokens that a row may propose at a step; each is one more choice in the compiled program."""
 
 LONGEST_MATCH = 3
-"""Tokens that are compared at most: of places with as many alike the last one is taken."""
+"""Most tokens that are compared; of equally long matches the last one is used."""
 
 
 @struct.dataclass
@@ -44,7 +44,7 @@ class PromptLookup:
     def of(
         cls, prompts: Sequence[Sequence[int]], allowed: Sequence[bool], length: int, count: int
     ) -> PromptLookup:
-        """The texts of prompts that have not been continued, as host arrays.
+        """Return the texts of prompts that have not been continued, as host arrays.
 
         Args:
           length: S, positions of the longest text.
@@ -56,12 +56,12 @@ class PromptLookup:
         return cls(*leaves, count)
 
     def proposals(self, position: Int[Array, " B"]) -> Int[Array, "B D"]:
-        """The tokens that may follow; -1 where a row has nothing to propose.
+        """Return the tokens that may follow; -1 where a row has nothing to propose.
 
         A match close to the end is continued periodically, as in a text that repeats itself.
 
         Args:
-          position: of each row's last token in its text.
+          position: position of each row's last token in its text.
         """
         places = jnp.arange(self.text.shape[1])[None, :]
         matched = jnp.zeros(self.text.shape, jnp.int32)
@@ -82,7 +82,7 @@ class PromptLookup:
     def noted(
         self, token: Int[Array, " B"], position: Int[Array, " B"], live: Bool[Array, " B"]
     ) -> PromptLookup:
-        """The texts after the live rows got a token at a position."""
+        """Return the texts after the live rows got a token at a position."""
         rows, length = jnp.arange(token.shape[0]), self.text.shape[1]
         text = self.text.at[rows, jnp.where(live, position, length)].set(token, mode="drop")
         return dataclasses.replace(self, text=text)

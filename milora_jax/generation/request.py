@@ -1,4 +1,4 @@
-"""One prompt on its way through an engine."""
+"""A request: one prompt and its samples in an engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TokenLogprobs:
     """Log-probabilities of one token, before bias, penalties and temperature.
 
     Attributes:
-      logprob: of the token.
+      logprob: log-probability of the token.
       top: ``(token, log-probability)`` of the most probable ones, falling.
     """
 
@@ -28,12 +28,12 @@ class TokenLogprobs:
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way through the engine.
+    """A request: one prompt and its samples in an engine.
 
     Attributes:
       prompt: token ids.
-      settings: how it is continued.
-      adapter_slot: of its adapter in the bank.
+      settings: settings of its continuation.
+      adapter_slot: slot of its adapter in the bank.
       route_tokens: leading tokens of the prompt that the routers read; 0 for all.
       cache_scope: names what the keys and values of its prompt depend on beside its tokens, and who may share
         them, see ``generation.prefix_cache``; None for no use of the cache.
@@ -42,13 +42,13 @@ class Request:
       finish: per sample why it ended: "stop" (an end-of-sequence or stop token, or the caller said so),
         "length", "cancelled", "error" (a logit was not finite, or the device failed), "constraint" (its
         constraint cannot be followed, see ``failure``); None while it goes on.
-      prompt_logprobs: of every token of the prompt but the first, where asked for, once it was prefilled.
+      prompt_logprobs: those of every prompt token but the first, where asked for, once it was prefilled.
       route: routing weights ``[L, E]`` of the prompt, once it was prefilled; None without a router.
       cached_tokens: tokens of the prompt whose keys and values came from the prefix cache.
-      proposed_tokens: that prompt look-up proposed so far, for all samples.
-      accepted_tokens: of these, tokens that the samples got.
-      constraint: of its tokens; None for none.
-      constraints: of each sample, in the state of the sample; empty without one.
+      proposed_tokens: number of tokens that prompt look-up proposed so far, for all samples.
+      accepted_tokens: number of these tokens that were accepted.
+      constraint: constraint of its tokens; None for none.
+      constraints: constraint of each sample, in the state of the sample; empty without one.
       failure: why a constraint cannot be followed.
     """
 

@@ -1,4 +1,4 @@
-"""What the device has been given, and how its results reach the requests."""
+"""Work that the device has started, and how its results reach the requests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ End = Callable[[Request, int, str], None]
 
 @dataclass(eq=False)
 class RunningSample:
-    """One sample of a request, while it holds a batch slot.
+    """One sample of a request while it holds a batch slot.
 
     Attributes:
       left: most tokens that are still to be computed for the sample: a step computes one at least.
@@ -37,18 +37,18 @@ class RunningSample:
 
     @classmethod
     def all_of(cls, request: Request) -> list[RunningSample]:
-        """The samples of a request before their first tokens, which prefill gives them."""
+        """Return the samples of a request before their first tokens, which prefill gives them."""
         settings = request.settings
         return [cls(request, sample, settings.max_new_tokens - 1) for sample in range(settings.num_samples)]
 
     @property
     def constraint(self) -> Constraint | None:
-        """Of the sample; None for none."""
+        """The constraint of the sample; None for none."""
         return self.request.constraints[self.sample] if self.request.constraints else None
 
 
 def sampler_of(samples: Sequence[RunningSample], config: ModelConfig, penalties: bool) -> Sampler:
-    """The samplers of samples that have not been started.
+    """Return the samplers of samples that have not been started.
 
     Args:
       penalties: whether rows may have penalties and biases.
@@ -65,7 +65,7 @@ def sampler_of(samples: Sequence[RunningSample], config: ModelConfig, penalties:
 
 
 def lookup_of(samples: Sequence[RunningSample], length: int, count: int) -> PromptLookup | None:
-    """The texts of samples that have not been started; None without prompt look-up.
+    """Return the texts of samples that have not been started; None without prompt look-up.
 
     Args:
       length: positions of the longest text.
@@ -79,13 +79,13 @@ def lookup_of(samples: Sequence[RunningSample], length: int, count: int) -> Prom
 
 @dataclass(frozen=True)
 class StartedWork:
-    """Work that the device has been given and whose results have not been read.
+    """Work that the device has started and whose results have not been read.
 
     Attributes:
-      sequences: those in the batch slots when it was started.
+      sequences: samples in the batch slots when it was started.
       decoded: their tokens.
-      route: of the prompts that were prefilled, ``[L, B, E]``.
-      prompt_logprobs: of the prompts that were prefilled, in parts along T; None where none were asked for.
+      route: route of the prompts that were prefilled, ``[L, B, E]``.
+      prompt_logprobs: those of the prefilled prompts, in parts along T; None where none were requested.
         A single prompt that is continued in several ways has one row.
     """
 
@@ -161,10 +161,10 @@ def _append(
 
 
 def masks_of(sequences: Sequence[RunningSample | None], vocab_size: int, end: End) -> np.ndarray | None:
-    """Packed masks of the tokens that samples may get next, ``[B, ceil(V / 32)]``; None if all may get any.
+    """Return packed masks of the tokens that samples may get next, ``[B, ceil(V / 32)]``; None for all.
 
     Args:
-      end: called for a sample whose constraint has no answer; its row may get any token, which is dropped.
+      end: called for a sample whose constraint fails; its row may get any token, which is dropped.
     """
     if not any(sequence is not None and sequence.constraint is not None for sequence in sequences):
         return None

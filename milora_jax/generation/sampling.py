@@ -1,4 +1,4 @@
-"""From logits to the next token of every row, each by its own settings.
+"""Chooses the next token of every row from its logits, by the settings of the row.
 
 A row's choice depends on its own logits, settings, seed and place in its own text, never on the other
 rows or on its place in the batch.
@@ -25,7 +25,7 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Plan:
-    """What a decode program must be able to do; static, so that it does no more.
+    """The features that a decode program must support; static, so that it computes no more.
 
     Attributes:
       sampled: some row draws.
@@ -40,12 +40,12 @@ class Plan:
     logprobs: bool = False
 
     def covers(self, other: Plan) -> bool:
-        """Whether this one can do all that the other can."""
+        """Whether this plan supports everything that the other does."""
         return all(mine or not theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
 
     @classmethod
     def of(cls, settings: Sequence[GenerationSettings]) -> Plan:
-        """The least plan that serves all of these."""
+        """Return the smallest plan that serves all of these."""
         return cls(
             sampled=any(s.sampled for s in settings),
             limited=any(s.limited for s in settings),
@@ -56,15 +56,15 @@ class Plan:
 
 @struct.dataclass
 class Sampler:
-    """The settings of every row, and what they depend on.
+    """The settings of every row, and the state that they depend on.
 
     Attributes:
-      seed: of the row's random numbers; one per sample of a request.
+      seed: seed of the row's random numbers; one per sample of a request.
       remaining: tokens that the row may still produce.
       ends: tokens that end the row, filled up with -1.
       in_prompt: which tokens the prompt holds; None, as the next two, where no row may have a penalty.
       in_text: how often the continuation holds each token.
-      bias: of every token's logit.
+      bias: bias of every token's logit.
     """
 
     temperature: Float[Array, " B"]
@@ -108,7 +108,7 @@ def make_sampler(
     vocab_size: int,
     penalties: bool,
 ) -> Sampler:
-    """The samplers of some rows.
+    """Return the samplers of some rows.
 
     Args:
       samples: which of its request's samples a row is.
@@ -153,10 +153,10 @@ def choose(
     plan: Plan,
     masks: UInt[Array, "B W"] | None = None,
 ) -> Choice:
-    """The next token of every row.
+    """Return the next token of every row.
 
     Args:
-      position: of the new token in its row's text: each place has its own random numbers.
+      position: position of the new token in its row's text: each place has its own random numbers.
       masks: the tokens that each row may get, packed as in ``generation.constraint``; None for all tokens.
     """
     with jax.named_scope("choose"):
@@ -179,7 +179,7 @@ def choose(
 
 
 def note(sampler: Sampler, token: Int[Array, " B"], live: Bool[Array, " B"]) -> Sampler:
-    """The sampler after ``token`` was produced by the live rows."""
+    """Return the sampler after ``token`` was produced by the live rows."""
     remaining = sampler.remaining - live.astype(jnp.int32)
     if sampler.in_text is None:
         return dataclasses.replace(sampler, remaining=remaining)

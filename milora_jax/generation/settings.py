@@ -1,4 +1,4 @@
-"""What a caller may ask of one generation, checked before any of it reaches a device."""
+"""The settings that a caller may give for one generation, checked before any of them reaches a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from milora_jax.errors import require
 
 MOST_STOPS = 16
-"""Stop strings, and stop tokens, of one request: each is looked for after every token."""
+"""Most stop strings, and most stop tokens, of one request; each is searched for after every token."""
 
 MOST_LOGPROBS = 20
 MOST_BIASES = 300
@@ -102,18 +102,18 @@ class GenerationSettings:
 
     @property
     def penalized(self) -> bool:
-        """Whether a token's logit is changed by a bias, or by what was seen."""
+        """Whether a token's logit is changed by a bias, or by earlier tokens."""
         penalties = self.presence_penalty, self.frequency_penalty
         return self.repetition_penalty != 1 or any(penalties) or bool(self.logit_bias)
 
     @property
     def sampled(self) -> bool:
-        """Whether chance decides."""
+        """Whether tokens are sampled rather than chosen greedily."""
         return self.temperature > 0
 
     @property
     def limited(self) -> bool:
-        """Whether it decides among some of the tokens only."""
+        """Whether sampling is restricted to some of the tokens."""
         return self.sampled and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 

@@ -13,7 +13,7 @@ CONTEXT = 8
 
 
 CHARACTER = 4
-"""Bytes of the longest character, and so the most tokens that it can be cut into."""
+"""Bytes of the longest character, and so the most tokens that it can be split into."""
 
 
 class TextStream:

@@ -1,4 +1,4 @@
-"""Text in, text out."""
+"""Generation from texts to texts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from milora_jax.prompt_format import PromptFormat
 from milora_jax.types import Batch
 
 Prompt: TypeAlias = str | Sequence[int] | EncodedPrompt | Messages
-"""A text, its token ids, these with what of them the routers read, or a chat."""
+"""A text, its token ids, ids with the part of them that the routers read, or a chat."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Continuation:
       text: decoded, without special tokens and without the stop string.
       tokens: new token ids up to and including the one that ended it.
       finish: why it ended: "stop" or "length"; "error" where a logit was not finite.
-      logprobs: of every token, where asked for.
+      logprobs: log-probabilities of every token, where requested.
     """
 
     text: str
@@ -54,13 +54,13 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one prompt.
+    """The samples of one prompt, or its error.
 
     Attributes:
       samples: its continuations; several if ``num_samples`` asked for them; none after an error.
       route: routing weights ``[L, E]`` of the prompt; None without a router.
       error: one line, if the prompt or its settings could not be served.
-      prompt_logprobs: of every token of the prompt but the first, where asked for.
+      prompt_logprobs: those of every token of the prompt but the first, where requested.
     """
 
     samples: tuple[Continuation, ...]
@@ -70,12 +70,12 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """Of the first continuation."""
+        """The text of the first sample."""
         return self.samples[0].text
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Of the first continuation."""
+        """The tokens of the first sample."""
         return self.samples[0].tokens
 
 
@@ -100,7 +100,7 @@ def generate(
     progress: Callable[[int], None] | None = None,
     stream: Callable[[int, int, str], None] | None = None,
 ) -> list[Answer]:
-    """Continue prompts; the answers come in their order.
+    """Continue prompts; the answers are in the order of the prompts.
 
     Args:
       base: from ``load_base``; turned into the decode layout where it is not yet.
@@ -111,8 +111,8 @@ def generate(
         routers read all; of a chat, and of an ``EncodedPrompt``, what ``adapter.route_on`` says.
       adapter: from ``load_adapter``; None, and no bank, answers with the plain base.
       bank: adapters of several tenants, instead of ``adapter``.
-      tenants: with a bank, whose adapter each prompt is for.
-      settings: of all prompts or of each; None is greedy with ``max_new_tokens``.
+      tenants: with a bank, the tenant of each prompt.
+      settings: settings of all prompts or of each; None is greedy with ``max_new_tokens``.
       max_new_tokens: longest answer in tokens, where there are no ``settings``.
       batch_size: continuations decoded together.
       prefill_rows: prompts of like length that are prefilled together.
@@ -122,7 +122,7 @@ def generate(
         see ``generation.prompt_lookup``; 0 switches that off. Beams take no proposals.
       parse_special_tokens: read special tokens that are written in texts, as Hugging Face's tokenizers and
         vLLM do: right for a chat that ``apply_chat_template`` rendered. Give False for texts that hold what
-        somebody else has typed, which could otherwise end a turn and begin another. Chats need no flag: their
+        a third party has typed, which could otherwise end a turn and begin another. Chats need no flag: their
         contents are never read so.
       return_errors: give an answer with an error for a prompt that cannot be served, and serve the
         others, instead of raising.
@@ -234,7 +234,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Report:
-    """Whom to tell of what."""
+    """The callbacks of a generation."""
 
     progress: Callable[[int], None] | None
     stream: Callable[[int, int, str], None] | None
@@ -335,10 +335,10 @@ def _continued(tokenizer: Any, found: Found, settings: GenerationSettings) -> Co
 def prompt_ids(
     tokenizer: Any, prompt: Prompt, prompt_format: PromptFormat, parse_special_tokens: bool
 ) -> EncodedPrompt:
-    """A text, ids, or a chat as the model gets it.
+    """Encode a text, ids, or a chat as the model gets it.
 
     Args:
-      prompt_format: of the adapter that is to answer.
+      prompt_format: format of the adapter that answers.
       parse_special_tokens: see :func:`generate`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Requests that wait for batch slots, and which of them are prefilled together."""
+"""The queue of requests that wait for batch slots, and the choice of those that are prefilled together."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from milora_jax.generation.request import Request
 
 
 class WaitingRequests:
-    """First come, first served.
+    """A first-in, first-out queue of requests.
 
     Args:
-      batch_slots: of the engine.
+      batch_slots: number of batch slots of the engine.
       cache_length: cache positions of a batch slot.
       prefill_rows: prompts that are prefilled together.
       alone: whether a request is taken only when every slot is free.
@@ -28,7 +28,7 @@ class WaitingRequests:
 
     @property
     def samples(self) -> int:
-        """Batch slots that all of them need."""
+        """Number of batch slots that all of them need."""
         return sum(request.settings.num_samples for request in self._requests)
 
     def add(self, request: Request) -> None:
@@ -36,12 +36,12 @@ class WaitingRequests:
         self._requests.append(request)
 
     def discard(self, request: Request) -> None:
-        """Take a request out, if it is there."""
+        """Remove a request, if it is queued."""
         if request in self._requests:
             self._requests.remove(request)
 
     def take(self, free: int) -> list[Request]:
-        """The next requests to be prefilled together, taken out; none if they do not fit.
+        """Remove and return the next requests to be prefilled together; none if they do not fit.
 
         Args:
           free: number of free batch slots.

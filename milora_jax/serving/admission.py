@@ -12,7 +12,7 @@ from milora_jax.serving.keys import Tenant
 from milora_jax.serving.limits import Limits
 
 WRONG_KEYS_PER_SECOND = 10
-"""Per address; a person mistypes more slowly."""
+"""Wrong keys per second that an address may send; a person mistypes more slowly."""
 
 MAX_ADDRESSES = 4096
 
@@ -43,7 +43,7 @@ class TokenBucket:
         self.left, self.updated = self.size, self.clock()
 
     def take(self, count: int) -> bool:
-        """Take units, if as many are left; a full bucket gives more than it holds."""
+        """Take units if enough are left; a full bucket gives more than it holds."""
         now = self.clock()
         self.left = min(self.size, self.left + (now - self.updated) * self.rate)
         self.updated = now
@@ -61,7 +61,7 @@ class _TenantUsage:
 
 
 class AdmissionControl:
-    """The limits of the server and of each tenant. Used by the thread of the event loop alone.
+    """The limits of the server and of each tenant. Only the thread of the event loop uses it.
 
     Attributes:
       active_requests: requests that were admitted and have not ended.

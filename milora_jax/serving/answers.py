@@ -1,4 +1,4 @@
-"""Responses of the calls that generate: whole, and as the events of a stream."""
+"""Writers of the responses of the calls that generate, as a whole or as the events of a stream."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from milora_jax.serving.responses import ErrorResponse, PromptTokens, RouteInfo,
 from milora_jax.types import EXPERTS
 
 LOWEST_LOGPROB = -9999.0
-"""Minus infinity, which JSON does not have."""
+"""The value that stands for minus infinity, which JSON does not have."""
 
 
 class ResponseWriter(Protocol):
     """Writes the response to one request."""
 
     async def whole(self) -> bytes:
-        """The JSON of the whole response."""
+        """Return the JSON of the whole response."""
         ...
 
     def events(self, first: Delta) -> AsyncIterator[bytes]:
-        """The server-sent events of a stream, of which the first delta has been taken."""
+        """Yield the server-sent events of a stream whose first delta has been taken."""
         ...
 
 
@@ -49,7 +49,7 @@ class Writer(ABC):
         self._calls = [0] * len(self._samples)
 
     async def whole(self) -> bytes:
-        """The JSON of the response of all deltas."""
+        """Return the JSON of the response of all deltas."""
         deltas = [delta async for delta in self._generation.deltas]
         for delta in deltas:
             self._count(delta)
@@ -61,7 +61,7 @@ class Writer(ABC):
         return as_json(self._response(samples, {**self._fields(route), "usage": self._usage()}))
 
     async def events(self, first: Delta) -> AsyncIterator[bytes]:
-        """The server-sent events of a stream; an error after the first one is an event too.
+        """Yield the server-sent events of a stream; an error after the first one is an event too.
 
         Args:
           first: the first delta, which has been taken from the generation.
@@ -144,7 +144,7 @@ class Writer(ABC):
 
 
 class CompletionWriter(Writer):
-    """Of ``/v1/completions``, whose stream events look like the whole response."""
+    """Writes responses of ``/v1/completions``, whose stream events have the form of the whole response."""
 
     _body: CompletionRequest
 
@@ -210,7 +210,7 @@ class CompletionWriter(Writer):
 
 
 class ChatWriter(Writer):
-    """Of ``/v1/chat/completions``."""
+    """Writes responses of ``/v1/chat/completions``."""
 
     _body: ChatRequest
 
@@ -281,7 +281,7 @@ def _assistant_message(sample: Delta) -> responses.AssistantMessage:
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
-    """All deltas of one sample as a single one."""
+    """Join all deltas of one sample into one."""
     return Delta(
         deltas[0].sample,
         "".join(each.text for each in deltas),
@@ -295,12 +295,12 @@ def joined(deltas: Sequence[Delta]) -> Delta:
 
 
 class GenerationResponse(Response):
-    """Generates while it is sent, so that whatever ends the sending ends the generation.
+    """A response that generates while it is sent, so that the generation ends when the sending ends.
 
     Args:
-      body: what is generated.
+      body: body of the request to generate.
       writer: makes the writer of the response of a generation.
-      names: of fields in the request, by those of the body, for errors.
+      names: names of fields in the request, by those of the body, for errors.
     """
 
     def __init__(
@@ -338,7 +338,7 @@ class GenerationResponse(Response):
 
 
 def server_event(data: bytes, name: str = "") -> bytes:
-    """A server-sent event, with a name or without."""
+    """Return a server-sent event, with a name or without."""
     head = f"event: {name}\n".encode() if name else b""
     return head + b"data: " + data + b"\n\n"
 

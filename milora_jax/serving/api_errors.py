@@ -1,4 +1,4 @@
-"""Errors as clients get them, in the shape of OpenAI's, and internal errors as the log has them."""
+"""Errors as clients see them, in the form of OpenAI's, and internal errors as the log records them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 log = logging.getLogger("milora_jax.serving")
 
 INTERNAL = "The server could not complete the request."
-"""All that a client is told of an internal error."""
+"""The message that a client gets for any internal error."""
 
 
 class APIError(Exception):
@@ -49,37 +49,37 @@ def _rebuild(status: int, retry_after: int, error: dict[str, Any]) -> APIError:
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> APIError:
-    """An error that the client can correct."""
+    """Return an error that the client can correct."""
     return APIError(400, message, param=param, code=code)
 
 
 def model_not_found(name: str) -> APIError:
-    """The same error for an adapter that does not exist and for one of another tenant."""
+    """Return the same error for an adapter that does not exist and for one of another tenant."""
     return APIError(404, f"The model {name[:80]!r} does not exist.", param="model", code="model_not_found")
 
 
 def forbidden() -> APIError:
-    """The key is valid, and may not make this call."""
+    """Return the error for a valid key that may not make this call."""
     return APIError(403, "This key may not make this call.", kind="permission_error")
 
 
 def invalid_key() -> APIError:
-    """The key is missing or wrong."""
+    """Return the error for a missing or wrong key."""
     return APIError(401, "Incorrect API key provided.", kind="authentication_error", code="invalid_api_key")
 
 
 def rate_limited(message: str) -> APIError:
-    """A limit of the tenant is reached."""
+    """Return the error for a tenant that has reached one of its limits."""
     return APIError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=1)
 
 
 def overloaded(message: str) -> APIError:
-    """A limit of the server is reached, or it is stopping."""
+    """Return the error of a server that has reached one of its limits, or is stopping."""
     return APIError(503, message, kind="server_error", code="overloaded", retry_after=1)
 
 
 def internal_error() -> APIError:
-    """An internal error, of which the client is told nothing."""
+    """Return the error for an internal failure, without its details."""
     return APIError(500, INTERNAL, kind="server_error", code="internal_error")
 
 

@@ -92,10 +92,10 @@ CurrentTenant = Annotated[Tenant, Depends(_tenant)]
 def make_app(
     service: Backend, keys: Keyring, registry: Registry, hosts: frozenset[str] = frozenset()
 ) -> FastAPI:
-    """The ASGI application.
+    """Return the ASGI application.
 
     Args:
-      keys: of tenants, administrators and monitors.
+      keys: keys of tenants, administrators and monitors.
       registry: adapters that an administrator may load.
       hosts: names under which the server may be called; empty for any.
     """
@@ -136,13 +136,13 @@ async def _routing_error(request: Request, error: Exception) -> JSONResponse:
 
 @open_routes.get("/health/live")
 async def live() -> responses.Liveness:
-    """Whether the process answers."""
+    """Report whether the process answers."""
     return responses.Liveness(status="alive")
 
 
 @routes.get("/health/ready", responses={503: {"model": responses.Readiness, "description": "Not ready."}})
 async def ready(service: CurrentService) -> responses.Readiness:
-    """Whether requests are served, and the number of free batch slots."""
+    """Report whether requests are served, and the number of free batch slots."""
     alive, free = await service.health()
     admission = service.admission
     is_ready = alive and not admission.closed
@@ -154,7 +154,7 @@ async def ready(service: CurrentService) -> responses.Readiness:
 
 @routes.get(middleware.METRICS_PATH, response_class=JSONResponse, responses=METRICS)
 async def metrics(service: CurrentService) -> Response:
-    """Counters in the format of Prometheus."""
+    """Return counters in the format of Prometheus."""
     text = await service.metrics_text()
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -163,7 +163,7 @@ async def metrics(service: CurrentService) -> Response:
 @routes.get("/page.css", include_in_schema=False)
 @routes.get("/page.js", include_in_schema=False)
 async def page(request: Request) -> Response:
-    """A file of the page for trying adapters."""
+    """Return a file of the page for trying adapters."""
     name, media_type = PAGE[request.url.path]
     content = await asyncio.to_thread((PAGE_DIR / name).read_bytes)
     if name == "page.js":
@@ -175,13 +175,13 @@ async def page(request: Request) -> Response:
 
 @routes.get("/v1/models")
 async def models(service: CurrentService, tenant: CurrentTenant) -> responses.ModelList:
-    """The models that the caller may use."""
+    """List the models that the caller may use."""
     return responses.ModelList(data=[responses.Model(id=name) for name in service.models(tenant)])
 
 
 @routes.get("/v1/models/{model:path}")
 async def model(model: str, service: CurrentService, tenant: CurrentTenant) -> responses.Model:
-    """A model that the caller may use."""
+    """Return a model that the caller may use."""
     if model not in service.models(tenant):
         raise model_not_found(model)
     return responses.Model(id=model)
@@ -191,7 +191,7 @@ async def model(model: str, service: CurrentService, tenant: CurrentTenant) -> r
 async def completions(
     body: CompletionRequest, service: CurrentService, tenant: CurrentTenant
 ) -> GenerationResponse:
-    """Continue a text, or several."""
+    """Continue one or several texts."""
     return GenerationResponse(service, tenant, body, lambda found: CompletionWriter(body, found, service))
 
 
@@ -214,7 +214,7 @@ async def create_response(
 
 @routes.post("/tokenize")
 async def tokenize(body: TokenizeRequest, service: CurrentService, tenant: CurrentTenant) -> TokenizeResponse:
-    """Token ids of a prompt, as a generation would get it."""
+    """Return the token ids of a prompt, as a generation would get it."""
     found = await service.tokenize(tenant, body)
     return TokenizeResponse(
         count=len(found.tokens),
@@ -228,7 +228,7 @@ async def tokenize(body: TokenizeRequest, service: CurrentService, tenant: Curre
 async def detokenize(
     body: DetokenizeRequest, service: CurrentService, tenant: CurrentTenant
 ) -> DetokenizeResponse:
-    """The text of token ids."""
+    """Return the text of token ids."""
     return DetokenizeResponse(prompt=await service.detokenize(tenant, body))
 
 

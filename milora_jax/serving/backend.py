@@ -1,4 +1,4 @@
-"""What the HTTP API calls, and what it is given: a service of this process, or replicas in others."""
+"""The interface that the HTTP API calls: a service of this process, or replicas in others."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ GenerationBody = CompletionRequest | ChatRequest
 
 @dataclass(frozen=True)
 class Delta:
-    """What one sample has gained.
+    """The new output of one sample.
 
     Attributes:
       sample: its number in the request: those of the first prompt come first.
-      text: that can be shown.
+      text: text that can be shown.
       tokens, logprobs: since the previous delta; a stop token included.
       finish: "stop", "length" or "tool_calls" with the last delta.
-      route: of the prompt, with the first delta.
+      route: route of the prompt, with the first delta.
       cached_tokens: prompt tokens that came from the prefix cache.
-      calls: of tools, that are whole since the previous delta.
-      prompt_logprobs: of the prompt's tokens but the first, if they are wanted, with the first delta.
+      calls: tool calls that were completed since the previous delta.
+      prompt_logprobs: those of the prompt's tokens but the first, if they are wanted, with the first delta.
     """
 
     sample: int
@@ -57,7 +57,7 @@ class Generation:
     Attributes:
       model: the name in the request.
       prompts: token ids of the prompts.
-      deltas: of all samples, to be read to the end.
+      deltas: deltas of all samples, to be read to the end.
     """
 
     id: str
@@ -74,7 +74,7 @@ class Generation:
 
 @runtime_checkable
 class Backend(Protocol):
-    """What the HTTP API calls: a :class:`Service` of this process, or replicas in others.
+    """The interface that the HTTP API calls: a :class:`Service` of this process, or replicas in others.
 
     Attributes:
       admission: admission control of this process.
@@ -86,11 +86,11 @@ class Backend(Protocol):
     metrics: Metrics
 
     def models(self, tenant: Tenant) -> list[str]:
-        """Names of the models that a tenant may use."""
+        """Return the names of the models that a tenant may use."""
         ...
 
     def generate(self, tenant: Tenant, body: GenerationBody) -> AbstractAsyncContextManager[Generation]:
-        """Queue an admitted request; leaving the context ends what still runs of it.
+        """Queue an admitted request; leaving the context ends its samples that still run.
 
         Raises:
           APIError: the request is refused.
@@ -98,15 +98,15 @@ class Backend(Protocol):
         ...
 
     def token_text(self, token: int) -> str:
-        """The text of one token."""
+        """Return the text of one token."""
         ...
 
     def text_of(self, tokens: Sequence[int]) -> str:
-        """The text of several tokens, special ones among them."""
+        """Return the text of several tokens, including special ones."""
         ...
 
     async def tokenize(self, tenant: Tenant, body: TokenizeRequest) -> Tokenized:
-        """Token ids of a prompt, as a generation would get it.
+        """Return the token ids of a prompt, as a generation would get it.
 
         Raises:
           APIError: the request is refused.
@@ -114,7 +114,7 @@ class Backend(Protocol):
         ...
 
     async def detokenize(self, tenant: Tenant, body: DetokenizeRequest) -> str:
-        """The text of token ids.
+        """Return the text of token ids.
 
         Raises:
           APIError: the request is refused.
@@ -130,13 +130,13 @@ class Backend(Protocol):
         ...
 
     async def unload(self, name: str) -> bool:
-        """Unload an adapter; False if none of that name is loaded."""
+        """Unload an adapter; return False if no adapter of that name is loaded."""
         ...
 
     async def health(self) -> tuple[bool, int]:
-        """Whether requests can be served, and the number of free batch slots."""
+        """Return whether requests can be served, and the number of free batch slots."""
         ...
 
     async def metrics_text(self) -> bytes:
-        """All counters in the format of Prometheus."""
+        """Return all counters in the format of Prometheus."""
         ...

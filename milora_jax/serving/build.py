@@ -37,7 +37,7 @@ class Offer:
     Attributes:
       base: path of the model, as ``base.source`` takes it.
       name: name of the base alone as a model.
-      dtype, quantize: in which it is loaded.
+      dtype, quantize: its dtype and quantisation.
       tensor: devices that every layer is divided over.
     """
 
@@ -143,7 +143,7 @@ def build_service(
 
 
 def _tasks() -> int:
-    """Tasks of the running event loop; 0 if there is none."""
+    """Return the number of tasks of the running event loop; 0 without one."""
     try:
         return len(asyncio.all_tasks())
     except RuntimeError:

@@ -25,7 +25,7 @@ class Connections:
         self._open: dict[Any, TimedConnection] = {}
 
     def protocol(self, http: Callable[..., Any]) -> Callable[..., asyncio.Protocol]:
-        """A factory of connections, from uvicorn's own."""
+        """Return a factory of connections, given uvicorn's own."""
 
         def make(**arguments: Any) -> asyncio.Protocol:
             return TimedConnection(http(**arguments), self._limits, self._open)
@@ -33,7 +33,7 @@ class Connections:
         return make
 
     def tracked(self, app: ASGIApp) -> ASGIApp:
-        """An application that tells a connection when a request of it begins, and when its response ends."""
+        """Wrap an application so that each connection knows when a request begins and its response ends."""
 
         async def tracked(scope: Scope, receive: Receive, send: Send) -> None:
             connection = self._open.get(scope["client"])
@@ -55,7 +55,7 @@ class Connections:
 
 
 class TimedConnection(asyncio.Protocol):
-    """A connection that is closed when no request begins, or when its client does not read.
+    """A connection that is closed when no request begins in time, or when its client does not read.
 
     Args:
       http: the protocol that handles the connection.
@@ -70,7 +70,7 @@ class TimedConnection(asyncio.Protocol):
         self._waits_for_reader: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Expect a request from now on."""
+        """Start the time limit for a request."""
         self._transport = transport
         self._client = tuple(transport.get_extra_info("peername")[:2])
         self._opened[self._client] = self
@@ -79,12 +79,12 @@ class TimedConnection(asyncio.Protocol):
         self._expect_request()
 
     def data_received(self, data: bytes) -> None:
-        """Expect a request from its first byte on; the same holds for a body that no request reads."""
+        """Start the time limit at the first byte of a request, or of a body that no request reads."""
         self._expect_request()
         self._http.data_received(data)
 
     def eof_received(self) -> bool | None:
-        """As the HTTP protocol."""
+        """Pass the end of the input to the HTTP protocol."""
         return self._http.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -95,23 +95,23 @@ class TimedConnection(asyncio.Protocol):
         self._http.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """More than the limit waits for the client: it has to read some of it in time."""
+        """Start the time limit for reading, because more than the limit waits for the client."""
         self._http.pause_writing()
         self._expect_reader()
 
     def resume_writing(self) -> None:
-        """The client has read enough."""
+        """Stop the time limit for reading, because the client has read enough."""
         _cancel(self._waits_for_reader)
         self._http.resume_writing()
 
     def begin_request(self) -> None:
-        """A request has begun: its head is complete, and its body has a time limit of its own."""
+        """Note that a request has begun: its head is complete, and its body has its own time limit."""
         self._active += 1  # a second one can begin before the first has ended, where requests are pipelined
         _cancel(self._waits_for_head)
         self._waits_for_head = None
 
     def end_request(self) -> None:
-        """A request has ended; uvicorn closes the connection if nothing at all follows."""
+        """Note that a request has ended; uvicorn closes the connection if no bytes follow."""
         self._active -= 1
 
     def _expect_request(self) -> None:

@@ -1,4 +1,4 @@
-"""Two adapters of the embedded model, trained here unless an earlier demonstration has left them."""
+"""Trains two adapters of the embedded model, unless an earlier demonstration has left them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ DEMO_TASKS = ("arithmetic", "word_order")
 ROOT = Path(__file__).resolve().parents[2]
 
 STEPS = 200
-"""Optimizer steps that tell the two apart: about a minute each on two cores."""
+"""Optimizer steps after which the two differ clearly: about a minute each on two cores."""
 
 
 def demo_adapters(root: Path) -> dict[str, Path]:
-    """Workdirs under ``root`` by task, trained by ``configs/tiny.py`` on that task alone.
+    """Return workdirs under ``root`` by task, each trained by ``configs/tiny.py`` on that task alone.
 
     Raises:
       UserError: training failed.

@@ -33,7 +33,7 @@ class _TenantQueue(Generic[Item]):
 
 
 class FairQueue(Generic[Item]):
-    """Items of several tenants, first in first out within each."""
+    """A queue of the items of several tenants, first in, first out within each."""
 
     def __init__(self, quantum: int = QUANTUM) -> None:
         self._quantum = quantum
@@ -61,7 +61,7 @@ class FairQueue(Generic[Item]):
         return False
 
     def pop(self, ready: Callable[[Item], bool] = lambda item: True) -> Item | None:
-        """The next item that can be served.
+        """Remove and return the next item that can be served.
 
         Args:
           ready: whether an item can be served; the first such item of a tenant is taken, so that one that

@@ -26,7 +26,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class JSONSchema(RequestBase):
-    """OpenAI's ``json_schema``. ``strict`` false ignores keywords that are not implemented."""
+    """OpenAI's ``json_schema``. With ``strict`` false, keywords that are not implemented are ignored."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: Annotated[str, Field(max_length=4096)] | None = None
@@ -63,7 +63,7 @@ class FormatFields(RequestBase):
 
     @property
     def wants_format(self) -> bool:
-        """Whether a field asks for anything."""
+        """Whether a field asks for structured output."""
         wanted = [self.structured_outputs, self.guided_json, self.guided_regex, self.guided_choice]
         form = self.response_format
         return any(each is not None for each in (*wanted, self.guided_grammar)) or (
@@ -71,7 +71,7 @@ class FormatFields(RequestBase):
         )
 
     def format_grammar(self, limits: Limits) -> Grammar | None:
-        """The grammar that is asked for; takes too long for the event loop.
+        """Return the requested grammar; this takes too long for the event loop.
 
         Raises:
           APIError: there are several, or it is invalid; naming the field.
@@ -105,7 +105,7 @@ class FormatFields(RequestBase):
 
 
 def grammar_of(kind: str, field: str, value: Any, limits: Limits) -> Grammar:
-    """The grammar that a field asks for.
+    """Return the grammar that a field asks for.
 
     Args:
       kind: ``json`` (a schema, or its text), ``object``, ``regex``, ``choice``, ``grammar``, or ``format``: a

@@ -18,7 +18,7 @@ BYTES = 2 * 2**30
 """Address space of the process; the vocabulary of a large model takes a quarter of it."""
 
 START_SECONDS = 60.0
-"""For reading the tokenizer, on a busy machine."""
+"""Time limit for reading the tokenizer, on a busy machine."""
 
 WALL_FACTOR = 10
 """Wall time over processor time, on a busy machine."""
@@ -44,11 +44,11 @@ for line in sys.stdin:
 
 
 class GrammarTrial:
-    """The process, which is started at the first trial and again after one has ended it.
+    """The process, which is started at the first trial and again after a trial has ended it.
 
     Args:
       tokenizer: its ``tokenizer.json``.
-      limits: of llguidance's parser.
+      limits: limits of llguidance's parser.
       seconds: processor time of a trial.
     """
 

@@ -1,4 +1,4 @@
-"""Requests on their way through the device loop, and what it says of them."""
+"""Requests in the device loop, and their stream events."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class StreamEvent:
 
     Attributes:
       tokens: since the previous event.
-      logprobs: of these tokens, if the request wants them.
+      logprobs: those of these tokens, if the request wants them.
       finish: why the sample ended, as in ``generation.request.Request.finish``; None while it continues.
       route: routing weights ``[L, E]`` of the prompt, with the first event.
       cached_tokens: prompt tokens that came from the prefix cache.
       failure: why a constraint cannot be followed, with the finish "constraint".
-      prompt_logprobs: of the prompt's tokens but the first, if the request wants them, with the first event.
+      prompt_logprobs: those of the prompt's tokens but the first, if requested, with the first event.
     """
 
     sample: int
@@ -46,8 +46,8 @@ class Job:
       adapter: the adapter that it uses; None for the base alone.
       on_event: called with each stream event; must not block.
       route_tokens: leading tokens of the prompt that the routers read; 0 for all.
-      cache_scope: of the prefix cache; None does without it.
-      constraint: of the tokens of each sample.
+      cache_scope: scope in the prefix cache; None does not use the cache.
+      constraint: constraint of the tokens of each sample.
       request: the engine's, once the job has started.
       sent: tokens of each sample that were in events.
       ended: which samples have ended.

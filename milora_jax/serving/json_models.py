@@ -26,7 +26,7 @@ Read = TypeVar("Read", bound=FileModel)
 
 
 def read_model(path: Path, model: type[Read]) -> Read:
-    """The object in a file.
+    """Return the object in a file.
 
     Raises:
       UserError: naming the file, the field and what is expected there.

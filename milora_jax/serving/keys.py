@@ -41,7 +41,7 @@ class Tenant:
     Attributes:
       adapters: names of the adapters that it may use; None for all, and the base alone.
       concurrency: active requests that it may have; 0 for no limit but the server's own.
-      tokens_per_minute: of prompts and continuations together; 0 for no limit.
+      tokens_per_minute: limit on prompts and continuations together; 0 for no limit.
       alone: whether the server has no other tenant.
     """
 
@@ -80,7 +80,7 @@ class TenantEntry(FileModel):
     tokens_per_minute: NonNegativeInt = Tenant.tokens_per_minute
 
     def tenant(self) -> Tenant:
-        """The tenant."""
+        """Return the tenant."""
         adapters = self.adapters if isinstance(self.adapters, frozenset) else None
         return Tenant(self.name, adapters, self.concurrency, self.tokens_per_minute)
 
@@ -110,7 +110,7 @@ class Keyring:
     open: bool = False
 
     def tenant_of(self, key: bytes | None) -> Tenant | None:
-        """The tenant of a key; None if the key is none of a tenant."""
+        """Return the tenant of a key; None if no tenant has it."""
         if self.open:
             return LOCAL
         found = None
@@ -138,7 +138,7 @@ class Keyring:
 
     @classmethod
     def of(cls, path: Path | None, environment: Mapping[str, str] = os.environ) -> Keyring:
-        """The keys of a file and of the environment; open if neither has a key of a tenant.
+        """Return the keys of a file and of the environment; open if neither has a key of a tenant.
 
         Raises:
           UserError: the file is not as described above, or a key of the environment is too short.
@@ -165,7 +165,7 @@ class Keyring:
 
 
 def digest_of(key: str) -> str:
-    """The digest of a key, as a file of keys holds it.
+    """Return the digest of a key, as a file of keys holds it.
 
     Raises:
       UserError: the key is too short.

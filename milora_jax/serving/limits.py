@@ -12,13 +12,13 @@ MAY_BE_ZERO = (
     *("context", "max_lora_rank", "samples", "grace_seconds"),
     *("prefill_budget", "prefix_cache", "share_prefixes", "prompt_lookup"),
 )
-"""Limits for which 0 has a meaning of its own."""
+"""The limits for which 0 has a special meaning."""
 
 USUAL_SAMPLES = 4
 
 
 def flag_of(name: str) -> str:
-    """The option of ``serve.py`` that sets a limit.
+    """Return the option of ``serve.py`` that sets a limit.
 
     >>> flag_of("queue_tokens")
     '--queue-tokens'
@@ -103,12 +103,12 @@ class Limits:
 
     @property
     def most_samples(self) -> int:
-        """Samples that one request may have."""
+        """Most samples that one request may have."""
         return self.samples or min(USUAL_SAMPLES, self.rows)
 
     @classmethod
     def of(cls, values: Mapping[str, str]) -> Limits:
-        """Limits from text, by name.
+        """Return limits parsed from text, by name.
 
         Raises:
           UserError: there is no such limit, or it is no number.

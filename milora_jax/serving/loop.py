@@ -30,15 +30,15 @@ from milora_jax.serving.store import BASE_SLOT, AdapterStore
 log = logging.getLogger("milora_jax.serving")
 
 MAX_OVERTAKES = 32
-"""Requests that may start before one whose adapter finds no adapter slot; then one is kept for it."""
+"""Requests that may start before one whose adapter finds no adapter slot; then a slot is kept for it."""
 
 PLANS = (Plan(), Plan(sampled=True, limited=True), Plan(True, True, True, True))
-"""The decode programs of a server: greedy; sampled; and with everything that a request can ask for."""
+"""The decode programs of a server: greedy, sampled, and with every feature that a request can ask for."""
 
 
 @dataclass
 class Counts:
-    """Counters of the loop and its free batch slots; written by the loop alone, read by other threads."""
+    """Counters of the loop and its free batch slots; the loop alone writes them, other threads read them."""
 
     steps: int = 0
     failures: int = 0
@@ -89,11 +89,11 @@ class DeviceLoop:
             self._changed.notify()
 
     def end(self, job: Job, sample: int, reason: str) -> None:
-        """End a sample at its stop string ("stop"), or because its client has gone ("cancelled")."""
+        """End a sample at its stop string ("stop"), or because its client has disconnected ("cancelled")."""
         self.call(lambda: self._end(job, sample, reason))
 
     def wake(self) -> None:
-        """Schedule again: what queued jobs wait for may be there."""
+        """Schedule again, because resources that queued jobs wait for may be available."""
         self.call(lambda: None)
 
     def call(self, command: Callable[[], None]) -> None:
@@ -117,7 +117,7 @@ class DeviceLoop:
 
     @property
     def running(self) -> int:
-        """Requests in the batch."""
+        """Number of requests in the batch."""
         return len(self._running)
 
     @property
@@ -127,7 +127,7 @@ class DeviceLoop:
         return self._thread.is_alive() and (recent or self.idle)
 
     def warm_up(self) -> None:
-        """Compile every program that requests need; before :meth:`start`."""
+        """Compile every program that requests need; call it before :meth:`start`."""
         engine, limits = self._engine, self._limits
         longest = engine.cache_length - 1  # one cache position is for the first new token
         buckets, length = {}, 1

@@ -52,13 +52,13 @@ class Metrics:
         self.registry.register(_ReadCounter(name, help, value))
 
     def text(self) -> bytes:
-        """All metrics in the format of Prometheus."""
+        """Return all metrics in the format of Prometheus."""
         return generate_latest(self.registry)
 
 
 @dataclass(frozen=True)
 class _ReadCounter:
-    """A counter that somebody else counts, as a collector."""
+    """A counter whose value is kept elsewhere, as a collector."""
 
     name: str
     help: str

@@ -31,21 +31,21 @@ from milora_jax.serving.limits import Limits
 from milora_jax.serving.request_base import parse_body
 
 ANONYMOUS, ADMIN, MONITOR = Tenant("nobody"), Tenant("admin"), Tenant("monitor")
-"""Requests without a key, and the keys of administrators and monitors, which are no tenants."""
+"""Names for requests without a key, and for the keys of administrators and monitors, which are no tenants."""
 
 OPEN_PATH = b"/health/live"
 """The one path that needs no key."""
 
 METRICS_PATH = "/metrics"
 MONITOR_PATHS = (METRICS_PATH, "/health/ready", "/health/live")
-"""All that a monitor may call."""
+"""The only paths that a monitor may call."""
 
 ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 GENERATION_PATHS = (
     *("/v1/completions", "/v1/chat/completions", "/v1/responses"),
     *("/tokenize", "/detokenize"),
 )
-"""Calls that admission control counts."""
+"""Paths of the calls that admission control counts."""
 
 
 class ClientDisconnected(Exception):
@@ -53,7 +53,7 @@ class ClientDisconnected(Exception):
 
 
 def error_response(error: APIError) -> JSONResponse:
-    """The HTTP response of an error."""
+    """Return the HTTP response of an error."""
     headers = {"retry-after": str(error.retry_after)} if error.retry_after else {}
     if error.status == 401:
         headers["www-authenticate"] = 'Basic realm="milora_jax", charset="UTF-8"'
@@ -158,7 +158,7 @@ def _require_short_head(scope: Scope, limits: Limits) -> None:
 
 
 def key_of(headers: Headers) -> bytes | None:
-    """The key of a request: a bearer token, or the password of HTTP Basic."""
+    """Return the key of a request: a bearer token, or the password of HTTP Basic."""
     values = headers.getlist("authorization")
     if len(values) != 1:
         return None
@@ -175,7 +175,7 @@ class RequestBody:
     """Admits a request, reads its body within the limits, and cancels it when the client disconnects.
 
     Args:
-      paths: of the calls that take a body.
+      paths: paths of the calls that take a body.
     """
 
     def __init__(self, app: ASGIApp, service: Backend, paths: frozenset[str]) -> None:
@@ -206,7 +206,7 @@ class RequestBody:
 
 
 def admitted(admission: AdmissionControl, scope: Scope) -> contextlib.AbstractContextManager[None]:
-    """Admission control for the calls that generate; others are always admitted.
+    """Apply admission control to the calls that generate; others are always admitted.
 
     Raises:
       APIError: the request is not admitted.
@@ -217,7 +217,7 @@ def admitted(admission: AdmissionControl, scope: Scope) -> contextlib.AbstractCo
 
 
 async def read_body(scope: Scope, receive: Receive, limits: Limits) -> bytes:
-    """The whole body.
+    """Return the whole body.
 
     Raises:
       APIError: it is too long, does not arrive in time, or is not JSON by its headers.
@@ -251,7 +251,7 @@ async def disconnected(receive: Receive) -> None:
 
 
 def replay(body: bytes) -> Receive:
-    """A ``receive`` that gives a body that has been read, and then waits."""
+    """Return a ``receive`` that gives a body that has been read, and then waits."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:

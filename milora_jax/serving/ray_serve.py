@@ -69,7 +69,7 @@ class Engine:
     async def generate(
         self, tenant: Tenant, body: GenerationBody
     ) -> AsyncGenerator[Started | Delta | APIError]:
-        """The start and the deltas; or an error, which is the last message."""
+        """Yield the start and the deltas, or an error, which is the last message."""
         try:
             async with self._service.generate(tenant, body) as generation:
                 await self._mark_used(body.model)
@@ -80,21 +80,21 @@ class Engine:
             yield error
 
     async def tokenize(self, tenant: Tenant, body: TokenizeRequest) -> Tokenized | APIError:
-        """Token ids of a prompt, or an error."""
+        """Return the token ids of a prompt, or an error."""
         try:
             return await self._service.tokenize(tenant, body)
         except APIError as error:
             return error
 
     async def detokenize(self, tenant: Tenant, body: DetokenizeRequest) -> str | APIError:
-        """The text of token ids, or an error."""
+        """Return the text of token ids, or an error."""
         try:
             return await self._service.detokenize(tenant, body)
         except APIError as error:
             return error
 
     async def load(self, name: str, registered: Registered) -> str:
-        """Load an adapter; returns what is wrong with it, and an empty text if it is loaded."""
+        """Load an adapter; return the error, or an empty text if it is loaded."""
         try:
             await self._service.load(name, registered)
         except (UserError, OSError) as error:
@@ -102,19 +102,19 @@ class Engine:
         return ""
 
     async def unload(self, name: str) -> bool:
-        """Unload an adapter; False if none of that name is loaded."""
+        """Unload an adapter; return False if no adapter of that name is loaded."""
         return await self._service.unload(name)
 
     async def health(self) -> tuple[bool, int]:
-        """Whether requests can be served, and the number of free batch slots."""
+        """Return whether requests can be served, and the number of free batch slots."""
         return await self._service.health()
 
     async def metrics_text(self) -> str:
-        """The counters in the format of Prometheus."""
+        """Return the counters in the format of Prometheus."""
         return (await self._service.metrics_text()).decode()
 
     def check_health(self) -> None:
-        """Called by Ray, which replaces a replica that raises.
+        """Raise if the engine fails; Ray calls this and replaces a replica that raises.
 
         Raises:
           RuntimeError: the device loop has ended.
@@ -142,7 +142,7 @@ class Replicas:
         self.metrics.gauge("milora_under_way", "Admitted requests", lambda: self.admission.active_requests)
 
     def models(self, tenant: Tenant) -> list[str]:
-        """Names of the models that a tenant may use."""
+        """Return the names of the models that a tenant may use."""
         return [name for name in (self._base_name, *sorted(self._names)) if tenant.may_use(name)]
 
     @asynccontextmanager
@@ -162,19 +162,19 @@ class Replicas:
             messages.cancel()  # does nothing if it has ended
 
     def token_text(self, token: int) -> str:
-        """The text of one token."""
+        """Return the text of one token."""
         return self._tokenizer.decode([token])
 
     def text_of(self, tokens: Sequence[int]) -> str:
-        """The text of several tokens, special ones among them."""
+        """Return the text of several tokens, including special ones."""
         return self._tokenizer.decode(list(tokens))
 
     async def tokenize(self, tenant: Tenant, body: TokenizeRequest) -> Tokenized:
-        """Token ids of a prompt, from an engine, which knows how the adapter's prompts are written."""
+        """Return the token ids of a prompt, from an engine, which knows the adapter's prompt format."""
         return await self._ask("tokenize", tenant, body)
 
     async def detokenize(self, tenant: Tenant, body: DetokenizeRequest) -> str:
-        """The text of token ids."""
+        """Return the text of token ids."""
         return await self._ask("detokenize", tenant, body)
 
     async def _ask(self, method: str, tenant: Tenant, body: TokenizeRequest | DetokenizeRequest) -> Any:
@@ -209,7 +209,7 @@ class Replicas:
         return any(await self._engines.broadcast("unload", name).results_async())
 
     async def health(self) -> tuple[bool, int]:
-        """Whether an engine serves requests, and the free batch slots of all."""
+        """Return whether an engine serves requests, and the number of free batch slots of all."""
         try:
             found = await self._engines.broadcast("health").results_async()
         except Exception as error:  # Ray's errors have no common base class but this
@@ -218,7 +218,7 @@ class Replicas:
         return any(alive for alive, _ in found), sum(free for _, free in found)
 
     async def metrics_text(self) -> bytes:
-        """The counters of the front end and of all engines, with the process in a label."""
+        """Return the counters of the front end and of all engines, with the process in a label."""
         engines = await self._engines.broadcast("metrics_text").results_async()
         names = ("front", *(str(number) for number in range(len(engines))))
         return generate_latest(
@@ -267,7 +267,7 @@ async def _deltas(messages: Any) -> AsyncIterator[Delta]:
 
 
 class Front:
-    """The deployment that clients reach.
+    """The deployment that clients connect to.
 
     Args:
       engines: handle of the engines.
@@ -292,7 +292,7 @@ class Front:
 
 
 def build(arguments: dict[str, str]) -> Any:
-    """The application, for ``serve run`` and for Ray's config files.
+    """Return the application, for ``serve run`` and for Ray's config files.
 
     Args:
       arguments: ``base`` (a Hugging Face directory that every node has), ``adapters`` (NAME=DIR,...), and

@@ -45,7 +45,7 @@ class Registry:
     """The adapters by name.
 
     Args:
-      path: of the file; None to keep nothing.
+      path: path of the file; None to store nothing.
       given: adapters of the command line, which are added to those of the file or replace them.
     """
 
@@ -56,11 +56,11 @@ class Registry:
         self._write()
 
     def get(self, name: str) -> Registered | None:
-        """The adapter that is registered under a name."""
+        """Return the adapter that is registered under a name."""
         return self._adapters.get(name)
 
     def to_load(self) -> dict[str, Registered]:
-        """The adapters that a server loads at the start."""
+        """Return the adapters that a server loads at the start."""
         return {name: each for name, each in self._adapters.items() if each.loaded}
 
     def note(self, name: str, loaded: bool) -> None:

@@ -1,4 +1,4 @@
-"""What the models of request bodies are made of: types of fields, strictness, errors that name a field."""
+"""Building blocks of the models of request bodies: types of fields, strictness, errors that name a field."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _HashableFailFast(FailFast):
 
 
 FAIL_FAST = _HashableFailFast()
-"""Validation of a list ends at its first invalid entry: a body may hold a megabyte of them."""
+"""Ends the validation of a list at its first invalid entry: a body may hold a megabyte of them."""
 
 BOUNDED = Field(max_length=4096)
 """A list whose own limit, a smaller one, is in ``serving.limits``."""
@@ -38,7 +38,7 @@ CONTRADICTION = "contradiction"
 """Type of the validation error of a field that another one forbids; its context has ``field``."""
 
 Ignored = Annotated[str, Field(max_length=256)] | None
-"""Names a client or a conversation, and has no effect on the response."""
+"""A name of a client or a conversation, which has no effect on the response."""
 
 
 class RequestBase(BaseModel):
@@ -62,12 +62,12 @@ class RequestBase(BaseModel):
 
 
 def contradiction(field: str, message: str) -> PydanticCustomError:
-    """The error of a field whose value another field forbids."""
+    """Return the error of a field whose value another field forbids."""
     return PydanticCustomError(CONTRADICTION, "{message}", {"field": field, "message": message})
 
 
 def parse_body(content: bytes) -> dict[str, Any]:
-    """The JSON object of a body, whatever its fields.
+    """Return the JSON object of a body, whatever its fields.
 
     Raises:
       APIError: it is none, or has a name twice or a character that no tokenizer can take.
@@ -89,7 +89,7 @@ def parse_body(content: bytes) -> dict[str, Any]:
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """The error for a body that a model does not accept, naming the field.
+    """Return the error for a body that a model does not accept, naming the field.
 
     Args:
       errors: as :meth:`pydantic.ValidationError.errors` has them.

@@ -112,24 +112,24 @@ class GenerationRequest(FormatFields):
 
     @property
     def token_limit(self) -> int | None:
-        """Longest continuation, where the client gives one."""
+        """The longest continuation, where the client gives one."""
         return self.max_tokens
 
     @property
     def samples(self) -> int:
-        """Samples of each prompt."""
+        """Number of samples of each prompt."""
         return self.n or 1
 
     @abstractmethod
     def logprobs_wanted(self) -> int:
-        """Most probable tokens that are wanted for each token; 0 for no log-probabilities at all."""
+        """Number of most probable tokens to return for each token; 0 for no log-probabilities at all."""
 
     def prompt_logprobs_wanted(self) -> int:
-        """The same of the tokens of the prompt."""
+        """Number of most probable tokens to return for each token of the prompt; 0 for none."""
         return 0
 
     def settings(self, limits: Limits, prompt_tokens: int, context: int, default: int) -> GenerationSettings:
-        """The settings of the engine.
+        """Return the settings of the engine.
 
         Args:
           prompt_tokens: length of the prompt.
@@ -184,7 +184,7 @@ class GenerationRequest(FormatFields):
 
 
 class CompletionRequest(GenerationRequest):
-    """``/v1/completions``."""
+    """The body of ``/v1/completions``."""
 
     unsupported = COMPLETION
 
@@ -199,11 +199,11 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
 
     def logprobs_wanted(self) -> int:
-        """At least one where any are wanted: OpenAI's 0 means the token's own alone."""
+        """The number is at least one where any are wanted: OpenAI's 0 means the token's own alone."""
         return 0 if self.logprobs is None else max(1, self.logprobs)
 
     def prompt_logprobs_wanted(self) -> int:
-        """Those of an echo; an echo without a new token takes them even if nobody reads them."""
+        """The number for an echo; an echo without a new token computes them even if none are returned."""
         return max(self.logprobs_wanted(), int(self.max_tokens == 0)) if self.echo else 0
 
     @property
@@ -261,7 +261,7 @@ class ChatMessage(ToolMessageFields):
 
     @property
     def text(self) -> str:
-        """The content; its parts stand on lines of their own, as in vLLM."""
+        """The content; each of its parts is on its own lines, as in vLLM."""
         content = self.content or ""
         return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
@@ -273,13 +273,13 @@ class ChatMessage(ToolMessageFields):
 
     @property
     def characters(self) -> int:
-        """Length of all its texts."""
+        """Length of all texts of the message."""
         calls = [call.function for call in self.tool_calls or ()]
         return len(self.text) + sum(len(call.name) + len(call.arguments) for call in calls)
 
     @property
     def message(self) -> Message:
-        """The message, as chat templates take it.
+        """The message in the form that chat templates take.
 
         Raises:
           APIError: the arguments of a call are no JSON object.
@@ -304,7 +304,7 @@ def require_parts(content: Any, kinds: tuple[str, ...]) -> None:
 
 
 def chat_messages(messages: Sequence[ChatMessage], limits: Limits) -> list[Message]:
-    """The messages of a chat.
+    """Return the messages of a chat.
 
     Raises:
       APIError: there are too many.
@@ -316,7 +316,7 @@ def chat_messages(messages: Sequence[ChatMessage], limits: Limits) -> list[Messa
 
 
 class ChatRequest(ToolFields, GenerationRequest):
-    """``/v1/chat/completions``."""
+    """The body of ``/v1/chat/completions``."""
 
     unsupported = CHAT
 
@@ -327,11 +327,11 @@ class ChatRequest(ToolFields, GenerationRequest):
 
     @property
     def token_limit(self) -> int | None:
-        """OpenAI's newer name, or the older one."""
+        """The limit under OpenAI's newer name, or under the older one."""
         return self.max_completion_tokens or self.max_tokens
 
     def logprobs_wanted(self) -> int:
-        """At least one where any are wanted."""
+        """The number is at least one where any are wanted."""
         return max(1, self.top_logprobs or 0) if self.logprobs else 0
 
     @model_validator(mode="after")
@@ -360,7 +360,7 @@ class ChatRequest(ToolFields, GenerationRequest):
 
 
 class AdapterRequest(RequestBase):
-    """``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``."""
+    """The body of ``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``."""
 
     unsupported = ADAPTER
 

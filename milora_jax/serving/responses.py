@@ -34,13 +34,13 @@ class ErrorResponse(BaseModel):
 
 
 class PromptTokens(BaseModel):
-    """What became of the tokens of the prompt."""
+    """Details about the tokens of the prompt."""
 
     cached_tokens: Count
 
 
 class Usage(BaseModel):
-    """Tokens of the prompt and of all samples."""
+    """Numbers of tokens of the prompt and of all samples."""
 
     prompt_tokens: Count
     completion_tokens: Count
@@ -97,7 +97,7 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """The same with the most probable tokens in its place."""
+    """A token of a chat completion with its log-probability and the most probable tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
@@ -148,14 +148,14 @@ class ChatResponse(_Response):
 
 
 class FunctionDelta(BaseModel):
-    """What a stream event adds to a call."""
+    """The part of a call that a stream event adds."""
 
     name: str | None = None
     arguments: str
 
 
 class ToolCallDelta(BaseModel):
-    """A call that begins, with its name, or more of its arguments."""
+    """The beginning of a call, with its name, or more of its arguments."""
 
     index: Count
     id: str | None = None
@@ -164,7 +164,7 @@ class ToolCallDelta(BaseModel):
 
 
 class ChatDelta(BaseModel):
-    """What a stream event adds to the message."""
+    """The part of the message that a stream event adds."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -188,7 +188,7 @@ class ChatChunk(_Response):
 
 
 class Model(BaseModel):
-    """A base or an adapter that can be asked for."""
+    """A base or an adapter that requests can name."""
 
     id: str
     object: Literal["model"] = "model"
@@ -227,7 +227,7 @@ class AdapterStatus(BaseModel):
 
 
 def as_json(response: BaseModel) -> bytes:
-    """The JSON of a response without the fields that were not set."""
+    """Return the JSON of a response without the fields that were not set."""
     return response.model_dump_json(exclude_unset=True).encode()
 
 

@@ -35,7 +35,7 @@ NAMES = {
     "max_tokens": "max_output_tokens",
     "response_format": "text",
 }
-"""Fields of a response by those of the chat that it becomes."""
+"""The fields of a response, by the names of the chat's fields that they become."""
 
 PARTS = ("input_text", "output_text", "text")
 
@@ -67,7 +67,7 @@ class InputMessage(RequestBase):
 
 
 class TextFormat(RequestBase):
-    """How the text is to be written; a schema comes with its name and ``strict``."""
+    """The format of the text; a schema comes with its name and ``strict``."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
@@ -91,7 +91,7 @@ class TextFormat(RequestBase):
 
     @property
     def as_response_format(self) -> ResponseFormat:
-        """The same as a field of chats."""
+        """The format as a field of chats."""
         if self.type != "json_schema":
             return ResponseFormat(type=self.type)
         schema = JSONSchema.model_validate({"name": self.name, "schema": self.schema_, "strict": self.strict})
@@ -107,7 +107,7 @@ class TextOptions(RequestBase):
 
 
 class ResponsesRequest(RequestBase):
-    """``/v1/responses``."""
+    """The body of ``/v1/responses``."""
 
     unsupported = RESPONSES
 
@@ -139,7 +139,7 @@ class ResponsesRequest(RequestBase):
         return value
 
     def as_chat(self) -> ChatRequest:
-        """The chat that is generated. Whatever ``text.format`` asks for becomes its ``response_format``."""
+        """Return the chat that is generated. Its ``response_format`` is what ``text.format`` asks for."""
         wanted = None if self.text is None else self.text.format
         messages = [] if self.instructions is None else [("system", self.instructions)]
         if isinstance(self.input, str):
@@ -182,32 +182,32 @@ class OutputMessage(BaseModel):
 
 
 class IncompleteDetails(BaseModel):
-    """Why an output is not complete."""
+    """The reason for which an output is not complete."""
 
     reason: Literal["max_output_tokens"]
 
 
 class ResponseError(BaseModel):
-    """Why a response failed."""
+    """The reason for which a response failed."""
 
     code: Literal["server_error"]
     message: str
 
 
 class InputTokensDetails(BaseModel):
-    """Tokens of the input by kind."""
+    """Numbers of tokens of the input by kind."""
 
     cached_tokens: int = 0
 
 
 class OutputTokensDetails(BaseModel):
-    """Tokens of the output by kind."""
+    """Numbers of tokens of the output by kind."""
 
     reasoning_tokens: int = 0
 
 
 class ResponseUsage(BaseModel):
-    """Tokens of a response."""
+    """Numbers of tokens of a response."""
 
     input_tokens: int
     input_tokens_details: InputTokensDetails = InputTokensDetails()
@@ -252,12 +252,12 @@ class ResponsesWriter:
         self._numbers = itertools.count()
 
     async def whole(self) -> bytes:
-        """The JSON of the whole response."""
+        """Return the JSON of the whole response."""
         ended = self._ended(joined([delta async for delta in self._generation.deltas]))
         return ended.model_dump_json().encode()
 
     async def events(self, first: Delta) -> AsyncIterator[bytes]:
-        """The events of a stream, in OpenAI's order; an error after the first one is an event too.
+        """Yield the events of a stream, in OpenAI's order; an error after the first one is an event too.
 
         Raises:
           APIError: after its event.

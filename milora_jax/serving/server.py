@@ -54,7 +54,7 @@ class _Server(uvicorn.Server):
 
 
 def bound_socket(keys: Keyring, host: str, port: int) -> socket.socket:
-    """A socket with its address, which does not listen yet: it is bound before the base is loaded.
+    """Return a socket that is bound to its address but does not listen yet, before the base is loaded.
 
     Raises:
       UserError: the address needs keys and there are none, or it is in use.
@@ -80,7 +80,7 @@ def _unusable(host: str, port: int, error: Exception) -> UserError:
 
 
 def uvicorn_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
-    """The configuration of uvicorn with the limits of a server, including those of ``connections.py``."""
+    """Return uvicorn's configuration with the limits of a server, including those of ``connections.py``."""
     connections = Connections(limits)
     config = uvicorn.Config(
         connections.tracked(app),
@@ -102,7 +102,7 @@ def uvicorn_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
 
 
 def make_server(service: Service, keys: Keyring, registry: Registry, bound: socket.socket) -> uvicorn.Server:
-    """A server whose socket listens from now on.
+    """Return a server whose socket listens from now on.
 
     Raises:
       UserError: another process has begun to listen to the address since it was bound.

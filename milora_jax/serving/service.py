@@ -1,4 +1,4 @@
-"""From a validated request to the text of its samples. Runs in the thread of the event loop."""
+"""Turns a validated request into the text of its samples, in the thread of the event loop."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from milora_jax.serving.tools import CallParser, ToolCalls
 from milora_jax.types import EXPERTS
 
 COMPLETION_TOKENS = 16
-"""``max_tokens`` of a completion where none is given, as in OpenAI's API; a chat may fill the context."""
+"""Default ``max_tokens`` of a completion, as in OpenAI's API; a chat may fill the context."""
 
 
 class Service:
-    """A server without its HTTP.
+    """A server without the HTTP layer.
 
     Args:
       base_name: name of the base alone as a model; empty if it is not served.
@@ -72,14 +72,14 @@ class Service:
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
     def models(self, tenant: Tenant) -> list[str]:
-        """Names of the models that a tenant may use."""
+        """Return the names of the models that a tenant may use."""
         names = self.store.names() if self.store is not None else []
         mine = [name for name in names if tenant.may_use(name)]
         return [*([self.base_name] if self._serves_base(tenant) else []), *mine]
 
     @asynccontextmanager
     async def generate(self, tenant: Tenant, body: GenerationBody) -> AsyncIterator[Generation]:
-        """Queue an admitted request; leaving the context ends what still runs of it.
+        """Queue an admitted request; leaving the context ends its samples that still run.
 
         Raises:
           APIError: the request is refused.
@@ -120,18 +120,18 @@ class Service:
                     yield Generation(f"{kind}-{secrets.token_hex(16)}", body.model, ids, deltas)
 
     def token_text(self, token: int) -> str:
-        """The text of one token."""
+        """Return the text of one token."""
         text = self._token_texts.get(token)
         if text is None:
             text = self._token_texts[token] = self._decoder.decode([token])
         return text
 
     def text_of(self, tokens: Sequence[int]) -> str:
-        """The text of several tokens, special ones among them."""
+        """Return the text of several tokens, including special ones."""
         return self._decoder.decode(list(tokens))
 
     async def tokenize(self, tenant: Tenant, body: TokenizeRequest) -> Tokenized:
-        """Token ids of a prompt, as a generation would get it."""
+        """Return the token ids of a prompt, as a generation would get it."""
         with self._adapter(tenant, self._named(tenant, body.model)) as adapter:
             self._require_short(body)
             prompt_format = PromptFormat() if adapter is None else adapter.prompt_format
@@ -141,7 +141,7 @@ class Service:
         return found
 
     async def detokenize(self, tenant: Tenant, body: DetokenizeRequest) -> str:
-        """The text of token ids."""
+        """Return the text of token ids."""
         with self._adapter(tenant, self._named(tenant, body.model)):
             body.require_served(self.engine.config.vocab_size, self.engine.cache_length)
             self.admission.spend_tokens(tenant, len(body.tokens))
@@ -154,15 +154,15 @@ class Service:
         await asyncio.to_thread(self.store.load, name, registered.path, registered.pinned)
 
     async def unload(self, name: str) -> bool:
-        """Unload an adapter; False if none of that name is loaded."""
+        """Unload an adapter; return False if no adapter of that name is loaded."""
         return self.store is not None and self.store.unload(name)
 
     async def health(self) -> tuple[bool, int]:
-        """Whether the device loop runs, and the number of free batch slots."""
+        """Return whether the device loop runs, and the number of free batch slots."""
         return self.loop.alive, self.loop.counts.free_slots
 
     async def metrics_text(self) -> bytes:
-        """All counters in the format of Prometheus."""
+        """Return all counters in the format of Prometheus."""
         return self.metrics.text()
 
     def close(self) -> None:
@@ -356,7 +356,7 @@ class Service:
 
 
 def with_calls(delta: Delta, parser: CallParser) -> Delta:
-    """A delta whose text has gone through the parser of its sample."""
+    """Return a delta whose text has gone through the parser of its sample."""
     text, calls = parser.feed(delta.text, delta.finish is not None)
     finish = "tool_calls" if delta.finish == "stop" and parser.count else delta.finish
     return replace(delta, text=text, calls=tuple(calls), finish=finish)

@@ -74,7 +74,7 @@ class Model:
 
     Attributes:
       base: in the decode layout.
-      directory: of its files, for the fingerprint.
+      directory: directory of its files, for the fingerprint.
       quantize: its quantization; an adapter that was trained on another one is refused.
     """
 
@@ -85,7 +85,7 @@ class Model:
 
 
 class AdapterStore:
-    """Adapters by name.
+    """The adapters of a server by name.
 
     Args:
       first: adapters to load at the start, at least one; its method is that of all.
@@ -127,21 +127,21 @@ class AdapterStore:
 
     @property
     def has_base(self) -> bool:
-        """Whether the base alone can be served: pairs of zeros, as its slot holds, change nothing."""
+        """Whether the base alone can be served: the pairs of zeros in its slot change nothing."""
         return self.bank.adapters.method.is_pairs
 
     def names(self) -> list[str]:
-        """Names of the adapters that new requests may use."""
+        """Return the names of the adapters that new requests may use."""
         with self._lock:
             return sorted(self._adapters)
 
     def versions(self) -> list[AdapterVersion]:
-        """The newest version of each adapter."""
+        """Return the newest version of each adapter."""
         with self._lock:
             return list(self._adapters.values())
 
     def acquire(self, name: str) -> AdapterVersion | None:
-        """The newest version of an adapter, for one more user; None if there is no such adapter."""
+        """Return the newest version of an adapter, for one more user; None if there is no such adapter."""
         with self._lock:
             adapter = self._adapters.get(name)
             if adapter is not None:
@@ -163,7 +163,7 @@ class AdapterStore:
             self._drop_if_unused(adapter)
 
     def load(self, name: str, directory: Path, pinned: bool = False) -> AdapterVersion:
-        """Read an adapter, check it, and load it; requests go on with an older version of the same name.
+        """Read an adapter, check it, and load it; running requests keep an older version of the same name.
 
         Blocks while it reads, so the device loop must not call it.
 
@@ -174,7 +174,7 @@ class AdapterStore:
         return self._add(name, directory, self._read(name, directory), pinned)
 
     def unload(self, name: str) -> bool:
-        """Unload an adapter; False if none of that name is loaded."""
+        """Unload an adapter; return False if no adapter of that name is loaded."""
         with self._lock:
             adapter = self._adapters.pop(name, None)
             if adapter is None:
@@ -184,7 +184,7 @@ class AdapterStore:
             return True
 
     def slot_available(self, adapter: AdapterVersion, wake: Callable[[], None]) -> bool:
-        """Whether an adapter is or can be on the device now; starts to read it if that is needed first.
+        """Whether an adapter is or can be on the device now; if it must be read first, start reading it.
 
         Args:
           wake: called from another thread when it has been read, or could not be.
@@ -200,7 +200,7 @@ class AdapterStore:
             return self._free_slot() is not None
 
     def acquire_slot(self, adapter: AdapterVersion) -> int:
-        """The slot of an adapter for one more running request, where :meth:`slot_available`.
+        """Return the slot of an adapter for one more running request, where :meth:`slot_available`.
 
         Writes the adapter to the device if it is not there. The device loop alone calls this and
         :meth:`release_slot`.
@@ -233,7 +233,7 @@ class AdapterStore:
             adapter.running -= 1
 
     def on_device(self) -> list[str]:
-        """Names of the adapters on the device."""
+        """Return the names of the adapters on the device."""
         with self._lock:
             return [adapter.name for adapter in self._slots[1:] if adapter is not None]
 
@@ -320,7 +320,7 @@ class AdapterStore:
 
 
 def version_of(adapter: Adapter) -> str:
-    """A digest of an adapter's contents: two contents of one name have two versions."""
+    """Return a digest of an adapter's contents: two contents of one name have two versions."""
     digest = hashlib.sha256(json.dumps([str(adapter.method), adapter.prompt_format.to_dict()]).encode())
     for leaf in jax.tree.leaves(adapter.params):
         values: Any = jax.device_get(leaf)

@@ -36,20 +36,20 @@ PARSER_LIMITS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
-"""Of llguidance: 20 ms for compiling a regular expression and 10 ms for a mask on a processor of 2024, and
-40 MB of a request's own memory."""
+"""Limits of llguidance: 20 ms for compiling a regular expression and 10 ms for a mask on a processor of 2024,
+and 40 MB of a request's own memory."""
 
 LARGEST_REPEAT = 10_000
-"""Of ``{n}`` and ``{n,m}`` in a regular expression: a million cost seconds in a single step."""
+"""The largest ``{n}`` or ``{n,m}`` in a regular expression: a million cost seconds in a single step."""
 
 SPARE_SECONDS, SECONDS_A_TOKEN = 0.5, 0.005
 """Processor time that the masks of a sample may take: once, and for each of its tokens."""
 
 CACHED = 64
-"""Compiled grammars that are kept, and sources that failed."""
+"""Number of compiled grammars that are cached, and of sources that failed."""
 
 WHITESPACE = r"[ \n\r\t]{1,32}"
-"""Between the tokens of JSON, so that a weak model cannot write blanks for ever."""
+"""The whitespace between tokens of JSON, limited so that a weak model cannot write blanks for ever."""
 
 REPEAT = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
 
@@ -60,7 +60,7 @@ class Grammar:
 
     Attributes:
       source: JSON of its grammars.
-      field: of the request that asks for it.
+      field: field of the request that asks for it.
     """
 
     source: str
@@ -68,7 +68,7 @@ class Grammar:
 
 
 def json_grammar(schema: Any, field: str, lenient: bool = False) -> Grammar:
-    """Of the JSON texts that a schema allows.
+    """Return the grammar of the JSON texts that a schema allows.
 
     Args:
       lenient: ignore keywords that are not implemented.
@@ -84,7 +84,7 @@ def json_grammar(schema: Any, field: str, lenient: bool = False) -> Grammar:
 
 
 def regex_grammar(pattern: str, field: str) -> Grammar:
-    """Of the texts that a regular expression matches whole, in the syntax of Rust's ``regex``."""
+    """Return the grammar of texts that a regular expression (syntax of Rust's ``regex``) matches whole."""
     from llguidance import LLMatcher
 
     require_few_repeats([pattern], field)
@@ -92,12 +92,12 @@ def regex_grammar(pattern: str, field: str) -> Grammar:
 
 
 def choice_grammar(choices: Sequence[str], field: str) -> Grammar:
-    """Of some texts."""
+    """Return the grammar of some texts."""
     return lark_grammar("start: " + " | ".join(json.dumps(text) for text in choices), field)
 
 
 def lark_grammar(text: str, field: str) -> Grammar:
-    """Of a context-free grammar: llguidance's dialect of Lark, or GBNF, which llama.cpp takes.
+    """Return a context-free grammar: llguidance's dialect of Lark, or GBNF, which llama.cpp takes.
 
     Raises:
       APIError: it is neither.
@@ -140,7 +140,7 @@ def require_few_repeats(patterns: Sequence[str], field: str) -> None:
 
 
 def schema_patterns(schema: Any) -> list[str]:
-    """All that may be a regular expression in a schema: every text of its keywords for patterns."""
+    """Return all that may be a regular expression in a schema: every text of its keywords for patterns."""
     found, pending = [], [schema]
     while pending:
         value = pending.pop()
@@ -156,7 +156,7 @@ def schema_patterns(schema: Any) -> list[str]:
 
 
 def invalid_grammar(field: str, reason: str) -> APIError:
-    """The error for a grammar that cannot be served."""
+    """Return the error for a grammar that cannot be served."""
     reason = printable(" ".join(reason.split()))[:300]
     return bad_request(f"{field} cannot be served: {reason}.", field, "invalid_grammar")
 
@@ -166,11 +166,11 @@ class GrammarConstraint:
 
     Args:
       matcher: llguidance's, in the state of the sample.
-      words: of a mask.
+      words: number of words of a mask.
       first: the mask of the state, if it is known.
 
     Attributes:
-      field: of the request that asks for the grammar.
+      field: field of the request that asks for the grammar.
     """
 
     def __init__(self, matcher: Any, words: int, first: np.ndarray | None = None) -> None:
@@ -178,7 +178,7 @@ class GrammarConstraint:
         self._seconds, self.field = SPARE_SECONDS, ""
 
     def mask(self) -> np.ndarray:
-        """The tokens that may come next, packed uint32 ``[ceil(V / 32)]``.
+        """Return the tokens that may come next, packed uint32 ``[ceil(V / 32)]``.
 
         Raises:
           ConstraintError: there is none, or the grammar is too complex.
@@ -194,7 +194,7 @@ class GrammarConstraint:
         return mask
 
     def accept(self, token: int) -> None:
-        """Take the token that was chosen.
+        """Accept the token that was chosen.
 
         Raises:
           ConstraintError: the grammar is too complex.
@@ -206,7 +206,7 @@ class GrammarConstraint:
         self._spend(began)
 
     def copy(self) -> GrammarConstraint:
-        """Another one in the same state."""
+        """Return a constraint in the same state."""
         return GrammarConstraint(self._matcher.deep_copy(), self._words, self._first)
 
     def _spend(self, began: float) -> None:
@@ -237,7 +237,7 @@ class Grammars:
         )
 
     async def constraint(self, make: Callable[[Limits], Grammar | None]) -> GrammarConstraint | None:
-        """A constraint at its beginning.
+        """Return a constraint at its beginning.
 
         Args:
           make: gives the grammar, or None for none; called in a thread.
@@ -259,7 +259,7 @@ class Grammars:
         return constraint
 
     def compile(self, source: str) -> GrammarConstraint | str:
-        """The constraint of a grammar, or what is wrong with it; called in a thread."""
+        """Return the constraint of a grammar, or its error; this is called in a thread."""
         found = self._cached(source)
         if found is None:
             found = self._compiled(source)
@@ -304,7 +304,7 @@ class Grammars:
 
 
 def tokenizer_json(tokenizer: Any) -> str | None:
-    """The ``tokenizer.json`` of a fast tokenizer with its added tokens; None for another one."""
+    """Return the ``tokenizer.json`` of a fast tokenizer with its added tokens; None for other tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

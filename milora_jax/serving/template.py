@@ -34,7 +34,7 @@ try:
 except UserError as error:
     sys.exit(str(error))
 """
-"""A model without a template can be served, and refuses chats."""
+"""The program of the process. A model without a template can be served, and refuses chats."""
 
 
 def require_bounded_template(directory: Path) -> None:

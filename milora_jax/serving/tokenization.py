@@ -19,7 +19,7 @@ from milora_jax.serving.unsupported import TOKENIZE
 
 
 class TokenizeRequest(RequestBase):
-    """``/tokenize``: the prompt of a completion, or the messages of a chat.
+    """The body of ``/tokenize``: the prompt of a completion, or the messages of a chat.
 
     Without a model it is the first that the key may use.
     """
@@ -48,12 +48,12 @@ class TokenizeRequest(RequestBase):
 
     @property
     def texts(self) -> list[str]:
-        """What is to be tokenized."""
+        """The texts to tokenize."""
         return [message.text for message in self.messages or ()] or [self.prompt or ""]
 
 
 class DetokenizeRequest(RequestBase):
-    """``/detokenize``."""
+    """The body of ``/detokenize``."""
 
     model: str | None = None
     tokens: Annotated[list[TokenId], FAIL_FAST]
@@ -103,10 +103,10 @@ class Tokenized:
 def tokenized(
     tokenizer: Any, body: TokenizeRequest, prompt_format: PromptFormat, limits: Limits, context: int
 ) -> Tokenized:
-    """Token ids as a generation would have them.
+    """Return token ids as a generation would have them.
 
     Args:
-      prompt_format: of the adapter.
+      prompt_format: prompt format of the adapter.
 
     Raises:
       APIError: the prompt cannot be written.

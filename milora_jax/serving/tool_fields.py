@@ -14,7 +14,7 @@ from milora_jax.serving.request_base import RequestBase
 from milora_jax.serving.structured import require_small
 
 MOST_TOOLS = 128
-"""As in OpenAI's API."""
+"""Most tools of a request, as in OpenAI's API."""
 
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
@@ -36,7 +36,7 @@ class Tool(RequestBase):
 
     @property
     def for_template(self) -> dict[str, Any]:
-        """As chat templates take it: ``strict`` is for the sampler."""
+        """The tool as chat templates take it: ``strict`` is for the sampler."""
         function = self.function.model_dump(exclude_unset=True, exclude={"strict"})
         return {"type": "function", "function": function}
 
@@ -70,7 +70,7 @@ class ToolCall(RequestBase):
     index: int | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates take it: the arguments are an object.
+        """Return the call as chat templates take it: the arguments are an object.
 
         Raises:
           APIError: they are none.

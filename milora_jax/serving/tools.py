@@ -21,11 +21,11 @@ from milora_jax.serving.structured import Grammar, invalid_grammar, require_few_
 from milora_jax.serving.tool_fields import Tool, ToolFields
 
 MOST_CALLS = 16
-"""Calls of one reply, under a grammar."""
+"""Most calls of one reply, under a grammar."""
 
 NEAR_END = 8
-"""Characters of the longest value that JSON knows by name, and some: an error so near the end of a text may
-be that the text is not whole."""
+"""A few characters more than the longest literal name of JSON: an error this near the end of a text may mean
+that the text is incomplete."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Family:
-    """How some models write calls.
+    """The format in which some models write calls.
 
     Attributes:
-      name: of the family.
+      name: name of the family.
       marker: what a call begins with; it may be a special token.
       markers: all such texts, which the parser has to see.
       parameters: name of the arguments in the JSON of a call.
@@ -60,7 +60,7 @@ LLAMA3 = Family("llama3", "<|python_tag|>", ("<|python_tag|>",), "parameters")
 
 
 def family_of(source: str) -> Family | None:
-    """The family of a chat template; None where it is none that is known.
+    """Return the family of a chat template; None if the template is of no known family.
 
     >>> family_of("{{ '<tool_call>' }}").name
     'hermes'
@@ -77,7 +77,7 @@ def family_of(source: str) -> Family | None:
 def call_grammar(
     family: Family, source: str, tools: Sequence[Tool], one_call: bool, token_of: Callable[[str], int | None]
 ) -> Grammar:
-    """The grammar of replies that call one of the tools, with arguments that its schema allows.
+    """Return the grammar of replies that call one of the tools, with arguments that its schema allows.
 
     Args:
       source: the chat template.
@@ -167,31 +167,31 @@ class ToolCalls:
             raise bad_request(message, "tools", "unsupported_parameter")
 
     def grammar_of(self, body: ToolFields) -> Callable[[Limits], Grammar] | None:
-        """Makes the grammar of a reply that has to call; None where none has to."""
+        """Return a function that makes the grammar of a reply that has to call; None where none has to."""
         family, source, tools = self._family, self._source, body.forced_tools
         if not tools or family is None or source is None:
             return None
         return lambda _: call_grammar(family, source, tools, body.one_call, self._tokens.get)
 
     def parser_of(self, body: ToolFields) -> CallParser | None:
-        """The parser of one sample; None where no calls are wanted."""
+        """Return the parser of one sample; None where no calls are wanted."""
         if not body.calls_wanted or self._family is None:
             return None
         names = frozenset(tool.function.name for tool in body.tools or ())
         return CallParser(self._family, names, body.one_call)
 
     def hidden_tokens(self, body: ToolFields) -> frozenset[int] | None:
-        """Tokens without text in a reply that may hold calls, for ``TextStream``."""
+        """Return the tokens without text in a reply that may hold calls, for ``TextStream``."""
         return self._hidden if body.calls_wanted else None
 
 
 class CallParser:
-    """Takes the calls out of a reply, while its text comes.
+    """Extracts the calls from a reply as its text arrives.
 
     A call is given when it is whole; text that looks like one and is none is content.
 
     Args:
-      names: of the tools that there are.
+      names: names of the available tools.
       one_call: drop what follows the first call.
     """
 

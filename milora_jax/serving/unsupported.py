@@ -14,14 +14,14 @@ from typing import Any
 from pydantic_core import PydanticCustomError
 
 Unsupported = Mapping[str, tuple[Any, ...]]
-"""By field, the values beside ``null`` that are accepted: those that have no effect."""
+"""Accepted values by field, other than ``null``: those that have no effect."""
 
 UNSUPPORTED = "unsupported_parameter"
 """Type of the validation error that refuses a field; its context has ``field``."""
 
 
 def fields(names: str, *values: Any) -> Unsupported:
-    """Several fields with the values that are accepted in them."""
+    """Return several fields with the values that are accepted in them."""
     return dict.fromkeys(names.split(), values)
 
 
@@ -108,7 +108,7 @@ ADAPTER = fields("base_model_name lora_int_id lora_path")
 
 
 def without_unsupported(values: dict[str, Any], table: Unsupported) -> dict[str, Any]:
-    """The fields of a body that are supported.
+    """Return the fields of a body that are supported.
 
     Raises:
       PydanticCustomError: a field that is not has a value that would have an effect.

@@ -8,6 +8,8 @@ from milora_jax.commands.bench import main
 from milora_jax.errors import UserError
 from milora_jax.tiny import MODEL_DIR, TASKS_DIR
 
+pytest.importorskip("transformers", reason="texts need a tokenizer, which the core does without")
+
 
 def test_it_reports_what_was_accepted(capsys):
     rows = TASKS_DIR / "word_order" / "test.jsonl"

@@ -9,6 +9,7 @@ from milora_jax.errors import UserError
 from milora_jax.tiny import MODEL_DIR
 
 
+@pytest.mark.thorough
 def test_both_cases_report_what_they_measured(capsys):
     sizes = {"prompt": 130, "budget": "0,64", "streams": 2, "repeats": 1, "turns": 3, "turn": 50, "new": 30}
     options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]

@@ -70,6 +70,7 @@ def requests(adapter, lookup, *, rows=3, chunk=4, constraints=None, which=range(
     return made
 
 
+@pytest.mark.sweep("4-milora")
 @pytest.mark.parametrize("method", ["milora", "p_tuning_v2", None])
 @pytest.mark.parametrize("lookup", [1, 4])
 def test_tokens_are_those_without_it(method, lookup):
@@ -100,6 +101,7 @@ def test_a_text_that_repeats_itself_takes_fewer_steps():
     assert steps[4] < steps[0] / 2
 
 
+@pytest.mark.sweep("blocks1")
 @pytest.mark.parametrize("blocks", [{}, {"prefill_budget": 8, "prefill_block": 8, "prefix_cache": 2**20}])
 def test_a_row_has_the_bits_that_it_has_alone(blocks):
     """Beside neighbours of all kinds, one of which makes the batch go step by step."""
@@ -113,6 +115,7 @@ def test_a_row_has_the_bits_that_it_has_alone(blocks):
     assert together[4].accepted_tokens == together[4].proposed_tokens == 0
 
 
+@pytest.mark.sweep("gathered")
 @pytest.mark.parametrize("path", ["one_hot", "gathered", "tpu interpreted"])
 def test_tenants_of_a_bank_get_their_own_tokens(path):
     (bank, _), tenants = make_bank(path), {}

@@ -286,7 +286,9 @@ def test_a_full_disk_is_one_line_and_no_traceback_of_a_thread(tmp_path, more):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     others = ["RuntimeError", "OSError", "IndexError"] if more else []
     assert re.findall(r"^\w+Error(?=: )", done.stderr, re.MULTILINE) == others
-    assert bool(more) == bool(done.stderr)
+    # Orbax may leave a coroutine that it never started, of which Python warns at the end.
+    lines = [line for line in done.stderr.splitlines() if "RuntimeWarning: " not in line]
+    assert bool(more) == bool(lines)
     places = [tmp_path / limit / "" for limit in ("0", "1000", "20000", "100000")]
     assert done.stdout.splitlines() == [f"cannot save step 1 to {p}: File too large" for p in places]
     # Threads of Orbax may write a file more, under the hidden name that the next run clears away.
