@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from milora_jax.addresses import in_bucket
 from milora_jax.commands.command_line import Parser
 from milora_jax.commands.config_options import read_config_file
 from milora_jax.doctor.examine import examine
@@ -16,7 +17,7 @@ from milora_jax.errors import UserError, as_given
 
 def workdir(text: str) -> Path:
     """The folder of a workdir; one in a bucket is fetched first."""
-    if not text.startswith("gs:"):
+    if in_bucket(text) is None:
         return Path(text)
     # It imports JAX, which may be what is broken.
     from milora_jax.storage.mirror import with_states

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from milora_jax.addresses import local_path
 from milora_jax.commands.command_line import Parser
 from milora_jax.commands.lm_eval import main as lm_eval
 from milora_jax.commands.mt_bench import main as mt_bench
@@ -72,7 +73,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--batch-size", type=int, default=0, help="prompts decoded together (default: the run's)")
     add("--template", choices=TEMPLATES, help="of prompts (default: the run's or the export's, else alpaca)")
     add("--dtype", choices=DTYPES, help="of the base (default: the run's, or float32)")
-    add("--predictions", type=Path, help="JSONL file (default: WORKDIR/evaluation[-base][-TASK].jsonl)")
+    add("--predictions", type=local_path, help="JSONL file (default: WORKDIR/evaluation[-base][-TASK].jsonl)")
     add("--fresh", action="store_true", help="begin again, whatever the predictions file holds")
     return parser.parse_args(arguments)
 

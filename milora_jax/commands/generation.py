@@ -14,9 +14,9 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from milora_jax.addresses import local_path
 from milora_jax.commands.command_line import Parser
 from milora_jax.commands.options import add_options, settings_of
 from milora_jax.config import DTYPES, QUANTIZE, TEMPLATES
@@ -58,7 +58,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument(
-        "--file", type=Path, help="a prompt per line, or a record per line if it ends in .jsonl"
+        "--file", type=local_path, help="a prompt per line, or a record per line if it ends in .jsonl"
     )
     parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the template")
     parser.add_argument(

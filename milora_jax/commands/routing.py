@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from milora_jax.addresses import local_path
 from milora_jax.commands.command_line import Parser
 from milora_jax.config import DTYPES, TEMPLATES
 from milora_jax.data.records import parse_given
@@ -49,7 +50,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=int, default=0, help="prompts per task (default: all)")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts run together")
-    parser.add_argument("--out", type=Path, help="folder (default: WORKDIR/routing, or routing)")
+    parser.add_argument("--out", type=local_path, help="folder (default: WORKDIR/routing, or routing)")
     return parser.parse_args(arguments)
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from milora_jax.addresses import require_local
 from milora_jax.errors import UserError
 
 LARGEST_FILE = 2**36
@@ -105,8 +106,7 @@ def require_new(path: Path) -> None:
     Raises:
       UserError: the path exists and is not an empty directory.
     """
-    if path.parts[:1] == ("gs:",):
-        raise UserError(f"{str(path)!r}: expected a local directory, which can be copied to a bucket")
+    require_local(path, "a local directory, which can be copied to a bucket")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UserError(f"{path}: exists and is no directory, expected a new or an empty one")
     if path.is_dir() and any(path.iterdir()):

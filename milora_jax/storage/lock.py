@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from types import TracebackType
 
+from milora_jax.addresses import require_local
 from milora_jax.errors import UserError
 
 LOCK = ".lock"
@@ -37,8 +38,7 @@ class WorkdirLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> WorkdirLock:
-        if self.workdir.parts[:1] == ("gs:",):
-            raise UserError(f"{str(self.workdir)!r}: expected a directory, only train.py writes to buckets")
+        require_local(self.workdir, "a directory, only train.py writes to buckets")
         path = self.workdir / LOCK
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from milora_jax.base.gcs import SCHEME
+from milora_jax.addresses import in_bucket
 from milora_jax.base.source import WEIGHTS
 from milora_jax.errors import UserError, stand_for
 from milora_jax.parallel.processes import is_first, wait_for_all
@@ -283,18 +283,6 @@ def _synced(mirror: Mirror, seconds: float) -> Iterator[None]:
     ended.set()
     thread.join()
     mirror.sync()
-
-
-def in_bucket(path: str | Path) -> str | None:
-    """The address of a place in a bucket; None for a directory. A ``Path`` has lost a slash of it.
-
-    >>> in_bucket("gs://bucket/runs/math"), in_bucket(Path("gs://bucket/runs/math")), in_bucket("runs/math")
-    ('gs://bucket/runs/math', 'gs://bucket/runs/math', None)
-    """
-    text = str(path)
-    if isinstance(path, Path):
-        return f"{SCHEME}{text.removeprefix('gs:/')}" if text.startswith("gs:/") else None
-    return text if text.startswith("gs:") else None
 
 
 def _folder_for(scratch: Path, url: str) -> Path:

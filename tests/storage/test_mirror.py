@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from milora_jax.addresses import in_bucket
 from milora_jax.errors import UserError, as_given
 from milora_jax.storage import bucket_lock
 from milora_jax.storage.checkpoint import CheckpointDirectory, verify_step
 from milora_jax.storage.files import require_new
 from milora_jax.storage.lock import WorkdirLock
 from milora_jax.storage.manifest import MANIFEST
-from milora_jax.storage.mirror import fetched, in_bucket, local_copy, opened_workdir, synced
+from milora_jax.storage.mirror import fetched, local_copy, opened_workdir, synced
 from tests.fake_gcs import BUCKET
 
 pytest.importorskip("tensorstore")
@@ -295,5 +296,18 @@ def test_what_only_works_on_a_disk_refuses_an_address(tmp_path, monkeypatch):
         WorkdirLock(Path(URL)).__enter__()
     with pytest.raises(UserError, match="expected a local directory"):
         require_new(Path(URL))
-    assert not list(tmp_path.iterdir())
     assert in_bucket(str(tmp_path)) is in_bucket(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/run", "gcs://bucket/run", "file:///run", "hf://owner/run"])
+def test_an_address_of_another_scheme_is_no_directory(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in (address, Path(address)):
+        with pytest.raises(UserError, match=r"expected a directory or gs://BUCKET/PATH"):
+            opened_workdir(given, print).__enter__()
+        with pytest.raises(UserError, match=r"expected a directory or gs://BUCKET/PATH"):
+            fetched(given).__enter__()
+        with pytest.raises(UserError, match="expected a directory, only"):
+            WorkdirLock(Path(given)).__enter__()
+    assert not list(tmp_path.iterdir())
