@@ -1,7 +1,7 @@
 """Several processes, one per host of a cluster, that run the same program on all devices together.
 
-Every process reads the same files and takes the same steps; only the first one writes.
-All must see the same file system.
+Every process reads the same files and takes the same steps; only the first one writes to the workdir, which
+is on a file system that all of them see, or in a bucket.
 """
 
 from __future__ import annotations
