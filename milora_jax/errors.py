@@ -82,6 +82,23 @@ class ExitReport(NamedTuple):
     code: int
 
 
+_GIVEN: dict[str, str] = {}
+"""What the user gave, by the folder that stands for it."""
+
+
+def stand_for(folder: Path, given: str) -> None:
+    """Let messages name what the user gave, where they would name a temporary folder in its place."""
+    _GIVEN[str(folder)] = given
+
+
+def as_given(text: object) -> str:
+    """A text, or a path, with what the user gave in the place of temporary folders; see :func:`stand_for`."""
+    shown = str(text)
+    for folder, given in _GIVEN.items():
+        shown = shown.replace(folder, given)
+    return shown
+
+
 def printable(text: str) -> str:
     r"""Escape foreign text into one line, so that it cannot move a terminal's cursor.
 
@@ -94,8 +111,8 @@ def printable(text: str) -> str:
 def exit_report(error: UserError | OSError | KeyboardInterrupt) -> ExitReport:
     """The line and the exit code for a user's mistake, a refusal of the file system, or Ctrl-C."""
     if isinstance(error, UserError):
-        return ExitReport(printable(" ".join(str(error).split())), error.exit_code)
+        return ExitReport(printable(" ".join(as_given(error).split())), error.exit_code)
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{as_given(error.filename)}: " if error.filename else ""
         return ExitReport(f"{where}{error.strerror or error}", EXIT_BAD_INPUT)
     return ExitReport("interrupted", 130)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from milora_jax.addresses import local_path
 from milora_jax.cluster import Cluster
 from milora_jax.commands.command_line import Parser
 from milora_jax.commands.lm_eval import main as lm_eval
@@ -54,6 +55,7 @@ from milora_jax.parallel.processes import (
     together,
 )
 from milora_jax.preemption import watch_for_preemption
+from milora_jax.storage.mirror import local_copy, synced
 
 COMMANDS = {"study": study, "lm-eval": lm_eval, "mt-bench": mt_bench, "routing": routing}
 """Commands by name; without one of them, answers are scored."""
@@ -66,8 +68,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description=__doc__,
     )
     add = parser.add_argument
-    add("--workdir", type=Path, help="workdir of train.py: its base and its best adapter")
-    add("--adapter", type=Path, help="exported adapter, beside --base")
+    add("--workdir", type=local_copy, help="workdir of train.py, or its gs:// address")
+    add("--adapter", type=local_copy, help="exported adapter, beside --base")
     add("--base", help="of the base: Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH")
     add("--no-adapter", action="store_true", help="score the base without the adapter")
     add("--data", default="", help="[NAME=]FILE,... to score (default: the run's test files, or the Hub)")
@@ -81,7 +83,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--batch-size", type=int, default=0, help="prompts decoded together (default: the run's)")
     add("--template", choices=TEMPLATES, help="of prompts (default: the run's or the export's, else alpaca)")
     add("--dtype", choices=DTYPES, help="of the base (default: the run's, or float32)")
-    add("--predictions", type=Path, help="JSONL file (default: WORKDIR/evaluation[-base][-TASK].jsonl)")
+    add("--predictions", type=local_path, help="JSONL file (default: WORKDIR/evaluation[-base][-TASK].jsonl)")
     add("--fresh", action="store_true", help="begin again, whatever the predictions file holds")
     add_mesh_options(parser)
     return parser.parse_args(arguments)
@@ -134,7 +136,10 @@ def _score(asked: argparse.Namespace, console: Console, preempted: Callable[[], 
     plan = Plan.of(read_subject(named), questions, asked.beams, settings.batch_size)
     require_same({**package_versions(), **plan.settings()})
     mesh = plan.subject.mesh(asked.mesh, plan.batch_size)
-    with PredictionFile(path, plan.settings(), plan.batches(), asked.fresh) as file:
+    with (
+        synced(asked.workdir),
+        PredictionFile(path, plan.settings(), plan.batches(), asked.fresh) as file,
+    ):
         load = functools.cache(lambda: plan.subject.load(mesh))
         answer_missing(plan, file, load, console, preempted)
         losses = losses_in(file.result or {})

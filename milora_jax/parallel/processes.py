@@ -1,7 +1,7 @@
 """Several processes, one per host of a cluster, that run the same program on all devices together.
 
 Every process reads the same files, takes the same steps and scores the same answers; only the first one
-writes. All must see the same file system.
+writes to the workdir, which is on a file system that all of them see, or in a bucket.
 """
 
 from __future__ import annotations
