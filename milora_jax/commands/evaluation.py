@@ -47,14 +47,13 @@ from milora_jax.evaluation.score import losses_in
 from milora_jax.evaluation.subject import Named, named_subject, read_subject
 from milora_jax.evaluation.tasks import MOST_BEAMS, PAPER_BEAMS, TASKS, Task, task_named
 from milora_jax.parallel.processes import (
-    any_of_all,
     from_first,
     is_first,
     package_versions,
     require_same,
     together,
+    watch_for_preemption_of_any,
 )
-from milora_jax.preemption import watch_for_preemption
 from milora_jax.storage.mirror import local_copy, synced
 
 COMMANDS = {"study": study, "lm-eval": lm_eval, "mt-bench": mt_bench, "routing": routing}
@@ -100,8 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def score(asked: argparse.Namespace) -> None:
     """Score the rows that the predictions file lacks, batch by batch, and print the result as JSON."""
-    with together(settings_of(Cluster, asked)), watch_for_preemption() as preempted:
-        _score(asked, Console(silent=not is_first()), lambda: any_of_all(preempted()))
+    with together(settings_of(Cluster, asked)), watch_for_preemption_of_any() as preempted:
+        _score(asked, Console(silent=not is_first()), preempted)
 
 
 def _score(asked: argparse.Namespace, console: Console, preempted: Callable[[], bool]) -> None:

@@ -40,12 +40,10 @@ from milora_jax.evaluation.score import (
 )
 from milora_jax.evaluation.tasks import require_golds, rule_for
 from milora_jax.parallel.processes import (
-    any_of_all,
     from_first,
     is_first,
     place,
     require_same,
-    several,
     wait_for_all,
 )
 from milora_jax.preemption import stop_if_preempted
@@ -121,11 +119,10 @@ def _score_all(
         for task, records in tests.items()
     }
     outputs = sum(len(each.passages) for each in responses.values())
-    every = run.config.eval.batch_size
-    with _advancing(f"computing the loss of {what}", outputs, every, console, preempted) as advance:
+    with _advancing(f"computing the loss of {what}", outputs, console, preempted) as advance:
         losses = response_losses(run, base, adapter, responses, advance)
     questions = sum(map(len, tests.values()))
-    with _advancing(f"scoring {what}", questions, every, console, preempted) as advance:
+    with _advancing(f"scoring {what}", questions, console, preempted) as advance:
         scores = score_tests(run, base, adapter, advance)
     return [
         dataclasses.replace(
@@ -139,23 +136,14 @@ def _score_all(
 
 @contextmanager
 def _advancing(
-    title: str, total: int, every: int, console: Console, preempted: Callable[[], bool]
+    title: str, total: int, console: Console, preempted: Callable[[], bool]
 ) -> Iterator[Callable[[int], None]]:
-    """A function that takes a number of finished rows, shows progress, and stops if that was requested.
-
-    Args:
-      every: rows after which several processes ask each other, because that waits for the devices.
-    """
-    unasked = 0
+    """A function that takes a number of finished rows, shows progress, and stops if that was requested."""
     with console.progress(title, total, "rows") as bar:
 
         def advance(rows: int) -> None:
-            nonlocal unasked
             bar.advance(rows)
-            unasked += rows
-            if unasked >= every or not several():
-                unasked = 0
-                stop_if_preempted(lambda: any_of_all(preempted()), title)
+            stop_if_preempted(preempted, title)
 
         yield advance
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 import milora_jax
 from milora_jax.cluster import Cluster
 from milora_jax.errors import EXIT_PREEMPTED, REPORTED_IN_ONE_LINE, Preempted, UserError, exit_report
+from milora_jax.preemption import watch_for_preemption
 from milora_jax.types import PyTree
 
 JOIN_SECONDS = 300
@@ -160,13 +163,42 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def any_of_all(flag: bool) -> bool:
-    """Whether the flag is set in any process; all processes must call this."""
+@contextmanager
+def watch_for_preemption_of_any() -> Iterator[Callable[[], bool]]:
+    """As ``watch_for_preemption``, for all processes together: SIGTERM or Ctrl-C in one of them stops all.
+
+    JAX's preemption service passes the notice on and settles at which call all stop, so that none of them
+    waits for its devices to ask the others. Its handler of SIGTERM is the one that
+    ``jax.distributed.initialize`` has installed.
+
+    Yields:
+      A function that returns whether to stop. All processes must call it equally often; from the call on at
+      which it returns True in one of them it returns True in all.
+    """
     if not several():
-        return flag
+        with watch_for_preemption() as preempted:
+            yield preempted
+        return
     from jax.experimental import multihost_utils
 
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    calls, reached = itertools.count(1), False
+
+    def asked() -> bool:
+        nonlocal reached
+        reached = reached or multihost_utils.reached_preemption_sync_point(next(calls))
+        return reached
+
+    def pass_on(signum: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, old)  # a second Ctrl-C interrupts
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    old = signal.getsignal(signal.SIGINT)
+    if old is signal.default_int_handler:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, pass_on)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, old)
 
 
 def from_first(value: int) -> int:

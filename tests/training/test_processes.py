@@ -15,7 +15,14 @@ from milora_jax.cluster import Cluster
 from milora_jax.config import MeshSection
 from milora_jax.errors import EXIT_PREEMPTED, UserError
 from milora_jax.parallel.mesh import make_mesh
-from milora_jax.parallel.processes import HEARTBEAT_SECONDS, any_of_all, from_first, place, to_host, together
+from milora_jax.parallel.processes import (
+    HEARTBEAT_SECONDS,
+    from_first,
+    place,
+    to_host,
+    together,
+    watch_for_preemption_of_any,
+)
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.checkpoint import CheckpointDirectory
 from milora_jax.storage.files import read_json
@@ -246,9 +253,31 @@ with processes.together(Cluster("127.0.0.1:{free_port()}", 2, {process})):
     assert len(found.stderr.splitlines()) == 1
 
 
+def test_several_stop_where_the_preemption_service_says(monkeypatch):
+    """Every call counts, in all processes alike; Ctrl-C is passed on as SIGTERM, the service's own signal."""
+    asked, received = [], []
+    monkeypatch.setattr("milora_jax.parallel.processes.several", lambda: True)
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.reached_preemption_sync_point",
+        lambda call: asked.append(call) or call == 2,
+    )
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    service = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with watch_for_preemption_of_any() as preempted:
+            assert [preempted() for _ in range(4)] == [False, True, True, True]
+            assert asked == [1, 2]
+            signal.raise_signal(signal.SIGINT)
+            assert received == [signal.SIGTERM]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, service)
+
+
 def test_alone_nothing_is_asked_of_others():
-    assert any_of_all(True)
-    assert not any_of_all(False)
     assert from_first(-1) == -1
     values = {"a": np.arange(8.0, dtype=np.float32)}
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[1])
