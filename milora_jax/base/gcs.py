@@ -210,7 +210,7 @@ def _result(pending: Any, name: str) -> Any:
 
 
 def failure(line: str, error: Exception) -> UserError:
-    """The error to raise for one of tensorstore: temporary if it gave up retrying, final if it was refused."""
+    """The error to raise for one of tensorstore: temporary if it gave up trying, final if it was refused."""
     return (TemporaryError if str(error).startswith(GAVE_UP) else UserError)(line)
 
 
