@@ -40,8 +40,7 @@ from milora_jax.evaluation.final import (
     require_learned,
     write_report,
 )
-from milora_jax.parallel.processes import is_first, together
-from milora_jax.preemption import watch_for_preemption
+from milora_jax.parallel.processes import is_first, together, watch_for_preemption_of_any
 from milora_jax.storage.mirror import opened_workdir
 from milora_jax.training.loop import Trainer
 from milora_jax.training.prepare import prepare_run
@@ -91,7 +90,7 @@ def main() -> None:
     # JAX installs a handler of SIGTERM when it joins other processes, so ours is installed after it.
     with (
         together(cluster),
-        watch_for_preemption() as preempted,
+        watch_for_preemption_of_any() as preempted,
         opened_workdir(given, Console().log, preempted) as (workdir, publisher),
     ):
         console = Console(silent=not is_first())

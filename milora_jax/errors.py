@@ -16,7 +16,8 @@ EXIT_NOTHING_LEARNED = 4
 """Exit code of training that ended at the uniform guess, or with gradients of exactly zero."""
 
 EXIT_PREEMPTED = 75
-"""Exit code after SIGTERM or Ctrl-C: state is saved, the same command resumes (sysexits.h EX_TEMPFAIL)."""
+"""Exit code after SIGTERM, Ctrl-C, or a fault that may pass: state is saved, and the same command resumes
+(sysexits.h EX_TEMPFAIL)."""
 
 
 class UserError(Exception):
@@ -39,6 +40,12 @@ class NothingLearnedError(UserError):
 
 class Preempted(UserError):
     """The command was asked to stop, and everything it had done is saved."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+class TemporaryError(UserError):
+    """Something is out of reach that the same command may find later; what was done is saved."""
 
     exit_code = EXIT_PREEMPTED
 

@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from milora_jax.addresses import local_path
+from milora_jax.cluster import Cluster
 from milora_jax.commands.command_line import Parser
+from milora_jax.commands.options import add_mesh_options, settings_of
 from milora_jax.config import DTYPES, TEMPLATES
 from milora_jax.data.records import parse_given
 from milora_jax.errors import UserError, as_given, require
-from milora_jax.evaluation.routing import distances, measure, route_tasks, summary_lines
+from milora_jax.evaluation.routing import Routes, distances, measure, route_tasks, summary_lines
 from milora_jax.evaluation.routing_plots import write_report
 from milora_jax.evaluation.subject import named_subject
+from milora_jax.parallel.processes import is_first, together
 from milora_jax.storage.mirror import local_copy, synced
 
 
@@ -51,6 +54,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=0, help="prompts per task (default: all)")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts run together")
     parser.add_argument("--out", type=local_path, help="folder (default: WORKDIR/routing, or routing)")
+    add_mesh_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -71,10 +75,16 @@ def main(arguments: Sequence[str]) -> None:
     if not sources:
         raise UserError("there are no prompts to route: give --data FILE")
     out = asked.out or (asked.workdir or Path()) / "routing"
-    routes = route_tasks(named, sources, asked.limit, asked.batch_size)
+    with together(settings_of(Cluster, asked)):
+        routes = route_tasks(named, sources, asked.limit, asked.batch_size, asked.mesh)
+        if is_first():
+            with synced(asked.workdir):
+                _report(routes, out)
+
+
+def _report(routes: dict[str, Routes], out: Path) -> None:
     found = [measure(task, each) for task, each in routes.items()]
     table = distances(routes)
-    with synced(asked.workdir):
-        write_report(out, routes, found)
+    write_report(out, routes, found)
     print("\n".join(summary_lines(found, table)))
     print(f"written to {as_given(out)}")

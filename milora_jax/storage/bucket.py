@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from milora_jax.base.gcs import SCHEME, open_store, reason_of
+from milora_jax.base.gcs import SCHEME, failure, open_store, reason_of
 from milora_jax.errors import UserError
 
 AT_ONCE = 4
@@ -135,4 +135,4 @@ class Bucket:
             return future.result()
         except ValueError as error:
             where = f"{self.url}/{name}" if name else self.url
-            raise UserError(f"{where} {what}: {reason_of(error)}") from None
+            raise failure(f"{where} {what}: {reason_of(error)}", error) from None

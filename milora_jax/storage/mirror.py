@@ -24,7 +24,7 @@ from typing import NamedTuple
 from milora_jax.addresses import in_bucket
 from milora_jax.base.source import WEIGHTS
 from milora_jax.errors import UserError, stand_for
-from milora_jax.parallel.processes import is_first, wait_for_all
+from milora_jax.parallel.processes import is_first, several, wait_for_all
 from milora_jax.storage.bucket import Bucket
 from milora_jax.storage.bucket_lock import BucketLock
 from milora_jax.storage.files import scratch_directory
@@ -179,7 +179,8 @@ def opened_workdir(
     Args:
       address: a directory, or ``gs://BUCKET/PATH``.
       log: receives a line before a wait for the lock.
-      stop: asked while waiting; returns whether to give up.
+      stop: asked while waiting; returns whether to give up. Several processes only ask it together, so it is
+        not asked where there are any.
 
     Raises:
       UserError: see :class:`BucketLock` and :meth:`Mirror.fetch`.
@@ -192,7 +193,8 @@ def opened_workdir(
     with scratch_directory(PREFIX) as scratch, ExitStack() as stack:
         mirror = Mirror(bucket, _folder_for(scratch, url))
         if is_first():
-            lock = stack.enter_context(BucketLock(bucket, log, stop))
+            waits = (lambda: False) if several() else stop
+            lock = stack.enter_context(BucketLock(bucket, log, waits))
             mirror = Mirror(bucket, mirror.folder, lock)
             mirror.delete_unfinished()
         wait_for_all("workdir locked")

@@ -27,7 +27,7 @@ from milora_jax.console import LINE_EVERY
 from milora_jax.data.batches import batch_rows, collate
 from milora_jax.data.tokens import Example
 from milora_jax.errors import NonFiniteError, Preempted, UserError
-from milora_jax.parallel.processes import any_of_all, from_first, several, to_host
+from milora_jax.parallel.processes import from_first, several, to_host
 from milora_jax.parallel.rules import attend_over, state_shardings
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory, Publisher, read_metadata, verify_step
@@ -162,7 +162,7 @@ class Trainer:
                 with pace.aside():
                     judged = self._evaluate(log, done, state.adapter, progress)
             last = done == self._total or progress.stopped
-            stop = self._asked_to_stop(done, preempted)
+            stop = preempted()
             if last or stop or done % self._settings.save_every == 0:
                 self._count_bad(waiting, progress, done)
                 waiting = None
@@ -176,13 +176,6 @@ class Trainer:
                 self._checkpoints.wait()
                 raise Preempted(f"stopped: saved step {done}, run the same command again to continue")
         return state
-
-    def _asked_to_stop(self, done: int, preempted: Callable[[], bool]) -> bool:
-        """Whether any process was asked to stop; several processes ask each other at logged steps only,
-        because that waits for the devices."""
-        if several() and done % self._settings.log_every:
-            return False
-        return any_of_all(preempted())
 
     def _training_batch(self, step: int) -> tuple[Batch, int]:
         """The rows of a step on the devices, and their number of tokens without padding."""

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from milora_jax.errors import Preempted
+from milora_jax.errors import Preempted, UserError, exit_report
 from milora_jax.storage import bucket_lock
 from milora_jax.storage.bucket import Bucket
 from milora_jax.storage.bucket_lock import BucketLock
@@ -30,6 +30,17 @@ def test_passing_faults_are_retried(storage, fault):
     storage.failures = [fault]
     assert bucket.write("a/b", None, generation) is not None
     assert bucket.read("a/b").content is None
+
+
+@pytest.mark.parametrize(("status", "code"), [(429, 75), (503, 75), (RESET, 75), (LOST, 75), (403, 2)])
+def test_a_fault_that_may_pass_asks_for_the_same_command_again(storage, status, code):
+    """Supervisors restart a command that ends with 75 and no other that its user has to mend."""
+    bucket = Bucket(URL)
+    storage.fault = lambda method: status
+    for request in (lambda: bucket.read("a"), lambda: bucket.write("a", b"one")):
+        with pytest.raises(UserError) as caught:
+            request()
+        assert exit_report(caught.value).code == code
 
 
 @pytest.mark.parametrize("fault", [0, LOST, RESET])

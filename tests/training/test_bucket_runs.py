@@ -210,11 +210,8 @@ def test_two_processes_in_a_bucket_are_those_on_a_shared_disk(storage, inputs, t
 
     log = tmp_path / "disk-log"
     log.mkdir()
-    finished(
-        start_on_disk(inputs, tmp_path / "disk", log, **{"data.pack": "false", "data.max_length": 512}),
-        log,
-        300,
-    )
+    more = {"data.pack": "false", "data.max_length": 512}
+    finished(start_on_disk(inputs, tmp_path / "disk", log, **more), log)
     processes = start_two(inputs, tmp_path / "killed")
     while not whole_steps(storage):
         time.sleep(0.05)
