@@ -147,6 +147,9 @@ class DataSection:
       max_length: longest row in tokens, prompt and response together.
       pack: put several training records into a row of ``max_length`` tokens; each has its own attention,
         positions, loss and route.
+      prepared_path: directory that keeps the tokenised training and dev rows in files, as Axolotl's
+        ``dataset_prepared_path``; later starts read them there, row by row, and hold none in memory. Empty
+        keeps all rows in memory. See docs/data.md.
     """
 
     train: str = ""
@@ -160,6 +163,7 @@ class DataSection:
     template_time: str = ""
     max_length: int = 768
     pack: bool = False
+    prepared_path: str = ""
 
     def __post_init__(self) -> None:
         parse_columns(self.columns)
@@ -169,6 +173,8 @@ class DataSection:
         require(self.max_length >= 8, "data.max_length", self.max_length, "at least 8 tokens")
         require(0 < self.dev_share < 1, "data.dev_share", self.dev_share, "between 0 and 1")
         require(self.dev_limit >= 0, "data.dev_limit", self.dev_limit, "0 or more")
+        local = "://" not in self.prepared_path
+        require(local, "data.prepared_path", self.prepared_path, "a directory of this machine or its network")
 
     @property
     def prompt_format(self) -> PromptFormat:
