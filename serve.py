@@ -13,6 +13,7 @@ import logging
 import sys
 from pathlib import Path
 
+from milora_jax.addresses import local_path
 from milora_jax.commands.command_line import Parser, run_command
 from milora_jax.commands.options import add_options, settings_of
 from milora_jax.config import DTYPES, QUANTIZE
@@ -36,8 +37,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--name", default="base", help="under which the base alone is offered")
     add("--adapter", action="append", default=[], metavar="NAME=DIR", help="to load; as often as wanted")
     add("--pin", action="append", default=[], metavar="NAME", help="an adapter that stays on the device")
-    add("--registry", type=Path, help="file that keeps adapters' names and what is loaded")
-    add("--keys", type=Path, help="file of tenants' keys, see docs/serving.md")
+    add("--registry", type=local_path, help="file that keeps adapters' names and what is loaded")
+    add("--keys", type=local_path, help="file of tenants' keys, see docs/serving.md")
     add("--host", default="127.0.0.1", help="address to listen to")
     add("--port", type=int, default=8000, help="0 takes any that is free")
     add("--dtype", default="float32", choices=DTYPES, help="of the base")

@@ -40,8 +40,8 @@ from milora_jax.evaluation.final import (
     require_learned,
     write_report,
 )
-from milora_jax.parallel.processes import is_first, together
-from milora_jax.preemption import watch_for_preemption
+from milora_jax.parallel.processes import is_first, together, watch_for_preemption_of_any
+from milora_jax.storage.mirror import opened_workdir
 from milora_jax.training.loop import Trainer
 from milora_jax.training.prepare import prepare_run
 from milora_jax.training.workdir import claimed
@@ -65,7 +65,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
     )
     about = "a file of settings, and after a colon words for it"
     parser.add_argument("--config", metavar="FILE", action="append", default=[], help=about)
-    about = "folder of the run (default: runs/ and the name of the config file)"
+    about = "folder of the run, or gs://BUCKET/PATH (default: runs/ and the name of the config file)"
     parser.add_argument("--workdir", metavar="DIR", default="", help=about)
     add_options(parser, Cluster)
     given = sys.argv[1:] if arguments is None else arguments
@@ -86,9 +86,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
 def main() -> None:
     """Prepare, score the base, train, score the best adapter, report."""
     started = time.monotonic()
-    config, workdir, cluster = parse_arguments()
+    config, given, cluster = parse_arguments()
     # JAX installs a handler of SIGTERM when it joins other processes, so ours is installed after it.
-    with together(cluster), watch_for_preemption() as preempted:
+    with (
+        together(cluster),
+        watch_for_preemption_of_any() as preempted,
+        opened_workdir(given, Console().log, preempted) as (workdir, publisher),
+    ):
         console = Console(silent=not is_first())
         with console.loading("base") as progress:
             run = prepare_run(config, workdir, console.log, progress)
@@ -96,7 +100,7 @@ def main() -> None:
         with claimed(workdir, run.config):
             console.log(f"workdir {workdir}: {run.model.num_layers} layers, {config.adapter.method}")
             before = evaluate_base(run, workdir, console, preempted)
-            trainer = Trainer(run, workdir, console.log)
+            trainer = Trainer(run, workdir, console.log, publisher=publisher)
             with console.progress("training", trainer.total_steps, "step") as bar:
                 fit = trainer.fit(bar.reach, preempted)
             after = evaluate_adapter(run, workdir, console, preempted)

@@ -291,6 +291,21 @@ class MeshSection:
         require(sizes.count(-1) <= 1, "mesh", sizes, "at most one -1")
 
 
+def parse_mesh(text: str, name: str = "--mesh") -> MeshSection:
+    """Parse ``data=1,fsdp=16,tensor=1``; an axis that is not named is 1.
+
+    >>> parse_mesh("fsdp=4,tensor=2")
+    MeshSection(data=1, fsdp=4, tensor=2)
+    """
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    for entry in text.split(","):
+        axis, _, size = entry.strip().partition("=")
+        number = size.removeprefix("-").isdecimal()
+        require(axis in sizes and number, name, text, "such as data=1,fsdp=16,tensor=1")
+        sizes[axis] = int(size)
+    return MeshSection(**sizes)
+
+
 @dataclass(frozen=True)
 class EvalSection:
     """The evaluation after training.
@@ -299,13 +314,18 @@ class EvalSection:
       limit: rows scored per task; 0 means all.
       batch_size: prompts decoded together.
       max_new_tokens: longest answer in tokens.
+      mesh: mesh of the scoring, such as ``tensor=8``; empty keeps that of training, where a token costs more
+        collectives, see docs/scaling.md.
     """
 
     limit: int = 0
     batch_size: int = 32
     max_new_tokens: int = 64
+    mesh: str = ""
 
     def __post_init__(self) -> None:
+        if self.mesh:
+            parse_mesh(self.mesh, "eval.mesh")
         require(self.limit >= 0, "eval.limit", self.limit, "0 or more")
         require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
         require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "at least 1")

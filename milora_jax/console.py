@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
+from milora_jax.errors import as_given
+
 LINE_EVERY = 10.0
 """Seconds between two progress lines where the output is not a terminal."""
 
@@ -100,7 +102,7 @@ class Console:
 
     def log(self, line: str) -> None:
         """Print one line."""
-        print(line, file=self._stream, flush=True)
+        print(as_given(line), file=self._stream, flush=True)
 
     @contextmanager
     def progress(self, name: str, total: int, unit: str) -> Iterator[ProgressBar]:

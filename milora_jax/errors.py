@@ -16,7 +16,8 @@ EXIT_NOTHING_LEARNED = 4
 """Exit code of training that ended at the uniform guess, or with gradients of exactly zero."""
 
 EXIT_PREEMPTED = 75
-"""Exit code after SIGTERM or Ctrl-C: state is saved, the same command resumes (sysexits.h EX_TEMPFAIL)."""
+"""Exit code after SIGTERM, Ctrl-C, or a fault that may pass: state is saved, and the same command resumes
+(sysexits.h EX_TEMPFAIL)."""
 
 
 class UserError(Exception):
@@ -39,6 +40,12 @@ class NothingLearnedError(UserError):
 
 class Preempted(UserError):
     """The command was asked to stop, and everything it had done is saved."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+class TemporaryError(UserError):
+    """Something is out of reach that the same command may find later; what was done is saved."""
 
     exit_code = EXIT_PREEMPTED
 
@@ -82,6 +89,23 @@ class ExitReport(NamedTuple):
     code: int
 
 
+_GIVEN: dict[str, str] = {}
+"""What the user gave, by the folder that stands for it."""
+
+
+def stand_for(folder: Path, given: str) -> None:
+    """Let messages name what the user gave, where they would name a temporary folder in its place."""
+    _GIVEN[str(folder)] = given
+
+
+def as_given(text: object) -> str:
+    """A text, or a path, with what the user gave in the place of temporary folders; see :func:`stand_for`."""
+    shown = str(text)
+    for folder, given in _GIVEN.items():
+        shown = shown.replace(folder, given)
+    return shown
+
+
 def printable(text: str) -> str:
     r"""Escape foreign text into one line, so that it cannot move a terminal's cursor.
 
@@ -94,8 +118,8 @@ def printable(text: str) -> str:
 def exit_report(error: UserError | OSError | KeyboardInterrupt) -> ExitReport:
     """The line and the exit code for a user's mistake, a refusal of the file system, or Ctrl-C."""
     if isinstance(error, UserError):
-        return ExitReport(printable(" ".join(str(error).split())), error.exit_code)
+        return ExitReport(printable(" ".join(as_given(error).split())), error.exit_code)
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{as_given(error.filename)}: " if error.filename else ""
         return ExitReport(f"{where}{error.strerror or error}", EXIT_BAD_INPUT)
     return ExitReport("interrupted", 130)

@@ -13,7 +13,7 @@ from tests.paths import PACKAGE, ROOT
 
 FLOORS = (
     ("errors", "shapes"),
-    ("columns",),
+    ("addresses", "columns"),
     ("types", "model_config", "prompt_format", "config", "config_file", "cluster", "console", "preemption"),
     ("adapters",),
     ("base",),

@@ -29,6 +29,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.sweep("train", "storage without")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_mistake_is_one_line(name):
     done = subprocess.run(

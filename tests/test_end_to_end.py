@@ -34,6 +34,11 @@ def folder(tmp_path_factory):
 
 
 def run_training(folder, workdir, monkeypatch, *more):
+    train_in(folder, workdir, monkeypatch, *more)
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def train_in(folder, workdir, monkeypatch, *more):
     settings = (
         f"--config.model.path={folder / 'model'}",
         f"--config.data.train={folder / 'sums.jsonl'},{folder / 'maths.jsonl'}",
@@ -55,7 +60,6 @@ def run_training(folder, workdir, monkeypatch, *more):
     argv = ["train.py", "--config", str(ROOT / "configs/tiny.py"), f"--workdir={workdir}", *settings]
     monkeypatch.setattr(sys, "argv", argv)
     train.main()
-    return json.loads((workdir / "summary.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,7 @@ def registered(monkeypatch):
     monkeypatch.setitem(METHOD_CLASSES, "gain", Gain)
 
 
+@pytest.mark.thorough
 def test_a_new_method_trains_saves_resumes_exports_and_serves(registered, tmp_path):
     run, steps = prepare_short_run(tmp_path)
     config = dataclasses.replace(run.config, adapter=AdapterSection(method="gain"))

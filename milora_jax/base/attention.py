@@ -16,6 +16,7 @@ is not used: it needs Python 3.12 and reads the command line's flags as its own.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,21 @@ class DeviceLayout:
     rows: str | tuple[str, ...] | None = None
     heads: str | tuple[str, ...] | None = None
     cudnn: bool = False
+
+    @property
+    def row_parts(self) -> int:
+        """Parts into which rows are split: a batch must be a multiple of it."""
+        return _devices(self.mesh, self.rows)
+
+    def heads_of(self, *numbers: int) -> str | tuple[str, ...] | None:
+        """The mesh axes over which so many heads are split; None if they do not divide evenly."""
+        parts = _devices(self.mesh, self.heads)
+        return None if any(number % parts for number in numbers) else self.heads
+
+
+def _devices(mesh: Mesh | None, axes: str | tuple[str, ...] | None) -> int:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in names)
 
 
 def device_layout(devices: Collection[Any]) -> DeviceLayout | None:
@@ -128,7 +144,7 @@ def _splash(
     kernel = functools.partial(splash.splash, window=window, scoring=scoring)
     if layout.mesh is None or layout.mesh.size == 1:
         return kernel(q, k, v, segments)
-    by_head = jax.P(layout.rows, None, layout.heads, None)
+    by_head = jax.P(layout.rows, None, layout.heads_of(q.shape[2], k.shape[2]), None)
     return jax.shard_map(
         kernel,
         mesh=layout.mesh,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 from milora_jax.base.byte_files import Span, read_span
 from milora_jax.base.json_files import parse_json_object
 from milora_jax.base.tensor_file import LARGEST_HEADER, LENGTH_BYTES
-from milora_jax.errors import UserError
+from milora_jax.errors import TemporaryError, UserError
 
 SCHEME = "gs://"
 
@@ -33,8 +34,13 @@ LARGEST_FILE = 2**53
 OUT_OF_RANGE = "OUT_OF_RANGE"
 """The first word of tensorstore's error for a range outside the file."""
 
+GAVE_UP = "ABORTED"
+"""How an error of tensorstore begins that it tried to get past: statuses 429 and 5xx, lost connections."""
+
 AHEAD = 6
 """Ranges that are requested at a time, because one connection does not saturate a machine's network."""
+
+_BODY = re.compile(r" \[http_response_body='(?:[^'\\]|\\.)*'\]")
 
 
 def open_store(url: str) -> Any:
@@ -58,7 +64,7 @@ def open_store(url: str) -> Any:
             raise ValueError(f"expected {SCHEME}BUCKET/PATH")
         return tensorstore.KvStore.open(spec).result()
     except ValueError as error:
-        raise UserError(f"model {url!r}: {_reason(error)}") from None
+        raise UserError(f"{url!r}: {reason_of(error)}") from None
 
 
 class RemoteDirectory:
@@ -77,7 +83,7 @@ class RemoteDirectory:
         try:
             keys = self._store.list().result()
         except ValueError as error:
-            raise UserError(f"{self.url}: cannot be listed ({_reason(error)})") from None
+            raise failure(f"{self.url}: cannot be listed ({reason_of(error)})", error) from None
         names = sorted(key.decode(errors="replace") for key in keys)
         found = [name for name in names if name and name == PurePosixPath(name).name and name != ".."]
         if not found:
@@ -181,7 +187,7 @@ class RemoteFile:
         except ValueError as error:
             if str(error).startswith(OUT_OF_RANGE):
                 return False
-            raise UserError(f"{self.name}: {_reason(error)}") from None
+            raise failure(f"{self.name}: {reason_of(error)}", error) from None
         return True
 
 
@@ -194,13 +200,21 @@ def _result(pending: Any, name: str) -> Any:
     try:
         found = pending.result()
     except ValueError as error:
-        reason = "ends where there were more bytes" if str(error).startswith(OUT_OF_RANGE) else _reason(error)
-        raise UserError(f"{name}: {reason}") from None
+        reason = (
+            "ends where there were more bytes" if str(error).startswith(OUT_OF_RANGE) else reason_of(error)
+        )
+        raise failure(f"{name}: {reason}", error) from None
     if found.state != "value":
         raise UserError(f"{name}: not there")
     return found
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def failure(line: str, error: Exception) -> UserError:
+    """The error to raise for one of tensorstore: temporary if it gave up trying, final if it was refused."""
+    return (TemporaryError if str(error).startswith(GAVE_UP) else UserError)(line)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error of tensorstore, without the body of the answer that it quotes."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _BODY.sub("", line)

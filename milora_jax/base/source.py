@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from milora_jax.addresses import require_local
 from milora_jax.base.byte_files import ByteFile, LocalFile
 from milora_jax.base.gcs import RemoteDirectory, RemoteFile
 from milora_jax.errors import UserError, require
@@ -46,7 +47,10 @@ def model_directory(path: str | Path) -> Path:
     require(bool(text), "the path of a model", text, "a directory, hf://OWNER/NAME or gs://BUCKET/PATH")
     if text.startswith("hf:"):
         return _fetched(text)
-    return _mirrored(text) if text.startswith("gs:") else Path(path)
+    if text.startswith("gs:"):
+        return _mirrored(text)
+    require_local(text, "a directory, hf://OWNER/NAME or gs://BUCKET/PATH")
+    return Path(path)
 
 
 def weight_files(directory: Path) -> Mapping[str, ByteFile]:

@@ -7,11 +7,22 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from milora_jax.addresses import in_bucket
 from milora_jax.commands.command_line import Parser
 from milora_jax.commands.config_options import read_config_file
 from milora_jax.doctor.examine import examine
 from milora_jax.doctor.findings import FAIL
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, as_given
+
+
+def workdir(text: str) -> Path:
+    """The folder of a workdir; one in a bucket is fetched first."""
+    if in_bucket(text) is None:
+        return Path(text)
+    # It imports JAX, which may be what is broken.
+    from milora_jax.storage.mirror import with_states
+
+    return with_states(text)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -22,7 +33,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         description="Check a machine, a config with its data, and a workdir: one line per check.",
     )
     parser.add_argument("--config", default="", help="a file such as configs/tiny.py")
-    parser.add_argument("--workdir", type=Path, help="of train.py; without --config its own settings count")
+    parser.add_argument(
+        "--workdir", type=workdir, help="of train.py; without --config its own settings count"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument("--config.GROUP.FIELD", metavar="VALUE", help="as for train.py")
     asked, overrides = parser.parse_known_args(arguments)
@@ -43,10 +56,10 @@ def main(arguments: Sequence[str]) -> None:
     for finding in examine(read_config, asked.workdir):
         found.append(finding)
         if not asked.json:
-            print(finding.line(), flush=True)
+            print(as_given(finding.line()), flush=True)
     failed = sum(finding.level == FAIL for finding in found)
     if asked.json:
         report = {"ok": failed == 0, "findings": [finding.to_json() for finding in found]}
-        print(json.dumps(report, ensure_ascii=False))
+        print(as_given(json.dumps(report, ensure_ascii=False)))
     if failed:
         raise UserError(f"{failed} of {len(found)} findings are failures")

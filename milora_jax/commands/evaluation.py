@@ -17,13 +17,16 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from milora_jax.addresses import local_path
+from milora_jax.cluster import Cluster
 from milora_jax.commands.command_line import Parser
 from milora_jax.commands.lm_eval import main as lm_eval
 from milora_jax.commands.mt_bench import main as mt_bench
+from milora_jax.commands.options import CLUSTER_OPTIONS, add_mesh_options, settings_of
 from milora_jax.commands.routing import main as routing
 from milora_jax.commands.study import main as study
 from milora_jax.config import DTYPES, TEMPLATES, EvalSection
@@ -43,7 +46,15 @@ from milora_jax.evaluation.report import loss_notes, score_table
 from milora_jax.evaluation.score import losses_in
 from milora_jax.evaluation.subject import Named, named_subject, read_subject
 from milora_jax.evaluation.tasks import MOST_BEAMS, PAPER_BEAMS, TASKS, Task, task_named
-from milora_jax.preemption import watch_for_preemption
+from milora_jax.parallel.processes import (
+    from_first,
+    is_first,
+    package_versions,
+    require_same,
+    together,
+    watch_for_preemption_of_any,
+)
+from milora_jax.storage.mirror import local_copy, synced
 
 COMMANDS = {"study": study, "lm-eval": lm_eval, "mt-bench": mt_bench, "routing": routing}
 """Commands by name; without one of them, answers are scored."""
@@ -56,8 +67,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description=__doc__,
     )
     add = parser.add_argument
-    add("--workdir", type=Path, help="workdir of train.py: its base and its best adapter")
-    add("--adapter", type=Path, help="exported adapter, beside --base")
+    add("--workdir", type=local_copy, help="workdir of train.py, or its gs:// address")
+    add("--adapter", type=local_copy, help="exported adapter, beside --base")
     add("--base", help="of the base: Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH")
     add("--no-adapter", action="store_true", help="score the base without the adapter")
     add("--data", default="", help="[NAME=]FILE,... to score (default: the run's test files, or the Hub)")
@@ -71,8 +82,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--batch-size", type=int, default=0, help="prompts decoded together (default: the run's)")
     add("--template", choices=TEMPLATES, help="of prompts (default: the run's or the export's, else alpaca)")
     add("--dtype", choices=DTYPES, help="of the base (default: the run's, or float32)")
-    add("--predictions", type=Path, help="JSONL file (default: WORKDIR/evaluation[-base][-TASK].jsonl)")
+    add("--predictions", type=local_path, help="JSONL file (default: WORKDIR/evaluation[-base][-TASK].jsonl)")
     add("--fresh", action="store_true", help="begin again, whatever the predictions file holds")
+    add_mesh_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -87,7 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def score(asked: argparse.Namespace) -> None:
     """Score the rows that the predictions file lacks, batch by batch, and print the result as JSON."""
-    console = Console()
+    with together(settings_of(Cluster, asked)), watch_for_preemption_of_any() as preempted:
+        _score(asked, Console(silent=not is_first()), preempted)
+
+
+def _score(asked: argparse.Namespace, console: Console, preempted: Callable[[], bool]) -> None:
     require(1 <= asked.beams <= MOST_BEAMS, "--beams", asked.beams, f"1 to {MOST_BEAMS}")
     tasks = [task_named(name.strip()) for name in asked.task.split(",") if name.strip()]
     named = named_subject(
@@ -117,13 +133,19 @@ def score(asked: argparse.Namespace) -> None:
     rows = read_rows(tasks, sources, console.log)
     questions = questions_of(rows, asked.strict, asked.limit, longest, console.log)
     plan = Plan.of(read_subject(named), questions, asked.beams, settings.batch_size)
+    require_same({**package_versions(), **plan.settings()})
+    mesh = plan.subject.mesh(asked.mesh, plan.batch_size)
     with (
-        watch_for_preemption() as preempted,
+        synced(asked.workdir),
         PredictionFile(path, plan.settings(), plan.batches(), asked.fresh) as file,
     ):
-        load = functools.cache(plan.subject.load)
+        load = functools.cache(lambda: plan.subject.load(mesh))
         answer_missing(plan, file, load, console, preempted)
-        losses = losses_in(file.result or {}) or score_responses(plan, load(), console, preempted)
+        losses = losses_in(file.result or {})
+        if not from_first(bool(losses)):
+            losses = score_responses(plan, load(), console, preempted)
+        if not is_first():
+            return
         scores = [plan.measured(each, losses) for each in file.scores()]
         result = result_of(scores, plan)
         file.finish(result)
@@ -163,7 +185,7 @@ def _command(values: dict[str, Any]) -> str:
     """This command with other options."""
     words = ["python", "-m", "milora_jax.evaluation"]
     for name, value in values.items():
-        if not value or (name, value) == ("beams", 1):
+        if not value or (name, value) == ("beams", 1) or name in CLUSTER_OPTIONS:
             continue
         words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join(words)

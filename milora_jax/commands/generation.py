@@ -14,9 +14,9 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from milora_jax.addresses import local_path
 from milora_jax.commands.command_line import Parser
 from milora_jax.commands.options import add_options, settings_of
 from milora_jax.config import DTYPES, QUANTIZE, TEMPLATES
@@ -30,6 +30,7 @@ from milora_jax.evaluation.subject import Named, named_subject, read_subject
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import Answer, generate
 from milora_jax.prompt_format import PromptFormat
+from milora_jax.storage.mirror import local_copy
 
 GIVEN_APART = ("stop", "stop_token_ids", "logit_bias")
 """Settings that are no option, or one that may be repeated."""
@@ -44,12 +45,12 @@ def token_bias(text: str) -> tuple[int, float]:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the options."""
     parser = Parser(prog="python -m milora_jax.generation", description=__doc__)
-    parser.add_argument("--workdir", type=Path, help="workdir of train.py: its base and its best adapter")
+    parser.add_argument("--workdir", type=local_copy, help="workdir of train.py, or its gs:// address")
     parser.add_argument(
         "--base", help="of the base: Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH"
     )
     parser.add_argument(
-        "--adapter", type=Path, help="export, workdir or PEFT adapter; default with --base: none"
+        "--adapter", type=local_copy, help="export, workdir or PEFT adapter; default with --base: none"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the run's, or float32")
     parser.add_argument(
@@ -57,7 +58,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument(
-        "--file", type=Path, help="a prompt per line, or a record per line if it ends in .jsonl"
+        "--file", type=local_path, help="a prompt per line, or a record per line if it ends in .jsonl"
     )
     parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the template")
     parser.add_argument(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from milora_jax.addresses import local_path
 from milora_jax.commands.command_line import Parser
 from milora_jax.config import DTYPES, TEMPLATES
 from milora_jax.console import Console
@@ -22,6 +23,7 @@ from milora_jax.evaluation.judge import grade_tasks, judge, pair_tasks, summary
 from milora_jax.evaluation.judge_client import JudgeClient
 from milora_jax.evaluation.mt_bench import Asked, answer_questions, read_answers, read_questions
 from milora_jax.evaluation.subject import named_subject, read_subject
+from milora_jax.storage.mirror import local_copy
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -39,8 +41,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     answer.add_argument(
         "--template", choices=TEMPLATES, default="", help="default: the run's, or chat where there is one"
     )
-    answer.add_argument("--questions", type=Path, required=True, help="FastChat's question.jsonl")
-    answer.add_argument("--out", type=Path, required=True, help="JSONL file of the answers")
+    answer.add_argument("--questions", type=local_path, required=True, help="FastChat's question.jsonl")
+    answer.add_argument("--out", type=local_path, required=True, help="JSONL file of the answers")
     answer.add_argument(
         "--model-id", default="", help="name in the answers; default: the workdir's, adapter's or base's"
     )
@@ -49,14 +51,16 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     answer.add_argument("--seed", type=int, default=0, help="of the sampling")
     answer.add_argument("--batch-size", type=int, default=8, help="answers written together")
     grading = commands.add_parser("judge", help="have the answers judged")
-    grading.add_argument("--answers", type=Path, required=True, help="JSONL file that `answer` has written")
-    grading.add_argument("--against", type=Path, help="another model's answers: compare instead of grading")
+    grading.add_argument(
+        "--answers", type=local_path, required=True, help="JSONL file that `answer` has written"
+    )
+    grading.add_argument("--against", type=local_path, help="another model's answers: compare, not grade")
     grading.add_argument("--judge-url", required=True, help="of OpenAI's API: http://HOST:PORT/v1")
     grading.add_argument("--judge-model", required=True, help="the judge's name there")
     grading.add_argument(
         "--key-variable", default="", help="environment variable with the key; default: no key"
     )
-    grading.add_argument("--out", type=Path, required=True, help="JSONL file of the judgments")
+    grading.add_argument("--out", type=local_path, required=True, help="JSONL file of the judgments")
     grading.add_argument("--parallel", type=int, default=4, help="requests at a time")
     grading.add_argument("--timeout", type=float, default=120.0, help="seconds without an answer")
     grading.add_argument("--attempts", type=int, default=4, help="how often a request is sent at most")
@@ -84,8 +88,8 @@ def _answer(asked: argparse.Namespace) -> None:
     for question in questions:
         sampling.settings(question, asked.max_new_tokens)  # checked before the base is loaded
     named = named_subject(
-        asked.workdir,
-        asked.adapter,
+        asked.workdir and local_copy(asked.workdir),
+        asked.adapter and local_copy(asked.adapter),
         asked.base,
         template=asked.template,
         dtype=asked.dtype,

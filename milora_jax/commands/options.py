@@ -10,9 +10,12 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from milora_jax.cluster import Cluster
 from milora_jax.commands.command_line import Parser
 
 Settings = TypeVar("Settings")
+
+CLUSTER_OPTIONS = tuple(field.name for field in dataclasses.fields(Cluster))
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
@@ -83,6 +86,13 @@ def add_options(parser: argparse.ArgumentParser, cls: Any, skip: Collection[str]
         else:
             about["default"] = field.default
         parser.add_argument(f"--{field.name.replace('_', '-')}", **about)
+
+
+def add_mesh_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that may be started on every host of a cluster."""
+    about = "devices such as fsdp=4,tensor=2 (default: one; on every host of a cluster, the run's mesh)"
+    parser.add_argument("--mesh", default="", help=about)
+    add_options(parser, Cluster)
 
 
 def settings_of(cls: type[Settings], asked: argparse.Namespace, **others: Any) -> Settings:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from milora_jax.base.known import SHAPES
 from milora_jax.commands.command_line import Parser, choose_command
 from milora_jax.commands.config_options import read_config_file
-from milora_jax.config import Config, MeshSection
+from milora_jax.config import Config, parse_mesh
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
 from milora_jax.scaling.aot import WHAT, Topology, describe
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require(asked.prompts >= 1, "--prompts", asked.prompts, "at least 1")
     config = read_config_file(asked.config, overrides)
     if asked.mesh:
-        config = dataclasses.replace(config, mesh=parse_mesh(asked.mesh))
+        of_eval = dataclasses.replace(config.eval, mesh=asked.mesh)
+        config = dataclasses.replace(config, mesh=parse_mesh(asked.mesh), eval=of_eval)
     model = model_of(asked.model, config)
     topology = Topology(asked.topology)
     if asked.plan:
@@ -73,18 +74,3 @@ def model_of(name: str, config: Config) -> ModelConfig:
 
     require(bool(config.model.path), "--model", name, f"one of {', '.join(SHAPES)}, or a config.model.path")
     return read_model_config(model_directory(config.model.path))
-
-
-def parse_mesh(text: str) -> MeshSection:
-    """Parse ``data=1,fsdp=16,tensor=1``; an axis that is not named is 1.
-
-    >>> parse_mesh("fsdp=4,tensor=2")
-    MeshSection(data=1, fsdp=4, tensor=2)
-    """
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
-    for entry in text.split(","):
-        name, _, size = entry.strip().partition("=")
-        number = size.removeprefix("-").isdecimal()
-        require(name in sizes and number, "--mesh", text, "such as data=1,fsdp=16,tensor=1")
-        sizes[name] = int(size)
-    return MeshSection(**sizes)

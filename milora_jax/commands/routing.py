@@ -12,13 +12,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from milora_jax.addresses import local_path
+from milora_jax.cluster import Cluster
 from milora_jax.commands.command_line import Parser
+from milora_jax.commands.options import add_mesh_options, settings_of
 from milora_jax.config import DTYPES, TEMPLATES
 from milora_jax.data.records import parse_given
-from milora_jax.errors import UserError, require
-from milora_jax.evaluation.routing import distances, measure, route_tasks, summary_lines
+from milora_jax.errors import UserError, as_given, require
+from milora_jax.evaluation.routing import Routes, distances, measure, route_tasks, summary_lines
 from milora_jax.evaluation.routing_plots import write_report
 from milora_jax.evaluation.subject import named_subject
+from milora_jax.parallel.processes import is_first, together
+from milora_jax.storage.mirror import local_copy, synced
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -27,8 +32,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m milora_jax.evaluation routing",
         description=__doc__,
     )
-    parser.add_argument("--workdir", type=Path, help="workdir of train.py: its base and its best adapter")
-    parser.add_argument("--adapter", type=Path, help="exported adapter, or a workdir, beside --base")
+    parser.add_argument("--workdir", type=local_copy, help="workdir of train.py, or its gs:// address")
+    parser.add_argument("--adapter", type=local_copy, help="exported adapter, or a workdir, beside --base")
     parser.add_argument("--base", help="Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base; default: the run's, or float32")
     parser.add_argument(
@@ -48,7 +53,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=int, default=0, help="prompts per task (default: all)")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts run together")
-    parser.add_argument("--out", type=Path, help="folder (default: WORKDIR/routing, or routing)")
+    parser.add_argument("--out", type=local_path, help="folder (default: WORKDIR/routing, or routing)")
+    add_mesh_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -69,9 +75,16 @@ def main(arguments: Sequence[str]) -> None:
     if not sources:
         raise UserError("there are no prompts to route: give --data FILE")
     out = asked.out or (asked.workdir or Path()) / "routing"
-    routes = route_tasks(named, sources, asked.limit, asked.batch_size)
+    with together(settings_of(Cluster, asked)):
+        routes = route_tasks(named, sources, asked.limit, asked.batch_size, asked.mesh)
+        if is_first():
+            with synced(asked.workdir):
+                _report(routes, out)
+
+
+def _report(routes: dict[str, Routes], out: Path) -> None:
     found = [measure(task, each) for task, each in routes.items()]
     table = distances(routes)
     write_report(out, routes, found)
     print("\n".join(summary_lines(found, table)))
-    print(f"written to {out}")
+    print(f"written to {as_given(out)}")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from milora_jax.adapters.registry import METHODS
+from milora_jax.addresses import local_path
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base
 from milora_jax.base.source import hub_name, model_directory
@@ -26,7 +27,7 @@ from milora_jax.config import TEMPLATES, DataSection
 from milora_jax.console import Console
 from milora_jax.data.records import Record, Source, read_records, run_sources
 from milora_jax.data.tokens import load_tokenizer
-from milora_jax.errors import UserError, printable, require
+from milora_jax.errors import UserError, as_given, printable, require
 from milora_jax.evaluation.score import limited
 from milora_jax.evaluation.static_route import Model, calibrated_route, report_json, static_report
 from milora_jax.prompt_format import PromptFormat, stored_prompt_format
@@ -35,6 +36,7 @@ from milora_jax.storage.adapters import best_metadata, read_adapter, require_its
 from milora_jax.storage.files import require_new
 from milora_jax.storage.imported import import_peft
 from milora_jax.storage.merged import SHARD_BYTES
+from milora_jax.storage.mirror import local_copy, with_states
 from milora_jax.storage.peft import require_unfused
 from milora_jax.storage.verify import findings
 from milora_jax.storage.workdir import CONFIG_NAME, prompt_format_of, read_workdir_config
@@ -58,8 +60,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = Parser(prog="python -m milora_jax.storage")
     commands = parser.add_subparsers(dest="command", required=True)
     writer = commands.add_parser("export", help="write the best adapter of a run for other programs")
-    writer.add_argument("--workdir", required=True, type=Path, help="workdir of train.py, or an export")
-    writer.add_argument("--out", required=True, type=Path, help="a new or an empty directory")
+    writer.add_argument("--workdir", required=True, type=local_copy, help="workdir of train.py, or an export")
+    writer.add_argument("--out", required=True, type=local_path, help="a new or an empty directory")
     writer.add_argument("--format", required=True, choices=FORMATS, help="see docs/adapters.md")
     writer.add_argument("--base", help="of the base (default: the run's): directory, hf:// name or gs://")
     writer.add_argument(
@@ -75,13 +77,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     writer.add_argument("--dtype", default="float32", help="in which the base is computed for a static route")
     writer.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="largest file of merged weights")
     reader = commands.add_parser("import", help="make an adapter of what PEFT saved")
-    reader.add_argument("--peft", required=True, type=Path, help="directory with adapter_config.json")
+    reader.add_argument("--peft", required=True, type=local_copy, help="directory with adapter_config.json")
     reader.add_argument("--base", required=True, help="its base: directory, hf:// name or gs://")
-    reader.add_argument("--out", required=True, type=Path, help="a new or an empty directory")
+    reader.add_argument("--out", required=True, type=local_path, help="a new or an empty directory")
     reader.add_argument("--method", default="", choices=METHODS, help="milora or midora: as experts")
     reader.add_argument("--seed", type=int, default=0, help="of what is fresh in it")
     checker = commands.add_parser("verify", help="check names, shapes, dtypes, values and hashes")
-    checker.add_argument("path", type=Path)
+    checker.add_argument("path", type=with_states)
     checker.add_argument("--base", help="that it must be for: directory, hf:// name or gs://")
     return parser.parse_args(arguments)
 
@@ -91,7 +93,7 @@ def verify(path: Path, base: Path | None) -> None:
     found = findings(path, base)
     for folder, lines in found.items():
         for line in lines or ["ok"]:
-            print(printable(f"{folder}  {line}"))
+            print(printable(as_given(f"{folder}  {line}")))
     wrong = sum(bool(lines) for lines in found.values())
     if wrong:
         kind = "adapters" if path in found else "steps"

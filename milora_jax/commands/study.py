@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from milora_jax.addresses import local_path
 from milora_jax.commands.command_line import Parser
 from milora_jax.console import Console
 from milora_jax.errors import require
@@ -31,9 +32,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
     )
     parser.add_argument("name", choices=[*COMPARISONS, ALL], help="table or figure; 'all' makes every one")
-    parser.add_argument("--config", required=True, type=Path, help="file with get_study()")
+    parser.add_argument("--config", required=True, type=local_path, help="file with get_study()")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each cell")
-    parser.add_argument("--workdir", type=Path, help="default: runs/NAME_OF_THE_CONFIG")
+    parser.add_argument("--workdir", type=local_path, help="default: runs/NAME_OF_THE_CONFIG")
     parser.add_argument("--tasks", default="", help="comma-separated; all by default")
     parser.add_argument("--methods", default="", help="comma-separated; all by default")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: few steps, figures mean nothing")

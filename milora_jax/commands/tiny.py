@@ -7,8 +7,8 @@ python -m milora_jax.tiny tasks --out DIR    # a few seconds
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from milora_jax.addresses import local_path
 from milora_jax.commands.command_line import Parser
 from milora_jax.console import Console
 from milora_jax.errors import require
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the model, or the tasks."""
     parser = Parser(prog="python -m milora_jax.tiny", description=__doc__)
     parser.add_argument("what", nargs="?", choices=("model", "tasks"), default="model")
-    parser.add_argument("--out", type=Path, help="folder to write, by default the one in the package")
+    parser.add_argument("--out", type=local_path, help="folder to write, by default the one in the package")
     parser.add_argument("--seed", type=int, default=SEED, help="of the rows and of the training")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps of the model")
     asked = parser.parse_args(arguments)

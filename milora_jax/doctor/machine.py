@@ -13,7 +13,7 @@ from milora_jax.adapters.hooks import abstract_params
 from milora_jax.adapters.registry import adapter_shape
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding
 from milora_jax.doctor.subject import Subject
-from milora_jax.parallel.mesh import check_divides
+from milora_jax.parallel.mesh import check_meshes
 from milora_jax.scaling.chips import GIB
 from milora_jax.scaling.plan import base_bytes
 
@@ -62,12 +62,7 @@ def device_findings() -> Iterator[Finding]:
 def mesh_findings(subject: Subject) -> Iterator[Finding]:
     """Check that the devices, the batches and the model can be divided as the config asks."""
     config, mesh = subject.config, subject.mesh
-    check_divides(
-        mesh,
-        subject.model,
-        {"train.batch_size": config.train.batch_size, "eval.batch_size": config.eval.batch_size},
-        {"train.batch_size": config.train.accumulate},
-    )
+    check_meshes(mesh, config, subject.model)
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     yield Finding(OK, "mesh", f"{sizes} over {mesh.size} device(s)")
 
@@ -95,7 +90,7 @@ def fit_finding(base: float, state: float, memory: float, scored: bool) -> Findi
         do = "--config.model.dtype=bfloat16, --config.model.quantize=nf4 or a larger --config.mesh.fsdp"
         return Finding(FAIL, "memory", f"{said}: does not fit; {do}")
     if most > memory:
-        do = "leave data.test empty and run python -m milora_jax.evaluation afterwards"
+        do = "leave data.test empty; python -m milora_jax.evaluation holds it once"
         return Finding(WARN, "memory", f"{said}: scoring holds the base twice, {_gib(most)}; {do}")
     if train > ROOM * memory:
         do = "python -m milora_jax.parallel aot compiles the whole step; --config.train.accumulate needs less"

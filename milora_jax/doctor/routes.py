@@ -189,7 +189,7 @@ def _decoded(
     settings = [GenerationSettings(max_new_tokens=STEPS + 1, ignore_eos=True)] * rows
     every = prompts + [[0]] * (rows - count)
     sampler = make_sampler(settings, [0] * rows, every, model.eos_ids, model.vocab_size, False)
-    state = empty_state(model, base, sampler, None, rows, length, routed=True)
+    state = empty_state(model, base.dtype, sampler, None, rows, length, routed=True)
     places, plan = np.arange(rows, dtype=np.int32), Plan.of(settings)
     state, _ = admit(state, prefilled, places, np.zeros(rows, np.int32), sampler, None, plan, layout)
     state, _ = decode_chunk(base, adapters, state, model, STEPS, plan, layout)

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from milora_jax.adapters.inputs import Shape
 from milora_jax.adapters.protocol import Adapter, Method
 from milora_jax.adapters.registry import adapter_shape, build_method
-from milora_jax.base.modules import Base, decode_layout
+from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.console import Console
 from milora_jax.data.prompts import shown_prompt
@@ -31,18 +30,24 @@ from milora_jax.evaluation.report import (
     plot_routing,
 )
 from milora_jax.evaluation.score import (
-    PREFILL_ROWS,
     TaskScore,
     figures,
     limited,
     measures_of,
+    prefill_rows,
     score_task,
     write_predictions,
 )
 from milora_jax.evaluation.tasks import require_golds, rule_for
-from milora_jax.parallel.rules import state_shardings
+from milora_jax.parallel.processes import (
+    from_first,
+    is_first,
+    place,
+    require_same,
+    wait_for_all,
+)
 from milora_jax.preemption import stop_if_preempted
-from milora_jax.storage.adapters import load_adapter
+from milora_jax.storage.adapters import read_adapter
 from milora_jax.storage.checkpoint import read_metadata
 from milora_jax.storage.files import read_json, write_json_atomic
 from milora_jax.training.loop import Fit
@@ -60,29 +65,30 @@ def evaluate_base(
     run: Run, workdir: Path, console: Console, preempted: Callable[[], bool]
 ) -> dict[str, dict[str, Any]]:
     """Figures of the frozen base on the test records, see ``score.figures``, and as ``answers`` its first few
-    to each task; the workdir stores them for a resumed run.
+    to each task; the workdir stores them for a resumed run, whose first process alone gets them.
 
     Args:
       preempted: called after every batch; returns whether to stop.
     """
     if not run.tests:
         return {}
-    path = workdir / BASE_SCORES_NAME
     key = {
         "tests": {task: fingerprint(records) for task, records in run.tests.items()},
         "base": run.base_fingerprint,
         "end_tokens": sorted(run.model.eos_ids),
-        "eval": run.config.to_dict()["eval"],
+        "eval": {name: value for name, value in run.config.to_dict()["eval"].items() if name != "mesh"},
         "prompt_format": run.config.prompt_format.to_dict(),
     }
+    path = workdir / BASE_SCORES_NAME
+    saved = read_json(path) if is_first() and path.is_file() else {}
     # A file of an earlier version lacks some of the figures.
-    if path.is_file() and (saved := read_json(path)).get("key") == key and "answers" in saved:
-        del saved["key"]
+    if from_first(saved.pop("key", None) == key and "answers" in saved):
         return saved
     scores = _score_all(run, None, "the base", console, preempted)
     answers = {score.task: [each.generated for each in score.predictions[:SHOWN]] for score in scores}
     found = {**figures(scores), "answers": answers}
-    write_json_atomic(path, {"key": key, **found})
+    if is_first():
+        write_json_atomic(path, {"key": key, **found})
     return found
 
 
@@ -96,14 +102,17 @@ def evaluate_adapter(
     """
     if not run.tests:
         return []
-    return _score_all(run, load_adapter(workdir), "the adapter", console, preempted)
+    wait_for_all("best adapter")  # the first process seals it
+    adapter, metadata = read_adapter(workdir)
+    require_same({"best adapter": metadata})
+    return _score_all(run, adapter, "the adapter", console, preempted)
 
 
 def _score_all(
     run: Run, adapter: Adapter | None, what: str, console: Console, preempted: Callable[[], bool]
 ) -> list[TaskScore]:
     """Compute the losses, which take little of the time, and then the answers."""
-    base = decode_layout(run.base)
+    base = run.decoding_base()
     tests = {task: limited(records, run.config.eval.limit) for task, records in run.tests.items()}
     responses = {
         task: encode_responses(run.tokenizer, records, run.model, run.config.prompt_format)
@@ -112,7 +121,8 @@ def _score_all(
     outputs = sum(len(each.passages) for each in responses.values())
     with _advancing(f"computing the loss of {what}", outputs, console, preempted) as advance:
         losses = response_losses(run, base, adapter, responses, advance)
-    with _advancing(f"scoring {what}", sum(map(len, tests.values())), console, preempted) as advance:
+    questions = sum(map(len, tests.values()))
+    with _advancing(f"scoring {what}", questions, console, preempted) as advance:
         scores = score_tests(run, base, adapter, advance)
     return [
         dataclasses.replace(
@@ -155,10 +165,10 @@ def response_losses(
     Args:
       responses: the encoded outputs, by task.
     """
-    adapter = None if adapter is None else for_decoding(run, base, adapter)
+    adapter = None if adapter is None else for_decoding(base, adapter)
     rows = run.config.eval.batch_size
     return {
-        task: response_loss(base, run.model, adapter, each, rows, place=run.place, advance=advance)
+        task: response_loss(base, run.model, adapter, each, rows, layout=run.layout, advance=advance)
         for task, each in responses.items()
     }
 
@@ -173,9 +183,7 @@ def score_tests(
       adapter: an adapter from the disk, which is put on the run's devices here.
       advance: called with the number of rows each time some are answered.
     """
-    adapter = None if adapter is None else for_decoding(run, base, adapter)
-    # Every device gets as many prompts as the others; on more devices than PREFILL_ROWS, one each.
-    prefill_rows = run.mesh.size * max(1, PREFILL_ROWS // run.mesh.size)
+    adapter = None if adapter is None else for_decoding(base, adapter)
     return [
         score_task(
             base,
@@ -186,18 +194,17 @@ def score_tests(
             records,
             run.config.eval,
             prompt_format=run.config.prompt_format,
-            prefill_rows=prefill_rows,
-            place=run.place,
+            prefill_rows=prefill_rows(run.layout),
+            layout=run.layout,
             progress=advance,
         )
         for task, records in run.tests.items()
     ]
 
 
-def for_decoding(run: Run, base: Base, adapter: Adapter) -> Adapter:
-    """Put an adapter from the disk on the run's devices, in the decode layout."""
-    placed: Adapter = jax.device_put(adapter, state_shardings(run.mesh, adapter))
-    return adapter_decode_layout(placed, base)
+def for_decoding(base: Base, adapter: Adapter) -> Adapter:
+    """Put an adapter from the disk on the base's devices, in the decode layout."""
+    return adapter_decode_layout(place(adapter, base.everywhere), base)
 
 
 def check_tests(tests: Mapping[str, list[Record]], log: Callable[[str], None]) -> None:

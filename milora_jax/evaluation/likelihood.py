@@ -7,7 +7,7 @@ not change the route.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,6 +23,8 @@ from milora_jax.base.transformer import forward, unembed
 from milora_jax.errors import require
 from milora_jax.generation.lengths import bucket_of
 from milora_jax.model_config import ModelConfig
+from milora_jax.parallel.processes import to_host
+from milora_jax.parallel.rules import place_rows
 from milora_jax.shapes import Array, Bool, Float, Int
 from milora_jax.types import Batch
 
@@ -97,7 +99,7 @@ def log_likelihoods(
     rows: int,
     *,
     routes: Float[np.ndarray, "N L E"] | None = None,
-    place: Callable[[Batch], Batch] = jax.device_put,
+    layout: DeviceLayout | None = None,
 ) -> Iterator[dict[int, Likelihood]]:
     """Score passages, the longest first, batch by batch.
 
@@ -109,7 +111,7 @@ def log_likelihoods(
       adapter: in the decode layout; None scores with the plain base.
       passages: passages of at most ``config.max_positions + 1`` tokens; the last token is only predicted.
       routes: routing weights of the passages, in place of those of the adapter's routers.
-      place: puts a batch on the devices.
+      layout: of rows and heads over several devices, as an ``Engine`` has it.
 
     Yields:
       The likelihoods of a batch, by the places of its passages in ``passages``.
@@ -118,7 +120,7 @@ def log_likelihoods(
         most, least = max(passage.tokens), min(passage.tokens)
         fits = least >= 0 and most < config.vocab_size
         require(fits, "a token", most if least >= 0 else least, f"0 to {config.vocab_size - 1}")
-    layout = device_layout(base.devices)
+    layout = layout or device_layout(base.devices)
     order = sorted(range(len(passages)), key=lambda i: (-len(passages[i].tokens), passages[i].tokens))
     for start in range(0, len(order), rows):
         places = order[start : start + rows]
@@ -129,9 +131,9 @@ def log_likelihoods(
         forced = None
         if routes is not None:
             filled = routes[[*places, *[places[-1]] * (rows - len(group))]]
-            forced = tuple(jnp.asarray(filled[:, None, layer]) for layer in range(config.num_layers))
-        sums, greedy = jax.device_get(
-            score(base, adapter, place(batch), jnp.asarray(targets), forced, config=config, layout=layout)
+            forced = tuple(filled[:, None, layer] for layer in range(config.num_layers))
+        sums, greedy = to_host(
+            score(base, adapter, place_rows(batch, layout), targets, forced, config=config, layout=layout)
         )
         yield {i: Likelihood(float(sums[n]), bool(greedy[n])) for n, i in enumerate(places)}
 

@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
 from milora_jax.adapters.protocol import Adapter
+from milora_jax.base.attention import DeviceLayout
 from milora_jax.base.modules import Base
 from milora_jax.data.chat import UnclosedThoughtError
 from milora_jax.data.records import Record
@@ -23,7 +22,6 @@ from milora_jax.data.tokens import Example, encode_example, naming, require_embe
 from milora_jax.evaluation.likelihood import Passage, log_likelihoods
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
-from milora_jax.types import Batch
 
 NO_OUTPUT, TOO_LONG, NO_END_TOKEN = "no_output", "too_long", "no_end_token"
 IN_A_THOUGHT = "in_a_thought"
@@ -117,7 +115,7 @@ def response_loss(
     responses: Responses,
     rows: int,
     *,
-    place: Callable[[Batch], Batch] = jax.device_put,
+    layout: DeviceLayout | None = None,
     advance: Callable[[int], None],
 ) -> Loss:
     """The loss of a task; one program is compiled for each rounded length, see ``log_likelihoods``.
@@ -125,11 +123,11 @@ def response_loss(
     Args:
       base, adapter: both in the decode layout; an adapter of None is the plain base.
       rows: rows of a batch.
-      place: puts a batch on the devices.
+      layout: of rows and heads over several devices.
       advance: called with the number of rows each time some are scored.
     """
     passages, total = responses.passages, 0.0
-    for found in log_likelihoods(base, config, adapter, passages, rows, place=place):
+    for found in log_likelihoods(base, config, adapter, passages, rows, layout=layout):
         total -= sum(each.log_probability for each in found.values())
         advance(len(found))
     tokens = sum(passage.scored for passage in passages)

@@ -20,13 +20,13 @@ from milora_jax.evaluation.hub import hub_records
 from milora_jax.evaluation.loss import Loss, Responses, encode_responses, response_loss
 from milora_jax.evaluation.predictions import PredictionFile, TaskBatch, batches_by_length
 from milora_jax.evaluation.score import (
-    PREFILL_ROWS,
     Prediction,
     TaskScore,
     figures,
     judge,
     limited,
     measures_of,
+    prefill_rows,
 )
 from milora_jax.evaluation.subject import Model, Subject
 from milora_jax.evaluation.tasks import Task, find_task, require_golds, rule_for
@@ -130,7 +130,8 @@ class Plan:
             adapter=model.adapter,
             settings=GenerationSettings(max_new_tokens=asked.max_new_tokens, num_beams=self.beams),
             batch_size=self.batch_size,
-            prefill_rows=PREFILL_ROWS,
+            prefill_rows=prefill_rows(model.layout),
+            layout=model.layout,
         )
         return [
             judge(batch.task, row, asked.records[row], asked.rule, answer)
@@ -146,7 +147,13 @@ class Plan:
         """
         return {
             task: response_loss(
-                model.base, model.config, model.adapter, responses, self.batch_size, advance=advance
+                model.base,
+                model.config,
+                model.adapter,
+                responses,
+                self.batch_size,
+                layout=model.layout,
+                advance=advance,
             )
             for task, responses in self.responses.items()
         }

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from milora_jax.errors import UserError
 from milora_jax.evaluation.score import Prediction, TaskScore, prediction_line, write_predictions
+from milora_jax.parallel.processes import by_dotted_name, from_first, is_first
 from milora_jax.storage.files import read_json, write_json_atomic
 
 FIELDS = {field.name for field in fields(Prediction)}
@@ -53,9 +54,13 @@ def result_path(path: Path) -> Path:
 class PredictionFile:
     """Predictions on the disk, locked by one process for the ``with`` block.
 
+    Of several processes that answer together only the first has the file; the others learn from it which
+    batches are missing, and write nothing.
+
     Attributes:
       done: predictions that were present when it was opened, and those appended since.
       result: result of an earlier evaluation with the same settings; None if there is none.
+      missing: the batches that were not answered when it was opened.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class PredictionFile:
         self._file: Any = None
         self.done: dict[tuple[str, int], Prediction] = {}
         self.result: dict[str, Any] | None = None
+        self.missing: list[TaskBatch] = []
 
     def __enter__(self) -> PredictionFile:
         """Open the file and drop an incomplete batch that a kill left.
@@ -80,13 +86,17 @@ class PredictionFile:
         Raises:
           UserError: another process has it open, or its predictions have other settings or other rows.
         """
-        self._file = open(self.path, "a+b")
-        try:
-            self._hold()
-            self._take_up()
-        except BaseException:
-            self._file.close()
-            raise
+        if is_first():
+            self._file = open(self.path, "a+b")
+            try:
+                self._hold()
+                self._take_up()
+            except BaseException:
+                self._file.close()
+                raise
+        left = [b for b in self._batches if any((b.task, row) not in self.done for row in b.rows)]
+        # The batches are answered in their order, so their number says which are left.
+        self.missing = self._batches[len(self._batches) - from_first(len(left)) :]
         return self
 
     def __exit__(
@@ -95,15 +105,13 @@ class PredictionFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
-
-    @property
-    def missing(self) -> list[TaskBatch]:
-        """The batches that are not answered yet."""
-        return [b for b in self._batches if any((b.task, row) not in self.done for row in b.rows)]
+        if self._file is not None:
+            self._file.close()
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Add the predictions of a batch; they are on the disk when this returns."""
+        if self._file is None:
+            return
         self._file.write("".join(prediction_line(each) + "\n" for each in predictions).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -181,22 +189,12 @@ class PredictionFile:
         if before == self._settings:
             self.result = read.get("result")
             return
-        old, new = _flat(before), _flat(self._settings)
+        old, new = by_dotted_name(before), by_dotted_name(self._settings)
         name = next(key for key in {**new, **old} if old.get(key) != new.get(key))
         raise UserError(
             f"{self.path} was made with {name} {_said(old.get(name))}, this command has "
             f"{_said(new.get(name))}: {AGAIN}"
         )
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted name."""
-    if not isinstance(values, dict):
-        return {prefix.rstrip("."): values}
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.")
-    return found
 
 
 def _said(value: Any) -> str:

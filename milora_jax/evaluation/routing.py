@@ -17,11 +17,12 @@ import numpy as np
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.registry import METHOD_CLASSES
+from milora_jax.base.attention import DeviceLayout
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout, forward
 from milora_jax.console import Console
 from milora_jax.data.batches import collate_prompts
-from milora_jax.data.records import Source, read_records
+from milora_jax.data.records import Source, fingerprint, read_records
 from milora_jax.data.tokens import encode_question
 from milora_jax.errors import UserError, require
 from milora_jax.evaluation.score import limited
@@ -29,6 +30,8 @@ from milora_jax.evaluation.static_route import modal_route
 from milora_jax.evaluation.subject import Named, read_subject
 from milora_jax.generation.lengths import bucket_of
 from milora_jax.model_config import ModelConfig
+from milora_jax.parallel.processes import is_first, package_versions, place, require_same, to_host
+from milora_jax.parallel.rules import place_rows
 from milora_jax.shapes import Array, Float
 from milora_jax.training.health import decisions
 from milora_jax.types import EXPERTS, LETTERS, Batch
@@ -105,6 +108,7 @@ def route_prompts(
     prompts: Sequence[Sequence[int]],
     *,
     rows: int = 16,
+    layout: DeviceLayout | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Routes:
     """Compute the routes of prompts as generation would choose them, without generating.
@@ -117,6 +121,7 @@ def route_prompts(
       adapter: of a method with a router, in the stacked layout or in the base's.
       prompts: the token ids that the routers read, from ``data.scopes.EncodedPrompt.routed``.
       rows: prompts of a batch.
+      layout: of rows over several devices.
       progress: called with the number of prompts each time some are done.
 
     Raises:
@@ -138,20 +143,23 @@ def route_prompts(
         for start in range(0, len(members), rows):
             mine = members[start : start + rows]
             batch = collate_prompts([prompts[i] for i in mine], length, config.eos_ids[0], rows)
-            found = _routes(base, adapter, jax.device_put(batch), config)
-            weights[mine], probs[mine] = (np.asarray(leaf)[: len(mine)] for leaf in found)
+            found = to_host(_routes(base, adapter, place_rows(batch, layout), config))
+            weights[mine], probs[mine] = (leaf[: len(mine)] for leaf in found)
             if progress is not None:
                 progress(len(mine))
     return Routes(weights, probs)
 
 
-def route_tasks(named: Named, sources: Sequence[Source], limit: int, rows: int) -> dict[str, Routes]:
+def route_tasks(
+    named: Named, sources: Sequence[Source], limit: int, rows: int, mesh: str = ""
+) -> dict[str, Routes]:
     """Compute the routes of the prompts of several tasks, read from their files.
 
     Args:
       sources: one source for each task.
       limit: prompts of each task; 0 means all.
       rows: number of prompts in a batch.
+      mesh: see ``Subject.mesh``.
 
     Raises:
       UserError: there is no adapter, or none with a router; or as in :func:`route_prompts`, with the task.
@@ -166,13 +174,21 @@ def route_tasks(named: Named, sources: Sequence[Source], limit: int, rows: int) 
         task: [encode_question(subject.tokenizer, record, subject.prompt_format).routed for record in mine]
         for task, mine in records.items()
     }
-    console, model = Console(), subject.load()
-    routes = {}
+    rows_of = {f"the fingerprint of the rows of {task}": fingerprint(mine) for task, mine in records.items()}
+    require_same({**package_versions(), **subject.identity(), **rows_of})
+    console, model = Console(silent=not is_first()), subject.load(subject.mesh(mesh, rows))
+    routes, placed = {}, place(adapter, model.base.everywhere)
     for task, mine in prompts.items():
         with console.progress(f"routing {task}", len(mine), "prompts") as bar:
             try:
                 routes[task] = route_prompts(
-                    model.base, model.config, adapter, mine, rows=rows, progress=bar.advance
+                    model.base,
+                    model.config,
+                    placed,
+                    mine,
+                    rows=rows,
+                    layout=model.layout,
+                    progress=bar.advance,
                 )
             except UserError as error:
                 raise UserError(f"{task}: {error}") from None

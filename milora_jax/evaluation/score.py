@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from milora_jax.adapters.protocol import Adapter
+from milora_jax.base.attention import DeviceLayout
 from milora_jax.base.modules import Base
 from milora_jax.config import EvalSection
 from milora_jax.data.records import Record
@@ -26,10 +26,18 @@ from milora_jax.generation.text import Answer, generate
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.storage.files import write_atomic
-from milora_jax.types import LETTERS, Batch
+from milora_jax.types import LETTERS
 
 PREFILL_ROWS = 8
-"""Number of prompts prefilled together."""
+"""Number of prompts prefilled together on one device."""
+
+
+def prefill_rows(layout: DeviceLayout | None) -> int:
+    """Number of prompts prefilled together: every device gets as many as the others, on more devices than
+    :data:`PREFILL_ROWS` one each."""
+    size = 1 if layout is None or layout.mesh is None else layout.mesh.size
+    return size * max(1, PREFILL_ROWS // size)
+
 
 CompactRoute = list[dict[str, float]]
 """For each layer, the letters of the experts that the prompt chose, with their weights."""
@@ -152,7 +160,7 @@ def score_task(
     *,
     prompt_format: PromptFormat,
     prefill_rows: int = 1,
-    place: Callable[[Batch], Batch] = jax.device_put,
+    layout: DeviceLayout | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> TaskScore:
     """Generate an answer to every record and compare what the task's rule extracts with the gold.
@@ -161,6 +169,7 @@ def score_task(
       base, adapter: both in the decode layout, for speed.
       settings: limit, batch size and longest answer.
       prompt_format: the format of the adapter's training.
+      layout: of rows and heads over several devices, see ``generate``.
     """
     rule = rule_for(task, [record.answer for record in records])
     records = limited(records, settings.limit)
@@ -173,7 +182,7 @@ def score_task(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         prefill_rows=prefill_rows,
-        place=place,
+        layout=layout,
         progress=progress,
     )
     pairs = enumerate(zip(records, answers, strict=True))

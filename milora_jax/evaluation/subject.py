@@ -8,6 +8,7 @@ It is read in three steps, so that mistakes are reported before time is spent: t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -17,21 +18,26 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from milora_jax.adapters.protocol import Adapter
+from milora_jax.base.attention import DeviceLayout
 from milora_jax.base.fingerprint import base_fingerprint
+from milora_jax.base.hf import load_leaves
 from milora_jax.base.hf_config import read_model_config
-from milora_jax.base.load import load_base
 from milora_jax.base.modules import Base
 from milora_jax.base.source import model_directory
 from milora_jax.base.transformer import adapter_decode_layout
-from milora_jax.config import EvalSection
+from milora_jax.config import DTYPES, EvalSection, parse_mesh
 from milora_jax.console import Console
 from milora_jax.data.chat import template_source
 from milora_jax.data.records import Source, run_sources
 from milora_jax.data.tokens import load_tokenizer
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, one_of
 from milora_jax.model_config import ModelConfig
+from milora_jax.parallel.mesh import check_divides, make_mesh
+from milora_jax.parallel.processes import is_first, place, several
+from milora_jax.parallel.rules import base_sharding, layout_over
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.storage.adapters import require_its_base
 from milora_jax.storage.imported import read_any_adapter
@@ -52,6 +58,7 @@ class Named:
       otherwise: the template where none is known; "" is the tokenizer's own, or ``alpaca`` without one.
       tests: the sources of the run's ``data.test``.
       eval: the run's evaluation settings; None where there is no run.
+      mesh: the mesh on which the run scores, or one that suits any base.
     """
 
     adapter: Path | None
@@ -63,6 +70,7 @@ class Named:
     otherwise: str
     tests: list[Source]
     eval: EvalSection | None
+    mesh: str = "fsdp=-1"
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,7 @@ class Model:
       name: name of the base as it was given.
       base, adapter: both in the decode layout; an adapter of None is the plain base.
       prompt_format: format of its prompts.
+      layout: of rows and heads over several devices; None on one.
     """
 
     name: str
@@ -81,6 +90,7 @@ class Model:
     tokenizer: Any
     adapter: Adapter | None
     prompt_format: PromptFormat
+    layout: DeviceLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -130,15 +140,39 @@ class Subject:
             "end_tokens": sorted(self.config.eos_ids),  # in a file that the base's fingerprint does not cover
         }
 
-    def load(self) -> Model:
-        """Load the base."""
-        named = self.named
-        with Console().loading("base") as progress:
-            base, config = load_base(
-                self.directory, named.dtype, decode=True, quantize=self.quantize, progress=progress
-            )
-        adapter = None if self.adapter is None else adapter_decode_layout(self.adapter, base)
-        return Model(named.base, base, config, self.tokenizer, adapter, self.prompt_format)
+    def load(self, mesh: Mesh | None = None) -> Model:
+        """Load the base.
+
+        Args:
+          mesh: the devices that divide it; None loads it onto the first one.
+        """
+        named, config, adapter = self.named, self.config, self.adapter
+        one_of("dtype", named.dtype, DTYPES)
+        places = None if mesh is None else functools.partial(base_sharding, mesh)
+        with Console(silent=not is_first()).loading("base") as progress:
+            base = load_leaves(self.directory, config, named.dtype, places, True, self.quantize, progress)
+        if adapter is not None:
+            placed = adapter if mesh is None else place(adapter, base.everywhere)
+            adapter = adapter_decode_layout(placed, base)
+        layout = layout_over(mesh)
+        return Model(named.base, base, config, self.tokenizer, adapter, self.prompt_format, layout)
+
+    def mesh(self, asked: str, rows: int) -> Mesh | None:
+        """The devices that divide the base and the rows; None for the first one alone.
+
+        Args:
+          asked: value of ``--mesh``; where it is empty, several processes take the mesh of the run's scoring,
+            and of an adapter or a base without a run ``fsdp=-1``.
+          rows: of a batch.
+
+        Raises:
+          UserError: the mesh does not suit the devices, the model or the batch.
+        """
+        if not asked and not several():
+            return None
+        mesh = make_mesh(parse_mesh(asked or self.named.mesh))
+        check_divides(mesh, self.config, {"--batch-size": rows}, heads=False)
+        return mesh
 
 
 def named_subject(
@@ -180,6 +214,7 @@ def named_subject(
             otherwise=otherwise,
             tests=run_sources(run.data)["test"],
             eval=run.eval,
+            mesh=run.eval.mesh or ",".join(f"{axis}={size}" for axis, size in vars(run.mesh).items()),
         )
     if not base:
         raise UserError("there is no base: expected a workdir, or a base and perhaps an adapter on it")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 
 from milora_jax.adapters.protocol import Adapter
-from milora_jax.base.attention import device_layout
+from milora_jax.base.attention import DeviceLayout, device_layout
 from milora_jax.base.cache import BeamCache
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
@@ -28,6 +28,8 @@ from milora_jax.generation.engine import CHUNK
 from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.model_config import ModelConfig
+from milora_jax.parallel.processes import gather, to_host
+from milora_jax.parallel.rules import place_rows
 from milora_jax.shapes import Array, Bool, Float, Int
 from milora_jax.types import Batch
 
@@ -109,7 +111,7 @@ def beam_search(
     adapter_slot: int = 0,
     rows: int = 0,
     route_tokens: Sequence[int] = (),
-    place: Callable[[Batch], Batch] = jax.device_put,
+    layout: DeviceLayout | None = None,
 ) -> list[Found]:
     """Return the best continuation of each prompt.
 
@@ -120,12 +122,13 @@ def beam_search(
       adapter_slot: slot of their adapter.
       route_tokens: how many tokens of each prompt the routers read, see ``data.batches.collate_prompts``.
       rows: prompts the program is compiled for, at least as many as there are; 0 is their number.
+      layout: of rows and heads over several devices, as an ``Engine`` has it.
     """
     rows = rows or len(prompts)
     bucket = bucket_of(max(len(ids) for ids in prompts), config.max_positions)
-    batch = place(collate_prompts(prompts, bucket, 0, rows, route_tokens))
+    layout = layout or device_layout(base.devices)
+    batch = place_rows(collate_prompts(prompts, bucket, 0, rows, route_tokens), layout)
     prefix = 0 if adapters is None else adapters.method.prefix_length
-    layout = device_layout(base.devices)
     prefilled, route = prefill(base, adapters, np.int32(adapter_slot), batch, config, prefix + bucket, layout)
     ends = (*settings.stop_token_ids, *(() if settings.ignore_eos else config.eos_ids))
     terms = Terms(
@@ -142,14 +145,14 @@ def beam_search(
         # The host looks at the flag of the chunk before while the device computes this one.
         if previous is not None and bool(np.asarray(previous)[: len(prompts)].all()):
             break
-        previous = done
-    tokens, lengths, scores = jax.device_get((state.finished, state.lengths, state.finished_scores))
-    weights = None if route is None else np.asarray(route.weights)[:, :, 0]
+        previous = gather(done)
+    read = state.finished, state.lengths, state.finished_scores, None if route is None else route.weights
+    tokens, lengths, scores, weights = to_host(read)
     found = []
     for i in range(len(prompts)):
         mine = tuple(int(token) for token in tokens[i, 0, : lengths[i, 0]])
         finish = "stop" if mine and mine[-1] in ends else "length"
-        found.append(Found(mine, float(scores[i, 0]), finish, None if weights is None else weights[:, i]))
+        found.append(Found(mine, float(scores[i, 0]), finish, None if weights is None else weights[:, i, 0]))
     return found
 
 

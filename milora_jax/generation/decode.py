@@ -169,11 +169,7 @@ def admit(
       masks: the first tokens that each prompt may get, see ``sampling.choose``.
     """
     count = batch_slots.shape[0]
-
-    def repeated(leaf: Array) -> Array:
-        return jnp.broadcast_to(leaf, (count, *leaf.shape[1:]))
-
-    prefilled = jax.tree.map(repeated, prefilled)
+    prefilled = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape[1:])), prefilled)
     choice = choose(prefilled.logits, sampler, prefilled.position, plan, masks)
     every = jnp.ones_like(batch_slots, bool)
     sampler = note(sampler, choice.token, every)
@@ -352,28 +348,33 @@ def constrained(state: DecodeState, layout: DeviceLayout | None) -> DecodeState:
 
 
 def state_shardings_of(state: DecodeState, layout: DeviceLayout | None) -> PyTree | None:
-    """Return shardings of the state: keys and values by rows and heads, else by rows; None on one device."""
+    """Return shardings like the state: keys and values by rows and, where these divide evenly, heads; all
+    else by rows. None on one device."""
     if layout is None or layout.mesh is None:
         return None
+    heads = layout.heads_of(jax.tree.leaves(state.cache.layers)[0].shape[1])
     by_row = NamedSharding(layout.mesh, jax.P(layout.rows))
-    by_head = NamedSharding(layout.mesh, jax.P(layout.rows, layout.heads))
+    by_head = NamedSharding(layout.mesh, jax.P(layout.rows, heads))
     cache = jax.tree.map(lambda leaf: by_head if leaf.ndim == 4 else by_row, state.cache)
     return dataclasses.replace(jax.tree.map(lambda _: by_row, state), cache=cache)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 4, 5, 6, 7))
 def empty_state(
     config: ModelConfig,
-    base: Base,
+    dtype: jnp.dtype,
     sampler: Sampler,
     lookup: PromptLookup | None,
     batch_slots: int,
     cache_length: int,
     routed: bool,
+    layout: DeviceLayout | None = None,
 ) -> DecodeState:
     """Return a batch whose slots are all free.
 
     Args:
       sampler, lookup: those of any one sample, for their shapes.
+      layout: device layout of the state; each device makes its own part.
     """
 
     def vacant(tree: PyTree) -> PyTree:
@@ -381,11 +382,10 @@ def empty_state(
 
     shape = (batch_slots, config.num_kv_heads, cache_length, config.head_dim)
     layers = tuple(
-        LayerCache(k=jnp.zeros(shape, base.dtype), v=jnp.zeros(shape, base.dtype))
-        for _ in range(config.num_layers)
+        LayerCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
     )
     zeros = functools.partial(jnp.zeros, (batch_slots,), jnp.int32)
-    return DecodeState(
+    state = DecodeState(
         token=zeros(),
         position=zeros(),
         done=jnp.ones((batch_slots,), bool),
@@ -395,3 +395,4 @@ def empty_state(
         sampler=vacant(sampler),
         lookup=vacant(lookup),
     )
+    return constrained(state, layout)

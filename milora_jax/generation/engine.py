@@ -8,7 +8,7 @@ before, so that the device computes one chunk while the host reads the last.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,6 @@ from milora_jax.generation.decode import (
     decode_logits,
     decode_masked,
     empty_state,
-    state_shardings_of,
 )
 from milora_jax.generation.group_prefill import prefill_group
 from milora_jax.generation.merge import merged_base
@@ -50,7 +49,6 @@ from milora_jax.generation.sampling import Plan, Sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.waiting import WaitingRequests
 from milora_jax.model_config import ModelConfig
-from milora_jax.types import Batch
 
 CHUNK = 16
 """Decode steps between two checks for sequences that have ended."""
@@ -71,8 +69,7 @@ class Engine:
       merge: continue one prompt at a time, with its adapter folded into a copy of the weights.
       plans: of which the first that does all that is asked is compiled; none makes one for every mixture of
         requests, as small as can be.
-      place: puts a prefill batch on the devices.
-      layout: device layout of batch slots and heads over several devices; None lets XLA decide.
+      layout: device layout of prompts, batch slots and heads over several devices; None lets XLA decide.
       prefill_budget: prompt tokens that are prefilled between two chunks of decode steps while others
         decode; 0 sets no limit.
       prefix_cache: bytes for keys and values of earlier prompts; 0 keeps none. With either, prompts are
@@ -98,7 +95,6 @@ class Engine:
         prefill_rows: int = 1,
         merge: bool = False,
         plans: Sequence[Plan] = (),
-        place: Callable[[Batch], Batch] = jax.device_put,
         layout: DeviceLayout | None = None,
         prefill_budget: int = 0,
         prefix_cache: int = 0,
@@ -115,7 +111,7 @@ class Engine:
         require(0 <= prompt_lookup <= most, "prompt_lookup", prompt_lookup, f"0 to {most}")
         self.config, self.batch_slots, self.chunk = config, batch_slots, chunk
         self.adapters, self.prefill_rows = adapters, prefill_rows
-        self._base, self._place, self._penalties, self._plans = base, place, penalties, tuple(plans)
+        self._base, self._penalties, self._plans = base, penalties, tuple(plans)
         self._layout = layout or device_layout(base.devices)
         self._merges, self._prompt_lookup = merge and adapters is not None, prompt_lookup
         self._merged: Base | None = None
@@ -142,9 +138,9 @@ class Engine:
             self._gathered = GatheredAdapters.empty(self.adapters, self.batch_slots)
         one = RunningSample.all_of(Request((), GenerationSettings()))
         sizes = self.batch_slots, self._prefix + self.cache_length
-        state = empty_state(self.config, self._base, *self._of_samples(one), *sizes, self._routed)
-        places = state_shardings_of(state, self._layout)
-        self._state = state if places is None else jax.device_put(state, places)
+        self._state = empty_state(
+            self.config, self._base.dtype, *self._of_samples(one), *sizes, self._routed, self._layout
+        )
 
     def fail(self) -> list[Request]:
         """End every running request after a step raised, since the device's state may be incomplete.
@@ -288,7 +284,7 @@ class Engine:
             return
         sizes = self.prefill_rows, self.cache_length
         prefilled, weights, scores = prefill_group(
-            self._base, self.adapters, self.config, group, *sizes, self._place, self._layout
+            self._base, self.adapters, self.config, group, *sizes, self._layout
         )
         if self._merges and self.adapters is not None:
             adapter = self.adapters.of_slot(jnp.asarray(group[0].adapter_slot))
@@ -342,7 +338,7 @@ class Engine:
         nobody = (None,) * (count - len(samples))
         if weights is not None and several:
             weights = weights[:, :1].repeat(count, axis=1)
-        self._started.append(StartedWork((*samples, *nobody), Decoded.first(choice), weights, scores))
+        self._started.append(StartedWork.of((*samples, *nobody), Decoded.first(choice), weights, scores))
         self._admitting = []
 
     def _start_chunk(self) -> None:
@@ -370,7 +366,7 @@ class Engine:
         return self._plan([sequence.request.settings for sequence in self._decoding if sequence is not None])
 
     def _note_started(self, decoded: Decoded, steps: int) -> None:
-        self._started.append(StartedWork(tuple(self._decoding), decoded))
+        self._started.append(StartedWork.of(tuple(self._decoding), decoded))
         for row, sequence in enumerate(self._decoding):
             if sequence is not None:
                 sequence.left -= steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.prompt_logprobs import PromptLogprobs, prompt_logprobs
 from milora_jax.generation.request import Request
 from milora_jax.model_config import ModelConfig
+from milora_jax.parallel.rules import place_rows
 from milora_jax.shapes import Array, Float
-from milora_jax.types import Batch
 
 
 def prefill_group(
@@ -27,7 +27,6 @@ def prefill_group(
     group: Sequence[Request],
     rows: int,
     cache_length: int,
-    place: Callable[[Batch], Batch],
     layout: DeviceLayout | None,
 ) -> tuple[Prefilled, Float[Array, "L R E"] | None, tuple[PromptLogprobs, ...] | None]:
     """Run prompts of one adapter and one length bucket.
@@ -36,7 +35,7 @@ def prefill_group(
       base: in the decode layout.
       rows: rows of the program, at least the requests of the group.
       cache_length: cache positions of a batch slot, without the method's prefix.
-      place: puts the batch on the devices.
+      layout: of rows and heads over several devices.
 
     Returns:
       What decoding starts from, the routing weights, and the log-probabilities of the prompts if some request
@@ -46,7 +45,9 @@ def prefill_group(
     prompts, scopes = [request.prompt for request in group], [request.route_tokens for request in group]
     batch = collate_prompts(prompts, bucket, 0, rows, scopes)
     slot, prefix = np.int32(group[0].adapter_slot), 0 if adapters is None else adapters.method.prefix_length
-    prefilled, route = prefill(base, adapters, slot, place(batch), config, prefix + cache_length, layout)
+    prefilled, route = prefill(
+        base, adapters, slot, place_rows(batch, layout), config, prefix + cache_length, layout
+    )
     scores = None
     if any(request.settings.prompt_logprobs for request in group):
         following = np.roll(batch.tokens, -1, axis=1)

@@ -16,6 +16,7 @@ from milora_jax.generation.prompt_lookup import PromptLookup
 from milora_jax.generation.request import Request, TokenLogprobs
 from milora_jax.generation.sampling import Choice, Sampler, make_sampler
 from milora_jax.model_config import ModelConfig
+from milora_jax.parallel.processes import gather
 
 End = Callable[[Request, int, str], None]
 """Ends a sample of a request for a reason, as ``Engine.end`` does."""
@@ -93,6 +94,11 @@ class StartedWork:
     decoded: Decoded
     route: Any = None
     prompt_logprobs: tuple[PromptLogprobs, ...] | None = None
+
+    @classmethod
+    def of(cls, sequences: tuple[RunningSample | None, ...], *results: Any) -> StartedWork:
+        """Work whose results every process will read, whichever of the devices compute them."""
+        return cls(sequences, *gather(results))
 
 
 def read_results(started: StartedWork, eos_ids: Sequence[int], end: End) -> list[Request]:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
-import jax
 import numpy as np
 
 from milora_jax.adapters.inputs import Shape
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.registry import adapter_shape
+from milora_jax.base.attention import DeviceLayout
 from milora_jax.base.modules import Base, decode_layout
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.data.chat import Message, Messages
@@ -29,7 +29,6 @@ from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.stream import TextStream
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
-from milora_jax.types import Batch
 
 Prompt: TypeAlias = str | Sequence[int] | EncodedPrompt | Messages
 """A text, its token ids, ids with the part of them that the routers read, or a chat."""
@@ -96,7 +95,7 @@ def generate(
     prompt_lookup: int = 0,
     parse_special_tokens: bool = True,
     return_errors: bool = False,
-    place: Callable[[Batch], Batch] = jax.device_put,
+    layout: DeviceLayout | None = None,
     progress: Callable[[int], None] | None = None,
     stream: Callable[[int, int, str], None] | None = None,
 ) -> list[Answer]:
@@ -126,7 +125,8 @@ def generate(
         contents are never read so.
       return_errors: give an answer with an error for a prompt that cannot be served, and serve the
         others, instead of raising.
-      place: puts a prefill batch on the devices; the default takes the first device.
+      layout: of rows and heads over several devices, see ``Engine``; ``batch_size`` and ``prefill_rows`` are
+        multiples of its ``row_parts``.
       progress: called with the number of answers each time some are ready.
       stream: called with prompt, sample and new text as it comes.
 
@@ -178,6 +178,7 @@ def generate(
     order = sorted(work, key=lambda i: len(work[i].ids))
     plain = {i: work[i] for i in order if work[i].settings.num_beams == 1}
     beams = {i: work[i] for i in order if work[i].settings.num_beams > 1}
+    parts = 1 if layout is None else layout.row_parts
     for group in _of_like_length(base, config, plain, 1 if merge else batch_size):
         count = max if merge else sum
         samples = count(job.settings.num_samples for job in group.values())
@@ -186,12 +187,12 @@ def generate(
             base,
             config,
             served,
-            batch_slots=min(batch_size, samples),
+            batch_slots=min(batch_size, -(-samples // parts) * parts),
             cache_length=length,
             penalties=any(job.settings.penalized for job in plain.values()),
             prefill_rows=prefill_rows,
             merge=merge,
-            place=place,
+            layout=layout,
             prompt_lookup=min(prompt_lookup, length - 1),
         )
         answers |= _run(engine, tokenizer, group, report)
@@ -206,9 +207,9 @@ def generate(
             ids,
             first.settings,
             adapter_slot=first.adapter_slot,
-            rows=min(batch_size, len(beams)),
+            rows=min(batch_size, -(-len(beams) // parts) * parts),
             route_tokens=[beams[i].route_tokens for i in group],
-            place=place,
+            layout=layout,
         )
         for i, best in zip(group, found, strict=True):
             answers[i] = Answer((_continued(tokenizer, best, first.settings),), best.route)

@@ -9,11 +9,16 @@ from __future__ import annotations
 import functools
 
 import jax
+import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from milora_jax.adapters.hooks import path_names
 from milora_jax.base.attention import Attend, DeviceLayout, attention, has_cudnn
-from milora_jax.types import PyTree
+from milora_jax.base.modules import Base, ends_of, unroll
+from milora_jax.parallel.processes import place
+from milora_jax.shapes import Array, Int
+from milora_jax.types import Batch, PyTree
 
 MESH_AXES: dict[str | None, str | tuple[str, ...] | None] = {
     "rows": ("data", "fsdp"),  # of a batch, over all data-parallel devices
@@ -66,6 +71,25 @@ def base_sharding(mesh: Mesh, path: tuple) -> NamedSharding:
     return _named(mesh, axes[1:] if of_one_layer else axes)
 
 
+def relaid(base: Base, mesh: Mesh) -> Base:
+    """A stacked base in the layout for decoding, divided over another mesh.
+
+    It is a second copy, which is made layer by layer.
+
+    Args:
+      mesh: the same devices in the same order, see ``mesh.eval_mesh``.
+    """
+    places = base_shardings(mesh, jax.eval_shape(unroll, base))
+
+    @functools.partial(jax.jit, out_shardings=places.layers[0])
+    def layer(layers: PyTree, index: Int[Array, ""]) -> PyTree:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, False), layers)
+
+    ends = jax.jit(ends_of, out_shardings=base_shardings(mesh, jax.eval_shape(ends_of, base)))(base)
+    ends.layers = nnx.data(tuple(layer(base.layers, np.int32(i)) for i in range(len(places.layers))))
+    return ends
+
+
 def _named(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(MESH_AXES[axis] for axis in axes)))
 
@@ -96,6 +120,18 @@ def mesh_layout(mesh: Mesh, cudnn: bool | None = None) -> DeviceLayout:
     """
     found = has_cudnn(mesh.devices.flat[0]) if cudnn is None else cudnn
     return DeviceLayout(mesh, MESH_AXES["rows"], MESH_AXES["heads"], found)
+
+
+def place_rows(batch: Batch, layout: DeviceLayout | None) -> Batch:
+    """Put a host batch on the devices, split by rows; on the first device where there is no mesh."""
+    if layout is None or layout.mesh is None:
+        return jax.device_put(batch)
+    return place(batch, batch_sharding(layout.mesh))
+
+
+def layout_over(mesh: Mesh | None, cudnn: bool | None = None) -> DeviceLayout | None:
+    """:func:`mesh_layout` where there are several devices; None for one."""
+    return None if mesh is None or mesh.size == 1 else mesh_layout(mesh, cudnn)
 
 
 def attend_over(mesh: Mesh, cudnn: bool | None = None) -> Attend:

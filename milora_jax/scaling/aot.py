@@ -20,7 +20,7 @@ import jax
 from milora_jax.config import Config, MeshSection
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
-from milora_jax.parallel.mesh import check_divides, make_mesh
+from milora_jax.parallel.mesh import check_divides, eval_mesh, make_mesh
 from milora_jax.scaling.chips import CHIPS, GIB, Chip
 from milora_jax.scaling.gpus import GPUS, PREALLOCATED, Gpu, layout_of
 from milora_jax.scaling.programs import STEPS, decode_program, prefill_program, train_program
@@ -123,9 +123,11 @@ class Topology:
         """
         require(what in WHAT, "--what", what, f"one of {', '.join(WHAT)}")
         mesh = make_mesh(config.mesh, self.devices)
+        if what != "train":
+            mesh = eval_mesh(mesh, config)
         section, train = ("train", config.train) if what == "train" else ("eval", config.eval)
         parts = {"train.batch_size": config.train.accumulate}
-        check_divides(mesh, model, {f"{section}.batch_size": train.batch_size}, parts)
+        check_divides(mesh, model, {f"{section}.batch_size": train.batch_size}, parts, heads=what == "train")
         begin = time.monotonic()
         if what == "train":
             lowered = train_program(config, model, mesh, prompts)

@@ -16,11 +16,11 @@ from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.config import Config, ModelSection, TrainSection
 from milora_jax.generation.adapter_stack import AdapterStack
-from milora_jax.generation.decode import decode_chunk, empty_state, prefill
+from milora_jax.generation.decode import decode_chunk, empty_state, prefill, state_shardings_of
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.model_config import ModelConfig
-from milora_jax.parallel.rules import MESH_AXES, attend_over, base_sharding, batch_sharding, state_shardings
+from milora_jax.parallel.rules import attend_over, base_sharding, batch_sharding, layout_over, state_shardings
 from milora_jax.training.step import init_state, make_steps
 from milora_jax.types import Batch, PyTree
 
@@ -56,7 +56,7 @@ def prefill_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
     base, adapters = _decoding(config, model, mesh)
     batch = _abstract_batch(mesh, config.eval.batch_size, config.data.max_length)
     length = config.data.max_length + config.eval.max_new_tokens
-    layout = DeviceLayout() if mesh.size == 1 else None  # as ``attention.device_layout`` gives
+    layout = layout_over(mesh, cudnn=False) or DeviceLayout()
     return prefill.lower(base, adapters, _number(mesh), batch, model, length, layout)
 
 
@@ -67,13 +67,11 @@ def decode_program(config: Config, model: ModelConfig, mesh: Mesh) -> Any:
     settings = [GenerationSettings()]
     sampler = make_sampler(settings, [0], [[0]], model.eos_ids, model.vocab_size, False)
     routed = adapters.method.routes
-    state = jax.eval_shape(lambda: empty_state(model, _zeros_of(base), sampler, None, rows, length, routed))
-    # Heads are split over the tensor axis, as the products that write them; the rest by rows.
-    by_head = NamedSharding(mesh, PartitionSpec(MESH_AXES["rows"], MESH_AXES["heads"]))
-    by_row = batch_sharding(mesh)
-    cache = jax.tree.map(lambda leaf: by_head if leaf.ndim == 4 else by_row, state.cache)
-    places = jax.tree.map(lambda _: by_row, state).replace(cache=cache)
-    return decode_chunk.lower(base, adapters, _placed(state, places), model, STEPS, Plan.of(settings))
+    layout = layout_over(mesh, cudnn=False)
+    dtype = jnp.dtype(config.model.dtype)
+    state = jax.eval_shape(lambda: empty_state(model, dtype, sampler, None, rows, length, routed, layout))
+    state = _placed(state, state_shardings_of(state, layout) or state_shardings(mesh, state))
+    return decode_chunk.lower(base, adapters, state, model, STEPS, Plan.of(settings), layout)
 
 
 def abstract_base(model: ModelConfig, section: ModelSection, mesh: Mesh, decode: bool = False) -> Base:
@@ -126,11 +124,6 @@ def _abstract_batch(mesh: Mesh, rows: int, length: int, prompts: int = 1) -> Bat
 
 def _number(mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-
-
-def _zeros_of(base: Base) -> Base:
-    """A base of zeros, for code that reads a base's dtype while it is traced."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), base)
 
 
 def _placed(tree: PyTree, places: PyTree) -> PyTree:

@@ -20,7 +20,7 @@ from milora_jax.errors import UserError, one_of, require
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.prompt_lookup import MOST_PROPOSALS
 from milora_jax.parallel.mesh import check_divides, make_mesh
-from milora_jax.parallel.rules import base_sharding, mesh_layout
+from milora_jax.parallel.rules import base_sharding, layout_over
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.loop import PLANS, DeviceLoop
 from milora_jax.serving.metrics import COMPILATIONS, Metrics
@@ -109,7 +109,7 @@ def build_service(
         prefill_budget=limits.prefill_budget,
         prefix_cache=limits.prefix_cache * 2**20,
         prompt_lookup=limits.prompt_lookup,
-        layout=None if mesh is None else mesh_layout(mesh),
+        layout=layout_over(mesh),
     )
     loop = DeviceLoop(engine, store, limits)
     rows, length = engine.batch_slots, engine.cache_length

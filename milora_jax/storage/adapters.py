@@ -28,6 +28,7 @@ from milora_jax.storage.exported import (
     read_shape,
     shape_values,
 )
+from milora_jax.storage.mirror import fetched
 from milora_jax.storage.peft import PEFT_CONFIG
 
 log = logging.getLogger("milora_jax.storage")
@@ -65,12 +66,14 @@ def read_adapter(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
 
     Args:
       path: a workdir of ``train.py``, whose best adapter is read, a copy of its ``best`` folder, or an
-        adapter that ``python -m milora_jax.storage`` exported as ``milora`` or ``orbax``, or imported.
+        adapter that ``python -m milora_jax.storage`` exported as ``milora`` or ``orbax``, or imported; a
+        directory or ``gs://BUCKET/PATH``.
 
     Raises:
       UserError: there is no adapter, or it is damaged, or has a value that is not finite.
     """
-    adapter, metadata = (read_exported if is_exported(Path(path)) else _read_step)(Path(path))
+    with fetched(path) as folder:
+        adapter, metadata = (read_exported if is_exported(folder) else _read_step)(folder)
     if adapter.prompt_format == UNSTORED:
         log.warning(
             "the adapter of %r does not say how its prompts were written: they begin with one "
@@ -103,10 +106,11 @@ def _read_step(path: Path) -> tuple[Adapter, dict[str, Any]]:
 
 def best_metadata(path: str | Path) -> dict[str, Any]:
     """Read the metadata that :func:`read_adapter` returns, without the parameters."""
-    if is_exported(Path(path)):
-        return read_exported_metadata(Path(path))
-    directory, step = newest_step(Path(path))
-    return checked_metadata(read_metadata(directory.root, step), str(directory.root / str(step)))
+    with fetched(path) as folder:
+        if is_exported(folder):
+            return read_exported_metadata(folder)
+        directory, step = newest_step(folder)
+        return checked_metadata(read_metadata(directory.root, step), str(directory.root / str(step)))
 
 
 def require_its_base(metadata: dict[str, Any], path: str | Path, base: Path) -> str:

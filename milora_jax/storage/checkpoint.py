@@ -7,18 +7,21 @@ checksums and renamed into place last, and only manifests decide what is on disk
 A step ``ROOT/STEP/`` consists of ``tree/`` (Orbax, one named array per leaf), ``metadata.json`` (the caller's
 values and the type of each leaf) and ``manifest.json``. All processes save and restore together, as Orbax
 requires; only the first makes, seals, renames and deletes folders.
+
+With a publisher each process has a root of its own, which Orbax does not allow, and every object counts:
+the arrays are then one safetensors file in the place of ``tree/``.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -28,11 +31,21 @@ from milora_jax.errors import UserError
 from milora_jax.parallel.processes import is_first, place, several, wait_for_all
 from milora_jax.storage.failpoints import reach
 from milora_jax.storage.files import fsync_directory, json_bytes, write_atomic
+from milora_jax.storage.leaves import (
+    Leaf,
+    copied,
+    named_leaves,
+    read_arrays,
+    require_same,
+    to_storage,
+    write_arrays,
+)
 from milora_jax.storage.manifest import DamagedError, verify_manifest, write_manifest
 from milora_jax.storage.orbax_errors import FAILURES, keep_quiet, reason_of
 from milora_jax.types import PyTree
 
 TREE = "tree"
+ARRAYS = "arrays.safetensors"
 METADATA = "metadata.json"
 FORMAT = 1
 """Version of the layout of a step; a reader refuses any other."""
@@ -41,16 +54,16 @@ _HIDDEN = re.compile(r"\.(tmp|old|trash)-(0|[1-9][0-9]*)")
 _STEP = re.compile(r"0|[1-9][0-9]*")
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """The type of a leaf without its values; ``impl`` is the generator of a typed PRNG key."""
+class Publisher(Protocol):
+    """Keeps a copy of the steps elsewhere, see ``mirror.Mirror``."""
 
-    shape: tuple[int, ...]
-    dtype: str
-    impl: str | None = None
+    def publish(self, step: Path) -> None:
+        """Copy a step, which is complete."""
+        ...
 
-    def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}"
+    def withdraw(self, step: Path) -> None:
+        """Delete the copy of a step."""
+        ...
 
 
 class CheckpointDirectory:
@@ -63,14 +76,18 @@ class CheckpointDirectory:
       root: directory of the steps; the first save makes it.
       keep: number of newest steps to keep, at least 1; None leaves deletion to :meth:`delete_except`.
       warn: receives one line for every damaged step that is skipped.
+      publisher: copies every step; then each process has a root of its own, and writes whole steps into it.
     """
 
-    def __init__(self, root: Path, keep: int | None, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, root: Path, keep: int | None, warn: Callable[[str], None], publisher: Publisher | None = None
+    ) -> None:
         if keep is not None and keep < 1:
             raise ValueError(f"keep is {keep}: expected at least 1")
         self.root = Path(root).absolute()
         self._keep = keep
         self._warn = warn
+        self._publisher = publisher
         self._ready_to_write = False
         self._pending: Future[None] | None = None
 
@@ -108,29 +125,27 @@ class CheckpointDirectory:
         self.wait()
         keep_quiet()
         reach("before-save")
-        described, arrays = _to_storage(tree)
+        described, arrays = to_storage(tree)
         leaves = {name: {"shape": d.shape, "dtype": d.dtype, "impl": d.impl} for name, d in described.items()}
         sealed = json_bytes({"format": FORMAT, "step": step, "leaves": leaves, "metadata": metadata})
         partial = self.root / f".tmp-{step}"
         with self._telling(step, partial):
-            if is_first():
+            if self._writes():
                 self._prepare_to_write()
                 partial.mkdir()
-            wait_for_all("checkpoint folder")
-            # Directories are made here: Orbax's threads would wait for minutes if that failed.
-            context = _orbax().Context()
-            context.async_options.create_directories_asynchronously = False
-            with context:
-                response = _orbax().save_async(partial / TREE, arrays)
+            if self._publisher is None:
+                write = _orbax_save(partial / TREE, arrays)
+            else:
+                write = functools.partial(write_arrays, partial / ARRAYS, copied(arrays))
         executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending = executor.submit(self._commit, step, partial, sealed, response)
+        self._pending = executor.submit(self._commit, step, partial, sealed, write)
         executor.shutdown(wait=False)
 
     def delete_except(self, kept: Container[int]) -> None:
         """Delete every step but the ``kept`` ones. Waits for a running save first."""
         self.wait()
         surplus = [step for step in self.steps() if step not in kept]
-        if surplus and is_first():
+        if surplus and self._writes():
             self._prepare_to_write()
             self._delete(surplus)
 
@@ -140,9 +155,11 @@ class CheckpointDirectory:
             self._pending.result()
 
     def wait(self) -> None:
-        """Block until no save is running; raise like :meth:`poll`."""
+        """Block until no save is running, in any process; raise like :meth:`poll`."""
         if self._pending is not None:
             self._pending.result()
+            if self._publisher is not None:
+                wait_for_all("step published")
 
     def settle(self) -> None:
         """Block until no save is running, and ignore failures: for a run that has failed already.
@@ -169,11 +186,11 @@ class CheckpointDirectory:
         directory = self.root / str(step)
         content = verify_step(directory)
         saved = {
-            name: _Leaf(tuple(leaf["shape"]), leaf["dtype"], leaf["impl"])
+            name: Leaf(tuple(leaf["shape"]), leaf["dtype"], leaf["impl"])
             for name, leaf in content["leaves"].items()
         }
-        wanted = _named_leaves(abstract_tree)
-        _require_same(directory, saved, wanted)
+        wanted = named_leaves(abstract_tree)
+        require_same(directory, saved, wanted)
         stored = {
             name: jax.eval_shape(jax.random.key_data, leaf) if saved[name].impl else leaf
             for name, leaf in wanted.items()
@@ -184,7 +201,10 @@ class CheckpointDirectory:
             if leaf.size
         }
         try:
-            loaded = _orbax().load(directory / TREE, asked) if asked else {}
+            if (directory / ARRAYS).is_file():
+                loaded = read_arrays(directory / ARRAYS, asked)
+            else:
+                loaded = _orbax().load(directory / TREE, asked) if asked else {}
         except Exception as error:  # Orbax may raise anything for a tree that another program has sealed
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DamagedError(directory, TREE, f"cannot be read ({reason[:200]})") from error
@@ -197,6 +217,10 @@ class CheckpointDirectory:
                 value, impl = place(np.asarray(data), leaf.sharding), saved[name].impl
             values.append(jax.random.wrap_key_data(value, impl=impl) if impl else value)
         return jax.tree.unflatten(jax.tree.structure(abstract_tree), values), content["metadata"]
+
+    def _writes(self) -> bool:
+        """Whether this process makes, seals and deletes folders."""
+        return self._publisher is not None or is_first()
 
     def _prepare_to_write(self) -> None:
         """Make the root, and delete what a killed run left under hidden names."""
@@ -217,14 +241,14 @@ class CheckpointDirectory:
         fsync_directory(self.root.parent)
         self._ready_to_write = True
 
-    def _commit(self, step: int, partial: Path, sealed: bytes, response: Any) -> None:
-        """Turn a running Orbax save into a step; runs in a thread of its own.
+    def _commit(self, step: int, partial: Path, sealed: bytes, write: Callable[[], object]) -> None:
+        """Make a step of the arrays that ``write`` writes; runs in a thread of its own.
 
         Processes other than the first only wait for the arrays.
         """
         with self._telling(step, partial):
-            response.result()
-            if not is_first():
+            write()
+            if not self._writes():
                 return
             reach("tree-written")
             write_atomic(partial / METADATA, sealed)
@@ -234,6 +258,8 @@ class CheckpointDirectory:
             reach("before-rename")
             self._put_in_place(partial, step)
             reach("after-rename")
+            if self._publisher is not None:
+                self._publisher.publish(self.root / str(step))
             self._delete_old(step)
 
     def _put_in_place(self, partial: Path, step: int) -> None:
@@ -259,6 +285,8 @@ class CheckpointDirectory:
 
     def _delete(self, steps: list[int]) -> None:
         for step in steps:
+            if self._publisher is not None:
+                self._publisher.withdraw(self.root / str(step))
             # Renamed first: a half-deleted step under its own name would look damaged.
             trash = self.root / f".trash-{step}"
             (self.root / str(step)).rename(trash)
@@ -275,7 +303,7 @@ class CheckpointDirectory:
         except FAILURES as error:
             if several() and isinstance(error, jax.errors.JaxRuntimeError):
                 raise  # another process is gone, which is no failure of this save
-            if is_first() and partial.exists():
+            if self._writes() and partial.exists():
                 # It may be what fills the disk. Renamed first, because Orbax's threads may still be writing.
                 with suppress(OSError):
                     shutil.rmtree(partial.rename(self.root / f".trash-{step}"))
@@ -339,52 +367,11 @@ def _orbax() -> Any:
     return v1
 
 
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves by path, such as ``adapter/layers/q/a``, in the order of ``jax.tree.leaves``."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/") or "leaf": leaf for path, leaf in leaves}
-    if len(named) != len(leaves):
-        raise ValueError("two leaves of the tree have the same path: a key contains '/'")
-    return named
-
-
-def _to_storage(tree: PyTree) -> tuple[dict[str, _Leaf], dict[str, jax.Array]]:
-    """The type of each leaf, and the plain arrays for Orbax.
-
-    Keys become their data. Leaves without elements, which Orbax refuses, only have a type. NumPy arrays are
-    copied, because their owner may change them during the save.
-    """
-    described, arrays = {}, {}
-    for name, leaf in _named_leaves(tree).items():
-        if not isinstance(leaf, jax.Array | np.ndarray):
-            raise TypeError(f"leaf {name} is a {type(leaf).__name__}: expected an array")
-        impl = None
-        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            impl = str(jax.random.key_impl(leaf))
-        described[name] = _Leaf(tuple(leaf.shape), str(leaf.dtype), impl)
-        array = jax.random.key_data(leaf) if impl else leaf
-        if isinstance(array, np.ndarray):
-            array = jax.numpy.array(array)
-            if array.dtype != leaf.dtype:
-                raise TypeError(f"leaf {name} is {leaf.dtype}, which JAX holds as {array.dtype}")
-        if array.size:
-            arrays[name] = array
-    return described, arrays
-
-
-def _require_same(directory: Path, saved: dict[str, _Leaf], wanted: dict[str, Any]) -> None:
-    """Raise one line unless the checkpoint holds exactly the wanted leaves."""
-    for name in wanted.keys() | saved.keys():
-        if name in saved and name in wanted and wanted[name].sharding is None:
-            raise ValueError(f"leaf {name} of the abstract tree has no sharding")
-    asked = {name: _Leaf(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in wanted.items()}
-    problems = [f"{name} is not in it" for name in sorted(asked.keys() - saved.keys())]
-    problems += [f"{name} is not expected" for name in sorted(saved.keys() - asked.keys())]
-    problems += [
-        f"{name} is {saved[name]}, expected {asked[name]}"
-        for name in sorted(asked.keys() & saved.keys())
-        if (saved[name].shape, saved[name].dtype) != (asked[name].shape, asked[name].dtype)
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise UserError(f"checkpoint {directory} does not fit this run: leaf {problems[0]}{more}")
+def _orbax_save(path: Path, arrays: dict[str, jax.Array]) -> Callable[[], object]:
+    """Start a save of all processes together; return what waits for its end."""
+    wait_for_all("checkpoint folder")
+    # Directories are made here: Orbax's threads would wait for minutes if that failed.
+    context = _orbax().Context()
+    context.async_options.create_directories_asynchronously = False
+    with context:
+        return _orbax().save_async(path, arrays).result

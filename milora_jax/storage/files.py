@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from milora_jax.addresses import require_local
 from milora_jax.errors import UserError
 
 LARGEST_FILE = 2**36
@@ -105,6 +106,7 @@ def require_new(path: Path) -> None:
     Raises:
       UserError: the path exists and is not an empty directory.
     """
+    require_local(path, "a local directory, which can be copied to a bucket")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UserError(f"{path}: exists and is no directory, expected a new or an empty one")
     if path.is_dir() and any(path.iterdir()):
@@ -129,7 +131,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     partial = lock = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(final)
+        _remove_abandoned(final.parent, f".{glob.escape(final.name)}.*{UNFINISHED}")
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=UNFINISHED, dir=final.parent))
         lock = _locked(partial)
         partial.chmod(final.stat().st_mode & 0o7777 if final.is_dir() else 0o777 & ~_umask())
@@ -149,9 +151,9 @@ def new_directory(path: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _remove_abandoned(final: Path) -> None:
-    """Remove what killed processes left beside ``final``."""
-    for partial in final.parent.glob(f".{glob.escape(final.name)}.*{UNFINISHED}"):
+def _remove_abandoned(directory: Path, pattern: str) -> None:
+    """Remove what killed processes left under names of a pattern."""
+    for partial in directory.glob(pattern):
         lock = _locked(partial)
         if lock is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -170,6 +172,33 @@ def _locked(directory: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+@contextmanager
+def scratch_directory(prefix: str) -> Iterator[Path]:
+    """Make a temporary directory for the ``with`` block, and remove those that killed processes left.
+
+    Args:
+      prefix: of its name, and of the names of those to remove.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    where = Path(tempfile.gettempdir())
+    _remove_abandoned(where, f"{prefix}*{UNFINISHED}")
+    directory, lock = where, None
+    try:
+        # Another process may take a new one for one that was left, until it is locked.
+        while lock is None or not directory.exists():
+            directory = Path(tempfile.mkdtemp(prefix=prefix, suffix=UNFINISHED))
+            lock = _locked(directory)
+    except OSError as error:
+        raise UserError(f"cannot make a temporary directory in {where}: {error.strerror}") from error
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
 
 
 def _umask() -> int:

@@ -23,6 +23,7 @@ from milora_jax.storage.export import ORIGIN_FILE, read_origin
 from milora_jax.storage.exported import write_exported
 from milora_jax.storage.files import new_directory
 from milora_jax.storage.manifest import MANIFEST, verify_manifest
+from milora_jax.storage.mirror import fetched
 from milora_jax.storage.peft import PEFT_CONFIG, read_peft, require_unfused
 from milora_jax.types import EXPERTS
 
@@ -48,10 +49,10 @@ def _prompt_format(source: Path, base: Path) -> PromptFormat:
     return stored_prompt_format(origin.get("prompt_format"), str(source / ORIGIN_FILE))
 
 
-def read_any_adapter(path: Path, base: Path, quantize: str = "none") -> tuple[Adapter, dict[str, Any]]:
+def read_any_adapter(path: str | Path, base: Path, quantize: str = "none") -> tuple[Adapter, dict[str, Any]]:
     """An adapter of ours, as ``storage.adapters.read_adapter`` reads it, or one that PEFT saved, as it is.
 
-    Nothing is written.
+    Nothing is written. An address ``gs://BUCKET/PATH`` is fetched anew each time.
 
     Args:
       base: Hugging Face directory of the base. A PEFT adapter of others does not say which base it is for,
@@ -61,9 +62,10 @@ def read_any_adapter(path: Path, base: Path, quantize: str = "none") -> tuple[Ad
     Raises:
       UserError: by name, for whatever is missing, damaged, unknown or does not fit the base.
     """
-    if not (path / PEFT_CONFIG).is_file():
-        return read_adapter(path)
-    adapter, said = read_peft_adapter(path, base)
+    with fetched(path) as folder:
+        if not (folder / PEFT_CONFIG).is_file():
+            return read_adapter(folder)
+        adapter, said = read_peft_adapter(folder, base)
     for line in said:
         log.info("%s: %s", path, line)
     return adapter, adapter_metadata(

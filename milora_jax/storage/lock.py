@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from types import TracebackType
 
+from milora_jax.addresses import require_local
 from milora_jax.errors import UserError
 
 LOCK = ".lock"
@@ -37,6 +38,7 @@ class WorkdirLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> WorkdirLock:
+        require_local(self.workdir, "a directory, only train.py writes to buckets")
         path = self.workdir / LOCK
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)

@@ -26,10 +26,10 @@ from milora_jax.base.source import model_directory
 from milora_jax.console import LINE_EVERY
 from milora_jax.data.batches import batch_rows
 from milora_jax.errors import NonFiniteError, Preempted, UserError
-from milora_jax.parallel.processes import any_of_all, from_first, several, to_host
+from milora_jax.parallel.processes import from_first, several, to_host
 from milora_jax.parallel.rules import attend_over, state_shardings
 from milora_jax.storage.adapters import adapter_metadata
-from milora_jax.storage.checkpoint import CheckpointDirectory, read_metadata, verify_step
+from milora_jax.storage.checkpoint import CheckpointDirectory, Publisher, read_metadata, verify_step
 from milora_jax.training.calibration import measured_features
 from milora_jax.training.health import (
     PromptRoutes,
@@ -55,33 +55,33 @@ class Trainer:
     """One run's compiled programs, data and checkpoints; :meth:`fit` is the loop."""
 
     def __init__(
-        self, run: Run, workdir: Path, log: Callable[[str], None], steps: Steps | None = None
+        self,
+        run: Run,
+        workdir: Path,
+        log: Callable[[str], None],
+        steps: Steps | None = None,
+        publisher: Publisher | None = None,
     ) -> None:
         """Prepare to train.
 
         Args:
           steps: compiled programs of another run with the same model, number of steps and ``train`` settings,
             which saves their compilation; seed and learning rates may differ.
+          publisher: see ``CheckpointDirectory``.
         """
-        config = run.config
-        self._method, shape = build_method(config.adapter), adapter_shape(run.model)
+        train = run.config.train
+        self._method, shape = build_method(run.config.adapter), adapter_shape(run.model)
         theta = split_params(Adapter(abstract_params(self._method, shape), self._method, shape))[1]
         self._bilevel = bool(jax.tree.leaves(theta))
-        self._run, self._log, self._settings = run, log, config.train
-        self._total = planned_steps(config.train, len(run.train))
+        self._run, self._log, self._settings = run, log, train
+        self._total = planned_steps(train, len(run.train))
         self._steps = steps or make_steps(
-            run.model,
-            config.train,
-            self._total,
-            lambda s: state_shardings(run.mesh, s),
-            attend_over(run.mesh),
+            run.model, train, self._total, lambda s: state_shardings(run.mesh, s), attend_over(run.mesh)
         )
-        self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, log)
-        self._best = CheckpointDirectory(workdir / "best", None, log)
+        self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, log, publisher)
+        self._best = CheckpointDirectory(workdir / "best", None, log, publisher)
         self._workdir = workdir
-        self._schedule = learning_rate_schedule(
-            config.train.learning_rate, config.train.warmup_share, self._total
-        )
+        self._schedule = learning_rate_schedule(train.learning_rate, train.warmup_share, self._total)
 
     @property
     def total_steps(self) -> int:
@@ -161,7 +161,7 @@ class Trainer:
                 with pace.aside():
                     judged = self._evaluate(log, done, state.adapter, progress)
             last = done == self._total or progress.stopped
-            stop = self._asked_to_stop(done, preempted)
+            stop = preempted()
             if last or stop or done % self._settings.save_every == 0:
                 self._count_bad(waiting, progress, done)
                 waiting = None
@@ -175,13 +175,6 @@ class Trainer:
                 self._checkpoints.wait()
                 raise Preempted(f"stopped: saved step {done}, run the same command again to continue")
         return state
-
-    def _asked_to_stop(self, done: int, preempted: Callable[[], bool]) -> bool:
-        """Whether any process was asked to stop; several processes ask each other at logged steps only,
-        because that waits for the devices."""
-        if several() and done % self._settings.log_every:
-            return False
-        return any_of_all(preempted())
 
     def _training_batch(self, step: int) -> tuple[Batch, int]:
         """The rows of a step on the devices, and their number of tokens without padding."""

@@ -18,22 +18,23 @@ from jax.sharding import Mesh
 from milora_jax.adapters.hooks import abstract_params
 from milora_jax.adapters.protocol import router_mask
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
+from milora_jax.base.attention import DeviceLayout
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf import Progress, ignore, load_leaves
 from milora_jax.base.hf_config import read_model_config
-from milora_jax.base.modules import Base
+from milora_jax.base.modules import Base, decode_layout
 from milora_jax.base.source import model_directory
 from milora_jax.config import Config
 from milora_jax.data.batches import collate, padded_length
 from milora_jax.data.chat import asks_for_time
 from milora_jax.data.packing import Rows
-from milora_jax.data.records import Record
+from milora_jax.data.records import Record, fingerprint
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import require
 from milora_jax.model_config import ModelConfig
-from milora_jax.parallel.mesh import check_divides, make_mesh
-from milora_jax.parallel.processes import from_first, own_rows, place
-from milora_jax.parallel.rules import base_sharding, batch_sharding
+from milora_jax.parallel.mesh import check_meshes, eval_mesh, make_mesh
+from milora_jax.parallel.processes import from_first, own_rows, package_versions, place, require_same
+from milora_jax.parallel.rules import base_sharding, batch_sharding, layout_over, relaid
 from milora_jax.storage.workdir import CONFIG_NAME
 from milora_jax.training.rows import encode_rows, read_rows
 from milora_jax.training.start import starting_params
@@ -82,6 +83,21 @@ class Run:
         longest = int(max(self.train.lengths.max(), self.dev.lengths.max()))
         return padded_length(longest, ROW_MULTIPLE, self.config.data.max_length)
 
+    @property
+    def eval_mesh(self) -> Mesh:
+        """The mesh of the scoring."""
+        return eval_mesh(self.mesh, self.config)
+
+    @property
+    def layout(self) -> DeviceLayout | None:
+        """How rows and heads are divided when answers are scored; None on one device."""
+        return layout_over(self.eval_mesh)
+
+    def decoding_base(self) -> Base:
+        """The base in the layout for decoding, over the mesh of the scoring."""
+        mesh = self.eval_mesh
+        return decode_layout(self.base) if mesh.size == 1 else relaid(self.base, mesh)
+
     def batch(self, rows: Rows, numbers: Sequence[int] | np.ndarray) -> Batch:
         """A batch of training on the devices, split by rows; a host reads those of its own devices only.
 
@@ -111,7 +127,11 @@ def prepare_run(
         lock already.
       log: receives one line for each noteworthy fact (rows dropped, held out, loaded).
       progress: called with the bytes of the base read so far and their total.
+
+    Raises:
+      UserError: something is wrong with a setting or a file, or differs from that of another process.
     """
+    require_same({**package_versions(), **config.to_dict()})
     config = continued(config, workdir, log)
     method = build_method(config.adapter)
     config = dataclasses.replace(config, adapter=full_settings(method))
@@ -136,17 +156,19 @@ def prepare_run(
     if config.train.init_from and (workdir is None or not (workdir / "checkpoints").is_dir()):
         starting_params(config.train.init_from, method, adapter_shape(model), directory)
     mesh = make_mesh(config.mesh)
-    check_divides(
-        mesh,
-        model,
-        {"train.batch_size": config.train.batch_size, "eval.batch_size": config.eval.batch_size},
-        {"train.batch_size": config.train.accumulate},
-    )
-    read = read_rows(config, log)
+    check_meshes(mesh, config, model)
+    read = read_rows(config)
     tokenizer = load_tokenizer(str(directory))
     if workdir is None or not (workdir / CONFIG_NAME).is_file():
         config = _with_time(config, tokenizer)
     rows = encode_rows(read, tokenizer, config, model, log)
+    fingerprints = {
+        "the training and dev rows": rows["data_fingerprint"],
+        "the tokens of the training and dev rows": rows["token_fingerprint"],
+        **{f"the rows of test task {task!r}": fingerprint(records) for task, records in read.tests.items()},
+        "the files of the base": base_fingerprint(directory),
+    }
+    require_same({f"the fingerprint of {what}": found for what, found in fingerprints.items()})
     base = load_leaves(
         directory,
         model,
@@ -161,7 +183,7 @@ def prepare_run(
         base=base,
         tokenizer=tokenizer,
         mesh=mesh,
-        base_fingerprint=base_fingerprint(directory),
+        base_fingerprint=fingerprints["the files of the base"],
         **rows,
     )
 
@@ -172,7 +194,7 @@ def with_rows(run: Run, config: Config, log: Callable[[str], None]) -> Run:
     Args:
       config: a config with the model and mesh of ``run.config``.
     """
-    rows = encode_rows(read_rows(config, log), run.tokenizer, config, run.model, log)
+    rows = encode_rows(read_rows(config), run.tokenizer, config, run.model, log)
     return dataclasses.replace(run, config=config, **rows)
 
 

@@ -28,7 +28,6 @@ from milora_jax.data.tokens import (
 )
 from milora_jax.errors import require
 from milora_jax.model_config import ModelConfig
-from milora_jax.parallel.processes import several
 from milora_jax.training.prepared import prepared_examples
 
 Keep = Callable[[Example], Any]
@@ -68,7 +67,7 @@ class Facts:
     token_fingerprint: str
 
 
-def read_rows(config: Config, log: Callable[[str], None]) -> RowSources:
+def read_rows(config: Config) -> RowSources:
     """Read the rows of a config; with ``data.prepared_path`` those of training and dev are read later.
 
     Raises:
@@ -79,9 +78,6 @@ def read_rows(config: Config, log: Callable[[str], None]) -> RowSources:
     train = Records(tuple(sources["train"]))
     dev = [Records((source,)) for source in sources["dev"]]
     kept = train if later else list(train)
-    if sources["test"] and several():
-        log("several processes: nothing is scored here, python -m milora_jax.evaluation does it afterwards")
-        sources["test"] = []
     tests = {source.name: read_records(source, scored=True) for source in sources.pop("test")}
     return RowSources(sources, kept, dev if later else [list(each) for each in dev], tests)
 

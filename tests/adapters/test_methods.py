@@ -79,6 +79,7 @@ def test_cached_decoding_equals_the_full_forward(method):
         np.testing.assert_array_equal(answer, again)
 
 
+@pytest.mark.sweep("milora", "iapt")
 @pytest.mark.parametrize("method", METHODS)
 def test_packed_equals_unpacked_and_padding_is_nothing(method):
     adapter = make_adapter(method=method)

@@ -14,7 +14,7 @@ from milora_jax.base.source import model_directory, weight_files
 from milora_jax.errors import UserError
 from tests.base.pieces import PLAIN
 from tests.base.shards import shard
-from tests.fake_gcs import BUCKET, FakeStorage, serving
+from tests.fake_gcs import BUCKET, in_reach
 from tests.models import WITH_TOKENIZER, random_base, write_hf_directory
 
 pytest.importorskip("tensorstore")
@@ -25,13 +25,8 @@ WEIGHTS = "models/plain/model.safetensors"
 
 @pytest.fixture
 def storage(monkeypatch):
-    storage = FakeStorage()
     source._mirrored.cache_clear()
-    monkeypatch.setattr(gcs, "RETRIES", {"max_retries": 1, "initial_delay": "1ms", "max_delay": "1ms"})
-    # No credentials are looked for on the network.
-    monkeypatch.setenv("GCE_METADATA_ROOT", "127.0.0.1:1")
-    with serving(storage) as address:
-        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+    with in_reach(monkeypatch) as storage:
         yield storage
 
 

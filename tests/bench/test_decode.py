@@ -96,6 +96,7 @@ def test_random_weights_of_the_peer_are_made_where_they_stay():
     assert json.loads(found.stdout)["tok_s"] > 0
 
 
+@pytest.mark.thorough
 def test_a_peer_that_cannot_start_is_one_line(folder, tmp_path):
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho hello >&2\necho 'No module named torch' >&2\nexit 1\n")

@@ -11,6 +11,7 @@ from milora_jax.tiny import MODEL_DIR, TASKS_DIR
 pytest.importorskip("transformers", reason="texts need a tokenizer, which the core does without")
 
 
+@pytest.mark.thorough
 def test_it_reports_what_was_accepted(capsys):
     rows = TASKS_DIR / "word_order" / "test.jsonl"
     sizes = {"rows": rows, "lookup": "0,3", "prompts": 3, "new": 24, "repeats": 1}

@@ -186,6 +186,7 @@ def test_a_run_and_a_command_refuse_columns_of_a_source_that_there_is_not():
             parse_given(*arguments)
 
 
+@pytest.mark.thorough
 def test_both_forms_of_e2e_give_the_same_records(shared_data, tmp_path):
     """Local files need no columns: a row for each pair to learn, one with all references to score."""
     folder = shared_data / "e2e_cleaned"

@@ -127,6 +127,18 @@ def test_a_mesh_that_divides_nothing(inputs):
             looked_at("mesh", dataclasses.replace(config_of(inputs), mesh=mesh))
 
 
+def test_answers_are_divided_over_their_own_mesh(inputs):
+    config = dataclasses.replace(config_of(inputs), mesh=MeshSection(fsdp=8))
+    few = dataclasses.replace(config.eval, batch_size=2)
+    with pytest.raises(
+        UserError, match=r"eval\.batch_size is 2: expected a multiple of mesh data x fsdp = 8"
+    ):
+        looked_at("mesh", dataclasses.replace(config, eval=few))
+    of_two = dataclasses.replace(few, mesh="fsdp=2,tensor=4")
+    (finding,) = looked_at("mesh", dataclasses.replace(config, eval=of_two))
+    assert finding.level == "ok"
+
+
 def test_a_base_that_is_not_whole(inputs, tmp_path):
     write_hf_directory(tmp_path / "model")
     config = dataclasses.replace(config_of(inputs, max_length=513), model=config_of(tmp_path).model)

@@ -55,7 +55,7 @@ class Losses:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, base, config, adapter, responses, rows, *, advance):
+    def __call__(self, base, config, adapter, responses, rows, *, layout, advance):
         self.asked.append(len(responses.passages))
         advance(len(responses.passages))
         tokens = sum(passage.scored for passage in responses.passages)
@@ -72,7 +72,7 @@ def answered(base, losses, monkeypatch):
     """Prompts and settings that a ``generate`` without a model was asked; row 5 is not answered."""
     asked = []
 
-    def generate(base, config, tokenizer, prompts, *, adapter, settings, batch_size, prefill_rows):
+    def generate(base, config, tokenizer, prompts, *, adapter, settings, batch_size, prefill_rows, layout):
         asked.append((len(prompts), settings))
         texts = [tokenizer.decode(prompt.ids).split("Instruction:\n")[1].split("\n")[0] for prompt in prompts]
         route = np.tile(np.array([1.0, 0, 0, 0, 0, 0, 0.5], np.float32), (2, 1))
@@ -82,7 +82,7 @@ def answered(base, losses, monkeypatch):
     monkeypatch.setattr(plan, "generate", generate)
     monkeypatch.setattr(plan, "response_loss", losses)
 
-    def load(self):
+    def load(self, mesh=None):
         return Model(self.named.base, base, self.config, self.tokenizer, None, self.prompt_format)
 
     monkeypatch.setattr(Subject, "load", load)

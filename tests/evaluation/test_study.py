@@ -140,6 +140,7 @@ def test_compiled_programs_make_room_before_a_process_has_too_many(monkeypatch, 
     assert compiled._cache_size() == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux says what a process maps")
 def test_forgetting_programs_gives_their_memory_maps_back(monkeypatch, tmp_path):
     from milora_jax.evaluation.study import cells

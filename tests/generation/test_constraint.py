@@ -39,6 +39,7 @@ def requests(engine, constraints):
     return made
 
 
+@pytest.mark.sweep("milora")
 @pytest.mark.parametrize("method", [None, "milora"])
 def test_tokens_are_allowed_and_neighbours_unchanged(method):
     adapter = None if method is None else make_adapter(method=method)

@@ -27,6 +27,7 @@ def scored(adapter, ids, rows=2, **settings):
     return request
 
 
+@pytest.mark.sweep("1]", "33")
 @pytest.mark.parametrize("length", [1, 2, 31, 33, 50])
 def test_they_are_those_of_the_whole_pass(length):
     adapter, ids = make_adapter(), text(0, length).tolist()

@@ -74,6 +74,7 @@ TALK = [
 ]
 
 
+@pytest.mark.sweep("first_turn")
 @pytest.mark.parametrize(("part", "same"), [("prompt", False), ("first_turn", True), ("system", True)])
 def test_every_turn_of_a_chat_has_the_route_of_its_first(tokenizer, part, same):
     base = random_base(WITH_TOKENIZER)

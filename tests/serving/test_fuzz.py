@@ -97,8 +97,8 @@ def fuzz(call, count):
     return found
 
 
-@pytest.mark.sweep("1000")
-@pytest.mark.parametrize("count", [1000, 4000, pytest.param(90000, marks=pytest.mark.slow)])
+@pytest.mark.sweep("300")
+@pytest.mark.parametrize("count", [300, 4000, pytest.param(90000, marks=pytest.mark.slow)])
 def test_wrong_values_in_every_field(call, client, served, count):
     found = fuzz(call, count)
     assert found[200] > count // 20, "some of them are right"

@@ -88,6 +88,7 @@ def test_the_metrics_count_it(served, client):
     assert f"milora_prefix_cache_bytes {float(after.used)}" in text
 
 
+@pytest.mark.thorough
 def test_an_operator_may_share_or_switch_it_off(tmp_path, ring):
     adapters = write_model(tmp_path)
     expected = {(0, 256): [0, 0], (1, 256): [0, 64], (1, 0): [0, 0]}

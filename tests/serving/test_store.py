@@ -97,7 +97,7 @@ TOGETHER = [
 ]
 
 
-@pytest.mark.sweep("moelora12-16", "lora33")
+@pytest.mark.sweep("moelora12-16")
 @pytest.mark.parametrize(
     ("first", "later", "rank"), TOGETHER, ids=[f"{'-'.join(first)}-{rank}" for first, _, rank in TOGETHER]
 )

@@ -40,7 +40,7 @@ def test_an_ordinary_one_and_none_are_served(model, text):
     require_bounded_template(with_template(model, text))
 
 
-@pytest.mark.sweep("grows")
+@pytest.mark.sweep("escapes")
 @pytest.mark.parametrize("name", BOMBS)
 def test_one_that_takes_too_much_is_refused(model, name, monkeypatch):
     monkeypatch.setattr(template, "CPU_SECONDS", 8)

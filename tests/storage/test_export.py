@@ -106,6 +106,7 @@ def test_a_method_without_the_form_is_refused_and_nothing_is_left(method, export
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.sweep("milora", "ia3")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_has_the_formats_that_the_command_writes(method, model, tmp_path, monkeypatch):
     adapter = run_of(tmp_path / "run", model, method)

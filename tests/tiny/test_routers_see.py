@@ -67,6 +67,7 @@ def fresh_health(tiny, **settings):
     return routing_health(seen, None, [example.source for example in asked])
 
 
+@pytest.mark.sweep("attention")
 @pytest.mark.parametrize(("pooler", "features"), SETTINGS)
 def test_fresh_routers_part_prompts_of_different_tasks(tiny, pooler, features):
     health = fresh_health(tiny, pooler=pooler, features=features)

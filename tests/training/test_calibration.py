@@ -78,6 +78,7 @@ def test_answers_have_no_part_in_the_features(pooler):
     np.testing.assert_array_equal(program(base, batch)[0], program(base, other)[0])
 
 
+@pytest.mark.thorough
 def test_a_run_measures_before_its_first_step_and_stores_it(prepared, tmp_path):
     run, steps = prepared
     mine = dataclasses.replace(run, config=dataclasses.replace(run.config, adapter=STANDARDIZED))

@@ -42,6 +42,7 @@ def loss(adapter, batch):
     return adapted_loss(adapter, BASE, TINY, batch, key=None)[1]
 
 
+@pytest.mark.sweep("milora")
 @pytest.mark.parametrize("method", ["milora", "midora"])
 def test_the_route_of_prefill_is_the_route_of_training_at_every_turn(method):
     adapter, example = make_adapter(method=method, route_on="first_turn"), conversation(0)

@@ -105,7 +105,7 @@ def test_a_pass_with_a_cache_needs_the_route_of_the_one_before():
         forward(base, TINY, step, cache=first.cache, cache_length=PROMPT + 1)
 
 
-@pytest.mark.sweep("attention")
+@pytest.mark.sweep("standardized-0.0001-attention")
 @pytest.mark.parametrize("pooler", POOLERS)
 @pytest.mark.parametrize(("features", "rtol"), [("rms", 1e-5), ("standardized", 1e-4)])
 def test_packed_equals_unpacked(pooler, features, rtol):

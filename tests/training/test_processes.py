@@ -2,8 +2,8 @@
 
 import json
 import signal
-import socket
 import subprocess
+import sys
 import time
 
 import jax
@@ -15,10 +15,19 @@ from milora_jax.cluster import Cluster
 from milora_jax.config import MeshSection
 from milora_jax.errors import EXIT_PREEMPTED, UserError
 from milora_jax.parallel.mesh import make_mesh
-from milora_jax.parallel.processes import HEARTBEAT_SECONDS, any_of_all, from_first, place, to_host, together
+from milora_jax.parallel.processes import (
+    HEARTBEAT_SECONDS,
+    from_first,
+    place,
+    to_host,
+    together,
+    watch_for_preemption_of_any,
+)
 from milora_jax.storage.adapters import load_adapter
 from milora_jax.storage.checkpoint import CheckpointDirectory
+from milora_jax.storage.files import read_json
 from tests.paths import ROOT, environment
+from tests.processes import FEWEST_SECONDS, ended, free_port, run_together, said_by, start_together
 from tests.training.runs import command
 
 STEPS = 12
@@ -36,33 +45,14 @@ SETTINGS = {
 }
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def start(folder, workdir, log, **settings):
     """Two processes of four devices each."""
-    where, processes = f"127.0.0.1:{free_port()}", []
-    for i in range(2):
-        cluster = (f"--coordinator={where}", "--processes=2", f"--process={i}")
-        with (log / f"process{i}.txt").open("w") as file:
-            processes.append(
-                subprocess.Popen(
-                    [*command(folder, workdir, **{**SETTINGS, **settings}), *cluster],
-                    cwd=ROOT,
-                    env=environment(4),
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    return processes
+    return start_together([command(folder, workdir, **{**SETTINGS, **settings})] * 2, log, 4)
 
 
-def finished(processes, log, seconds=150):
-    codes = [process.wait(timeout=seconds) for process in processes]
-    said = "\n".join((log / f"process{i}.txt").read_text() for i in range(len(processes)))
+def finished(processes, log):
+    codes = ended(processes, 2 * FEWEST_SECONDS)
+    said = "\n".join(path.read_text() for path in sorted(log.iterdir()))
     assert codes == [0] * len(processes), said
     return said
 
@@ -73,7 +63,7 @@ def alone(folder, workdir, **settings):
         cwd=ROOT,
         env=environment(8),
         check=True,
-        timeout=400,
+        timeout=2 * FEWEST_SECONDS,
         capture_output=True,
     )
 
@@ -111,7 +101,6 @@ def on_one(shape):
 def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):
     alone(inputs, tmp_path / "alone")
     log = tmp_path / "whole-log"
-    log.mkdir()
     said = finished(start(inputs, tmp_path / "whole", log), log)
     # Gloo adds up in another order than one process does: the last bit may differ.
     for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "alone"), strict=True):
@@ -135,7 +124,6 @@ def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):
         np.testing.assert_allclose(one[name], other[name], atol=1e-5 * np.abs(one[name]).max(), err_msg=name)
 
     log = tmp_path / "killed-log"
-    log.mkdir()
     processes = start(inputs, tmp_path / "killed", log)
     checkpoints = tmp_path / "killed" / "checkpoints"
     deadline = time.monotonic() + 300
@@ -145,7 +133,6 @@ def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):
     assert processes[0].wait(timeout=300) != 0
     processes[1].wait()
     log = tmp_path / "resumed-log"
-    log.mkdir()
     said = finished(start(inputs, tmp_path / "killed", log), log)
     assert "resuming at step" in said
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
@@ -157,13 +144,12 @@ def test_two_processes_are_one_and_a_killed_one_is_resumed(inputs, tmp_path):
 def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(inputs, tmp_path):
     """SIGTERM to one stops both, with the same step saved; another mesh reads the same bits."""
     log = tmp_path / "log"
-    log.mkdir()
     processes = start(inputs, tmp_path / "run", log, **{"train.max_steps": 400})
     while not (tmp_path / "run" / "checkpoints" / "3").is_dir():
         time.sleep(0.05)
-        assert processes[0].poll() is None, (log / "process0.txt").read_text()
+        assert processes[0].poll() is None, said_by(log, 2)
     processes[1].terminate()
-    assert [process.wait(timeout=120) for process in processes] == [EXIT_PREEMPTED] * 2
+    assert [process.wait(timeout=FEWEST_SECONDS) for process in processes] == [EXIT_PREEMPTED] * 2
     mesh = make_mesh(MeshSection(data=1, fsdp=8, tensor=1))
 
     def split(shape):
@@ -186,8 +172,56 @@ def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(inputs, tmp_path)
     line = next(line for line in process.stderr if "resuming" in line)
     assert f"resuming at step {step}" in line
     process.terminate()
-    process.communicate(timeout=120)
+    process.communicate(timeout=FEWEST_SECONDS)
     assert process.returncode == EXIT_PREEMPTED
+
+
+@pytest.mark.slow
+def test_four_processes_run_all_of_train_and_score_as_one(tmp_path):
+    """The embedded model from the first row to the last score: the table of one process."""
+    settings = {
+        "train.max_steps": 8,
+        "train.eval_every": 4,
+        "data.dev_limit": 32,
+        "mesh.data": 1,
+        "mesh.fsdp": 4,
+        "mesh.tensor": 2,
+        "eval.limit": 10,
+        "eval.batch_size": 16,
+        "eval.max_new_tokens": 8,
+    }
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    start = [sys.executable, "train.py", "--config", "configs/tiny.py", *flags]
+    subprocess.run(
+        [*start, f"--workdir={tmp_path / 'one'}"],
+        cwd=ROOT,
+        env=environment(8),
+        check=True,
+        timeout=600,
+        capture_output=True,
+    )
+    printed = run_together([[*start, f"--workdir={tmp_path / 'four'}"]] * 4, tmp_path / "log", 2, 900)
+    assert "accuracy" in printed
+    one, four = (read_json(tmp_path / run / "summary.json") for run in ("one", "four"))
+    assert one.keys() == four.keys()
+    assert one["accuracy"] == four["accuracy"]
+    assert one["loss_rows"] == four["loss_rows"]
+    for which in ("base", "adapter"):
+        found, expected = (list(each["loss"][which].values()) for each in (four, one))
+        np.testing.assert_allclose(found, expected, rtol=1e-4 if which == "adapter" else 1e-6)
+    texts = [(tmp_path / run / "predictions.jsonl").read_text() for run in ("one", "four")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_a_host_with_another_setting_is_named_by_all(inputs, tmp_path):
+    commands = [command(inputs, tmp_path / "run", **SETTINGS, **{"train.seed": i}) for i in range(2)]
+    codes, texts = ended(start_together(commands, tmp_path / "log", 4)), said_by(tmp_path / "log", 2)
+    assert codes == [2, 2], texts
+    for said in texts:
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert "train.seed is 0 in process 0 and 1 in process 1" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_process_that_is_gone_is_missed_after_the_stated_time(monkeypatch):
@@ -200,9 +234,50 @@ def test_a_process_that_is_gone_is_missed_after_the_stated_time(monkeypatch):
     assert asked["heartbeat_timeout_seconds"] == HEARTBEAT_SECONDS == 30
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_host_that_never_comes_is_said_within_the_stated_time(process):
+    script = f"""
+from milora_jax.cluster import Cluster
+from milora_jax.parallel import processes
+
+processes.JOIN_SECONDS = 3
+with processes.together(Cluster("127.0.0.1:{free_port()}", 2, {process})):
+    pass
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert found.returncode == EXIT_PREEMPTED
+    assert found.stderr.startswith("error: the other processes did not all come within 3 s")
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_several_stop_where_the_preemption_service_says(monkeypatch):
+    """Every call counts, in all processes alike; Ctrl-C is passed on as SIGTERM, the service's own signal."""
+    asked, received = [], []
+    monkeypatch.setattr("milora_jax.parallel.processes.several", lambda: True)
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.reached_preemption_sync_point",
+        lambda call: asked.append(call) or call == 2,
+    )
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    service = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with watch_for_preemption_of_any() as preempted:
+            assert [preempted() for _ in range(4)] == [False, True, True, True]
+            assert asked == [1, 2]
+            signal.raise_signal(signal.SIGINT)
+            assert received == [signal.SIGTERM]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, service)
+
+
 def test_alone_nothing_is_asked_of_others():
-    assert any_of_all(True)
-    assert not any_of_all(False)
     assert from_first(-1) == -1
     values = {"a": np.arange(8.0, dtype=np.float32)}
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[1])

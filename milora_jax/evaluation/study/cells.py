@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
-from milora_jax.base.modules import Base, decode_layout
+from milora_jax.base.modules import Base
 from milora_jax.config import AdapterSection, Config
 from milora_jax.errors import NonFiniteError
 from milora_jax.evaluation.final import for_decoding, parameter_counts, score_tests
@@ -259,9 +259,9 @@ class CellRunner:
         """Accuracy, loss and expert shares of the best adapter on disk, by test task; the scores of each row
         go to a file of their own."""
         if self._decoding is None:
-            self._decoding = decode_layout(run.base)
+            self._decoding = run.decoding_base()
         base, stored = self._decoding, load_adapter(workdir)
-        adapter, rows = for_decoding(run, base, stored), encoded_tests(run)
+        adapter, rows = for_decoding(base, stored), encoded_tests(run)
         routed = {task: each.scores(run, base, adapter, None) for task, each in rows.items()}
         answers = []
         if cell.generate:

@@ -103,7 +103,7 @@ class Encoded:
         nll, exact = np.zeros(self.count), np.zeros(self.count)
         size = run.config.eval.batch_size
         for found in log_likelihoods(
-            base, run.model, adapter, self.passages, size, routes=routes, place=run.place
+            base, run.model, adapter, self.passages, size, routes=routes, layout=run.layout
         ):
             for number, each in found.items():
                 nll[self.places[number]], exact[self.places[number]] = -each.log_probability, each.greedy
