@@ -314,8 +314,7 @@ class EvalSection:
       limit: rows scored per task; 0 means all.
       batch_size: prompts decoded together.
       max_new_tokens: longest answer in tokens.
-      mesh: mesh of the scoring, such as ``tensor=8``; empty keeps that of training, where a token costs more
-        collectives, see docs/scaling.md.
+      mesh: mesh of the scoring, such as ``tensor=8``; empty is that of training, see docs/scaling.md.
     """
 
     limit: int = 0
@@ -354,8 +353,7 @@ class Config:
         Raises:
           UserError: ``adapter.route_on`` does not go together with ``data.template``.
         """
-        route_on = self.adapter.route_on or "prompt"
-        return dataclasses.replace(self.data.prompt_format, route_on=route_on)
+        return dataclasses.replace(self.data.prompt_format, route_on=self.adapter.route_on or "prompt")
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain nested dictionaries, ready for JSON."""
