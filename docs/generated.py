@@ -40,6 +40,7 @@ COMMANDS = (
     ("-m", "milora_jax.parallel", "aot"),
     ("-m", "milora_jax.bench", "decode"),
     ("-m", "milora_jax.bench", "train"),
+    ("-m", "milora_jax.bench", "rows"),
     ("-m", "milora_jax.bench", "prefill"),
     ("-m", "milora_jax.bench", "lookup"),
     ("-m", "milora_jax.bench", "load"),

@@ -147,6 +147,9 @@ class DataSection:
       max_length: longest row in tokens, prompt and response together.
       pack: put several training records into a row of ``max_length`` tokens; each has its own attention,
         positions, loss and route.
+      prepared_path: directory that keeps the tokenised training and dev rows in files, as Axolotl's
+        ``dataset_prepared_path``; later starts read them there, row by row, and hold none in memory. Empty
+        keeps all rows in memory. See docs/data.md.
     """
 
     train: str = ""
@@ -160,6 +163,7 @@ class DataSection:
     template_time: str = ""
     max_length: int = 768
     pack: bool = False
+    prepared_path: str = ""
 
     def __post_init__(self) -> None:
         parse_columns(self.columns)
@@ -169,6 +173,8 @@ class DataSection:
         require(self.max_length >= 8, "data.max_length", self.max_length, "at least 8 tokens")
         require(0 < self.dev_share < 1, "data.dev_share", self.dev_share, "between 0 and 1")
         require(self.dev_limit >= 0, "data.dev_limit", self.dev_limit, "0 or more")
+        local = "://" not in self.prepared_path
+        require(local, "data.prepared_path", self.prepared_path, "a directory of this machine or its network")
 
     @property
     def prompt_format(self) -> PromptFormat:
@@ -308,8 +314,7 @@ class EvalSection:
       limit: rows scored per task; 0 means all.
       batch_size: prompts decoded together.
       max_new_tokens: longest answer in tokens.
-      mesh: mesh of the scoring, such as ``tensor=8``; empty keeps that of training, where a token costs more
-        collectives, see docs/scaling.md.
+      mesh: mesh of the scoring, such as ``tensor=8``; empty is that of training, see docs/scaling.md.
     """
 
     limit: int = 0
@@ -348,8 +353,7 @@ class Config:
         Raises:
           UserError: ``adapter.route_on`` does not go together with ``data.template``.
         """
-        route_on = self.adapter.route_on or "prompt"
-        return dataclasses.replace(self.data.prompt_format, route_on=route_on)
+        return dataclasses.replace(self.data.prompt_format, route_on=self.adapter.route_on or "prompt")
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain nested dictionaries, ready for JSON."""

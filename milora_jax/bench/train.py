@@ -30,7 +30,7 @@ from milora_jax.bench.peer import Peer, started
 from milora_jax.bench.rounds import ModelSettings, in_turns, option
 from milora_jax.config import REMAT, AdapterSection, TrainSection
 from milora_jax.data.batches import collate
-from milora_jax.data.packing import in_rows
+from milora_jax.data.packing import Rows
 from milora_jax.data.tokens import Example
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
@@ -195,7 +195,7 @@ def records(rows: str, count: int, seq: int, vocab_size: int) -> list[list[Examp
         return [[record(*fitting[i])] for i in rng.integers(0, len(fitting), count)]
     # As many records as a data set has, so that rows are filled as they would be.
     many = [record(*fitting[i]) for i in rng.integers(0, len(fitting), 64 * count)]
-    packed = in_rows(many, seq)
+    packed = Rows(many, seq)
     return [packed[i] for i in rng.permutation(len(packed))[:count]]
 
 

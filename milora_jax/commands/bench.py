@@ -15,6 +15,7 @@ PROGRAM = "python -m milora_jax.bench"
 BENCHMARKS = {
     "decode": "the speed of decoding",
     "train": "the speed of training",
+    "rows": "what many training rows cost before the first step and in every step",
     "prefill": "what long prompts cost others, and what a prefix cache saves",
     "lookup": "what speculation by prompt look-up saves",
     "load": "the speed of loading a base, compared with the disk itself",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,15 @@ ORDER_STREAM = 2
 """Separates the order of rows from every other use of the run's seed."""
 
 
+@functools.lru_cache(maxsize=4)
 def row_order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """The permutation of an epoch, a pure function of its arguments."""
-    return np.random.default_rng([seed, ORDER_STREAM, epoch]).permutation(rows)
+    """The permutation of an epoch, a pure function of its arguments.
+
+    Those of this epoch and the next, of training and of dev rows, are kept, because every step asks for them.
+    """
+    order = np.random.default_rng([seed, ORDER_STREAM, epoch]).permutation(rows)
+    order.flags.writeable = False
+    return order
 
 
 def batch_rows(seed: int, step: int, rows: int, batch_size: int) -> np.ndarray:
@@ -26,9 +33,12 @@ def batch_rows(seed: int, step: int, rows: int, batch_size: int) -> np.ndarray:
     """
     first = step * batch_size
     epochs = range(first // rows, (first + batch_size - 1) // rows + 1)
-    order = np.concatenate([row_order(seed, epoch, rows) for epoch in epochs])
-    start = first - epochs[0] * rows
-    return order[start : start + batch_size]
+    return np.concatenate(
+        [
+            row_order(seed, epoch, rows)[max(first - epoch * rows, 0) : first + batch_size - epoch * rows]
+            for epoch in epochs
+        ]
+    )
 
 
 def padded_length(longest: int, multiple: int, limit: int) -> int:

@@ -7,9 +7,14 @@ prompt of another.
 
 from __future__ import annotations
 
-import bisect
+import heapq
+import itertools
 from collections.abc import Sequence
+from typing import overload
 
+import numpy as np
+
+from milora_jax.data.stored import StoredExamples
 from milora_jax.data.tokens import Example
 
 
@@ -32,25 +37,65 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     if lengths and max(lengths) > capacity:
         raise ValueError(f"a record of {max(lengths)} tokens does not fit a row of {capacity}")
     rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (room left, row), ascending
+    free: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room left, a heap of rows
+    rooms = 0  # bit r is set where there is a row with room r, so that the least room is a bit operation
     for record in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        found = bisect.bisect_left(free, (lengths[record], 0))
-        if found < len(free):
-            room, row = free.pop(found)
+        fitting = rooms >> lengths[record]
+        if fitting:
+            room = lengths[record] + (fitting & -fitting).bit_length() - 1
+            row = heapq.heappop(free[room])
+            if not free[room]:
+                rooms ^= 1 << room
         else:
             room, row = capacity, len(rows)
             rows.append([])
         rows[row].append(record)
-        bisect.insort(free, (room - lengths[record], row))
+        left = room - lengths[record]
+        heapq.heappush(free[left], row)
+        rooms |= 1 << left
     return sorted(sorted(row) for row in rows)
 
 
-def in_rows(examples: Sequence[Example], capacity: int | None) -> list[list[Example]]:
-    """Arrange encoded records in rows.
+class Rows(Sequence[list[Example]]):
+    """The rows of training or evaluation, each made of its examples when it is asked for.
 
-    Args:
-      capacity: tokens of a row; None gives every record a row of its own.
+    Attributes:
+      examples: all examples, in memory or in a file.
+      lengths: tokens of each row.
+      prompts: Z, the largest number of examples in a row.
     """
-    if capacity is None:
-        return [[example] for example in examples]
-    return [[examples[i] for i in row] for row in pack([len(e.tokens) for e in examples], capacity)]
+
+    def __init__(self, examples: Sequence[Example], capacity: int | None) -> None:
+        """Arrange examples in rows by their lengths alone.
+
+        Args:
+          capacity: tokens of a row; None gives every example a row of its own.
+        """
+        self.examples = examples
+        if isinstance(examples, StoredExamples):
+            lengths = examples.lengths
+        else:
+            lengths = np.array([len(example.tokens) for example in examples], np.int64)
+        if capacity is None:
+            self._members: range | np.ndarray = range(len(examples))
+            self._starts: range | np.ndarray = range(len(examples) + 1)
+            self.lengths, self.prompts = lengths, min(1, len(examples))
+            return
+        packed = pack(lengths.tolist(), capacity)
+        self._members = np.fromiter(itertools.chain.from_iterable(packed), np.int64, len(examples))
+        starts = self._starts = np.cumsum([0, *map(len, packed)])
+        self.lengths = np.add.reduceat(lengths[self._members], starts[:-1])
+        self.prompts = max(map(len, packed), default=0)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> list[Example]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[list[Example]]: ...
+    def __getitem__(self, place: int | slice) -> list[Example] | list[list[Example]]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        row = range(len(self))[place]
+        return [self.examples[int(i)] for i in self._members[self._starts[row] : self._starts[row + 1]]]

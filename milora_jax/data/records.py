@@ -9,15 +9,12 @@ and ``history`` of plain rows: see ``data.conversations``. Rows with other names
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from milora_jax.columns import Column, columns_of, mapped_row, parse_columns, require_sources
 from milora_jax.config import DataSection
@@ -36,8 +33,6 @@ from milora_jax.data.rows import parse_row, rows_of
 from milora_jax.errors import UserError
 
 SPLIT_STEMS = ("train", "dev", "test", "validation", "valid")
-HOLDOUT_STREAM = 1
-"""Separates the choice of held-out rows from every other use of the run's seed."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +136,35 @@ def _default_name(location: str) -> str:
     return path.parent.name or path.stem if path.stem in SPLIT_STEMS else path.stem
 
 
+def iterate_records(source: Source, scored: bool = False) -> Iterator[Record]:
+    """Read the records of a source one after the other.
+
+    Args:
+      scored: see :func:`read_records`.
+
+    Raises:
+      UserError: a row is malformed or incomplete; the error names file and line. Or there is no row.
+    """
+    empty = True
+    for row, where in rows_of(source.location):
+        for record in _records(mapped_row(_object(row, where), source.columns, where), where, scored):
+            empty = False
+            yield replace(record, where=where, source=source.name)
+    if empty:
+        raise UserError(f"{source.location}: the data set is empty")
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of sources, read anew whenever they are iterated: no more than one row is in memory."""
+
+    sources: tuple[Source, ...]
+
+    def __iter__(self) -> Iterator[Record]:
+        for source in self.sources:
+            yield from iterate_records(source)
+
+
 def read_records(source: Source, scored: bool = False) -> list[Record]:
     """Read all records of a source.
 
@@ -153,15 +177,9 @@ def read_records(source: Source, scored: bool = False) -> list[Record]:
         given, as in a row of LLM-Adapters' GSM8K test file.
 
     Raises:
-      UserError: a row is malformed or incomplete; the error names file and line.
+      UserError: see :func:`iterate_records`.
     """
-    records = [
-        replace(record, where=where, source=source.name)
-        for row, where in rows_of(source.location)
-        for record in _records(mapped_row(_object(row, where), source.columns, where), where, scored)
-    ]
-    if not records:
-        raise UserError(f"{source.location}: the data set is empty")
+    records = list(iterate_records(source, scored))
     mapped = any(column.field == "references" and not column.omits for column in source.columns)
     return _joined(records) if mapped and scored else records
 
@@ -182,64 +200,7 @@ def _joined(records: list[Record]) -> list[Record]:
     return list(found.values())
 
 
-def _always(record: Record) -> bool:
-    return True
-
-
-def holdout(
-    records: list[Record],
-    share: float,
-    seed: int,
-    limit: int = 0,
-    fits: Callable[[Record], bool] = _always,
-) -> tuple[list[Record], list[Record]]:
-    """Split off dev records, as a pure function of the records and the seed.
-
-    The turns of a chat stay together, because the prompt of a later one holds the answer of an earlier one.
-
-    Args:
-      share: share of the rows; at least one row is held out, and at least one is left.
-      limit: most rows that are held out; 0 means no limit.
-      fits: whether a record can be a dev record; with ``limit`` only rows with such a record are held out.
-
-    Returns:
-      Training records in their order, and at least one dev record.
-    """
-    rows = by_row(records)
-    if len(rows) < 2:
-        raise UserError("one training row is too few to hold out dev rows: give data.dev")
-    count = min(max(1, round(share * len(rows))), len(rows) - 1)
-    order = np.random.default_rng([seed, HOLDOUT_STREAM]).permutation(len(rows))[:count].tolist()
-    if limit:
-        fitting = (i for i in order if any(map(fits, rows[i])))
-        order = list(itertools.islice(fitting, limit)) or order[:limit]
-    held = set(order)
-    train = [record for i, row in enumerate(rows) if i not in held for record in row]
-    return train, [record for i in sorted(held) for record in rows[i]]
-
-
-def first_rows(records: list[Record], limit: int, fits: Callable[[Record], bool] = _always) -> list[Record]:
-    """The first ``limit`` rows with a record that fits, a chat with all of its turns; 0 means all."""
-    if not limit:
-        return records
-    rows = (row for row in by_row(records) if any(map(fits, row)))
-    return [record for row in itertools.islice(rows, limit) for record in row] or records[:limit]
-
-
-def by_row(records: list[Record]) -> list[list[Record]]:
-    """Records that are turns of one chat, together; each of the others alone."""
-    rows: list[list[Record]] = []
-    for record in records:
-        before = rows[-1][-1] if rows else None
-        said = (*before.messages, Message("assistant", before.output)) if before and before.messages else ()
-        if said and record.messages[: len(said)] == said:
-            rows[-1].append(record)
-        else:
-            rows.append([record])
-    return rows
-
-
-def fingerprint(records: list[Record], template: str = "") -> str:
+def fingerprint(records: Iterable[Record], template: str = "") -> str:
     """SHA-256 over the records in order.
 
     Args:
@@ -247,13 +208,18 @@ def fingerprint(records: list[Record], template: str = "") -> str:
     """
     digest = hashlib.sha256(template.encode())
     for record in records:
-        values = asdict(record)
-        del values["where"], values["source"]
-        for name in ("messages", "references"):
-            if not values[name]:
-                del values[name]  # a run whose records had no such field can be resumed
-        digest.update(json.dumps(values, sort_keys=True).encode())
+        digest.update(record_bytes(record))
     return digest.hexdigest()
+
+
+def record_bytes(record: Record) -> bytes:
+    """The content of a record, as :func:`fingerprint` reads it."""
+    values = asdict(record)
+    del values["where"], values["source"]
+    for name in ("messages", "references"):
+        if not values[name]:
+            del values[name]  # a run whose records had no such field can be resumed
+    return json.dumps(values, sort_keys=True).encode()
 
 
 def read_question(text: str, where: str) -> Record:

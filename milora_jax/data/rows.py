@@ -6,10 +6,11 @@ meant.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,22 @@ def rows_of(location: str) -> Iterator[tuple[Any, str]]:
     if location.startswith("hf:"):
         return _hub_rows(location)
     path = Path(location)
+    require_rows(path)
+    return _jsonl_rows(path) if path.suffix == ".jsonl" else _json_rows(path)
+
+
+def require_rows(path: Path) -> None:
+    """Refuse a path that is no JSON or JSONL file by its name.
+
+    Raises:
+      UserError: it is missing or a directory, or has another suffix.
+    """
     if not path.is_file():
         raise UserError(
             f"{path}: {'a directory' if path.is_dir() else 'no such file'}, expected JSON or JSONL"
         )
-    if path.suffix == ".jsonl":
-        return _jsonl_rows(path)
-    if path.suffix == ".json":
-        return _json_rows(path)
-    raise UserError(f"{path}: suffix {path.suffix!r}: expected .json or .jsonl")
+    if path.suffix not in (".json", ".jsonl"):
+        raise UserError(f"{path}: suffix {path.suffix!r}: expected .json or .jsonl")
 
 
 def parse_row(text: str, where: str) -> Any:
@@ -68,12 +76,23 @@ def _read_text(path: Path) -> str:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            yield parse_row(line, f"{path}:{number}"), f"{path}:{number}"
+    """One row after the other, so that a file of any size needs the memory of its longest line."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    raise UserError(f"{where}: not UTF-8 text") from None
+                if text.strip():
+                    yield parse_row(text.rstrip("\n"), where), where
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror})") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    """The rows of a list, which is read whole."""
     text = _read_text(path)
     try:
         whole = json.loads(text)
@@ -104,16 +123,48 @@ def _elements(text: str, path: Path) -> Iterator[tuple[Any, str]]:
         yield row, where
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror})") from None
+
+
+def hub_fingerprint(location: str) -> str:
+    """The fingerprint that ``datasets`` gives to the rows of ``hf:NAME[:CONFIG[:SPLIT]]``, which follows the
+    revision on the Hub.
+
+    Raises:
+      UserError: as :func:`rows_of`.
+    """
+    return str(hub_rows(*_hub_parts(location))._fingerprint)
+
+
 def _hub_rows(location: str) -> Iterator[tuple[Any, str]]:
-    parts = location.split(":")[1:]
-    if not parts[0] or len(parts) > 3:
-        raise UserError(f"data source {location!r}: expected hf:NAME[:CONFIG[:SPLIT]]")
-    name, config, split = (*parts, *("", "")[: 3 - len(parts)])[:3]
-    for number, row in enumerate(hub_rows(name, config, split or "train"), 1):
+    for number, row in enumerate(hub_rows(*_hub_parts(location)), 1):
         yield row, f"{location} (row {number})"
 
 
-def hub_rows(name: str, config: str, split: str) -> Iterable[Any]:
+def _hub_parts(location: str) -> tuple[str, str, str]:
+    """Name, configuration and split.
+
+    Raises:
+      UserError: there is no name, or there are more parts.
+    """
+    parts = location.split(":")[1:]
+    if not parts[0] or len(parts) > 3:
+        raise UserError(f"data source {location!r}: expected hf:NAME[:CONFIG[:SPLIT]]")
+    name, config, split = (*parts, "", "")[:3]
+    return name, config, split or "train"
+
+
+def hub_rows(name: str, config: str, split: str) -> Any:
     """Read the rows of a Hub data set unchanged.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from milora_jax.data.chat import encode_exchange
+from milora_jax.data.dev_rows import by_row
 from milora_jax.data.prompts import prompt_messages, prompt_text
-from milora_jax.data.records import Record, by_row
+from milora_jax.data.records import Record
 from milora_jax.data.scopes import (
     EncodedPrompt,
     encode_messages,
@@ -204,21 +205,41 @@ def encode_records(
     prompt_format: PromptFormat,
     what: str = "",
 ) -> tuple[list[Example], int]:
-    """Encode records, as :func:`encode_example` does each, or :func:`encode_conversation` the turns of a chat
-    that have one route.
+    """Encode records as :func:`encode_into` does, all at once.
+
+    Returns:
+      The examples that fit, in order, and the number of records that do not.
+    """
+    kept: list[Example] = []
+    dropped = encode_into(kept.append, tokenizer, records, model, max_length, prompt_format, what)
+    return kept, dropped
+
+
+def encode_into(
+    keep: Callable[[Example], Any],
+    tokenizer: Any,
+    records: Iterable[Record],
+    model: ModelConfig,
+    max_length: int,
+    prompt_format: PromptFormat,
+    what: str = "",
+) -> int:
+    """Encode records one after the other, as :func:`encode_example` does each, or
+    :func:`encode_conversation` the turns of a chat that have one route.
 
     Args:
+      keep: receives the examples that fit, in order.
       model: the model whose embeddings the tokens must have, and whose tokens end an answer.
       what: name of the records in errors: "dev" or "training".
 
     Returns:
-      The examples that fit, in order, and the number of the others.
+      The number of records that do not fit.
 
     Raises:
       UserError: no record fits, one cannot be written in the format's template, or one has a token without an
         embedding.
     """
-    kept, dropped = [], 0
+    kept = dropped = 0
     for turns in in_examples(records, prompt_format):
         example, fitting = encode_conversation(tokenizer, turns, model.eos_ids, max_length, prompt_format)
         dropped += len(turns) - fitting
@@ -226,30 +247,37 @@ def encode_records(
             continue
         with naming(turns[0]):
             require_embedded(tokenizer, example.tokens, model.vocab_size)
-        kept.append(example)
+        keep(example)
+        kept += 1
     if not kept:
         kind = f"{what} rows" if what else "rows"
-        raise UserError(f"all {len(records)} {kind} are longer than data.max_length {max_length} tokens")
-    return kept, dropped
+        raise UserError(f"all {dropped} {kind} are longer than data.max_length {max_length} tokens")
+    return dropped
 
 
-def in_examples(records: Sequence[Record], prompt_format: PromptFormat) -> list[list[Record]]:
+def in_examples(records: Iterable[Record], prompt_format: PromptFormat) -> Iterator[list[Record]]:
     """The records that make an example together: the turns of one row where they have one route."""
     if prompt_format.route_on == "prompt" or prompt_format.template != "chat":
-        return [[record] for record in records]
-    rows = by_row(list(records))
-    return [list(turns) for row in rows for _, turns in itertools.groupby(row, lambda each: each.where)]
+        yield from ([record] for record in records)
+        return
+    for row in by_row(records):
+        yield from (list(turns) for _, turns in itertools.groupby(row, lambda each: each.where))
 
 
-def token_fingerprint(examples: Sequence[Example]) -> str:
+def token_fingerprint(examples: Iterable[Example]) -> str:
     """SHA-256 over the token ids of examples in order, which are what a model gets of the rows."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(f"{example.prompt_length} {len(example.tokens)}\0".encode())
-        if example.route_tokens or example.answers:
-            digest.update(f"{example.route_tokens} {example.answers}\0".encode())
-        digest.update(example.tokens.astype("<i4").tobytes())
+        digest.update(example_bytes(example))
     return digest.hexdigest()
+
+
+def example_bytes(example: Example) -> bytes:
+    """The content of an example, as :func:`token_fingerprint` reads it."""
+    head = f"{example.prompt_length} {len(example.tokens)}\0"
+    if example.route_tokens or example.answers:
+        head += f"{example.route_tokens} {example.answers}\0"
+    return head.encode() + example.tokens.astype("<i4").tobytes()
 
 
 def require_embedded(tokenizer: Any, ids: Sequence[int] | np.ndarray, vocab_size: int) -> None:

@@ -16,7 +16,7 @@ from milora_jax.base.modules import Base, decode_layout, frozen_kernels
 from milora_jax.base.transformer import adapter_decode_layout, forward
 from milora_jax.console import Console
 from milora_jax.data.batches import collate, collate_prompts
-from milora_jax.data.packing import in_rows
+from milora_jax.data.packing import Rows
 from milora_jax.data.tokens import Example
 from milora_jax.doctor.findings import FAIL, OK, WARN, Finding
 from milora_jax.doctor.rows import sample
@@ -72,7 +72,7 @@ def routing_findings(subject: Subject) -> Iterator[Finding]:
         yield Finding(OK, "routing", f"method {subject.method.name} has no router")
         return
     config = subject.config
-    rows = in_rows(sample(subject, ROWS), config.data.max_length if config.data.pack else None)
+    rows = Rows(sample(subject, ROWS), config.data.max_length if config.data.pack else None)
     examples = [example for row in rows for example in row]
     with Console().loading("base") as progress:
         base = _load(subject, progress)

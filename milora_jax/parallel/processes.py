@@ -300,8 +300,14 @@ def to_host(tree: PyTree) -> PyTree:
     return jax.device_get(gather(tree))
 
 
+def own_rows(sharding: Sharding, count: int) -> frozenset[int]:
+    """Which of ``count`` rows lie on devices of this process."""
+    parts = sharding.addressable_devices_indices_map((count,)).values()
+    return frozenset(i for part in parts if part is not None for i in range(count)[part[0]])
+
+
 def place(tree: PyTree, sharding: Sharding) -> PyTree:
-    """Put host arrays on the devices of all processes; each process holds the whole and places its part."""
+    """Put host arrays on the devices of all processes; each process places its part, and needs no other."""
     if not several():
         return jax.device_put(tree, sharding)
 

@@ -22,7 +22,6 @@ from milora_jax.base.attention import Attend
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward
 from milora_jax.data.batches import batch_rows
-from milora_jax.data.tokens import Example
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.processes import to_host
@@ -106,14 +105,12 @@ def feature_statistics(
 def measured_features(
     run: Run,
     calibration: Calibration,
-    batch_of: Callable[[list[list[Example]]], Batch],
     attend: Attend,
     log: Callable[[str], None],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of the router's features, ``[L, D]`` each, over the first training prompts.
 
     Args:
-      batch_of: makes rows a batch on the devices.
       attend: the attention function.
       log: receives one line before the measurement begins.
 
@@ -125,9 +122,9 @@ def measured_features(
     def batches() -> Iterator[Batch]:
         for step in range(-(-count // settings.batch_size)):
             rows = batch_rows(settings.seed, step, count, settings.batch_size)
-            yield batch_of([run.train[i] for i in rows])
+            yield run.batch(run.train, rows)
 
-    wanted = min(settings.feature_prompts, sum(map(len, run.train)))
+    wanted = min(settings.feature_prompts, len(run.train.examples))
     log(f"measuring the router's features on {wanted} training prompts")
     program = feature_program(run.model, calibration, attend)
     found = feature_statistics(lambda batch: program(run.base, batch), batches(), wanted)

@@ -24,8 +24,7 @@ from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import Base, frozen_kernels
 from milora_jax.base.source import model_directory
 from milora_jax.console import LINE_EVERY
-from milora_jax.data.batches import batch_rows, collate
-from milora_jax.data.tokens import Example
+from milora_jax.data.batches import batch_rows
 from milora_jax.errors import NonFiniteError, Preempted, UserError
 from milora_jax.parallel.processes import from_first, several, to_host
 from milora_jax.parallel.rules import attend_over, state_shardings
@@ -180,12 +179,7 @@ class Trainer:
     def _training_batch(self, step: int) -> tuple[Batch, int]:
         """The rows of a step on the devices, and their number of tokens without padding."""
         rows = batch_rows(self._settings.seed, step, len(self._run.train), self._settings.batch_size)
-        packed = [self._run.train[i] for i in rows]
-        return self._batch(packed), sum(len(example.tokens) for row in packed for example in row)
-
-    def _batch(self, packed: list[list[Example]]) -> Batch:
-        run, rows = self._run, self._settings.batch_size
-        return run.place(collate(packed, run.row_length, rows, run.prompts))
+        return self._run.batch(self._run.train, rows), int(self._run.train.lengths[rows].sum())
 
     def _restore_or_init(self) -> tuple[TrainState, Progress]:
         """Restore the newest good checkpoint, or make a fresh state."""
@@ -252,13 +246,13 @@ class Trainer:
         if calibration is None:
             return None
         attend = attend_over(self._run.mesh)
-        return measured_features(self._run, calibration, self._batch, attend, self._log)
+        return measured_features(self._run, calibration, attend, self._log)
 
     def _train_coefficients(self, state: TrainState, done: int) -> tuple[TrainState, Metrics]:
         """Take one update of Theta on dev rows (Appendix A)."""
         index = done // self._settings.coefficient_every - 1
         rows = batch_rows(self._settings.seed, index, len(self._run.dev), self._settings.batch_size)
-        batch = self._batch([self._run.dev[i] for i in rows])
+        batch = self._run.batch(self._run.dev, rows)
         return self._steps.coefficients(state, self._run.base, batch)
 
     def _count_bad(
@@ -350,8 +344,8 @@ class Trainer:
             if time.monotonic() - said >= LINE_EVERY:
                 said = time.monotonic()
                 self._log(f"dev evaluation: {start} of {len(self._run.dev)} rows")
-            packed = self._run.dev[start : start + size]
-            answer = self._steps.evaluate(adapter, self._run.base, self._batch(packed))
+            batch = self._run.batch(self._run.dev, range(len(self._run.dev))[start : start + size])
+            answer = self._steps.evaluate(adapter, self._run.base, batch)
             loss, tokens, route = to_host(answer)
             total, count = total + float(loss), count + int(tokens)
             if route is not None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from milora_jax.adapters.hooks import abstract_params
@@ -23,33 +25,18 @@ from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.modules import Base, decode_layout
 from milora_jax.base.source import model_directory
 from milora_jax.config import Config
-from milora_jax.data.batches import padded_length
-from milora_jax.data.chat import asks_for_time, template_source
-from milora_jax.data.packing import in_rows
-from milora_jax.data.records import (
-    Record,
-    fingerprint,
-    first_rows,
-    holdout,
-    read_records,
-    run_sources,
-)
-from milora_jax.data.tokens import (
-    Example,
-    encode_example,
-    encode_question,
-    encode_records,
-    load_tokenizer,
-    naming,
-    require_embedded,
-    token_fingerprint,
-)
+from milora_jax.data.batches import collate, padded_length
+from milora_jax.data.chat import asks_for_time
+from milora_jax.data.packing import Rows
+from milora_jax.data.records import Record, fingerprint
+from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import require
 from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.mesh import check_meshes, eval_mesh, make_mesh
-from milora_jax.parallel.processes import from_first, package_versions, place, require_same
+from milora_jax.parallel.processes import from_first, own_rows, package_versions, place, require_same
 from milora_jax.parallel.rules import base_sharding, batch_sharding, layout_over, relaid
 from milora_jax.storage.workdir import CONFIG_NAME
+from milora_jax.training.rows import encode_rows, read_rows
 from milora_jax.training.start import starting_params
 from milora_jax.training.trackers import require_installed
 from milora_jax.training.workdir import continued, refuse_early
@@ -78,8 +65,8 @@ class Run:
     base: Base
     tokenizer: Any
     mesh: Mesh
-    train: list[list[Example]]
-    dev: list[list[Example]]
+    train: Rows
+    dev: Rows
     tests: dict[str, list[Record]]
     data_fingerprint: str
     token_fingerprint: str
@@ -88,12 +75,12 @@ class Run:
     @property
     def prompts(self) -> int:
         """Z, the largest number of records in a row."""
-        return max(len(row) for row in [*self.train, *self.dev])
+        return max(self.train.prompts, self.dev.prompts)
 
-    @property
+    @functools.cached_property
     def row_length(self) -> int:
         """T, the length to which every row is padded, so that one step is compiled."""
-        longest = max(sum(len(example.tokens) for example in row) for row in [*self.train, *self.dev])
+        longest = int(max(self.train.lengths.max(), self.dev.lengths.max()))
         return padded_length(longest, ROW_MULTIPLE, self.config.data.max_length)
 
     @property
@@ -110,6 +97,18 @@ class Run:
         """The base in the layout for decoding, over the mesh of the scoring."""
         mesh = self.eval_mesh
         return decode_layout(self.base) if mesh.size == 1 else relaid(self.base, mesh)
+
+    def batch(self, rows: Rows, numbers: Sequence[int] | np.ndarray) -> Batch:
+        """A batch of training on the devices, split by rows; a host reads those of its own devices only.
+
+        Args:
+          rows: ``train`` or ``dev``.
+          numbers: which of them, at most ``train.batch_size``.
+        """
+        size = self.config.train.batch_size
+        own = own_rows(batch_sharding(self.mesh), size)
+        packed = [rows[int(number)] if i in own else [] for i, number in enumerate(numbers)]
+        return self.place(collate(packed, self.row_length, size, self.prompts))
 
     def place(self, batch: Batch) -> Batch:
         """Put a host batch on the devices, split by rows."""
@@ -158,11 +157,11 @@ def prepare_run(
         starting_params(config.train.init_from, method, adapter_shape(model), directory)
     mesh = make_mesh(config.mesh)
     check_meshes(mesh, config, model)
-    read = _read_rows(config, log)
+    read = read_rows(config)
     tokenizer = load_tokenizer(str(directory))
     if workdir is None or not (workdir / CONFIG_NAME).is_file():
         config = _with_time(config, tokenizer)
-    rows = _encode(read, tokenizer, config, model, log)
+    rows = encode_rows(read, tokenizer, config, model, log)
     fingerprints = {
         "the training and dev rows": rows["data_fingerprint"],
         "the tokens of the training and dev rows": rows["token_fingerprint"],
@@ -195,7 +194,7 @@ def with_rows(run: Run, config: Config, log: Callable[[str], None]) -> Run:
     Args:
       config: a config with the model and mesh of ``run.config``.
     """
-    rows = _encode(_read_rows(config, log), run.tokenizer, config, run.model, log)
+    rows = encode_rows(read_rows(config), run.tokenizer, config, run.model, log)
     return dataclasses.replace(run, config=config, **rows)
 
 
@@ -208,84 +207,3 @@ def _with_time(config: Config, tokenizer: Any) -> Config:
         return config
     now = datetime.fromtimestamp(from_first(int(time.time())), UTC).replace(tzinfo=None)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, template_time=now.isoformat()))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of a config, before they are encoded.
-
-    Attributes:
-      train: rows of all sources together.
-      dev: rows of each source; empty where dev rows are held out.
-      tests: rows by task name.
-    """
-
-    train: list[Record]
-    dev: list[list[Record]]
-    tests: dict[str, list[Record]]
-
-
-def _read_rows(config: Config, log: Callable[[str], None]) -> _Rows:
-    sources = run_sources(config.data)
-    train = [record for source in sources["train"] for record in read_records(source)]
-    tests = {source.name: read_records(source, scored=True) for source in sources["test"]}
-    return _Rows(train, [read_records(source) for source in sources["dev"]], tests)
-
-
-def _encode(
-    rows: _Rows, tokenizer: Any, config: Config, model: ModelConfig, log: Callable[[str], None]
-) -> dict[str, Any]:
-    """The fields of a Run that hold rows."""
-    data = config.data
-    limit, written = data.max_length, config.prompt_format
-
-    def fits(record: Record) -> bool:
-        return encode_example(tokenizer, record, model.eos_ids, limit, written) is not None
-
-    if rows.dev:
-        train_records = rows.train
-        dev_records = [record for each in rows.dev for record in first_rows(each, data.dev_limit, fits)]
-    else:
-        train_records, dev_records = holdout(
-            rows.train, data.dev_share, config.train.seed, data.dev_limit, fits
-        )
-        log(f"no dev file: {len(dev_records)} of the training rows are held out")
-    train, dropped = encode_records(tokenizer, train_records, model, limit, written, "training")
-    dev, dev_dropped = encode_records(tokenizer, dev_records, model, limit, written, "dev")
-    tests = rows.tests
-    log(
-        f"rows: {len(train)} train ({dropped} longer than {limit} tokens dropped), "
-        f"{len(dev)} dev ({dev_dropped} dropped), {sum(map(len, tests.values()))} test"
-        + (f" (at most {config.eval.limit} of a task are scored)" if tests and config.eval.limit else "")
-    )
-    _require_room(tests, tokenizer, config, model)
-    capacity = limit if data.pack else None
-    packed = {name: in_rows(examples, capacity) for name, examples in (("train", train), ("dev", dev))}
-    if data.pack:
-        log(f"packed: {len(packed['train'])} train rows, {len(packed['dev'])} dev rows")
-    return {
-        **packed,
-        "tests": tests,
-        "data_fingerprint": fingerprint(
-            [*train_records, *dev_records], template_source(tokenizer) if data.template == "chat" else ""
-        ),
-        "token_fingerprint": token_fingerprint([*train, *dev]),
-    }
-
-
-def _require_room(tests: dict[str, list[Record]], tokenizer: Any, config: Config, model: ModelConfig) -> None:
-    """Refuse a test prompt that leaves no room for its answer, or that has a token without an embedding,
-    hours before it would be scored."""
-    room = model.max_positions - config.eval.max_new_tokens
-    for task, records in tests.items():
-        for number, record in enumerate(records[: config.eval.limit or None], 1):
-            ids = encode_question(tokenizer, record, config.prompt_format).ids
-            require(
-                len(ids) <= room,
-                f"prompt length of row {number} of test task {task!r}",
-                len(ids),
-                f"at most {room} tokens, {model.max_positions} positions less eval.max_new_tokens "
-                f"{config.eval.max_new_tokens}",
-            )
-            with naming(record):
-                require_embedded(tokenizer, ids, model.vocab_size)

@@ -23,6 +23,7 @@ CHANGEABLE = {
     ("eval",),
     ("mesh",),
     ("data", "test"),
+    ("data", "prepared_path"),
     *(
         ("train", name)
         for name in ("log_every", "save_every", "accumulate", "remat", "loss_chunk", "trackers")

@@ -9,13 +9,12 @@ import pytest
 
 from milora_jax.data.chat import Message
 from milora_jax.data.conversations import read_chat
+from milora_jax.data.dev_rows import first_rows, holdout
 from milora_jax.data.prompts import prompt_messages
 from milora_jax.data.records import (
     Record,
     Source,
     fingerprint,
-    first_rows,
-    holdout,
     read_question,
     read_records,
 )
@@ -282,7 +281,7 @@ def test_the_turns_of_a_chat_are_held_out_together():
         ask = Message("user", f"{i} + 1?")
         chats.append([first_of(first, ask), second_of(second, ask)])
     records = [record for turns in chats for record in turns]
-    train, dev = holdout(records, 0.2, seed=1)
+    train, dev = map(list, holdout(records, 0.2, seed=1))
     assert (len(train), len(dev)) == (48, 12)
     assert {record.messages[1] for record in train}.isdisjoint(record.messages[1] for record in dev)
     with pytest.raises(UserError, match="too few"):

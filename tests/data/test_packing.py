@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from milora_jax.data.batches import collate
-from milora_jax.data.packing import in_rows, pack
+from milora_jax.data.packing import Rows, pack
 from milora_jax.data.tokens import Example
 
 
@@ -39,8 +39,8 @@ def test_a_record_that_fits_no_row_is_an_error():
 
 def test_without_a_capacity_every_record_has_its_row():
     records = [example(2, 1), example(1, 1)]
-    assert in_rows(records, None) == [[records[0]], [records[1]]]
-    assert in_rows(records, 5) == [records]
+    assert list(Rows(records, None)) == [[records[0]], [records[1]]]
+    assert list(Rows(records, 5)) == [records]
 
 
 def test_a_packed_row_keeps_its_records_apart():

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from milora_jax.data.dev_rows import holdout
 from milora_jax.data.prompts import prompt_text
 from milora_jax.data.records import (
     Record,
     Source,
     fingerprint,
-    holdout,
     parse_sources,
     read_records,
 )
@@ -175,24 +175,30 @@ def test_source_names():
             parse_sources(text)
 
 
+def held_out(records, *settings, **more):
+    """Both parts as lists."""
+    train, dev = holdout(records, *settings, **more)
+    return list(train), list(dev)
+
+
 def test_held_out_rows_depend_on_the_seed_alone():
     records = [Record(str(i), "", "x", "x") for i in range(100)]
-    train, dev = holdout(records, 0.1, seed=3)
+    train, dev = held_out(records, 0.1, seed=3)
     assert (len(train), len(dev)) == (90, 10)
     assert sorted([*train, *dev], key=lambda r: int(r.instruction)) == records
-    assert holdout(records, 0.1, seed=3) == (train, dev)
-    assert holdout(records, 0.1, seed=4)[1] != dev
-    assert [len(part) for part in holdout(records[:2], 0.9, seed=0)] == [1, 1]
+    assert held_out(records, 0.1, seed=3) == (train, dev)
+    assert held_out(records, 0.1, seed=4)[1] != dev
+    assert [len(part) for part in held_out(records[:2], 0.9, seed=0)] == [1, 1]
     with pytest.raises(UserError, match="too few"):
         holdout(records[:1], 0.5, seed=0)
 
 
 def test_held_out_rows_can_be_limited():
     records = [Record(str(i), "", "x", "x") for i in range(100)]
-    train, dev = holdout(records, 0.1, seed=3, limit=4)
+    train, dev = held_out(records, 0.1, seed=3, limit=4)
     assert (len(train), len(dev)) == (96, 4)
-    assert set(dev) < set(holdout(records, 0.1, seed=3)[1])
-    assert len(holdout(records, 0.1, seed=3, limit=40)[1]) == 10
+    assert set(dev) < set(held_out(records, 0.1, seed=3)[1])
+    assert len(held_out(records, 0.1, seed=3, limit=40)[1]) == 10
 
 
 def test_a_fingerprint_sees_every_field_and_the_order():

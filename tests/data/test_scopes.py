@@ -10,7 +10,7 @@ from milora_jax.config import AdapterSection, Config, DataSection
 from milora_jax.data.batches import collate, collate_prompts
 from milora_jax.data.chat import Message, encode_chat, render_chat
 from milora_jax.data.conversations import read_answers
-from milora_jax.data.packing import in_rows
+from milora_jax.data.packing import Rows
 from milora_jax.data.records import Record
 from milora_jax.data.scopes import EncodedPrompt, RouteScopeError, encode_messages, whole_prompt
 from milora_jax.data.tokens import (
@@ -244,7 +244,7 @@ def test_masks_are_of_the_scope_and_of_every_answer(tokenizers):
     end = end_of(tokenizer, "chatml")
     talks = [[BRIEF, *TALK, Message("assistant", "Because.")], [BRIEF, *TALK[:2]]]
     examples = [encode_conversation(tokenizer, turns(talk), [end], 10**6, FIRST)[0] for talk in talks]
-    (row,) = in_rows(examples, 10**6)
+    (row,) = Rows(examples, 10**6)
     length = sum(len(example.tokens) for example in examples)
     packed = collate([row], length, 1, prompts=2)
     start = 0

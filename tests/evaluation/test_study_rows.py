@@ -10,6 +10,7 @@ import pytest
 from milora_jax.base.load import load_base
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.config import Config, EvalSection, MeshSection
+from milora_jax.data.packing import Rows
 from milora_jax.data.records import Record
 from milora_jax.data.tokens import Example, load_tokenizer
 from milora_jax.errors import UserError
@@ -44,7 +45,7 @@ def made(tmp_path_factory):
     base, model = load_base(path, decode=True)
     stored = noisy_adapter(load_base(path)[0], model, "milora", gate="softmax")
     config = dataclasses.replace(Config(), eval=EvalSection(batch_size=4))
-    dev = [[Example(np.arange(5, 14), 6 + i, "task" if i % 2 else "other")] for i in range(4)]
+    dev = Rows([Example(np.arange(5, 14), 6 + i, "task" if i % 2 else "other") for i in range(4)], None)
     made = Run(
         config=config,
         model=model,

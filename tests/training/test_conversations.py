@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from milora_jax.data.batches import collate, collate_prompts
-from milora_jax.data.packing import in_rows
+from milora_jax.data.packing import Rows
 from milora_jax.data.tokens import Example
 from milora_jax.generation.decode import prefill
 from milora_jax.training.loss import adapted_loss
@@ -97,7 +97,7 @@ def test_one_turn_without_a_generation_prompt_is_the_loss_of_before_to_the_bit()
 def test_packed_conversations_are_what_they_are_alone():
     adapter = make_adapter()
     examples = [conversation(5), conversation(6, 2, ((3, 5), (8, 9))), Example(conversation(7).tokens[:8], 6)]
-    (row,) = in_rows(examples, 64)
+    (row,) = Rows(examples, 64)
     packed, alone = loss(adapter, batch_of(row, length=64)), loss(adapter, batch_of(*[[e] for e in row]))
     assert (
         int(packed.tokens)

@@ -11,7 +11,7 @@ from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import frozen_kernels
 from milora_jax.config import AdapterSection, TrainSection
 from milora_jax.data.batches import collate
-from milora_jax.data.packing import in_rows
+from milora_jax.data.packing import Rows
 from milora_jax.data.tokens import Example
 from milora_jax.training.step import init_state, make_steps
 from tests.models import TINY, random_base, small
@@ -49,7 +49,7 @@ def by_record(rows, values):
 def updated(packed, settings=None, **adapter_settings):
     """The state and the metrics after a step, and what the evaluation before it gave."""
     settings = settings or TrainSection(learning_rate=1e-2, coefficient_learning_rate=1e-2)
-    rows = in_rows(RECORDS, 16 if packed else None)
+    rows = Rows(RECORDS, 16 if packed else None)
     assert (len(rows) < len(RECORDS)) == packed
     batch = collate(rows, 16, len(rows), max(map(len, rows)))
     state = trained_state(settings, **adapter_settings)
@@ -93,7 +93,7 @@ def test_a_packed_step_equals_an_unpacked_one(settings):
 
 def test_a_router_that_ignored_segments_would_be_seen():
     """Without the records' own routes the loss of a packed batch is another one."""
-    rows = in_rows(RECORDS, 16)
+    rows = Rows(RECORDS, 16)
     batch = collate(rows, 16, len(rows), max(map(len, rows)))
     settings = TrainSection()
     state = trained_state(settings)
@@ -123,7 +123,7 @@ def test_the_balance_term_of_parts_alone_would_be_another():
     settings = TrainSection()
     state = trained_state(settings)
     steps = make_steps(TINY, settings, 10)
-    batch = collate(in_rows(RECORDS, None), 16, len(LENGTHS))
+    batch = collate(Rows(RECORDS, None), 16, len(LENGTHS))
     balance = []
     for part in (slice(0, 4), slice(4, 8), slice(0, 8)):
         _, _, route = steps.evaluate(

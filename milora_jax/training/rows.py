@@ -1,0 +1,186 @@
+"""The rows of a run: read, divided into training and dev rows, encoded, and arranged.
+
+Records and examples pass one after the other, so that nothing here needs them all in memory. What keeps the
+examples decides: a list, or with ``data.prepared_path`` files (``training.prepared``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from milora_jax.config import Config
+from milora_jax.data.chat import template_source
+from milora_jax.data.dev_rows import first_rows, holdout
+from milora_jax.data.packing import Rows
+from milora_jax.data.records import Record, Records, Source, read_records, record_bytes, run_sources
+from milora_jax.data.tokens import (
+    Example,
+    encode_example,
+    encode_into,
+    encode_question,
+    example_bytes,
+    naming,
+    require_embedded,
+)
+from milora_jax.errors import require
+from milora_jax.model_config import ModelConfig
+from milora_jax.training.prepared import prepared_examples
+
+Keep = Callable[[Example], Any]
+
+
+@dataclass(frozen=True)
+class RowSources:
+    """Where the rows of a config are, or what was read of them.
+
+    Attributes:
+      sources: those of training and of dev rows.
+      train: records of all training sources together.
+      dev: records of each dev source; empty where dev rows are held out.
+      tests: records by task name.
+    """
+
+    sources: Mapping[str, Sequence[Source]]
+    train: Iterable[Record]
+    dev: Sequence[Iterable[Record]]
+    tests: dict[str, list[Record]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of encoded rows beside the rows.
+
+    Attributes:
+      held_out: number of dev records that are held-out training records.
+      train_dropped, dev_dropped: number of records that are too long.
+      data_fingerprint, token_fingerprint: see ``prepare.Run``.
+    """
+
+    held_out: int
+    train_dropped: int
+    dev_dropped: int
+    data_fingerprint: str
+    token_fingerprint: str
+
+
+def read_rows(config: Config) -> RowSources:
+    """Read the rows of a config; with ``data.prepared_path`` those of training and dev are read later.
+
+    Raises:
+      UserError: a row is malformed; the error names file and line.
+    """
+    sources = run_sources(config.data)
+    later = bool(config.data.prepared_path)
+    train = Records(tuple(sources["train"]))
+    dev = [Records((source,)) for source in sources["dev"]]
+    kept = train if later else list(train)
+    tests = {source.name: read_records(source, scored=True) for source in sources.pop("test")}
+    return RowSources(sources, kept, dev if later else [list(each) for each in dev], tests)
+
+
+def encode_rows(
+    rows: RowSources, tokenizer: Any, config: Config, model: ModelConfig, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """The fields of a ``prepare.Run`` that hold rows.
+
+    Raises:
+      UserError: a row cannot be encoded, or no training or dev row is short enough.
+    """
+    data, tests = config.data, rows.tests
+    if data.prepared_path:
+
+        def make(keep: Mapping[str, Keep]) -> dict[str, Any]:
+            return asdict(_encode(rows, tokenizer, config, model, keep))
+
+        examples, about = prepared_examples(rows.sources, tokenizer, config, model, make, log)
+        facts = Facts(**about)
+    else:
+        lists: dict[str, list[Example]] = {"train": [], "dev": []}
+        facts = _encode(rows, tokenizer, config, model, {name: each.append for name, each in lists.items()})
+        examples = lists
+    if not rows.dev:
+        log(f"no dev file: {facts.held_out} of the training rows are held out")
+    train, dev = examples["train"], examples["dev"]
+    log(
+        f"rows: {len(train)} train ({facts.train_dropped} longer than {data.max_length} tokens dropped), "
+        f"{len(dev)} dev ({facts.dev_dropped} dropped), {sum(map(len, tests.values()))} test"
+        + (f" (at most {config.eval.limit} of a task are scored)" if tests and config.eval.limit else "")
+    )
+    _require_room(tests, tokenizer, config, model)
+    capacity = data.max_length if data.pack else None
+    arranged = {"train": Rows(train, capacity), "dev": Rows(dev, capacity)}
+    if data.pack:
+        log(f"packed: {len(arranged['train'])} train rows, {len(arranged['dev'])} dev rows")
+    return {
+        **arranged,
+        "tests": tests,
+        "data_fingerprint": facts.data_fingerprint,
+        "token_fingerprint": facts.token_fingerprint,
+    }
+
+
+def _encode(
+    rows: RowSources, tokenizer: Any, config: Config, model: ModelConfig, keep: Mapping[str, Keep]
+) -> Facts:
+    """Divide and encode the records: all training examples go to ``keep["train"]``, then the others."""
+    data, written = config.data, config.prompt_format
+
+    def fits(record: Record) -> bool:
+        return encode_example(tokenizer, record, model.eos_ids, data.max_length, written) is not None
+
+    if rows.dev:
+        train: Iterable[Record] = rows.train
+        dev: Iterable[Record] = itertools.chain.from_iterable(
+            first_rows(each, data.dev_limit, fits) for each in rows.dev
+        )
+    else:
+        train, dev = holdout(rows.train, data.dev_share, config.train.seed, data.dev_limit, fits)
+    of_records = hashlib.sha256((template_source(tokenizer) if data.template == "chat" else "").encode())
+    of_tokens = hashlib.sha256()
+    counts, dropped = {}, {}
+
+    def seen(records: Iterable[Record], name: str) -> Iterator[Record]:
+        counts[name] = 0
+        for record in records:
+            of_records.update(record_bytes(record))
+            counts[name] += 1
+            yield record
+
+    for name, records, what in (("train", train, "training"), ("dev", dev, "dev")):
+
+        def kept(example: Example, into: Keep = keep[name]) -> None:
+            of_tokens.update(example_bytes(example))
+            into(example)
+
+        dropped[name] = encode_into(
+            kept, tokenizer, seen(records, name), model, data.max_length, written, what
+        )
+    return Facts(
+        held_out=0 if rows.dev else counts["dev"],
+        train_dropped=dropped["train"],
+        dev_dropped=dropped["dev"],
+        data_fingerprint=of_records.hexdigest(),
+        token_fingerprint=of_tokens.hexdigest(),
+    )
+
+
+def _require_room(tests: dict[str, list[Record]], tokenizer: Any, config: Config, model: ModelConfig) -> None:
+    """Refuse a test prompt that leaves no room for its answer, or that has a token without an embedding,
+    hours before it would be scored."""
+    room = model.max_positions - config.eval.max_new_tokens
+    for task, records in tests.items():
+        for number, record in enumerate(records[: config.eval.limit or None], 1):
+            ids = encode_question(tokenizer, record, config.prompt_format).ids
+            require(
+                len(ids) <= room,
+                f"prompt length of row {number} of test task {task!r}",
+                len(ids),
+                f"at most {room} tokens, {model.max_positions} positions less eval.max_new_tokens "
+                f"{config.eval.max_new_tokens}",
+            )
+            with naming(record):
+                require_embedded(tokenizer, ids, model.vocab_size)
