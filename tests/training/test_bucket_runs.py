@@ -234,6 +234,49 @@ def test_two_processes_in_a_bucket_are_those_on_a_shared_disk(storage, inputs, t
 
 
 @pytest.mark.slow
+def test_kill_nine_of_one_of_two_at_thirty_random_moments(storage, inputs, tmp_path):
+    """The other one ends by itself, and no step is lost that was announced."""
+    from tests.training.test_processes import newest_leaves, on_one
+
+    codes, said = ends(start_two(inputs, tmp_path / "undisturbed"), tmp_path / "undisturbed")
+    assert codes == [0, 0], said
+    undisturbed = storage.download(RUN, tmp_path / "whole")
+    storage.objects.clear()
+    generator, killed, runs = np.random.default_rng(2), 0, 0
+    while killed < 30 or storage.objects:
+        announced, runs, log = whole_steps(storage), runs + 1, tmp_path / f"log{runs}"
+        processes = start_two(inputs, log)
+        if killed < 30:
+            target, before, seen = int(generator.integers(1, 60)), bool(generator.integers(2)), [0]
+            victim = processes[int(generator.integers(2))]
+
+            def kill(method, name, done, victim=victim, target=target, before=before, seen=seen):
+                if done != before:
+                    seen[0] += 1
+                    if seen[0] == target:
+                        victim.kill()
+
+            storage.watch = kill
+        codes, said = ends(processes, log)
+        storage.watch = lambda method, name, done: None
+        hit = -signal.SIGKILL in codes
+        killed += hit
+        assert hit or codes == [0, 0], said
+        resumed = re.search(r"(?:resuming|ended) at step (\d+)", said)
+        if resumed:
+            assert int(resumed[1]) == announced[-1], "a step that was announced is lost"
+        assert not announced or whole_steps(storage)[-1] >= announced[-1]
+        assert "damaged" not in said
+        if codes == [0, 0]:
+            copy = storage.download(RUN, tmp_path / f"ended{runs}")
+            one, other = newest_leaves(copy, on_one), newest_leaves(undisturbed, on_one)
+            assert one[0] == other[0]
+            jax.tree.map(np.testing.assert_array_equal, one[1], other[1])
+            storage.objects.clear()
+    assert killed == 30
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_saves_the_same_step_and_one_process_goes_on(storage, inputs, tmp_path):
     log = tmp_path / "log"
     processes = start_two(inputs, log, **{"train.max_steps": 400})
