@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Sequence
-from typing import overload
+from typing import SupportsIndex, overload
 
 import numpy as np
 
@@ -91,10 +91,10 @@ class Rows(Sequence[list[Example]]):
         return len(self._starts) - 1
 
     @overload
-    def __getitem__(self, place: int) -> list[Example]: ...
+    def __getitem__(self, place: SupportsIndex) -> list[Example]: ...
     @overload
     def __getitem__(self, place: slice) -> list[list[Example]]: ...
-    def __getitem__(self, place: int | slice) -> list[Example] | list[list[Example]]:
+    def __getitem__(self, place: SupportsIndex | slice) -> list[Example] | list[list[Example]]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         row = range(len(self))[place]

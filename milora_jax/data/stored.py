@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, overload
+from typing import IO, SupportsIndex, overload
 
 import numpy as np
 
@@ -109,10 +109,10 @@ class StoredExamples(Sequence[Example]):
         return len(self._index)
 
     @overload
-    def __getitem__(self, place: int) -> Example: ...
+    def __getitem__(self, place: SupportsIndex) -> Example: ...
     @overload
     def __getitem__(self, place: slice) -> list[Example]: ...
-    def __getitem__(self, place: int | slice) -> Example | list[Example]:
+    def __getitem__(self, place: SupportsIndex | slice) -> Example | list[Example]:
         """Read one example, or several.
 
         Raises:

@@ -107,7 +107,7 @@ class Run:
         """
         size = self.config.train.batch_size
         own = own_rows(batch_sharding(self.mesh), size)
-        packed = [rows[int(number)] if i in own else [] for i, number in enumerate(numbers)]
+        packed = [rows[number] if i in own else [] for i, number in enumerate(numbers)]
         return self.place(collate(packed, self.row_length, size, self.prompts))
 
     def place(self, batch: Batch) -> Batch:
