@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from milora_jax.adapters.registry import METHODS
-from milora_jax.addresses import local_path
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base
 from milora_jax.base.source import hub_name, model_directory
@@ -61,7 +60,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     commands = parser.add_subparsers(dest="command", required=True)
     writer = commands.add_parser("export", help="write the best adapter of a run for other programs")
     writer.add_argument("--workdir", required=True, type=local_copy, help="workdir of train.py, or an export")
-    writer.add_argument("--out", required=True, type=local_path, help="a new or an empty directory")
+    writer.add_argument("--out", required=True, type=Path, help="a new or an empty directory")
     writer.add_argument("--format", required=True, choices=FORMATS, help="see docs/adapters.md")
     writer.add_argument("--base", help="of the base (default: the run's): directory, hf:// name or gs://")
     writer.add_argument(
@@ -79,7 +78,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     reader = commands.add_parser("import", help="make an adapter of what PEFT saved")
     reader.add_argument("--peft", required=True, type=local_copy, help="directory with adapter_config.json")
     reader.add_argument("--base", required=True, help="its base: directory, hf:// name or gs://")
-    reader.add_argument("--out", required=True, type=local_path, help="a new or an empty directory")
+    reader.add_argument("--out", required=True, type=Path, help="a new or an empty directory")
     reader.add_argument("--method", default="", choices=METHODS, help="milora or midora: as experts")
     reader.add_argument("--seed", type=int, default=0, help="of what is fresh in it")
     checker = commands.add_parser("verify", help="check names, shapes, dtypes, values and hashes")
