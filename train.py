@@ -87,7 +87,7 @@ def main() -> None:
     """Prepare, score the base, train, score the best adapter, report."""
     started = time.monotonic()
     config, given, cluster = parse_arguments()
-    # JAX installs a handler of SIGTERM when it joins other processes, so ours is installed after it.
+    # JAX installs its handler of SIGTERM when it joins others: several keep it, and ours replaces it for one.
     with (
         together(cluster),
         watch_for_preemption_of_any() as preempted,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from milora_jax.errors import UserError
 
-BUCKETS = "gs"
-"""The scheme of Google Cloud Storage."""
+BUCKETS = "gs://"
+"""How an address in Google Cloud Storage begins."""
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*):/+(.*)", re.DOTALL)
 
@@ -38,11 +38,11 @@ def in_bucket(path: str | Path) -> str | None:
     """
     found = _ADDRESS.fullmatch(str(path))
     if found is None:
-        return str(path) if str(path).startswith(f"{BUCKETS}:") else None  # malformed, as its reader will say
+        return str(path) if str(path).startswith("gs:") else None  # malformed, as its reader will say
     scheme, place = found.groups()
     address = f"{scheme}://{place}" if isinstance(path, Path) else str(path)
-    if scheme != BUCKETS:
-        raise UserError(f"{address!r}: scheme {scheme!r}: expected a directory or {BUCKETS}://BUCKET/PATH")
+    if f"{scheme}://" != BUCKETS:
+        raise UserError(f"{address!r}: scheme {scheme!r}: expected a directory or {BUCKETS}BUCKET/PATH")
     return address
 
 

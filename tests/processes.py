@@ -55,6 +55,12 @@ def ended(processes, seconds=FEWEST_SECONDS):
             process.wait()
 
 
+def ends(processes, log, seconds=FEWEST_SECONDS):
+    """The exit code of every process, and what all of them wrote to standard error and output."""
+    codes = ended(processes, seconds)
+    return codes, "\n".join(path.read_text() for path in sorted(log.iterdir()))
+
+
 def run_together(commands, log, devices, seconds=FEWEST_SECONDS):
     """What the first process printed, once all have ended well."""
     codes = ended(start_together(commands, log, devices), seconds)

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from milora_jax.addresses import BUCKETS
 from milora_jax.base.byte_files import Span, read_span
 from milora_jax.base.json_files import parse_json_object
 from milora_jax.base.tensor_file import LARGEST_HEADER, LENGTH_BYTES
 from milora_jax.errors import TemporaryError, UserError
-
-SCHEME = "gs://"
 
 RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "16s"}
 """Half a minute in all: during a longer outage an error is more useful than waiting."""
@@ -51,7 +50,7 @@ def open_store(url: str) -> Any:
     """
     import tensorstore
 
-    bucket, _, path = url.removeprefix(SCHEME).partition("/")
+    bucket, _, path = url.removeprefix(BUCKETS).partition("/")
     prefix = path.rstrip("/")
     spec = {
         "driver": "gcs",
@@ -60,8 +59,8 @@ def open_store(url: str) -> Any:
         "context": {"gcs_request_retries": RETRIES},
     }
     try:
-        if not url.startswith(SCHEME):
-            raise ValueError(f"expected {SCHEME}BUCKET/PATH")
+        if not url.startswith(BUCKETS):
+            raise ValueError(f"expected {BUCKETS}BUCKET/PATH")
         return tensorstore.KvStore.open(spec).result()
     except ValueError as error:
         raise UserError(f"{url!r}: {reason_of(error)}") from None

@@ -133,7 +133,7 @@ def _score(asked: argparse.Namespace, console: Console, preempted: Callable[[], 
     rows = read_rows(tasks, sources, console.log)
     questions = questions_of(rows, asked.strict, asked.limit, longest, console.log)
     plan = Plan.of(read_subject(named), questions, asked.beams, settings.batch_size)
-    require_same({**package_versions(), **plan.settings()})
+    require_same(lambda: {**package_versions(), **plan.settings()})
     mesh = plan.subject.mesh(asked.mesh, plan.batch_size)
     with (
         synced(asked.workdir),

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from milora_jax.data.chat import Message
-from milora_jax.data.records import Record
+from milora_jax.data.records import Record, by_row
 from milora_jax.errors import UserError
 
 HOLDOUT_STREAM = 1
@@ -89,19 +88,3 @@ def first_rows(
     rows = (row for row in by_row(records) if any(map(fits, row)))
     found = [record for row in itertools.islice(rows, limit) for record in row]
     return found or list(itertools.islice(records, limit))
-
-
-def by_row(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records that are turns of one chat, together; each of the others alone."""
-    row: list[Record] = []
-    for record in records:
-        before = row[-1] if row else None
-        said = (*before.messages, Message("assistant", before.output)) if before and before.messages else ()
-        if said and record.messages[: len(said)] == said:
-            row.append(record)
-        else:
-            if row:
-                yield row
-            row = [record]
-    if row:
-        yield row

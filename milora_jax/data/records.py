@@ -200,6 +200,22 @@ def _joined(records: list[Record]) -> list[Record]:
     return list(found.values())
 
 
+def by_row(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Records that are turns of one chat, together; each of the others alone."""
+    row: list[Record] = []
+    for record in records:
+        before = row[-1] if row else None
+        said = (*before.messages, Message("assistant", before.output)) if before and before.messages else ()
+        if said and record.messages[: len(said)] == said:
+            row.append(record)
+        else:
+            if row:
+                yield row
+            row = [record]
+    if row:
+        yield row
+
+
 def fingerprint(records: Iterable[Record], template: str = "") -> str:
     """SHA-256 over the records in order.
 

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from milora_jax.data.chat import encode_exchange
-from milora_jax.data.dev_rows import by_row
 from milora_jax.data.prompts import prompt_messages, prompt_text
-from milora_jax.data.records import Record
+from milora_jax.data.records import Record, by_row
 from milora_jax.data.scopes import (
     EncodedPrompt,
     encode_messages,

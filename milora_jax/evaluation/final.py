@@ -104,7 +104,7 @@ def evaluate_adapter(
         return []
     wait_for_all("best adapter")  # the first process seals it
     adapter, metadata = read_adapter(workdir)
-    require_same({"best adapter": metadata})
+    require_same(lambda: {"best adapter": metadata})
     return _score_all(run, adapter, "the adapter", console, preempted)
 
 

@@ -174,8 +174,13 @@ def route_tasks(
         task: [encode_question(subject.tokenizer, record, subject.prompt_format).routed for record in mine]
         for task, mine in records.items()
     }
-    rows_of = {f"the fingerprint of the rows of {task}": fingerprint(mine) for task, mine in records.items()}
-    require_same({**package_versions(), **subject.identity(), **rows_of})
+    require_same(
+        lambda: {
+            **package_versions(),
+            **subject.identity(),
+            **{f"the fingerprint of the rows of {task}": fingerprint(mine) for task, mine in records.items()},
+        }
+    )
     console, model = Console(silent=not is_first()), subject.load(subject.mesh(mesh, rows))
     routes, placed = {}, place(adapter, model.base.everywhere)
     for task, mine in prompts.items():

@@ -224,18 +224,18 @@ def by_dotted_name(values: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def require_same(facts: Mapping[str, Any]) -> None:
+def require_same(facts: Callable[[], Mapping[str, Any]]) -> None:
     """Refuse to go on if a process was started with something else than the first; all must call this.
 
     Args:
-      facts: JSON values by name, which may be nested.
+      facts: makes JSON values by name, which may be nested; not called where there is one process.
 
     Raises:
       UserError: in every process, with the first process and the first fact that differ.
     """
     if not several():
         return
-    first, *others = map(json.loads, _texts_of_all(json.dumps(by_dotted_name(facts))))
+    first, *others = map(json.loads, _texts_of_all(json.dumps(by_dotted_name(facts()))))
     for process, theirs in enumerate(others, 1):
         for name in {**first, **theirs}:
             said = [_shown(values.get(name)) for values in (first, theirs)]

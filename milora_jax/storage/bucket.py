@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from milora_jax.base.gcs import SCHEME, failure, open_store, reason_of
+from milora_jax.addresses import BUCKETS
+from milora_jax.base.gcs import failure, open_store, reason_of
 from milora_jax.errors import UserError
 
 AT_ONCE = 4
@@ -40,8 +41,8 @@ class Bucket:
           UserError: the address is malformed, or names a bucket without a path in it.
         """
         self.url = url.rstrip("/")
-        if url.startswith(SCHEME) and not self.url.removeprefix(SCHEME).partition("/")[2]:
-            raise UserError(f"{url!r}: expected {SCHEME}BUCKET/PATH")
+        if url.startswith(BUCKETS) and not self.url.removeprefix(BUCKETS).partition("/")[2]:
+            raise UserError(f"{url!r}: expected {BUCKETS}BUCKET/PATH")
         self._store = open_store(url)
 
     def names(self, below: str = "") -> list[str]:

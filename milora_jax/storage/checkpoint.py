@@ -36,7 +36,7 @@ from milora_jax.storage.leaves import (
     copied,
     named_leaves,
     read_arrays,
-    require_same,
+    require_leaves,
     to_storage,
     write_arrays,
 )
@@ -190,7 +190,7 @@ class CheckpointDirectory:
             for name, leaf in content["leaves"].items()
         }
         wanted = named_leaves(abstract_tree)
-        require_same(directory, saved, wanted)
+        require_leaves(directory, saved, wanted)
         stored = {
             name: jax.eval_shape(jax.random.key_data, leaf) if saved[name].impl else leaf
             for name, leaf in wanted.items()

@@ -59,7 +59,7 @@ def to_storage(tree: PyTree) -> tuple[dict[str, Leaf], dict[str, jax.Array]]:
     return described, arrays
 
 
-def require_same(directory: Path, saved: dict[str, Leaf], wanted: dict[str, Any]) -> None:
+def require_leaves(directory: Path, saved: dict[str, Leaf], wanted: dict[str, Any]) -> None:
     """Raise one line unless the checkpoint holds exactly the wanted leaves."""
     for name in wanted.keys() | saved.keys():
         if name in saved and name in wanted and wanted[name].sharding is None:

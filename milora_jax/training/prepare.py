@@ -131,7 +131,7 @@ def prepare_run(
     Raises:
       UserError: something is wrong with a setting or a file, or differs from that of another process.
     """
-    require_same({**package_versions(), **config.to_dict()})
+    require_same(lambda: {**package_versions(), **config.to_dict()})
     config = continued(config, workdir, log)
     method = build_method(config.adapter)
     config = dataclasses.replace(config, adapter=full_settings(method))
@@ -162,13 +162,18 @@ def prepare_run(
     if workdir is None or not (workdir / CONFIG_NAME).is_file():
         config = _with_time(config, tokenizer)
     rows = encode_rows(read, tokenizer, config, model, log)
-    fingerprints = {
-        "the training and dev rows": rows["data_fingerprint"],
-        "the tokens of the training and dev rows": rows["token_fingerprint"],
-        **{f"the rows of test task {task!r}": fingerprint(records) for task, records in read.tests.items()},
-        "the files of the base": base_fingerprint(directory),
-    }
-    require_same({f"the fingerprint of {what}": found for what, found in fingerprints.items()})
+    of_base = base_fingerprint(directory)
+    require_same(
+        lambda: {
+            "the fingerprint of the training and dev rows": rows["data_fingerprint"],
+            "the fingerprint of the tokens of the training and dev rows": rows["token_fingerprint"],
+            **{
+                f"the fingerprint of the rows of test task {task!r}": fingerprint(records)
+                for task, records in read.tests.items()
+            },
+            "the fingerprint of the files of the base": of_base,
+        }
+    )
     base = load_leaves(
         directory,
         model,
@@ -183,7 +188,7 @@ def prepare_run(
         base=base,
         tokenizer=tokenizer,
         mesh=mesh,
-        base_fingerprint=fingerprints["the files of the base"],
+        base_fingerprint=of_base,
         **rows,
     )
 

@@ -7,7 +7,9 @@ import warnings
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
+from milora_jax.storage.checkpoint import CheckpointDirectory
 from tests.models import write_hf_directory
 from tests.paths import ROOT, environment
 
@@ -98,3 +100,26 @@ def assert_same_end(workdir, reference):
         sorted(int(p.name) for p in (w / "best").iterdir() if p.name.isdigit()) for w in (workdir, reference)
     ]
     assert bests[0][-1] == bests[1][-1] == progress[0]["best_step"]
+
+
+def newest_leaves(workdir, sharding):
+    """The newest step of a run and its arrays, every one laid out as asked."""
+    directory = CheckpointDirectory(workdir / "checkpoints", 2, print)
+    step = directory.newest()
+    content = json.loads((directory.root / str(step) / "metadata.json").read_text())
+    key = jax.random.key(0).dtype
+    asked = {
+        name: jax.ShapeDtypeStruct(
+            leaf["shape"], key if leaf["impl"] else np.dtype(leaf["dtype"]), sharding=sharding(leaf["shape"])
+        )
+        for name, leaf in content["leaves"].items()
+    }
+    leaves, _ = directory.restore(step, asked)
+    return step, {
+        name: np.asarray(jax.random.key_data(leaf) if content["leaves"][name]["impl"] else leaf)
+        for name, leaf in leaves.items()
+    }
+
+
+def on_one(shape):
+    return SingleDeviceSharding(jax.devices()[0])

@@ -1,9 +1,10 @@
 """Runs whose workdir is in a bucket end with the bits of runs on a disk, whatever the bucket answers."""
 
+import contextlib
+import itertools
 import json
 import re
 import signal
-import socket
 import subprocess
 import time
 
@@ -19,7 +20,8 @@ from milora_jax.training.loop import Trainer
 from milora_jax.training.workdir import claimed
 from tests.fake_gcs import BUCKET, CUT, LOST, RESET, in_reach
 from tests.paths import ROOT, environment
-from tests.training.runs import assert_same_end, command, life
+from tests.processes import ends, start_together
+from tests.training.runs import assert_same_end, command, life, newest_leaves, on_one
 from tests.training.short_runs import STEPS, STOP, fit, silent
 
 pytest.importorskip("tensorstore")
@@ -93,16 +95,34 @@ train.run_command(train.main)
 """train.py with a short lease, quick retries, and a clock wrong by the seconds of the first argument."""
 
 
-def start(inputs, shift=0.0, cluster=(), devices=1, output=subprocess.PIPE, **settings):
+def short_command(inputs, shift=0.0, **settings):
     python, *given = command(inputs, URL, **settings)
+    return [python, "-c", SHORT, str(shift), *given]
+
+
+def start(inputs, shift=0.0, devices=1, **settings):
     return subprocess.Popen(
-        [python, "-c", SHORT, str(shift), *given, *cluster],
+        short_command(inputs, shift, **settings),
         cwd=ROOT,
-        env=environment(devices, PYTHONPATH=str(ROOT)),
-        stdout=subprocess.DEVNULL if output == subprocess.PIPE else output,
-        stderr=output if output == subprocess.PIPE else subprocess.STDOUT,
+        env=environment(devices),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@contextlib.contextmanager
+def killed_at_a_write(storage, process, generator, most):
+    """Kill a process before or after one of the next ``most`` writes to the bucket, if there are so many."""
+    target, before, seen = int(generator.integers(1, most)), bool(generator.integers(2)), itertools.count(1)
+
+    def kill(method, name, done):
+        if done != before and next(seen) == target:
+            process.kill()
+
+    storage.watch = kill
+    yield
+    storage.watch = lambda method, name, done: None
 
 
 def whole_steps(storage, folder="checkpoints"):
@@ -119,18 +139,8 @@ def test_kill_nine_at_thirty_random_moments(storage, inputs, tmp_path):
     while killed < 30 or storage.objects:
         announced = whole_steps(storage)
         process = start(inputs, shift=float(generator.normal() * 1e8))
-        if killed < 30:
-            target, before, seen = int(generator.integers(1, 90)), bool(generator.integers(2)), [0]
-
-            def kill(method, name, done, process=process, target=target, before=before, seen=seen):
-                if done != before:
-                    seen[0] += 1
-                    if seen[0] == target:
-                        process.kill()
-
-            storage.watch = kill
-        _, said = process.communicate(timeout=300)
-        storage.watch = lambda method, name, done: None
+        with killed_at_a_write(storage, process, generator, 90) if killed < 30 else contextlib.nullcontext():
+            _, said = process.communicate(timeout=300)
         killed += process.returncode == -signal.SIGKILL
         assert process.returncode in (0, -signal.SIGKILL), said
         resumed = re.search(r"(?:resuming|ended) at step (\d+)", said)
@@ -186,32 +196,15 @@ TWO = {
 
 
 def start_two(inputs, log, **settings):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{found.getsockname()[1]}"
-    log.mkdir()
-    processes = []
-    for i in range(2):
-        cluster = (f"--coordinator={where}", "--processes=2", f"--process={i}")
-        with (log / f"process{i}.txt").open("w") as file:
-            processes.append(start(inputs, cluster=cluster, devices=4, output=file, **{**TWO, **settings}))
-    return processes
-
-
-def ends(processes, log):
-    codes = [process.wait(timeout=300) for process in processes]
-    return codes, "\n".join((log / f"process{i}.txt").read_text() for i in range(len(processes)))
+    """Two processes of four devices each, with the short lease."""
+    return start_together([short_command(inputs, **{**TWO, **settings})] * 2, log, 4)
 
 
 @pytest.mark.slow
 def test_two_processes_in_a_bucket_are_those_on_a_shared_disk(storage, inputs, tmp_path):
-    from tests.training.test_processes import finished, newest_leaves, on_one
-    from tests.training.test_processes import start as start_on_disk
-
     log = tmp_path / "disk-log"
-    log.mkdir()
-    more = {"data.pack": "false", "data.max_length": 512}
-    finished(start_on_disk(inputs, tmp_path / "disk", log, **more), log)
+    codes, said = ends(start_together([command(inputs, tmp_path / "disk", **TWO)] * 2, log, 4), log)
+    assert codes == [0, 0], said
     processes = start_two(inputs, tmp_path / "killed")
     while not whole_steps(storage):
         time.sleep(0.05)
@@ -236,29 +229,19 @@ def test_two_processes_in_a_bucket_are_those_on_a_shared_disk(storage, inputs, t
 @pytest.mark.slow
 def test_kill_nine_of_one_of_two_at_thirty_random_moments(storage, inputs, tmp_path):
     """The other one ends by itself, and no step is lost that was announced."""
-    from tests.training.test_processes import newest_leaves, on_one
-
     codes, said = ends(start_two(inputs, tmp_path / "undisturbed"), tmp_path / "undisturbed")
     assert codes == [0, 0], said
-    undisturbed = storage.download(RUN, tmp_path / "whole")
+    undisturbed, writes = storage.download(RUN, tmp_path / "whole"), len(storage.written)
     storage.objects.clear()
     generator, killed, runs = np.random.default_rng(2), 0, 0
     while killed < 30 or storage.objects:
         announced, runs, log = whole_steps(storage), runs + 1, tmp_path / f"log{runs}"
         processes = start_two(inputs, log)
-        if killed < 30:
-            target, before, seen = int(generator.integers(1, 60)), bool(generator.integers(2)), [0]
-            victim = processes[int(generator.integers(2))]
-
-            def kill(method, name, done, victim=victim, target=target, before=before, seen=seen):
-                if done != before:
-                    seen[0] += 1
-                    if seen[0] == target:
-                        victim.kill()
-
-            storage.watch = kill
-        codes, said = ends(processes, log)
-        storage.watch = lambda method, name, done: None
+        victim = processes[int(generator.integers(2))]
+        with (
+            killed_at_a_write(storage, victim, generator, writes) if killed < 30 else contextlib.nullcontext()
+        ):
+            codes, said = ends(processes, log)
         hit = -signal.SIGKILL in codes
         killed += hit
         assert hit or codes == [0, 0], said
@@ -268,10 +251,7 @@ def test_kill_nine_of_one_of_two_at_thirty_random_moments(storage, inputs, tmp_p
         assert not announced or whole_steps(storage)[-1] >= announced[-1]
         assert "damaged" not in said
         if codes == [0, 0]:
-            copy = storage.download(RUN, tmp_path / f"ended{runs}")
-            one, other = newest_leaves(copy, on_one), newest_leaves(undisturbed, on_one)
-            assert one[0] == other[0]
-            jax.tree.map(np.testing.assert_array_equal, one[1], other[1])
+            assert_same_end(storage.download(RUN, tmp_path / f"ended{runs}"), undisturbed)
             storage.objects.clear()
     assert killed == 30
 

@@ -9,7 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from milora_jax.cluster import Cluster
 from milora_jax.config import MeshSection
@@ -24,11 +24,10 @@ from milora_jax.parallel.processes import (
     watch_for_preemption_of_any,
 )
 from milora_jax.storage.adapters import load_adapter
-from milora_jax.storage.checkpoint import CheckpointDirectory
 from milora_jax.storage.files import read_json
 from tests.paths import ROOT, environment
-from tests.processes import FEWEST_SECONDS, ended, free_port, run_together, said_by, start_together
-from tests.training.runs import command
+from tests.processes import FEWEST_SECONDS, ended, ends, free_port, run_together, said_by, start_together
+from tests.training.runs import command, newest_leaves, on_one
 
 STEPS = 12
 SETTINGS = {
@@ -51,8 +50,7 @@ def start(folder, workdir, log, **settings):
 
 
 def finished(processes, log):
-    codes = ended(processes, 2 * FEWEST_SECONDS)
-    said = "\n".join(path.read_text() for path in sorted(log.iterdir()))
+    codes, said = ends(processes, log, 2 * FEWEST_SECONDS)
     assert codes == [0] * len(processes), said
     return said
 
@@ -72,29 +70,6 @@ def metrics(workdir):
     kept = ("step", "loss", "grad_norm", "dev_perplexity", "load_balance", "expert_share")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: line[name] for name in kept if name in line} for line in lines]
-
-
-def newest_leaves(workdir, sharding):
-    """The newest step of a run and its arrays, every one laid out as asked."""
-    directory = CheckpointDirectory(workdir / "checkpoints", 2, print)
-    step = directory.newest()
-    content = json.loads((directory.root / str(step) / "metadata.json").read_text())
-    key = jax.random.key(0).dtype
-    asked = {
-        name: jax.ShapeDtypeStruct(
-            leaf["shape"], key if leaf["impl"] else np.dtype(leaf["dtype"]), sharding=sharding(leaf["shape"])
-        )
-        for name, leaf in content["leaves"].items()
-    }
-    leaves, _ = directory.restore(step, asked)
-    return step, {
-        name: np.asarray(jax.random.key_data(leaf) if content["leaves"][name]["impl"] else leaf)
-        for name, leaf in leaves.items()
-    }
-
-
-def on_one(shape):
-    return SingleDeviceSharding(jax.devices()[0])
 
 
 @pytest.mark.slow
