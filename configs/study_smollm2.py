@@ -8,7 +8,7 @@ The model comes from the Hub, or from the directory that ``MILORA_MODEL`` names;
 with the fields of the Hub, and ``llm_adapters/{ARC-Easy,boolq}/{train,test}.json``. The rows that are used
 are drawn with a seed and written to ``runs/study_smollm2_rows``. Two CPU cores decide the terms: rows of at
 most 520 characters, packed into rows of 256 tokens, some nine examples a step, and test rows scored by the
-likelihood of their outputs, without generation.
+likelihood of their outputs, without generation; under routes other than their own, 100 of each task.
 """
 
 import json
@@ -117,6 +117,7 @@ def get_study() -> Study:
             "milora": AdapterSection(method="milora", rank=16),
         },
         generate=False,
+        forced_rows=100,
         mixed_methods=methods,
         converged=Converged(
             methods=methods,

@@ -19,7 +19,8 @@ from milora_jax.evaluation.loss import encode_responses, response_loss
 from milora_jax.evaluation.routing import route_prompts
 from milora_jax.evaluation.study import forced, plans, tuning
 from milora_jax.evaluation.study.cells import CellRunner
-from milora_jax.evaluation.study.convergence import tuning_tables
+from milora_jax.evaluation.study.convergence import render_routing, tuning_tables
+from milora_jax.evaluation.study.plans import RANDOM_MASK, RANDOM_ROUTER
 from milora_jax.evaluation.study.rows import ROUTED, Encoded, RowScores, read_scores, write_scores
 from milora_jax.evaluation.study.settings import MIXED, quick
 from milora_jax.evaluation.study.tables import Results, mixing
@@ -30,6 +31,8 @@ from tests.evaluation.study_rows import STUDY
 from tests.evaluation.study_rows import rows as rows_of
 from tests.models import write_hf_directory
 from tests.storage.adapters import noisy_adapter
+
+VARIANTS = ("milora", RANDOM_ROUTER, RANDOM_MASK)
 
 RECORDS = [
     Record(f"{'add ' * (3 * i)}{i}", "", f"It is {'very ' * (i % 3)}{i}" if i != 2 else "", "7")
@@ -128,6 +131,29 @@ def test_every_replaced_route_is_what_it_says(made):
     scores = forced.forced_scores(run, run.base, adapter, rows)
     assert list(scores) == list(forced.FORCED)
     assert {len(each.nll) for tasks in scores.values() for each in tasks.values()} == {6, 2}
+
+
+def test_forced_routes_are_compared_on_the_rows_they_were_scored_on(tmp_path):
+    """The rows after the first ``forced_rows`` change nothing in the table of forced routes."""
+
+    def table(last):
+        both = [rows_of({v: {"a": [0.5], "b": [0.5]} for v in VARIANTS}, where) for where in (None, MIXED)]
+        made = [row for rows in both for row in rows]
+        for row in made:
+            own = row["scores"][ROUTED]
+            row["scores"] = {ROUTED: dataclasses.replace(own, nll=np.append(own.nll[:-1], last))}
+            row["scores"] |= {name: own.first(4) for name in forced.FORCED}
+        study = dataclasses.replace(STUDY, forced_rows=4)
+        return render_routing(Results.of(made), study, tmp_path).split("| trained |")[0]
+
+    text = table(1.5)
+    assert text == table(99.0)
+    assert f"| {forced.SWAPPED} | 0.750 | +0.000" in text
+
+
+def test_forced_rows_are_a_number_of_rows():
+    with pytest.raises(UserError, match="forced_rows"):
+        dataclasses.replace(STUDY, forced_rows=-1)
 
 
 def test_a_cycle_gives_every_prompt_the_route_of_another_one():

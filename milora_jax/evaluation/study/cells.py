@@ -60,6 +60,7 @@ class Cell:
       scored: whether the test rows are scored; runs that choose a learning rate use dev rows only.
       converged: whether it has a budget of ``Study.converged``.
       forced: whether the test rows are also scored under routes other than the routers'.
+      forced_rows: see ``Study.forced_rows``.
       fixed_mask: whether every layer has one random set of experts for all prompts, see ``starts``.
       generate: whether the test rows are answered by generation, see ``Study.generate``.
     """
@@ -73,6 +74,7 @@ class Cell:
     forced: bool = False
     fixed_mask: bool = False
     generate: bool = True
+    forced_rows: int = 0
 
     @property
     def seed(self) -> int:
@@ -148,6 +150,7 @@ def make_cell(
         forced,
         fixed_mask,
         study.generate,
+        study.forced_rows,
     )
 
 
@@ -269,7 +272,9 @@ class CellRunner:
             routed |= {score.task: with_answers(routed[score.task], score) for score in answers}
         else:
             routed = {task: dataclasses.replace(s, correct=s.exact) for task, s in routed.items()}
-        forced = forced_scores(run, base, adapter, rows) if cell.forced else {}
+        forced = {}
+        if cell.forced:
+            forced = forced_scores(run, base, adapter, encoded_tests(run, cell.forced_rows))
         write_scores(workdir, {ROUTED: routed, **forced})
         return {
             "accuracy": {task: each.accuracy for task, each in routed.items()},
@@ -284,15 +289,19 @@ class CellRunner:
         if not cell.scored:
             return {"accuracy": {}}
         nothing = {task: each.nothing() for task, each in encoded_tests(run).items()}
-        write_scores(workdir, {name: nothing for name in (ROUTED, *(FORCED if cell.forced else ()))})
+        fewer = {task: each.first(cell.forced_rows) for task, each in nothing.items()}
+        write_scores(workdir, {ROUTED: nothing, **(dict.fromkeys(FORCED, fewer) if cell.forced else {})})
         return {"accuracy": dict.fromkeys(nothing, 0.0), "loss": dict.fromkeys(nothing)}
 
 
-def encoded_tests(run: Run) -> dict[str, Encoded]:
-    """Encode the test rows to score, by task."""
-    return {
-        task: Encoded(run, limited(records, run.config.eval.limit)) for task, records in run.tests.items()
-    }
+def encoded_tests(run: Run, most: int = 0) -> dict[str, Encoded]:
+    """Encode the test rows to score, by task.
+
+    Args:
+      most: rows of each task, from the first; 0 is all of them.
+    """
+    limit = run.config.eval.limit
+    return {task: Encoded(run, limited(limited(records, limit), most)) for task, records in run.tests.items()}
 
 
 def routing_of(workdir: Path, step: int) -> dict[str, float] | None:

@@ -113,7 +113,14 @@ def render_routing(results: Results, study: Study, directory: Path) -> str:
         ]
         parts += [
             heading,
-            _against(results, places, (subject, ROUTED), [(subject, name) for name in given], "route"),
+            _against(
+                results,
+                places,
+                (subject, ROUTED),
+                [(subject, name) for name in given],
+                "route",
+                study.forced_rows,
+            ),
             _against(
                 results,
                 places,
@@ -131,11 +138,13 @@ def _against(
     own: tuple[str, str],
     others: Sequence[tuple[str, str]],
     what: str,
+    rows: int = 0,
 ) -> str:
-    """Losses and exact outputs of variants under routes, and their differences from those of ``own``."""
+    """Losses and exact outputs of variants under routes, and their differences from those of ``own``, on the
+    first rows of each task; 0 is all of them."""
 
     def samples(which: tuple[str, str], sample: Callable[[Sequence[RowScores]], Sample]) -> dict[str, Sample]:
-        return results.samples(which[0], places, sample, which[1])
+        return results.samples(which[0], places, sample, which[1], rows)
 
     def difference(which: tuple[str, str], sample: Callable[[Sequence[RowScores]], Sample]) -> Difference:
         return paired_difference(samples(which, sample), samples(own, sample))

@@ -56,6 +56,11 @@ class RowScores:
         """Share of the rows that are right; 0 where that is unknown."""
         return 0.0 if self.correct is None else float(self.correct.mean())
 
+    def first(self, rows: int) -> RowScores:
+        """The scores of the first rows; 0 is all of them."""
+        fields = (self.nll, self.tokens, self.exact, self.correct)
+        return RowScores(*(None if field is None else field[: rows or None] for field in fields))
+
     def to_json(self) -> dict[str, Any]:
         """Convert to lists of numbers; infinity, which JSON does not have, becomes null."""
         nll = [round(float(x), 5) if math.isfinite(x) else None for x in self.nll]

@@ -115,6 +115,8 @@ class Study:
       mixed_methods: labels of Table 2.
       generate: whether the test rows are answered by generation; otherwise a row is right where greedy
         decoding would write its output token for token, which the likelihood tells.
+      forced_rows: test rows of each task, from the first, that are scored under routes other than their own,
+        each as expensive as scoring them once; 0 is all of them.
       subject: label of the method that is varied in Table 5 and Figures 2 to 5, and whose routes are replaced
         in ``routing``.
       varied_tasks: tasks of Table 5 and Figures 3 to 5.
@@ -137,6 +139,7 @@ class Study:
     mixed_steps: int = 0
     mixed_methods: tuple[str, ...] = ("lora", "dora", "moelora", "milora")
     generate: bool = True
+    forced_rows: int = 0
     subject: str = "milora"
     varied_tasks: tuple[str, ...] = ()
     top_ks: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7)
@@ -179,6 +182,7 @@ class Study:
         require(has_subject, "study mixed_methods", self.mixed_methods, f"a list with {self.subject!r}")
         require(bool(self.learning_rates), "study learning_rates", self.learning_rates, "at least one")
         require(self.mixed_steps >= 0, "study mixed_steps", self.mixed_steps, "0 (as single tasks) or more")
+        require(self.forced_rows >= 0, "study forced_rows", self.forced_rows, "0 (all of them) or more")
 
     @property
     def alone(self) -> tuple[str, ...]:

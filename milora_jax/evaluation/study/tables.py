@@ -95,9 +95,15 @@ class Results:
         places: Sequence[Place],
         sample: Callable[[Sequence[RowScores]], Sample],
         route: str = ROUTED,
+        rows: int = 0,
     ) -> dict[str, Sample]:
-        """Samples of one figure by task, for ``statistics.paired_difference``."""
-        return {place[1]: sample(self.scores(variant, place, route)) for place in places}
+        """Samples of one figure by task, for ``statistics.paired_difference``.
+
+        Args:
+          rows: test rows of each task, from the first; 0 is all of them.
+        """
+        scores = {place[1]: self.scores(variant, place, route) for place in places}
+        return {task: sample([each.first(rows) for each in mine]) for task, mine in scores.items()}
 
     def lead(self, ours: str, theirs: str, places: Sequence[Place]) -> list[str]:
         """The lead of one variant over another: accuracy in points, loss in nats and in percent."""
