@@ -29,7 +29,7 @@ from milora_jax.commands.mt_bench import main as mt_bench
 from milora_jax.commands.options import CLUSTER_OPTIONS, add_mesh_options, settings_of
 from milora_jax.commands.routing import main as routing
 from milora_jax.commands.study import main as study
-from milora_jax.config import DTYPES, TEMPLATES, EvalSection
+from milora_jax.config import DTYPES, EvalSection
 from milora_jax.console import Console
 from milora_jax.data.records import parse_given, parse_sources
 from milora_jax.errors import UserError, require
@@ -54,6 +54,7 @@ from milora_jax.parallel.processes import (
     together,
     watch_for_preemption_of_any,
 )
+from milora_jax.prompt_format import TEMPLATES
 from milora_jax.storage.mirror import local_copy, synced
 
 COMMANDS = {"study": study, "lm-eval": lm_eval, "mt-bench": mt_bench, "routing": routing}

@@ -19,7 +19,7 @@ from typing import Any
 from milora_jax.addresses import local_path
 from milora_jax.commands.command_line import Parser
 from milora_jax.commands.options import add_options, settings_of
-from milora_jax.config import DTYPES, QUANTIZE, TEMPLATES
+from milora_jax.config import DTYPES, QUANTIZE
 from milora_jax.data.chat import Message
 from milora_jax.data.prompts import prompt_messages
 from milora_jax.data.records import Record, read_question
@@ -29,7 +29,7 @@ from milora_jax.errors import EXIT_BAD_INPUT, UserError
 from milora_jax.evaluation.subject import Named, named_subject, read_subject
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import Answer, generate
-from milora_jax.prompt_format import PromptFormat
+from milora_jax.prompt_format import TEMPLATES, PromptFormat
 from milora_jax.storage.mirror import local_copy
 
 GIVEN_APART = ("stop", "stop_token_ids", "logit_bias")

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from milora_jax.addresses import local_path
 from milora_jax.commands.command_line import Parser
-from milora_jax.config import DTYPES, TEMPLATES
+from milora_jax.config import DTYPES
 from milora_jax.console import Console
 from milora_jax.errors import UserError, require
 from milora_jax.evaluation.judge import grade_tasks, judge, pair_tasks, summary
 from milora_jax.evaluation.judge_client import JudgeClient
 from milora_jax.evaluation.mt_bench import Asked, answer_questions, read_answers, read_questions
 from milora_jax.evaluation.subject import named_subject, read_subject
+from milora_jax.prompt_format import TEMPLATES
 from milora_jax.storage.mirror import local_copy
 
 

@@ -22,14 +22,14 @@ from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base
 from milora_jax.base.source import hub_name, model_directory
 from milora_jax.commands.command_line import Parser, interrupt_on_termination
-from milora_jax.config import TEMPLATES, DataSection
+from milora_jax.config import DataSection
 from milora_jax.console import Console
 from milora_jax.data.records import Record, Source, read_records, run_sources
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, as_given, printable, require
 from milora_jax.evaluation.score import limited
 from milora_jax.evaluation.static_route import Model, calibrated_route, report_json, static_report
-from milora_jax.prompt_format import PromptFormat, stored_prompt_format
+from milora_jax.prompt_format import TEMPLATES, PromptFormat, stored_prompt_format
 from milora_jax.storage import export
 from milora_jax.storage.adapters import best_metadata, read_adapter, require_its_base
 from milora_jax.storage.files import require_new

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from milora_jax.config import TEMPLATES
 from milora_jax.console import Console
 from milora_jax.data.chat import Message, encode_chat, render_chat, template_source
 from milora_jax.data.prompts import WITHOUT_INPUT, prompt_text
@@ -26,6 +25,7 @@ from milora_jax.evaluation.score import PREFILL_ROWS
 from milora_jax.evaluation.subject import named_subject, read_subject
 from milora_jax.generation.settings import LARGEST_SEED, GenerationSettings
 from milora_jax.generation.text import generate
+from milora_jax.prompt_format import TEMPLATES
 
 NAME = "milora_jax"
 """The model's name in lm_eval."""

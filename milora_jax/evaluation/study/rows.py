@@ -58,8 +58,9 @@ class RowScores:
 
     def first(self, rows: int) -> RowScores:
         """The scores of the first rows; 0 is all of them."""
-        fields = (self.nll, self.tokens, self.exact, self.correct)
-        return RowScores(*(None if field is None else field[: rows or None] for field in fields))
+        end = rows or None
+        correct = None if self.correct is None else self.correct[:end]
+        return RowScores(self.nll[:end], self.tokens[:end], self.exact[:end], correct)
 
     def to_json(self) -> dict[str, Any]:
         """Convert to lists of numbers; infinity, which JSON does not have, becomes null."""

@@ -1,0 +1,99 @@
+"""The settings of the optimiser and of the course of a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from milora_jax.errors import one_of, require
+
+TRACKERS = ("tensorboard", "wandb")
+REMAT = ("none", "products", "full")
+"""What a backward pass computes again, from the least to the most; see :class:`TrainSection`."""
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """The optimiser and the schedule of a run, in optimiser steps.
+
+    Attributes:
+      max_steps: number of optimiser steps; 0 means as many as ``epochs`` gives.
+      epochs: passes over the training rows; with ``max_steps`` too the run ends at the earlier of both.
+      batch_size: rows of a step, over all devices together; a packed row holds several records.
+      learning_rate: peak learning rate, reached after the warm-up; it then falls linearly to 0.
+      router_rate: learning rate of the routers' parameters as a multiple of ``learning_rate``.
+      router_clip_norm: largest norm of the routers' gradient, which is then clipped apart from that of the
+        experts; 0 clips both together, by ``clip_norm``.
+      feature_prompts: training prompts on which the statistics of standardized features are measured.
+      coefficient_learning_rate: learning rate of the rational coefficients (paper: 1e-6).
+      coefficient_every: steps between two bi-level updates of Theta, each on a dev batch (paper: 1). An
+        update costs about as much as a step: 1 doubles the cost of training, 10 adds a tenth.
+      warmup_share: share of all steps spent warming up.
+      accumulate: parts into which a step's rows are divided and that are computed one after the other, which
+        saves memory; the update is that of all rows together.
+      remat: what the backward pass computes again instead of keeping it: none, nothing; products, all but
+        the results of matrix products; full, every layer from its input. Attention's scores are never kept.
+      loss_chunk: tokens of the batch whose logits are in memory at a time.
+      weight_decay: decoupled weight decay of AdamW.
+      clip_norm: largest global gradient norm; 0 switches clipping off.
+      eval_every: steps between two dev perplexities.
+      save_every: steps between two checkpoints.
+      log_every: steps between two lines of ``metrics.jsonl``.
+      patience: dev evaluations without improvement before the run stops early; 0 never stops.
+      max_bad_steps: non-finite steps in a row that stop the run.
+      seed: seed of initialisation, row order and dropout.
+      trackers: where metrics go beside ``metrics.jsonl``: tensorboard, wandb, or both, comma-separated; see
+        docs/logging.md.
+      init_from: a workdir or an exported or imported adapter, of the same method and base, whose parameters
+        training starts from; empty starts from fresh ones.
+    """
+
+    max_steps: int = 0
+    epochs: int = 10
+    batch_size: int = 16
+    learning_rate: float = 1e-4
+    router_rate: float = 1.0
+    router_clip_norm: float = 0.0
+    feature_prompts: int = 256
+    coefficient_learning_rate: float = 1e-6
+    coefficient_every: int = 1
+    warmup_share: float = 0.06
+    accumulate: int = 1
+    remat: str = "products"
+    loss_chunk: int = 4096
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    eval_every: int = 200
+    save_every: int = 200
+    log_every: int = 10
+    patience: int = 10
+    max_bad_steps: int = 5
+    seed: int = 0
+    trackers: str = ""
+    init_from: str = ""
+
+    def __post_init__(self) -> None:
+        counts = "epochs batch_size accumulate loss_chunk coefficient_every eval_every save_every log_every"
+        for name in [*counts.split(), "max_bad_steps"]:
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        for name in "max_steps patience seed".split():
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        one_of("train.remat", self.remat, REMAT)
+        for name in tracker_names(self.trackers):
+            one_of("train.trackers", name, TRACKERS)
+        require(self.seed < 2**32, "train.seed", self.seed, "below 2**32")
+        require(self.feature_prompts >= 2, "train.feature_prompts", self.feature_prompts, "at least 2")
+        rates = "learning_rate router_rate router_clip_norm coefficient_learning_rate weight_decay clip_norm"
+        for name in rates.split():
+            value = getattr(self, name)
+            require(math.isfinite(value) and value >= 0, f"train.{name}", value, "0 or more")
+        require(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "from 0 to below 1")
+
+
+def tracker_names(trackers: str) -> tuple[str, ...]:
+    """The names in ``train.trackers``, each once.
+
+    >>> tracker_names("wandb, tensorboard,wandb")
+    ('wandb', 'tensorboard')
+    """
+    return tuple(dict.fromkeys(filter(None, (part.strip() for part in trackers.split(",")))))
