@@ -96,9 +96,9 @@ class AdaLoRA(TunedPairs):
         return self.initial_rank or 2 * self.rank
 
     @property
-    def scale(self) -> float:
-        """alpha over the rank before pruning, which PEFT calls ``ranknum``."""
-        return self.alpha / self.first_rank if self.alpha else 1.0
+    def scaled_rank(self) -> int:
+        """The rank before pruning, which PEFT calls ``ranknum``."""
+        return self.first_rank
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Triplets]:
         """Draw A and B at random and set every value to zero, so that nothing changes."""

@@ -299,6 +299,7 @@ class MiLoRA(LowRankMethod):
             self,
             rank=plain.rank,
             alpha=plain.alpha,
+            use_rslora=plain.use_rslora,
             dropout=plain.dropout,
             **{name: getattr(plain, name) for name in (*OF_TRAINING, *OF_BATCHES)},
         )
@@ -328,7 +329,7 @@ class MiLoRA(LowRankMethod):
 
     def weight_change(self, params: MiLoRAParams) -> WeightChange:
         """The change of each expert, where it is chosen."""
-        return WeightChange(params.experts, self.scale, self.dropout)
+        return WeightChange(params.experts, self.scale, self.dropout, self.use_rslora)
 
     def parts(self, params: MiLoRAParams) -> Parts:
         """The experts and the router."""

@@ -88,9 +88,9 @@ class SSP(TunedPairs):
         require(math.isfinite(rate) and rate >= 0, "adapter.gate_learning_rate", rate, "0 or more")
 
     @property
-    def scale(self) -> float:
-        """alpha over the rank of a candidate."""
-        return self.alpha / (2 * self.rank) if self.alpha else 1.0
+    def scaled_rank(self) -> int:
+        """The rank of a candidate."""
+        return 2 * self.rank
 
     @property
     def theta(self) -> str:
