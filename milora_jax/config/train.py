@@ -11,6 +11,8 @@ TRACKERS = ("tensorboard", "wandb")
 REMAT = ("none", "products", "full")
 """What a backward pass computes again, from the least to the most; see :class:`TrainSection`."""
 
+SCHEDULES = ("linear", "cosine", "constant", "wsd")
+
 
 @dataclass(frozen=True)
 class TrainSection:
@@ -20,7 +22,10 @@ class TrainSection:
       max_steps: number of optimiser steps; 0 means as many as ``epochs`` gives.
       epochs: passes over the training rows; with ``max_steps`` too the run ends at the earlier of both.
       batch_size: rows of a step, over all devices together; a packed row holds several records.
-      learning_rate: peak learning rate, reached after the warm-up; it then falls linearly to 0.
+      learning_rate: peak learning rate, reached after the warm-up.
+      schedule: the learning rate after the warm-up: linear, a straight fall to 0; cosine, half a wave down
+        to 0; constant, the peak; wsd, the peak and then a straight fall to 0 (warm-up, stable, decay).
+      decay_share: share of all steps, the last ones, in which ``wsd`` falls.
       router_rate: learning rate of the routers' parameters as a multiple of ``learning_rate``.
       router_clip_norm: largest norm of the routers' gradient, which is then clipped apart from that of the
         experts; 0 clips both together, by ``clip_norm``.
@@ -52,6 +57,8 @@ class TrainSection:
     epochs: int = 10
     batch_size: int = 16
     learning_rate: float = 1e-4
+    schedule: str = "linear"
+    decay_share: float = 0.2
     router_rate: float = 1.0
     router_clip_norm: float = 0.0
     feature_prompts: int = 256
@@ -79,6 +86,7 @@ class TrainSection:
         for name in "max_steps patience seed".split():
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         one_of("train.remat", self.remat, REMAT)
+        one_of("train.schedule", self.schedule, SCHEDULES)
         for name in tracker_names(self.trackers):
             one_of("train.trackers", name, TRACKERS)
         require(self.seed < 2**32, "train.seed", self.seed, "below 2**32")
@@ -88,6 +96,9 @@ class TrainSection:
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"train.{name}", value, "0 or more")
         require(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "from 0 to below 1")
+        require(0 < self.decay_share <= 1, "train.decay_share", self.decay_share, "above 0, up to 1")
+        fits = self.schedule != "wsd" or self.warmup_share + self.decay_share <= 1
+        require(fits, "train.decay_share", self.decay_share, "at most 1 - train.warmup_share")
 
 
 def tracker_names(trackers: str) -> tuple[str, ...]:

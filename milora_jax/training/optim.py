@@ -16,24 +16,34 @@ OMEGA, THETA, REST = range(3)
 """The parts of :func:`split_params`, in order."""
 
 
-def learning_rate_schedule(peak: float, warmup_share: float, total_steps: int) -> optax.Schedule:
-    """Linear rise over the first ``warmup_share`` of the steps, then linear fall to 0.
+def learning_rate_schedule(settings: TrainSection, total_steps: int, peak: float) -> optax.Schedule:
+    """Linear rise over the first ``warmup_share`` of the steps, then the course of ``settings.schedule``.
 
-    The first update is not zero: it uses ``peak / warm-up steps``.
+    The first update is not zero: it uses ``peak / warm-up steps``. A fall reaches 0 one step after the last.
     """
-    warmup = max(1, round(warmup_share * total_steps))
+    warmup = max(1, round(settings.warmup_share * total_steps))
     rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    fall = optax.linear_schedule(peak, 0.0, max(1, total_steps - warmup))
-    return optax.join_schedules([rise, fall], [warmup])
+    left = max(1, total_steps - warmup)
+    if settings.schedule == "wsd":
+        falling = min(left, max(1, round(settings.decay_share * total_steps)))
+        fall = optax.linear_schedule(peak, 0.0, falling)
+        steady = optax.constant_schedule(peak)
+        return optax.join_schedules([rise, steady, fall], [warmup, warmup + left - falling])
+    courses = {
+        "linear": optax.linear_schedule(peak, 0.0, left),
+        "cosine": optax.cosine_decay_schedule(peak, left),
+        "constant": optax.constant_schedule(peak),
+    }
+    return optax.join_schedules([rise, courses[settings.schedule]], [warmup])
 
 
 def make_optimizer(settings: TrainSection, total_steps: int) -> optax.GradientTransformation:
-    """AdamW with the linear schedule, at a peak learning rate of 1.
+    """AdamW with the schedule of the settings, at a peak learning rate of 1.
 
     The step clips the gradient before, and multiplies the update, weight decay included, by the actual peak
     afterwards. The peak is a value of the state, so that one compiled program serves every learning rate.
     """
-    schedule = learning_rate_schedule(1.0, settings.warmup_share, total_steps)
+    schedule = learning_rate_schedule(settings, total_steps, 1.0)
     return optax.adamw(schedule, weight_decay=settings.weight_decay)
 
 
