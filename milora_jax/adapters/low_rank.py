@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from milora_jax.adapters.hooks import LeafRole
 from milora_jax.adapters.inputs import Shape
 from milora_jax.adapters.protocol import Method
 from milora_jax.adapters.records import LowRank
@@ -74,6 +75,10 @@ class LowRankMethod(Method):
         if not self.alpha:
             return 1.0
         return self.alpha / (math.sqrt(self.scaled_rank) if self.use_rslora else self.scaled_rank)
+
+    def role(self, path: tuple[str, ...]) -> LeafRole:
+        """The role of a leaf: the B of a pair is at the output."""
+        return LeafRole(output=path[-1] == "b")
 
     @property
     def stochastic(self) -> bool:

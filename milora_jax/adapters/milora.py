@@ -263,6 +263,7 @@ class MiLoRA(LowRankMethod):
             trained=path[0] != "router" or path[-1] not in ("mean", "deviation", "bias"),
             router=path[0] == "router",
             coefficient=path[-1] in ("numerator", "denominator"),
+            output=path[0] == "experts" and path[-1] == "b",
         )
 
     def init_experts(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Any]:

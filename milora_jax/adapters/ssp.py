@@ -103,7 +103,7 @@ class SSP(TunedPairs):
 
     def role(self, path: tuple[str, ...]) -> LeafRole:
         """The role of a leaf: the gates are Theta."""
-        return LeafRole(coefficient=path[-1] == "openness")
+        return LeafRole(coefficient=path[-1] == "openness", output=path[-1] == "b")
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> SSPParams:
         """Make candidates that change nothing yet, with equal gates."""

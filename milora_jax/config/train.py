@@ -27,6 +27,8 @@ class TrainSection:
         to 0; constant, the peak; wsd, the peak and then a straight fall to 0 (warm-up, stable, decay).
       decay_share: share of all steps, the last ones, in which ``wsd`` falls.
       router_rate: learning rate of the routers' parameters as a multiple of ``learning_rate``.
+      lora_plus_ratio: learning rate of the B matrices of low-rank pairs as a multiple of that of the A
+        matrices, which is ``learning_rate`` (LoRA+); 0 or 1 is the same for both.
       router_clip_norm: largest norm of the routers' gradient, which is then clipped apart from that of the
         experts; 0 clips both together, by ``clip_norm``.
       feature_prompts: training prompts on which the statistics of standardized features are measured.
@@ -60,6 +62,7 @@ class TrainSection:
     schedule: str = "linear"
     decay_share: float = 0.2
     router_rate: float = 1.0
+    lora_plus_ratio: float = 0.0
     router_clip_norm: float = 0.0
     feature_prompts: int = 256
     coefficient_learning_rate: float = 1e-6
@@ -91,8 +94,8 @@ class TrainSection:
             one_of("train.trackers", name, TRACKERS)
         require(self.seed < 2**32, "train.seed", self.seed, "below 2**32")
         require(self.feature_prompts >= 2, "train.feature_prompts", self.feature_prompts, "at least 2")
-        rates = "learning_rate router_rate router_clip_norm coefficient_learning_rate weight_decay clip_norm"
-        for name in rates.split():
+        rates = "learning_rate router_rate lora_plus_ratio router_clip_norm coefficient_learning_rate"
+        for name in [*rates.split(), "weight_decay", "clip_norm"]:
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"train.{name}", value, "0 or more")
         require(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "from 0 to below 1")

@@ -8,12 +8,16 @@ import jax
 import optax
 
 from milora_jax.adapters.hooks import path_names
-from milora_jax.adapters.protocol import Adapter
+from milora_jax.adapters.protocol import Adapter, Method, output_mask, router_mask
 from milora_jax.config import TrainSection
+from milora_jax.shapes import Array, Float
 from milora_jax.types import PyTree
 
 OMEGA, THETA, REST = range(3)
 """The parts of :func:`split_params`, in order."""
+
+NO_RATIO = (0, 1)
+"""Values of ``train.lora_plus_ratio`` with which A and B have one learning rate."""
 
 
 def learning_rate_schedule(settings: TrainSection, total_steps: int, peak: float) -> optax.Schedule:
@@ -45,6 +49,23 @@ def make_optimizer(settings: TrainSection, total_steps: int) -> optax.GradientTr
     """
     schedule = learning_rate_schedule(settings, total_steps, 1.0)
     return optax.adamw(schedule, weight_decay=settings.weight_decay)
+
+
+def leaf_rates(method: Method, omega: PyTree, rate: Float[Array, ""], settings: TrainSection) -> PyTree:
+    """The peak learning rate of every leaf of Omega: that of the routers' and of the pairs' B matrices is a
+    multiple of the others' (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+
+    Args:
+      rate: the peak learning rate of the run.
+    """
+    plus = settings.lora_plus_ratio
+
+    def of_leaf(routes: bool, is_output: bool) -> Float[Array, ""]:
+        if routes:
+            return rate * settings.router_rate
+        return rate * plus if is_output and plus not in NO_RATIO else rate
+
+    return jax.tree.map(of_leaf, router_mask(method, omega), output_mask(method, omega))
 
 
 def split_params(adapter: Adapter) -> tuple[PyTree, PyTree, PyTree]:

@@ -3,14 +3,19 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from milora_jax.config import SCHEDULES, TrainSection
+from milora_jax.adapters.hooks import abstract_params, path_names
+from milora_jax.adapters.protocol import output_mask
+from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.config import SCHEDULES, AdapterSection, Config, DataSection, ModelSection, TrainSection
 from milora_jax.errors import UserError
-from milora_jax.training.optim import learning_rate_schedule, make_optimizer
-from tests.models import random_base
+from milora_jax.training.optim import leaf_rates, learning_rate_schedule, make_optimizer
+from milora_jax.training.prepare import prepare_run
+from tests.models import random_base, write_hf_directory
 from tests.training.steps import MODEL, SETTINGS, TOTAL, params_of, prepare, rows
 
 
@@ -97,3 +102,59 @@ def test_a_step_takes_the_rate_of_its_schedule():
         )[at]
     np.testing.assert_allclose(moved["linear"], moved["cosine"], rtol=1e-3, atol=1e-6)
     assert float(np.abs(moved["linear"]).max()) > 1e-4
+
+
+WITH_B = {"milora": 7, "midora": 7, "lora": 7, "dora": 7, "moelora": 7, "ssp": 7, "adalora": 0, "ia3": 0}
+"""How many leaves of a method LoRA+ applies to."""
+
+
+@pytest.mark.parametrize(("method", "count"), WITH_B.items())
+def test_the_leaves_of_lora_plus_are_the_b_of_every_pair(method, count):
+    built = build_method(AdapterSection(method=method))
+    params = abstract_params(built, adapter_shape(MODEL))
+    chosen = jax.tree.map(lambda leaf, is_b: leaf if is_b else None, params, output_mask(built, params))
+    paths = [path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(chosen)]
+    assert len(paths) == count
+    assert all(path[-1] == "b" and "router" not in path for path in paths)
+
+
+def test_b_and_routers_have_their_own_multiples_of_the_learning_rate():
+    built = build_method(AdapterSection(method="milora"))
+    params = abstract_params(built, adapter_shape(MODEL))
+    settings = TrainSection(lora_plus_ratio=16.0, router_rate=3.0)
+    found = leaf_rates(built, params, jnp.float32(0.5), settings)
+    assert {float(pair.a) for pair in found.experts.values()} == {0.5}
+    assert {float(pair.b) for pair in found.experts.values()} == {8.0}
+    assert {float(rate) for rate in jax.tree.leaves(found.router)} == {1.5}
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_a_ratio_of_0_or_1_leaves_every_rate(ratio):
+    built = build_method(AdapterSection(method="milora"))
+    params, rate = abstract_params(built, adapter_shape(MODEL)), jnp.float32(0.5)
+    found = leaf_rates(built, params, rate, TrainSection(lora_plus_ratio=ratio))
+    assert all(leaf is rate for leaf in jax.tree.leaves(found.experts))
+
+
+def test_lora_plus_moves_b_as_many_times_as_far():
+    """Adam's first update is the learning rate itself, up to the sign; A's gradient is zero then."""
+    moved = {}
+    for ratio in (0.0, 4.0):
+        settings = dataclasses.replace(SETTINGS, lora_plus_ratio=ratio, clip_norm=0.0)
+        state, steps = prepare(settings=settings, method="lora")
+        state, _ = steps.train(state, random_base(MODEL), rows())
+        moved[ratio] = params_of(state)["q"].b
+    np.testing.assert_allclose(moved[4.0], 4.0 * moved[0.0], rtol=1e-6)
+    assert float(np.abs(moved[0.0]).max()) == pytest.approx(SETTINGS.learning_rate / 2, rel=1e-3)
+
+
+def test_lora_plus_without_a_b_is_refused_before_anything_is_read(tmp_path):
+    write_hf_directory(tmp_path, MODEL, tokenizer=False)
+    config = Config(
+        model=ModelSection(path=str(tmp_path)),
+        adapter=AdapterSection(method="adalora"),
+        data=DataSection(train="nowhere.json"),
+        train=TrainSection(lora_plus_ratio=16.0),
+    )
+    with pytest.raises(UserError, match=r"lora_plus_ratio is 16\.0: expected 0 or 1, method 'adalora'"):
+        prepare_run(config, None, print)
