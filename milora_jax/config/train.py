@@ -43,6 +43,8 @@ class TrainSection:
       loss_chunk: tokens of the batch whose logits are in memory at a time.
       weight_decay: decoupled weight decay of AdamW.
       clip_norm: largest global gradient norm; 0 switches clipping off.
+      neftune_alpha: size of the noise on the embeddings of training tokens (NEFTune): uniform up to
+        ``alpha / sqrt(tokens of the example * width)``; 0 is none. Routers read the embeddings without it.
       eval_every: steps between two dev perplexities.
       save_every: steps between two checkpoints.
       log_every: steps between two lines of ``metrics.jsonl``.
@@ -73,6 +75,7 @@ class TrainSection:
     loss_chunk: int = 4096
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    neftune_alpha: float = 0.0
     eval_every: int = 200
     save_every: int = 200
     log_every: int = 10
@@ -95,7 +98,7 @@ class TrainSection:
         require(self.seed < 2**32, "train.seed", self.seed, "below 2**32")
         require(self.feature_prompts >= 2, "train.feature_prompts", self.feature_prompts, "at least 2")
         rates = "learning_rate router_rate lora_plus_ratio router_clip_norm coefficient_learning_rate"
-        for name in [*rates.split(), "weight_decay", "clip_norm"]:
+        for name in [*rates.split(), "weight_decay", "clip_norm", "neftune_alpha"]:
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"train.{name}", value, "0 or more")
         require(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "from 0 to below 1")

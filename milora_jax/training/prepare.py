@@ -145,6 +145,9 @@ def prepare_run(
     rate, params = config.train.router_rate, abstract_params(method, adapter_shape(model))
     has_router = any(jax.tree.leaves(router_mask(method, params)))
     require(rate == 1 or has_router, "train.router_rate", rate, f"1, method {method.name!r} has no router")
+    noise, apart = config.train.neftune_alpha, method.routes or not has_router
+    expected = f"0, the routers of method {method.name!r} read every token, and noise must not reach them"
+    require(noise == 0 or apart, "train.neftune_alpha", noise, expected)
     ratio, has_pairs = config.train.lora_plus_ratio, any(jax.tree.leaves(output_mask(method, params)))
     alike = ratio in NO_RATIO or has_pairs
     require(

@@ -137,6 +137,7 @@ def make_steps(
             totals=totals,
             schedule=schedule,
             memory=memory,
+            neftune_alpha=settings.neftune_alpha,
         )
 
     def routed(
@@ -174,7 +175,8 @@ def make_steps(
     def train(state: TrainState, base: Base, batch: Batch) -> tuple[TrainState, Metrics]:
         method = state.adapter.method
         omega, *rest = split_params(state.adapter)
-        key = jax.random.fold_in(state.key, state.step) if method.stochastic else None
+        draws = method.stochastic or settings.neftune_alpha > 0
+        key = jax.random.fold_in(state.key, state.step) if draws else None
 
         def adapter_of(omega: PyTree) -> Adapter:
             return join_params(state.adapter, omega, *rest)

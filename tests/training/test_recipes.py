@@ -75,6 +75,7 @@ def test_cosine_constant_and_wsd_are_their_formulas():
     [
         ({"schedule": "step"}, "train.schedule is 'step': expected one of linear, cosine, constant, wsd"),
         ({"decay_share": 0.0}, "train.decay_share is 0.0: expected above 0, up to 1"),
+        ({"neftune_alpha": -1.0}, "train.neftune_alpha is -1.0: expected 0 or more"),
         ({"decay_share": float("nan")}, "train.decay_share is nan"),
         ({"schedule": "wsd", "warmup_share": 0.5, "decay_share": 0.6}, "at most 1 - train.warmup_share"),
     ],
@@ -148,13 +149,29 @@ def test_lora_plus_moves_b_as_many_times_as_far():
     assert float(np.abs(moved[0.0]).max()) == pytest.approx(SETTINGS.learning_rate / 2, rel=1e-3)
 
 
-def test_lora_plus_without_a_b_is_refused_before_anything_is_read(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        (
+            "adalora",
+            {"lora_plus_ratio": 16.0},
+            "lora_plus_ratio is 16.0: expected 0 or 1, method 'adalora' has",
+        ),
+        (
+            "moelora",
+            {"neftune_alpha": 5.0},
+            "neftune_alpha is 5.0: expected 0, the routers of method 'moelora'",
+        ),
+    ],
+)
+def test_what_a_method_cannot_have_is_refused_before_rows_are_read(method, settings, message, tmp_path):
     write_hf_directory(tmp_path, MODEL, tokenizer=False)
     config = Config(
         model=ModelSection(path=str(tmp_path)),
-        adapter=AdapterSection(method="adalora"),
+        adapter=AdapterSection(method=method),
         data=DataSection(train="nowhere.json"),
-        train=TrainSection(lora_plus_ratio=16.0),
+        train=TrainSection(**settings),
     )
-    with pytest.raises(UserError, match=r"lora_plus_ratio is 16\.0: expected 0 or 1, method 'adalora'"):
+    with pytest.raises(UserError) as error:
         prepare_run(config, None, print)
+    assert message in str(error.value)
