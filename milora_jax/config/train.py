@@ -12,6 +12,7 @@ REMAT = ("none", "products", "full")
 """What a backward pass computes again, from the least to the most; see :class:`TrainSection`."""
 
 SCHEDULES = ("linear", "cosine", "constant", "wsd")
+OPTIMIZERS = ("adamw", "adafactor")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class TrainSection:
       max_steps: number of optimiser steps; 0 means as many as ``epochs`` gives.
       epochs: passes over the training rows; with ``max_steps`` too the run ends at the earlier of both.
       batch_size: rows of a step, over all devices together; a packed row holds several records.
+      optimizer: adamw, two states of a parameter's size; adafactor, of each matrix the means over rows and
+        columns alone.
       learning_rate: peak learning rate, reached after the warm-up.
       schedule: the learning rate after the warm-up: linear, a straight fall to 0; cosine, half a wave down
         to 0; constant, the peak; wsd, the peak and then a straight fall to 0 (warm-up, stable, decay).
@@ -41,7 +44,7 @@ class TrainSection:
       remat: what the backward pass computes again instead of keeping it: none, nothing; products, all but
         the results of matrix products; full, every layer from its input. Attention's scores are never kept.
       loss_chunk: tokens of the batch whose logits are in memory at a time.
-      weight_decay: decoupled weight decay of AdamW.
+      weight_decay: decoupled weight decay.
       clip_norm: largest global gradient norm; 0 switches clipping off.
       neftune_alpha: size of the noise on the embeddings of training tokens (NEFTune): uniform up to
         ``alpha / sqrt(tokens of the example * width)``; 0 is none. Routers read the embeddings without it.
@@ -60,6 +63,7 @@ class TrainSection:
     max_steps: int = 0
     epochs: int = 10
     batch_size: int = 16
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     schedule: str = "linear"
     decay_share: float = 0.2
@@ -92,6 +96,7 @@ class TrainSection:
         for name in "max_steps patience seed".split():
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         one_of("train.remat", self.remat, REMAT)
+        one_of("train.optimizer", self.optimizer, OPTIMIZERS)
         one_of("train.schedule", self.schedule, SCHEDULES)
         for name in tracker_names(self.trackers):
             one_of("train.trackers", name, TRACKERS)

@@ -42,13 +42,41 @@ def learning_rate_schedule(settings: TrainSection, total_steps: int, peak: float
 
 
 def make_optimizer(settings: TrainSection, total_steps: int) -> optax.GradientTransformation:
-    """AdamW with the schedule of the settings, at a peak learning rate of 1.
+    """The optimiser and the schedule of the settings, at a peak learning rate of 1.
 
     The step clips the gradient before, and multiplies the update, weight decay included, by the actual peak
     afterwards. The peak is a value of the state, so that one compiled program serves every learning rate.
     """
     schedule = learning_rate_schedule(settings, total_steps, 1.0)
+    if settings.optimizer == "adafactor":
+        decay = optax.add_decayed_weights(settings.weight_decay)
+        return optax.chain(factored_rms(), decay, optax.scale_by_learning_rate(schedule))
     return optax.adamw(schedule, weight_decay=settings.weight_decay)
+
+
+def factored_rms() -> optax.GradientTransformation:
+    """Adafactor's scaling of gradients (Shazeer & Stern 2018, arXiv 1804.04235, algorithm 4), layer by layer.
+
+    Leaves are stacked over layers. Each layer's matrix is factored and its update clipped by itself: optax
+    factors the two largest axes, and there are more layers than a pair has ranks. Learning rates stay
+    absolute, without the algorithm's factor of a parameter's own size, which is zero for a fresh B, and there
+    is no momentum.
+    """
+    scale = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
+    layer = optax.chain(scale, optax.clip_by_block_rms(1.0))
+    places = (optax.FactoredState(None, 0, 0, 0), optax.EmptyState())  # pyright: ignore[reportArgumentType]
+
+    def init(params: PyTree) -> PyTree:
+        if not jax.tree.leaves(params):
+            return layer.init(params)
+        return jax.vmap(layer.init, out_axes=places)(params)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        if not jax.tree.leaves(updates):
+            return layer.update(updates, state, params)
+        return jax.vmap(layer.update, in_axes=(0, places, 0), out_axes=(0, places))(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
 
 
 def leaf_rates(method: Method, omega: PyTree, rate: Float[Array, ""], settings: TrainSection) -> PyTree:

@@ -74,6 +74,7 @@ def test_cosine_constant_and_wsd_are_their_formulas():
     ("settings", "message"),
     [
         ({"schedule": "step"}, "train.schedule is 'step': expected one of linear, cosine, constant, wsd"),
+        ({"optimizer": "sgd"}, "train.optimizer is 'sgd': expected one of adamw, adafactor"),
         ({"decay_share": 0.0}, "train.decay_share is 0.0: expected above 0, up to 1"),
         ({"neftune_alpha": -1.0}, "train.neftune_alpha is -1.0: expected 0 or more"),
         ({"decay_share": float("nan")}, "train.decay_share is nan"),
@@ -175,3 +176,63 @@ def test_what_a_method_cannot_have_is_refused_before_rows_are_read(method, setti
     with pytest.raises(UserError) as error:
         prepare_run(config, None, print)
     assert message in str(error.value)
+
+
+def adafactor_step(grad, row, column, step):
+    """Algorithm 4 of the paper for one matrix, in float64, at a learning rate of 1."""
+    decay = 1 - (step + 1.0) ** -0.8
+    square = grad.astype(np.float64) ** 2 + 1e-30
+    row = decay * row + (1 - decay) * square.mean(axis=1)
+    column = decay * column + (1 - decay) * square.mean(axis=0)
+    update = grad / np.sqrt(np.outer(row, column) / row.mean())
+    return update / max(1.0, np.sqrt((update**2).mean())), row, column
+
+
+def test_adafactor_is_its_algorithm_layer_by_layer():
+    """Three layers, more than the rank of two: optax alone would factor over the layers."""
+    rng, shape = np.random.default_rng(0), (3, 5, 2)
+    start = rng.normal(size=shape).astype(np.float32)
+    settings = TrainSection(optimizer="adafactor", schedule="constant", warmup_share=0.0, weight_decay=0.1)
+    optimizer = make_optimizer(settings, 10)
+    params, expected = {"a": jnp.asarray(start)}, start.astype(np.float64)
+    state, rows_of, columns = optimizer.init(params), np.zeros((3, 5)), np.zeros((3, 2))
+    for step in range(4):
+        grad = rng.normal(size=shape).astype(np.float32) * (step + 1)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update({"a": jnp.asarray(grad)}, state, params)
+        params = optax.apply_updates(params, updates)
+        for i in range(3):
+            update, rows_of[i], columns[i] = adafactor_step(grad[i], rows_of[i], columns[i], step)
+            expected[i] -= update + 0.1 * expected[i]
+        np.testing.assert_allclose(params["a"], expected, rtol=2e-5, atol=2e-5)
+
+
+def state_size(method, **settings):
+    built = build_method(AdapterSection(method=method, rank=4))
+    params = abstract_params(built, adapter_shape(MODEL))
+    state = jax.eval_shape(make_optimizer(TrainSection(**settings), 10).init, params)
+    return sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+
+
+def test_the_states_of_adafactor_are_rows_and_columns():
+    pairs = [(d_in, d_out) for d_in, d_out in MODEL.module_dims.values()]
+    assert state_size("lora") == 2 * MODEL.num_layers * 4 * sum(map(sum, pairs))
+    # of A and of B a row and a column each, and a placeholder of 1 for the whole
+    factored = sum(d_in + 4 + 4 + d_out + 2 for d_in, d_out in pairs)
+    assert state_size("lora", optimizer="adafactor") == MODEL.num_layers * factored
+
+
+@pytest.mark.sweep("milora")
+@pytest.mark.parametrize("method", ["milora", "dora", "adalora", "iapt"])
+def test_adafactor_trains_every_kind_of_leaf(method):
+    state, steps = prepare(settings=dataclasses.replace(SETTINGS, optimizer="adafactor"), method=method)
+    base, losses = random_base(MODEL), []
+    for _ in range(6):
+        state, metrics = steps.train(state, base, rows())
+        losses.append(float(metrics.cross_entropy))
+    assert losses[-1] < (0.999 if method == "adalora" else 0.97) * losses[0], losses
+    assert int(metrics.bad_steps) == 0
+    assert steps.train._cache_size() == 1
+    if method == "milora":
+        state, metrics = steps.coefficients(state, base, rows(9))
+        assert int(metrics.bad_steps) == 0
