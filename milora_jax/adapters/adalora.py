@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from milora_jax.adapters.hooks import LeafRole
 from milora_jax.adapters.inputs import ExpertUse, Kernels, ProjectionGroup, Shape
 from milora_jax.adapters.lora import TunedPairs
 from milora_jax.adapters.low_rank import drop, narrow, widen
@@ -96,9 +97,14 @@ class AdaLoRA(TunedPairs):
         return self.initial_rank or 2 * self.rank
 
     @property
-    def scale(self) -> float:
-        """alpha over the rank before pruning, which PEFT calls ``ranknum``."""
-        return self.alpha / self.first_rank if self.alpha else 1.0
+    def scaled_rank(self) -> int:
+        """The rank before pruning, which PEFT calls ``ranknum``."""
+        return self.first_rank
+
+    def role(self, path: tuple[str, ...]) -> LeafRole:
+        """The role of a leaf: none is a B that starts at zero, since A and B play the same part."""
+        del path
+        return LeafRole()
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Triplets]:
         """Draw A and B at random and set every value to zero, so that nothing changes."""

@@ -141,7 +141,7 @@ class DoRA(LowRankMethod):
 
     def weight_change(self, params: dict[str, Decomposed]) -> WeightChange:
         """The pairs and magnitudes."""
-        return WeightChange(params, self.scale, self.dropout)
+        return WeightChange(params, self.scale, self.dropout, self.use_rslora)
 
     def served(self) -> Method:
         """The method without settings: the prepared pairs hold rank and scale, and dropout is off."""

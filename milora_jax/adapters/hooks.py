@@ -128,11 +128,14 @@ class LeafRole(NamedTuple):
       trained: whether a gradient trains it; otherwise the method sets it by a rule.
       router: whether it belongs to a router, so that ``train.router_rate`` applies to it.
       coefficient: whether it belongs to Theta, the set trained bi-level (Appendix A).
+      output: whether it is the B of a low-rank pair, zero at the start, so that ``train.lora_plus_ratio``
+        applies to it.
     """
 
     trained: bool = True
     router: bool = False
     coefficient: bool = False
+    output: bool = False
 
 
 @dataclass(frozen=True)

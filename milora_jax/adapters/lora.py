@@ -51,7 +51,7 @@ class TunedPairs(LowRankMethod):
     def weight_change(self, params: PyTree) -> WeightChange:
         """The folded pairs of all layers."""
         folded = stack_layers(tuple(map(self.folded, unstack_layers(self.settle(params)))))
-        return WeightChange(folded, self.scale, self.dropout)
+        return WeightChange(folded, self.scale, self.dropout, self.use_rslora)
 
     def served(self) -> Method:
         """The method without settings: the prepared pairs hold rank and scale, and dropout is off."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -9,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from milora_jax.adapters.hooks import LeafRole
 from milora_jax.adapters.inputs import Shape
 from milora_jax.adapters.protocol import Method
 from milora_jax.adapters.records import LowRank
@@ -43,11 +45,14 @@ class LowRankMethod(Method):
     Attributes:
       rank: width R of a pair.
       alpha: numerator of the scale; 0 means scale 1, as in Eq. 1 of the paper.
+      use_rslora: divide alpha by the root of the rank, not by the rank (Kalajdzievski 2023,
+        arXiv 2312.03732).
       dropout: share of the pairs' input that is dropped in training.
     """
 
     rank: int = 32
     alpha: float = 0.0
+    use_rslora: bool = False
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -55,12 +60,25 @@ class LowRankMethod(Method):
         fits = self.alpha == 0 or SMALLEST_ALPHA <= self.alpha <= LARGEST_ALPHA
         expected = f"0 (alpha = rank), or from {SMALLEST_ALPHA:g} to {LARGEST_ALPHA:g}"
         require(fits, "adapter.alpha", self.alpha, expected)
+        stated = self.alpha > 0 or not self.use_rslora
+        require(stated, "adapter.alpha", self.alpha, "above 0 with adapter.use_rslora")
         require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "from 0 to below 1")
 
     @property
+    def scaled_rank(self) -> int:
+        """The rank by which alpha is divided: that of a pair while it is trained."""
+        return self.rank
+
+    @property
     def scale(self) -> float:
-        """The factor of a low-rank product: alpha / rank."""
-        return self.alpha / self.rank if self.alpha else 1.0
+        """The factor of a low-rank product: alpha / rank, or with ``use_rslora`` alpha / sqrt(rank)."""
+        if not self.alpha:
+            return 1.0
+        return self.alpha / (math.sqrt(self.scaled_rank) if self.use_rslora else self.scaled_rank)
+
+    def role(self, path: tuple[str, ...]) -> LeafRole:
+        """The role of a leaf: the B of a pair is at the output."""
+        return LeafRole(output=path[-1] == "b")
 
     @property
     def stochastic(self) -> bool:

@@ -263,6 +263,7 @@ class MiLoRA(LowRankMethod):
             trained=path[0] != "router" or path[-1] not in ("mean", "deviation", "bias"),
             router=path[0] == "router",
             coefficient=path[-1] in ("numerator", "denominator"),
+            output=path[0] == "experts" and path[-1] == "b",
         )
 
     def init_experts(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Any]:
@@ -299,6 +300,7 @@ class MiLoRA(LowRankMethod):
             self,
             rank=plain.rank,
             alpha=plain.alpha,
+            use_rslora=plain.use_rslora,
             dropout=plain.dropout,
             **{name: getattr(plain, name) for name in (*OF_TRAINING, *OF_BATCHES)},
         )
@@ -328,7 +330,7 @@ class MiLoRA(LowRankMethod):
 
     def weight_change(self, params: MiLoRAParams) -> WeightChange:
         """The change of each expert, where it is chosen."""
-        return WeightChange(params.experts, self.scale, self.dropout)
+        return WeightChange(params.experts, self.scale, self.dropout, self.use_rslora)
 
     def parts(self, params: MiLoRAParams) -> Parts:
         """The experts and the router."""

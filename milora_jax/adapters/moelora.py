@@ -88,7 +88,7 @@ class MOELoRA(LowRankMethod):
 
     def role(self, path: tuple[str, ...]) -> LeafRole:
         """The role of a leaf; every module has a router."""
-        return LeafRole(router=path[-1] == "routing")
+        return LeafRole(router=path[-1] == "routing", output=path[-1] == "b")
 
     def prepare(self, params: dict[str, RoutedPair], frozen: FrozenLayer, dtype: jnp.dtype) -> JoinedExperts:
         """Join the experts, and the routers of each group into one matrix."""

@@ -81,3 +81,8 @@ def init_adapter(method: Method, key: Key[Array, ""], shape: Shape, kernels: Ker
 def router_mask(method: Method, params: PyTree) -> PyTree:
     """A tree like ``params`` that is True on the leaves of routers."""
     return jax.tree_util.tree_map_with_path(lambda path, _: method.role(path_names(path)).router, params)
+
+
+def output_mask(method: Method, params: PyTree) -> PyTree:
+    """A tree like ``params`` that is True on the B matrices of low-rank pairs."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: method.role(path_names(path)).output, params)

@@ -86,11 +86,13 @@ class WeightChange:
       records: one for every module that is changed, stacked over layers.
       scale: factor of low-rank products.
       dropout: share of their input that was dropped in training.
+      use_rslora: whether the scale is an alpha over the root of the rank; the scale already says so.
     """
 
     records: Mapping[str, Any]
     scale: float = 1.0
     dropout: float = 0.0
+    use_rslora: bool = False
 
     @property
     def rank(self) -> int:

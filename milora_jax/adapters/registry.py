@@ -88,6 +88,10 @@ ROUTERS_BEFORE_FEATURES = {
 """The settings of a router that was stored before these settings existed."""
 
 
+BEFORE_SETTINGS = {"route_on": "prompt", "use_rslora": False}
+"""What was stored before these were settings means."""
+
+
 def before_features(values: Mapping[str, Any]) -> bool:
     """Whether stored settings are those of a router from before the setting ``features``."""
     return values.get("features") is None and values.get("normalize") is not None
@@ -103,8 +107,10 @@ def stored_settings(values: Mapping[str, Any]) -> AdapterSection:
       UserError: a setting is unknown or ill-typed.
     """
     settings = {**(ROUTERS_BEFORE_FEATURES if before_features(values) else {}), **values}
-    if settings.get("route_on") is None and "route_on" in _settings_of(settings.get("method")):
-        settings["route_on"] = "prompt"  # stored before it was a setting
+    known = _settings_of(settings.get("method"))
+    for name, value in BEFORE_SETTINGS.items():
+        if settings.get(name) is None and name in known:
+            settings[name] = value
     return Config.from_dict({"adapter": settings}).adapter
 
 

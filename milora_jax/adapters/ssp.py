@@ -88,9 +88,9 @@ class SSP(TunedPairs):
         require(math.isfinite(rate) and rate >= 0, "adapter.gate_learning_rate", rate, "0 or more")
 
     @property
-    def scale(self) -> float:
-        """alpha over the rank of a candidate."""
-        return self.alpha / (2 * self.rank) if self.alpha else 1.0
+    def scaled_rank(self) -> int:
+        """The rank of a candidate."""
+        return 2 * self.rank
 
     @property
     def theta(self) -> str:
@@ -103,7 +103,7 @@ class SSP(TunedPairs):
 
     def role(self, path: tuple[str, ...]) -> LeafRole:
         """The role of a leaf: the gates are Theta."""
-        return LeafRole(coefficient=path[-1] == "openness")
+        return LeafRole(coefficient=path[-1] == "openness", output=path[-1] == "b")
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> SSPParams:
         """Make candidates that change nothing yet, with equal gates."""

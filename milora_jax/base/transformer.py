@@ -76,6 +76,7 @@ def forward(
     cache: KVCache | BeamCache | None = None,
     cache_length: int = 0,
     key: Key[Array, ""] | None = None,
+    noise: Float[Array, "B T D"] | None = None,
     remat: str = "none",
     attend: Attend = attention,
 ) -> Output:
@@ -96,6 +97,7 @@ def forward(
       cache_length: S of the cache that a first pass fills, at least P + T; 0 for none. Its rows hold one
         record each and are padded on the right.
       key: random key of dropout; None switches dropout off.
+      noise: added to the embeddings of the tokens.
       remat: what the backward pass computes again, one of ``config.REMAT``.
       attend: the attention function of a first pass.
 
@@ -112,7 +114,7 @@ def forward(
     prefix_length = method.prefix_length if first and method is not None else 0
     segment_ids, members = batch.segment_ids, batch.members if first else None
     with jax.named_scope("embed"):
-        hidden = embed(base, config, batch.tokens)
+        hidden = embed(base, config, batch.tokens, noise)
         context = AttentionContext.of(config, batch, prefix_length, cache)
     slides = config.slides
 
@@ -276,9 +278,12 @@ def _norm(config: ModelConfig, x: Float[Array, "*B D"], weight: Any) -> Float[Ar
     return x if weight is None else ops.rms_norm(x, weight[...], config.norm_eps, config.norm_unit_offset)
 
 
-def embed(base: Base, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The residual stream before the first layer."""
+def embed(
+    base: Base, config: ModelConfig, tokens: Int[Array, "B T"], noise: Float[Array, "B T D"] | None = None
+) -> Float[Array, "B T D"]:
+    """The residual stream before the first layer; noise is added before a family's scale."""
     hidden = jnp.take(base.embedding[...], tokens, axis=0, mode="clip")
+    hidden = hidden if noise is None else hidden + noise.astype(hidden.dtype)
     return hidden * jnp.asarray(config.hidden_size**0.5, hidden.dtype) if config.scale_embedding else hidden
 
 

@@ -25,7 +25,7 @@ class AdapterSection:
 
     Attributes:
       method: the fine-tuning method, a name of ``adapters.registry``, which checks it.
-      rank, alpha, dropout: of low-rank pairs. [all made of them]
+      rank, alpha, use_rslora, dropout: of low-rank pairs. [all made of them]
       route_on: what of the prompt the routers read. [milora, midora]
       top_k, pooler, activation, features, gate: the router. [milora, midora; moelora has top_k]
       feature_window, router_gradient, top_k_anneal: how the router is trained. [milora, midora]
@@ -46,6 +46,7 @@ class AdapterSection:
     method: str = "milora"
     rank: int | None = None
     alpha: float | None = None
+    use_rslora: bool | None = None
     dropout: float | None = None
     route_on: str | None = None
     top_k: int | None = None

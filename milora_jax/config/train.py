@@ -11,6 +11,9 @@ TRACKERS = ("tensorboard", "wandb")
 REMAT = ("none", "products", "full")
 """What a backward pass computes again, from the least to the most; see :class:`TrainSection`."""
 
+SCHEDULES = ("linear", "cosine", "constant", "wsd")
+OPTIMIZERS = ("adamw", "adafactor")
+
 
 @dataclass(frozen=True)
 class TrainSection:
@@ -20,8 +23,15 @@ class TrainSection:
       max_steps: number of optimiser steps; 0 means as many as ``epochs`` gives.
       epochs: passes over the training rows; with ``max_steps`` too the run ends at the earlier of both.
       batch_size: rows of a step, over all devices together; a packed row holds several records.
-      learning_rate: peak learning rate, reached after the warm-up; it then falls linearly to 0.
+      optimizer: adamw, two states of a parameter's size; adafactor, of each matrix the means over rows and
+        columns alone.
+      learning_rate: peak learning rate, reached after the warm-up.
+      schedule: the learning rate after the warm-up: linear, a straight fall to 0; cosine, half a wave down
+        to 0; constant, the peak; wsd, the peak and then a straight fall to 0 (warm-up, stable, decay).
+      decay_share: share of all steps, the last ones, in which ``wsd`` falls.
       router_rate: learning rate of the routers' parameters as a multiple of ``learning_rate``.
+      lora_plus_ratio: learning rate of the B matrices of low-rank pairs as a multiple of that of the A
+        matrices, which is ``learning_rate`` (LoRA+); 0 or 1 is the same for both.
       router_clip_norm: largest norm of the routers' gradient, which is then clipped apart from that of the
         experts; 0 clips both together, by ``clip_norm``.
       feature_prompts: training prompts on which the statistics of standardized features are measured.
@@ -34,8 +44,10 @@ class TrainSection:
       remat: what the backward pass computes again instead of keeping it: none, nothing; products, all but
         the results of matrix products; full, every layer from its input. Attention's scores are never kept.
       loss_chunk: tokens of the batch whose logits are in memory at a time.
-      weight_decay: decoupled weight decay of AdamW.
+      weight_decay: decoupled weight decay.
       clip_norm: largest global gradient norm; 0 switches clipping off.
+      neftune_alpha: size of the noise on the embeddings of training tokens (NEFTune): uniform up to
+        ``alpha / sqrt(tokens of the example * width)``; 0 is none. Routers read the embeddings without it.
       eval_every: steps between two dev perplexities.
       save_every: steps between two checkpoints.
       log_every: steps between two lines of ``metrics.jsonl``.
@@ -51,8 +63,12 @@ class TrainSection:
     max_steps: int = 0
     epochs: int = 10
     batch_size: int = 16
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
+    schedule: str = "linear"
+    decay_share: float = 0.2
     router_rate: float = 1.0
+    lora_plus_ratio: float = 0.0
     router_clip_norm: float = 0.0
     feature_prompts: int = 256
     coefficient_learning_rate: float = 1e-6
@@ -63,6 +79,7 @@ class TrainSection:
     loss_chunk: int = 4096
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    neftune_alpha: float = 0.0
     eval_every: int = 200
     save_every: int = 200
     log_every: int = 10
@@ -79,15 +96,20 @@ class TrainSection:
         for name in "max_steps patience seed".split():
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         one_of("train.remat", self.remat, REMAT)
+        one_of("train.optimizer", self.optimizer, OPTIMIZERS)
+        one_of("train.schedule", self.schedule, SCHEDULES)
         for name in tracker_names(self.trackers):
             one_of("train.trackers", name, TRACKERS)
         require(self.seed < 2**32, "train.seed", self.seed, "below 2**32")
         require(self.feature_prompts >= 2, "train.feature_prompts", self.feature_prompts, "at least 2")
-        rates = "learning_rate router_rate router_clip_norm coefficient_learning_rate weight_decay clip_norm"
-        for name in rates.split():
+        rates = "learning_rate router_rate lora_plus_ratio router_clip_norm coefficient_learning_rate"
+        for name in [*rates.split(), "weight_decay", "clip_norm", "neftune_alpha"]:
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"train.{name}", value, "0 or more")
         require(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "from 0 to below 1")
+        require(0 < self.decay_share <= 1, "train.decay_share", self.decay_share, "above 0, up to 1")
+        fits = self.schedule != "wsd" or self.warmup_share + self.decay_share <= 1
+        require(fits, "train.decay_share", self.decay_share, "at most 1 - train.warmup_share")
 
 
 def tracker_names(trackers: str) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ from milora_jax.parallel.mesh import check_meshes
 from milora_jax.scaling.chips import GIB
 from milora_jax.scaling.plan import base_bytes
 
-STATE_BYTES = 16
-"""Bytes per trained parameter: itself, its gradient and AdamW's two moments in float32."""
+STATE_BYTES = {"adamw": 16, "adafactor": 8}
+"""Bytes per trained parameter: itself, its gradient and AdamW's two moments in float32; Adafactor's rows and
+columns are small beside them."""
 
 ROOM = 0.7
 """Share of the memory that base and state may take and still leave room for activations and logits."""
@@ -73,7 +74,7 @@ def memory_findings(subject: Subject) -> Iterator[Finding]:
     base = base_bytes(config, subject.model) / shards
     # The size before pruning, for methods that prune: AdaLoRA begins with twice its budget.
     trained = jax.tree.leaves(abstract_params(subject.method, adapter_shape(subject.model)))
-    state = float(STATE_BYTES) * sum(leaf.size for leaf in trained)
+    state = float(STATE_BYTES[config.train.optimizer]) * sum(leaf.size for leaf in trained)
     yield fit_finding(base, state, memory_per_device(), scored=bool(config.data.test))
 
 

@@ -133,7 +133,13 @@ def read_peft_adapter(source: Path, base: Path, method: str = "", seed: int = 0)
         fresh = init_pairs(pairs_key, shape, settings.rank)
         pairs = {module: pairs.get(module, fresh[module]) for module in EXPERTS}
         said.append(f"no pairs for {', '.join(missing)}: theirs are fresh and change nothing")
-    section = AdapterSection(method=name, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout)
+    section = AdapterSection(
+        method=name,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        use_rslora=settings.use_rslora,
+        dropout=settings.dropout,
+    )
     if METHOD_CLASSES[name].routes:
         section = dataclasses.replace(section, features="rms")  # others are measured on prompts
     built = build_method(section)

@@ -93,6 +93,7 @@ class PeftSettings:
       rank: R of every pair; 0 without pairs.
       alpha: numerator of ``alpha / rank``.
       dropout: dropout of its training.
+      use_rslora: whether alpha is divided by the root of the rank (arXiv 2312.03732), not by the rank.
     """
 
     kind: str
@@ -100,6 +101,7 @@ class PeftSettings:
     rank: int = 0
     alpha: float = 0.0
     dropout: float = 0.0
+    use_rslora: bool = False
 
     @property
     def record(self) -> type[Record]:
@@ -171,7 +173,7 @@ def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         kind = {"peft_type": "IA3", "feedforward_modules": [], "init_ia3_weights": True}
         return tensors, {**kind, "target_modules": targets, "fan_in_fan_out": False, "modules_to_save": None}
     rank = change.rank
-    alpha = change.scale * rank
+    alpha = change.scale * (math.sqrt(rank) if change.use_rslora else rank)
     tensors = pair_tensors(change.records)
     require_change(tensors, f"the adapter of method {method.name!r}")
     return tensors, {
@@ -181,7 +183,7 @@ def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         "lora_dropout": change.dropout,
         "target_modules": [_suffix(name) for name in EXPERTS],
         "use_dora": method.record is Decomposed,
-        "use_rslora": False,
+        "use_rslora": change.use_rslora,
         "rank_pattern": {},
         "alpha_pattern": {},
         "bias": "none",
@@ -242,9 +244,8 @@ def read_peft_settings(directory: Path) -> PeftSettings:
         raise UserError(f"{where}: lora_alpha is {str(alpha)[:80]}, expected {expected}")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise UserError(f"{where}: lora_dropout is {dropout!r}, expected a number from 0 to below 1")
-    # Rank-stabilised LoRA (arXiv 2312.03732) divides by the root of the rank, LoRA by the rank.
-    alpha = float(alpha) * math.sqrt(rank) if values.get("use_rslora") else float(alpha)
-    return PeftSettings("dora" if values.get("use_dora") else "lora", modules, rank, alpha, float(dropout))
+    kind, use_rslora = "dora" if values.get("use_dora") else "lora", bool(values.get("use_rslora"))
+    return PeftSettings(kind, modules, rank, float(alpha), float(dropout), use_rslora)
 
 
 def _refuse_other(values: dict[str, Any], where: str) -> None:

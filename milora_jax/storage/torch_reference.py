@@ -64,7 +64,7 @@ FEATURE_LIMIT = 3.0
 
 def full_values(settings: dict) -> dict:
     """The settings of an adapter as a file of any format holds them, by today's names."""
-    settings = {"route_on": "prompt", **settings}
+    settings = {"route_on": "prompt", "use_rslora": False, **settings}
     if settings.get("features") is not None:
         return settings
     return {**settings, "features": "rms" if settings["normalize"] else "raw", "balance": "loss"}
@@ -91,7 +91,8 @@ class Reader:
         self.eps, self.layers = config["normalize_eps"], config["shape"]["num_layers"]
         self.router, self.weights = router, {}
         alpha, rank = self.settings["alpha"], self.settings["rank"]
-        self.scale = alpha / rank if alpha else 1.0
+        divisor = rank**0.5 if self.settings["use_rslora"] else rank
+        self.scale = alpha / divisor if alpha else 1.0
         self.hooks = []
         names = {name for name, _ in model.model.layers[0].named_modules()}
         for path in MODULES.values():

@@ -81,7 +81,7 @@ class Trainer:
         self._checkpoints = CheckpointDirectory(workdir / "checkpoints", KEPT_CHECKPOINTS, log, publisher)
         self._best = CheckpointDirectory(workdir / "best", None, log, publisher)
         self._workdir = workdir
-        self._schedule = learning_rate_schedule(train.learning_rate, train.warmup_share, self._total)
+        self._schedule = learning_rate_schedule(train, self._total, train.learning_rate)
 
     @property
     def total_steps(self) -> int:

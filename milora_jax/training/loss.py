@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax.numpy as jnp
 from flax import struct
 
@@ -14,6 +17,7 @@ from milora_jax.base.transformer import forward
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float, Int, Key, Shaped
 from milora_jax.training.cross_entropy import summed_cross_entropy
+from milora_jax.training.noise import embedding_noise
 from milora_jax.types import EXPERTS, Batch, PyTree, Route
 
 
@@ -65,12 +69,13 @@ def adapted_loss(
     totals: Totals | None = None,
     schedule: RoutingSchedule | None = None,
     memory: PyTree = None,
+    neftune_alpha: float = 0.0,
 ) -> tuple[Float[Array, ""], LossParts]:
     """Mean cross entropy over the counted tokens of the global batch, plus the method's terms: lambda times
     Eq. 4 where it routes, and its penalty on the parameters.
 
     Args:
-      key: random key of dropout; None switches dropout off.
+      key: random key of dropout and noise; None switches both off.
       remat: what the backward pass computes again, one of ``config.REMAT``.
       loss_chunk: tokens whose logits are in memory at a time.
       attend: the attention function.
@@ -78,11 +83,27 @@ def adapted_loss(
         and the shares sum to those of the whole.
       schedule: the routing settings of a training step; None takes the final ones.
       memory: the method's state from earlier steps; None for none.
+      neftune_alpha: size of the noise on the embeddings, see ``training.noise``. A method that routes then
+        routes in a pass of its own, without noise, through which the gradient passes too.
     """
     schedule = adapter.method.final_schedule if schedule is None else schedule
-    output = forward(
-        base, config, batch, adapter=adapter, key=key, remat=remat, attend=attend, top_k=schedule.top_k
+    run = functools.partial(
+        forward,
+        base,
+        config,
+        batch,
+        adapter=adapter,
+        key=key if adapter.method.stochastic else None,
+        remat=remat,
+        attend=attend,
     )
+    if key is None or neftune_alpha == 0:
+        output = run(top_k=schedule.top_k)
+    else:
+        noise = embedding_noise(batch, config.hidden_size, neftune_alpha, key)
+        route = run(top_k=schedule.top_k).route if adapter.method.routes else None
+        output = run(noise=noise, route=None if route is None else route.weights)
+        output = dataclasses.replace(output, route=route)
     # The hidden state of token t predicts token t + 1; the last one of a row predicts no token.
     targets, counted = (_next(field) for field in (batch.tokens, batch.loss_mask))
     summed = summed_cross_entropy(base, config, output.hidden, targets, counted, loss_chunk)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from milora_jax.adapters.hooks import abstract_params
-from milora_jax.adapters.protocol import router_mask
+from milora_jax.adapters.protocol import output_mask, router_mask
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
 from milora_jax.base.attention import DeviceLayout
 from milora_jax.base.fingerprint import base_fingerprint
@@ -36,6 +36,7 @@ from milora_jax.parallel.mesh import check_meshes, eval_mesh, make_mesh
 from milora_jax.parallel.processes import from_first, own_rows, package_versions, place, require_same
 from milora_jax.parallel.rules import base_sharding, batch_sharding, layout_over, relaid
 from milora_jax.storage.workdir import CONFIG_NAME
+from milora_jax.training.optim import NO_RATIO
 from milora_jax.training.rows import encode_rows, read_rows
 from milora_jax.training.start import starting_params
 from milora_jax.training.trackers import require_installed
@@ -144,6 +145,14 @@ def prepare_run(
     rate, params = config.train.router_rate, abstract_params(method, adapter_shape(model))
     has_router = any(jax.tree.leaves(router_mask(method, params)))
     require(rate == 1 or has_router, "train.router_rate", rate, f"1, method {method.name!r} has no router")
+    noise, apart = config.train.neftune_alpha, method.routes or not has_router
+    expected = f"0, the routers of method {method.name!r} read every token, and noise must not reach them"
+    require(noise == 0 or apart, "train.neftune_alpha", noise, expected)
+    ratio, has_pairs = config.train.lora_plus_ratio, any(jax.tree.leaves(output_mask(method, params)))
+    alike = ratio in NO_RATIO or has_pairs
+    require(
+        alike, "train.lora_plus_ratio", ratio, f"0 or 1, method {method.name!r} has no B that starts at 0"
+    )
     require(
         config.data.max_length <= model.max_positions,
         "data.max_length",

@@ -38,8 +38,8 @@ def starting_params(path: str, method: Method, shape: Shape, base: Path) -> PyTr
     theirs = dataclasses.asdict(found.method)
     for setting, value in dataclasses.asdict(method).items():
         same = value == theirs[setting] or setting in NOT_COMPUTED
-        if setting == "alpha":  # 0 is the rank
-            same = getattr(method, "scale", None) == getattr(found.method, "scale", None)
+        if setting in ("alpha", "use_rslora"):  # an alpha of 0 is the rank
+            same = same or getattr(method, "scale", None) == getattr(found.method, "scale", None)
         require(same, f"adapter.{setting}", value, f"{theirs[setting]!r}, {name}")
     require(found.shape == shape, "the shape of the base", shape, f"{found.shape}, {name}")
     return jax.tree.map(np.asarray, found.params)

@@ -27,7 +27,7 @@ from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.training.accumulate import value_and_gradient
 from milora_jax.training.loss import LossParts, Totals, adapted_loss, summed_loss, totals_of
-from milora_jax.training.optim import join_params, make_optimizer, split_params
+from milora_jax.training.optim import join_params, leaf_rates, make_optimizer, split_params
 from milora_jax.types import Batch, Metrics, PyTree, Route
 
 
@@ -137,6 +137,7 @@ def make_steps(
             totals=totals,
             schedule=schedule,
             memory=memory,
+            neftune_alpha=settings.neftune_alpha,
         )
 
     def routed(
@@ -174,7 +175,8 @@ def make_steps(
     def train(state: TrainState, base: Base, batch: Batch) -> tuple[TrainState, Metrics]:
         method = state.adapter.method
         omega, *rest = split_params(state.adapter)
-        key = jax.random.fold_in(state.key, state.step) if method.stochastic else None
+        draws = method.stochastic or settings.neftune_alpha > 0
+        key = jax.random.fold_in(state.key, state.step) if draws else None
 
         def adapter_of(omega: PyTree) -> Adapter:
             return join_params(state.adapter, omega, *rest)
@@ -184,10 +186,7 @@ def make_steps(
         of_router = router_mask(method, omega)
         router_norm = optax.tree.norm(_where(of_router, grads))
         grads = _clipped_apart(grads, of_router, settings)
-        rates = jax.tree.map(
-            lambda routes: state.omega_rate * settings.router_rate if routes else state.omega_rate,
-            of_router,
-        )
+        rates = leaf_rates(method, omega, state.omega_rate, settings)
         new_omega, opt_state = _updated(omega_optimizer, omega, state.omega_state, grads, rates)
         adapter = join_params(state.adapter, new_omega, *rest)
         params, memory = method.after_update(

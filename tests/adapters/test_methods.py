@@ -116,6 +116,7 @@ def test_every_leaf_is_trained(method):
 CHANGES = {
     "rank": 8,
     "alpha": 12.0,
+    "use_rslora": True,
     "top_k": 1,
     "pooler": "last",
     "activation": "relu",
@@ -160,9 +161,9 @@ def test_every_setting_of_every_method_is_tested_and_has_a_place_in_the_config()
 )
 def test_every_forward_setting_changes_the_output(method, name):
     value = {"moelora": {"rank": 16}}.get(method, {}).get(name, CHANGES[name])
-    batch = two_rows()
-    before = run(make_adapter(method=method), batch).hidden
-    after = run(make_adapter(method=method, **{name: value}), batch).hidden
+    batch, common = two_rows(), {"alpha": 12.0} if name == "use_rslora" else {}
+    before = run(make_adapter(method=method, **common), batch).hidden
+    after = run(make_adapter(method=method, **common, **{name: value}), batch).hidden
     assert float(jnp.abs(before - after).max()) > 1e-6
 
 
@@ -198,6 +199,11 @@ def test_full_settings_make_the_same_method(method):
         ({"method": "adalora", "prune_end": 0.05}, "two rising shares"),
         ({"method": "ssp", "search_share": 1.0}, "adapter.search_share is 1.0"),
         ({"method": "iapt", "tokens": 0}, "adapter.tokens is 0: expected at least 1"),
+        (
+            {"method": "lora", "use_rslora": True},
+            "adapter.alpha is 0.0: expected above 0 with adapter.use_rs",
+        ),
+        ({"method": "ia3", "use_rslora": False}, "method 'ia3' has no such setting: it has width"),
         ({"method": "bitfit", "width": 0}, "adapter.width is 0: expected at least 1"),
     ],
 )

@@ -69,7 +69,7 @@ def test_methods_that_end_as_lora_share_a_bank_at_any_rank(rank):
 @pytest.mark.parametrize("method", ["lora", "adalora", "ssp", "milora", "dora", "midora"])
 def test_adapters_of_one_method_may_have_other_ranks_and_scales(method, ranks):
     pair = {
-        "first": make_adapter(method=method, rank=ranks[0], alpha=6.0),
+        "first": make_adapter(method=method, rank=ranks[0], alpha=6.0, use_rslora=True),
         "second": make_adapter(seed=5, method=method, rank=ranks[1], dropout=0.1),
     }
     assert_at_home(bank_of(pair), alone(pair))

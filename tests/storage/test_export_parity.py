@@ -36,8 +36,8 @@ LORA_OF_FAMILIES = [("lora", name) for name in UNFUSED]
 PROMPTS = ["Below is a word.", "Write a response that", "an instruction", "task"]
 METHODS = {
     "lora": {"alpha": 8.0},
-    "dora": {"alpha": 2.0},
-    "adalora": {"alpha": 6.0},
+    "dora": {"alpha": 2.0, "use_rslora": True},
+    "adalora": {"alpha": 6.0, "use_rslora": True},
     "ssp": {},
     "ia3": {},
 }
@@ -140,7 +140,7 @@ ROUTED = [
     ("milora", {"features": "standardized", "pooler": "last", "activation": "gelu", "balance": "bias"}),
     ("milora", {"features": "rms", "pooler": "max", "balance": "bias", "gate": "renormalized"}),
     ("milora", {"activation": "gelu", "top_k": 7}),
-    ("midora", {"alpha": 2.0, "gate": "renormalized"}),
+    ("midora", {"alpha": 2.0, "gate": "renormalized", "use_rslora": True}),
     ("midora", {"coefficients": "joint", "features": "standardized", "pooler": "mean"}),
 ]
 

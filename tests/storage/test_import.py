@@ -61,6 +61,15 @@ def test_an_imported_adapter_is_the_adapter(kind, adapters, model, tmp_path):
     assert findings(tmp_path / "out", model) == {tmp_path / "out": []}
 
 
+def test_a_rank_stabilised_adapter_stays_one(model, tmp_path):
+    made = run_of(tmp_path / "run", model, "dora", alpha=6.0, use_rslora=True)
+    export_peft(tmp_path / "run", tmp_path / "peft", "base")
+    values = json.loads((tmp_path / "peft" / PEFT_CONFIG).read_text())
+    assert (values["lora_alpha"], values["r"], values["use_rslora"]) == (6, 4, True)
+    import_peft(tmp_path / "peft", model, tmp_path / "out")
+    assert_equal(load_adapter(tmp_path / "out"), made)
+
+
 @pytest.mark.parametrize(("kind", "method"), [("lora", "milora"), ("dora", "midora")])
 def test_an_imported_adapter_can_be_the_experts(kind, method, adapters, model, tmp_path):
     folder, made = adapters

@@ -62,7 +62,7 @@ def exact(adapter, layer, module, weight, share):
     [
         ("lora", {"alpha": 8.0}),
         ("adalora", {"alpha": 2.0}),
-        ("dora", {"alpha": 6.0}),
+        ("dora", {"alpha": 6.0, "use_rslora": True}),
         ("milora", {}),
         ("midora", {"alpha": 3.0}),
     ],

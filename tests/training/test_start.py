@@ -43,12 +43,20 @@ def test_a_stored_adapter_is_the_start(form, stored):
     jax.tree.map(np.testing.assert_array_equal, found, adapter.params)
 
 
+def test_the_same_scale_said_otherwise_is_no_other_function(stored):
+    folder, adapter = stored
+    same = settings(alpha=4.0, use_rslora=True)
+    assert same.scale == adapter.method.scale == 2.0
+    starting_params(str(folder / "run"), same, adapter.shape, folder / "model")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"method": "midora"}, "adapter.method is 'midora': expected 'milora', of the adapter in"),
         ({"rank": 8}, "adapter.rank is 8: expected 4, of the adapter in train.init_from"),
         ({"alpha": None}, "adapter.alpha is 0.0: expected 8.0"),
+        ({"use_rslora": True}, "adapter.use_rslora is True: expected False"),
         ({"top_k": 2}, "adapter.top_k is 2: expected 3"),
     ],
 )

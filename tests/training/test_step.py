@@ -15,7 +15,6 @@ from milora_jax.errors import UserError
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.rules import base_shardings, batch_sharding, state_shardings
 from milora_jax.training.loss import adapted_loss
-from milora_jax.training.optim import learning_rate_schedule
 from milora_jax.types import EXPERTS
 from tests.models import random_base
 from tests.programs import compiled, frozen_shaped_dots
@@ -214,14 +213,6 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(which):
     state, metrics = steps.train(state, base, rows())
     assert int(metrics.bad_steps) == 0
     assert not all(jax.tree.leaves(same(before, params_of(state))))
-
-
-def test_the_learning_rate_rises_and_falls_linearly():
-    schedule = learning_rate_schedule(1.0, 0.1, 100)
-    values = np.array([float(np.asarray(schedule(step))) for step in range(101)])
-    np.testing.assert_allclose(values[:10], np.arange(1, 11) / 10, rtol=1e-6)
-    np.testing.assert_allclose(values[10:], 1 - np.arange(91) / 90, rtol=1e-5, atol=1e-6)
-    assert float(np.asarray(learning_rate_schedule(3.0, 0.0, 10)(0))) == 3.0
 
 
 def test_only_response_tokens_count():
