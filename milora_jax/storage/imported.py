@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from milora_jax.adapters.low_rank import init_pairs
 from milora_jax.adapters.milora import MiLoRA, MiLoRAParams
 from milora_jax.adapters.protocol import Adapter
+from milora_jax.adapters.records import LowRank, Record
 from milora_jax.adapters.registry import METHOD_CLASSES, adapter_shape, build_method
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
@@ -24,7 +27,8 @@ from milora_jax.storage.exported import write_exported
 from milora_jax.storage.files import new_directory
 from milora_jax.storage.manifest import MANIFEST, verify_manifest
 from milora_jax.storage.mirror import fetched
-from milora_jax.storage.peft import PEFT_CONFIG, read_peft, require_unfused
+from milora_jax.storage.peft import PeftPairs, read_peft, require_unfused
+from milora_jax.storage.peft_settings import PEFT_CONFIG
 from milora_jax.types import EXPERTS
 
 log = logging.getLogger("milora_jax.storage")
@@ -118,22 +122,21 @@ def read_peft_adapter(source: Path, base: Path, method: str = "", seed: int = 0)
     require_unfused(model, base)
     shape = adapter_shape(model)
     prompt_format = _prompt_format(source, base)
-    settings, pairs = read_peft(source, shape)
-    name = method or settings.kind
-    if name not in BECOMES[settings.kind]:
-        expected = " or ".join(BECOMES[settings.kind])
-        raise UserError(
-            f"{source} holds a {settings.kind}, which cannot become a {name}: expected {expected}"
-        )
-    said, missing = [], [module for module in EXPERTS if module not in pairs]
+    found = read_peft(source, shape)
+    name = method or found.kind
+    if name not in BECOMES[found.kind]:
+        expected = " or ".join(BECOMES[found.kind])
+        raise UserError(f"{source} holds a {found.kind}, which cannot become a {name}: expected {expected}")
     pairs_key, router_key = jax.random.split(jax.random.key(seed))
-    if missing and settings.kind == "dora":
-        raise UserError(f"{source}: no pairs for {', '.join(missing)}: expected a DoRA of all seven modules")
+    missing = _missing(found, shape.num_layers)
+    if missing and found.kind == "dora":
+        raise UserError(f"{source}: no pairs for {missing}: expected a DoRA of all seven modules")
+    said = list(found.said)
+    pairs = found.pairs
     if missing:
-        fresh = init_pairs(pairs_key, shape, settings.rank)
-        pairs = {module: pairs.get(module, fresh[module]) for module in EXPERTS}
-        said.append(f"no pairs for {', '.join(missing)}: theirs are fresh and change nothing")
-    section = AdapterSection(method=name, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout)
+        pairs = _completed(found, init_pairs(pairs_key, shape, found.rank))
+        said.append(f"no pairs for {missing}: theirs are fresh and change nothing")
+    section = AdapterSection(method=name, rank=found.rank, alpha=found.alpha, dropout=found.dropout)
     if METHOD_CLASSES[name].routes:
         section = dataclasses.replace(section, features="rms")  # others are measured on prompts
     built = build_method(section)
@@ -144,3 +147,24 @@ def read_peft_adapter(source: Path, base: Path, method: str = "", seed: int = 0)
             f"the router is fresh: it chooses {built.top_k} of 7 experts at random until it is trained"
         )
     return Adapter(params, built, shape, prompt_format), said
+
+
+def _missing(found: PeftPairs, num_layers: int) -> str:
+    """The modules that have no pair, in all layers or in some; empty if every module has one."""
+    parts = [module for module in EXPERTS if module not in found.pairs]
+    for module, present in found.present.items():
+        if not present.all():
+            parts.append(f"{module} in {num_layers - int(present.sum())} of {num_layers} layers")
+    return ", ".join(parts)
+
+
+def _completed(found: PeftPairs, fresh: Mapping[str, LowRank]) -> dict[str, Record]:
+    """The pairs of all modules and layers; a fresh one, whose B is zero, where the adapter has none."""
+    pairs: dict[str, Record] = {}
+    for module in EXPERTS:
+        pair = found.pairs.get(module, fresh[module])
+        if module in found.pairs and isinstance(pair, LowRank) and not found.present[module].all():
+            present = found.present[module][:, None, None]
+            pair = LowRank(jnp.where(present, pair.a, fresh[module].a), pair.b)
+        pairs[module] = pair
+    return pairs

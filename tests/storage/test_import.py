@@ -12,7 +12,7 @@ from milora_jax.storage.adapter_tensors import read_tensors, write_tensors
 from milora_jax.storage.adapters import best_metadata, load_adapter, require_its_base
 from milora_jax.storage.export import export_peft
 from milora_jax.storage.imported import import_peft
-from milora_jax.storage.peft import PEFT_CONFIG, PEFT_TENSORS
+from milora_jax.storage.peft_settings import PEFT_CONFIG, PEFT_TENSORS
 from milora_jax.storage.verify import findings
 from milora_jax.types import EXPERTS
 from tests.families import FAMILY_CONFIGS
@@ -131,10 +131,9 @@ SETTINGS = {
     "fan_in_fan_out": (True, "fan_in_fan_out is True, expected False"),
     "lora_bias": (True, "lora_bias is True, expected unset: not supported"),
     "modules_to_save": (["lm_head"], "modules_to_save is ['lm_head'], expected unset"),
-    "layers_to_transform": ([0], "layers_to_transform is [0], expected unset"),
-    "rank_pattern": ({"q_proj": 8}, "rank_pattern is {'q_proj': 8}, expected unset"),
-    "alpha_pattern": ({"q_proj": 8}, "alpha_pattern is {'q_proj': 8}, expected unset"),
-    "exclude_modules": ("k_proj", "exclude_modules is 'k_proj', expected unset"),
+    "layers_to_transform": ([0], "unexpected tensor 'base_model.model.model.layers.1."),
+    "rank_pattern": ({"q_proj": 8}, "q_proj.lora_A.weight' has shape [4, 32], expected [8, 32]"),
+    "exclude_modules": (["k_proj"], "self_attn.k_proj.lora_A.weight'"),
     "layer_replication": ([[0, 2]], "layer_replication is [[0, 2]], expected unset"),
     "trainable_token_indices": ([1], "trainable_token_indices is [1], expected unset"),
     "use_qalora": (True, "use_qalora is True, expected unset"),
@@ -153,11 +152,14 @@ ILL_TYPED = {
     ),
     "alpha is not finite": ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
     "alpha is no number": ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-    "targets by pattern": ({"target_modules": ".*_proj"}, "target_modules is '.*_proj', expected a list"),
+    "targets by a pattern that fits none": (
+        {"target_modules": "q_proj"},
+        "target_modules is 'q_proj', and with exclude_modules and layers_to_transform no module",
+    ),
     "no targets": ({"target_modules": []}, "target_modules is [], expected a list"),
     "targets of one layer": (
-        {"target_modules": ["layers.0.self_attn.q_proj"]},
-        "names 'layers.0.self_attn.q_proj'",
+        {"target_modules": ["layers.2.self_attn.q_proj"]},
+        "names 'layers.2.self_attn.q_proj', expected some of q_proj",
     ),
     "fewer targets": ({"target_modules": ["q_proj"]}, "unexpected tensor"),
 }
