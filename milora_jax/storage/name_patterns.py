@@ -1,9 +1,9 @@
 """Match names of modules against regular expressions of foreign files, in time that a file cannot choose.
 
 Python's ``re`` backtracks: a pattern of twenty characters can keep it busy for years. Here a part of a
-pattern maps a place in a name to the places where it may end, and every part is asked once for each place. The
-cost is at most (length of the pattern) times (length of the name) squared. What has no such form, look-around
-and references to groups, is refused.
+pattern maps a place in a name to the places where it may end, and every part is asked once for each place.
+The cost is at most (length of the pattern) times (length of the name) squared, and bounded besides. What has
+no such form, look-around and references to groups, is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from milora_jax.errors import UserError
 LARGEST_PATTERN = 4096
 """Characters of the longest pattern; a pattern that names every kind of module has a few hundred."""
 
+MOST_STEPS = 4000
+"""Pairs of a part and a place that are looked at for one name; Unsloth's expressions take a hundred."""
+
 DEEPEST = 50
 """Groups within groups."""
 
@@ -23,11 +26,14 @@ MOST_REPEATS = 1000
 """The largest number in a ``{m,n}``."""
 
 Ends = frozenset[int]
+NOWHERE: Ends = frozenset()
 Step = Callable[[str, int, dict[tuple[int, int], Ends]], Ends]
 """Maps a name and a place in it to the places where a part of a pattern may end there."""
 
 _PLAIN = re.compile(r"\^?[\w.-]*", re.ASCII)
 _COUNTS = re.compile(r"\{(?:([0-9]+)|([0-9]*),([0-9]*))\}")
+_LITERALS = re.compile(r"[A-Za-z0-9_]+(?![*+?{])")
+"""Characters that stand for themselves; one before a quantifier is a part of its own."""
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")
 _RESERVED = ("[", "--", "&&", "~~", "||")
 """What ``re`` keeps for operations on sets."""
@@ -96,6 +102,8 @@ class _Parser:
         def step(name: str, start: int, memo: dict[tuple[int, int], Ends]) -> Ends:
             key = number, start
             if key not in memo:
+                if len(memo) >= MOST_STEPS:
+                    raise UserError(f"{self._where}: too much work for {name[:200]!r}: not supported")
                 memo[key] = ends(name, start, memo)
             return memo[key]
 
@@ -109,7 +117,7 @@ class _Parser:
         if len(choices) == 1:
             return choices[0]
         return self._once(
-            lambda name, start, memo: frozenset().union(*(choice(name, start, memo) for choice in choices))
+            lambda name, start, memo: NOWHERE.union(*(choice(name, start, memo) for choice in choices))
         )
 
     def _sequence(self) -> Step:
@@ -193,6 +201,9 @@ class _Parser:
                 raise self._error(f"\\{escaped} is not supported")
             token = f"\\{escaped}" if known else re.escape(escaped)
             return self._token(f"\\{escaped}", token), escaped in _PLACES
+        run = _LITERALS.match(self._text, self._at)
+        if run:
+            return self._token(run[0], run[0]), False
         is_place = character in ("^", "$")
         return self._token(character, character if is_place or character == "." else re.escape(character)), (
             is_place
@@ -209,7 +220,7 @@ class _Parser:
         def ends(name: str, start: int, memo: dict[tuple[int, int], Ends]) -> Ends:
             del memo
             found = compiled.match(name, start)
-            return frozenset() if found is None else frozenset((found.end(),))
+            return NOWHERE if found is None else frozenset((found.end(),))
 
         return ends
 

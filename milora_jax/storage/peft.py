@@ -3,8 +3,8 @@
 LoRA, methods that are decoded as LoRA (AdaLoRA, SSP), DoRA and (IA)3 are written, with one rank and one
 alpha, because vLLM reads no more. Only LoRA and DoRA are read, and so strictly that nothing in a directory
 is ignored: what cannot be mapped is refused by name (``storage.peft_settings``), and so is every missing or
-extra tensor. Pairs of other ranks than the largest are padded with zeros, and the ratio of a module's scale to
-the largest one is multiplied into its B.
+extra tensor. Pairs of other ranks than the largest are padded with zeros, and the ratio of a module's scale
+to the largest one is multiplied into its B.
 """
 
 from __future__ import annotations
@@ -54,18 +54,22 @@ IA3_LEAF = "ia3_l"
 PEFT_DTYPES = ("float32", "float16", "bfloat16")
 """Dtypes of the tensors that are read."""
 
+LEAVES = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "magnitude", IA3_LEAF: IA3_LEAF}
+"""Our name of each leaf of PEFT."""
+
 RECORDS: dict[str, type[Record]] = {"lora": LowRank, "dora": Decomposed}
 """The record of a module's parameters by the kind of an adapter."""
 
 _NAME = re.compile(
     r"base_model\.model\.(?P<prefix>(?:(?:model|language_model|text_model)\.)+)layers\.(?P<layer>[0-9]{1,4})\."
     rf"(?P<path>{'|'.join(map(re.escape, MODULE_PATHS.values()))})\."
-    r"(?P<leaf>lora_A|lora_B|lora_magnitude_vector|ia3_l)(?:\.(?P<adapter>(?!weight$)[^.]{1,64}))?(?:\.weight)?"
+    r"(?:(?P<matrix>lora_[AB])(?:\.(?P<adapter>[^.]{1,64}))?\.weight|"
+    r"(?P<vector>lora_magnitude_vector|ia3_l)(?:\.(?P<owner>(?!weight$)[^.]{1,64}))?(?:\.weight)?)"
 )
 """The name of a tensor: plain, of a language model within a model that sees or hears, or with the name that
 the adapter had in memory."""
 
-_OUTSIDE = re.compile(r".*\b(lm_head|embed_tokens|modules_to_save|lora_embedding_[AB]|base_layer)\b.*")
+_OUTSIDE = re.compile(r".*?\b(lm_head|embed_tokens|modules_to_save|lora_embedding_[AB]|base_layer)\b.*")
 
 
 def write_peft(directory: Path, adapter: Adapter, base_name: str) -> None:
@@ -231,17 +235,14 @@ def read_peft_tensors(path: Path) -> PeftTensors:
         found = _NAME.fullmatch(name)
         plain = name
         if found:
-            mine = found["prefix"], found["adapter"], name
+            mine = found["prefix"], found["adapter"] or found["owner"], name
             origin = origin or mine
             if mine[:2] != origin[:2]:
                 raise UserError(
                     f"{path}: tensors {origin[2]!r} and {name!r} are those of two models or adapters"
                 )
             module = next(module for module, place in MODULE_PATHS.items() if place == found["path"])
-            leaf = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "magnitude"}.get(
-                found["leaf"], IA3_LEAF
-            )
-            plain = pair_name(int(found["layer"]), module, leaf)
+            plain = pair_name(int(found["layer"]), module, LEAVES[found["matrix"] or found["vector"]])
         if plain in tensors:
             raise UserError(f"{path}: tensor {name!r} is there under two names")
         tensors[plain] = value

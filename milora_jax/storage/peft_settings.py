@@ -24,12 +24,12 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
 
 LARGEST_CONFIG = 2**20
-"""Bytes of the largest ``adapter_config.json``; a regular one has about a thousand, or some ten thousand where
-it names every module of every layer."""
+"""Bytes of the largest ``adapter_config.json``; a regular one has about a thousand, or ten thousand where it
+names every module of every layer."""
 
 LARGEST_RANK = 2**16
 
-MOST_PATTERNS, MOST_EXPRESSIONS = 2**12, 2**6
+MOST_PATTERNS, MOST_EXPRESSIONS = 2**12, 2**5
 """Entries of the largest ``rank_pattern`` or ``alpha_pattern``, more than most bases have modules; and how
 many of them may be more than a name."""
 
@@ -221,7 +221,7 @@ def require_one(directory: Path) -> None:
     if names and not (directory / PEFT_CONFIG).exists():
         expected = " or ".join(str(directory / name) for name in names[:8])
         raise UserError(
-            f"{str(directory)!r} holds {len(names)} PEFT adapters in its folders: expected one of them, {expected}"
+            f"{str(directory)!r} holds {len(names)} PEFT adapters in its folders: expected one, {expected}"
         )
 
 
