@@ -29,7 +29,7 @@ from milora_jax.storage.exported import (
     shape_values,
 )
 from milora_jax.storage.mirror import fetched
-from milora_jax.storage.peft import PEFT_CONFIG
+from milora_jax.storage.peft_settings import PEFT_CONFIG, require_one
 
 log = logging.getLogger("milora_jax.storage")
 
@@ -172,6 +172,7 @@ def newest_step(path: Path) -> tuple[CheckpointDirectory, int]:
             f"{str(path)!r} is a PEFT adapter, which names no base: "
             "python -m milora_jax.storage import makes an adapter of it"
         )
+    require_one(path)
     root = path / "best" if (path / "best").is_dir() else path
     if not root.is_dir():
         raise UserError(f"{str(path)!r}: no such directory, expected a workdir or an exported adapter")

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from milora_jax.adapters.low_rank import init_pairs
 from milora_jax.adapters.milora import MiLoRA, MiLoRAParams
 from milora_jax.adapters.protocol import Adapter
+from milora_jax.adapters.records import Decomposed, LowRank, Record, Rescaled
 from milora_jax.adapters.registry import METHOD_CLASSES, adapter_shape, build_method
 from milora_jax.base.fingerprint import base_fingerprint
+from milora_jax.base.hf import plain_tensors
 from milora_jax.base.hf_config import read_model_config
+from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError, require
 from milora_jax.prompt_format import PromptFormat, stored_prompt_format
@@ -24,7 +30,8 @@ from milora_jax.storage.exported import write_exported
 from milora_jax.storage.files import new_directory
 from milora_jax.storage.manifest import MANIFEST, verify_manifest
 from milora_jax.storage.mirror import fetched
-from milora_jax.storage.peft import PEFT_CONFIG, read_peft, require_unfused
+from milora_jax.storage.peft import PeftPairs, read_peft, require_unfused
+from milora_jax.storage.peft_settings import PEFT_CONFIG
 from milora_jax.types import EXPERTS
 
 log = logging.getLogger("milora_jax.storage")
@@ -65,7 +72,7 @@ def read_any_adapter(path: str | Path, base: Path, quantize: str = "none") -> tu
     with fetched(path) as folder:
         if not (folder / PEFT_CONFIG).is_file():
             return read_adapter(folder)
-        adapter, said = read_peft_adapter(folder, base)
+        adapter, said = read_peft_adapter(folder, base, quantize=quantize)
     for line in said:
         log.info("%s: %s", path, line)
     return adapter, adapter_metadata(
@@ -95,7 +102,9 @@ def import_peft(source: Path, base: Path, out: Path, method: str = "", seed: int
     return said
 
 
-def read_peft_adapter(source: Path, base: Path, method: str = "", seed: int = 0) -> tuple[Adapter, list[str]]:
+def read_peft_adapter(
+    source: Path, base: Path, method: str = "", seed: int = 0, quantize: str = "none"
+) -> tuple[Adapter, list[str]]:
     """A LoRA or DoRA that PEFT saved.
 
     As a MiLoRA or MiDoRA its pairs are the experts; the router is fresh and the other settings are the
@@ -106,6 +115,7 @@ def read_peft_adapter(source: Path, base: Path, method: str = "", seed: int = 0)
       base: Hugging Face directory of the base that it is for, whose fingerprint it gets.
       method: one of :data:`BECOMES`; empty takes what the adapter is.
       seed: of the router, and of the pairs of modules that have none.
+      quantize: how the base is kept.
 
     Returns:
       The adapter, and one line per thing worth knowing.
@@ -118,27 +128,29 @@ def read_peft_adapter(source: Path, base: Path, method: str = "", seed: int = 0)
     require_unfused(model, base)
     shape = adapter_shape(model)
     prompt_format = _prompt_format(source, base)
-    settings, pairs = read_peft(source, shape)
-    name = method or settings.kind
-    if name not in BECOMES[settings.kind]:
-        expected = " or ".join(BECOMES[settings.kind])
-        raise UserError(
-            f"{source} holds a {settings.kind}, which cannot become a {name}: expected {expected}"
-        )
-    said, missing = [], [module for module in EXPERTS if module not in pairs]
+    found = read_peft(source, shape)
+    name = method or found.kind
+    if name not in BECOMES[found.kind]:
+        expected = " or ".join(BECOMES[found.kind])
+        raise UserError(f"{source} holds a {found.kind}, which cannot become a {name}: expected {expected}")
     pairs_key, router_key = jax.random.split(jax.random.key(seed))
-    if missing and settings.kind == "dora":
-        raise UserError(f"{source}: no pairs for {', '.join(missing)}: expected a DoRA of all seven modules")
+    missing = _missing(found, shape.num_layers)
+    if missing and found.kind == "dora" and quantize != "none":
+        raise UserError(
+            f"{source}: no pairs for {missing}: expected a DoRA of all seven modules for a base kept as "
+            f"{quantize!r}, whose magnitudes are not those of its files"
+        )
+    said = list(found.said)
+    pairs = found.pairs
     if missing:
-        fresh = init_pairs(pairs_key, shape, settings.rank)
-        pairs = {module: pairs.get(module, fresh[module]) for module in EXPERTS}
-        said.append(f"no pairs for {', '.join(missing)}: theirs are fresh and change nothing")
+        pairs = _completed(found, init_pairs(pairs_key, shape, found.rank), base)
+        said.append(f"no pairs for {missing}: theirs are fresh and change nothing")
     section = AdapterSection(
         method=name,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        use_rslora=settings.use_rslora,
-        dropout=settings.dropout,
+        rank=found.rank,
+        alpha=found.alpha,
+        use_rslora=found.use_rslora,
+        dropout=found.dropout,
     )
     if METHOD_CLASSES[name].routes:
         section = dataclasses.replace(section, features="rms")  # others are measured on prompts
@@ -150,3 +162,41 @@ def read_peft_adapter(source: Path, base: Path, method: str = "", seed: int = 0)
             f"the router is fresh: it chooses {built.top_k} of 7 experts at random until it is trained"
         )
     return Adapter(params, built, shape, prompt_format), said
+
+
+def _missing(found: PeftPairs, num_layers: int) -> str:
+    """The modules that have no pair, in all layers or in some; empty if every module has one."""
+    parts = [module for module in EXPERTS if module not in found.pairs]
+    for module, present in found.present.items():
+        if not present.all():
+            parts.append(f"{module} in {num_layers - int(present.sum())} of {num_layers} layers")
+    return ", ".join(parts)
+
+
+def _completed(found: PeftPairs, fresh: Mapping[str, LowRank], base: Path) -> dict[str, Record]:
+    """The pairs of all modules and layers; where the adapter has none, a fresh one, whose B is zero.
+
+    The magnitudes of a fresh pair are the norms of the frozen weight's rows, as at the start of a DoRA.
+    """
+    pairs: dict[str, Record] = {}
+    files = plain_tensors(base) if found.kind == "dora" else {}
+    for module in EXPERTS:
+        mine, new = found.pairs.get(module), fresh[module]
+        layers = len(new.a)
+        present = found.present.get(module, np.zeros(layers, bool))
+        a, b = new.a, new.b
+        if mine is not None and not isinstance(mine, Rescaled):
+            a, b = jnp.where(present[:, None, None], mine.a, new.a), mine.b
+        if found.kind != "dora":
+            pairs[module] = LowRank(a, b)
+            continue
+        norms = []
+        for layer in range(layers):
+            if isinstance(mine, Decomposed) and present[layer]:
+                norms.append(np.asarray(mine.magnitude[layer]))
+                continue
+            name = f"model.layers.{layer}.{MODULE_PATHS[module]}.weight"
+            weight = files[name].whole(name).astype(np.float32)
+            norms.append(np.linalg.norm(weight, axis=1))
+        pairs[module] = Decomposed(a, b, jnp.asarray(np.stack(norms)))
+    return pairs

@@ -83,7 +83,8 @@ def test_what_does_not_fit_the_bank_is_refused_by_name(folder, first, other, mes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is {'q_proj': 2}, expected unset: not supported"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj.lora_A.weight' has shape [4, 32], expected [2, 32]"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication is [[0, 1]], expected unset: not supported"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA', expected 'LORA'"),
         ({"target_modules": ["lm_head"]}, "target_modules names 'lm_head'"),
         ({"r": 5}, "lora_A.weight"),
