@@ -132,7 +132,7 @@ def forward(
         if method is not None and members is not None and prefix_length:
             with jax.named_scope("prefix"):
                 made = method.prefix(params, hidden, members, lambda soft: keys_of(config, layer, soft))
-                prefix = _per_answer(made, batch, prefix_length)
+                prefix = None if made is None else _per_answer(made, batch, prefix_length)
         layer_key = None if key is None else jax.random.fold_in(key, index)
         adapted = AdaptedLayer(layer, adapter, params, _per_token(weights, batch), layer_key)
         past = None if cache is None else Past(layer_cache, cache.place, context.cached(sliding))

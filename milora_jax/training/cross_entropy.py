@@ -38,7 +38,8 @@ def summed_cross_entropy(
       chunk: least number of tokens whose logits are in memory at a time; it takes the same number from every
         row, so that a chunk is divided over devices as the batch is.
     """
-    in_chunks = _chunked(*hidden.shape[:2], chunk)
+    rows, length, _ = hidden.shape
+    in_chunks = _chunked(rows, length, chunk)
     of_logits, head = _head_of(base, config)
     return _summed(of_logits, in_chunks(hidden), head, in_chunks(targets), in_chunks(counted))
 
@@ -60,7 +61,7 @@ def token_cross_entropy(
     in_chunks = _chunked(rows, length, chunk)
     of_logits, head = _head_of(base, config)
     losses = _each(of_logits, in_chunks(hidden), head, in_chunks(targets), in_chunks(counted))
-    return losses.swapaxes(0, 1).reshape(rows, -1)[:, :length]
+    return jnp.swapaxes(losses, 0, 1).reshape(rows, -1)[:, :length]
 
 
 def _chunked(rows: int, length: int, chunk: int) -> Callable[[Array], Array]:

@@ -25,7 +25,7 @@ from milora_jax.base.modules import Base, frozen_kernels
 from milora_jax.base.source import model_directory
 from milora_jax.data.batches import batch_rows
 from milora_jax.errors import NonFiniteError, Preempted, UserError
-from milora_jax.parallel.processes import from_first, several, to_host
+from milora_jax.parallel.processes import from_first, several
 from milora_jax.parallel.rules import attend_over, state_shardings
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory, Publisher, read_metadata, verify_step
