@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from milora_jax.console import Console
 from milora_jax.data.batches import collate
+from milora_jax.data.preferences import encode_preferences, reader_of
 from milora_jax.data.records import Record, Source, read_records, run_sources
 from milora_jax.data.tokens import (
     Example,
@@ -40,9 +41,11 @@ def row_findings(subject: Subject) -> Iterator[Finding]:
         yield Finding(FAIL, "data.train", "no training rows: --config.data.train=FILE.jsonl")
     subject.records = {split: {} for split in SPLITS}
     sources = run_sources(subject.config.data)
+    learned = functools.partial(read_records, reader=reader_of(subject.config.train.objective))
+    readers = {"train": learned, "dev": learned, "test": functools.partial(read_records, scored=True)}
     for split, found in subject.records.items():
         for source in sources[split]:
-            yield from guarded(f"data.{split}", functools.partial(_read, source, split == "test", found))
+            yield from guarded(f"data.{split}", functools.partial(_read, source, readers[split], found))
         if split == "test":
             for name, records in found.items():
                 yield from guarded("data.test", functools.partial(_golds, name, records))
@@ -51,9 +54,11 @@ def row_findings(subject: Subject) -> Iterator[Finding]:
             yield Finding(OK, f"data.{split}", f"rows read: {counts}")
 
 
-def _read(source: Source, scored: bool, found: dict[str, list[Record]]) -> Iterator[Finding]:
+def _read(
+    source: Source, read: Callable[[Source], list[Record]], found: dict[str, list[Record]]
+) -> Iterator[Finding]:
     """Add the rows of a source to ``found``; it yields no finding of its own."""
-    found[source.name] = read_records(source, scored)
+    found[source.name] = read(source)
     yield from ()
 
 
@@ -78,7 +83,15 @@ def token_findings(subject: Subject) -> Iterator[Finding]:
         bar = stack.enter_context(Console(total < LARGE).progress("encoding", total, "rows"))
         for split in ("train", "dev"):
             encoded = []
-            for turns in in_examples(_all_of(subject, split), config.prompt_format):
+            if config.train.prefers:
+                records = list(_all_of(subject, split))
+                inputs = (model, config.data.max_length, config.prompt_format)
+                if records:
+                    encode_preferences(encoded.append, subject.tokenizer, records, *inputs)
+                bar.advance(len(records))
+            for turns in (
+                () if config.train.prefers else in_examples(_all_of(subject, split), config.prompt_format)
+            ):
                 # However long: it is told how long the rows are that are dropped.
                 made, _ = encode_conversation(
                     subject.tokenizer, turns, model.eos_ids, sys.maxsize, config.prompt_format
