@@ -7,14 +7,19 @@ import jax
 import numpy as np
 import pytest
 
-from milora_jax.config import AdapterSection, Config, DataSection, ModelSection, TrainSection
+from milora_jax.adapters.protocol import init_adapter
+from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.base.modules import frozen_kernels
+from milora_jax.config import AdapterSection, Config, DataSection, MeshSection, ModelSection, TrainSection
 from milora_jax.errors import Preempted, UserError
 from milora_jax.evaluation.final import require_learned
+from milora_jax.parallel.rules import attend_over
 from milora_jax.tiny import MODEL_DIR, TASKS_DIR
 from milora_jax.tiny.preferences import make_preferences
 from milora_jax.training.prepare import prepare_run
 from milora_jax.training.progress import planned_steps
-from milora_jax.training.step import make_steps
+from milora_jax.training.start import reference_adapter
+from milora_jax.training.step import init_state, make_steps
 from tests.models import write_hf_directory
 from tests.training.runs import life
 from tests.training.short_runs import SHALLOW, STEPS, STOP, fit, on_one_device, silent
@@ -42,7 +47,7 @@ def config_of(folder, objective="dpo", rows="pairs.jsonl", adapter=None, data=No
         objective=objective,
         max_steps=STEPS,
         epochs=30,
-        batch_size=4,
+        batch_size=8,
         learning_rate=1e-2,
         eval_every=2,
         save_every=100,
@@ -72,9 +77,11 @@ def params_of(fitted):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("objective", "rows"), [("dpo", "pairs.jsonl"), ("kto", "judged.jsonl")])
-def test_a_stopped_run_ends_with_the_bits_of_an_undisturbed_one(objective, rows, folder, tmp_path):
-    config = config_of(folder, objective, rows, {"dropout": 0.1}, {"pack": True})
+@pytest.mark.parametrize(
+    ("objective", "rows", "method"), [("dpo", "pairs.jsonl", "milora"), ("kto", "judged.jsonl", "lora")]
+)
+def test_a_stopped_run_ends_with_the_bits_of_an_undisturbed_one(objective, rows, method, folder, tmp_path):
+    config = config_of(folder, objective, rows, {"method": method, "dropout": 0.1}, {"pack": True})
     run = on_one_device(prepare_run(config, None, silent))
     steps = programs(run)
     whole = fit(run, steps, tmp_path / "whole")
@@ -88,6 +95,26 @@ def test_a_stopped_run_ends_with_the_bits_of_an_undisturbed_one(objective, rows,
     assert lines_of(tmp_path / "whole", "rewards/margins")[-1]["rewards/accuracies"] >= 0.5
     assert ("kl" in lines_of(tmp_path / "whole", "loss")[-1]) == (objective == "kto")
     require_learned(run, whole)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("objective", "rows"), [("dpo", "pairs.jsonl"), ("kto", "judged.jsonl")])
+def test_a_step_over_eight_devices_is_that_of_one(objective, rows, folder):
+    config = config_of(folder, objective, rows, {"method": "lora"})
+    config = dataclasses.replace(config, mesh=MeshSection(data=4, fsdp=2))
+    whole = prepare_run(config, None, silent)
+    assert whole.mesh.size == 8
+    found = []
+    for run in (whole, on_one_device(whole)):
+        method, shape = build_method(config.adapter), adapter_shape(run.model)
+        adapter = init_adapter(method, jax.random.key(0), shape, frozen_kernels(run.base))
+        state = init_state(adapter, jax.random.key(1), config.train, STEPS)
+        steps = make_steps(run.model, config.train, STEPS, attend=attend_over(run.mesh))
+        for _ in range(2):
+            state, metrics = steps.train(state, run.base, run.batch(run.train, range(8)))
+        found.append((jax.device_get(state.adapter.params), jax.device_get(metrics)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), *found)
+    assert found[0][1].preference.prompts == 8
 
 
 @pytest.mark.thorough
@@ -111,8 +138,6 @@ def test_the_start_is_the_reference_and_must_stay_what_it_was(folder, tmp_path):
 
 
 def first_loss(run, steps):
-    from milora_jax.training.start import reference_adapter
-
     reference, _ = reference_adapter(run.config, run.model, run.mesh)
     sums, _ = steps.evaluate(reference, run.base, run.batch(run.dev, range(4)), reference)
     return float(sums.loss) / int(sums.prompts)
@@ -127,7 +152,9 @@ def test_the_tiny_model_learns_to_prefer_the_shorter_answer(tmp_path):
     config = Config(
         model=ModelSection(path=str(MODEL_DIR)),
         adapter=AdapterSection(method="lora"),
-        data=DataSection(train=str(rows / "train.jsonl"), dev=str(rows / "dev.jsonl"), special_tokens="bos"),
+        data=DataSection(
+            train=str(rows / "train.jsonl"), dev=str(rows / "dev.jsonl"), special_tokens="bos", max_length=160
+        ),
         train=settings,
     )
     run = on_one_device(prepare_run(config, None, silent))
