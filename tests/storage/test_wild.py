@@ -1,6 +1,7 @@
 """Directories in all the forms that PEFT and its readers write, by hand and without torch: what they mean."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -341,6 +342,13 @@ def test_several_adapters_in_folders_are_named(model, tmp_path):
         "the adapters in its folders are not read: law, med"
     )
     assert load_adapter(tmp_path / "out").params["v"].b.any()
+
+
+def test_a_workdir_with_an_export_in_a_folder_of_its_own_is_a_workdir(run, model, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    write(tmp_path / "run" / "peft", {(0, Q): 4, (1, Q): 4}, target_modules=["q_proj"])
+    assert load_adapter(tmp_path / "run").method.name == "milora"
+    assert [path.parent.name for path in findings(tmp_path / "run", model)] == ["best"]
 
 
 def test_embeddings_of_new_tokens_beside_an_adapter_are_refused(model, tmp_path):
