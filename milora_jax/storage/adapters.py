@@ -172,7 +172,6 @@ def newest_step(path: Path) -> tuple[CheckpointDirectory, int]:
             f"{str(path)!r} is a PEFT adapter, which names no base: "
             "python -m milora_jax.storage import makes an adapter of it"
         )
-    require_one(path)
     root = path / "best" if (path / "best").is_dir() else path
     if not root.is_dir():
         raise UserError(f"{str(path)!r}: no such directory, expected a workdir or an exported adapter")
@@ -181,6 +180,8 @@ def newest_step(path: Path) -> tuple[CheckpointDirectory, int]:
     step = directory.newest()
     # An older adapter beside a damaged one must not be taken for it unasked.
     if step is None or problems:
+        if not problems:
+            require_one(path)
         reason = f": {problems[0]}" if problems else ""
         raise UserError(f"{str(root)!r} holds no complete adapter{reason}")
     return directory, step

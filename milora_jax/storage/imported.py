@@ -195,8 +195,12 @@ def _completed(found: PeftPairs, fresh: Mapping[str, LowRank], base: Path) -> di
             if isinstance(mine, Decomposed) and present[layer]:
                 norms.append(np.asarray(mine.magnitude[layer]))
                 continue
-            name = f"model.layers.{layer}.{MODULE_PATHS[module]}.weight"
-            weight = files[name].whole(name).astype(np.float32)
-            norms.append(np.linalg.norm(weight, axis=1))
+            name, size = (
+                f"model.layers.{layer}.{MODULE_PATHS[module]}.weight",
+                (new.b.shape[-1], new.a.shape[1]),
+            )
+            if name not in files or files[name].entries[name].shape != size:
+                raise UserError(f"{base}: no tensor {name!r} of shape {list(size)}, whose norms a DoRA needs")
+            norms.append(np.linalg.norm(files[name].whole(name).astype(np.float32), axis=1))
         pairs[module] = Decomposed(a, b, jnp.asarray(np.stack(norms)))
     return pairs

@@ -49,10 +49,10 @@ def findings(path: Path, base: Path | None) -> dict[Path, list[str]]:
         return {path: list(_peft_findings(path, base))}
     if (path / ORIGIN_FILE).exists():
         return {path: list(_sealed_findings(path, base))}
-    named = peft_names(path)
+    folders = step_folders(path)
+    named = [] if folders else peft_names(path)
     if named:
         return {path / name: list(_peft_findings(path / name, base)) for name in named}
-    folders = step_folders(path)
     if not folders:
         expected = "a workdir, checkpoints/, best/, a step, an export or a PEFT adapter"
         raise UserError(f"{str(path)!r} holds no steps and no adapter: expected {expected}")

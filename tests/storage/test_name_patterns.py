@@ -73,14 +73,14 @@ def test_random_expressions_fit_what_re_fits():
     rng = random.Random(0)
     words = ["".join(rng.choice("ab.") for _ in range(length)) for length in range(7)]
     fitting = 0
-    for _ in range(60):
+    for _ in range(25):
         text = drawn(rng)
         pattern = Pattern(text, "here")
         for word in words:
             expected = bool(re.fullmatch(text, word))
             assert pattern.fits(word) == expected, (text, word)
             fitting += expected
-    assert fitting > 20
+    assert fitting > 10
 
 
 @pytest.mark.parametrize("text", [r"(a+)+b", r"((a|a)*)*b", r"(.*)*(.*)*(.*)*x", r"(a?){99}(a?){99}b"])

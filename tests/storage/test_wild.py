@@ -1,6 +1,7 @@
 """Directories in all the forms that PEFT and its readers write, by hand and without torch: what they mean."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from milora_jax.base.load import load_base
 from milora_jax.base.modules import frozen_kernels
 from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.errors import UserError
-from milora_jax.storage.adapter_tensors import write_tensors
+from milora_jax.storage.adapter_tensors import read_tensors, write_tensors
 from milora_jax.storage.adapters import load_adapter, read_adapter
 from milora_jax.storage.imported import import_peft, read_any_adapter
 from milora_jax.storage.peft_settings import PEFT_CONFIG, PEFT_TENSORS, read_peft_settings
@@ -163,6 +164,14 @@ def test_magnitudes_of_modules_without_a_pair_are_those_of_the_base(model, tmp_p
         np.testing.assert_allclose(adapter.params[module].magnitude, norms, rtol=1e-6)
         assert not np.any(adapter.params[module].b)
     assert 1 <= float(adapter.params["q"].magnitude.min()) <= float(adapter.params["q"].magnitude.max()) <= 2
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    weights = dict(read_tensors(damaged / "model.safetensors"))
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    (damaged / "model.safetensors").unlink()
+    write_tensors(damaged / "model.safetensors", weights)
+    with pytest.raises(UserError, match=r"no tensor 'model.layers.1.mlp.up_proj.weight' of shape \[48, 32\]"):
+        read_any_adapter(given, damaged)
     with pytest.raises(UserError, match=r"no pairs for k, .* for a base kept as 'int8', whose magnitudes"):
         read_any_adapter(given, model, "int8")
 
@@ -196,8 +205,6 @@ def test_names_of_layers_are_those_of_the_model_it_was_trained_in(model, tmp_pat
 
 def with_tensor(folder, name, like=(4, 32)):
     """Add a tensor to a file."""
-    from milora_jax.storage.adapter_tensors import read_tensors
-
     tensors = dict(read_tensors(folder / PEFT_TENSORS))
     tensors[name] = np.ones(like, np.float32)
     (folder / PEFT_TENSORS).unlink()
@@ -341,6 +348,13 @@ def test_several_adapters_in_folders_are_named(model, tmp_path):
         "the adapters in its folders are not read: law, med"
     )
     assert load_adapter(tmp_path / "out").params["v"].b.any()
+
+
+def test_a_workdir_with_an_export_in_a_folder_of_its_own_is_a_workdir(run, model, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    write(tmp_path / "run" / "peft", {(0, Q): 4, (1, Q): 4}, target_modules=["q_proj"])
+    assert load_adapter(tmp_path / "run").method.name == "milora"
+    assert [path.parent.name for path in findings(tmp_path / "run", model)] == ["best"]
 
 
 def test_embeddings_of_new_tokens_beside_an_adapter_are_refused(model, tmp_path):
