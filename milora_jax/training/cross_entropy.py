@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def token_cross_entropy(
     rows, length, _ = hidden.shape
     in_chunks = _chunked(rows, length, chunk)
     of_logits, head = _head_of(base, config)
-    losses = _each(of_logits, in_chunks(hidden), head, in_chunks(targets), in_chunks(counted))
+    losses: Any = _each(of_logits, in_chunks(hidden), head, in_chunks(targets), in_chunks(counted))
     return jnp.swapaxes(losses, 0, 1).reshape(rows, -1)[:, :length]
 
 
