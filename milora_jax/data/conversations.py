@@ -86,10 +86,10 @@ def refuse_unwritten(row: Mapping[str, Any], where: str, names: Sequence[str]) -
     """
     for name in names:
         if is_given(row.get(name)):
-            paired = "by train.objective='sft', but by dpo, ipo and orpo" if name in PREFERENCES else ""
+            paired = "it is of pairs, which train.objective=dpo, ipo and orpo read, " * (name in PREFERENCES)
             raise UserError(
-                f"{where}: field {name!r} is not supported{' ' * bool(paired)}{paired}: "
-                f"expected a row without it, or data.columns={name}= to leave it out"
+                f"{where}: field {name!r} is not supported: {paired}expected a row without it, "
+                f"or data.columns={name}= to leave it out"
             )
 
 

@@ -85,7 +85,7 @@ class Run:
         return "dev loss" if self.config.train.prefers else "dev perplexity"
 
     @property
-    def guess(self) -> float:
+    def guess(self) -> int | float:
         """That figure of the uniform guess; infinite where it says nothing."""
         return math.inf if self.config.train.prefers else self.model.vocab_size
 

@@ -64,7 +64,7 @@ class Progress:
         known: dict[str, Any] = {name: math.inf if value is None else value for name, value in values.items()}
         return cls(**known)
 
-    def saturated(self, guess: float) -> str:
+    def saturated(self, guess: float | int) -> str:
         """A line if certainly nothing can be learned any more, else "".
 
         Args:
@@ -77,7 +77,7 @@ class Progress:
             return f"the gradients of the last {self.zero_gradients} steps were exactly zero"
         return ""
 
-    def unlearned(self, guess: float, measure: str = "dev perplexity") -> str:
+    def unlearned(self, guess: float | int, measure: str = "dev perplexity") -> str:
         """A line if a run that has ended has learned nothing, else "".
 
         Args:

@@ -94,7 +94,7 @@ def test_the_conversational_forms_are_one_record(tmp_path):
         ("kto", {**JUDGED, "label": "yes"}, "field 'label' is 'yes', expected true or false"),
         ("kto", {**JUDGED, "completion": ""}, "field 'completion' is empty"),
         ("kto", PAIR, "field 'completion' holds nothing, the objective learns from prompt, completion"),
-        ("sft", PAIR, "field 'chosen' is not supported by train.objective='sft', but by dpo, ipo and orpo"),
+        ("sft", PAIR, "field 'chosen' is not supported: it is of pairs, which train.objective=dpo"),
         ("sft", JUDGED, "rows with 'completion' and 'label' are for train.objective=kto"),
     ],
 )

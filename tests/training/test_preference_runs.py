@@ -194,7 +194,7 @@ def test_prepared_rows_give_the_batches_of_rows_in_memory(folder, tmp_path):
             "bad.jsonl:21: the prompt with 'rejected' has",
         ),
         ("kto", PAIRS, "bad.jsonl:1: field 'completion' holds nothing"),
-        ("sft", PAIRS, "bad.jsonl:1: field 'chosen' is not supported by train.objective='sft'"),
+        ("sft", PAIRS, "bad.jsonl:1: field 'chosen' is not supported: it is of pairs"),
     ],
 )
 def test_bad_rows_end_a_run_before_it_begins(objective, rows, message, folder, tmp_path):
