@@ -16,6 +16,8 @@ REMAT = ("none", "products", "full")
 
 SCHEDULES = ("linear", "cosine", "constant", "wsd")
 OPTIMIZERS = ("adamw", "adafactor")
+BETA, DECAY_SHARE = 0.1, 0.2
+"""Defaults of settings that only some objectives, or one schedule, read; elsewhere others are refused."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class TrainSection:
     """
 
     objective: str = "sft"
-    beta: float = 0.1
+    beta: float = BETA
     label_smoothing: float = 0.0
     max_steps: int = 0
     epochs: int = 10
@@ -77,7 +79,7 @@ class TrainSection:
     optimizer: str = "adamw"
     learning_rate: float = 1e-4
     schedule: str = "linear"
-    decay_share: float = 0.2
+    decay_share: float = DECAY_SHARE
     router_rate: float = 1.0
     lora_plus_ratio: float = 0.0
     router_clip_norm: float = 0.0
@@ -120,12 +122,18 @@ class TrainSection:
             require(math.isfinite(value) and value >= 0, f"train.{name}", value, "0 or more")
         require(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "from 0 to below 1")
         require(0 < self.decay_share <= 1, "train.decay_share", self.decay_share, "above 0, up to 1")
-        fits = self.schedule != "wsd" or self.warmup_share + self.decay_share <= 1
-        require(fits, "train.decay_share", self.decay_share, "at most 1 - train.warmup_share")
+        if self.schedule == "wsd":
+            fits = self.warmup_share + self.decay_share <= 1
+            require(fits, "train.decay_share", self.decay_share, "at most 1 - train.warmup_share")
+        else:
+            unset = self.decay_share == DECAY_SHARE
+            require(unset, "train.decay_share", self.decay_share, "its default: only schedule 'wsd' reads it")
 
     def _check_objective(self) -> None:
         one_of("train.objective", self.objective, OBJECTIVES)
         require(math.isfinite(self.beta) and self.beta > 0, "train.beta", self.beta, "above 0")
+        read = self.prefers or self.beta == BETA
+        require(read, "train.beta", self.beta, "its default: objective 'sft' does not read it")
         smoothing, allowed = self.label_smoothing, "from 0 to below 0.5"
         require(0 <= smoothing < 0.5, "train.label_smoothing", smoothing, allowed)
         read = self.objective == "dpo" or smoothing == 0

@@ -82,25 +82,8 @@ def token_findings(subject: Subject) -> Iterator[Finding]:
         # A progress bar for few rows would only interrupt the report.
         bar = stack.enter_context(Console(total < LARGE).progress("encoding", total, "rows"))
         for split in ("train", "dev"):
-            encoded = []
-            if config.train.prefers:
-                records = list(_all_of(subject, split))
-                inputs = (model, config.data.max_length, config.prompt_format)
-                if records:
-                    encode_preferences(encoded.append, subject.tokenizer, records, *inputs)
-                bar.advance(len(records))
-            for turns in (
-                () if config.train.prefers else in_examples(_all_of(subject, split), config.prompt_format)
-            ):
-                # However long: it is told how long the rows are that are dropped.
-                made, _ = encode_conversation(
-                    subject.tokenizer, turns, model.eos_ids, sys.maxsize, config.prompt_format
-                )
-                if made is not None:
-                    with naming(turns[0]):
-                        require_embedded(subject.tokenizer, made.tokens, model.vocab_size)
-                    encoded.append(made)
-                bar.advance(len(turns))
+            encode = _encoded_pairs if config.train.prefers else _encoded_answers
+            encoded = encode(subject, list(_all_of(subject, split)), bar.advance)
             subject.examples[split] = encoded
             if encoded:
                 yield length_finding(split, [len(e.tokens) for e in encoded], config.data.max_length)
@@ -112,6 +95,33 @@ def token_findings(subject: Subject) -> Iterator[Finding]:
             bar.advance(1)
         if prompts:
             yield prompt_finding(prompts, room)
+
+
+def _encoded_answers(
+    subject: Subject, records: Sequence[Record], advance: Callable[[int], None]
+) -> list[Example]:
+    """The examples of rows of supervised tuning, however long: it is told which lengths are dropped."""
+    model, written, encoded = subject.model, subject.config.prompt_format, []
+    for turns in in_examples(records, written):
+        made, _ = encode_conversation(subject.tokenizer, turns, model.eos_ids, sys.maxsize, written)
+        if made is not None:
+            with naming(turns[0]):
+                require_embedded(subject.tokenizer, made.tokens, model.vocab_size)
+            encoded.append(made)
+        advance(len(turns))
+    return encoded
+
+
+def _encoded_pairs(
+    subject: Subject, records: Sequence[Record], advance: Callable[[int], None]
+) -> list[Example]:
+    """The examples of preference rows, two of each."""
+    encoded: list[Example] = []
+    if records:
+        inputs = (subject.model, subject.config.data.max_length, subject.config.prompt_format)
+        encode_preferences(encoded.append, subject.tokenizer, records, *inputs)
+        advance(len(records))
+    return encoded
 
 
 def length_finding(split: str, lengths: Sequence[int], max_length: int) -> Finding:

@@ -210,6 +210,8 @@ def test_both_answers_have_the_route_of_their_prompt():
     [
         ({"objective": "ppo"}, "train.objective is 'ppo': expected one of sft, dpo, ipo, orpo, kto"),
         ({"objective": "dpo", "beta": 0.0}, "train.beta is 0.0: expected above 0"),
+        ({"beta": 0.2}, "train.beta is 0.2: expected its default: objective 'sft' does not read it"),
+        ({"objective": "ipo", "neftune_alpha": 5.0}, "train.neftune_alpha is 5.0: expected 0 with objective"),
         ({"objective": "dpo", "label_smoothing": 0.5}, "train.label_smoothing is 0.5: expected from 0 to"),
         ({"objective": "ipo", "label_smoothing": 0.1}, "train.label_smoothing is 0.1: expected 0, objective"),
     ],

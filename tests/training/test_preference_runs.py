@@ -22,7 +22,7 @@ from milora_jax.training.start import reference_adapter
 from milora_jax.training.step import init_state, make_steps
 from tests.models import write_hf_directory
 from tests.training.runs import life
-from tests.training.short_runs import SHALLOW, STEPS, STOP, fit, on_one_device, silent
+from tests.training.short_runs import SHALLOW, SHORT, STEPS, STOP, fit, on_one_device, silent
 
 PAIRS = [{"prompt": f"say {i}", "chosen": f"{i}", "rejected": f"{i} {i} {i}"} for i in range(20)]
 JUDGED = [{"prompt": f"say {i}", "completion": f"{i} " * (1 + i % 2), "label": i % 2 == 0} for i in range(20)]
@@ -43,18 +43,7 @@ def folder(tmp_path_factory):
 
 
 def config_of(folder, objective="dpo", rows="pairs.jsonl", adapter=None, data=None, **train):
-    settings = TrainSection(
-        objective=objective,
-        max_steps=STEPS,
-        epochs=30,
-        batch_size=8,
-        learning_rate=1e-2,
-        eval_every=2,
-        save_every=100,
-        log_every=2,
-        coefficient_every=2,
-        **train,
-    )
+    settings = TrainSection(**{**SHORT, "objective": objective, "log_every": 2, **train})
     return Config(
         model=ModelSection(path=str(folder / "model")),
         adapter=AdapterSection(rank=4, **(adapter or {})),
