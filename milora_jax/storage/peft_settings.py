@@ -179,8 +179,8 @@ class PeftSettings:
         return layer in self.layers and (not self.lists or any(path.endswith(f".{n}") for n in self.lists))
 
     def _target(self, name: str) -> Target:
-        rank = next((value for pattern, value in self.ranks if pattern.fits_tail(name)), self.rank)
-        return Target(rank, next((value for p, value in self.alphas if p.fits_tail(name)), self.alpha))
+        rank = next((value for pattern, value in self.ranks if pattern.fits(name)), self.rank)
+        return Target(rank, next((value for p, value in self.alphas if p.fits(name)), self.alpha))
 
     def alpha_at(self, rank: int, target: Target) -> float:
         """The alpha of a pair of ``rank`` that has the scale of a target."""
@@ -340,8 +340,10 @@ def _patterns(values: Mapping[str, Any], name: str, where: str) -> list[tuple[Pa
     found = values.get(name) or {}
     if not isinstance(found, dict) or len(found) > MOST_PATTERNS:
         raise _ill_typed(f"{where}: {name}", found, f"an object of at most {MOST_PATTERNS} patterns")
-    places = {pattern: f"{where}: {name}[{pattern[:200]!r}]" for pattern in found}
-    read = [(Pattern(pattern, places[pattern]), found[pattern], places[pattern]) for pattern in found]
+    read = []
+    for pattern, value in found.items():
+        place = f"{where}: {name}[{pattern[:200]!r}]"
+        read.append((Pattern(pattern, place, tail=True), value, place))
     if sum(not pattern.plain for pattern, _, _ in read) > MOST_EXPRESSIONS:
         raise UserError(f"{where}: {name} has over {MOST_EXPRESSIONS} regular expressions: not supported")
     return read

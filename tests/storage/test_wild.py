@@ -246,7 +246,7 @@ def test_tensors_that_are_not_mapped_are_refused_by_name(name, model, tmp_path):
 
 
 SETTINGS = {
-    "no pattern": ({"rank_pattern": {"(q": 2}}, "rank_pattern['(q']: missing ), unterminated group"),
+    "no pattern": ({"rank_pattern": {"(q": 2}}, "rank_pattern['(q']: missing ), unterminated subpattern"),
     "rank": ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] is 0, expected a whole number from 1"),
     "alpha": ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj'] is 'x', expected a number from"),
     "a list": ({"alpha_pattern": [1]}, "alpha_pattern is [1], expected an object"),
