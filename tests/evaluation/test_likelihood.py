@@ -114,6 +114,7 @@ def test_every_next_token_has_its_share(folder):
     assert [result.greedy for result in found] == [i == shares.argmax() for i in range(320)]
 
 
+@pytest.mark.thorough
 def test_one_program_for_each_length(folder):
     lengths = (3, 20, 33, 34, 60, 7, 33)
     passages = [Passage(drawn(length, length), 1, 1) for length in lengths]

@@ -100,6 +100,7 @@ def spoken(monkeypatch):
     monkeypatch.setattr(mt_bench, "_answers", answers)
 
 
+@pytest.mark.thorough
 def test_answers_of_another_model_under_the_same_name_are_refused(folder, tmp_path, spoken):
     out = tmp_path / "answers.jsonl"
     named = ("--model-id", "mine")

@@ -99,6 +99,7 @@ def test_a_bar_has_the_unit_of_the_cells(drawn, tmp_path):
     assert bar.get_ylabel().startswith("percent")
 
 
+@pytest.mark.sweep("4")
 @pytest.mark.parametrize("layers", [4, 32])
 def test_the_picture_of_routing_health_is_whole(drawn, tmp_path, layers):
     path = tmp_path / "metrics.jsonl"
@@ -116,6 +117,7 @@ def test_the_picture_of_routing_health_is_whole(drawn, tmp_path, layers):
     assert_whole(drawn[0])
 
 
+@pytest.mark.sweep("2")
 @pytest.mark.parametrize("tasks", [1, 2, 7])
 def test_the_pictures_of_a_study_are_whole(drawn, tmp_path, tasks):
     places = [("mix", task) for task in TASKS[:tasks]]

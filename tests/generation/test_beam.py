@@ -55,6 +55,7 @@ def test_the_score_is_that_of_the_tokens(method):
         np.testing.assert_allclose(found.score, score, rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_beam_as_wide_as_everything_finds_the_best_of_all():
     from milora_jax.base.modules import decode_layout
     from milora_jax.generation.lengths import bucket_of
@@ -93,6 +94,7 @@ def test_prompts_do_not_see_each_other():
         np.testing.assert_allclose(found.score, alone.score, rtol=1e-5)
 
 
+@pytest.mark.sweep("2")
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_the_search_never_copies_a_cache(prompts):
     batch = collate_prompts([text(0, 6).tolist()] * prompts, 32, 0, rows=prompts)

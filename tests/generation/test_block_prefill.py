@@ -58,7 +58,7 @@ def outcome(request):
 
 @pytest.mark.parametrize("config", [TINY, SLIDING], ids=["full", "sliding"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.sweep("milora-full", "None-sliding", "ssp-full")
+@pytest.mark.sweep("milora-full")
 def test_blocks_equal_the_prefill_of_one_program(method, config):
     prompt, adapters = text(1, 29).tolist(), adapted(method)
     expected, route = prefill(
@@ -76,7 +76,7 @@ def test_blocks_equal_the_prefill_of_one_program(method, config):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.sweep("milora", "lora")
+@pytest.mark.sweep("90-milora", "8-lora")
 @pytest.mark.parametrize("length", [8, 9, 23, 24, 96 - 6])
 def test_a_hit_changes_no_bit(method, length):
     """Of a prompt alone, of its logits and of its keys and values; also at the edges of blocks."""
@@ -178,6 +178,7 @@ def test_streams_go_on_while_a_long_prompt_is_prefilled():
         assert run(alone, list(request.prompt), **settings).tokens == request.tokens
 
 
+@pytest.mark.sweep("1")
 @pytest.mark.parametrize("samples", [1, 2])
 def test_a_request_that_ends_while_it_is_prefilled_frees_its_slots(samples):
     engine = engine_of(rows=2)
@@ -193,6 +194,7 @@ def test_a_request_that_ends_while_it_is_prefilled_frees_its_slots(samples):
     assert not request.tokens[0]
 
 
+@pytest.mark.thorough
 def test_one_sample_of_several_may_end_while_their_prompt_is_prefilled():
     engine = engine_of(rows=2)
     settings = GenerationSettings(max_new_tokens=4, num_samples=2, ignore_eos=True)
@@ -226,6 +228,7 @@ def test_programs_are_few():
     assert {bucket_of((n + 1) * 64, 640, 64) for n in range(10)} == {64, 128, 256, 512, 640}
 
 
+@pytest.mark.sweep("29")
 @pytest.mark.parametrize("length", [1, 8, 29, LENGTH])
 def test_a_prompt_is_scored_block_by_block_and_finds_nothing(length):
     adapter, prompt = make_adapter(seed=3), text(8, length).tolist()

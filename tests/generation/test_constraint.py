@@ -55,6 +55,7 @@ def test_tokens_are_allowed_and_neighbours_unchanged(method):
             assert one.logprobs == other.logprobs
 
 
+@pytest.mark.sweep("kind0", "kind4")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_complete_text_ends(kind):
     engine = make_engine(rows=3)
@@ -72,6 +73,7 @@ def test_a_complete_text_ends(kind):
     assert len(neighbour.tokens[0]) == 30
 
 
+@pytest.mark.thorough
 def test_a_full_mask_changes_nothing_at_all():
     free = requests(make_engine(rows=3), {})
     masked = requests(make_engine(rows=3), dict.fromkeys(range(6), AnyToken(TINY.vocab_size)))
@@ -117,6 +119,7 @@ def test_a_batch_without_constraints_runs_the_chunk_program_alone():
         module.decode_logits = kept
 
 
+@pytest.mark.thorough
 def test_constrained_requests_come_and_go_among_others():
     """A batch goes from chunks to single steps and back, and no sample notices."""
 
@@ -137,6 +140,7 @@ def test_constrained_requests_come_and_go_among_others():
         assert i % 3 == 1 or (one.tokens, one.finish) == (other.tokens, other.finish)
 
 
+@pytest.mark.thorough
 def test_masks_go_before_penalties_and_limits():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, TINY.vocab_size)), jnp.float32)
     best = int(logits.argmax())

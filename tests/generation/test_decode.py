@@ -72,6 +72,7 @@ def test_cached_decode_equals_the_full_forward(method):
         )
 
 
+@pytest.mark.thorough
 def test_joined_layers_equal_separate_ones():
     prompt = row_batch(text(0, 9), EMPTY)
     apart = run(make_adapter_tuple(), prompt, base=unroll(BASE))
@@ -118,6 +119,7 @@ def test_a_prompt_in_pieces_is_refused():
         run(make_adapter(), batch, cache=made.cache)
 
 
+@pytest.mark.thorough
 def test_a_row_that_stopped_gives_nothing_more():
     prompts = [text(20 + i, 6) for i in range(6)]
     first, _ = greedy_by_full_forward(prompts[0], None, 4)
@@ -151,6 +153,7 @@ def test_more_prompts_than_rows_and_rows_that_are_used_again():
         assert request.finish == ["length"]
 
 
+@pytest.mark.thorough
 def test_scan_equals_loop_with_a_cache():
     adapter, prompt = make_adapter(), text(0, 6)
     made, _ = prefilled(adapter, prompt, 18)
@@ -172,6 +175,7 @@ def compiled_chunk(adapter, rows, plan=None):
     return compiled(lowered).as_text()
 
 
+@pytest.mark.sweep("8")
 @pytest.mark.parametrize("rows", [1, 8])
 def test_the_decode_program_holds_no_router_no_conditional_and_no_copy_of_the_cache(rows):
     program = compiled_chunk(make_adapter(), rows)

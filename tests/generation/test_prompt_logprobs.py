@@ -27,7 +27,7 @@ def scored(adapter, ids, rows=2, **settings):
     return request
 
 
-@pytest.mark.sweep("1]", "33")
+@pytest.mark.sweep("33")
 @pytest.mark.parametrize("length", [1, 2, 31, 33, 50])
 def test_they_are_those_of_the_whole_pass(length):
     adapter, ids = make_adapter(), text(0, length).tolist()
@@ -78,6 +78,7 @@ def test_neither_they_nor_others_depend_on_who_is_there():
     assert [len(each.prompt_logprobs) for each in alone] == [4, 0, 12, 0, 20]
 
 
+@pytest.mark.thorough
 def test_prompts_that_are_prefilled_together_have_their_own():
     adapter, prompts = make_adapter(), [text(i, 6 + i).tolist() for i in range(3)]
     engine = make_engine(adapter, rows=3, prefill_rows=3)

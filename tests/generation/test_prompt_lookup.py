@@ -101,7 +101,7 @@ def test_a_text_that_repeats_itself_takes_fewer_steps():
     assert steps[4] < steps[0] / 2
 
 
-@pytest.mark.sweep("blocks1")
+@pytest.mark.thorough
 @pytest.mark.parametrize("blocks", [{}, {"prefill_budget": 8, "prefill_block": 8, "prefix_cache": 2**20}])
 def test_a_row_has_the_bits_that_it_has_alone(blocks):
     """Beside neighbours of all kinds, one of which makes the batch go step by step."""

@@ -75,7 +75,7 @@ def test_adapters_of_one_method_may_have_other_ranks_and_scales(method, ranks):
     assert_at_home(bank_of(pair), alone(pair))
 
 
-@pytest.mark.sweep("3-")
+@pytest.mark.thorough
 @pytest.mark.parametrize(("experts", "ranks"), [(1, (1, 33)), (3, (12, 33)), (4, (12, 16)), (8, (16, 8))])
 def test_experts_that_share_a_rank_are_filled_up_one_by_one(experts, ranks):
     settings = {"method": "moelora", "num_experts": experts, "top_k": 1}
