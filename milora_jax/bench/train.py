@@ -1,9 +1,9 @@
 """``python -m milora_jax.bench train``: the speed of training.
 
-Several values of ``--method``, ``--batch``, ``--rank``, ``--remat`` and ``--quantize``, separated by commas,
-are measured side by side: every round takes one step of each in turn. One JSON object per line and variant. A
-step is an update of Omega. MiLoRA's bi-level update of Theta (Appendix A of the paper), every
-``train.coefficient_every`` steps, costs as much again and is not in it.
+Several values of ``--method``, ``--objective``, ``--batch``, ``--rank``, ``--remat`` and ``--quantize``,
+separated by commas, are measured side by side: every round takes one step of each in turn. One JSON object
+per line and variant. A step is an update of Omega. MiLoRA's bi-level update of Theta (Appendix A of the
+paper), every ``train.coefficient_every`` steps, costs as much again and is not in it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from milora_jax.bench import machine
 from milora_jax.bench.models import load_model, peer_directory, random_adapter
 from milora_jax.bench.peer import Peer, started
 from milora_jax.bench.rounds import ModelSettings, in_turns, option
-from milora_jax.config import REMAT, AdapterSection, TrainSection
+from milora_jax.config import OBJECTIVES, REMAT, AdapterSection, TrainSection
 from milora_jax.data.batches import collate
 from milora_jax.data.packing import Rows
+from milora_jax.data.preferences import ANSWERS
 from milora_jax.data.tokens import Example
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
@@ -59,10 +60,12 @@ class Variant:
     """One combination of settings that is measured.
 
     Attributes:
-      rows: "full", every row one record; "padded", one of GSM8K's lengths in every row; "packed", several.
+      rows: "full", every row one record; "pairs", two answers behind a prompt each, as long together;
+        "padded", one record of GSM8K's lengths in every row; "packed", several.
     """
 
     method: str
+    objective: str
     batch: int
     rank: int
     remat: str
@@ -97,6 +100,7 @@ class Settings(ModelSettings):
 
     Attributes:
       method: method that is trained.
+      objective: see train.objective. A step of a preference objective reads as many tokens as one of sft.
       batch: rows of a step.
       seq: tokens of a row.
       rank: rank of methods made of low-rank pairs.
@@ -106,6 +110,7 @@ class Settings(ModelSettings):
     """
 
     method: tuple[str, ...] = option(("milora",), choices=(*METHODS, *PEERS))
+    objective: tuple[str, ...] = option((TrainSection().objective,), choices=OBJECTIVES)
     batch: tuple[int, ...] = option((8,), least=1)
     seq: int = option(256, least=2)
     rank: tuple[int, ...] = option((32,), least=1)
@@ -116,11 +121,11 @@ class Settings(ModelSettings):
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     """Measure all variants and yield a report of each."""
-    rows = ("padded", "packed") if settings.packed else ("full",)
     grid = itertools.product(
-        settings.method, settings.batch, settings.rank, settings.remat, settings.quantize, rows
+        settings.method, settings.objective, settings.batch, settings.rank, settings.remat, settings.quantize
     )
-    variants = list(dict.fromkeys(_without_what_has_no_effect(Variant(*values)) for values in grid))
+    every = (Variant(*values, rows) for values in grid for rows in rows_of(values[1], settings))
+    variants = list(dict.fromkeys(map(_without_what_has_no_effect, every)))
     loaded = {
         kept: load_model(settings.model, settings.dtype, decode=False, quantize=kept)
         for kept in settings.quantize
@@ -137,6 +142,19 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
         matmul = in_turns(cases, settings.repeats, take_step, lambda: machine.measure_matmul(settings.dtype))
         for case in cases:
             yield report(case, config, settings, matmul)
+
+
+def rows_of(objective: str, settings: Settings) -> tuple[str, ...]:
+    """What the rows of an objective are.
+
+    Raises:
+      UserError: rows that the objective does not have were asked for.
+    """
+    if TrainSection(objective=objective).prefers:
+        require(not settings.packed, "--packed", True, f"off with {objective}")
+        require(settings.seq >= 4, "--seq", settings.seq, f"at least 4 with {objective}")
+        return ("pairs",)
+    return ("padded", "packed") if settings.packed else ("full",)
 
 
 def take_step(case: Case) -> None:
@@ -158,7 +176,8 @@ def _without_what_has_no_effect(variant: Variant) -> Variant:
 
 def make_peer(stack: ExitStack, config: ModelConfig, variant: Variant, settings: Settings) -> Case:
     """Start a peer, which lives as long as ``stack``."""
-    require(variant.rows == "full", "--packed", True, f"off with {variant.method}")
+    require(not settings.packed, "--packed", True, f"off with {variant.method}")
+    require(variant.objective == "sft", "--objective", variant.objective, f"sft with {variant.method}")
     peer: Peer = stack.enter_context(
         started(
             settings.peer_python,
@@ -186,9 +205,17 @@ def records(rows: str, count: int, seq: int, vocab_size: int) -> list[list[Examp
     def record(prompt: int, response: int) -> Example:
         return Example(rng.integers(4, vocab_size, prompt + response).astype(np.int32), prompt)
 
+    def pair(total: int) -> list[Example]:
+        chosen = record(total // 4, total // 2 - total // 4)
+        answer = rng.integers(4, vocab_size, total - total // 2 - total // 4).astype(np.int32)
+        prompt = chosen.tokens[: total // 4]
+        return [chosen, Example(np.concatenate([prompt, answer]), len(prompt), label=False)]
+
     if rows == "full":
         return [[record(seq // 2, seq - seq // 2)] for _ in range(count)]
-    fitting = [pair for pair in GSM8K_LENGTHS if sum(pair) <= seq]
+    if rows == "pairs":
+        return [pair(seq) for _ in range(count)]
+    fitting = [lengths for lengths in GSM8K_LENGTHS if sum(lengths) <= seq]
     if not fitting:
         raise UserError(f"--seq {seq}: expected at least {min(map(sum, GSM8K_LENGTHS))} with --packed")
     if rows == "padded":
@@ -203,9 +230,16 @@ def make_case(base: Base, config: ModelConfig, variant: Variant, settings: Setti
     """Compile the step of a variant."""
     section = AdapterSection(method=variant.method, rank=variant.rank or None)
     adapter = random_adapter(base, config, section, 0)
-    train = TrainSection(batch_size=variant.batch, remat=variant.remat, loss_chunk=settings.loss_chunk)
+    train = TrainSection(
+        objective=variant.objective,
+        batch_size=variant.batch,
+        remat=variant.remat,
+        loss_chunk=settings.loss_chunk,
+    )
     rows = records(variant.rows, variant.batch, settings.seq, config.vocab_size)
-    batch = jax.device_put(collate(rows, settings.seq, variant.batch, max(map(len, rows))))
+    answers = ANSWERS if train.prefers else 1
+    prompts = max(map(len, rows)) // answers
+    batch = jax.device_put(collate(rows, settings.seq, variant.batch, prompts, answers))
     state = init_state(adapter, jax.random.key(0), train, 1000)
     # A donated state must not share a constant with the base, so each gets its own.
     held = [jax.tree.map(lambda leaf: leaf.copy(), state)]
@@ -236,7 +270,8 @@ def report(case: Case, config: ModelConfig, settings: Settings, matmul: float) -
     """The figures of one variant as JSON."""
     seconds = statistics.median(case.seconds)
     tokens = case.variant.batch * settings.seq
-    # Forward 2N and backward 2N: a frozen matrix has no gradient of its own. Attention is not counted.
+    # Forward 2N and backward 2N: a frozen matrix has no gradient of its own. Attention is not counted, nor is
+    # the forward pass of a preference objective's reference model, 2N more.
     flops = 4 * config.matrix_parameters * tokens / seconds
     return {
         "what": "train",

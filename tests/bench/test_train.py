@@ -88,6 +88,27 @@ def test_padded_and_packed_are_measured_side_by_side(folder, capsys):
         assert each["useful_tok_s"] == pytest.approx(each["useful_share"] * each["tok_s"])
 
 
+def test_a_row_of_two_answers_is_as_long_as_one_of_a_record():
+    (full,), (chosen, rejected) = (train.records(rows, 1, 17, 97)[0] for rows in ("full", "pairs"))
+    assert len(chosen.tokens) + len(rejected.tokens) == len(full.tokens) == 17
+    assert chosen.prompt_length == rejected.prompt_length == 4
+    assert (chosen.tokens[:4] == rejected.tokens[:4]).all()
+    assert (chosen.label, rejected.label) == (True, False)
+
+
+@pytest.mark.slow
+def test_objectives_are_measured_side_by_side(folder, capsys):
+    common = ["--model", str(folder), "--batch", "2", "--rank", "4", "--repeats", "1", "--seq", "16"]
+    main(["train", *common, "--method", "milora,bitfit", "--objective", "sft,dpo"])
+    figures = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(f["method"], f["objective"], f["rows"]) for f in figures] == [
+        (method, *objective)
+        for method in ("milora", "bitfit")
+        for objective in (("sft", "full"), ("dpo", "pairs"))
+    ]
+    assert {f["useful_share"] for f in figures} == {1.0}
+
+
 def test_the_parameters_a_token_is_multiplied_with():
     """All matrices of the leaves themselves, but the embedding, whose rows are looked up."""
     sizes = [
@@ -99,7 +120,7 @@ def test_the_parameters_a_token_is_multiplied_with():
 
 def test_every_method_that_has_a_rank_takes_it():
     """And no other: a rank that is not used would be reported as measured."""
-    asked = train.Variant("ssp", 1, 4, "none", "none", "full")
+    asked = train.Variant("ssp", "sft", 1, 4, "none", "none", "full")
     assert train._without_what_has_no_effect(asked).rank == 4
     assert train._without_what_has_no_effect(dataclasses.replace(asked, method="ia3")).rank == 0
 
@@ -112,6 +133,9 @@ def test_every_method_that_has_a_rank_takes_it():
         (["--seq", "9999"], "expected at most 512"),
         (["--batch", "0"], "--batch is 0"),
         (["--seq", "40", "--packed"], "--seq 40: expected at least 145 with --packed"),
+        (["--objective", "sft,ppo"], "--objective is 'ppo'"),
+        (["--objective", "sft,dpo", "--packed"], "--packed is True: expected off with dpo"),
+        (["--objective", "dpo", "--method", "peft-lora"], "expected sft with peft-lora"),
         (["--packed", "--method", "peft-lora"], "--packed is True: expected off with peft-lora"),
         (["--method", "peft-lora", "--peer-python", "no-such-python"], "no-such-python"),
     ],
