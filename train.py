@@ -21,30 +21,17 @@ Everything is written under the workdir; run the same command again to resume:
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import milora_jax
 from milora_jax.cluster import Cluster
 from milora_jax.commands.command_line import Parser, run_command
 from milora_jax.commands.config_options import read_config_file, settings_parser, todays_spelling
 from milora_jax.commands.options import add_options, settings_of
 from milora_jax.config import Config
-from milora_jax.console import Console
 from milora_jax.errors import UserError
-from milora_jax.evaluation.final import (
-    check_tests,
-    evaluate_adapter,
-    evaluate_base,
-    require_learned,
-    write_report,
-)
-from milora_jax.parallel.processes import is_first, together, watch_for_preemption_of_any
-from milora_jax.storage.mirror import opened_workdir
-from milora_jax.training.loop import Trainer
-from milora_jax.training.prepare import prepare_run
-from milora_jax.training.workdir import claimed
 
 
 class Arguments(NamedTuple):
@@ -84,30 +71,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
 
 
 def main() -> None:
-    """Prepare, score the base, train, score the best adapter, report."""
-    started = time.monotonic()
-    config, given, cluster = parse_arguments()
-    # JAX installs its handler of SIGTERM when it joins others: several keep it, and ours replaces it for one.
-    with (
-        together(cluster),
-        watch_for_preemption_of_any() as preempted,
-        opened_workdir(given, Console().log, preempted) as (workdir, publisher),
-    ):
-        console = Console(silent=not is_first())
-        with console.loading("base") as progress:
-            run = prepare_run(config, workdir, console.log, progress)
-        check_tests(run.tests, console.log)
-        with claimed(workdir, run.config):
-            console.log(f"workdir {workdir}: {run.model.num_layers} layers, {config.adapter.method}")
-            before = evaluate_base(run, workdir, console, preempted)
-            trainer = Trainer(run, workdir, console.log, publisher=publisher)
-            with console.progress("training", trainer.total_steps, "step") as bar:
-                fit = trainer.fit(bar.reach, preempted)
-            after = evaluate_adapter(run, workdir, console, preempted)
-            seconds = fit.earlier_seconds + time.monotonic() - started
-            if is_first():
-                write_report(run, workdir, fit, before, after, seconds)
-    require_learned(run, fit)
+    """Prepare, score the base, train, score the best adapter, report: see ``milora_jax.run``."""
+    config, workdir, cluster = parse_arguments()
+    milora_jax.train(config, workdir, cluster=cluster, handle_signals=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from milora_jax.base.load import load_base, logits
     from milora_jax.generation.text import generate
+    from milora_jax.run import train
     from milora_jax.storage.adapters import load_adapter
 
 __version__ = "0.1.0.dev0"
@@ -21,9 +22,10 @@ _HOMES = {
     "logits": "milora_jax.base.load",
     "load_adapter": "milora_jax.storage.adapters",
     "generate": "milora_jax.generation.text",
+    "train": "milora_jax.run",
 }
 
-__all__ = ["generate", "load_adapter", "load_base", "logits"]
+__all__ = ["generate", "load_adapter", "load_base", "logits", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ FLOORS = (
     ("storage", "data"),
     ("training", "generation"),
     ("evaluation", "tiny", "bench", "scaling"),
-    ("serving", "doctor"),
+    ("serving", "doctor", "run"),
     ("commands",),
 )
 """From the cellar to the roof; a room imports from floors below its own, and from itself."""
@@ -219,10 +219,10 @@ def test_importing_the_package_reads_no_module_of_it_and_starts_no_device():
         before = set(sys.modules)
         import milora_jax
         names = [name for name in milora_jax.__all__ if name in dir(milora_jax)]
-        assert len(names) == 4, names
+        assert len(names) == 5, names
         assert not xla_bridge._backends, "a device was started"
         assert set(sys.modules) - before <= {"milora_jax"}, set(sys.modules) - before
-        from milora_jax import generate, load_adapter, load_base, logits
+        from milora_jax import generate, load_adapter, load_base, logits, train
         assert not xla_bridge._backends, "a device was started by the verbs' modules"
         """
     )

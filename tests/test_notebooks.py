@@ -14,7 +14,10 @@ import pytest
 from tests.paths import ROOT
 
 FOLDER = ROOT / "notebooks"
-NAMES = ("finetune_gemma_or_llama", "latency", "quickstart", "routing_maps", "serve_many_tenants")
+NAMES = (
+    *("finetune_gemma_or_llama", "latency", "preferences", "quickstart", "routing_maps"),
+    "serve_many_tenants",
+)
 
 MOST_BYTES = 300_000
 """Of a notebook with its outputs."""

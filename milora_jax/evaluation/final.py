@@ -250,13 +250,18 @@ def write_report(
     before: dict[str, dict[str, Any]],
     scores: list[TaskScore],
     wall_seconds: float,
-) -> None:
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """Print the tables and example answers; write ``summary.json``, ``predictions.jsonl`` and the plot.
 
     Args:
       before: the result of :func:`evaluate_base`.
       scores: scores of the best adapter.
       wall_seconds: time of this start, plus the training time of the earlier ones.
+      say: prints a text.
+
+    Returns:
+      The content of ``summary.json``.
     """
     best = read_metadata(workdir / "best", fit.progress.best_step)
     counts = parameter_counts(build_method(run.config.adapter), adapter_shape(run.model), best)
@@ -288,24 +293,25 @@ def write_report(
     write_json_atomic(workdir / "summary.json", summary)
     # Everything is written before anything is printed, which may fail.
     if scores:
-        print(_example(run, scores[0]))
+        say(_example(run, scores[0]))
         for score in scores:
             if score.text is not None:
                 answers = before["answers"][score.task]
-                print(answers_side_by_side(run.tests[score.task], answers, score.predictions))
-        print("\n".join([figures_table(before, after), *loss_notes(after)]))
-    print(
+                say(answers_side_by_side(run.tests[score.task], answers, score.predictions))
+        say("\n".join([figures_table(before, after), *loss_notes(after)]))
+    say(
         f"\n{fit.steps} steps, best at {fit.progress.best_step} ({run.measure} "
         f"{fit.progress.best_perplexity:.3f}), {summary['tunable_parameters']:,} tunable parameters, "
         f"{summary['mean_active_parameters']:,.0f} active per token, {wall_seconds:.0f} s"
     )
-    print("\n".join(next_steps(workdir, run.config, run.model, written)))
+    say("\n".join(next_steps(workdir, run.config, run.model, written)))
     reason = fit.progress.saturated(run.guess)
     if summary["not_learned"] and not reason:  # else require_learned says so
-        print(f"warning: nothing was learned: {summary['not_learned']}")
+        say(f"warning: nothing was learned: {summary['not_learned']}")
     elif reason and not summary["not_learned"]:
         best = fit.progress.best_step
-        print(f"warning: training broke down after step {best}, whose adapter is the best: {reason}")
+        say(f"warning: training broke down after step {best}, whose adapter is the best: {reason}")
+    return summary
 
 
 def require_learned(run: Run, fit: Fit) -> None:

@@ -1,5 +1,9 @@
 """Preference pairs on the embedded model's sums, in TRL's schema: of two right answers the shorter one is
-preferred."""
+preferred.
+
+Both have the calculation. The model needs it: pairs that preferred "The answer is 16." alone turned 60 of 60
+right answers into none.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ def make_preferences(seed: int) -> dict[str, list[dict[str, str]]]:
         made[split] = [
             {
                 "prompt": row["instruction"],
-                "chosen": f"The answer is {row['answer']}.",
+                "chosen": row["output"].partition(" The answer")[0],
                 "rejected": row["output"],
             }
             for row in list(unique.values())[:count]
