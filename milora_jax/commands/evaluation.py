@@ -69,7 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add = parser.add_argument
     add("--workdir", type=local_copy, help="workdir of train.py, or its gs:// address")
-    add("--adapter", type=local_copy, help="exported adapter, beside --base")
+    add("--adapter", type=local_copy, help="exported adapter, also hf://OWNER/NAME, beside --base")
     add("--base", help="of the base: Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH")
     add("--no-adapter", action="store_true", help="score the base without the adapter")
     add("--data", default="", help="[NAME=]FILE,... to score (default: the run's test files, or the Hub)")
