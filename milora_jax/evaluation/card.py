@@ -75,6 +75,11 @@ class Card:
         base = f"[{self.base}](https://huggingface.co/{self.base})" if self.base else "a frozen base"
         return f"An adapter of method `{self._method}` for {base}, trained with milora_jax."
 
+    @property
+    def _own_metric(self) -> str:
+        """The name of the function of ``eval.metric``."""
+        return "metric" if self.run is None else self.run.eval.metric.rpartition(":")[2]
+
     def _results(self) -> str:
         """Scores of base and adapter on the run's test rows; "" where there are none."""
         rows = []
@@ -82,6 +87,7 @@ class Card:
             ("accuracy", "accuracy", lambda value: f"{100 * value:.1f} %"),
             ("loss", "loss", lambda value: f"{value:.3f}"),
             ("perplexity", "perplexity", lambda value: f"{value:.2f}"),
+            ("metric", self._own_metric, lambda value: f"{value:.4g}"),
         ):
             both = self.summary.get(figure) or {}
             rows += _compared(title, both.get("base") or {}, both.get("adapter") or {}, shown)

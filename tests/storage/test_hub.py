@@ -11,7 +11,7 @@ import pytest
 from milora_jax.adapters.registry import adapter_shape
 from milora_jax.addresses import on_hub
 from milora_jax.commands import storage
-from milora_jax.config import Config, DataSection, ModelSection
+from milora_jax.config import Config, DataSection, EvalSection, ModelSection
 from milora_jax.errors import TemporaryError, UserError, as_given
 from milora_jax.evaluation.card import Card
 from milora_jax.storage.adapters import load_adapter, read_adapter
@@ -32,6 +32,7 @@ SUMMARY = {
     "tunable_parameters": 1234,
     "accuracy": {"base": {"sums": 0.25, "mean": 0.25}, "adapter": {"sums": 0.75, "mean": 0.75}},
     "loss": {"base": {"sums": 3.0}, "adapter": {"sums": None}},
+    "metric": {"base": {"sums": 1.0}, "adapter": {"sums": 2.5}},
     "measures": {"base": {"told": {"bleu": 1.0, "chrf": 2.0, "rouge_l": 3.0}}, "adapter": {}},
 }
 
@@ -278,7 +279,8 @@ def test_what_cannot_be_pushed_makes_no_repository(hub, run, exported, lora, mod
 def test_a_card_says_what_the_run_did_and_no_path_of_the_machine(hub, run, model, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     data = DataSection(train=f"sums={tmp_path}/train.jsonl,hf:owner/rows:main", test=f"{tmp_path}/told.jsonl")
-    config = Config(model=ModelSection(path="hf://meta-llama/Llama-3.2-1B@main"), data=data)
+    own = EvalSection(metric=f"{tmp_path}/mine.py:overlap")
+    config = Config(model=ModelSection(path="hf://meta-llama/Llama-3.2-1B@main"), data=data, eval=own)
     (tmp_path / "run" / "config.json").write_bytes(json_bytes(config.to_dict()))
     (tmp_path / "run" / "summary.json").write_bytes(json_bytes(SUMMARY))
     push(tmp_path / "run", "hf://me/math")
@@ -298,6 +300,7 @@ def test_a_card_says_what_the_run_did_and_no_path_of_the_machine(hub, run, model
         "# math",
         "| sums | accuracy | 25.0 % | 75.0 % |",
         "| sums | loss | 3.000 | - |",
+        "| sums | overlap | 1 | 2.5 |",
         "Dev perplexity 2.500, at step 30.",
         "| training data | sums, owner/rows |",
         "| test data | told |",
