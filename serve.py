@@ -35,7 +35,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--demo", action="store_true", help="the embedded model with two adapters, trained first")
     add("--base", default="", help="Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH")
     add("--name", default="base", help="under which the base alone is offered")
-    add("--adapter", action="append", default=[], metavar="NAME=DIR", help="to load; as often as wanted")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="to load, also NAME=hf://OWNER/NAME; may be repeated",
+    )
     add("--pin", action="append", default=[], metavar="NAME", help="an adapter that stays on the device")
     add("--registry", type=local_path, help="file that keeps adapters' names and what is loaded")
     add("--keys", type=local_path, help="file of tenants' keys, see docs/serving.md")

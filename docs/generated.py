@@ -37,6 +37,7 @@ COMMANDS = (
     ("-m", "milora_jax.storage", "export"),
     ("-m", "milora_jax.storage", "import"),
     ("-m", "milora_jax.storage", "verify"),
+    ("-m", "milora_jax.storage", "push"),
     ("-m", "milora_jax.parallel", "aot"),
     ("-m", "milora_jax.bench", "decode"),
     ("-m", "milora_jax.bench", "train"),

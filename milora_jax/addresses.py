@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from milora_jax.errors import UserError
 
 BUCKETS = "gs://"
 """How an address in Google Cloud Storage begins."""
+
+HUB = "hf://"
+"""How an address on the Hugging Face Hub begins."""
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*):/+(.*)", re.DOTALL)
 
@@ -44,6 +48,47 @@ def in_bucket(path: str | Path) -> str | None:
     if f"{scheme}://" != BUCKETS:
         raise UserError(f"{address!r}: scheme {scheme!r}: expected a directory or {BUCKETS}BUCKET/PATH")
     return address
+
+
+class HubAddress(NamedTuple):
+    """A place on the Hugging Face Hub.
+
+    Attributes:
+      repository: OWNER/NAME.
+      folder: a folder in the repository; "" is the repository itself.
+      revision: a branch, a tag or a commit; "" is the newest commit.
+    """
+
+    repository: str
+    folder: str = ""
+    revision: str = ""
+
+    def __str__(self) -> str:
+        place = "/".join(filter(None, (self.repository, self.folder)))
+        return f"{HUB}{place}@{self.revision}" if self.revision else f"{HUB}{place}"
+
+
+def on_hub(path: str | Path) -> HubAddress | None:
+    """The parts of ``hf://OWNER/NAME[/FOLDER][@REVISION]``; None for any other path.
+
+    Raises:
+      UserError: it begins like such an address and is none.
+
+    >>> on_hub("hf://me/math"), on_hub("runs/math")
+    (HubAddress(repository='me/math', folder='', revision=''), None)
+    >>> str(on_hub(Path("hf://me/math/law@refs/pr/1")))
+    'hf://me/math/law@refs/pr/1'
+    """
+    text = str(path)
+    if not text.startswith("hf:"):
+        return None
+    begins = "hf:/" if isinstance(path, Path) else HUB  # a Path has lost a slash
+    place, at, revision = text.removeprefix(begins).partition("@")
+    owner, *parts = place.split("/")
+    whole = text.startswith(begins) and parts and all((owner, *parts)) and (bool(revision) or not at)
+    if not whole or {".", ".."}.intersection((owner, *parts)):
+        raise UserError(f"{text!r}: expected {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION")
+    return HubAddress(f"{owner}/{parts[0]}", "/".join(parts[1:]), revision)
 
 
 def require_local(path: str | Path, otherwise: str) -> None:

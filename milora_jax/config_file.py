@@ -29,7 +29,11 @@ def call_config_file(path: Path, function: str, *arguments: str, example: str) -
     except UserError:
         raise
     except Exception as error:  # the file is the user's code, which may raise anything
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        where = f"{path}:{lines[-1]}" if lines else str(path)
-        raise UserError(f"--config {where}: {type(error).__name__}: {error}") from None
+        raise UserError(f"--config {place_in(path, error)}: {type(error).__name__}: {error}") from None
     raise UserError(f"--config {str(path)!r} has no {function}(), expected a file such as {example}")
+
+
+def place_in(path: Path, error: Exception) -> str:
+    """A file, and the line of it that an error passed last, where there is one."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    return f"{path}:{lines[-1]}" if lines else str(path)

@@ -19,12 +19,14 @@ from milora_jax.config import Config
 from milora_jax.console import Console
 from milora_jax.errors import UserError, exit_report
 from milora_jax.evaluation.final import (
+    PREDICTIONS_NAME,
     check_tests,
     evaluate_adapter,
     evaluate_base,
     require_learned,
     write_report,
 )
+from milora_jax.evaluation.own_metric import read_metric
 from milora_jax.evaluation.score import TaskScore, accuracies
 from milora_jax.parallel.processes import is_first, together, watch_for_preemption_of_any
 from milora_jax.storage.mirror import opened_workdir
@@ -73,7 +75,7 @@ class TrainResult:
     @property
     def predictions(self) -> Path | str | None:
         """The file with one line of JSON per scored row; None without test rows."""
-        return self._within("predictions.jsonl") if self.scores else None
+        return self._within(PREDICTIONS_NAME) if self.scores else None
 
     def _within(self, name: str) -> Path | str:
         return f"{self.workdir}/{name}" if isinstance(self.workdir, str) else self.workdir / name
@@ -121,6 +123,7 @@ def train(
     started = time.monotonic()
     with _refusals_in_one_line():
         settings = config if isinstance(config, Config) else Config.from_dict(config)
+        read_metric(settings.eval.metric)  # a typo in it should not cost a training
         # JAX installs its handler of SIGTERM when it joins others: several keep it, and ours replaces it
         # for one.
         with (

@@ -43,13 +43,14 @@ def settings(tmp_path_factory):
     write_hf_directory(folder / "model")
     rows = [{"instruction": f"{i} + 1", "output": f"It is {i + 1}", "answer": f"{i + 1}"} for i in range(24)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "mine.py").write_text("def letters(predictions, rows):\n    return [*map(len, predictions)]\n")
     file = str(folder / "sums.jsonl")
     return {
         "model": {"path": str(folder / "model")},
         "adapter": {"method": "lora", "rank": 2},
         "data": {"train": file, "dev": file, "test": file, "max_length": 360},
         "train": {"max_steps": STEPS, "batch_size": 8, "eval_every": 2, "log_every": 1, "save_every": 2},
-        "eval": {"limit": 3, "batch_size": 8, "max_new_tokens": 3},
+        "eval": {"limit": 3, "batch_size": 8, "max_new_tokens": 3, "metric": f"{folder}/mine.py:letters"},
         "mesh": {"data": 1, "fsdp": 1},
     }
 
@@ -126,6 +127,9 @@ def test_it_writes_what_the_command_writes_also_when_it_was_stopped(settings, by
     theirs = json.loads((by_command / "summary.json").read_text())
     assert without_times(result.summary) == without_times(theirs)
     assert result.accuracy == theirs["accuracy"]["adapter"]
+    texts = [each.generated for score in result.scores for each in score.predictions]
+    assert result.summary["metric"]["adapter"] == {"sums": sum(map(len, texts)) / 3}
+    assert result.summary["metric"]["base"].keys() == {"sums"}
     assert (result.steps, result.best_step) == (STEPS, theirs["best_step"])
     assert [json.loads(line)["step"] for line in result.metrics.read_text().splitlines()] == [
         1,

@@ -33,6 +33,7 @@ from milora_jax.config import DTYPES, EvalSection
 from milora_jax.console import Console
 from milora_jax.data.records import parse_given, parse_sources
 from milora_jax.errors import UserError, require
+from milora_jax.evaluation.own_metric import read_metric
 from milora_jax.evaluation.plan import (
     Plan,
     answer_missing,
@@ -43,7 +44,7 @@ from milora_jax.evaluation.plan import (
 )
 from milora_jax.evaluation.predictions import PredictionFile
 from milora_jax.evaluation.report import loss_notes, score_table
-from milora_jax.evaluation.score import losses_in
+from milora_jax.evaluation.score import losses_in, with_metric
 from milora_jax.evaluation.subject import Named, named_subject, read_subject
 from milora_jax.evaluation.tasks import MOST_BEAMS, PAPER_BEAMS, TASKS, Task, task_named
 from milora_jax.parallel.processes import (
@@ -69,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add = parser.add_argument
     add("--workdir", type=local_copy, help="workdir of train.py, or its gs:// address")
-    add("--adapter", type=local_copy, help="exported adapter, beside --base")
+    add("--adapter", type=local_copy, help="exported adapter, also hf://OWNER/NAME, beside --base")
     add("--base", help="of the base: Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH")
     add("--no-adapter", action="store_true", help="score the base without the adapter")
     add("--data", default="", help="[NAME=]FILE,... to score (default: the run's test files, or the Hub)")
@@ -79,6 +80,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     beams = f"1 is greedy (default), the paper has {PAPER_BEAMS}, LLM-Adapters {MOST_BEAMS}"
     add("--beams", type=int, default=1, help=f"width of the beam search: {beams}")
     add("--strict", action="store_true", help="read answers by the strict rules, see docs/evaluation.md")
+    add("--metric", default="", help="FILE.py:FUNCTION, a measure of your own (default: the run's)")
     add("--max-new-tokens", type=int, default=0, help="longest answer (default: the task's, or the run's)")
     add("--batch-size", type=int, default=0, help="prompts decoded together (default: the run's)")
     add("--template", choices=TEMPLATES, help="of prompts (default: the run's or the export's, else alpaca)")
@@ -117,6 +119,7 @@ def _score(asked: argparse.Namespace, console: Console, preempted: Callable[[], 
         plain=asked.no_adapter,
     )
     run = named.eval or EvalSection()
+    metric = read_metric(asked.metric or run.metric)
     settings = EvalSection(
         limit=asked.limit,
         batch_size=asked.batch_size or run.batch_size,
@@ -148,7 +151,8 @@ def _score(asked: argparse.Namespace, console: Console, preempted: Callable[[], 
         if not is_first():
             return
         scores = [plan.measured(each, losses) for each in file.scores()]
-        result = result_of(scores, plan)
+        scores = with_metric(scores, metric, {task: each.records for task, each in questions.items()}, path)
+        result = result_of(scores, plan, metric)
         file.finish(result)
     print(json.dumps(result))
     for line in loss_notes(result):

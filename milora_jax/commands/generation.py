@@ -50,7 +50,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--base", help="of the base: Hugging Face directory, hf://OWNER/NAME, or gs://BUCKET/PATH"
     )
     parser.add_argument(
-        "--adapter", type=local_copy, help="export, workdir or PEFT adapter; default with --base: none"
+        "--adapter",
+        type=local_copy,
+        help="export, workdir, PEFT adapter or hf://OWNER/NAME; default with --base: none",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the run's, or float32")
     parser.add_argument(

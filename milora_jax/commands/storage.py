@@ -1,8 +1,9 @@
-"""Export and import adapters, and check files byte by byte.
+"""Export, import and push adapters, and check files byte by byte.
 
 python -m milora_jax.storage export --workdir DIR --out DIR --format milora|peft|static|orbax|merged
 python -m milora_jax.storage import --peft DIR --base DIR --out DIR
 python -m milora_jax.storage verify PATH    # a workdir, its checkpoints/ or best/, one step, an export
+python -m milora_jax.storage push ADAPTER hf://OWNER/NAME [--private]
 
 docs/adapters.md says which program reads which format.
 """
@@ -22,6 +23,7 @@ from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.load import load_base
 from milora_jax.base.source import hub_name, model_directory
 from milora_jax.commands.command_line import Parser, interrupt_on_termination
+from milora_jax.commands.push import add_push, push
 from milora_jax.config import DataSection
 from milora_jax.console import Console
 from milora_jax.data.records import Record, Source, read_records, run_sources
@@ -84,6 +86,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     checker = commands.add_parser("verify", help="check names, shapes, dtypes, values and hashes")
     checker.add_argument("path", type=with_states)
     checker.add_argument("--base", help="that it must be for: directory, hf:// name or gs://")
+    add_push(commands.add_parser("push", help="upload an adapter to the Hugging Face Hub"))
     return parser.parse_args(arguments)
 
 
@@ -206,13 +209,15 @@ def _records(sources: Sequence[Source], limit: int) -> list[Record]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Export, import or verify."""
+    """Export, import, verify or push."""
     asked = parse_arguments(arguments)
     with interrupt_on_termination():
         if asked.command == "verify":
             verify(asked.path, None if asked.base is None else model_directory(asked.base))
         elif asked.command == "export":
             run_export(asked)
+        elif asked.command == "push":
+            push(asked, Console().log)
         else:
             source, base, out = asked.peft, model_directory(asked.base), asked.out
             for line in import_peft(source, base, out, asked.method, asked.seed):

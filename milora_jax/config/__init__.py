@@ -15,7 +15,7 @@ from milora_jax.config.adapter import (
     AdapterSection,
 )
 from milora_jax.config.data import DataSection
-from milora_jax.config.evaluation import EvalSection
+from milora_jax.config.evaluation import EvalSection, split_metric
 from milora_jax.config.mesh import MeshSection, parse_mesh
 from milora_jax.config.model import DTYPES, QUANTIZE, ModelSection
 from milora_jax.config.train import (
@@ -52,6 +52,7 @@ __all__ = [
     "ModelSection",
     "TrainSection",
     "parse_mesh",
+    "split_metric",
     "to_config_dict",
     "tracker_names",
     "value_type",

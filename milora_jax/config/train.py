@@ -67,7 +67,7 @@ class TrainSection:
       trackers: where metrics go beside ``metrics.jsonl``: tensorboard, wandb, or both, comma-separated; see
         docs/logging.md.
       init_from: a workdir or an exported or imported adapter, of the same method and base, whose parameters
-        training starts from; empty starts from fresh ones.
+        training starts from, also at ``hf://OWNER/NAME``; empty starts from fresh ones.
     """
 
     objective: str = "sft"

@@ -18,10 +18,11 @@ from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.console import Console
 from milora_jax.data.prompts import shown_prompt
 from milora_jax.data.records import Record, fingerprint
-from milora_jax.errors import NothingLearnedError
+from milora_jax.errors import NothingLearnedError, UserError
 from milora_jax.evaluation.free_text import is_free_text, require_text_packages
 from milora_jax.evaluation.loss import Loss, Responses, encode_responses, response_loss
 from milora_jax.evaluation.next_steps import next_steps
+from milora_jax.evaluation.own_metric import read_metric
 from milora_jax.evaluation.report import (
     answers_side_by_side,
     figures_table,
@@ -36,6 +37,7 @@ from milora_jax.evaluation.score import (
     measures_of,
     prefill_rows,
     score_task,
+    with_metric,
     write_predictions,
 )
 from milora_jax.evaluation.tasks import require_golds, rule_for
@@ -57,6 +59,11 @@ from milora_jax.types import EXPERTS
 
 BASE_SCORES_NAME = "base_accuracy.json"
 
+PREDICTIONS_NAME = "predictions.jsonl"
+
+NO_ANSWERS = ("mesh", "metric")
+"""Settings of ``eval`` on which no answer depends."""
+
 SHOWN = 5
 """Answers to a task of free text that are printed, before and after training side by side."""
 
@@ -72,12 +79,16 @@ def evaluate_base(
     """
     if not run.tests:
         return {}
+    metric = read_metric(run.config.eval.metric)
     key = {
         "tests": {task: fingerprint(records) for task, records in run.tests.items()},
         "base": run.base_fingerprint,
         "end_tokens": sorted(run.model.eos_ids),
-        "eval": {name: value for name, value in run.config.to_dict()["eval"].items() if name != "mesh"},
+        "eval": {
+            name: value for name, value in run.config.to_dict()["eval"].items() if name not in NO_ANSWERS
+        },
         "prompt_format": run.config.prompt_format.to_dict(),
+        **({} if metric is None else {"metric": [metric.given, metric.digest]}),
     }
     path = workdir / BASE_SCORES_NAME
     saved = read_json(path) if is_first() and path.is_file() else {}
@@ -85,6 +96,7 @@ def evaluate_base(
     if from_first(saved.pop("key", None) == key and "answers" in saved):
         return saved
     scores = _score_all(run, None, "the base", console, preempted)
+    scores = _with_metric(run, scores, workdir / "base_predictions.jsonl")
     answers = {score.task: [each.generated for each in score.predictions[:SHOWN]] for score in scores}
     found = {**figures(scores), "answers": answers}
     if is_first():
@@ -105,7 +117,18 @@ def evaluate_adapter(
     wait_for_all("best adapter")  # the first process seals it
     adapter, metadata = read_adapter(workdir)
     require_same(lambda: {"best adapter": metadata})
-    return _score_all(run, adapter, "the adapter", console, preempted)
+    scores = _score_all(run, adapter, "the adapter", console, preempted)
+    return _with_metric(run, scores, workdir / PREDICTIONS_NAME)
+
+
+def _with_metric(run: Run, scores: list[TaskScore], kept: Path) -> list[TaskScore]:
+    """Add the user's own measure; if it fails, the answers are kept in a file."""
+    try:
+        return with_metric(scores, read_metric(run.config.eval.metric), run.tests, kept)
+    except UserError:
+        if is_first():
+            write_predictions(kept, scores)
+        raise
 
 
 def _score_all(
@@ -283,11 +306,17 @@ def write_report(
     if plot_health(workdir / "routing_health.png", workdir / METRICS_NAME):
         written.append("routing_health.png")
     if scores:
-        for name in ("accuracy", "loss", "perplexity", "measures"):
+        for name in (
+            "accuracy",
+            "loss",
+            "perplexity",
+            "measures",
+            *(["metric"] if "metric" in after else []),
+        ):
             summary[name] = {"base": before[name], "adapter": after[name]}
         summary["loss_rows"] = after["loss_rows"]  # base and adapter are scored on the same rows
-        write_predictions(workdir / "predictions.jsonl", scores)
-        written.append("predictions.jsonl")
+        write_predictions(workdir / PREDICTIONS_NAME, scores)
+        written.append(PREDICTIONS_NAME)
         if plot_routing(workdir / "routing.png", scores):
             written.append("routing.png")
     write_json_atomic(workdir / "summary.json", summary)

@@ -18,6 +18,7 @@ from milora_jax.evaluation.extraction import Rule
 from milora_jax.evaluation.free_text import is_free_text, require_text_packages
 from milora_jax.evaluation.hub import hub_records
 from milora_jax.evaluation.loss import Loss, Responses, encode_responses, response_loss
+from milora_jax.evaluation.own_metric import OwnMetric
 from milora_jax.evaluation.predictions import PredictionFile, TaskBatch, batches_by_length
 from milora_jax.evaluation.score import (
     Prediction,
@@ -299,8 +300,12 @@ class _Status:
         self._bar.reach(reached, status)
 
 
-def result_of(scores: Sequence[TaskScore], plan: Plan) -> dict[str, Any]:
-    """The result that is printed and stored beside the predictions."""
+def result_of(scores: Sequence[TaskScore], plan: Plan, metric: OwnMetric | None = None) -> dict[str, Any]:
+    """The result that is printed and stored beside the predictions.
+
+    Args:
+      metric: the user's own measure, which the scores have.
+    """
     return {
         **figures(scores),
         "interval": {score.task: [score.interval.low, score.interval.high] for score in scores},
@@ -309,6 +314,7 @@ def result_of(scores: Sequence[TaskScore], plan: Plan) -> dict[str, Any]:
         "rule": {task: asked.rule.name for task, asked in plan.questions.items()},
         "max_new_tokens": {task: asked.max_new_tokens for task, asked in plan.questions.items()},
         "beams": plan.beams,
+        **({} if metric is None else {"metric_function": metric.given}),
     }
 
 

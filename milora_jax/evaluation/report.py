@@ -45,7 +45,7 @@ Figures = Mapping[str, Mapping[str, Any]]
 
 def figures_table(base: Figures, adapter: Figures) -> str:
     """Accuracy in percent, loss and perplexity before and after, one line per task and one for the mean
-    accuracy; below them the measures of free text, if there are any.
+    accuracy; below them the measures of free text and the user's own, if there are any.
     """
     both, tasks, free = (base, adapter), [*adapter["accuracy"]], [*adapter["measures"]]
     width = max(map(len, ("free text", *tasks)))
@@ -67,6 +67,9 @@ def figures_table(base: Figures, adapter: Figures) -> str:
         }
         first, second, *others = _before_and_after("free text", free, columns, width)
         lines += ["", first, second, rule, *others]
+    if own := adapter.get("metric", {}):
+        columns = {"metric": {task: tuple(_own(each["metric"][task]) for each in both) for task in own}}
+        lines += ["", *_before_and_after("own metric", [*own], columns, max(width, len("own metric")))]
     return "\n".join(lines)
 
 
@@ -95,6 +98,10 @@ def _perplexity(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if value < 10_000 else f"{value:.1e}"
+
+
+def _own(value: float) -> str:
+    return f"{value:.4g}"
 
 
 def answers_side_by_side(
@@ -141,7 +148,9 @@ def score_table(scores: Sequence[TaskScore]) -> str:
     free = any(score.text is not None for score in scores)
     head = f"{'task':<{width}}  {'right':>6}  {'95 % interval':>15}  {'rows':>6}  {'unread':>6}"
     head += f"  {'loss':>6}  {'perplexity':>10}"
-    lines = [head + "".join(f"  {title:>7}" for title in TEXT_MEASURES.values() if free)]
+    own = any(score.metric is not None for score in scores)
+    head += "".join(f"  {title:>7}" for title in TEXT_MEASURES.values() if free)
+    lines = [head + "   metric" * own]
     for score in scores:
         low, high = 100 * score.interval.low, 100 * score.interval.high
         between = f"{low:.1f} to {high:.1f}%"
@@ -152,6 +161,10 @@ def score_table(scores: Sequence[TaskScore]) -> str:
         )
         if score.text is not None:
             line += "".join(f"  {getattr(score.text, name):>7.1f}" for name in TEXT_MEASURES)
+        elif free and own:
+            line += f"  {'-':>7}" * len(TEXT_MEASURES)
+        if score.metric is not None:
+            line += f"  {_own(score.metric):>7}"
         lines.append(line)
     if len(scores) > 1:
         mean = sum(score.accuracy for score in scores) / len(scores)

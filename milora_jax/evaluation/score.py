@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import Rule
 from milora_jax.evaluation.free_text import TextMeasures, references_of, text_measures
 from milora_jax.evaluation.loss import Loss
+from milora_jax.evaluation.own_metric import OwnMetric
 from milora_jax.evaluation.statistics import Interval, wilson_interval
 from milora_jax.evaluation.tasks import rule_for
 from milora_jax.generation.text import Answer, generate
@@ -78,12 +79,14 @@ class TaskScore:
     Attributes:
       loss: loss on the rows' outputs; None where it was not computed.
       text: measures of the answers as free text; None where they are not free text, or were not measured.
+      metric: the measure of ``eval.metric``; None without one.
     """
 
     task: str
     predictions: list[Prediction]
     loss: Loss | None = None
     text: TextMeasures | None = None
+    metric: float | None = None
 
     @property
     def correct(self) -> int:
@@ -194,6 +197,34 @@ def measures_of(predictions: Sequence[Prediction], records: Sequence[Record]) ->
     return text_measures([each.generated for each in predictions], list(map(references_of, records)))
 
 
+def with_metric(
+    scores: Sequence[TaskScore],
+    metric: OwnMetric | None,
+    tests: Mapping[str, Sequence[Record]],
+    kept: Path,
+) -> list[TaskScore]:
+    """Add the user's own measure to scores.
+
+    Args:
+      tests: the records of each task, of which the first were asked.
+      kept: the file that keeps the answers if the measure fails, for the error.
+
+    Raises:
+      UserError: see :meth:`OwnMetric.value`.
+    """
+    if metric is None:
+        return list(scores)
+    found = []
+    for score in scores:
+        records = tests[score.task][: len(score.predictions)]
+        texts = [each.generated for each in score.predictions]
+        try:
+            found.append(replace(score, metric=metric.value(score.task, texts, records)))
+        except UserError as error:
+            raise UserError(f"{error}; the answers are kept in {kept}") from None
+    return found
+
+
 def accuracies(scores: Sequence[TaskScore]) -> dict[str, float]:
     """Accuracy by task, and their unweighted mean as ``mean``."""
     by_task = {score.task: score.accuracy for score in scores}
@@ -207,9 +238,10 @@ def figures(scores: Sequence[TaskScore]) -> dict[str, dict[str, Any]]:
 
     ``accuracy`` includes the mean over tasks, as :func:`accuracies`; ``loss`` and ``perplexity`` are null
     where nothing could be scored, or where they are not finite; ``loss_rows`` has the number of their rows
-    and tokens; ``measures`` has the tasks of free text only.
+    and tokens; ``measures`` has the tasks of free text only; ``metric`` is there with an ``eval.metric``.
     """
     losses = {score.task: score.loss for score in scores if score.loss is not None}
+    measured = {score.task: score.metric for score in scores if score.metric is not None}
     return {
         "accuracy": accuracies(scores),
         "loss": {task: loss.mean for task, loss in losses.items()},
@@ -219,6 +251,7 @@ def figures(scores: Sequence[TaskScore]) -> dict[str, dict[str, Any]]:
             for task, loss in losses.items()
         },
         "measures": {score.task: asdict(score.text) for score in scores if score.text is not None},
+        **({"metric": measured} if measured else {}),
     }
 
 

@@ -25,7 +25,8 @@ class Registered:
     """An adapter that a server may load.
 
     Attributes:
-      path: its directory: a workdir, a copy of its ``best`` folder, an export, or what PEFT saved.
+      path: its directory: a workdir, a copy of its ``best`` folder, an export, or what PEFT saved; or its
+        address ``gs://BUCKET/PATH`` or ``hf://OWNER/NAME``.
       loaded: whether a server loads it at the start.
       pinned: whether it is never evicted from the device.
     """

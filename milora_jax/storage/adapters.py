@@ -67,7 +67,7 @@ def read_adapter(path: str | Path) -> tuple[Adapter, dict[str, Any]]:
     Args:
       path: a workdir of ``train.py``, whose best adapter is read, a copy of its ``best`` folder, or an
         adapter that ``python -m milora_jax.storage`` exported as ``milora`` or ``orbax``, or imported; a
-        directory or ``gs://BUCKET/PATH``.
+        directory, ``gs://BUCKET/PATH`` or ``hf://OWNER/NAME[@REVISION]``.
 
     Raises:
       UserError: there is no adapter, or it is damaged, or has a value that is not finite.

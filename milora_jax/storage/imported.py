@@ -59,7 +59,8 @@ def _prompt_format(source: Path, base: Path) -> PromptFormat:
 def read_any_adapter(path: str | Path, base: Path, quantize: str = "none") -> tuple[Adapter, dict[str, Any]]:
     """An adapter of ours, as ``storage.adapters.read_adapter`` reads it, or one that PEFT saved, as it is.
 
-    Nothing is written. An address ``gs://BUCKET/PATH`` is fetched anew each time.
+    Nothing is written. What an address ``gs://BUCKET/PATH`` has is fetched anew each time, and the Hub is
+    asked each time whether ``hf://OWNER/NAME`` has changed.
 
     Args:
       base: Hugging Face directory of the base. A PEFT adapter of others does not say which base it is for,

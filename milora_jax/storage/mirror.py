@@ -21,13 +21,14 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from milora_jax.addresses import in_bucket
+from milora_jax.addresses import in_bucket, on_hub
 from milora_jax.base.source import WEIGHTS
 from milora_jax.errors import UserError, stand_for
 from milora_jax.parallel.processes import is_first, several, wait_for_all
 from milora_jax.storage.bucket import Bucket
 from milora_jax.storage.bucket_lock import BucketLock
 from milora_jax.storage.files import scratch_directory
+from milora_jax.storage.hub import fetch_adapter
 from milora_jax.storage.lock import LOCK
 from milora_jax.storage.manifest import MANIFEST
 from milora_jax.storage.peft_settings import PEFT_CONFIG
@@ -206,15 +207,22 @@ def opened_workdir(
 
 @contextmanager
 def fetched(path: str | Path, states: bool = False) -> Iterator[Path]:
-    """The path itself, or what a reader needs of ``gs://BUCKET/PATH``, in a folder for the ``with`` block.
+    """The path itself, or what a reader needs of ``gs://BUCKET/PATH`` or of an adapter
+    ``hf://OWNER/NAME[@REVISION]``, in a folder for the ``with`` block.
 
     Args:
       path: a workdir, an export or a PEFT adapter.
-      states: fetch the training states too.
+      states: fetch the training states too, which no adapter on the Hub has.
 
     Raises:
       UserError: the address cannot be read.
     """
+    if (address := on_hub(path)) is not None:
+        with scratch_directory(PREFIX) as scratch:
+            folder = _folder_for(scratch, str(address))
+            fetch_adapter(address, folder)
+            yield folder
+        return
     url = in_bucket(path)
     if url is None:
         yield Path(path)

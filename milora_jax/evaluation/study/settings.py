@@ -156,6 +156,8 @@ class Study:
 
     def __post_init__(self) -> None:
         supervised = not self.base.train.prefers
+        own = self.base.eval.metric
+        require(not own, "study base.eval.metric", own, "none, a study compares accuracies and losses")
         require(supervised, "study base.train.objective", self.base.train.objective, "sft, which is scored")
         names = [[source.name for source in split] for split in run_sources(self.base.data).values()]
         require(bool(names[0]), "study base.data.train", self.base.data.train, "one source per task")
