@@ -30,6 +30,7 @@ from milora_jax.data.conversations import (
     read_earlier,
 )
 from milora_jax.data.rows import parse_row, rows_of
+from milora_jax.data.unanswered import asks_only
 from milora_jax.errors import UserError
 
 SPLIT_STEMS = ("train", "dev", "test", "validation", "valid")
@@ -63,6 +64,11 @@ class Record:
     label: bool | None = None
     where: str = field(default="", compare=False)
     source: str = field(default="", compare=False)
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is an answer to compare others with."""
+        return bool(self.answer or self.output or self.references)
 
 
 @dataclass(frozen=True)
@@ -184,12 +190,15 @@ def read_records(source: Source, scored: bool = False, reader: Reader | None = N
 
     Args:
       scored: the rows are asked and scored, not trained on: ``output`` may be empty where ``answer`` is
-        given, as in a row of LLM-Adapters' GSM8K test file.
+        given, as in a row of LLM-Adapters' GSM8K test file. Where the first row is a question without any
+        answer, all must be, and their records have none.
       reader: reads rows of other schemas, such as ``preferences.reader_of``; None reads those above.
 
     Raises:
       UserError: see :func:`iterate_records`.
     """
+    if scored and reader is None and asks_only(*_first_row(source)):
+        reader = _read_unanswered
     records = list(iterate_records(source, scored, reader))
     mapped = any(column.field == "references" and not column.omits for column in source.columns)
     return _joined(records) if mapped and scored else records
@@ -258,11 +267,31 @@ def read_question(text: str, where: str) -> Record:
     Raises:
       UserError: the row is malformed; the error begins with ``where``.
     """
-    row = _object(parse_row(text, where), where)
+    return replace(_question(_object(parse_row(text, where), where), where), where=where)
+
+
+def _question(row: dict[str, Any], where: str) -> Record:
+    """The question of a row of any schema."""
     if (head := head_of(row, where)) in FORMS:
         messages = read_chat(row, where, last="user")
-        return Record(messages[-1].content, "", "", "", messages, where=where)
-    return replace(_asked(row, head, where), where=where)
+        return Record(messages[-1].content, "", "", "", messages)
+    return _asked(row, head, where)
+
+
+def _first_row(source: Source) -> tuple[dict[str, Any], str]:
+    for row, where in rows_of(source.location):
+        return mapped_row(_object(row, where), source.columns, where), where
+    return {}, source.location
+
+
+def _read_unanswered(row: dict[str, Any], where: str) -> list[Record]:
+    """Read a row of a data set whose first row has no answer."""
+    if not asks_only(row, where):
+        raise UserError(
+            f"{where}: the row has an answer, or a field that is none of a question, and the first row has "
+            "no answer: expected answers in all rows to be scored, or in none"
+        )
+    return [_question(row, where)]
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:

@@ -314,6 +314,8 @@ def write_report(
             *(["metric"] if "metric" in after else []),
         ):
             summary[name] = {"base": before[name], "adapter": after[name]}
+        if "without_answers" in after:
+            summary["without_answers"] = after["without_answers"]
         summary["loss_rows"] = after["loss_rows"]  # base and adapter are scored on the same rows
         write_predictions(workdir / PREDICTIONS_NAME, scores)
         written.append(PREDICTIONS_NAME)

@@ -284,20 +284,24 @@ class _Status:
 
     def __init__(self, bar: ProgressBar, rows: int, before: Sequence[Prediction]) -> None:
         self._bar, self._rows, self._before = bar, rows, len(before)
-        self._done, self._correct = 0, sum(each.correct for each in before)
+        self._done, self._correct, self._judged = 0, 0, 0
+        self._judge(before)
         self._began = time.monotonic()
         bar.advance(self._before)
 
     def answered(self, predictions: Sequence[Prediction]) -> None:
         """Show the accuracy with these predictions."""
         self._done += len(predictions)
-        self._correct += sum(each.correct for each in predictions)
-        reached = self._before + self._done
-        status = f"{100 * self._correct / reached:.1f}% right"
+        self._judge(predictions)
+        status = [f"{100 * self._correct / self._judged:.1f}% right"] if self._judged else []
         if not sys.stderr.isatty():
             rate = self._done / max(time.monotonic() - self._began, 1e-6)
-            status += f", {rate:.2f} rows/s"
-        self._bar.reach(reached, status)
+            status.append(f"{rate:.2f} rows/s")
+        self._bar.reach(self._before + self._done, ", ".join(status))
+
+    def _judge(self, predictions: Sequence[Prediction]) -> None:
+        known = [each.correct for each in predictions if each.correct is not None]
+        self._correct, self._judged = self._correct + sum(known), self._judged + len(known)
 
 
 def result_of(scores: Sequence[TaskScore], plan: Plan, metric: OwnMetric | None = None) -> dict[str, Any]:
@@ -308,7 +312,11 @@ def result_of(scores: Sequence[TaskScore], plan: Plan, metric: OwnMetric | None 
     """
     return {
         **figures(scores),
-        "interval": {score.task: [score.interval.low, score.interval.high] for score in scores},
+        "interval": {
+            score.task: [between.low, between.high]
+            for score in scores
+            if (between := score.interval) is not None
+        },
         "rows": {score.task: len(score.predictions) for score in scores},
         "unread": {score.task: score.unread for score in scores},
         "rule": {task: asked.rule.name for task, asked in plan.questions.items()},

@@ -47,7 +47,9 @@ def figures_table(base: Figures, adapter: Figures) -> str:
     """Accuracy in percent, loss and perplexity before and after, one line per task and one for the mean
     accuracy; below them the measures of free text and the user's own, if there are any.
     """
-    both, tasks, free = (base, adapter), [*adapter["accuracy"]], [*adapter["measures"]]
+    both, free = (base, adapter), [*adapter["measures"]]
+    scored = [task for task in adapter["accuracy"] if task != "mean"]
+    tasks = [*scored, *adapter.get("without_answers", ()), "mean"]
     width = max(map(len, ("free text", *tasks)))
     columns = {
         title: {task: tuple(shown(each[name].get(task)) for each in both) for task in tasks}
@@ -119,7 +121,7 @@ def answers_side_by_side(
             "asked": record.input or record.instruction,
             "base": base,
             "adapter": prediction.generated,
-            "row": prediction.gold,
+            "row": prediction.gold or "",
         }
         lines += [f"{name:8} {' '.join(text.split())}" for name, text in texts.items()]
         lines.append("")
@@ -127,8 +129,11 @@ def answers_side_by_side(
 
 
 def loss_notes(figures: Figures) -> list[str]:
-    """A line for each task whose loss does not cover all rows, or is not finite."""
-    lines = []
+    """A line for each task without answers, or whose loss does not cover all rows or is not finite."""
+    lines = [
+        f"note: {task}: its rows have no answers, so it has no accuracy"
+        for task in figures.get("without_answers", ())
+    ]
     for task, rows in figures["loss_rows"].items():
         if rows["left_out"]:
             left_out = sum(rows["left_out"].values())
@@ -152,8 +157,8 @@ def score_table(scores: Sequence[TaskScore]) -> str:
     head += "".join(f"  {title:>7}" for title in TEXT_MEASURES.values() if free)
     lines = [head + "   metric" * own]
     for score in scores:
-        low, high = 100 * score.interval.low, 100 * score.interval.high
-        between = f"{low:.1f} to {high:.1f}%"
+        interval = score.interval
+        between = "-" if interval is None else f"{100 * interval.low:.1f} to {100 * interval.high:.1f}%"
         mean, perplexity = (None, None) if score.loss is None else (score.loss.mean, score.loss.perplexity)
         line = (
             f"{score.task:<{width}}  {_percent(score.accuracy):>6}  {between:>15}  "
@@ -166,8 +171,9 @@ def score_table(scores: Sequence[TaskScore]) -> str:
         if score.metric is not None:
             line += f"  {_own(score.metric):>7}"
         lines.append(line)
-    if len(scores) > 1:
-        mean = sum(score.accuracy for score in scores) / len(scores)
+    known = [score.accuracy for score in scores if score.accuracy is not None]
+    if len(scores) > 1 and known:
+        mean = sum(known) / len(known)
         lines.append(f"{'mean':<{width}}  {100 * mean:5.1f}%")
     return "\n".join(lines)
 

@@ -50,11 +50,12 @@ class Prediction:
 
     Attributes:
       row: number of the row in the task's file, from 0.
-      gold: the right answer.
+      gold: the right answer; None where the row has none.
       generated: the text that the model generated.
       rule: name of the rule that read the answer, see ``evaluation.extraction``.
       extracted: the answer that the rule read; "" where it found none.
       unread: whether the rule found none; such a row counts as wrong.
+      correct: whether the answer is right; None where the row has none to compare it with.
       route: the prompt's route; None without a router.
       references: references of the row; a line without any has no such field.
     """
@@ -62,12 +63,12 @@ class Prediction:
     task: str
     row: int
     instruction: str
-    gold: str
+    gold: str | None
     generated: str
     rule: str
     extracted: str
     unread: bool
-    correct: bool
+    correct: bool | None
     route: CompactRoute | None
     references: list[str] = field(default_factory=list)
 
@@ -91,7 +92,12 @@ class TaskScore:
     @property
     def correct(self) -> int:
         """Number of rows with a right answer."""
-        return sum(prediction.correct for prediction in self.predictions)
+        return sum(bool(prediction.correct) for prediction in self.predictions)
+
+    @property
+    def answered(self) -> bool:
+        """Whether the task's rows have answers; all have some, or none has."""
+        return any(prediction.correct is not None for prediction in self.predictions)
 
     @property
     def unread(self) -> int:
@@ -99,14 +105,14 @@ class TaskScore:
         return sum(prediction.unread for prediction in self.predictions)
 
     @property
-    def accuracy(self) -> float:
-        """Share of correct rows, 0 to 1."""
-        return self.correct / len(self.predictions)
+    def accuracy(self) -> float | None:
+        """Share of correct rows, 0 to 1; None where the rows have no answers."""
+        return self.correct / len(self.predictions) if self.answered else None
 
     @property
-    def interval(self) -> Interval:
-        """The accuracy and its Wilson interval."""
-        return wilson_interval(self.correct, len(self.predictions))
+    def interval(self) -> Interval | None:
+        """The accuracy and its Wilson interval; None where the rows have no answers."""
+        return wilson_interval(self.correct, len(self.predictions)) if self.answered else None
 
     @property
     def expert_share(self) -> np.ndarray | None:
@@ -136,12 +142,12 @@ def judge(task: str, row: int, record: Record, rule: Rule, answer: Answer) -> Pr
         task=task,
         row=row,
         instruction=record.instruction,
-        gold=record.answer,
+        gold=record.answer if record.answered else None,
         generated=answer.text,
         rule=rule.name,
         extracted=extracted,
         unread=not extracted,
-        correct=rule.matches(extracted, record.answer),
+        correct=rule.matches(extracted, record.answer) if record.answered else None,
         route=None if answer.route is None else compact_route(answer.route),
         references=list(record.references),
     )
@@ -226,21 +232,25 @@ def with_metric(
 
 
 def accuracies(scores: Sequence[TaskScore]) -> dict[str, float]:
-    """Accuracy by task, and their unweighted mean as ``mean``."""
-    by_task = {score.task: score.accuracy for score in scores}
-    if "mean" in by_task:
+    """Accuracy by task, and their unweighted mean as ``mean``; without tasks whose rows have no answers."""
+    if "mean" in {score.task for score in scores}:
         raise UserError("a task must not be called 'mean'")
+    by_task = {score.task: score.accuracy for score in scores if score.accuracy is not None}
+    if not by_task:
+        return {}
     return {**by_task, "mean": sum(by_task.values()) / len(by_task)}
 
 
-def figures(scores: Sequence[TaskScore]) -> dict[str, dict[str, Any]]:
+def figures(scores: Sequence[TaskScore]) -> dict[str, Any]:
     """The scores as JSON: for each figure a value by task.
 
     ``accuracy`` includes the mean over tasks, as :func:`accuracies`; ``loss`` and ``perplexity`` are null
     where nothing could be scored, or where they are not finite; ``loss_rows`` has the number of their rows
-    and tokens; ``measures`` has the tasks of free text only; ``metric`` is there with an ``eval.metric``.
+    and tokens; ``measures`` has the tasks of free text only; ``metric`` is there with an ``eval.metric``, and
+    ``without_answers`` names the tasks whose rows have none, where there are any.
     """
     losses = {score.task: score.loss for score in scores if score.loss is not None}
+    without = [score.task for score in scores if not score.answered]
     measured = {score.task: score.metric for score in scores if score.metric is not None}
     return {
         "accuracy": accuracies(scores),
@@ -252,6 +262,7 @@ def figures(scores: Sequence[TaskScore]) -> dict[str, dict[str, Any]]:
         },
         "measures": {score.task: asdict(score.text) for score in scores if score.text is not None},
         **({"metric": measured} if measured else {}),
+        **({"without_answers": without} if without else {}),
     }
 
 

@@ -115,12 +115,14 @@ def require_golds(name: str, golds: Sequence[str], rule: Rule) -> str:
     """Refuse rows whose gold answers do not belong to the task whose name they have.
 
     Returns:
-      "", or a line about something unusual: gold answers that can never be matched, or another number of rows
-      than the published one.
+      "", or a line about something unusual: no gold answers, or some that can never be matched, or another
+      number of rows than the published one.
 
     Raises:
       UserError: the rule can read no gold answer at all.
     """
+    if golds and not any(golds):
+        return f"{name}: its {len(golds)} rows have no answers, so there are predictions and no accuracy"
     task = find_task(name)
     if task is None:
         return ""

@@ -148,8 +148,8 @@ def test_a_scored_row_needs_an_answer_but_no_output(tmp_path):
     assert read_records(source, scored=True)[0].answer == "2"
     with pytest.raises(UserError, match="field 'output' is empty"):
         read_records(source)
-    source = write(tmp_path / "rows.jsonl", {"instruction": "x", "output": ""})
-    with pytest.raises(UserError, match="field 'output' is empty"):
+    source = write(tmp_path / "rows.jsonl", GOOD, {"instruction": "x", "output": ""})
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: field 'output' is empty"):
         read_records(source, scored=True)
 
 

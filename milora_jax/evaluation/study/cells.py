@@ -19,7 +19,7 @@ import numpy as np
 from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
 from milora_jax.base.modules import Base
 from milora_jax.config import AdapterSection, Config
-from milora_jax.errors import NonFiniteError
+from milora_jax.errors import NonFiniteError, UserError
 from milora_jax.evaluation.final import for_decoding, parameter_counts, score_tests
 from milora_jax.evaluation.score import limited
 from milora_jax.evaluation.study.forced import FORCED, forced_scores
@@ -245,6 +245,9 @@ class CellRunner:
                 self._runs[cell.trained_on] = with_rows(other, cell.config, self._log)
             else:
                 self._runs[cell.trained_on] = prepare_run(cell.config, None, self._log)
+            for task, records in self._runs[cell.trained_on].tests.items():
+                if not records[0].answered:
+                    raise UserError(f"study base.data.test: the rows of {task!r} have no answers to compare")
         return dataclasses.replace(self._runs[cell.trained_on], config=cell.config)
 
     def _programs(self, run: Run) -> Steps:
