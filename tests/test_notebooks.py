@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +110,26 @@ def test_a_path_of_a_machine_is_known_when_seen():
     assert MACHINE.search("at C:\\Users")
     for text in ("runs/tmp/x", "http://127.0.0.1/tmp", "a/b", "</usr>", "hf://google/gemma"):
         assert not MACHINE.search(text), text
+
+
+@pytest.mark.thorough
+def test_the_cells_fit_the_package_of_today(tmp_path):
+    """Names and types; notebooks are run by hand, and a changed signature would be seen late."""
+    pytest.importorskip("pyright", reason="needs the extra 'dev'")
+    for name in NAMES:
+        source = "\n".join("".join(cell["source"]) for cell in cells(name, "code"))
+        (tmp_path / f"{name}.py").write_text(f"# pyright: basic, reportMissingImports=false\n{source}\n")
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    found = json.loads(done.stdout)
+    assert found["summary"]["filesAnalyzed"] == len(NAMES)
+    wrong = [
+        f"{Path(each['file']).stem}, line {each['range']['start']['line']}: {each['message']}"
+        for each in found["generalDiagnostics"]
+        # Cells do not ask whether something is None: where it is, they fail.
+        if each["severity"] == "error" and "None" not in each["message"]
+    ]
+    assert wrong == []
 
 
 @pytest.mark.slow
