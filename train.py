@@ -26,6 +26,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from milora_jax.commands.startup import begin
+
+if __name__ == "__main__":
+    begin()
+
 from milora_jax.cluster import Cluster
 from milora_jax.commands.command_line import Parser, run_command
 from milora_jax.commands.config_options import read_config_file, settings_parser, todays_spelling
