@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from milora_jax.commands import huge_pages
+from milora_jax.commands import huge_pages, program_cache
 
 
 def begin() -> None:
@@ -12,3 +12,4 @@ def begin() -> None:
     ``PACKAGE/__main__.py`` call it above those imports.
     """
     huge_pages.restart()
+    program_cache.keep_programs()
