@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import tempfile
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
-from milora_jax.shapes import Array, Float
+from milora_jax.shapes import Array, Float, Int
 from milora_jax.types import GROUPS, PyTree
 
 RANDOM = "random:"
@@ -91,13 +92,7 @@ def peer_directory(stack: ExitStack, name: str, config: ModelConfig, dtype: str)
 
 def random_adapter(base: Base, config: ModelConfig, settings: AdapterSection, seed: int) -> Adapter:
     """Make an adapter whose matrices are not zero, as after training, in the stacked layout."""
-    method = build_method(settings)
-
-    @jax.jit
-    def fresh(base: Base) -> Adapter:
-        return init_adapter(method, jax.random.key(seed), adapter_shape(config), _kernels(base))
-
-    adapter = fresh(base)
+    adapter = _fresh(base, build_method(settings), config, jnp.int32(seed))
     leaves, structure = jax.tree.flatten(adapter.params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     moved = [
@@ -105,6 +100,12 @@ def random_adapter(base: Base, config: ModelConfig, settings: AdapterSection, se
         for key, leaf in zip(keys, leaves, strict=True)
     ]
     return dataclasses.replace(adapter, params=jax.tree.unflatten(structure, moved))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "config"))
+def _fresh(base: Base, method: Method, config: ModelConfig, seed: Int[Array, ""]) -> Adapter:
+    """A new adapter; one program makes those of all tenants."""
+    return init_adapter(method, jax.random.key(seed), adapter_shape(config), _kernels(base))
 
 
 def _kernels(base: Base) -> Kernels:
