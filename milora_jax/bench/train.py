@@ -65,12 +65,12 @@ class Variant:
     """
 
     method: str
-    objective: str
     batch: int
     rank: int
     remat: str
     quantize: str
     rows: str
+    objective: str = TrainSection().objective
 
 
 @dataclass
@@ -121,10 +121,11 @@ class Settings(ModelSettings):
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     """Measure all variants and yield a report of each."""
+    kinds = [(rows, objective) for objective in settings.objective for rows in rows_of(objective, settings)]
     grid = itertools.product(
-        settings.method, settings.objective, settings.batch, settings.rank, settings.remat, settings.quantize
+        settings.method, settings.batch, settings.rank, settings.remat, settings.quantize, kinds
     )
-    every = (Variant(*values, rows) for values in grid for rows in rows_of(values[1], settings))
+    every = (Variant(*values, *kind) for *values, kind in grid)
     variants = list(dict.fromkeys(map(_without_what_has_no_effect, every)))
     loaded = {
         kept: load_model(settings.model, settings.dtype, decode=False, quantize=kept)
