@@ -43,6 +43,7 @@ class IAPT(RationalMethod):
     """
 
     name: ClassVar[str] = "iapt"
+    additive: ClassVar[bool] = True
     width: int = 320
     tokens: int = 4
 

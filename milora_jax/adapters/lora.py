@@ -25,6 +25,7 @@ class TunedPairs(LowRankMethod):
     """A method whose trained adapter is one pair per module and nothing else: it is decoded as LoRA."""
 
     record: ClassVar[type | None] = LowRank
+    additive: ClassVar[bool] = True
 
     def folded(self, params: PyTree) -> Mapping[str, Pair]:
         """One layer's pairs, with all factors but the scale multiplied into them."""

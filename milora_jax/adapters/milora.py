@@ -116,6 +116,7 @@ class MiLoRA(LowRankMethod):
     """
 
     name: ClassVar[str] = "milora"
+    additive: ClassVar[bool] = True
     routes: ClassVar[bool] = True
     record: ClassVar[type | None] = LowRank
     portable: ClassVar[bool] = True

@@ -120,6 +120,20 @@ def _settings_of(method: Any) -> set[str]:
     return set() if cls is None else {field.name for field in dataclasses.fields(cls)}
 
 
+def require_fits(method: Method, model: ModelConfig) -> None:
+    """Refuse a method that cannot change a base of this kind.
+
+    Raises:
+      UserError: the base has experts, and the method is not of those that they can share.
+    """
+    if model.num_experts and not method.additive:
+        fitting = ", ".join(name for name, cls in METHOD_CLASSES.items() if cls.additive)
+        raise UserError(
+            f"adapter.method is {method.name!r}: expected one of {fitting}, "
+            f"because the base has {model.num_experts} experts in a layer, which must share one adapter"
+        )
+
+
 def adapter_shape(model: ModelConfig) -> Shape:
     """The shape an adapter needs to fit a base."""
     return Shape.of(model.module_dims, model.num_layers, model.hidden_size)

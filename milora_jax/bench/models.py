@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from milora_jax.adapters.inputs import Kernels, ProjectionGroup
 from milora_jax.adapters.protocol import Adapter, Method, init_adapter
-from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.adapters.registry import adapter_shape, build_method, require_fits
 from milora_jax.base.hf_config import write_model_config
 from milora_jax.base.known import SHAPES
 from milora_jax.base.load import load_base
@@ -92,7 +92,9 @@ def peer_directory(stack: ExitStack, name: str, config: ModelConfig, dtype: str)
 
 def random_adapter(base: Base, config: ModelConfig, settings: AdapterSection, seed: int) -> Adapter:
     """Make an adapter whose matrices are not zero, as after training, in the stacked layout."""
-    adapter = _fresh(base, build_method(settings), config, jnp.int32(seed))
+    method = build_method(settings)
+    require_fits(method, config)
+    adapter = _fresh(base, method, config, jnp.int32(seed))
     leaves, structure = jax.tree.flatten(adapter.params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     moved = [
@@ -114,6 +116,8 @@ def _kernels(base: Base) -> Kernels:
         return frozen_kernels(base)
     kernels = {}
     for place, names in enumerate(GROUPS):
+        if base.layers[0].experts is not None and place > 1:
+            continue  # no method that fits such a base reads them
         columns = zip(*(layer.frozen(place) for layer in base.layers), strict=True)
         for name, leaves in zip(names, columns, strict=True):
             kernels[name] = jnp.stack([leaf.kernel for leaf in leaves])

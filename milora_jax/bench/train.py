@@ -125,7 +125,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     grid = itertools.product(
         settings.method, settings.batch, settings.rank, settings.remat, settings.quantize, kinds
     )
-    every = (Variant(*values, *kind) for *values, kind in grid)
+    every = (Variant(*values, rows, objective) for *values, (rows, objective) in grid)
     variants = list(dict.fromkeys(map(_without_what_has_no_effect, every)))
     loaded = {
         kept: load_model(settings.model, settings.dtype, decode=False, quantize=kept)

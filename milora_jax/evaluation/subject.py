@@ -37,7 +37,7 @@ from milora_jax.errors import UserError, one_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.processes import is_first, place, several
-from milora_jax.parallel.rules import base_sharding, layout_over
+from milora_jax.parallel.rules import base_sharding, layout_over, with_layout
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.storage.adapters import require_its_base
 from milora_jax.storage.imported import read_any_adapter
@@ -151,6 +151,7 @@ class Subject:
         places = None if mesh is None else functools.partial(base_sharding, mesh)
         with Console(silent=not is_first()).loading("base") as progress:
             base = load_leaves(self.directory, config, named.dtype, places, True, self.quantize, progress)
+        base = with_layout(base, mesh)
         if adapter is not None:
             placed = adapter if mesh is None else place(adapter, base.everywhere)
             adapter = adapter_decode_layout(placed, base)
