@@ -13,6 +13,7 @@ from milora_jax.adapters.low_rank import init_pairs
 from milora_jax.adapters.milora import MiLoRA, MiLoRAParams
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.registry import METHOD_CLASSES, adapter_shape, build_method
+from milora_jax.adapters.targets import written_targets
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.config import AdapterSection
@@ -105,7 +106,7 @@ def read_peft_adapter(source: Path, base: Path, method: str = "", seed: int = 0)
       source: directory that PEFT saved.
       base: Hugging Face directory of the base that it is for, whose fingerprint it gets.
       method: one of :data:`BECOMES`; empty takes what the adapter is.
-      seed: of the router, and of the pairs of modules that have none.
+      seed: of the router, and of the experts of modules that have no pair.
 
     Returns:
       The adapter, and one line per thing worth knowing.
@@ -127,9 +128,10 @@ def read_peft_adapter(source: Path, base: Path, method: str = "", seed: int = 0)
         )
     said, missing = [], [module for module in EXPERTS if module not in pairs]
     pairs_key, router_key = jax.random.split(jax.random.key(seed))
-    if missing and settings.kind == "dora":
+    own = name == settings.kind  # its modules without pairs stay as they are
+    if missing and not own and settings.kind == "dora":
         raise UserError(f"{source}: no pairs for {', '.join(missing)}: expected a DoRA of all seven modules")
-    if missing:
+    if missing and not own:
         fresh = init_pairs(pairs_key, shape, settings.rank)
         pairs = {module: pairs.get(module, fresh[module]) for module in EXPERTS}
         said.append(f"no pairs for {', '.join(missing)}: theirs are fresh and change nothing")
@@ -139,6 +141,7 @@ def read_peft_adapter(source: Path, base: Path, method: str = "", seed: int = 0)
         alpha=settings.alpha,
         use_rslora=settings.use_rslora,
         dropout=settings.dropout,
+        target_modules=written_targets(settings.modules) if own else None,
     )
     if METHOD_CLASSES[name].routes:
         section = dataclasses.replace(section, features="rms")  # others are measured on prompts
