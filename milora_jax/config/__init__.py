@@ -14,7 +14,7 @@ from milora_jax.config.adapter import (
     ROUTER_GRADIENTS,
     AdapterSection,
 )
-from milora_jax.config.data import DataSection
+from milora_jax.config.data import TRAIN_ON, DataSection
 from milora_jax.config.evaluation import EvalSection
 from milora_jax.config.mesh import MeshSection, parse_mesh
 from milora_jax.config.model import DTYPES, QUANTIZE, ModelSection
@@ -35,6 +35,7 @@ __all__ = [
     "ROUTER_GRADIENTS",
     "SCHEDULES",
     "TRACKERS",
+    "TRAIN_ON",
     "AdapterSection",
     "Config",
     "DataSection",

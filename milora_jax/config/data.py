@@ -8,6 +8,8 @@ from milora_jax.columns import parse_columns
 from milora_jax.errors import one_of, require
 from milora_jax.prompt_format import SPECIAL_TOKENS, TEMPLATES, PromptFormat
 
+TRAIN_ON = ("all", "last")
+
 
 @dataclass(frozen=True)
 class DataSection:
@@ -30,6 +32,8 @@ class DataSection:
         tokenizer, those of ``tokenizer(text)``; bos, one beginning-of-sequence token before it; none.
       template_time: the time that a chat template gets from ``strftime_now``, as in 2026-11-29T12:00:00;
         empty is the time at which the run begins. It is stored with the adapter.
+      train_on: answers of a chat that are learned: all; or last, the last one of those that are not switched
+        off in the row. Dev rows follow; test rows ask every turn.
       max_length: longest row in tokens, prompt and response together.
       pack: put several training records into a row of ``max_length`` tokens; each has its own attention,
         positions, loss and route.
@@ -47,6 +51,7 @@ class DataSection:
     template: str = "alpaca"
     special_tokens: str = "tokenizer"
     template_time: str = ""
+    train_on: str = "all"
     max_length: int = 768
     pack: bool = False
     prepared_path: str = ""
@@ -54,6 +59,7 @@ class DataSection:
     def __post_init__(self) -> None:
         parse_columns(self.columns)
         one_of("data.template", self.template, TEMPLATES)
+        one_of("data.train_on", self.train_on, TRAIN_ON)
         one_of("data.special_tokens", self.special_tokens, SPECIAL_TOKENS)
         _ = self.prompt_format  # checks the time
         require(self.max_length >= 8, "data.max_length", self.max_length, "at least 8 tokens")

@@ -67,11 +67,13 @@ class Source:
 
     Attributes:
       columns: names of its columns, see ``columns``; empty where they are those of a schema.
+      train_on: the answers of a chat that are learned, one of ``config.TRAIN_ON``.
     """
 
     name: str
     location: str
     columns: tuple[Column, ...] = ()
+    train_on: str = "all"
 
 
 def parse_sources(text: str, columns: str = "") -> list[Source]:
@@ -124,6 +126,8 @@ def run_sources(data: DataSection) -> dict[str, list[Source]]:
         split: parse_sources(text, data.columns)
         for split, text in (("train", data.train), ("dev", data.dev), ("test", data.test))
     }
+    for split in ("train", "dev"):
+        splits[split] = [replace(source, train_on=data.train_on) for source in splits[split]]
     names = [source.name for sources in splits.values() for source in sources]
     require_sources(parse_columns(data.columns), names)
     return splits
@@ -147,7 +151,8 @@ def iterate_records(source: Source, scored: bool = False) -> Iterator[Record]:
     """
     empty = True
     for row, where in rows_of(source.location):
-        for record in _records(mapped_row(_object(row, where), source.columns, where), where, scored):
+        records = _records(mapped_row(_object(row, where), source.columns, where), where, scored)
+        for record in records[-1:] if source.train_on == "last" else records:
             empty = False
             yield replace(record, where=where, source=source.name)
     if empty:

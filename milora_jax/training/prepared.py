@@ -154,6 +154,7 @@ def _what_is_read(
                 {
                     "name": source.name,
                     "columns": [dataclasses.asdict(column) for column in source.columns],
+                    **({} if source.train_on == "all" else {"train_on": source.train_on}),
                     **_content(source.location),
                 }
                 for source in each
