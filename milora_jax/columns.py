@@ -13,7 +13,10 @@ from typing import Any
 
 from milora_jax.errors import UserError, one_of, require
 
-FIELDS = ("instruction", "input", "output", "answer", "references", "system", "messages", "conversations")
+FIELDS = (
+    *("instruction", "input", "output", "answer", "references", "system", "messages", "conversations"),
+    *("prompt", "chosen", "rejected", "completion", "label"),
+)
 """The fields that a column may be mapped onto."""
 
 TEXTS = ("instruction", "input", "system")

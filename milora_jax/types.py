@@ -8,6 +8,7 @@ B      rows of a batch
 T      tokens of a row (query positions)
 S      cache length (key positions)
 Z      prompts packed into one row; 1 unless rows are packed
+A      answers to a prompt: 2 with a preference objective, else 1
 D      embedding width of the residual stream
 F      width of the feed-forward layer
 N      query heads
@@ -52,12 +53,15 @@ class Batch:
 
     Attributes:
       tokens: token ids; padding holds any valid id.
-      segment_ids: 0 for padding, 1..Z for the records packed into the row.
+      segment_ids: 0 for padding, 1..Z for the records packed into the row; with two answers to a prompt, 1
+        and 2 are those to the first, 3 and 4 those to the second, each behind its own copy of the prompt.
       positions: position of each token within its own record, from 0.
       prompt_mask: true on the tokens that the routers read: those of the prompt, or of the part of it that
         ``adapter.route_on`` names; false on response and padding.
       loss_mask: true on the tokens that are *predicted* and count: response and end-of-sequence.
-      prompts: Z, the most records packed into one row; static, as a shape is.
+      labels: of rows with two answers to a prompt: whether the first answer is desirable; None otherwise.
+      prompts: Z, the most prompts packed into one row; static, as a shape is.
+      answers: A, the answers to each prompt, which share its route; static, 1 or 2.
     """
 
     tokens: Int[Array, "B T"]
@@ -65,7 +69,9 @@ class Batch:
     positions: Int[Array, "B T"]
     prompt_mask: Bool[Array, "B T"]
     loss_mask: Bool[Array, "B T"]
+    labels: Bool[Array, "B Z"] | None = None
     prompts: int = struct.field(pytree_node=False, default=1)
+    answers: int = struct.field(pytree_node=False, default=1)
 
     @classmethod
     def unpadded(cls, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None) -> Batch:
@@ -81,13 +87,18 @@ class Batch:
 
     @property
     def members(self) -> Bool[Array, "B Z T"]:
-        """Whether each token belongs to the prompt of each record."""
-        record = jnp.arange(1, self.prompts + 1)[None, :, None]
+        """Whether each token belongs to each prompt, as it stands before its first answer."""
+        record = jnp.arange(1, self.segments + 1, self.answers)[None, :, None]
         return (self.segment_ids[:, None, :] == record) & self.prompt_mask[:, None, :]
 
     @property
+    def segments(self) -> int:
+        """The largest of ``segment_ids``."""
+        return self.prompts * self.answers
+
+    @property
     def present(self) -> Bool[Array, "B Z"]:
-        """Whether each record has a prompt; false for filler rows and for unused places of a row."""
+        """Whether each prompt exists; false for filler rows and for unused places of a row."""
         return self.members.any(axis=-1)
 
 
@@ -131,11 +142,38 @@ class Route:
 
 
 @struct.dataclass
+class PreferenceSums:
+    """Sums over the prompts of a batch, by which a preference objective is reported; see docs/tuning.md.
+
+    Attributes:
+      loss: the objective's term of each prompt, without orpo's cross entropy.
+      prompts: number of prompts.
+      chosen, rejected: rewards of the preferred or desirable answers, and of the others.
+      chosen_count, rejected_count: number of these answers.
+      accurate: number of prompts whose answers have the rewards that the rows ask for.
+      kl: log-ratios of the answers of other prompts, for kto's estimate of the divergence; else 0.
+      nll: negative log-likelihood of the tokens that are imitated, in nats.
+      tokens: number of these tokens.
+    """
+
+    loss: Float[Array, ""]
+    prompts: Int[Array, ""]
+    chosen: Float[Array, ""]
+    rejected: Float[Array, ""]
+    chosen_count: Int[Array, ""]
+    rejected_count: Int[Array, ""]
+    accurate: Int[Array, ""]
+    kl: Float[Array, ""]
+    nll: Float[Array, ""]
+    tokens: Int[Array, ""]
+
+
+@struct.dataclass
 class Metrics:
     """The figures of one training step; every leaf is a scalar unless a shape is given.
 
     Attributes:
-      loss: cross entropy plus the weighted auxiliary term.
+      loss: the objective, for supervised tuning the cross entropy, plus the weighted auxiliary term.
       cross_entropy: mean negative log-likelihood of the counted tokens, in nats.
       load_balance: Eq. 4 averaged over layers; 0 for methods without a router.
       grad_norm: global L2 norm before clipping.
@@ -144,6 +182,7 @@ class Metrics:
       pooled_max: largest absolute value that entered a router's activation.
       tokens: number of counted tokens.
       bad_steps: updates skipped in a row, up to and including this one.
+      preference: figures of a preference objective; None for supervised tuning.
     """
 
     loss: Float[Array, ""]
@@ -155,6 +194,7 @@ class Metrics:
     pooled_max: Float[Array, ""]
     tokens: Int[Array, ""]
     bad_steps: Int[Array, ""]
+    preference: PreferenceSums | None = None
 
 
 def unstack_layers(stacked: PyTree) -> tuple[PyTree, ...]:

@@ -63,13 +63,13 @@ class AttentionContext:
         def of_prefix(values: Array) -> Array:
             return jnp.broadcast_to(values.astype(jnp.int32)[None], (rows, values.size))
 
-        owners = of_prefix(jnp.repeat(jnp.arange(1, batch.prompts + 1), prefix_length))
+        owners = of_prefix(jnp.repeat(jnp.arange(1, batch.segments + 1), prefix_length))
         mask = ops.attention_mask(
             segment_ids, jnp.concatenate([owners, segment_ids], axis=1), owners.shape[1]
         )
         near = None
         if size is not None and size < prefix_length + length:
-            places = of_prefix(jnp.tile(jnp.arange(-prefix_length, 0), batch.prompts))
+            places = of_prefix(jnp.tile(jnp.arange(-prefix_length, 0), batch.segments))
             near = ops.Window(positions, jnp.concatenate([places, positions], axis=1), size)
         return cls(mask, mask, near, tables, local_tables)
 

@@ -183,6 +183,11 @@ def files_by_tensor(directory: Path) -> dict[str, TensorFile]:
     return files
 
 
+def plain_tensors(directory: Path) -> dict[str, TensorFile]:
+    """The file of each tensor of a language model, under its name in a pure language model."""
+    return _of_text(files_by_tensor(directory))
+
+
 def _of_text(files: dict[str, TensorFile]) -> dict[str, TensorFile]:
     """The tensors of the language model within a vision-language model, under a language model's names."""
     return {

@@ -133,9 +133,10 @@ def forward(
             weights = None if computed is None else computed.weights
         if method is not None and members is not None and prefix_length:
             with jax.named_scope("prefix"):
-                prefix = method.prefix(params, hidden, members, lambda soft: keys_of(config, layer, soft))
+                made = method.prefix(params, hidden, members, lambda soft: keys_of(config, layer, soft))
+                prefix = None if made is None else _per_answer(made, batch, prefix_length)
         layer_key = None if key is None else jax.random.fold_in(key, index)
-        adapted = AdaptedLayer(layer, adapter, params, _per_token(weights, segment_ids), layer_key)
+        adapted = AdaptedLayer(layer, adapter, params, _per_token(weights, batch), layer_key)
         past = None if cache is None else Past(layer_cache, cache.place, context.cached(sliding))
 
         def attend_own(q: Array, k: Array, v: Array) -> Array:
@@ -319,12 +320,29 @@ def keys_of(
     return heads.reshape(k.shape), v
 
 
-def _per_token(weights: Array | None, segment_ids: Array) -> Array | None:
+def _per_token(weights: Array | None, batch: Batch) -> Array | None:
     """Routing weights of each token of each row: ``[B, 1, E]`` or, with packed rows, ``[B, T, E]``."""
     if weights is None or weights.shape[-2] == 1:
         return weights
-    record = jnp.maximum(segment_ids - 1, 0)[..., None]
-    return jnp.take_along_axis(weights, record, axis=1, mode="clip")
+    record = jnp.maximum(batch.segment_ids - 1, 0)[..., None]
+    prompt = record // batch.answers if batch.answers > 1 else record
+    return jnp.take_along_axis(weights, prompt, axis=1, mode="clip")
+
+
+def _per_answer(
+    prefix: tuple[Float[Array, "B ZP KH"], Float[Array, "B ZP KH"]], batch: Batch, prefix_length: int
+) -> tuple[Float[Array, "B ZAP KH"], Float[Array, "B ZAP KH"]]:
+    """A prefix for every answer: the answers to a prompt have equal ones."""
+    if batch.answers == 1:
+        return prefix
+
+    def repeated(values: Array) -> Array:
+        rows, _, width = values.shape
+        of_prompt = values.reshape(rows, batch.prompts, prefix_length, width)
+        return jnp.repeat(of_prompt, batch.answers, axis=1).reshape(rows, -1, width)
+
+    keys, values = prefix
+    return repeated(keys), repeated(values)
 
 
 def _over_layers(step: Callable, carry: Array, inputs: tuple, unrolled: bool) -> tuple[Array, Any]:

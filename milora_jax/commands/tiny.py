@@ -29,9 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require(asked.steps >= 1, "--steps", asked.steps, "at least 1")
     require(asked.seed >= 0, "--seed", asked.seed, "0 or more")
     if asked.what == "tasks":
+        from milora_jax.tiny.preferences import write_preferences
         from milora_jax.tiny.tasks import write_tasks
 
         write_tasks(asked.out or TASKS_DIR, asked.seed)
+        write_preferences(asked.out or TASKS_DIR, asked.seed)
         return
     from milora_jax.tiny.pretrain import pretrain
 

@@ -18,7 +18,15 @@ from milora_jax.config.data import TRAIN_ON, DataSection
 from milora_jax.config.evaluation import EvalSection
 from milora_jax.config.mesh import MeshSection, parse_mesh
 from milora_jax.config.model import DTYPES, QUANTIZE, ModelSection
-from milora_jax.config.train import OPTIMIZERS, REMAT, SCHEDULES, TRACKERS, TrainSection, tracker_names
+from milora_jax.config.train import (
+    OBJECTIVES,
+    OPTIMIZERS,
+    REMAT,
+    SCHEDULES,
+    TRACKERS,
+    TrainSection,
+    tracker_names,
+)
 from milora_jax.config.whole import Config, to_config_dict, value_type
 
 __all__ = [
@@ -28,6 +36,7 @@ __all__ = [
     "DTYPES",
     "FEATURES",
     "GATES",
+    "OBJECTIVES",
     "OPTIMIZERS",
     "POOLERS",
     "QUANTIZE",

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from milora_jax.errors import one_of, require
 
 TRACKERS = ("tensorboard", "wandb")
+OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "kto")
+"""What the rows teach, by the names of TRL; see docs/tuning.md."""
+
 REMAT = ("none", "products", "full")
 """What a backward pass computes again, from the least to the most; see :class:`TrainSection`."""
 
 SCHEDULES = ("linear", "cosine", "constant", "wsd")
 OPTIMIZERS = ("adamw", "adafactor")
+BETA, DECAY_SHARE = 0.1, 0.2
+"""Defaults of settings that only some objectives, or one schedule, read; elsewhere others are refused."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,11 @@ class TrainSection:
     """The optimiser and the schedule of a run, in optimiser steps.
 
     Attributes:
+      objective: what the rows teach: sft, an answer; dpo, ipo and orpo, which of two answers is preferred;
+        kto, whether an answer is desirable. See docs/tuning.md.
+      beta: weight of a preference objective's reference model, or of orpo's odds ratio: beta of dpo and kto,
+        tau of ipo, lambda of orpo.
+      label_smoothing: share of the pairs of dpo whose preference is taken to be the wrong way round.
       max_steps: number of optimiser steps; 0 means as many as ``epochs`` gives.
       epochs: passes over the training rows; with ``max_steps`` too the run ends at the earlier of both.
       batch_size: rows of a step, over all devices together; a packed row holds several records.
@@ -60,13 +70,16 @@ class TrainSection:
         training starts from; empty starts from fresh ones.
     """
 
+    objective: str = "sft"
+    beta: float = BETA
+    label_smoothing: float = 0.0
     max_steps: int = 0
     epochs: int = 10
     batch_size: int = 16
     optimizer: str = "adamw"
     learning_rate: float = 1e-4
     schedule: str = "linear"
-    decay_share: float = 0.2
+    decay_share: float = DECAY_SHARE
     router_rate: float = 1.0
     lora_plus_ratio: float = 0.0
     router_clip_norm: float = 0.0
@@ -98,6 +111,7 @@ class TrainSection:
         one_of("train.remat", self.remat, REMAT)
         one_of("train.optimizer", self.optimizer, OPTIMIZERS)
         one_of("train.schedule", self.schedule, SCHEDULES)
+        self._check_objective()
         for name in tracker_names(self.trackers):
             one_of("train.trackers", name, TRACKERS)
         require(self.seed < 2**32, "train.seed", self.seed, "below 2**32")
@@ -108,8 +122,29 @@ class TrainSection:
             require(math.isfinite(value) and value >= 0, f"train.{name}", value, "0 or more")
         require(0 <= self.warmup_share < 1, "train.warmup_share", self.warmup_share, "from 0 to below 1")
         require(0 < self.decay_share <= 1, "train.decay_share", self.decay_share, "above 0, up to 1")
-        fits = self.schedule != "wsd" or self.warmup_share + self.decay_share <= 1
-        require(fits, "train.decay_share", self.decay_share, "at most 1 - train.warmup_share")
+        if self.schedule == "wsd":
+            fits = self.warmup_share + self.decay_share <= 1
+            require(fits, "train.decay_share", self.decay_share, "at most 1 - train.warmup_share")
+        else:
+            unset = self.decay_share == DECAY_SHARE
+            require(unset, "train.decay_share", self.decay_share, "its default: only schedule 'wsd' reads it")
+
+    def _check_objective(self) -> None:
+        one_of("train.objective", self.objective, OBJECTIVES)
+        require(math.isfinite(self.beta) and self.beta > 0, "train.beta", self.beta, "above 0")
+        read = self.prefers or self.beta == BETA
+        require(read, "train.beta", self.beta, "its default: objective 'sft' does not read it")
+        smoothing, allowed = self.label_smoothing, "from 0 to below 0.5"
+        require(0 <= smoothing < 0.5, "train.label_smoothing", smoothing, allowed)
+        read = self.objective == "dpo" or smoothing == 0
+        require(read, "train.label_smoothing", smoothing, f"0, objective {self.objective!r} has none")
+        plain = not self.prefers or self.neftune_alpha == 0
+        require(plain, "train.neftune_alpha", self.neftune_alpha, f"0 with objective {self.objective!r}")
+
+    @property
+    def prefers(self) -> bool:
+        """Whether the objective is one of preference: every prompt has two answers in a row."""
+        return self.objective != "sft"
 
 
 def tracker_names(trackers: str) -> tuple[str, ...]:

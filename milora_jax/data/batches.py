@@ -50,16 +50,19 @@ def padded_length(longest: int, multiple: int, limit: int) -> int:
     return min(-(-longest // multiple) * multiple, limit)
 
 
-def collate(packed: Sequence[Sequence[Example]], length: int, rows: int, prompts: int = 1) -> Batch:
+def collate(
+    packed: Sequence[Sequence[Example]], length: int, rows: int, prompts: int = 1, answers: int = 1
+) -> Batch:
     """Make a batch of training rows, padded on the right; missing rows are padding, which counts nowhere.
 
     Args:
       packed: the examples of each row, which become its segments 1, 2, ...
       length: T, at least the number of tokens of any row.
       rows: B, at least the number of rows given.
-      prompts: Z, at least the number of examples of any row.
+      prompts: Z, at least the number of prompts of any row.
+      answers: A, examples in a row that follow one prompt and have its route.
     """
-    batch = _empty(rows, length, prompts=prompts)
+    batch = _empty(rows, length, prompts=prompts, answers=answers)
     for row, examples in enumerate(packed):
         start = 0
         for segment, example in enumerate(examples, 1):
@@ -67,7 +70,10 @@ def collate(packed: Sequence[Sequence[Example]], length: int, rows: int, prompts
             batch.tokens[row, start:end] = example.tokens
             batch.segment_ids[row, start:end] = segment
             batch.positions[row, start:end] = np.arange(end - start)
-            batch.prompt_mask[row, start : start + example.routed] = True
+            if (segment - 1) % answers == 0:  # the first answer's copy of the prompt
+                batch.prompt_mask[row, start : start + example.routed] = True
+                if batch.labels is not None:
+                    batch.labels[row, (segment - 1) // answers] = example.label
             for first, last in example.learned:
                 batch.loss_mask[row, start + first : start + last] = True
             start = end
@@ -100,7 +106,7 @@ def collate_prompts(
     return batch
 
 
-def _empty(rows: int, length: int, pad_id: int = 0, prompts: int = 1) -> Batch:
+def _empty(rows: int, length: int, pad_id: int = 0, prompts: int = 1, answers: int = 1) -> Batch:
     shape = (rows, length)
     # Host arrays, which become device arrays when they are placed.
     fields: dict[str, Any] = {
@@ -109,5 +115,6 @@ def _empty(rows: int, length: int, pad_id: int = 0, prompts: int = 1) -> Batch:
         "positions": np.zeros(shape, np.int32),
         "prompt_mask": np.zeros(shape, bool),
         "loss_mask": np.zeros(shape, bool),
+        "labels": None if answers == 1 else np.zeros((rows, prompts), bool),
     }
-    return Batch(**fields, prompts=prompts)
+    return Batch(**fields, prompts=prompts, answers=answers)

@@ -42,10 +42,9 @@ WEIGHTS = ("weight", "train", "training", "loss")
 _TOOLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
-REFUSED_OF_ROWS = (
-    *(*_TOOLS, *_MEDIA),
-    *("chosen", "rejected", "rejected_response", "kto_tag", "chat_template_kwargs"),
-)
+UNWRITTEN = (*_TOOLS, *_MEDIA, "rejected_response", "kto_tag", "chat_template_kwargs")
+PREFERENCES = ("chosen", "rejected")
+REFUSED_OF_ROWS = (*UNWRITTEN, *PREFERENCES)
 REFUSED_OF_MESSAGES = (
     *(*_TOOLS, *_MEDIA),
     *("reasoning_content", "reasoning", "thinking", "name", "refusal", "train_detail"),
@@ -64,12 +63,7 @@ def head_of(row: Mapping[str, Any], where: str) -> str | None:
     Raises:
       UserError: a field is not supported, or two of HEADS are present; the error begins with ``where``.
     """
-    for name in REFUSED_OF_ROWS:
-        if is_given(row.get(name)):
-            raise UserError(
-                f"{where}: field {name!r} is not supported: expected a row without it, "
-                f"or data.columns={name}= to leave it out"
-            )
+    refuse_unwritten(row, where, REFUSED_OF_ROWS)
     if is_given(row.get("system_prompt")):
         raise UserError(
             f"{where}: field 'system_prompt' has another name here: expected 'system', "
@@ -82,6 +76,40 @@ def head_of(row: Mapping[str, Any], where: str) -> str | None:
             f"expected one of them, or data.columns={given[1]}= to leave that out"
         )
     return next(iter(given or [name for name in HEADS if row.get(name) is not None]), None)
+
+
+def refuse_unwritten(row: Mapping[str, Any], where: str, names: Sequence[str]) -> None:
+    """Refuse a row with a field that would change its meaning and is not supported.
+
+    Raises:
+      UserError: one of the names has content; the error begins with ``where``.
+    """
+    for name in names:
+        if is_given(row.get(name)):
+            paired = "it is of pairs, which train.objective=dpo, ipo and orpo read, " * (name in PREFERENCES)
+            raise UserError(
+                f"{where}: field {name!r} is not supported: {paired}expected a row without it, "
+                f"or data.columns={name}= to leave it out"
+            )
+
+
+def read_messages(listed: Any, name: str, where: str, last: str) -> tuple[Message, ...]:
+    """Read a field that is a chat of ``role`` and ``content``.
+
+    Args:
+      name: name of the field.
+      where: file and line, for errors.
+      last: the role of the last message.
+
+    Raises:
+      UserError: the field is no list, or a message is wrong or out of turn; the error begins with ``where``.
+    """
+    if not isinstance(listed, Sequence) or isinstance(listed, str):
+        raise UserError(f"{where}: field {name!r} holds {type(listed).__name__}, expected a list of messages")
+    place = f"{where}: field {name!r}"
+    read = [_message(item, FORMS["messages"], f"{place}: message {i}")[0] for i, item in enumerate(listed, 1)]
+    _require_turns(read, place, last)
+    return tuple(read)
 
 
 def read_chat(row: Mapping[str, Any], where: str, last: str = "assistant") -> tuple[Message, ...]:

@@ -62,27 +62,31 @@ class Rows(Sequence[list[Example]]):
     Attributes:
       examples: all examples, in memory or in a file.
       lengths: tokens of each row.
-      prompts: Z, the largest number of examples in a row.
+      prompts: Z, the largest number of prompts in a row.
+      answers: A, the number of consecutive examples that are answers to one prompt.
     """
 
-    def __init__(self, examples: Sequence[Example], capacity: int | None) -> None:
+    def __init__(self, examples: Sequence[Example], capacity: int | None, answers: int = 1) -> None:
         """Arrange examples in rows by their lengths alone.
 
         Args:
-          capacity: tokens of a row; None gives every example a row of its own.
+          capacity: tokens of a row; None gives every prompt a row of its own.
+          answers: consecutive examples that are answers to one prompt, and share a row.
         """
-        self.examples = examples
+        self.examples, self.answers = examples, answers
         if isinstance(examples, StoredExamples):
             lengths = examples.lengths
         else:
             lengths = np.array([len(example.tokens) for example in examples], np.int64)
+        if answers > 1:
+            lengths = lengths.reshape(-1, answers).sum(axis=1)
         if capacity is None:
-            self._members: range | np.ndarray = range(len(examples))
-            self._starts: range | np.ndarray = range(len(examples) + 1)
-            self.lengths, self.prompts = lengths, min(1, len(examples))
+            self._members: range | np.ndarray = range(len(lengths))
+            self._starts: range | np.ndarray = range(len(lengths) + 1)
+            self.lengths, self.prompts = lengths, min(1, len(lengths))
             return
         packed = pack(lengths.tolist(), capacity)
-        self._members = np.fromiter(itertools.chain.from_iterable(packed), np.int64, len(examples))
+        self._members = np.fromiter(itertools.chain.from_iterable(packed), np.int64, len(lengths))
         starts = self._starts = np.cumsum([0, *map(len, packed)])
         self.lengths = np.add.reduceat(lengths[self._members], starts[:-1])
         self.prompts = max(map(len, packed), default=0)
@@ -98,4 +102,8 @@ class Rows(Sequence[list[Example]]):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         row = range(len(self))[place]
-        return [self.examples[int(i)] for i in self._members[self._starts[row] : self._starts[row + 1]]]
+        prompts = self._members[self._starts[row] : self._starts[row + 1]]
+        if self.answers == 1:
+            return [self.examples[int(i)] for i in prompts]
+        places = (int(i) * self.answers + answer for i in prompts for answer in range(self.answers))
+        return [self.examples[place] for place in places]

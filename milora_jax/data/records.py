@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Record:
     Attributes:
       instruction: the instruction; for a chat, the user's last message.
       messages: all messages of a chat before ``output``; empty where the row is no chat.
+      rejected: the answer that ``output`` is preferred to; "" where the row is no pair.
+      label: whether ``output`` is desirable; None where the row does not judge it.
       references: texts that are each a right answer, for the measures of free text; empty where the row lists
         none, and ``output`` is the only one.
       where: file and line of the row, for errors; not part of the record's content.
@@ -57,6 +59,8 @@ class Record:
     answer: str
     messages: tuple[Message, ...] = ()
     references: tuple[str, ...] = ()
+    rejected: str = ""
+    label: bool | None = None
     where: str = field(default="", compare=False)
     source: str = field(default="", compare=False)
 
@@ -140,18 +144,23 @@ def _default_name(location: str) -> str:
     return path.parent.name or path.stem if path.stem in SPLIT_STEMS else path.stem
 
 
-def iterate_records(source: Source, scored: bool = False) -> Iterator[Record]:
+Reader = Callable[[dict[str, Any], str], "list[Record]"]
+"""Reads the records of a row, given its file and line, or raises a UserError that begins with these."""
+
+
+def iterate_records(source: Source, scored: bool = False, reader: Reader | None = None) -> Iterator[Record]:
     """Read the records of a source one after the other.
 
     Args:
-      scored: see :func:`read_records`.
+      scored, reader: see :func:`read_records`.
 
     Raises:
       UserError: a row is malformed or incomplete; the error names file and line. Or there is no row.
     """
     empty = True
     for row, where in rows_of(source.location):
-        records = _records(mapped_row(_object(row, where), source.columns, where), where, scored)
+        mapped = mapped_row(_object(row, where), source.columns, where)
+        records = _records(mapped, where, scored) if reader is None else reader(mapped, where)
         for record in records[-1:] if source.train_on == "last" else records:
             empty = False
             yield replace(record, where=where, source=source.name)
@@ -164,13 +173,14 @@ class Records:
     """The records of sources, read anew whenever they are iterated: no more than one row is in memory."""
 
     sources: tuple[Source, ...]
+    reader: Reader | None = None
 
     def __iter__(self) -> Iterator[Record]:
         for source in self.sources:
-            yield from iterate_records(source)
+            yield from iterate_records(source, reader=self.reader)
 
 
-def read_records(source: Source, scored: bool = False) -> list[Record]:
+def read_records(source: Source, scored: bool = False, reader: Reader | None = None) -> list[Record]:
     """Read all records of a source.
 
     If its columns name the ``references``, every row has one of them (or some) for its prompt. Rows for
@@ -180,11 +190,12 @@ def read_records(source: Source, scored: bool = False) -> list[Record]:
     Args:
       scored: the rows are asked and scored, not trained on: ``output`` may be empty where ``answer`` is
         given, as in a row of LLM-Adapters' GSM8K test file.
+      reader: reads rows of other schemas, such as ``preferences.reader_of``; None reads those above.
 
     Raises:
       UserError: see :func:`iterate_records`.
     """
-    records = list(iterate_records(source, scored))
+    records = list(iterate_records(source, scored, reader))
     mapped = any(column.field == "references" and not column.omits for column in source.columns)
     return _joined(records) if mapped and scored else records
 
@@ -237,8 +248,8 @@ def record_bytes(record: Record) -> bytes:
     """The content of a record, as :func:`fingerprint` reads it."""
     values = asdict(record)
     del values["where"], values["source"]
-    for name in ("messages", "references"):
-        if not values[name]:
+    for name in ("messages", "references", "rejected", "label"):
+        if values[name] in ((), "", None):
             del values[name]  # a run whose records had no such field can be resumed
     return json.dumps(values, sort_keys=True).encode()
 
@@ -310,9 +321,10 @@ def _having(row: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     """The row, if it has a field; else raise a UserError."""
     if name not in row:
         has = ", ".join(map(repr, row)) or "no fields"
+        judged = " (rows with 'completion' and 'label' are for train.objective=kto)" * ("completion" in row)
         raise UserError(
             f"{where}: field {name!r} holds nothing, expected text: the row has {has}, "
-            "and data.columns maps columns of other names"
+            f"and data.columns maps columns of other names{judged}"
         )
     return row
 

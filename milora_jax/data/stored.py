@@ -29,6 +29,7 @@ COLUMNS = np.dtype(
         ("prompt_length", "<i4"),
         ("route_tokens", "<i4"),
         ("source", "<i4"),
+        ("label", "<i4"),
         ("crc", "<u4"),
     ]
 )
@@ -61,6 +62,7 @@ class ExampleWriter:
         self._answers_end += len(example.answers)
         place = self._sources[example.source]
         column = (self._end, self._answers_end, example.prompt_length, example.route_tokens, place)
+        column = (*column, example.label)
         self._tokens.write(ids)
         self._answers.write(np.array(example.answers, "<i4").tobytes())
         self._index.write(np.array((*column, zlib.crc32(ids)), COLUMNS).tobytes())
@@ -121,7 +123,7 @@ class StoredExamples(Sequence[Example]):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         number = range(len(self))[place]
-        end, answers_end, prompt_length, route_tokens, source, crc = self._index[number].item()
+        end, answers_end, prompt_length, route_tokens, source, label, crc = self._index[number].item()
         length = int(self.lengths[number])
         ids = self._read(4 * length, 4 * (end - length))
         if zlib.crc32(ids) != crc:
@@ -137,6 +139,7 @@ class StoredExamples(Sequence[Example]):
             source=str(self._sources[source]),
             route_tokens=route_tokens,
             answers=tuple((begin, end) for begin, end in answers),
+            label=bool(label),
         )
 
     def _read(self, size: int, offset: int) -> bytes:

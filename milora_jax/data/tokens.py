@@ -42,6 +42,7 @@ class Example:
       source: name of the data set that it comes from.
       route_tokens: how many of them, from the first, the routers read; 0 is ``prompt_length``.
       answers: where each answer that is learned begins and ends; empty where there is one, up to the end.
+      label: whether the answer is desirable; false for a rejected one.
     """
 
     tokens: np.ndarray
@@ -49,6 +50,7 @@ class Example:
     source: str = ""
     route_tokens: int = 0
     answers: tuple[tuple[int, int], ...] = ()
+    label: bool = True
 
     @property
     def routed(self) -> int:
@@ -276,6 +278,8 @@ def example_bytes(example: Example) -> bytes:
     head = f"{example.prompt_length} {len(example.tokens)}\0"
     if example.route_tokens or example.answers:
         head += f"{example.route_tokens} {example.answers}\0"
+    if not example.label:
+        head += "rejected\0"
     return head.encode() + example.tokens.astype("<i4").tobytes()
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from milora_jax.console import Console
 from milora_jax.data.batches import collate
+from milora_jax.data.preferences import encode_preferences, reader_of
 from milora_jax.data.records import Record, Source, read_records, run_sources
 from milora_jax.data.tokens import (
     Example,
@@ -40,9 +41,11 @@ def row_findings(subject: Subject) -> Iterator[Finding]:
         yield Finding(FAIL, "data.train", "no training rows: --config.data.train=FILE.jsonl")
     subject.records = {split: {} for split in SPLITS}
     sources = run_sources(subject.config.data)
+    learned = functools.partial(read_records, reader=reader_of(subject.config.train.objective))
+    readers = {"train": learned, "dev": learned, "test": functools.partial(read_records, scored=True)}
     for split, found in subject.records.items():
         for source in sources[split]:
-            yield from guarded(f"data.{split}", functools.partial(_read, source, split == "test", found))
+            yield from guarded(f"data.{split}", functools.partial(_read, source, readers[split], found))
         if split == "test":
             for name, records in found.items():
                 yield from guarded("data.test", functools.partial(_golds, name, records))
@@ -51,9 +54,11 @@ def row_findings(subject: Subject) -> Iterator[Finding]:
             yield Finding(OK, f"data.{split}", f"rows read: {counts}")
 
 
-def _read(source: Source, scored: bool, found: dict[str, list[Record]]) -> Iterator[Finding]:
+def _read(
+    source: Source, read: Callable[[Source], list[Record]], found: dict[str, list[Record]]
+) -> Iterator[Finding]:
     """Add the rows of a source to ``found``; it yields no finding of its own."""
-    found[source.name] = read_records(source, scored)
+    found[source.name] = read(source)
     yield from ()
 
 
@@ -77,17 +82,8 @@ def token_findings(subject: Subject) -> Iterator[Finding]:
         # A progress bar for few rows would only interrupt the report.
         bar = stack.enter_context(Console(total < LARGE).progress("encoding", total, "rows"))
         for split in ("train", "dev"):
-            encoded = []
-            for turns in in_examples(_all_of(subject, split), config.prompt_format):
-                # However long: it is told how long the rows are that are dropped.
-                made, _ = encode_conversation(
-                    subject.tokenizer, turns, model.eos_ids, sys.maxsize, config.prompt_format
-                )
-                if made is not None:
-                    with naming(turns[0]):
-                        require_embedded(subject.tokenizer, made.tokens, model.vocab_size)
-                    encoded.append(made)
-                bar.advance(len(turns))
+            encode = _encoded_pairs if config.train.prefers else _encoded_answers
+            encoded = encode(subject, list(_all_of(subject, split)), bar.advance)
             subject.examples[split] = encoded
             if encoded:
                 yield length_finding(split, [len(e.tokens) for e in encoded], config.data.max_length)
@@ -99,6 +95,33 @@ def token_findings(subject: Subject) -> Iterator[Finding]:
             bar.advance(1)
         if prompts:
             yield prompt_finding(prompts, room)
+
+
+def _encoded_answers(
+    subject: Subject, records: Sequence[Record], advance: Callable[[int], None]
+) -> list[Example]:
+    """The examples of rows of supervised tuning, however long: it is told which lengths are dropped."""
+    model, written, encoded = subject.model, subject.config.prompt_format, []
+    for turns in in_examples(records, written):
+        made, _ = encode_conversation(subject.tokenizer, turns, model.eos_ids, sys.maxsize, written)
+        if made is not None:
+            with naming(turns[0]):
+                require_embedded(subject.tokenizer, made.tokens, model.vocab_size)
+            encoded.append(made)
+        advance(len(turns))
+    return encoded
+
+
+def _encoded_pairs(
+    subject: Subject, records: Sequence[Record], advance: Callable[[int], None]
+) -> list[Example]:
+    """The examples of preference rows, two of each."""
+    encoded: list[Example] = []
+    if records:
+        inputs = (subject.model, subject.config.data.max_length, subject.config.prompt_format)
+        encode_preferences(encoded.append, subject.tokenizer, records, *inputs)
+        advance(len(records))
+    return encoded
 
 
 def length_finding(split: str, lengths: Sequence[int], max_length: int) -> Finding:

@@ -260,12 +260,14 @@ def write_report(
     """
     best = read_metadata(workdir / "best", fit.progress.best_step)
     counts = parameter_counts(build_method(run.config.adapter), adapter_shape(run.model), best)
+    prefers = run.config.train.prefers
     summary = {
         "steps": fit.steps,
         "best_step": fit.progress.best_step,
-        "dev_perplexity": fit.progress.best_perplexity,
+        "dev_perplexity": best["dev_perplexity"] if prefers else fit.progress.best_perplexity,
+        **({"dev_loss": fit.progress.best_perplexity} if prefers else {}),
         "skipped_updates": fit.progress.skipped,
-        "not_learned": fit.progress.unlearned(run.model.vocab_size) or None,
+        "not_learned": fit.progress.unlearned(run.guess, run.measure) or None,
         "tunable_parameters": counts.tunable,
         "mean_active_parameters": counts.active,
         "tokens_per_second": fit.tokens_per_second,
@@ -293,12 +295,12 @@ def write_report(
                 print(answers_side_by_side(run.tests[score.task], answers, score.predictions))
         print("\n".join([figures_table(before, after), *loss_notes(after)]))
     print(
-        f"\n{fit.steps} steps, best at {fit.progress.best_step} (dev perplexity "
+        f"\n{fit.steps} steps, best at {fit.progress.best_step} ({run.measure} "
         f"{fit.progress.best_perplexity:.3f}), {summary['tunable_parameters']:,} tunable parameters, "
         f"{summary['mean_active_parameters']:,.0f} active per token, {wall_seconds:.0f} s"
     )
     print("\n".join(next_steps(workdir, run.config, run.model, written)))
-    reason = fit.progress.saturated(run.model.vocab_size)
+    reason = fit.progress.saturated(run.guess)
     if summary["not_learned"] and not reason:  # else require_learned says so
         print(f"warning: nothing was learned: {summary['not_learned']}")
     elif reason and not summary["not_learned"]:
@@ -315,8 +317,7 @@ def require_learned(run: Run, fit: Fit) -> None:
       NothingLearnedError: no evaluation was better than the first, and the last one is no better than a
         guess.
     """
-    size = run.model.vocab_size
-    if fit.progress.saturated(size) and (reason := fit.progress.unlearned(size)):
+    if fit.progress.saturated(run.guess) and (reason := fit.progress.unlearned(run.guess, run.measure)):
         raise NothingLearnedError(
             f"nothing was learned: {reason}; summary.json says so too, lower train.learning_rate"
         )

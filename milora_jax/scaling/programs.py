@@ -119,7 +119,7 @@ def _abstract_batch(mesh: Mesh, rows: int, length: int, prompts: int = 1) -> Bat
     place = batch_sharding(mesh)
     ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
     mask: Any = jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=place)
-    return Batch(ids, ids, ids, mask, mask, prompts)
+    return Batch(ids, ids, ids, mask, mask, prompts=prompts)
 
 
 def _number(mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -29,7 +29,7 @@ from milora_jax.storage.exported import (
     shape_values,
 )
 from milora_jax.storage.mirror import fetched
-from milora_jax.storage.peft import PEFT_CONFIG
+from milora_jax.storage.peft_settings import PEFT_CONFIG, require_one
 
 log = logging.getLogger("milora_jax.storage")
 
@@ -180,6 +180,8 @@ def newest_step(path: Path) -> tuple[CheckpointDirectory, int]:
     step = directory.newest()
     # An older adapter beside a damaged one must not be taken for it unasked.
     if step is None or problems:
+        if not problems:
+            require_one(path)
         reason = f": {problems[0]}" if problems else ""
         raise UserError(f"{str(root)!r} holds no complete adapter{reason}")
     return directory, step

@@ -30,7 +30,7 @@ from milora_jax.storage.bucket_lock import BucketLock
 from milora_jax.storage.files import scratch_directory
 from milora_jax.storage.lock import LOCK
 from milora_jax.storage.manifest import MANIFEST
-from milora_jax.storage.peft import PEFT_CONFIG
+from milora_jax.storage.peft_settings import PEFT_CONFIG
 
 SYNC_SECONDS = 10.0
 """Time between two uploads of the logs that have changed: a bucket cannot append, so each is rewritten."""

@@ -1,122 +1,75 @@
 """Directories of Hugging Face PEFT: ``adapter_config.json`` beside ``adapter_model.safetensors``.
 
 LoRA, methods that are decoded as LoRA (AdaLoRA, SSP), DoRA and (IA)3 are written, with one rank and one
-alpha, because vLLM reads no more. Only LoRA and DoRA are read, and so strictly that nothing in a directory is
-ignored: a setting that changes the function in an unsupported way is refused by name, and so is every missing
-or extra tensor.
+alpha, because vLLM reads no more. Only LoRA and DoRA are read, and so strictly that nothing in a directory
+is ignored: what cannot be mapped is refused by name (``storage.peft_settings``), and so is every missing or
+extra tensor. Pairs of other ranks than the largest are padded with zeros, and the ratio of a module's scale
+to the largest one is multiplied into its B.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.adapters.inputs import Shape
-from milora_jax.adapters.low_rank import LARGEST_ALPHA, SMALLEST_ALPHA
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.records import Decomposed, LowRank, Record, Rescaled
 from milora_jax.adapters.registry import METHOD_CLASSES
 from milora_jax.base.families import FAMILIES
-from milora_jax.base.json_files import parse_json_object
 from milora_jax.base.specs import MODULE_PATHS
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
 from milora_jax.storage.adapter_tensors import read_tensors, write_tensors
-from milora_jax.storage.files import read_bytes
 from milora_jax.storage.pair_tensors import (
+    MATRICES,
     Shapes,
     pair_name,
-    pair_shapes,
     pair_tensors,
     require_change,
     require_same,
-    stacked_pairs,
+)
+from milora_jax.storage.peft_settings import (
+    PEFT_CONFIG,
+    PEFT_TENSORS,
+    PREFIX,
+    Plan,
+    peft_names,
+    read_peft_settings,
+    suffix,
 )
 from milora_jax.types import EXPERTS
 
-PEFT_CONFIG = "adapter_config.json"
-PEFT_TENSORS = "adapter_model.safetensors"
-
-LARGEST_CONFIG = 2**20
-"""Bytes of the largest ``adapter_config.json``; a regular one has about a thousand."""
-
-LARGEST_RANK = 2**16
-
 IA3_LEAF = "ia3_l"
-
-PICKLES = (".bin", ".pt", ".pth")
 
 PEFT_DTYPES = ("float32", "float16", "bfloat16")
 """Dtypes of the tensors that are read."""
 
-OFF: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "init_ia3_weights": (True, False),
-    "fan_in_fan_out": (False,),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-}
-"""Settings and values that leave ``W + s B A`` unchanged. Other ways to initialise change the base's own
-weights."""
+LEAVES = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "magnitude", IA3_LEAF: IA3_LEAF}
+"""Our name of each leaf of PEFT."""
 
-READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+RECORDS: dict[str, type[Record]] = {"lora": LowRank, "dora": Decomposed}
+"""The record of a module's parameters by the kind of an adapter."""
 
-WITHOUT_EFFECT = (
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "megatron_core",
-    "qalora_group_size",
-    "layers_pattern",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "runtime_config",
+_NAME = re.compile(
+    r"base_model\.model\.(?P<prefix>(?:(?:model|language_model|text_model)\.)+)layers\.(?P<layer>[0-9]{1,4})\."
+    rf"(?P<path>{'|'.join(map(re.escape, MODULE_PATHS.values()))})\."
+    r"(?:(?P<matrix>lora_[AB])(?:\.(?P<adapter>[^.]{1,64}))?\.weight|"
+    r"(?P<vector>lora_magnitude_vector|ia3_l)(?:\.(?P<owner>(?!weight$)[^.]{1,64}))?(?:\.weight)?)"
 )
-"""Settings about the origin of an adapter, or that act only together with a setting that is refused."""
+"""The name of a tensor: plain, of a language model within a model that sees or hears, or with the name that
+the adapter had in memory."""
 
-
-@dataclass(frozen=True)
-class PeftSettings:
-    """The content of an ``adapter_config.json``.
-
-    Attributes:
-      kind: lora, dora or ia3.
-      modules: the changed modules, in the order of ``types.EXPERTS``.
-      rank: R of every pair; 0 without pairs.
-      alpha: numerator of ``alpha / rank``.
-      dropout: dropout of its training.
-      use_rslora: whether alpha is divided by the root of the rank (arXiv 2312.03732), not by the rank.
-    """
-
-    kind: str
-    modules: tuple[str, ...]
-    rank: int = 0
-    alpha: float = 0.0
-    dropout: float = 0.0
-    use_rslora: bool = False
-
-    @property
-    def record(self) -> type[Record]:
-        """The record of a module's parameters."""
-        return Decomposed if self.kind == "dora" else LowRank
-
-    def shapes(self, shape: Shape) -> Shapes:
-        """Names and shapes of the file's tensors, for a base of a shape."""
-        if self.kind == "ia3":
-            return {
-                pair_name(layer, module, IA3_LEAF): (shape.dims[module][1], 1)
-                for module in self.modules
-                for layer in range(shape.num_layers)
-            }
-        return pair_shapes(shape, self.rank, self.record, self.modules)
+_OUTSIDE = re.compile(r".*?\b(lm_head|embed_tokens|modules_to_save|lora_embedding_[AB]|base_layer)\b.*")
 
 
 def write_peft(directory: Path, adapter: Adapter, base_name: str) -> None:
@@ -169,7 +122,7 @@ def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]
             for name, record in change.records.items()
             for layer, factor in enumerate(np.asarray(record.factor, np.float32))
         }
-        targets = [_suffix(name) for name in change.records]
+        targets = [suffix(name) for name in change.records]
         kind = {"peft_type": "IA3", "feedforward_modules": [], "init_ia3_weights": True}
         return tensors, {**kind, "target_modules": targets, "fan_in_fan_out": False, "modules_to_save": None}
     rank = change.rank
@@ -181,7 +134,7 @@ def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         "r": rank,
         "lora_alpha": round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha,
         "lora_dropout": change.dropout,
-        "target_modules": [_suffix(name) for name in EXPERTS if name in change.records],
+        "target_modules": [suffix(name) for name in EXPERTS if name in change.records],
         "use_dora": method.record is Decomposed,
         "use_rslora": change.use_rslora,
         "rank_pattern": {},
@@ -194,13 +147,47 @@ def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]
     }
 
 
-def read_peft(directory: Path, shape: Shape) -> tuple[PeftSettings, dict[str, Record]]:
+class PeftTensors(NamedTuple):
+    """The tensors of a file under the names that :func:`write_peft` gives them.
+
+    Attributes:
+      tensors: by name; unknown names are as they are in the file.
+      prefix: what stood before ``layers.0`` in the names of the model that it was trained on.
+    """
+
+    tensors: dict[str, np.ndarray]
+    prefix: str
+
+
+@dataclass(frozen=True)
+class PeftPairs:
+    """The pairs of an adapter, ready for one rank and one scale.
+
+    Attributes:
+      kind: lora or dora.
+      rank: the largest rank R of a pair.
+      alpha: numerator of the scale.
+      use_rslora: whether alpha is divided by the root of the rank, not by the rank.
+      dropout: dropout of its training.
+      pairs: of the modules with a pair in some layer, stacked, of rank R; zero in layers without one.
+      present: whether a module has a pair, by layer.
+      said: one line per thing worth knowing.
+    """
+
+    kind: str
+    rank: int
+    alpha: float
+    use_rslora: bool
+    dropout: float
+    pairs: dict[str, Record]
+    present: dict[str, np.ndarray]
+    said: tuple[str, ...]
+
+
+def read_peft(directory: Path, shape: Shape) -> PeftPairs:
     """Read a LoRA or DoRA that PEFT saved for a base of this shape.
 
     Float16 and bfloat16 tensors become float32.
-
-    Returns:
-      Its settings, and the pairs of its modules.
 
     Raises:
       UserError: a setting or a tensor is missing, unknown or unfit, and is named in the error; or the weights
@@ -209,72 +196,112 @@ def read_peft(directory: Path, shape: Shape) -> tuple[PeftSettings, dict[str, Re
     settings, path = read_peft_settings(directory), directory / PEFT_TENSORS
     if settings.kind == "ia3":
         raise UserError(f"{directory / PEFT_CONFIG}: peft_type is 'IA3', expected 'LORA'")
-    tensors = read_tensors(path)
-    require_same(tensors, settings.shapes(shape), str(path), PEFT_DTYPES)
-    pairs = stacked_pairs(tensors, shape, settings.record, settings.modules)
+    tensors, prefix = read_peft_tensors(path)
+    plan = settings.plan(shape.num_layers, prefix)
+    for name in tensors:
+        outside = _OUTSIDE.fullmatch(name)
+        if outside:
+            raise UserError(f"{path}: unexpected tensor {name!r}: weights of {outside[1]} are not supported")
+    require_same(tensors, peft_shapes(shape, settings.kind, plan), str(path), PEFT_DTYPES)
     require_change(tensors, str(path))
-    return settings, pairs
+    rank = max(target.rank for target in plan.values())
+    alphas = {place: settings.alpha_at(rank, target) for place, target in plan.items()}
+    alpha = max(alphas.values())
+    record = RECORDS[settings.kind]
+    modules = [module for module in EXPERTS if any(module == mine for _, mine in plan)]
+    layers = range(shape.num_layers)
+    divisor = math.sqrt(rank) if settings.use_rslora else rank
+    said = list(_notes(plan, {alpha / divisor for alpha in alphas.values()}, rank, prefix))
+    others = peft_names(directory)
+    if others:
+        said.append(f"the adapters in its folders are not read: {', '.join(others[:8])}")
+    return PeftPairs(
+        kind=settings.kind,
+        rank=rank,
+        alpha=alpha,
+        use_rslora=settings.use_rslora,
+        dropout=settings.dropout,
+        pairs={module: _stacked(tensors, shape, record, module, rank, alphas, alpha) for module in modules},
+        present={module: np.array([(layer, module) in plan for layer in layers]) for module in modules},
+        said=tuple(said),
+    )
 
 
-def read_peft_settings(directory: Path) -> PeftSettings:
-    """Read and check the ``adapter_config.json`` of a directory.
+def read_peft_tensors(path: Path) -> PeftTensors:
+    """Read the tensors of a file, under plain names.
 
     Raises:
-      UserError: a setting is missing, ill-typed or changes the function in an unsupported way, and is named
-        in the error; or the weights are a pickle.
+      UserError: the file is damaged, or holds tensors of several models or adapters.
     """
-    where = str(directory / PEFT_CONFIG)
-    if not directory.is_dir():
-        raise UserError(f"{str(directory)!r}: no such directory, expected a PEFT adapter")
-    pickles = sorted(path.name for path in directory.glob("adapter_model.*") if path.suffix in PICKLES)
-    if pickles:
-        raise UserError(
-            f"{directory}: found {pickles[0]}, but pickles are never loaded; expected {PEFT_TENSORS}"
-        )
-    values = parse_json_object(read_bytes(directory / PEFT_CONFIG, LARGEST_CONFIG), where)
-    _refuse_other(values, where)
-    modules = _modules(values.get("target_modules"), where)
-    if values["peft_type"] == "IA3":
-        return PeftSettings("ia3", modules)
-    rank, alpha, dropout = (values.get(name, 0.0) for name in ("r", "lora_alpha", "lora_dropout"))
-    if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
-        raise UserError(f"{where}: r is {rank!r}, expected a whole number from 1 to {LARGEST_RANK}")
-    if type(alpha) not in (int, float) or not SMALLEST_ALPHA <= alpha <= LARGEST_ALPHA:
-        expected = f"a number from {SMALLEST_ALPHA:g} to {LARGEST_ALPHA:g} (0 changes nothing)"
-        raise UserError(f"{where}: lora_alpha is {str(alpha)[:80]}, expected {expected}")
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise UserError(f"{where}: lora_dropout is {dropout!r}, expected a number from 0 to below 1")
-    kind, use_rslora = "dora" if values.get("use_dora") else "lora", bool(values.get("use_rslora"))
-    return PeftSettings(kind, modules, rank, float(alpha), float(dropout), use_rslora)
+    tensors: dict[str, np.ndarray] = {}
+    origin: tuple[str, str | None, str] | None = None
+    for name, value in read_tensors(path).items():
+        found = _NAME.fullmatch(name)
+        plain = name
+        if found:
+            mine = found["prefix"], found["adapter"] or found["owner"], name
+            origin = origin or mine
+            if mine[:2] != origin[:2]:
+                raise UserError(
+                    f"{path}: tensors {origin[2]!r} and {name!r} are those of two models or adapters"
+                )
+            module = next(module for module, place in MODULE_PATHS.items() if place == found["path"])
+            plain = pair_name(int(found["layer"]), module, LEAVES[found["matrix"] or found["vector"]])
+        if plain in tensors:
+            raise UserError(f"{path}: tensor {name!r} is there under two names")
+        tensors[plain] = value
+    return PeftTensors(tensors, origin[0] if origin else PREFIX)
 
 
-def _refuse_other(values: dict[str, Any], where: str) -> None:
-    """Refuse other kinds of adapters, and every setting that changes the function in an unsupported way."""
-    kind = values.get("peft_type")
-    if kind not in ("LORA", "IA3"):
-        raise UserError(f"{where}: peft_type is {kind!r}, expected 'LORA'")
-    for name, value in sorted(values.items()):
-        if name in ("use_rslora", "use_dora") and value not in (True, False, None):
-            raise UserError(f"{where}: {name} is {value!r}, expected true or false")
-        allowed = OFF.get(name, ())
-        empty = value is None or value is False or value in ("", [], {})
-        if not (empty or name in READ or name in WITHOUT_EFFECT or value in allowed):
-            expected = " or ".join(map(repr, allowed)) or "unset: not supported"
-            raise UserError(f"{where}: {name} is {value!r}, expected {expected}")
+def peft_shapes(shape: Shape, kind: str, plan: Plan) -> Shapes:
+    """Names and shapes of the tensors of a plan, for a base of a shape."""
+    expected: Shapes = {}
+    for (layer, module), (rank, _) in plan.items():
+        d_in, d_out = shape.dims[module]
+        if kind == "ia3":
+            expected[pair_name(layer, module, IA3_LEAF)] = (d_out, 1)
+            continue
+        shapes = {"a": (rank, d_in), "b": (d_out, rank), "magnitude": (d_out,)}
+        for field in dataclasses.fields(RECORDS[kind]):
+            expected[pair_name(layer, module, field.name)] = shapes[field.name]
+    return expected
 
 
-def _modules(targets: Any, where: str) -> tuple[str, ...]:
-    """Our names of the modules in ``target_modules``."""
-    if not isinstance(targets, list) or not targets or any(not isinstance(name, str) for name in targets):
-        raise UserError(f"{where}: target_modules is {targets!r}, expected a list of module names")
-    ours = {name: module for module, path in MODULE_PATHS.items() for name in (path, path.split(".")[-1])}
-    for name in targets:
-        if name not in ours:
-            known = ", ".join(_suffix(module) for module in EXPERTS)
-            raise UserError(f"{where}: target_modules names {name!r}, expected some of {known}")
-    found = {ours[name] for name in targets}
-    return tuple(module for module in EXPERTS if module in found)
+def _stacked(
+    tensors: Mapping[str, np.ndarray],
+    shape: Shape,
+    record: type[Record],
+    module: str,
+    rank: int,
+    alphas: Mapping[tuple[int, str], float],
+    alpha: float,
+) -> Record:
+    """One module's pairs, stacked and padded; B has the ratio of the pair's scale to the adapter's."""
+    d_in, d_out = shape.dims[module]
+    sizes = {"a": (d_in, rank), "b": (rank, d_out), "magnitude": (d_out,)}
+    leaves = {
+        field.name: np.zeros((shape.num_layers, *sizes[field.name]), np.float32)
+        for field in dataclasses.fields(record)
+    }
+    for layer in range(shape.num_layers):
+        if (layer, module) not in alphas:
+            continue
+        ratio = alphas[layer, module] / alpha
+        for name, leaf in leaves.items():
+            value = np.asarray(tensors[pair_name(layer, module, name)]).astype(np.float32)
+            value = value.T if name in MATRICES else value
+            if name == "b" and ratio != 1:
+                value = value * np.float32(ratio)
+            leaf[(layer, *map(slice, value.shape))] = value
+    return record(**{name: jnp.asarray(leaf) for name, leaf in leaves.items()})
 
 
-def _suffix(module: str) -> str:
-    return MODULE_PATHS[module].split(".")[-1]
+def _notes(plan: Plan, scales: Collection[float], rank: int, prefix: str) -> Iterator[str]:
+    """One line per thing worth knowing about a mapping."""
+    if prefix != PREFIX:
+        yield f"trained within another model, as its {prefix.removesuffix('.')!r}: taken to be this base"
+    least = min(target.rank for target in plan.values())
+    if least < rank:
+        yield f"pairs of rank {least} to {rank}: all are padded to {rank}, which changes nothing"
+    if len(scales) > 1:
+        yield f"scales from {min(scales):g} to {max(scales):g}: their ratios are multiplied into lora_B"

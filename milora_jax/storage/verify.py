@@ -14,7 +14,6 @@ from milora_jax.adapters.registry import adapter_shape
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.errors import UserError
-from milora_jax.storage.adapter_tensors import read_tensors
 from milora_jax.storage.adapters import checked_metadata, misfits
 from milora_jax.storage.checkpoint import METADATA, CheckpointDirectory, read_metadata, verify_step
 from milora_jax.storage.export import ORIGIN_FILE, read_origin
@@ -23,12 +22,12 @@ from milora_jax.storage.manifest import MANIFEST, DamagedError, manifest_errors
 from milora_jax.storage.pair_tensors import NOTHING, changes_nothing, differences, pair_name
 from milora_jax.storage.peft import (
     IA3_LEAF,
-    PEFT_CONFIG,
     PEFT_DTYPES,
-    PEFT_TENSORS,
-    read_peft_settings,
+    peft_shapes,
+    read_peft_tensors,
     require_unfused,
 )
+from milora_jax.storage.peft_settings import PEFT_CONFIG, PEFT_TENSORS, peft_names, read_peft_settings
 from milora_jax.types import EXPERTS
 
 _LAYER = re.compile(r"base_model\.model\.model\.layers\.([0-9]{1,4})\.")
@@ -51,6 +50,9 @@ def findings(path: Path, base: Path | None) -> dict[Path, list[str]]:
     if (path / ORIGIN_FILE).exists():
         return {path: list(_sealed_findings(path, base))}
     folders = step_folders(path)
+    named = [] if folders else peft_names(path)
+    if named:
+        return {path / name: list(_peft_findings(path / name, base)) for name in named}
     if not folders:
         expected = "a workdir, checkpoints/, best/, a step, an export or a PEFT adapter"
         raise UserError(f"{str(path)!r} holds no steps and no adapter: expected {expected}")
@@ -105,16 +107,17 @@ def _peft_findings(path: Path, base: Path | None) -> Iterator[str]:
     yield from sealed
     try:
         settings = read_peft_settings(path)
-        tensors = read_tensors(path / PEFT_TENSORS)
+        tensors, prefix = read_peft_tensors(path / PEFT_TENSORS)
         shape = adapter_shape(read_model_config(base)) if base is not None else shape_of(tensors)
         if ours and not sealed:
             shape = read_shape(read_origin(path)["shape"], ORIGIN_FILE)
         if base is not None:
             require_unfused(read_model_config(base), base)
+        expected = peft_shapes(shape, settings.kind, settings.plan(shape.num_layers, prefix))
     except UserError as error:
         yield str(error)
         return
-    for line in differences(tensors, settings.shapes(shape), PEFT_DTYPES):
+    for line in differences(tensors, expected, PEFT_DTYPES):
         yield f"{PEFT_TENSORS}: {line}"
     if settings.kind != "ia3" and changes_nothing(tensors):
         yield f"{PEFT_TENSORS}: {NOTHING}"
@@ -131,15 +134,19 @@ def _foreign(base: Path | None, metadata: Mapping[str, Any]) -> Iterator[str]:
 
 
 def shape_of(tensors: Mapping[str, np.ndarray]) -> Shape:
-    """Infer the shape of the base of pairs or vectors: depth from their names, widths from layer 0.
+    """Infer the shape of the base of pairs or vectors: depth from their names, widths from the first layer
+    that has a module's.
 
     Modules without tensors have widths of 1.
     """
-    layers = [int(match[1]) for match in map(_LAYER.match, tensors) if match]
-    dims = {}
-    for module in EXPERTS:
-        a, b, vector = (tensors.get(pair_name(0, module, leaf)) for leaf in ("a", "b", IA3_LEAF))
-        d_in = a.shape[-1] if a is not None and a.ndim else 1
-        out = b if b is not None else vector
-        dims[module] = (d_in, out.shape[0] if out is not None and out.ndim else 1)
+    layers = sorted({int(match[1]) for match in map(_LAYER.match, tensors) if match})
+
+    def size(module: str, leaf: str, axis: int) -> int:
+        found = (tensors.get(pair_name(layer, module, leaf)) for layer in layers)
+        return next((value.shape[axis] for value in found if value is not None and value.ndim), 1)
+
+    dims = {
+        module: (size(module, "a", -1), max(size(module, "b", 0), size(module, IA3_LEAF, 0)))
+        for module in EXPERTS
+    }
     return Shape.of(dims, 1 + max(layers, default=0), dims["q"][0])

@@ -1,7 +1,8 @@
 """A small but complete model and five instruction tasks inside the package, for trying every feature.
 
 ``model/`` is a LLaMA-architecture Hugging Face directory, and ``tasks/NAME/{train,dev,test}.jsonl`` are
-records in the LLM-Adapters schema. ``python -m milora_jax.tiny`` makes both again from a seed.
+records in the LLM-Adapters schema; ``tasks/preferences/{train,dev}.jsonl`` are pairs of answers to sums.
+``python -m milora_jax.tiny`` makes all of them again from a seed.
 """
 
 from pathlib import Path

@@ -2,9 +2,10 @@
 
 Parts change memory, not the result: the losses and gradients of the parts sum to those of the whole batch.
 The load-balance term multiplies two means over the batch (Eq. 4). The shares of first choices (Eq. 5) have no
-gradient but must be known before the first part is differentiated, so a method with a router needs one more
-forward pass over all parts: 2N floating-point operations per token beside the 4N of a step on a frozen base
-of N parameters. The usual approximation, a term per part, would change the loss with the number of parts.
+gradient but must be known before the first part is differentiated, so a method with a router (and kto, whose
+estimate of the divergence is that of the whole batch) needs one more forward pass over all parts: 2N
+floating-point operations per token beside the 4N of a step on a frozen base of N parameters. The usual
+approximation, a term per part, would change the loss with the number of parts.
 """
 
 from __future__ import annotations
@@ -96,7 +97,13 @@ def _totals(routed: Routed, adapter: Adapter, base: Base, parts: Batch, key: Arr
         return routed(adapter, base, part, _key_of_part(key, number))
 
     found = jax.lax.map(of_part, (jnp.arange(count), parts))
-    whole = Totals(tokens=found.tokens.sum(), prompts=found.prompts.sum(), first_choices=None, parts=count)
+    whole = Totals(
+        tokens=found.tokens.sum(),
+        prompts=found.prompts.sum(),
+        first_choices=None,
+        kl=None if found.kl is None else jax.lax.stop_gradient(found.kl.sum()),
+        parts=count,
+    )
     if found.first_choices is None:
         return whole
     weighed = found.first_choices * found.prompts.astype(jnp.float32)[:, None, None]

@@ -124,7 +124,7 @@ def measured_features(
             rows = batch_rows(settings.seed, step, count, settings.batch_size)
             yield run.batch(run.train, rows)
 
-    wanted = min(settings.feature_prompts, len(run.train.examples))
+    wanted = min(settings.feature_prompts, len(run.train.examples) // run.train.answers)
     log(f"measuring the router's features on {wanted} training prompts")
     program = feature_program(run.model, calibration, attend)
     found = feature_statistics(lambda batch: program(run.base, batch), batches(), wanted)

@@ -23,26 +23,20 @@ from milora_jax.adapters.protocol import Adapter, init_adapter
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.modules import Base, frozen_kernels
 from milora_jax.base.source import model_directory
-from milora_jax.console import LINE_EVERY
 from milora_jax.data.batches import batch_rows
 from milora_jax.errors import NonFiniteError, Preempted, UserError
-from milora_jax.parallel.processes import from_first, several, to_host
+from milora_jax.parallel.processes import from_first, several
 from milora_jax.parallel.rules import attend_over, state_shardings
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory, Publisher, read_metadata, verify_step
 from milora_jax.training.calibration import measured_features
-from milora_jax.training.health import (
-    PromptRoutes,
-    RoutingHealth,
-    pack_routes,
-    routing_health,
-    step_figures,
-    unpack_routes,
-)
+from milora_jax.training.dev import Judged, judged_on_dev
+from milora_jax.training.health import step_figures
 from milora_jax.training.optim import learning_rate_schedule, split_params
+from milora_jax.training.preference import preference_figures
 from milora_jax.training.prepare import Run
 from milora_jax.training.progress import Fit, Pace, Progress, planned_steps
-from milora_jax.training.start import starting_params
+from milora_jax.training.start import reference_adapter, starting_params
 from milora_jax.training.step import Steps, TrainState, init_state, make_steps
 from milora_jax.training.trackers import RunLog
 from milora_jax.types import Batch, Metrics, PyTree
@@ -82,6 +76,8 @@ class Trainer:
         self._best = CheckpointDirectory(workdir / "best", None, log, publisher)
         self._workdir = workdir
         self._schedule = learning_rate_schedule(train, self._total, train.learning_rate)
+        self._reference, self._reference_fingerprint = reference_adapter(run.config, run.model, run.mesh)
+        self._more = (self._reference,) if train.prefers else ()
 
     @property
     def total_steps(self) -> int:
@@ -124,8 +120,8 @@ class Trainer:
         """The loop of :meth:`fit`."""
         start, earlier_seconds, clock = int(state.step), progress.seconds, time.monotonic()
         if not start:
-            # The perplexity of the untrained adapter: a run has learned something if it becomes lower.
-            progress.first_perplexity, _ = self.dev_perplexity(state.adapter, Progress())
+            # The measure of the untrained adapter: a run has learned something if it becomes lower.
+            progress.first_perplexity = self._judged(state.adapter, Progress()).measure
         waiting: tuple[Metrics, Metrics | None] | None = None
         trained = judged = ""
         pace, compiled = Pace(), set[bool]()
@@ -135,7 +131,7 @@ class Trainer:
                 break
             progress.tokens += tokens
             pace.count(tokens)
-            state, metrics = self._steps.train(state, self._run.base, batch)
+            state, metrics = self._steps.train(state, self._run.base, batch, *self._more)
             # The devices are busy now, so the next rows are sent to them before the host waits.
             batch, tokens = self._training_batch(step + 1)
             done = step + 1
@@ -224,10 +220,12 @@ class Trainer:
         state, metadata = self._checkpoints.restore(newest, abstract)
         # A checkpoint from before the token fingerprint existed does not have it.
         metadata.setdefault("token_fingerprint", self._run.token_fingerprint)
+        metadata.setdefault("reference_fingerprint", "")
         for found, name, what in (
             (self._run.data_fingerprint, "data_fingerprint", "training or dev rows"),
             (self._run.token_fingerprint, "token_fingerprint", "tokens of the training or dev rows"),
             (self._run.base_fingerprint, "base_fingerprint", "files of the base"),
+            (self._reference_fingerprint, "reference_fingerprint", "reference adapter, train.init_from,"),
         ):
             if metadata[name] != found:
                 raise UserError(
@@ -253,7 +251,7 @@ class Trainer:
         index = done // self._settings.coefficient_every - 1
         rows = batch_rows(self._settings.seed, index, len(self._run.dev), self._settings.batch_size)
         batch = self._run.batch(self._run.dev, rows)
-        return self._steps.coefficients(state, self._run.base, batch)
+        return self._steps.coefficients(state, self._run.base, batch, *self._more)
 
     def _count_bad(
         self, waiting: tuple[Metrics, Metrics | None] | None, progress: Progress, done: int
@@ -277,6 +275,11 @@ class Trainer:
                 f"stopped before step {done} was saved, nothing was spoiled; lower train.learning_rate"
             )
 
+    def _preference(self, metrics: Metrics) -> dict[str, float | None]:
+        """The figures of a step of a preference objective."""
+        sums = metrics.preference
+        return {} if sums is None else preference_figures(sums, self._settings.objective)
+
     def _log_step(self, log: RunLog, done: int, metrics: Metrics, speed: float) -> str:
         loss = float(metrics.loss)
         log.log(
@@ -289,29 +292,31 @@ class Trainer:
                 **step_figures(self._method, done - 1, self._total, metrics),
                 "learning_rate": float(np.asarray(self._schedule(done - 1))),
                 "bad_steps": int(metrics.bad_steps),
+                **self._preference(metrics),
                 "tokens_per_second": speed,
             },
         )
         return f"loss {loss:.3f}, {speed:,.0f} tokens/s"
 
     def _evaluate(self, log: RunLog, done: int, adapter: Adapter, progress: Progress) -> str:
-        """Compute the dev perplexity; store the adapter if it is the best so far."""
-        perplexity, health = self.dev_perplexity(adapter, progress)
-        log.log(done, {"dev_perplexity": perplexity, **({} if health is None else health.to_json())})
-        if not math.isfinite(perplexity):
+        """Compute the dev figures; store the adapter if it is the best so far."""
+        judged = self._judged(adapter, progress)
+        measure, health, name = judged.measure, judged.health, self._run.measure
+        log.log(done, judged.to_json())
+        if not math.isfinite(measure):
             raise NonFiniteError(
-                f"the dev perplexity of step {done} is not finite; stopped before it was saved; "
+                f"the {name} of step {done} is not finite; stopped before it was saved; "
                 "lower train.learning_rate or use another model.dtype"
             )
-        progress.last_perplexity = perplexity
-        if reason := progress.saturated(self._run.model.vocab_size):
+        progress.last_perplexity = measure
+        if reason := progress.saturated(self._run.guess):
             self._log(f"step {done}: nothing is being learned: {reason}; lower train.learning_rate")
         if health is not None and (warning := health.warning(self._run.config.adapter)):
             self._log(f"step {done}: {warning}")
         if not self._method.ready(done, self._total):
-            return f"dev perplexity {perplexity:.3f}, not yet within its budget"
-        if perplexity < progress.best_perplexity:
-            progress.best_step, progress.best_perplexity, progress.stale = done, perplexity, 0
+            return f"{name} {measure:.3f}, not yet within its budget"
+        if measure < progress.best_perplexity:
+            progress.best_step, progress.best_perplexity, progress.stale = done, measure, 0
             metadata = adapter_metadata(
                 self._method,
                 adapter.shape,
@@ -321,7 +326,8 @@ class Trainer:
             )
             share = None if health is None else health.share.tolist()
             found = {
-                "dev_perplexity": perplexity,
+                "dev_perplexity": judged.perplexity,
+                **({} if judged.loss is None else {"dev_loss": judged.loss}),
                 "expert_share": share,
                 "tunable_parameters": self._method.count_parameters(adapter.params),
             }
@@ -329,35 +335,11 @@ class Trainer:
         else:
             progress.stale += 1
             progress.stopped = 0 < self._settings.patience <= progress.stale
-        return f"dev perplexity {perplexity:.3f}, best {progress.best_perplexity:.3f}"
+        return f"{name} {measure:.3f}, best {progress.best_perplexity:.3f}"
 
-    def dev_perplexity(self, adapter: Adapter, progress: Progress) -> tuple[float, RoutingHealth | None]:
-        """exp of the mean loss over all dev response tokens, and the routes of the dev prompts.
-
-        Args:
-          progress: stores the routes, with which the next evaluation compares its own.
-        """
-        size, total, count = self._settings.batch_size, 0.0, 0
-        seen: list[PromptRoutes] = []
-        said = time.monotonic()
-        for start in range(0, len(self._run.dev), size):
-            if time.monotonic() - said >= LINE_EVERY:
-                said = time.monotonic()
-                self._log(f"dev evaluation: {start} of {len(self._run.dev)} rows")
-            batch = self._run.batch(self._run.dev, range(len(self._run.dev))[start : start + size])
-            answer = self._steps.evaluate(adapter, self._run.base, batch)
-            loss, tokens, route = to_host(answer)
-            total, count = total + float(loss), count + int(tokens)
-            if route is not None:
-                seen.append(PromptRoutes.of(route))
-        perplexity = math.exp(min(total / count, 700.0))
-        if not seen:
-            return perplexity, None
-        before = unpack_routes(progress.dev_routes) if progress.dev_routes else None
-        routes = PromptRoutes.joined(seen)
-        progress.dev_routes = pack_routes(routes.chosen)
-        sources = [example.source for row in self._run.dev for example in row]
-        return perplexity, routing_health(routes, before, sources)
+    def _judged(self, adapter: Adapter, progress: Progress) -> Judged:
+        """The figures of an adapter on the dev rows."""
+        return judged_on_dev(self._run, self._steps, adapter, self._reference, progress, self._log)
 
     def _save(self, state: TrainState, done: int, progress: Progress) -> None:
         """Write a checkpoint of ``done`` steps, after the best adapter that it mentions is on disk.
@@ -373,6 +355,7 @@ class Trainer:
             "data_fingerprint": self._run.data_fingerprint,
             "token_fingerprint": self._run.token_fingerprint,
             "base_fingerprint": self._run.base_fingerprint,
+            **({"reference_fingerprint": self._reference_fingerprint} if self._reference else {}),
         }
         self._checkpoints.save(done, state, metadata)
         self._best.delete_except(kept)

@@ -18,16 +18,18 @@ from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float, Int, Key, Shaped
 from milora_jax.training.cross_entropy import summed_cross_entropy
 from milora_jax.training.noise import embedding_noise
-from milora_jax.types import EXPERTS, Batch, PyTree, Route
+from milora_jax.types import EXPERTS, Batch, PreferenceSums, PyTree, Route
 
 
 @struct.dataclass
 class LossParts:
-    """The terms of the loss, and figures beside it; see ``types.Metrics``.
+    """The terms of the loss, and figures beside it; see ``types.Metrics``. All but ``pooled_max`` and
+    ``route`` sum over the parts of a batch to those of the whole.
 
     Attributes:
       use: use of the experts by the batch's prompts; 1 for all experts without a router.
       route: routes of the batch's prompts; None without a router.
+      preference: figures of a preference objective; None for supervised tuning.
     """
 
     cross_entropy: Float[Array, ""]
@@ -36,6 +38,7 @@ class LossParts:
     pooled_max: Float[Array, ""]
     tokens: Int[Array, ""]
     route: Route | None
+    preference: PreferenceSums | None = None
 
 
 @struct.dataclass
@@ -43,16 +46,18 @@ class Totals:
     """Sums over a whole batch by which the losses of its parts are divided and weighted.
 
     Attributes:
-      tokens: number of counted tokens.
+      tokens: number of counted tokens; with a preference objective those that are imitated.
       prompts: number of prompts.
       first_choices: share of the prompts for which each expert is the most probable (Eq. 5); None without a
         router.
+      kl: sum of the log-ratios from which kto estimates the divergence; None with other objectives.
       parts: number of parts of the batch.
     """
 
     tokens: Int[Array, ""]
     prompts: Int[Array, ""]
     first_choices: Float[Array, "L E"] | None
+    kl: Float[Array, ""] | None = None
     parts: int = struct.field(pytree_node=False, default=1)
 
 
@@ -105,28 +110,51 @@ def adapted_loss(
         output = run(noise=noise, route=None if route is None else route.weights)
         output = dataclasses.replace(output, route=route)
     # The hidden state of token t predicts token t + 1; the last one of a row predicts no token.
-    targets, counted = (_next(field) for field in (batch.tokens, batch.loss_mask))
+    targets, counted = (following(field) for field in (batch.tokens, batch.loss_mask))
     summed = summed_cross_entropy(base, config, output.hidden, targets, counted, loss_chunk)
     whole = totals_of(batch, output.route) if totals is None else totals
     cross_entropy = summed / jnp.maximum(whole.tokens, 1).astype(jnp.float32)
-    loss = cross_entropy + adapter.method.penalty(adapter.params) / whole.parts
-    if output.route is None or whole.first_choices is None:
-        zero = jnp.zeros((), jnp.float32)
+    loss, parts = with_terms(adapter, config, output.route, cross_entropy, whole, schedule, memory)
+    return loss, dataclasses.replace(parts, cross_entropy=cross_entropy, tokens=counted.sum())
+
+
+def with_terms(
+    adapter: Adapter,
+    config: ModelConfig,
+    route: Route | None,
+    objective: Float[Array, ""],
+    whole: Totals,
+    schedule: RoutingSchedule,
+    memory: PyTree,
+) -> tuple[Float[Array, ""], LossParts]:
+    """Add the method's terms to the value of an objective.
+
+    Args:
+      route: of the batch's prompts; None without a router.
+      whole: totals of the whole batch.
+      schedule, memory: as :func:`adapted_loss` takes them.
+
+    Returns:
+      The loss, and its parts with neither ``cross_entropy`` nor ``tokens``, which are zero.
+    """
+    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    loss = objective + adapter.method.penalty(adapter.params) / whole.parts
+    if route is None or whole.first_choices is None:
         shares = jnp.ones((config.num_layers, len(EXPERTS)), jnp.float32) / whole.parts
-        return loss, LossParts(cross_entropy, zero, ExpertUse(shares, shares), zero, counted.sum(), None)
+        return loss, LossParts(zero, zero, ExpertUse(shares, shares), zero, none, None)
     first = adapter.method.first_choices(memory, whole.first_choices)
-    balance = load_balance(output.route, first, whole.prompts)
+    balance = load_balance(route, first, whole.prompts)
     parts = LossParts(
-        cross_entropy=cross_entropy,
+        cross_entropy=zero,
         load_balance=balance,
         use=ExpertUse(
-            chosen=expert_share(output.route, whole.prompts),
-            first=first_choices(output.route, whole.prompts),
-            features=_mean_of_prompts(output.route.seen.sums, whole.prompts),
+            chosen=expert_share(route, whole.prompts),
+            first=first_choices(route, whole.prompts),
+            features=_mean_of_prompts(route.seen.sums, whole.prompts),
         ),
-        pooled_max=output.route.seen.largest.max(),
-        tokens=counted.sum(),
-        route=output.route,
+        pooled_max=route.seen.largest.max(),
+        tokens=none,
+        route=route,
     )
     return loss + schedule.load_balance * balance, parts
 
@@ -134,7 +162,7 @@ def adapted_loss(
 def totals_of(batch: Batch, route: Route | None) -> Totals:
     """The totals of a batch whose prompts have the route ``route``."""
     return Totals(
-        tokens=_next(batch.loss_mask).sum(),
+        tokens=following(batch.loss_mask).sum(),
         prompts=batch.present.sum(),
         first_choices=None if route is None else first_choices(route),
     )
@@ -146,7 +174,7 @@ def _mean_of_prompts(
     return None if sums is None else sums / jnp.maximum(prompts, 1).astype(jnp.float32)
 
 
-def _next(field: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
+def following(field: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
     """The value at the next token; zero or false at the last."""
     return jnp.pad(field[:, 1:], ((0, 0), (0, 1)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,14 +76,24 @@ class Run:
 
     @property
     def prompts(self) -> int:
-        """Z, the largest number of records in a row."""
+        """Z, the largest number of prompts in a row."""
         return max(self.train.prompts, self.dev.prompts)
+
+    @property
+    def measure(self) -> str:
+        """Name of the figure of which the best step has the lowest."""
+        return "dev loss" if self.config.train.prefers else "dev perplexity"
+
+    @property
+    def guess(self) -> int | float:
+        """That figure of the uniform guess; infinite where it says nothing."""
+        return math.inf if self.config.train.prefers else self.model.vocab_size
 
     @functools.cached_property
     def row_length(self) -> int:
         """T, the length to which every row is padded, so that one step is compiled."""
         longest = int(max(self.train.lengths.max(), self.dev.lengths.max()))
-        return padded_length(longest, ROW_MULTIPLE, self.config.data.max_length)
+        return padded_length(longest, ROW_MULTIPLE, self.train.answers * self.config.data.max_length)
 
     @property
     def eval_mesh(self) -> Mesh:
@@ -109,7 +120,7 @@ class Run:
         size = self.config.train.batch_size
         own = own_rows(batch_sharding(self.mesh), size)
         packed = [rows[number] if i in own else [] for i, number in enumerate(numbers)]
-        return self.place(collate(packed, self.row_length, size, self.prompts))
+        return self.place(collate(packed, self.row_length, size, self.prompts, self.train.answers))
 
     def place(self, batch: Batch) -> Batch:
         """Put a host batch on the devices, split by rows."""
@@ -162,7 +173,8 @@ def prepare_run(
     require(bool(model.eos_ids), "eos_token_id of the model", None, "a token that ends an answer")
     if workdir is not None:
         refuse_early(workdir, config)
-    if config.train.init_from and (workdir is None or not (workdir / "checkpoints").is_dir()):
+    started = workdir is not None and (workdir / "checkpoints").is_dir()
+    if config.train.init_from and (config.train.prefers or not started):
         starting_params(config.train.init_from, method, adapter_shape(model), directory)
     mesh = make_mesh(config.mesh)
     check_meshes(mesh, config, model)

@@ -33,7 +33,7 @@ from milora_jax.model_config import ModelConfig
 from milora_jax.storage.files import json_bytes, new_directory
 from milora_jax.storage.manifest import DamagedError, read_verified, write_manifest
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files, and of what an example holds; another one has other directories."""
 
 ABOUT, SPLITS = "about.json", ("train", "dev")
@@ -168,6 +168,7 @@ def _what_is_read(
         "eos_ids": list(model.eos_ids),
         "vocab_size": model.vocab_size,
         "dev_limit": data.dev_limit,
+        "objective": config.train.objective,
         # Which rows are held out; with a dev file these settings have no effect.
         "holdout": None if sources["dev"] else [data.dev_share, config.train.seed],
     }

@@ -25,7 +25,8 @@ class Progress:
     """The state of a run on the host between steps, saved with every checkpoint.
 
     Attributes:
-      best_step, best_perplexity: the dev evaluation with the lowest perplexity so far.
+      best_step, best_perplexity: the dev evaluation with the lowest perplexity so far. With a preference
+        objective all perplexities here are dev losses.
       stale: number of evaluations since then.
       skipped: number of updates that were skipped because something was not finite.
       bad_theta: number of updates of Theta skipped in a row.
@@ -63,33 +64,32 @@ class Progress:
         known: dict[str, Any] = {name: math.inf if value is None else value for name, value in values.items()}
         return cls(**known)
 
-    def saturated(self, vocab_size: int) -> str:
+    def saturated(self, guess: float | int) -> str:
         """A line if certainly nothing can be learned any more, else "".
 
         Args:
-          vocab_size: V, the perplexity of the uniform guess.
+          guess: V, the perplexity of the uniform guess; infinite with a preference objective.
         """
         # Before the first step a model may be worse than that guess, on rows unlike all it has seen.
-        if self.last_perplexity >= max(self.first_perplexity, SURELY_UNIFORM * vocab_size):
-            return (
-                f"the dev perplexity {self.last_perplexity:.1f} is no better than a guess among {vocab_size}"
-            )
+        if self.last_perplexity >= max(self.first_perplexity, SURELY_UNIFORM * guess):
+            return f"the dev perplexity {self.last_perplexity:.1f} is no better than a guess among {guess}"
         if self.zero_gradients >= FEW_ZEROS and self.last_perplexity >= self.first_perplexity:
             return f"the gradients of the last {self.zero_gradients} steps were exactly zero"
         return ""
 
-    def unlearned(self, vocab_size: int) -> str:
+    def unlearned(self, guess: float | int, measure: str = "dev perplexity") -> str:
         """A line if a run that has ended has learned nothing, else "".
 
         Args:
-          vocab_size: as in :meth:`saturated`.
+          guess: as in :meth:`saturated`.
+          measure: name of what the perplexities here are.
         """
         if self.best_perplexity < self.first_perplexity < math.inf:
             return ""
-        reason = self.saturated(vocab_size)
+        reason = self.saturated(guess)
         if self.first_perplexity == math.inf:
             return reason
-        best = f"no dev perplexity was below that before the first step, {self.first_perplexity:.3f}"
+        best = f"no {measure} was below that before the first step, {self.first_perplexity:.3f}"
         return f"{best}; {reason}" if reason else best
 
 

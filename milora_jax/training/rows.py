@@ -16,6 +16,7 @@ from milora_jax.config import Config
 from milora_jax.data.chat import template_source
 from milora_jax.data.dev_rows import first_rows, holdout
 from milora_jax.data.packing import Rows
+from milora_jax.data.preferences import ANSWERS, encode_preferences, reader_of
 from milora_jax.data.records import Record, Records, Source, read_records, record_bytes, run_sources
 from milora_jax.data.tokens import (
     Example,
@@ -75,12 +76,14 @@ def read_rows(config: Config) -> RowSources:
     """Read the rows of a config; with ``data.prepared_path`` those of training and dev are read later.
 
     Raises:
-      UserError: a row is malformed; the error names file and line.
+      UserError: a row is malformed, and the error names file and line; or ``data.train_on`` is not read.
     """
+    train_on, read = config.data.train_on, config.data.train_on == "all" or not config.train.prefers
+    require(read, "data.train_on", train_on, f"'all': objective {config.train.objective!r} does not read it")
     sources = run_sources(config.data)
-    later = bool(config.data.prepared_path)
-    train = Records(tuple(sources["train"]))
-    dev = [Records((source,)) for source in sources["dev"]]
+    later, reader = bool(config.data.prepared_path), reader_of(config.train.objective)
+    train = Records(tuple(sources["train"]), reader)
+    dev = [Records((source,), reader) for source in sources["dev"]]
     kept = train if later else list(train)
     tests = {source.name: read_records(source, scored=True) for source in sources.pop("test")}
     return RowSources(sources, kept, dev if later else [list(each) for each in dev], tests)
@@ -109,14 +112,16 @@ def encode_rows(
     if not rows.dev:
         log(f"no dev file: {facts.held_out} of the training rows are held out")
     train, dev = examples["train"], examples["dev"]
+    answers = ANSWERS if config.train.prefers else 1
+    counted = len(train) // answers, len(dev) // answers
     log(
-        f"rows: {len(train)} train ({facts.train_dropped} longer than {data.max_length} tokens dropped), "
-        f"{len(dev)} dev ({facts.dev_dropped} dropped), {sum(map(len, tests.values()))} test"
+        f"rows: {counted[0]} train ({facts.train_dropped} longer than {data.max_length} tokens dropped), "
+        f"{counted[1]} dev ({facts.dev_dropped} dropped), {sum(map(len, tests.values()))} test"
         + (f" (at most {config.eval.limit} of a task are scored)" if tests and config.eval.limit else "")
     )
     _require_room(tests, tokenizer, config, model)
-    capacity = data.max_length if data.pack else None
-    arranged = {"train": Rows(train, capacity), "dev": Rows(dev, capacity)}
+    capacity = answers * data.max_length if data.pack else None
+    arranged = {"train": Rows(train, capacity, answers), "dev": Rows(dev, capacity, answers)}
     if data.pack:
         log(f"packed: {len(arranged['train'])} train rows, {len(arranged['dev'])} dev rows")
     return {
@@ -134,6 +139,8 @@ def _encode(
     data, written = config.data, config.prompt_format
 
     def fits(record: Record) -> bool:
+        if config.train.prefers:
+            return True  # one that is too long is refused
         return encode_example(tokenizer, record, model.eos_ids, data.max_length, written) is not None
 
     if rows.dev:
@@ -161,9 +168,12 @@ def _encode(
             of_tokens.update(example_bytes(example))
             into(example)
 
-        dropped[name] = encode_into(
-            kept, tokenizer, seen(records, name), model, data.max_length, written, what
-        )
+        passing, inputs = seen(records, name), (model, data.max_length, written)
+        if config.train.prefers:
+            dropped[name] = 0
+            encode_preferences(kept, tokenizer, passing, *inputs)
+        else:
+            dropped[name] = encode_into(kept, tokenizer, passing, *inputs, what)
     return Facts(
         held_out=0 if rows.dev else counts["dev"],
         train_dropped=dropped["train"],

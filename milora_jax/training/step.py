@@ -28,7 +28,8 @@ from milora_jax.shapes import Array, Bool, Float, Int, Key
 from milora_jax.training.accumulate import value_and_gradient
 from milora_jax.training.loss import LossParts, Totals, adapted_loss, summed_loss, totals_of
 from milora_jax.training.optim import join_params, leaf_rates, make_optimizer, split_params
-from milora_jax.types import Batch, Metrics, PyTree, Route
+from milora_jax.training.preference import preference_loss, preference_totals
+from milora_jax.types import Batch, Metrics, PyTree
 
 
 @struct.dataclass
@@ -64,12 +65,16 @@ class Steps:
     Attributes:
       train: ``(state, base, batch) -> (state, metrics)``, an update of Omega; donates the state.
       coefficients: the same for Theta, on a dev batch; it does not advance the step.
-      evaluate: ``(adapter, base, batch) -> (summed loss, tokens, route or None)``.
+      evaluate: ``(adapter, base, batch) -> (summed loss, tokens, route or None)``; with a preference
+        objective, ``(sums, route or None)``.
+
+    With a preference objective each takes the adapter of the reference model as one more argument; None,
+    the default, is the plain base.
     """
 
-    train: Callable[[TrainState, Base, Batch], tuple[TrainState, Metrics]]
-    coefficients: Callable[[TrainState, Base, Batch], tuple[TrainState, Metrics]]
-    evaluate: Callable[[Adapter, Base, Batch], tuple[Float[Array, ""], Int[Array, ""], Route | None]]
+    train: Callable[..., tuple[TrainState, Metrics]]
+    coefficients: Callable[..., tuple[TrainState, Metrics]]
+    evaluate: Callable[..., tuple[Any, ...]]
 
 
 def _optimizers(
@@ -119,12 +124,27 @@ def make_steps(
     def loss(
         schedule: RoutingSchedule,
         memory: PyTree,
+        reference: Adapter | None,
         adapter: Adapter,
         base: Base,
         batch: Batch,
         key: Array | None,
         totals: Totals | None,
     ) -> tuple[Array, LossParts]:
+        if settings.prefers:
+            return preference_loss(
+                adapter,
+                base,
+                model,
+                batch,
+                settings=settings,
+                key=key,
+                reference=reference,
+                attend=attend,
+                totals=totals,
+                schedule=schedule,
+                memory=memory,
+            )
         return adapted_loss(
             adapter,
             base,
@@ -141,8 +161,25 @@ def make_steps(
         )
 
     def routed(
-        schedule: RoutingSchedule, adapter: Adapter, base: Base, batch: Batch, key: Array | None
+        schedule: RoutingSchedule,
+        reference: Adapter | None,
+        adapter: Adapter,
+        base: Base,
+        batch: Batch,
+        key: Array | None,
     ) -> Totals:
+        if settings.prefers:
+            return preference_totals(
+                adapter,
+                base,
+                model,
+                batch,
+                settings=settings,
+                key=key,
+                reference=reference,
+                attend=attend,
+                top_k=schedule.top_k,
+            )
         route = None
         if adapter.method.routes:
             top_k = schedule.top_k
@@ -160,19 +197,25 @@ def make_steps(
         return dataclasses.replace(placed, key=key)
 
     def gradient(
-        state: TrainState, adapter_of: Callable[[PyTree], Adapter], params: PyTree, *inputs: Any
+        state: TrainState,
+        reference: Adapter | None,
+        adapter_of: Callable[[PyTree], Adapter],
+        params: PyTree,
+        *inputs: Any,
     ) -> tuple:
         schedule = state.adapter.method.schedule(state.step, total_steps)
         return value_and_gradient(
-            functools.partial(loss, schedule, state.memory),
-            functools.partial(routed, schedule),
+            functools.partial(loss, schedule, state.memory, reference),
+            functools.partial(routed, schedule, reference),
             settings.accumulate,
             adapter_of,
             params,
             *inputs,
         )
 
-    def train(state: TrainState, base: Base, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train(
+        state: TrainState, base: Base, batch: Batch, reference: Adapter | None = None
+    ) -> tuple[TrainState, Metrics]:
         method = state.adapter.method
         omega, *rest = split_params(state.adapter)
         draws = method.stochastic or settings.neftune_alpha > 0
@@ -181,7 +224,7 @@ def make_steps(
         def adapter_of(omega: PyTree) -> Adapter:
             return join_params(state.adapter, omega, *rest)
 
-        (value, parts), grads = gradient(state, adapter_of, omega, base, batch, key)
+        (value, parts), grads = gradient(state, reference, adapter_of, omega, base, batch, key)
         norm = optax.tree.norm(grads)
         of_router = router_mask(method, omega)
         router_norm = optax.tree.norm(_where(of_router, grads))
@@ -201,13 +244,15 @@ def make_steps(
         )
         return settled(state), _metrics(value, parts, norm, router_norm, bad)
 
-    def coefficients(state: TrainState, base: Base, batch: Batch) -> tuple[TrainState, Metrics]:
+    def coefficients(
+        state: TrainState, base: Base, batch: Batch, reference: Adapter | None = None
+    ) -> tuple[TrainState, Metrics]:
         omega, theta, rest = split_params(state.adapter)
 
         def adapter_of(theta: PyTree) -> Adapter:
             return join_params(state.adapter, omega, theta, rest)
 
-        (value, parts), grads = gradient(state, adapter_of, theta, base, batch, None)
+        (value, parts), grads = gradient(state, reference, adapter_of, theta, base, batch, None)
         norm = optax.tree.norm(grads)
         rates = jax.tree.map(lambda _: state.theta_rate, theta)
         grads = _clipped(grads, settings.clip_norm)
@@ -219,7 +264,12 @@ def make_steps(
         # A good update of Theta says nothing about Omega: it must not end a sequence of bad ones.
         return settled(state), _metrics(value, parts, norm, norm, (~finite).astype(jnp.int32))
 
-    def evaluate(adapter: Adapter, base: Base, batch: Batch) -> tuple:
+    def evaluate(adapter: Adapter, base: Base, batch: Batch, reference: Adapter | None = None) -> tuple:
+        if settings.prefers:
+            _, parts = preference_loss(
+                adapter, base, model, batch, settings=settings, key=None, reference=reference, attend=attend
+            )
+            return parts.preference, parts.route
         return summed_loss(adapter, base, model, batch, settings.loss_chunk, attend)
 
     return Steps(
@@ -292,4 +342,5 @@ def _metrics(value: Array, parts: LossParts, norm: Array, router_norm: Array, ba
         pooled_max=parts.pooled_max,
         tokens=parts.tokens,
         bad_steps=bad_steps,
+        preference=parts.preference,
     )

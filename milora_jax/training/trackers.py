@@ -48,6 +48,12 @@ TAGS = {
     "route_entropy": "routing/entropy",
     "route_margin": "routing/margin",
     "route_changed": "routing/changed",
+    "dev_loss": "dev/loss",
+    **{
+        f"{where}{name}": f"{shown}/{name}"
+        for where, shown in (("", "train"), ("dev_", "dev"))
+        for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "kl")
+    },
 }
 """Names under which the figures of ``metrics.jsonl`` are shown; values per layer are shown as a mean."""
 

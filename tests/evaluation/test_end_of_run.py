@@ -68,7 +68,7 @@ def report(workdir, model, method="lora", progress=LEARNED):
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     route = compact_route(np.eye(TINY.num_layers, 7)) if adapter.method.routes else None
     score = TaskScore("rows", [Prediction("rows", 0, "a", "b", "c", "exact", "c", False, False, route)])
-    run = Mock(spec=Run, config=config, model=TINY)
+    run = Mock(spec=Run, config=config, model=TINY, guess=TINY.vocab_size, measure="dev perplexity")
     fit = Fit(Mock(spec=TrainState), 7, progress, 0.0)
     final.write_report(run, workdir, fit, {**figures([score]), "answers": {}}, [score], 1.0)
     return run, fit

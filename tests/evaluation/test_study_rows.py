@@ -68,13 +68,15 @@ def made(tmp_path_factory):
 def test_a_row_keeps_its_place_and_their_mean_is_the_loss(made):
     run, adapter = made
     encoded = Encoded(run, RECORDS)
-    found = encoded.scores(run, run.base, adapter, None)
+    counts = []
+    found = encoded.scores(run, run.base, adapter, None, counts.append)
+    assert counts == [4, 1]
     assert found.tokens[2] == found.nll[2] == found.exact[2] == 0
     assert (found.tokens[[0, 1, 3, 4, 5]] > 0).all()
     responses = encode_responses(run.tokenizer, RECORDS, run.model, run.config.data.prompt_format)
     whole = response_loss(run.base, run.model, adapter, responses, 4, advance=lambda _: None)
     assert found.loss == pytest.approx(whole.mean, rel=1e-6)
-    alone = Encoded(run, RECORDS[4:5]).scores(run, run.base, adapter, None)
+    alone = Encoded(run, RECORDS[4:5]).scores(run, run.base, adapter, None, counts.append)
     np.testing.assert_allclose(alone.nll, found.nll[4:5], rtol=1e-5)
 
 
@@ -128,7 +130,7 @@ def test_every_replaced_route_is_what_it_says(made):
     np.testing.assert_allclose(np.sort(together.ravel()), np.sort(pool.ravel()))
     alone = forced._replaced(run, run.base, adapter, {"task": own["task"]})
     assert list(alone["task"]) == [forced.SWAPPED, forced.COMMON, forced.RANDOM]
-    scores = forced.forced_scores(run, run.base, adapter, rows)
+    scores = forced.forced_scores(run, run.base, adapter, rows, lambda _: None)
     assert list(scores) == list(forced.FORCED)
     assert {len(each.nll) for tasks in scores.values() for each in tasks.values()} == {6, 2}
 

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from milora_jax.commands import generation
@@ -83,7 +84,8 @@ def test_what_does_not_fit_the_bank_is_refused_by_name(folder, first, other, mes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is {'q_proj': 2}, expected unset: not supported"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj.lora_A.weight' has shape [4, 32], expected [2, 32]"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication is [[0, 1]], expected unset: not supported"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA', expected 'LORA'"),
         ({"target_modules": ["lm_head"]}, "target_modules names 'lm_head'"),
         ({"r": 5}, "lora_A.weight"),
@@ -115,6 +117,34 @@ def test_some_modules_alone_are_an_adapter_too(folder, tmp_path):
     assert adapter.params.keys() == {"q", "v"}
     assert metadata["quantize"] == "int8"
     store_of(folder, "lora").load("part", tmp_path)
+
+
+def test_patterns_of_ranks_and_scales_are_served_as_they_mean(folder, tmp_path):
+    """A pair cut to a smaller rank, with the alpha that keeps its scale, is the pair with zeros."""
+    from safetensors.numpy import load_file, save_file
+
+    source = folder / "peft-lora"
+    tensors, cut = load_file(source / "adapter_model.safetensors"), {}
+    for name, value in tensors.items():
+        if "q_proj" in name:
+            value = np.ascontiguousarray(value[:1] if "lora_A" in name else value[:, :1])
+        cut[name.replace("lora_A.", "lora_A.law.").replace("lora_B.", "lora_B.law.")] = value
+    save_file(cut, tmp_path / "adapter_model.safetensors")
+    config = json.loads((source / "adapter_config.json").read_text())
+    patterns = {
+        "rank_pattern": {"q_proj": 1},
+        "alpha_pattern": {"q_proj": config["lora_alpha"] / config["r"]},
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **patterns}))
+    store = store_of(folder, "peft-lora")
+    store.load("law", tmp_path)
+    found, whole = (read_any_adapter(path, folder / "model")[0] for path in (tmp_path, source))
+    assert found.method == whole.method
+    for module, pair in whole.params.items():
+        kept = 1 if module == "q" else None
+        np.testing.assert_array_equal(found.params[module].a[..., :kept], pair.a[..., :kept])
+        np.testing.assert_array_equal(found.params[module].b[:, :kept], pair.b[:, :kept])
+    assert not found.params["q"].a[..., 1:].any()
 
 
 def test_the_generation_command_takes_one(folder, capsys):

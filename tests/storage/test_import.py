@@ -13,7 +13,7 @@ from milora_jax.storage.adapter_tensors import read_tensors, write_tensors
 from milora_jax.storage.adapters import best_metadata, load_adapter, require_its_base
 from milora_jax.storage.export import export_peft
 from milora_jax.storage.imported import import_peft
-from milora_jax.storage.peft import PEFT_CONFIG, PEFT_TENSORS
+from milora_jax.storage.peft_settings import PEFT_CONFIG, PEFT_TENSORS
 from milora_jax.storage.verify import findings
 from milora_jax.types import EXPERTS
 from tests.families import FAMILY_CONFIGS
@@ -157,10 +157,9 @@ SETTINGS = {
     "fan_in_fan_out": (True, "fan_in_fan_out is True, expected False"),
     "lora_bias": (True, "lora_bias is True, expected unset: not supported"),
     "modules_to_save": (["lm_head"], "modules_to_save is ['lm_head'], expected unset"),
-    "layers_to_transform": ([0], "layers_to_transform is [0], expected unset"),
-    "rank_pattern": ({"q_proj": 8}, "rank_pattern is {'q_proj': 8}, expected unset"),
-    "alpha_pattern": ({"q_proj": 8}, "alpha_pattern is {'q_proj': 8}, expected unset"),
-    "exclude_modules": ("k_proj", "exclude_modules is 'k_proj', expected unset"),
+    "layers_to_transform": ([0], "unexpected tensor 'base_model.model.model.layers.1."),
+    "rank_pattern": ({"q_proj": 8}, "q_proj.lora_A.weight' has shape [4, 32], expected [8, 32]"),
+    "exclude_modules": (["k_proj"], "self_attn.k_proj.lora_A.weight'"),
     "layer_replication": ([[0, 2]], "layer_replication is [[0, 2]], expected unset"),
     "trainable_token_indices": ([1], "trainable_token_indices is [1], expected unset"),
     "use_qalora": (True, "use_qalora is True, expected unset"),
@@ -179,11 +178,14 @@ ILL_TYPED = {
     ),
     "alpha is not finite": ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
     "alpha is no number": ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-    "targets by pattern": ({"target_modules": ".*_proj"}, "target_modules is '.*_proj', expected a list"),
+    "targets by a pattern that fits none": (
+        {"target_modules": "q_proj"},
+        "target_modules is 'q_proj', and with exclude_modules and layers_to_transform no module",
+    ),
     "no targets": ({"target_modules": []}, "target_modules is [], expected a list"),
     "targets of one layer": (
-        {"target_modules": ["layers.0.self_attn.q_proj"]},
-        "names 'layers.0.self_attn.q_proj'",
+        {"target_modules": ["layers.2.self_attn.q_proj"]},
+        "names 'layers.2.self_attn.q_proj', expected some of q_proj",
     ),
     "fewer targets": ({"target_modules": ["q_proj"]}, "unexpected tensor"),
 }
@@ -306,9 +308,12 @@ def test_a_kind_that_cannot_become_another_is_refused(kind, method, message, ada
         import_peft(adapters[0] / kind, model, tmp_path / "out", method)
 
 
-def test_a_dora_of_some_modules_is_no_experts(adapters, model, tmp_path):
+def test_a_dora_of_some_modules_is_one_of_experts_whose_others_change_nothing(adapters, model, tmp_path):
     theirs = stranger(adapters[0], tmp_path, "dora")
     change_config(theirs, target_modules=["q_proj"])
     change_tensors(theirs, lambda t: [t.pop(n) for n in list(t) if "q_proj" not in n])
-    with pytest.raises(UserError, match="no pairs for k, v, o, gate, up, down: expected a DoRA of all seven"):
-        import_peft(theirs, model, tmp_path / "out", "midora")
+    said = import_peft(theirs, model, tmp_path / "out", "midora")
+    assert said[0] == "no pairs for k, v, o, gate, up, down: theirs are fresh and change nothing"
+    experts = load_adapter(tmp_path / "out").params.experts
+    jax.tree.map(np.testing.assert_array_equal, experts["q"], adapters[1]["dora"].params["q"])
+    assert not any(np.any(experts[name].b) for name in EXPERTS if name != "q")

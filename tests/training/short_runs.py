@@ -18,6 +18,17 @@ from tests.models import WITH_TOKENIZER, write_hf_directory
 SHALLOW = dataclasses.replace(WITH_TOKENIZER, num_layers=2)
 STEPS, STOP = 6, 3
 
+SHORT = {
+    "max_steps": STEPS,
+    "epochs": 30,
+    "batch_size": 8,
+    "learning_rate": 1e-2,
+    "eval_every": 2,
+    "save_every": 100,
+    "coefficient_every": 2,
+}
+"""Settings of training."""
+
 
 def silent(line):
     pass
@@ -34,15 +45,7 @@ def prepare_short_run(folder):
     write_hf_directory(folder / "model", SHALLOW)
     rows = [{"instruction": f"say {i}", "input": "", "output": f"{i} {i}"} for i in range(20)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = TrainSection(
-        max_steps=STEPS,
-        epochs=30,
-        batch_size=8,
-        learning_rate=1e-2,
-        eval_every=2,
-        save_every=100,
-        coefficient_every=2,
-    )
+    settings = TrainSection(**SHORT)
     config = Config(
         model=ModelSection(path=str(folder / "model")),
         data=DataSection(train=str(folder / "rows.jsonl"), dev_share=0.2, max_length=360, pack=True),

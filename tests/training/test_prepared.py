@@ -217,8 +217,8 @@ class TestDamage:
     def test_of_the_tokens(self, made, tmp_path, path):
         (path / "train.tokens").write_bytes((path / "train.tokens").read_bytes()[:-4])
         assert any("the rows are prepared again" in line for line in read(made, tmp_path)[1])
-        self.flip(path / "train.tokens", 0)
         run, _ = read(made, tmp_path)
+        self.flip(path / "train.tokens", 0)  # after the start: beartype reads an element of what is returned
         assert len(run.train[1]) == 1
         with pytest.raises(UserError, match=r"train\.tokens is damaged: the tokens of example 0"):
             _ = run.train[0]

@@ -152,15 +152,18 @@ def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(inputs, tmp_path)
 
 
 @pytest.mark.slow
-def test_four_processes_run_all_of_train_and_score_as_one(tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "devices", "fsdp", "tensor"), [(4, 2, 4, 2), (2, 1, 2, 1)], ids=["four", "one device each"]
+)
+def test_processes_run_all_of_train_and_score_as_one(tmp_path, processes, devices, fsdp, tensor):
     """The embedded model from the first row to the last score: the table of one process."""
     settings = {
         "train.max_steps": 8,
         "train.eval_every": 4,
         "data.dev_limit": 32,
         "mesh.data": 1,
-        "mesh.fsdp": 4,
-        "mesh.tensor": 2,
+        "mesh.fsdp": fsdp,
+        "mesh.tensor": tensor,
         "eval.limit": 10,
         "eval.batch_size": 16,
         "eval.max_new_tokens": 8,
@@ -170,21 +173,22 @@ def test_four_processes_run_all_of_train_and_score_as_one(tmp_path):
     subprocess.run(
         [*start, f"--workdir={tmp_path / 'one'}"],
         cwd=ROOT,
-        env=environment(8),
+        env=environment(processes * devices),
         check=True,
         timeout=600,
         capture_output=True,
     )
-    printed = run_together([[*start, f"--workdir={tmp_path / 'four'}"]] * 4, tmp_path / "log", 2, 900)
+    commands = [[*start, f"--workdir={tmp_path / 'several'}"]] * processes
+    printed = run_together(commands, tmp_path / "log", devices, 900)
     assert "accuracy" in printed
-    one, four = (read_json(tmp_path / run / "summary.json") for run in ("one", "four"))
-    assert one.keys() == four.keys()
-    assert one["accuracy"] == four["accuracy"]
-    assert one["loss_rows"] == four["loss_rows"]
+    one, several = (read_json(tmp_path / run / "summary.json") for run in ("one", "several"))
+    assert one.keys() == several.keys()
+    assert one["accuracy"] == several["accuracy"]
+    assert one["loss_rows"] == several["loss_rows"]
     for which in ("base", "adapter"):
-        found, expected = (list(each["loss"][which].values()) for each in (four, one))
+        found, expected = (list(each["loss"][which].values()) for each in (several, one))
         np.testing.assert_allclose(found, expected, rtol=1e-4 if which == "adapter" else 1e-6)
-    texts = [(tmp_path / run / "predictions.jsonl").read_text() for run in ("one", "four")]
+    texts = [(tmp_path / run / "predictions.jsonl").read_text() for run in ("one", "several")]
     assert texts[0] == texts[1]
 
 

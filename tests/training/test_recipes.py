@@ -78,6 +78,10 @@ def test_cosine_constant_and_wsd_are_their_formulas():
     [
         ({"schedule": "step"}, "train.schedule is 'step': expected one of linear, cosine, constant, wsd"),
         ({"optimizer": "sgd"}, "train.optimizer is 'sgd': expected one of adamw, adafactor"),
+        (
+            {"decay_share": 0.5},
+            "train.decay_share is 0.5: expected its default: only schedule 'wsd' reads it",
+        ),
         ({"decay_share": 0.0}, "train.decay_share is 0.0: expected above 0, up to 1"),
         ({"neftune_alpha": -1.0}, "train.neftune_alpha is -1.0: expected 0 or more"),
         ({"decay_share": float("nan")}, "train.decay_share is nan"),

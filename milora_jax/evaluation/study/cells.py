@@ -265,16 +265,20 @@ class CellRunner:
             self._decoding = run.decoding_base()
         base, stored = self._decoding, load_adapter(workdir)
         adapter, rows = for_decoding(base, stored), encoded_tests(run)
-        routed = {task: each.scores(run, base, adapter, None) for task, each in rows.items()}
+
+        def advance(rows: int) -> None:
+            stop_if_preempted(preempted, "scoring a cell")
+
+        routed = {task: each.scores(run, base, adapter, None, advance) for task, each in rows.items()}
         answers = []
         if cell.generate:
-            answers = score_tests(run, base, stored, lambda _: stop_if_preempted(preempted, "scoring a cell"))
+            answers = score_tests(run, base, stored, advance)
             routed |= {score.task: with_answers(routed[score.task], score) for score in answers}
         else:
             routed = {task: dataclasses.replace(s, correct=s.exact) for task, s in routed.items()}
         forced = {}
         if cell.forced:
-            forced = forced_scores(run, base, adapter, encoded_tests(run, cell.forced_rows))
+            forced = forced_scores(run, base, adapter, encoded_tests(run, cell.forced_rows), advance)
         write_scores(workdir, {ROUTED: routed, **forced})
         return {
             "accuracy": {task: each.accuracy for task, each in routed.items()},

@@ -7,7 +7,7 @@ token if and only if each of its tokens is the most probable one after those bef
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -32,13 +32,20 @@ STREAM = 7
 """Separates these draws from every other use of the run's seed."""
 
 
-def forced_scores(run: Run, base: Base, adapter: Adapter, rows: Mapping[str, Encoded]) -> dict[str, ByTask]:
+def forced_scores(
+    run: Run,
+    base: Base,
+    adapter: Adapter,
+    rows: Mapping[str, Encoded],
+    advance: Callable[[int], None],
+) -> dict[str, ByTask]:
     """Likelihoods of the test rows under each of :data:`FORCED`; routes of several tasks are left out where
     there is one task.
 
     Args:
       base, adapter: both in the decode layout.
       rows: encoded rows by task.
+      advance: called with the number of rows each time some are scored; it may raise to stop.
     """
     own = {
         task: _routes_of(run, base, adapter, [p.tokens[: p.prompt] for p in each.passages])
@@ -47,7 +54,7 @@ def forced_scores(run: Run, base: Base, adapter: Adapter, rows: Mapping[str, Enc
     found: dict[str, ByTask] = {}
     for task, routes in _replaced(run, base, adapter, own).items():
         for name, forced in routes.items():
-            found.setdefault(name, {})[task] = rows[task].scores(run, base, adapter, forced)
+            found.setdefault(name, {})[task] = rows[task].scores(run, base, adapter, forced, advance)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,19 @@ class Encoded:
         self.passages: list[Passage] = [passage for found in each for passage in found]
 
     def scores(
-        self, run: Run, base: Base, adapter: Adapter, routes: Float[np.ndarray, "N L E"] | None
+        self,
+        run: Run,
+        base: Base,
+        adapter: Adapter,
+        routes: Float[np.ndarray, "N L E"] | None,
+        advance: Callable[[int], None],
     ) -> RowScores:
         """Compute the likelihoods of the rows.
 
         Args:
           base, adapter: both in the decode layout.
           routes: routes of ``passages``, in place of those that the routers choose.
+          advance: called with the number of rows each time some are scored; it may raise to stop.
         """
         nll, exact = np.zeros(self.count), np.zeros(self.count)
         size = run.config.eval.batch_size
@@ -113,6 +119,7 @@ class Encoded:
         ):
             for number, each in found.items():
                 nll[self.places[number]], exact[self.places[number]] = -each.log_probability, each.greedy
+            advance(len(found))
         return RowScores(nll, self.tokens, exact)
 
     @property

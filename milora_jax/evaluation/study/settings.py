@@ -155,6 +155,8 @@ class Study:
         return tuple(source.name for source in parse_sources(self.base.data.train))
 
     def __post_init__(self) -> None:
+        supervised = not self.base.train.prefers
+        require(supervised, "study base.train.objective", self.base.train.objective, "sft, which is scored")
         names = [[source.name for source in split] for split in run_sources(self.base.data).values()]
         require(bool(names[0]), "study base.data.train", self.base.data.train, "one source per task")
         same = all(sorted(split) == sorted(names[0]) for split in names)
