@@ -14,7 +14,7 @@ from milora_jax.config.adapter import (
     ROUTER_GRADIENTS,
     AdapterSection,
 )
-from milora_jax.config.data import TRAIN_ON, DataSection
+from milora_jax.config.data import TRAIN_ON, DataSection, parse_weights
 from milora_jax.config.evaluation import EvalSection
 from milora_jax.config.mesh import MeshSection, parse_mesh
 from milora_jax.config.model import DTYPES, QUANTIZE, ModelSection
@@ -53,6 +53,7 @@ __all__ = [
     "ModelSection",
     "TrainSection",
     "parse_mesh",
+    "parse_weights",
     "to_config_dict",
     "tracker_names",
     "value_type",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from milora_jax.columns import parse_columns
@@ -9,6 +10,29 @@ from milora_jax.errors import one_of, require
 from milora_jax.prompt_format import SPECIAL_TOKENS, TEMPLATES, PromptFormat
 
 TRAIN_ON = ("all", "last")
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """Parse ``data.weights``: the weight of each source, by its name.
+
+    >>> parse_weights("gsm8k=2, boolq=0.5")
+    {'gsm8k': 2.0, 'boolq': 0.5}
+
+    Raises:
+      UserError: an entry is no ``NAME=WEIGHT``, a name stands twice, or a weight is not above 0 and finite.
+    """
+    weights: dict[str, float] = {}
+    for entry in text.split(",") if text else ():
+        name, separator, number = (part.strip() for part in entry.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        fits = bool(name and separator) and 0 < weight < math.inf
+        require(fits, "data.weights", entry.strip(), "NAME=WEIGHT, a weight above 0, as in gsm8k=2")
+        require(name not in weights, "data.weights", text, f"{name!r} once")
+        weights[name] = weight
+    return weights
 
 
 @dataclass(frozen=True)
@@ -20,6 +44,9 @@ class DataSection:
         ``milora_jax.data.records``.
       dev: as ``train``; where it is empty, ``dev_share`` of the training rows is used.
       test: as ``train``; every entry is one task of the final table.
+      weights: shares of the sources of ``train`` in the training examples: comma-separated ``NAME=WEIGHT``, a
+        weight for each source. Only ratios count; sources below their share are repeated. Empty takes every
+        row once in an epoch. See docs/tuning.md.
       columns: which column of the rows holds which field: comma-separated ``[SOURCE:]FIELD=COLUMN``,
         ``FIELD="a text"`` for the same text in every row, or ``COLUMN=`` to leave a column out; see
         docs/data.md.
@@ -45,6 +72,7 @@ class DataSection:
     train: str = ""
     dev: str = ""
     test: str = ""
+    weights: str = ""
     columns: str = ""
     dev_share: float = 0.05
     dev_limit: int = 0
@@ -58,6 +86,7 @@ class DataSection:
 
     def __post_init__(self) -> None:
         parse_columns(self.columns)
+        parse_weights(self.weights)
         one_of("data.template", self.template, TEMPLATES)
         one_of("data.train_on", self.train_on, TRAIN_ON)
         one_of("data.special_tokens", self.special_tokens, SPECIAL_TOKENS)

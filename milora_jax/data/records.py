@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_jax.columns import Column, columns_of, mapped_row, parse_columns, require_sources
-from milora_jax.config import DataSection
+from milora_jax.config import DataSection, parse_weights
 from milora_jax.data.chat import Message
 from milora_jax.data.conversations import (
     FORMS,
@@ -30,7 +30,7 @@ from milora_jax.data.conversations import (
     read_earlier,
 )
 from milora_jax.data.rows import parse_row, rows_of
-from milora_jax.errors import UserError
+from milora_jax.errors import UserError, require
 
 SPLIT_STEMS = ("train", "dev", "test", "validation", "valid")
 
@@ -124,7 +124,8 @@ def run_sources(data: DataSection) -> dict[str, list[Source]]:
     """The sources of a run, by ``train``, ``dev`` and ``test``.
 
     Raises:
-      UserError: a source is malformed, or ``data.columns`` names an unknown source.
+      UserError: a source is malformed, or ``data.columns`` or ``data.weights`` names an unknown source, or a
+        training source has no weight.
     """
     splits = {
         split: parse_sources(text, data.columns)
@@ -132,6 +133,12 @@ def run_sources(data: DataSection) -> dict[str, list[Source]]:
     }
     for split in ("train", "dev"):
         splits[split] = [replace(source, train_on=data.train_on) for source in splits[split]]
+    weights, trained = parse_weights(data.weights), [source.name for source in splits["train"]]
+    for name in weights:
+        expected = f"names of data.train, {', '.join(trained)}, not {name!r}"
+        require(name in trained, "data.weights", data.weights, expected)
+    for name in trained if weights else ():
+        require(name in weights, "data.weights", data.weights, f"a weight for {name!r} of data.train too")
     names = [source.name for sources in splits.values() for source in sources]
     require_sources(parse_columns(data.columns), names)
     return splits

@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from milora_jax.config import Config
+import numpy as np
+
+from milora_jax.config import Config, parse_weights
 from milora_jax.data.chat import template_source
 from milora_jax.data.dev_rows import first_rows, holdout
+from milora_jax.data.mixture import mixture, source_numbers
 from milora_jax.data.packing import Rows
 from milora_jax.data.preferences import ANSWERS, encode_preferences, reader_of
 from milora_jax.data.records import Record, Records, Source, read_records, record_bytes, run_sources
@@ -121,7 +124,8 @@ def encode_rows(
     )
     _require_room(tests, tokenizer, config, model)
     capacity = answers * data.max_length if data.pack else None
-    arranged = {"train": Rows(train, capacity, answers), "dev": Rows(dev, capacity, answers)}
+    mixed = _mixed(train, answers, config, log)
+    arranged = {"train": Rows(train, capacity, answers, mixed), "dev": Rows(dev, capacity, answers)}
     if data.pack:
         log(f"packed: {len(arranged['train'])} train rows, {len(arranged['dev'])} dev rows")
     return {
@@ -130,6 +134,24 @@ def encode_rows(
         "data_fingerprint": facts.data_fingerprint,
         "token_fingerprint": facts.token_fingerprint,
     }
+
+
+def _mixed(
+    examples: Sequence[Example], answers: int, config: Config, log: Callable[[str], None]
+) -> np.ndarray | None:
+    """The prompts of an epoch by ``data.weights``; None where every one stands in it once."""
+    weights = parse_weights(config.data.weights)
+    if not weights:
+        return None
+    sources = source_numbers(examples, list(weights))[::answers]
+    chosen = mixture(sources, weights, config.train.seed)
+    rows, shown = np.bincount(sources), np.bincount(sources[chosen])
+    parts = (
+        f"{name} {count / len(chosen):.1%} ({count} of {own} rows)"
+        for name, count, own in zip(weights, shown, rows, strict=True)
+    )
+    log(f"an epoch has {len(chosen)} examples: {', '.join(parts)}")
+    return chosen
 
 
 def _encode(
