@@ -50,6 +50,11 @@ class LayerHooks:
     """Whether the method has a router, so that a forward pass computes a route or is given one."""
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether a prompt changes what the method does, beside what attention makes of it."""
+        return self.routes
+
+    @property
     def route_scope(self) -> str:
         """What of a prompt the method reads, one of ``prompt_format.ROUTE_ON``."""
         return "prompt"

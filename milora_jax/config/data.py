@@ -61,7 +61,9 @@ class DataSection:
         empty is the time at which the run begins. It is stored with the adapter.
       train_on: answers of a chat that are learned: all; or last, the last one of those that are not switched
         off in the row. Dev rows follow; test rows ask every turn.
-      max_length: longest row in tokens, prompt and response together.
+      prompt_tokens: tokens at the beginning of a plain text, row ``{"text": ...}``, that are its prompt and
+        not learned; methods that read a prompt need at least one. 0 learns all but the first token.
+      max_length: longest row in tokens, prompt and response together; plain texts are cut there.
       pack: put several training records into a row of ``max_length`` tokens; each has its own attention,
         positions, loss and route.
       prepared_path: directory that keeps the tokenised training and dev rows in files, as Axolotl's
@@ -80,6 +82,7 @@ class DataSection:
     special_tokens: str = "tokenizer"
     template_time: str = ""
     train_on: str = "all"
+    prompt_tokens: int = 0
     max_length: int = 768
     pack: bool = False
     prepared_path: str = ""
@@ -92,6 +95,8 @@ class DataSection:
         one_of("data.special_tokens", self.special_tokens, SPECIAL_TOKENS)
         _ = self.prompt_format  # checks the time
         require(self.max_length >= 8, "data.max_length", self.max_length, "at least 8 tokens")
+        tokens, most = self.prompt_tokens, f"from 0 to below data.max_length {self.max_length}"
+        require(0 <= tokens < self.max_length, "data.prompt_tokens", tokens, most)
         require(0 < self.dev_share < 1, "data.dev_share", self.dev_share, "between 0 and 1")
         require(self.dev_limit >= 0, "data.dev_limit", self.dev_limit, "0 or more")
         local = "://" not in self.prepared_path

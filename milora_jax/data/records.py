@@ -1,9 +1,10 @@
-"""Records from files and from the Hub, in three schemas.
+"""Records from files and from the Hub, in four schemas.
 
 Alpaca and LLM-Adapters: ``instruction``, ``input``, ``output``, ``answer``, ``references``; a missing
 ``answer`` is the output, and ``output`` may be missing where there are ``references``. GSM8K: ``question``
 and ``answer``, a rationale that ends in ``#### N``. Chats (``messages`` or ``conversations``), and ``system``
-and ``history`` of plain rows: see ``data.conversations``. Rows with other names: see ``columns``.
+and ``history`` of plain rows: see ``data.conversations``. Plain text without a question: ``text`` alone. Rows
+with other names: see ``columns``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from milora_jax.data.conversations import (
 from milora_jax.data.rows import parse_row, rows_of
 from milora_jax.errors import UserError, require
 
+BESIDE_TEXT = ("input", "output", "answer", "references", "system", "history", "label")
+"""Fields that make a row with a ``text`` something else than a plain text."""
+
 SPLIT_STEMS = ("train", "dev", "test", "validation", "valid")
 
 
@@ -49,6 +53,7 @@ class Record:
       label: whether ``output`` is desirable; None where the row does not judge it.
       references: texts that are each a right answer, for the measures of free text; empty where the row lists
         none, and ``output`` is the only one.
+      is_text: whether ``output`` is a plain text, which no question comes before.
       where: file and line of the row, for errors; not part of the record's content.
       source: name of the data set that it comes from; not part of the content either.
     """
@@ -61,6 +66,7 @@ class Record:
     references: tuple[str, ...] = ()
     rejected: str = ""
     label: bool | None = None
+    is_text: bool = False
     where: str = field(default="", compare=False)
     source: str = field(default="", compare=False)
 
@@ -255,6 +261,8 @@ def record_bytes(record: Record) -> bytes:
     """The content of a record, as :func:`fingerprint` reads it."""
     values = asdict(record)
     del values["where"], values["source"]
+    if not record.is_text:
+        del values["is_text"]
     for name in ("messages", "references", "rejected", "label"):
         if values[name] in ((), "", None):
             del values[name]  # a run whose records had no such field can be resumed
@@ -289,6 +297,8 @@ def _records(row: dict[str, Any], where: str, scored: bool) -> list[Record]:
     if head in FORMS:
         records = _turns(read_answers(row, where))
         return _with_golds(records, row, where) if scored else records
+    if head is None and row.get("text") is not None:
+        return [_plain_text(row, where, scored)]
     asked, references = _asked(row, head, where), _references(row, where)
     if head == "question":
         output, answer = _gsm8k(row, where)
@@ -304,6 +314,19 @@ def _records(row: dict[str, Any], where: str, scored: bool) -> list[Record]:
         answer = content_text(row, "answer", where) if has_answer else output.strip()
     last = replace(asked, output=output, answer=answer, references=references)
     return [*_turns(answers_in(asked.messages)), last]
+
+
+def _plain_text(row: dict[str, Any], where: str, scored: bool) -> Record:
+    """Read a row that is a text and nothing else."""
+    for name in BESIDE_TEXT:
+        if is_given(row.get(name)):
+            raise UserError(
+                f"{where}: field {name!r} stands beside 'text', which is learned as a plain text: expected a "
+                f"row without it, or data.columns={name}= to leave it out"
+            )
+    if scored:
+        raise UserError(f"{where}: the row is a plain text, which asks nothing: expected a row to score")
+    return Record("", "", content_text(row, "text", where), "", is_text=True)
 
 
 def _asked(row: dict[str, Any], head: str | None, where: str) -> Record:

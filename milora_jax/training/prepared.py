@@ -165,6 +165,7 @@ def _what_is_read(
         "template": hashlib.sha256(template.encode()).hexdigest(),
         "prompt_format": dataclasses.asdict(config.prompt_format),
         "max_length": data.max_length,
+        **({"prompt_tokens": data.prompt_tokens} if data.prompt_tokens else {}),
         "eos_ids": list(model.eos_ids),
         "vocab_size": model.vocab_size,
         "dev_limit": data.dev_limit,
