@@ -54,6 +54,11 @@ class LayerHooks:
     experts of a base can share them; on a base with experts every other method is refused."""
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether a prompt changes what the method does, beside what attention makes of it."""
+        return self.routes
+
+    @property
     def route_scope(self) -> str:
         """What of a prompt the method reads, one of ``prompt_format.ROUTE_ON``."""
         return "prompt"

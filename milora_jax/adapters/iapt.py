@@ -56,6 +56,11 @@ class IAPT(RationalMethod):
         """P, the number of soft tokens."""
         return self.tokens
 
+    @property
+    def reads_prompt(self) -> bool:
+        """True: the soft tokens are made from it."""
+        return True
+
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> Generator:
         """Draw generators at random; the scores must differ, or all soft tokens would stay equal."""
         del kernels

@@ -59,6 +59,12 @@ def build_method(settings: AdapterSection) -> Method:
     known = [field.name for field in dataclasses.fields(cls)]
     given = {name: value for name, value in vars(settings).items() if name != "method" and value is not None}
     for name in given:
+        if name == "target_modules" and name not in known:
+            has = [other for other in METHOD_CLASSES if name in _settings_of(other)]
+            raise UserError(
+                f"adapter.{name} is {given[name]!r}: expected none with method {settings.method!r}, "
+                f"{cls.all_modules}; {' and '.join(has)} have it"
+            )
         if name not in known:
             raise UserError(
                 f"adapter.{name} is {given[name]!r}, but method {settings.method!r} has no such setting: "
@@ -88,7 +94,7 @@ ROUTERS_BEFORE_FEATURES = {
 """The settings of a router that was stored before these settings existed."""
 
 
-BEFORE_SETTINGS = {"route_on": "prompt", "use_rslora": False}
+BEFORE_SETTINGS = {"route_on": "prompt", "use_rslora": False, "target_modules": "all-linear"}
 """What was stored before these were settings means."""
 
 

@@ -121,11 +121,14 @@ class Settings(ModelSettings):
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     """Measure all variants and yield a report of each."""
-    kinds = [(rows, objective) for objective in settings.objective for rows in rows_of(objective, settings)]
-    grid = itertools.product(
-        settings.method, settings.batch, settings.rank, settings.remat, settings.quantize, kinds
-    )
-    every = (Variant(*values, rows, objective) for *values, (rows, objective) in grid)
+    every = [
+        Variant(method, batch, rank, remat, quantize, rows, objective)
+        for method, objective, batch, rank, remat, quantize in itertools.product(
+            *(settings.method, settings.objective, settings.batch, settings.rank),
+            *(settings.remat, settings.quantize),
+        )
+        for rows in rows_of(objective, settings)
+    ]
     variants = list(dict.fromkeys(map(_without_what_has_no_effect, every)))
     loaded = {
         kept: load_model(settings.model, settings.dtype, decode=False, quantize=kept)

@@ -31,7 +31,7 @@ from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.config import DTYPES, EvalSection, parse_mesh
 from milora_jax.console import Console
 from milora_jax.data.chat import template_source
-from milora_jax.data.records import Source, run_sources
+from milora_jax.data.sources import Source, run_sources
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, one_of
 from milora_jax.model_config import ModelConfig

@@ -140,7 +140,7 @@ def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         "r": rank,
         "lora_alpha": round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha,
         "lora_dropout": change.dropout,
-        "target_modules": [suffix(name) for name in EXPERTS],
+        "target_modules": [suffix(name) for name in EXPERTS if name in change.records],
         "use_dora": method.record is Decomposed,
         "use_rslora": change.use_rslora,
         "rank_pattern": {},

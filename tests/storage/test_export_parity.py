@@ -80,6 +80,18 @@ def test_peft_loads_an_export_and_gives_our_logits(method, name, models, tmp_pat
         assert_near(found, before, 1e-2)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_peft_loads_an_export_of_some_modules(method, models, tmp_path):
+    from peft import PeftModel
+
+    folder, tokens = models["biases"], tokens_of(MODELS["biases"])
+    chosen = {"target_modules": "q_proj,up_proj,down_proj", "alpha": 6.0}
+    adapter = run_of(tmp_path / "run", folder, method, **chosen)
+    export_peft(tmp_path / "run", tmp_path / "out", str(folder))
+    model = PeftModel.from_pretrained(torch_model(folder), tmp_path / "out").eval()
+    assert_near(their_logits(model, tokens), our_logits(folder, adapter, tokens)[0])
+
+
 def fixed_route(layers):
     """Three experts a layer, each with a weight of its own."""
     rng = np.random.default_rng(2)
