@@ -13,6 +13,11 @@ import logging
 import sys
 from pathlib import Path
 
+from milora_jax.commands.startup import begin
+
+if __name__ == "__main__":
+    begin()
+
 from milora_jax.addresses import local_path
 from milora_jax.commands.command_line import Parser, run_command
 from milora_jax.commands.options import add_options, settings_of

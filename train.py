@@ -25,6 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from milora_jax.commands.startup import begin
+
+if __name__ == "__main__":
+    begin()
+
 import milora_jax
 from milora_jax.cluster import Cluster
 from milora_jax.commands.command_line import Parser, run_command

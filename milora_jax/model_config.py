@@ -47,6 +47,7 @@ class ModelConfig:
       norm_unit_offset: norms multiply by ``1 + weight``, in float32 (Gemma).
       post_norms: a norm behind each sublayer as well, before it is added to the stream (Gemma 2 and 3).
       qk_norm: a norm over every head of queries and keys before the rotary embedding (Qwen3, Gemma 3).
+      qk_norm_all_heads: that norm is over all heads together instead, N H and K H wide (OLMoE).
       scale_embedding: the stream starts at ``sqrt(D)`` times the embedding (Gemma).
       query_scalar: scores are divided by its square root; None is H.
       attention_softcap: a score becomes ``c tanh(score / c)``; None leaves it.
@@ -54,6 +55,10 @@ class ModelConfig:
       sliding_window: in the layers that slide, a query sees so many tokens, itself included; None for all.
       sliding_pattern: which layers slide, from the first on, repeated as often as there are layers.
       local_rope_theta: base wavelength, unscaled, in the layers that slide; None is that of the others.
+      num_experts: X, the feed-forward experts of every layer, each ``intermediate_size`` wide; 0 for a dense
+        base.
+      experts_per_token: C, the experts through which a token goes.
+      norm_topk_prob: divide the probabilities of a token's experts by their sum.
       family: which tensors and keys the files have, one of ``base.families.FAMILIES``.
     """
 
@@ -75,6 +80,7 @@ class ModelConfig:
     norm_unit_offset: bool = False
     post_norms: bool = False
     qk_norm: bool = False
+    qk_norm_all_heads: bool = False
     scale_embedding: bool = False
     query_scalar: float | None = None
     attention_softcap: float | None = None
@@ -82,6 +88,9 @@ class ModelConfig:
     sliding_window: int | None = None
     sliding_pattern: tuple[bool, ...] = (False,)
     local_rope_theta: float | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
+    norm_topk_prob: bool = False
     family: str = "llama"
 
     def __post_init__(self) -> None:
@@ -104,6 +113,13 @@ class ModelConfig:
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "above 0, or none")
         require(len(self.sliding_pattern) >= 1, "sliding_pattern", self.sliding_pattern, "at least one layer")
+        require(self.num_experts >= 0, "num_experts", self.num_experts, "at least 0")
+        least = min(1, self.num_experts)
+        fits = least <= self.experts_per_token <= self.num_experts
+        expected = f"{least} to num_experts {self.num_experts}"
+        require(fits, "experts_per_token", self.experts_per_token, expected)
+        plain = not (self.num_experts and set(self.biased) & {"gate", "up", "down"})
+        require(plain, "biased", self.biased, "no bias in the experts")
 
     @property
     def slides(self) -> tuple[bool, ...]:
@@ -120,7 +136,9 @@ class ModelConfig:
 
     @property
     def module_dims(self) -> dict[str, tuple[int, int]]:
-        """Input and output width of each of the seven linear modules, from head_dim, never D."""
+        """Input and output width of each of the seven linear modules, from head_dim, never D; of one expert
+        in a base with experts.
+        """
         d, f = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         widths = ((d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d))
@@ -128,8 +146,25 @@ class ModelConfig:
 
     @property
     def matrix_parameters(self) -> int:
-        """N: the parameters that every token is multiplied by; the embedding look-up is not counted."""
-        layer = sum(d_in * d_out for d_in, d_out in self.module_dims.values())
+        """N: the parameters that every token is multiplied by; the embedding look-up is not counted.
+
+        Of the experts of a base these are the chosen ones, and their router.
+        """
+        return self._matrices(self.experts_per_token)
+
+    @property
+    def total_parameters(self) -> int:
+        """The parameters in all matrices, with every expert; those of :attr:`matrix_parameters` in a dense
+        base.
+        """
+        return self._matrices(self.num_experts)
+
+    def _matrices(self, experts: int) -> int:
+        sizes = {name: d_in * d_out for name, (d_in, d_out) in self.module_dims.items()}
+        feedforward = sum(sizes[name] for name in ("gate", "up", "down"))
+        layer = sum(sizes.values())
+        if self.num_experts:
+            layer += (experts - 1) * feedforward + self.hidden_size * self.num_experts
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
 

@@ -17,6 +17,8 @@ G      query heads per key head, N / K
 H      width of a head
 R      rank of a low-rank pair
 E      experts of a layer, always 7
+X      experts of the base in a layer; 0 in a dense base
+C      experts of the base that a token goes through
 V      vocabulary
 =====  =========================================================
 
@@ -42,6 +44,9 @@ LETTERS = tuple(name[0].upper() for name in EXPERTS)
 
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 """Projection groups: modules that share an input, in the order a layer evaluates them."""
+
+FEEDFORWARD = ("gate", "up", "down")
+"""The modules of the feed-forward layer, of which a base with experts has one per expert."""
 
 PyTree: TypeAlias = Any
 """A tree of arrays whose structure an annotation cannot express."""

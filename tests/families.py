@@ -22,6 +22,34 @@ _GEMMA = dataclasses.replace(
     scale_embedding=True,
 )
 
+EXPERT_CONFIGS: dict[str, ModelConfig] = {
+    "mixtral": dataclasses.replace(
+        TINY,
+        num_experts=5,
+        experts_per_token=2,
+        norm_topk_prob=True,
+        sliding_window=WINDOW,
+        sliding_pattern=(True,),
+        family="mixtral",
+    ),
+    "qwen3_moe": dataclasses.replace(
+        TINY,
+        head_dim=12,
+        qk_norm=True,
+        biased=("q", "k", "v", "o"),
+        num_experts=8,
+        experts_per_token=3,
+        norm_topk_prob=True,
+        sliding_window=WINDOW,
+        sliding_pattern=(True,),
+        family="qwen3_moe",
+    ),
+    "olmoe": dataclasses.replace(
+        TINY, qk_norm=True, qk_norm_all_heads=True, num_experts=6, experts_per_token=2, family="olmoe"
+    ),
+}
+"""Families whose feed-forward layers are experts. There are more copies of rows than experts, and fewer."""
+
 FAMILY_CONFIGS: dict[str, ModelConfig] = {
     "mistral": dataclasses.replace(
         _FOUR, sliding_window=WINDOW, sliding_pattern=(True,), rope_theta=1e6, family="mistral"
@@ -60,5 +88,6 @@ FAMILY_CONFIGS: dict[str, ModelConfig] = {
         family="gemma3_text",
     ),
     "phi3": dataclasses.replace(_FOUR, sliding_window=WINDOW, sliding_pattern=(True,), family="phi3"),
+    **EXPERT_CONFIGS,
 }
 """LLaMA itself has tests of its own, with and without each of its options."""

@@ -12,7 +12,8 @@ from milora_jax.adapters.registry import METHOD_CLASSES
 from milora_jax.columns import parse_columns
 from milora_jax.commands import bench, parallel
 from milora_jax.config import AdapterSection, Config
-from milora_jax.data.records import Source, read_records
+from milora_jax.data.records import read_records
+from milora_jax.data.sources import Source
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.unsupported import ADAPTER, CHAT, COMPLETION, GENERATION, MESSAGE, STREAM_OPTIONS
 from tests.paths import PACKAGE, ROOT

@@ -7,7 +7,8 @@ import pytest
 import train
 from milora_jax.adapters.registry import METHODS, adapter_shape, build_method
 from milora_jax.base.known import SHAPES
-from milora_jax.data.records import parse_sources, read_records
+from milora_jax.data.records import read_records
+from milora_jax.data.sources import parse_sources
 from milora_jax.errors import UserError
 from tests.paths import ROOT
 

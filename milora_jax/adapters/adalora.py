@@ -70,6 +70,7 @@ class AdaLoRA(TunedPairs):
     """
 
     name: ClassVar[str] = "adalora"
+    all_modules: ClassVar[str] = "which divides its ranks among all seven modules of a layer itself"
     initial_rank: int = 0
     orthogonality: float = 0.5
     prune_start: float = 0.1

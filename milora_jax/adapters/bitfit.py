@@ -20,6 +20,7 @@ class BitFit(ProjectedMethod):
     """BitFit: biases ``z P``, zero at the start."""
 
     name: ClassVar[str] = "bitfit"
+    additive: ClassVar[bool] = True
     modules: ClassVar[tuple[str, ...]] = EXPERTS
     width: int = 64
 

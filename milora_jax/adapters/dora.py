@@ -6,6 +6,7 @@ norms of ``W + s A B``. The gradient does not pass through n (section 4.3 of tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,12 +15,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from milora_jax.adapters.inputs import FrozenLayer, Kernels, ProjectionGroup, Shape
-from milora_jax.adapters.joined import Joined, join
-from milora_jax.adapters.low_rank import LowRankMethod, add, drop, init_pairs, narrow, widen
+from milora_jax.adapters.joined import Joined, filled, join
+from milora_jax.adapters.low_rank import add, drop, init_pairs, narrow, widen
 from milora_jax.adapters.protocol import Method
 from milora_jax.adapters.records import Decomposed, LowRank, WeightChange
+from milora_jax.adapters.targets import TargetedMethod, adapt_part
 from milora_jax.shapes import Array, Float, Key
-from milora_jax.types import GROUPS, kept
+from milora_jax.types import EXPERTS, GROUPS, kept
 
 
 @struct.dataclass
@@ -35,11 +37,13 @@ class JoinedDecomposed:
     stretch: dict[str, Float[Array, " d_out"]]
 
 
-def init_decomposed(key: Key[Array, ""], shape: Shape, rank: int, kernels: Kernels) -> dict[str, Decomposed]:
+def init_decomposed(
+    key: Key[Array, ""], shape: Shape, rank: int, kernels: Kernels, modules: Sequence[str] = EXPERTS
+) -> dict[str, Decomposed]:
     """Make LoRA's pairs, and magnitudes equal to :func:`column_norms` while B is zero."""
     return {
         name: Decomposed(pair.a, pair.b, _root(jnp.sum(kernels[name].astype(jnp.float32) ** 2, axis=-2)))
-        for name, pair in init_pairs(key, shape, rank).items()
+        for name, pair in init_pairs(key, shape, rank, modules).items()
     }
 
 
@@ -69,15 +73,21 @@ def _root(squares: Float[Array, "*L d_out"]) -> Float[Array, "*L d_out"]:
 def join_decomposed(
     params: dict[str, Decomposed], frozen: FrozenLayer, scale: float, dtype: jnp.dtype
 ) -> JoinedDecomposed:
-    """Join the pairs and compute the ratios m/n, which are constants once W, A, B and m are fixed."""
+    """Join the pairs and compute the ratios m/n, which are constants once W, A, B and m are fixed.
+
+    A module without a pair has the ratio 1 and a pair of zeros.
+    """
     ratios = {}
     for place, names in enumerate(GROUPS):
         for name, leaves in zip(names, frozen(place), strict=True):
-            pair = params[name]
+            pair = params.get(name)
+            if pair is None:
+                ratios[name] = jnp.ones(leaves.kernel.shape[-1], jnp.float32)
+                continue
             ratios[name] = pair.magnitude / column_norms(leaves.kernel, pair.a, pair.b, scale)
     pairs = {name: LowRank(pair.a, pair.b * ratios[name][None]) for name, pair in params.items()}
     return JoinedDecomposed(
-        pairs=join(pairs, scale, dtype),
+        pairs=join(filled(pairs, frozen), scale, dtype),
         stretch={name: (ratio - 1.0).astype(dtype) for name, ratio in ratios.items()},
     )
 
@@ -122,16 +132,18 @@ def _without_bias(group: ProjectionGroup) -> list[Float[Array, "B T _"]]:
 
 
 @dataclass(frozen=True)
-class DoRA(LowRankMethod):
-    """DoRA on all seven modules; it has the settings of every low-rank method."""
+class DoRA(TargetedMethod):
+    """DoRA; it has the settings of every low-rank method, and a choice of modules."""
 
     name: ClassVar[str] = "dora"
     record: ClassVar[type | None] = Decomposed
     portable: ClassVar[bool] = True
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Decomposed]:
-        """Make one pair and one magnitude vector per module and layer; only rounding changes the outputs."""
-        return init_decomposed(key, shape, self.rank, kernels)
+        """Make one pair and one magnitude vector per chosen module and layer; only rounding changes the
+        outputs.
+        """
+        return init_decomposed(key, shape, self.rank, kernels, self.modules)
 
     def prepare(
         self, params: dict[str, Decomposed], frozen: FrozenLayer, dtype: jnp.dtype
@@ -151,5 +163,9 @@ class DoRA(LowRankMethod):
         self, params: dict[str, Decomposed] | JoinedDecomposed, group: ProjectionGroup
     ) -> tuple[Float[Array, "B T _"], ...]:
         """The outputs of the recomposed weights."""
-        changes = decomposed_changes(params, group, self.scale, self.dropout)
-        return add(group.outputs, changes)
+
+        def adapt(part: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
+            return add(part.outputs, decomposed_changes(params, part, self.scale, self.dropout))
+
+        prepared = isinstance(params, JoinedDecomposed)
+        return adapt(group) if prepared else adapt_part(group, self.modules, adapt)

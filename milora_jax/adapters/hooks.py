@@ -49,6 +49,15 @@ class LayerHooks:
     routes: ClassVar[bool] = False
     """Whether the method has a router, so that a forward pass computes a route or is given one."""
 
+    additive: ClassVar[bool] = False
+    """Whether ``adapt`` only adds terms that depend on neither the outputs nor the frozen leaves, so that all
+    experts of a base can share them; on a base with experts every other method is refused."""
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether a prompt changes what the method does, beside what attention makes of it."""
+        return self.routes
+
     @property
     def route_scope(self) -> str:
         """What of a prompt the method reads, one of ``prompt_format.ROUTE_ON``."""

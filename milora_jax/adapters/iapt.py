@@ -43,6 +43,7 @@ class IAPT(RationalMethod):
     """
 
     name: ClassVar[str] = "iapt"
+    additive: ClassVar[bool] = True
     width: int = 320
     tokens: int = 4
 
@@ -54,6 +55,11 @@ class IAPT(RationalMethod):
     def prefix_length(self) -> int:
         """P, the number of soft tokens."""
         return self.tokens
+
+    @property
+    def reads_prompt(self) -> bool:
+        """True: the soft tokens are made from it."""
+        return True
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> Generator:
         """Draw generators at random; the scores must differ, or all soft tokens would stay equal."""

@@ -8,17 +8,21 @@ of the B matrices. The method's scale is multiplied into B.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
+from milora_jax.adapters.inputs import FrozenLayer
 from milora_jax.adapters.low_rank import Pair
+from milora_jax.adapters.records import LowRank
 from milora_jax.shapes import Array, Float
-from milora_jax.types import GROUPS
+from milora_jax.types import EXPERTS, GROUPS
 
 
 @struct.dataclass
@@ -108,6 +112,29 @@ class Joined:
         pairs = self.of(names)
         u = pairs.narrow(x)
         return pairs.widen(u if weights is None else u * weights.astype(u.dtype))
+
+
+def filled(pairs: Mapping[str, Pair], frozen: FrozenLayer) -> Mapping[str, Pair]:
+    """One layer's pairs with pairs of zeros on the modules that have none.
+
+    So all adapters of a method are decoded by one program, and share a bank, whatever modules they change.
+
+    Args:
+      frozen: the layer's frozen leaves, of which only the shapes are read.
+    """
+    if len(pairs) == len(EXPERTS):
+        return pairs
+    found = next(iter(pairs.values()))
+    rank, dtype = found.a.shape[-1], found.a.dtype
+    whole = dict(pairs)
+    for place, names in enumerate(GROUPS):
+        if all(name in pairs for name in names):
+            continue
+        leaves = jax.eval_shape(functools.partial(frozen, place))
+        for name, (d_in, d_out) in zip(names, (leaf.kernel.shape for leaf in leaves), strict=True):
+            if name not in pairs:
+                whole[name] = LowRank(jnp.zeros((d_in, rank), dtype), jnp.zeros((rank, d_out), dtype))
+    return whole
 
 
 def join(pairs: Mapping[str, Pair], scale: float, dtype: jnp.dtype, experts: int = 1) -> Joined:

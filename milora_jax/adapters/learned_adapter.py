@@ -19,6 +19,7 @@ class LearnedAdapter(RationalMethod):
     """Learned-Adapter; ``width`` is the width of the bottleneck."""
 
     name: ClassVar[str] = "learned_adapter"
+    additive: ClassVar[bool] = True
     width: int = 160
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Bottleneck]:

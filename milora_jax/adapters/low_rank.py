@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class LowRankMethod(Method):
       dropout: share of the pairs' input that is dropped in training.
     """
 
+    all_modules: ClassVar[str] = "which has a pair on all seven modules of a layer"
     rank: int = 32
     alpha: float = 0.0
     use_rslora: bool = False
@@ -86,10 +87,17 @@ class LowRankMethod(Method):
         return self.dropout > 0
 
 
-def init_pairs(key: Key[Array, ""], shape: Shape, rank: int) -> dict[str, LowRank]:
-    """Make pairs of all seven modules: A uniform in +-1/sqrt(d_in) as PEFT draws it, B zero."""
+def init_pairs(
+    key: Key[Array, ""], shape: Shape, rank: int, modules: Sequence[str] = EXPERTS
+) -> dict[str, LowRank]:
+    """Make pairs of ``modules``: A uniform in +-1/sqrt(d_in) as PEFT draws it, B zero.
+
+    What a module gets does not depend on the others.
+    """
     pairs = {}
     for module_key, (name, (d_in, d_out)) in zip(jax.random.split(key, 7), shape.modules, strict=True):
+        if name not in modules:
+            continue
         bound = d_in**-0.5
         a = jax.random.uniform(module_key, (shape.num_layers, d_in, rank), jnp.float32, -bound, bound)
         pairs[name] = LowRank(a=a, b=jnp.zeros((shape.num_layers, rank, d_out), jnp.float32))

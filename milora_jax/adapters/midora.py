@@ -25,6 +25,7 @@ class MiDoRA(MiLoRA):
     """MiDoRA; it has MiLoRA's settings."""
 
     name: ClassVar[str] = "midora"
+    additive: ClassVar[bool] = False
     record: ClassVar[type | None] = Decomposed
 
     def init_experts(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Decomposed]:

@@ -116,9 +116,11 @@ class MiLoRA(LowRankMethod):
     """
 
     name: ClassVar[str] = "milora"
+    additive: ClassVar[bool] = True
     routes: ClassVar[bool] = True
     record: ClassVar[type | None] = LowRank
     portable: ClassVar[bool] = True
+    all_modules: ClassVar[str] = "whose routers choose among all seven modules of a layer"
     route_on: str = "prompt"
     top_k: int = 3
     pooler: str = "attention"

@@ -64,6 +64,7 @@ class MOELoRA(LowRankMethod):
     """
 
     name: ClassVar[str] = "moelora"
+    additive: ClassVar[bool] = True
     num_experts: int = 8
     top_k: int = 4
 

@@ -44,6 +44,7 @@ class PTuningV2(WidthMethod):
     """
 
     name: ClassVar[str] = "p_tuning_v2"
+    additive: ClassVar[bool] = True
     width: int = 640
     tokens: int = 16
 

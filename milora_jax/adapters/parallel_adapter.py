@@ -21,6 +21,7 @@ class ParallelAdapter(WidthMethod):
     """Parallel-Adapter; ``width`` is the width of the bottleneck."""
 
     name: ClassVar[str] = "parallel_adapter"
+    additive: ClassVar[bool] = True
     width: int = 160
 
     def init(self, key: Key[Array, ""], shape: Shape, kernels: Kernels) -> dict[str, Bottleneck]:

@@ -35,6 +35,9 @@ class Method(ParameterCounts, DecodingHooks, ExportHooks):
     name: ClassVar[str] = ""
     """The method's name in ``adapter.method``."""
 
+    all_modules: ClassVar[str] = "which has places of its own"
+    """Why it takes no ``adapter.target_modules``, for the error."""
+
 
 @dataclass(frozen=True)
 class WidthMethod(Method):

@@ -14,7 +14,6 @@ import numpy as np
 from flax import struct
 
 from milora_jax.shapes import Array, Float
-from milora_jax.types import EXPERTS
 
 
 @struct.dataclass
@@ -97,14 +96,14 @@ class WeightChange:
     @property
     def rank(self) -> int:
         """R, the rank of the pairs."""
-        return self.records[EXPERTS[0]].a.shape[-1]
+        return next(iter(self.records.values())).a.shape[-1]
 
 
 class Parts(NamedTuple):
     """The content of an adapter's portable form.
 
     Attributes:
-      records: one for each of the seven modules, stacked over layers.
+      records: one for each module that is changed, stacked over layers.
       router: ``adapters.router.RouterParams``; None for a method that does not route.
     """
 

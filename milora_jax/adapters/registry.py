@@ -59,6 +59,12 @@ def build_method(settings: AdapterSection) -> Method:
     known = [field.name for field in dataclasses.fields(cls)]
     given = {name: value for name, value in vars(settings).items() if name != "method" and value is not None}
     for name in given:
+        if name == "target_modules" and name not in known:
+            has = [other for other in METHOD_CLASSES if name in _settings_of(other)]
+            raise UserError(
+                f"adapter.{name} is {given[name]!r}: expected none with method {settings.method!r}, "
+                f"{cls.all_modules}; {' and '.join(has)} have it"
+            )
         if name not in known:
             raise UserError(
                 f"adapter.{name} is {given[name]!r}, but method {settings.method!r} has no such setting: "
@@ -88,7 +94,7 @@ ROUTERS_BEFORE_FEATURES = {
 """The settings of a router that was stored before these settings existed."""
 
 
-BEFORE_SETTINGS = {"route_on": "prompt", "use_rslora": False}
+BEFORE_SETTINGS = {"route_on": "prompt", "use_rslora": False, "target_modules": "all-linear"}
 """What was stored before these were settings means."""
 
 
@@ -118,6 +124,20 @@ def _settings_of(method: Any) -> set[str]:
     """Names of a method's settings; none of a method that there is not."""
     cls = METHOD_CLASSES.get(method) if isinstance(method, str) else None
     return set() if cls is None else {field.name for field in dataclasses.fields(cls)}
+
+
+def require_fits(method: Method, model: ModelConfig) -> None:
+    """Refuse a method that cannot change a base of this kind.
+
+    Raises:
+      UserError: the base has experts, and the method is not of those that they can share.
+    """
+    if model.num_experts and not method.additive:
+        fitting = ", ".join(name for name, cls in METHOD_CLASSES.items() if cls.additive)
+        raise UserError(
+            f"adapter.method is {method.name!r}: expected one of {fitting}, "
+            f"because the base has {model.num_experts} experts in a layer, which must share one adapter"
+        )
 
 
 def adapter_shape(model: ModelConfig) -> Shape:

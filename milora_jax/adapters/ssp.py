@@ -76,6 +76,7 @@ class SSP(TunedPairs):
     """
 
     name: ClassVar[str] = "ssp"
+    all_modules: ClassVar[str] = "which searches for the modules itself"
     coefficients: str = "bilevel"
     search_share: float = 0.5
     gate_learning_rate: float = 0.1

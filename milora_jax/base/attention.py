@@ -44,12 +44,15 @@ class DeviceLayout:
     Attributes:
       mesh: the devices; None for a single device.
       rows, heads: mesh axes over which rows and heads are split.
+      widths, experts: mesh axes over which F and the experts of a base are split.
       cudnn: whether the devices have cuDNN's kernels, see :func:`has_cudnn`.
     """
 
     mesh: Mesh | None = None
     rows: str | tuple[str, ...] | None = None
     heads: str | tuple[str, ...] | None = None
+    widths: str | tuple[str, ...] | None = None
+    experts: str | None = None
     cudnn: bool = False
 
     @property
@@ -61,6 +64,10 @@ class DeviceLayout:
         """The mesh axes over which so many heads are split; None if they do not divide evenly."""
         parts = _devices(self.mesh, self.heads)
         return None if any(number % parts for number in numbers) else self.heads
+
+    def widths_of(self, width: int) -> str | tuple[str, ...] | None:
+        """The mesh axes over which F is split; None if they do not divide it evenly."""
+        return None if width % _devices(self.mesh, self.widths) else self.widths
 
 
 def _devices(mesh: Mesh | None, axes: str | tuple[str, ...] | None) -> int:

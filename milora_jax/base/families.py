@@ -27,10 +27,15 @@ UNSUPPORTED: dict[str, Any] = {
     "rope_interleaved": False,
     "use_bidirectional_attention": False,
     "partial_rotary_factor": 1.0,
-    "num_local_experts": None,
-    "num_experts": None,
+    "clip_qkv": None,
+    "router_jitter_noise": 0.0,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
 }
 """Keys that ask for what no family implements, with the values that mean off."""
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts")
+"""Keys of the number of experts: transformers reads and writes either. Dense families refuse both."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ class Family:
       every: n, unless ``sliding_window_pattern`` sets it.
       in_images: whether its files may hold a vision-language model around the language model.
       fused: whether the files hold Q, K, V in one tensor, and gate and up in another.
+      expert_paths: names of an expert's modules and of the router inside a layer of the files, with ``{}``
+        for the number of the expert; None for a dense family.
+      expert_width: the key of the width of an expert.
     """
 
     architecture: str
@@ -61,8 +69,14 @@ class Family:
     every: int = 0
     in_images: bool = False
     fused: bool = False
+    expert_paths: dict[str, str] | None = None
+    expert_width: str = "intermediate_size"
 
 
+_EXPERT_PATHS = {
+    "router": "mlp.gate",
+    **{name: f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},
+}
 _GEMMA = {"norm_unit_offset": True, "scale_embedding": True}
 _GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256, "eos_token_id": 1}
 
@@ -148,5 +162,56 @@ FAMILIES = {
         slides="all",
         fused=True,
     ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        fixed={"norm_topk_prob": True},
+        switches=("sliding_window",),
+        defaults={
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 131072,
+            "eos_token_id": 2,
+        },
+        slides="all",
+        expert_paths={
+            "router": "block_sparse_moe.gate",
+            "gate": "block_sparse_moe.experts.{}.w1",
+            "up": "block_sparse_moe.experts.{}.w3",
+            "down": "block_sparse_moe.experts.{}.w2",
+        },
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        fixed={"qk_norm": True},
+        switches=("attention_bias", "sliding_window", "use_sliding_window"),
+        defaults={
+            "sliding_window": 4096,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "max_position_embeddings": 32768,
+        },
+        slides="all",
+        expert_paths=_EXPERT_PATHS,
+        expert_width="moe_intermediate_size",
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        fixed={"qk_norm": True, "qk_norm_all_heads": True},
+        switches=("attention_bias",),
+        defaults={
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "eos_token_id": 50279,
+        },
+        expert_paths=_EXPERT_PATHS,
+    ),
 }
-"""The families by ``model_type``: LLaMA 1 to 3.3, Mistral, Qwen2 to 3, Gemma 1 to 3 (text), Phi-3."""
+"""The families by ``model_type``: LLaMA 1 to 3.3, Mistral, Qwen2 to 3, Gemma 1 to 3 (text), Phi-3, and with
+experts Mixtral, Qwen3-MoE and OLMoE."""

@@ -155,7 +155,7 @@ def save_base(directory: Path, base: Base, config: ModelConfig, dtype: str) -> N
         for part in spec.parts:
             if part.columns is not None:
                 raise ValueError("a base in the layout for decoding is not written")
-            tensor = host if part.layer is None else host[part.layer]
+            tensor = host[part.front]
             tensor = np.ascontiguousarray(tensor.T if spec.transposed else tensor)
             if part.outputs is None:
                 tensors[part.name] = tensor

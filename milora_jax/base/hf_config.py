@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from milora_jax.base.families import FAMILIES, SWITCHES, UNSUPPORTED, Family
+from milora_jax.base.families import EXPERT_COUNTS, FAMILIES, SWITCHES, UNSUPPORTED, Family
 from milora_jax.base.json_files import read_json_object
 from milora_jax.errors import UserError, one_of, require
 from milora_jax.model_config import LinearScaling, Llama3Scaling, ModelConfig
@@ -56,7 +56,7 @@ def read_model_config(directory: Path) -> ModelConfig:
     return ModelConfig(
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=_integer(values, "intermediate_size", path),
+        intermediate_size=_integer(values, family.expert_width, path),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=_integer(values, "num_key_value_heads", path, heads),
@@ -75,7 +75,7 @@ def read_model_config(directory: Path) -> ModelConfig:
         sliding_pattern=pattern,
         local_rope_theta=local_theta,
         family=str(name),
-        **{"biased": _biased(values, path), **family.fixed},
+        **{"biased": _biased(values, path), **_experts(values, given, family, path), **family.fixed},
     )
 
 
@@ -116,6 +116,13 @@ def write_model_config(config: ModelConfig, bos_id: int, dtype: str) -> dict[str
         "rope_local_base_freq": config.local_rope_theta,
     }
     values |= {name: switches[name] for name in family.switches}
+    if config.num_experts:
+        values |= {
+            EXPERT_COUNTS["num_local_experts" in family.defaults]: config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            family.expert_width: config.intermediate_size,
+        }
+        values |= {} if "norm_topk_prob" in family.fixed else {"norm_topk_prob": config.norm_topk_prob}
     if family.slides in ("late", "every"):
         values["layer_types"] = [SLIDING if slides else FULL for slides in config.slides]
     if isinstance(scaling, Llama3Scaling):
@@ -134,11 +141,30 @@ def write_model_config(config: ModelConfig, bos_id: int, dtype: str) -> dict[str
 def _refuse_the_rest(given: dict[str, Any], family: Family, path: Path) -> None:
     """Refuse a key that is switched on and that the family does not have."""
     foreign = {name: off for name, off in SWITCHES.items() if name not in family.switches}
+    if family.expert_paths is None:
+        foreign |= dict.fromkeys(EXPERT_COUNTS)
     for name, off in {**foreign, **UNSUPPORTED}.items():
         value = given.get(name)
         # Equality of value and type: 0 is not false, and a list is not None.
         known = value is None or (value == off and type(value) is type(off))
         require(known, f"{path}: {name}", value, "unset: not supported")
+
+
+def _experts(
+    values: dict[str, Any], given: dict[str, Any], family: Family, path: Path
+) -> dict[str, int | bool]:
+    """The fields of a base with experts; none for a dense family."""
+    if family.expert_paths is None:
+        return {}
+    named = [name for name in EXPERT_COUNTS if given.get(name) is not None]
+    named = named or [name for name in EXPERT_COUNTS if name in family.defaults]
+    counts = {name: _integer(values, name, path) for name in named}
+    same = len(set(counts.values())) == 1
+    require(same, f"{path}: {EXPERT_COUNTS[0]}", values.get(EXPERT_COUNTS[0]), f"the same as in {counts}")
+    count, chosen = counts[named[0]], _integer(values, "num_experts_per_tok", path)
+    require(chosen <= count, f"{path}: num_experts_per_tok", chosen, f"at most the {count} experts")
+    normed = _flag(values, "norm_topk_prob", path)
+    return {"num_experts": count, "experts_per_token": chosen, "norm_topk_prob": normed}
 
 
 def _biased(values: dict[str, Any], path: Path) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ def _plain_tasks(spec: LeafSpec, placed: Placed, files: Mapping[str, TensorFile]
 
     def read(source: Source, buffer: Buffer, place: Box, mine: Box) -> int:
         region = buffer.region(place)
-        read_slices(region if region.ndim == len(mine) else region[0], source, mine)
+        read_slices(region[(0,) * (region.ndim - len(mine))], source, mine)
         buffer.put(place, region)
         return region.nbytes
 
@@ -139,7 +139,7 @@ def _encoded_tasks(
             if ends not in columns:
                 columns[ends] = _encoded(encoded, source, read[1], scales)
             values = columns[ends][box[-2]]
-            buffer.put(found[0], values if values.ndim == len(box) else values[None])
+            buffer.put(found[0], values[(None,) * (len(box) - values.ndim)])
             size += values.nbytes
         return size
 

@@ -19,8 +19,9 @@ from jax.sharding import NamedSharding, Sharding
 
 from milora_jax.adapters.inputs import Frozen, Kernels
 from milora_jax.base import quantized
+from milora_jax.base.attention import DeviceLayout
 from milora_jax.shapes import Array, Float
-from milora_jax.types import EXPERTS, GROUPS, unstack_layers
+from milora_jax.types import EXPERTS, FEEDFORWARD, GROUPS, unstack_layers
 
 
 class Linear(nnx.Module):
@@ -79,18 +80,54 @@ def _param(value: Any) -> nnx.Param | None:
     return None if value is None else nnx.Param(value)
 
 
+class Experts(nnx.Module):
+    """The feed-forward experts of one layer, or of all layers on a leading axis, and their router.
+
+    The kernels have the axis of the experts before the last two, ``[*L, X, d_in, d_out]``.
+
+    Attributes:
+      router: ``[*L, D, X]``.
+      gate, up: kernels of the two modules that read the stream; None where they are joined.
+      gate_up: both, side by side; else None.
+      down: kernels of the third.
+      layout: how rows and experts are divided over several devices, see ``base.experts``; None leaves it to
+        XLA.
+    """
+
+    def __init__(
+        self, router: Any, into: tuple[Linear, ...], down: Linear, layout: DeviceLayout | None = None
+    ) -> None:
+        self.router = nnx.Param(router)
+        self.gate, self.up, self.gate_up = (*into, None) if len(into) == 2 else (None, None, *into)
+        self.down = down
+        self.layout = layout
+
+    @property
+    def into(self) -> tuple[Linear, ...]:
+        """``(gate, up)``, or the two in one."""
+        return tuple(each for each in (self.gate, self.up, self.gate_up) if each is not None)
+
+    def joined(self) -> Experts:
+        """The same with gate and up side by side, for decoding."""
+        both = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *self.into)
+        return Experts(self.router[...], (both,), self.down, self.layout)
+
+
 class Layer(nnx.Module):
     """The leaves of one decoder layer, or of all layers on a leading axis.
 
     Attributes:
       norms: norms of the layer.
-      q, k, v, o, gate, up, down: the seven linear modules of ``types.EXPERTS``.
+      q, k, v, o, gate, up, down: the seven linear modules of ``types.EXPERTS``; the last three are None in a
+        base with experts.
+      experts: experts of the layer; None in a dense base.
     """
 
-    def __init__(self, norms: Norms, modules: dict[str, Linear]) -> None:
+    def __init__(self, norms: Norms, modules: dict[str, Linear], experts: Experts | None = None) -> None:
         self.norms = norms
         self.q, self.k, self.v, self.o = (modules[name] for name in ("q", "k", "v", "o"))
-        self.gate, self.up, self.down = (modules[name] for name in ("gate", "up", "down"))
+        self.gate, self.up, self.down = (modules.get(name) for name in FEEDFORWARD)
+        self.experts = experts
 
     def project(self, place: int, x: Float[Array, "B T _"]) -> tuple[Float[Array, "B T _"], ...]:
         """The frozen outputs of a projection group, by its place in ``types.GROUPS``."""
@@ -107,14 +144,24 @@ class JoinedLayer(nnx.Module):
 
     Attributes:
       norms: norms of the layer.
-      qkv, o, gate_up, down: the four groups of ``types.GROUPS``.
+      qkv, o, gate_up, down: the four groups of ``types.GROUPS``; the last two are None in a base with
+        experts.
       widths: output widths of the modules of each group.
+      experts: experts of the layer, their gate and up joined; None in a dense base.
     """
 
-    def __init__(self, norms: Norms, groups: tuple[Linear, ...], widths: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(
+        self,
+        norms: Norms,
+        groups: tuple[Linear, ...],
+        widths: tuple[tuple[int, ...], ...],
+        experts: Experts | None = None,
+    ) -> None:
         self.norms = norms
-        self.qkv, self.o, self.gate_up, self.down = groups
+        self.qkv, self.o = groups[:2]
+        self.gate_up, self.down = groups[2:] or (None, None)
         self.widths = widths
+        self.experts = experts
 
     def project(self, place: int, x: Float[Array, "B T _"]) -> tuple[Float[Array, "B T _"], ...]:
         """The frozen outputs of a projection group, from one matrix product."""
@@ -127,8 +174,22 @@ class JoinedLayer(nnx.Module):
         biases = (None,) * len(kernels) if bias is None else self._split(place, bias)
         return tuple(Frozen(kernel, bias) for kernel, bias in zip(kernels, biases, strict=True))
 
+    @property
+    def matrices(self) -> tuple[Linear, ...]:
+        """The four groups of ``types.GROUPS``; of a base with experts the last two are those of all
+        experts.
+        """
+        if self.experts is None:
+            return self.groups
+        return (*self.groups, *self.experts.into, self.experts.down)
+
+    @property
+    def groups(self) -> tuple[Linear, ...]:
+        """The groups that the layer has, in the order of ``types.GROUPS``."""
+        return tuple(group for group in (self.qkv, self.o, self.gate_up, self.down) if group is not None)
+
     def _group(self, place: int) -> Linear:
-        return (self.qkv, self.o, self.gate_up, self.down)[place]
+        return self.groups[place]
 
     def _split(self, place: int, joined: Array) -> tuple[Array, ...]:
         edges = list(accumulate(self.widths[place]))[:-1]
@@ -201,16 +262,21 @@ def joined_layer(layer: Layer) -> JoinedLayer:
     groups, widths = [], []
     for names in GROUPS:
         modules = [getattr(layer, name) for name in names]
+        if None in modules:
+            continue
         # The output axis is the last one of every leaf.
         groups.append(jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *modules))
         widths.append(tuple(module.kernel[...].shape[-1] for module in modules))
-    return JoinedLayer(layer.norms, tuple(groups), tuple(widths))
+    experts = None if layer.experts is None else layer.experts.joined()
+    return JoinedLayer(layer.norms, tuple(groups), tuple(widths), experts)
 
 
 def frozen_kernels(base: Base) -> Kernels:
     """The stacked kernels ``[L, d_in, d_out]`` of the seven modules, from which a method may start.
 
     Those of a quantised base are decoded; inside a jitted function only the kernels that are read are
-    decoded.
+    decoded. A base with experts has no single kernel of gate, up and down, and no method that starts from
+    kernels.
     """
-    return {name: getattr(base.layers, name).dense(base.dtype) for name in EXPERTS}
+    modules = {name: getattr(base.layers, name) for name in EXPERTS}
+    return {name: module.dense(base.dtype) for name, module in modules.items() if module is not None}

@@ -158,6 +158,13 @@ def product(
     return _product(rows, codes, scales).reshape(*x.shape[:-1], codes.shape[-1])
 
 
+def transposed_product(
+    slope: Float[Array, "M d_out"], codes: Shaped[Array, "d_in d_out"], scales: Float[Array, "blocks d_out"]
+) -> Float[Array, "M d_in"]:
+    """``s W^T`` of a quantised kernel: what :func:`product` passes backward."""
+    return _by_platform(_backward_whole, _backward_tiled, slope, codes, scales)
+
+
 @jax.custom_vjp
 def _product(x: Array, codes: Array, scales: Array) -> Array:
     return _by_platform(_forward_whole, _forward_tiled, x, codes, scales)
@@ -168,7 +175,7 @@ def _product_forward(x: Array, codes: Array, scales: Array) -> tuple[Array, tupl
 
 
 def _product_backward(residuals: tuple[Array, Array], slope: Array) -> tuple[Array, None, None]:
-    return _by_platform(_backward_whole, _backward_tiled, slope, *residuals), None, None
+    return transposed_product(slope, *residuals), None, None
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.base.families import FAMILIES
-from milora_jax.base.modules import Base, JoinedLayer, Layer, Linear, Norms
+from milora_jax.base.modules import Base, Experts, JoinedLayer, Layer, Linear, Norms
 from milora_jax.base.quantized import SCHEMES, Scheme
 from milora_jax.model_config import ModelConfig
-from milora_jax.types import EXPERTS, GROUPS
+from milora_jax.types import EXPERTS, FEEDFORWARD, GROUPS
 
 MODULE_PATHS = {
     "q": "self_attn.q_proj",
@@ -67,6 +67,7 @@ class Part:
     Attributes:
       name: name in the files.
       layer: index on the leading axis of a stacked leaf.
+      expert: index on the axis of the base's experts, behind that of the layers.
       columns: its first column in a joined leaf, and the one after its last.
       outputs: its place in a tensor of several modules: first output, the one after the last, and the number
         of all outputs; None for a tensor of its own.
@@ -76,21 +77,26 @@ class Part:
     layer: int | None = None
     columns: tuple[int, int] | None = None
     outputs: tuple[int, int, int] | None = None
+    expert: int | None = None
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """Its indices on the leading axes of the leaf."""
+        return tuple(number for number in (self.layer, self.expert) if number is not None)
 
     def within(self, box: tuple[slice, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
         """The intersection of this tensor with a box of the leaf, one slice per axis.
 
         Returns:
           Its slices in the box, and its slices in the tensor in the axis order of the leaf, one axis fewer
-          for a layer of a stacked leaf. None where the intersection is empty.
+          for each of :attr:`front`. None where the intersection is empty.
         """
-        place = tuple(slice(0, side.stop - side.start) for side in box)
-        if self.layer is not None:
-            layers, *box_rest = box
-            if not layers.start <= self.layer < layers.stop:
-                return None
-            at = self.layer - layers.start
-            place, box = (slice(at, at + 1), *place[1:]), tuple(box_rest)
+        count = len(self.front)
+        leading, box = box[:count], box[count:]
+        if not all(side.start <= i < side.stop for side, i in zip(leading, self.front, strict=True)):
+            return None
+        at = (i - side.start for side, i in zip(leading, self.front, strict=True))
+        place = (*(slice(i, i + 1) for i in at), *(slice(0, side.stop - side.start) for side in box))
         if self.columns is not None:
             *front, asked = box
             first, end = max(asked.start, self.columns[0]), min(asked.stop, self.columns[1])
@@ -151,8 +157,7 @@ class LeafSpec:
     def tensor_shape(self, part: Part) -> tuple[int, ...]:
         """Shape of one of the tensors, in the axis order of the leaf."""
         shape = self.shape if self.encoded is None else (*self.shape[:-2], self.encoded.d_in, self.shape[-1])
-        if part.layer is not None:
-            shape = shape[1:]
+        shape = shape[len(part.front) :]
         if part.columns is not None:
             shape = (*shape[:-1], part.columns[1] - part.columns[0])
         return shape if part.outputs is None else (*shape[:-1], part.outputs[2])
@@ -195,7 +200,7 @@ class _Table:
     def stacked_layer(self) -> Layer:
         """All layers on a leading axis."""
         modules = {}
-        for name in EXPERTS:
+        for name in self.dense:
             d_in, d_out = self.config.module_dims[name]
 
             def stacked(kind: str, *shape: int, name: str = name) -> LeafSpec:
@@ -210,12 +215,14 @@ class _Table:
             parts = tuple(Part(f"model.layers.{i}.{suffix}.weight", layer=i) for i in range(count))
             return LeafSpec((count, width), parts)
 
-        return Layer(self.norms(norm), modules)
+        return Layer(self.norms(norm), modules, self.experts(None))
 
     def joined_layer(self, layer: int) -> JoinedLayer:
         """One layer with modules that share an input in one leaf."""
         groups, widths = [], []
         for names in GROUPS:
+            if names[0] not in self.dense:
+                continue
             d_in = self.config.module_dims[names[0]][0]
             outputs = tuple(self.config.module_dims[name][1] for name in names)
             ends = tuple(pairwise((0, *accumulate(outputs))))
@@ -231,19 +238,61 @@ class _Table:
             groups.append(self.linear(joined("weight", d_in), bias))
             widths.append(outputs)
 
-        return JoinedLayer(self.norms_of(layer), tuple(groups), tuple(widths))
+        experts = self.experts(layer, joined=True)
+        return JoinedLayer(self.norms_of(layer), tuple(groups), tuple(widths), experts)
 
     def layer(self, number: int) -> Layer:
         """One layer with separate modules."""
         modules = {}
-        for name in EXPERTS:
+        for name in self.dense:
             d_in, d_out = self.config.module_dims[name]
             bias = None
             if name in self.config.biased:
                 bias = LeafSpec((d_out,), (self.part(number, name, "bias"),))
             weight = LeafSpec((d_in, d_out), (self.part(number, name, "weight"),), transposed=True)
             modules[name] = self.linear(weight, bias)
-        return Layer(self.norms_of(number), modules)
+        return Layer(self.norms_of(number), modules, self.experts(number))
+
+    @property
+    def dense(self) -> tuple[str, ...]:
+        """The modules of which a layer has one."""
+        return tuple(name for name in EXPERTS if not (self.config.num_experts and name in FEEDFORWARD))
+
+    def experts(self, layer: int | None, joined: bool = False) -> Experts | None:
+        """The experts of one layer, or of all layers stacked for None; None in a dense base.
+
+        Args:
+          joined: gate and up side by side.
+        """
+        paths, count = FAMILIES[self.config.family].expert_paths, self.config.num_experts
+        if not count or paths is None:
+            return None
+        stacked = layer is None
+        numbers = range(self.config.num_layers) if stacked else (layer,)
+        front = (self.config.num_layers,) if stacked else ()
+
+        def kernel(*names: str) -> Linear:
+            d_in, outputs = self.config.module_dims[names[0]][0], self.config.module_dims[names[0]][1]
+            parts = tuple(
+                Part(
+                    f"model.layers.{i}.{paths[name].format(expert)}.weight",
+                    i if stacked else None,
+                    (at * outputs, (at + 1) * outputs) if len(names) > 1 else None,
+                    expert=expert,
+                )
+                for i in numbers
+                for expert in range(count)
+                for at, name in enumerate(names)
+            )
+            shape = (*front, count, d_in, len(names) * outputs)
+            return self.linear(LeafSpec(shape, parts, transposed=True), None)
+
+        parts = tuple(
+            Part(f"model.layers.{i}.{paths['router']}.weight", i if stacked else None) for i in numbers
+        )
+        router = LeafSpec((*front, self.config.hidden_size, count), parts, transposed=True)
+        into = (kernel("gate", "up"),) if joined else (kernel("gate"), kernel("up"))
+        return Experts(router, into, kernel("down"))
 
     def norms_of(self, layer: int) -> Norms:
         """The norms of one layer."""
@@ -259,7 +308,9 @@ class _Table:
         paths = POST_NORM_PATHS if config.post_norms else NORM_PATHS
         leaves = {name: norm(path, config.hidden_size) for name, path in paths.items()}
         if config.qk_norm:
-            leaves |= {name: norm(path, config.head_dim) for name, path in HEAD_NORM_PATHS.items()}
+            heads = {"query": config.num_heads, "key": config.num_kv_heads}
+            for name, path in HEAD_NORM_PATHS.items():
+                leaves[name] = norm(path, config.head_dim * (heads[name] if config.qk_norm_all_heads else 1))
         return Norms(**leaves)
 
     def part(

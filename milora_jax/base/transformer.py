@@ -20,6 +20,7 @@ from milora_jax.base import ops
 from milora_jax.base.attention import Attend, attention
 from milora_jax.base.attention_context import AttentionContext, scoring_of
 from milora_jax.base.cache import BeamCache, BeamLayerCache, KVCache, LayerCache
+from milora_jax.base.experts import through_experts
 from milora_jax.base.modules import Base, JoinedLayer, Layer, unroll
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float, Int, Key
@@ -205,12 +206,36 @@ class AdaptedLayer:
 
     def project(self, place: int, x: Float[Array, "B T _"]) -> tuple[Float[Array, "B T _"], ...]:
         """The adapted outputs of a projection group, by its place in ``types.GROUPS``."""
-        outputs = self.layer.project(place, x)
+        return kept(self._adapted(place, x, self.layer.project(place, x)))
+
+    def feedforward(self, x: Float[Array, "B T D"], config: ModelConfig) -> Float[Array, "B T D"]:
+        """The adapted feed-forward layer, without what is beside it."""
+        experts = self.layer.experts
+        if experts is None:
+            gate, up = self.project(2, x)
+            (output,) = self.project(3, ops.gated(gate, up, config.activation))
+            return output
+        changes = None
+        if self.adapter is not None:
+            if not self.adapter.method.additive:
+                raise ValueError(f"method {self.adapter.method.name!r} cannot change a base with experts")
+            # All experts share one term per module, which does not depend on the output it is added to.
+            nothing = jnp.zeros((*x.shape[:2], config.intermediate_size), x.dtype)
+            changes = self._adapted(2, x, (nothing, nothing))
+        output, hidden = through_experts(config, experts, x, changes)
         if self.adapter is None:
-            return kept(outputs)
+            return output
+        # Weighted sums of hidden states and of outputs: a linear term of every expert is one of the sums.
+        (output,) = kept(self._adapted(3, hidden, (output,)))
+        return output
+
+    def _adapted(self, place: int, x: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        if self.adapter is None:
+            return outputs
         key = None if self.key is None else jax.random.fold_in(self.key, place)
-        group = ProjectionGroup(GROUPS[place], x, outputs, self.layer.frozen(place), self.weights, key)
-        return kept(self.adapter.method.adapt(self.params, group))
+        frozen = () if self.layer.experts is not None and place > 1 else self.layer.frozen(place)
+        group = ProjectionGroup(GROUPS[place], x, outputs, frozen, self.weights, key)
+        return self.adapter.method.adapt(self.params, group)
 
     def beside(
         self, sublayer: str, x: Float[Array, "B T D"], output: Float[Array, "B T D"]
@@ -250,7 +275,7 @@ def block(
     with jax.named_scope("attention"):
         normed = _norm(config, hidden, norms.attention)
         q, k, v = adapted.project(0, normed)
-        q, k, v = _norm(config, heads(q), norms.query), _norm(config, heads(k), norms.key), heads(v)
+        q, k, v = _normed_heads(config, q, norms.query), _normed_heads(config, k, norms.key), heads(v)
         q, k = (ops.apply_rope(x, cos, sin) for x in (q, k))
         if past is not None:
             cache = past.cache.write(k, v, past.place)
@@ -268,8 +293,7 @@ def block(
         hidden = hidden + adapted.beside("attention", normed, x)
     with jax.named_scope("feedforward"):
         normed = _norm(config, hidden, norms.feedforward)
-        gate, up = adapted.project(2, normed)
-        (x,) = adapted.project(3, ops.gated(gate, up, config.activation))
+        x = adapted.feedforward(normed, config)
         x = _norm(config, x, norms.feedforward_post)
         return hidden + adapted.beside("feedforward", normed, x), cache
 
@@ -277,6 +301,13 @@ def block(
 def _norm(config: ModelConfig, x: Float[Array, "*B D"], weight: Any) -> Float[Array, "*B D"]:
     """Apply a norm of a layer; return ``x`` where the family has no such norm."""
     return x if weight is None else ops.rms_norm(x, weight[...], config.norm_eps, config.norm_unit_offset)
+
+
+def _normed_heads(config: ModelConfig, x: Float[Array, "B T NH"], weight: Any) -> Float[Array, "B T N H"]:
+    """Queries or keys by head, after the norm of each head or of all together, where the family has one."""
+    x = _norm(config, x, weight) if config.qk_norm_all_heads else x
+    x = x.reshape(*x.shape[:2], -1, config.head_dim)
+    return x if config.qk_norm_all_heads else _norm(config, x, weight)
 
 
 def embed(
@@ -316,8 +347,7 @@ def keys_of(
 ) -> tuple[Float[Array, "B P KH"], Float[Array, "B P KH"]]:
     """Keys, not rotated, and values of soft tokens in a frozen layer."""
     _, k, v = layer.project(0, _norm(config, soft, layer.norms.attention))
-    heads = _norm(config, k.reshape(*k.shape[:2], -1, config.head_dim), layer.norms.key)
-    return heads.reshape(k.shape), v
+    return _normed_heads(config, k, layer.norms.key).reshape(k.shape), v
 
 
 def _per_token(weights: Array | None, batch: Batch) -> Array | None:

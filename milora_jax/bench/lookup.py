@@ -20,7 +20,8 @@ from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.bench import machine
 from milora_jax.bench.models import load_model
 from milora_jax.bench.rounds import ModelSettings, in_turns, option
-from milora_jax.data.records import Source, read_records
+from milora_jax.data.records import read_records
+from milora_jax.data.sources import Source
 from milora_jax.data.tokens import encode_question, load_tokenizer
 from milora_jax.errors import require
 from milora_jax.generation.adapter_stack import AdapterStack

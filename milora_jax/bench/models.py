@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import tempfile
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from milora_jax.adapters.inputs import Kernels, ProjectionGroup
 from milora_jax.adapters.protocol import Adapter, Method, init_adapter
-from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.adapters.registry import adapter_shape, build_method, require_fits
 from milora_jax.base.hf_config import write_model_config
 from milora_jax.base.known import SHAPES
 from milora_jax.base.load import load_base
@@ -24,7 +25,7 @@ from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError
 from milora_jax.model_config import ModelConfig
-from milora_jax.shapes import Array, Float
+from milora_jax.shapes import Array, Float, Int
 from milora_jax.types import GROUPS, PyTree
 
 RANDOM = "random:"
@@ -92,12 +93,8 @@ def peer_directory(stack: ExitStack, name: str, config: ModelConfig, dtype: str)
 def random_adapter(base: Base, config: ModelConfig, settings: AdapterSection, seed: int) -> Adapter:
     """Make an adapter whose matrices are not zero, as after training, in the stacked layout."""
     method = build_method(settings)
-
-    @jax.jit
-    def fresh(base: Base) -> Adapter:
-        return init_adapter(method, jax.random.key(seed), adapter_shape(config), _kernels(base))
-
-    adapter = fresh(base)
+    require_fits(method, config)
+    adapter = _fresh(base, method, config, jnp.int32(seed))
     leaves, structure = jax.tree.flatten(adapter.params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     moved = [
@@ -107,12 +104,20 @@ def random_adapter(base: Base, config: ModelConfig, settings: AdapterSection, se
     return dataclasses.replace(adapter, params=jax.tree.unflatten(structure, moved))
 
 
+@functools.partial(jax.jit, static_argnames=("method", "config"))
+def _fresh(base: Base, method: Method, config: ModelConfig, seed: Int[Array, ""]) -> Adapter:
+    """A new adapter; one program makes those of all tenants."""
+    return init_adapter(method, jax.random.key(seed), adapter_shape(config), _kernels(base))
+
+
 def _kernels(base: Base) -> Kernels:
     """The kernels of a base in either layout; under ``jit`` those that are not read cost nothing."""
     if not base.unrolled:
         return frozen_kernels(base)
     kernels = {}
     for place, names in enumerate(GROUPS):
+        if base.layers[0].experts is not None and place > 1:
+            continue  # no method that fits such a base reads them
         columns = zip(*(layer.frozen(place) for layer in base.layers), strict=True)
         for name, leaves in zip(names, columns, strict=True):
             kernels[name] = jnp.stack([leaf.kernel for leaf in leaves])

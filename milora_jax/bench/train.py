@@ -65,12 +65,12 @@ class Variant:
     """
 
     method: str
-    objective: str
     batch: int
     rank: int
     remat: str
     quantize: str
     rows: str
+    objective: str = TrainSection().objective
 
 
 @dataclass
@@ -121,10 +121,14 @@ class Settings(ModelSettings):
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     """Measure all variants and yield a report of each."""
-    grid = itertools.product(
-        settings.method, settings.objective, settings.batch, settings.rank, settings.remat, settings.quantize
-    )
-    every = (Variant(*values, rows) for values in grid for rows in rows_of(values[1], settings))
+    every = [
+        Variant(method, batch, rank, remat, quantize, rows, objective)
+        for method, objective, batch, rank, remat, quantize in itertools.product(
+            *(settings.method, settings.objective, settings.batch, settings.rank),
+            *(settings.remat, settings.quantize),
+        )
+        for rows in rows_of(objective, settings)
+    ]
     variants = list(dict.fromkeys(map(_without_what_has_no_effect, every)))
     loaded = {
         kept: load_model(settings.model, settings.dtype, decode=False, quantize=kept)

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from milora_jax.commands.command_line import choose_command
+from milora_jax.commands.command_line import choose_command, interrupt_on_termination
 from milora_jax.commands.options import parse_settings
 
 PROGRAM = "python -m milora_jax.bench"
@@ -21,9 +21,10 @@ BENCHMARKS = {
     "load": "the speed of loading a base, compared with the disk itself",
     "serve": "a running server under load, and the outcome of every request",
     "overhead": "the cost of a server compared with its engine",
+    "device": "what a new accelerator should tell, in a given number of minutes",
     "files": "a random model of a known shape, and adapters for it",
 }
-"""Modules of ``milora_jax.bench`` with ``Settings``, and ``measure``, which yields reports."""
+"""Modules of ``milora_jax.bench`` with ``Settings``, and ``measure``, which yields reports, or text."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,5 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = choose_command(PROGRAM, given, BENCHMARKS)
     benchmark = importlib.import_module(f"milora_jax.bench.{name}")
     settings = parse_settings(benchmark.Settings, f"{PROGRAM} {name}", benchmark.__doc__, given[1:])
-    for report in benchmark.measure(settings):
-        print(json.dumps(report), flush=True)
+    with interrupt_on_termination():  # so that processes that a benchmark has started end with it
+        for report in benchmark.measure(settings):
+            print(report if isinstance(report, str) else json.dumps(report), flush=True)

@@ -31,7 +31,7 @@ from milora_jax.commands.routing import main as routing
 from milora_jax.commands.study import main as study
 from milora_jax.config import DTYPES, EvalSection
 from milora_jax.console import Console
-from milora_jax.data.records import parse_given, parse_sources
+from milora_jax.data.sources import parse_given, parse_sources
 from milora_jax.errors import UserError, require
 from milora_jax.evaluation.own_metric import read_metric
 from milora_jax.evaluation.plan import (

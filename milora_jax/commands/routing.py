@@ -17,7 +17,7 @@ from milora_jax.cluster import Cluster
 from milora_jax.commands.command_line import Parser
 from milora_jax.commands.options import add_mesh_options, settings_of
 from milora_jax.config import DTYPES
-from milora_jax.data.records import parse_given
+from milora_jax.data.sources import parse_given
 from milora_jax.errors import UserError, as_given, require
 from milora_jax.evaluation.routing import Routes, distances, measure, route_tasks, summary_lines
 from milora_jax.evaluation.routing_plots import write_report

@@ -26,7 +26,8 @@ from milora_jax.commands.command_line import Parser, interrupt_on_termination
 from milora_jax.commands.push import add_push, push
 from milora_jax.config import DataSection
 from milora_jax.console import Console
-from milora_jax.data.records import Record, Source, read_records, run_sources
+from milora_jax.data.records import Record, read_records
+from milora_jax.data.sources import Source, run_sources
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, as_given, printable, require
 from milora_jax.evaluation.score import limited

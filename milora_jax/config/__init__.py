@@ -14,7 +14,7 @@ from milora_jax.config.adapter import (
     ROUTER_GRADIENTS,
     AdapterSection,
 )
-from milora_jax.config.data import DataSection
+from milora_jax.config.data import TRAIN_ON, DataSection, parse_weights
 from milora_jax.config.evaluation import EvalSection, split_metric
 from milora_jax.config.mesh import MeshSection, parse_mesh
 from milora_jax.config.model import DTYPES, QUANTIZE, ModelSection
@@ -44,6 +44,7 @@ __all__ = [
     "ROUTER_GRADIENTS",
     "SCHEDULES",
     "TRACKERS",
+    "TRAIN_ON",
     "AdapterSection",
     "Config",
     "DataSection",
@@ -52,6 +53,7 @@ __all__ = [
     "ModelSection",
     "TrainSection",
     "parse_mesh",
+    "parse_weights",
     "split_metric",
     "to_config_dict",
     "tracker_names",

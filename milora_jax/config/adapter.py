@@ -26,6 +26,7 @@ class AdapterSection:
     Attributes:
       method: the fine-tuning method, a name of ``adapters.registry``, which checks it.
       rank, alpha, use_rslora, dropout: of low-rank pairs. [all made of them]
+      target_modules: the modules that have a pair. [lora, dora]
       route_on: what of the prompt the routers read. [milora, midora]
       top_k, pooler, activation, features, gate: the router. [milora, midora; moelora has top_k]
       feature_window, router_gradient, top_k_anneal: how the router is trained. [milora, midora]
@@ -48,6 +49,7 @@ class AdapterSection:
     alpha: float | None = None
     use_rslora: bool | None = None
     dropout: float | None = None
+    target_modules: str | None = None
     route_on: str | None = None
     top_k: int | None = None
     pooler: str | None = None

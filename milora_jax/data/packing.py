@@ -66,12 +66,19 @@ class Rows(Sequence[list[Example]]):
       answers: A, the number of consecutive examples that are answers to one prompt.
     """
 
-    def __init__(self, examples: Sequence[Example], capacity: int | None, answers: int = 1) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        capacity: int | None,
+        answers: int = 1,
+        chosen: np.ndarray | None = None,
+    ) -> None:
         """Arrange examples in rows by their lengths alone.
 
         Args:
           capacity: tokens of a row; None gives every prompt a row of its own.
           answers: consecutive examples that are answers to one prompt, and share a row.
+          chosen: numbers of the prompts that are arranged, some perhaps several times; None is each once.
         """
         self.examples, self.answers = examples, answers
         if isinstance(examples, StoredExamples):
@@ -80,15 +87,17 @@ class Rows(Sequence[list[Example]]):
             lengths = np.array([len(example.tokens) for example in examples], np.int64)
         if answers > 1:
             lengths = lengths.reshape(-1, answers).sum(axis=1)
+        lengths = lengths if chosen is None else lengths[chosen]
         if capacity is None:
-            self._members: range | np.ndarray = range(len(lengths))
+            self._members: range | np.ndarray = range(len(lengths)) if chosen is None else chosen
             self._starts: range | np.ndarray = range(len(lengths) + 1)
             self.lengths, self.prompts = lengths, min(1, len(lengths))
             return
         packed = pack(lengths.tolist(), capacity)
-        self._members = np.fromiter(itertools.chain.from_iterable(packed), np.int64, len(lengths))
+        placed = np.fromiter(itertools.chain.from_iterable(packed), np.int64, len(lengths))
+        self._members = placed if chosen is None else chosen[placed]
         starts = self._starts = np.cumsum([0, *map(len, packed)])
-        self.lengths = np.add.reduceat(lengths[self._members], starts[:-1])
+        self.lengths = np.add.reduceat(lengths[placed], starts[:-1])
         self.prompts = max(map(len, packed), default=0)
 
     def __len__(self) -> int:

@@ -1,9 +1,10 @@
-"""Records from files and from the Hub, in three schemas.
+"""Records from files and from the Hub, in four schemas.
 
 Alpaca and LLM-Adapters: ``instruction``, ``input``, ``output``, ``answer``, ``references``; a missing
 ``answer`` is the output, and ``output`` may be missing where there are ``references``. GSM8K: ``question``
 and ``answer``, a rationale that ends in ``#### N``. Chats (``messages`` or ``conversations``), and ``system``
-and ``history`` of plain rows: see ``data.conversations``. Rows with other names: see ``columns``.
+and ``history`` of plain rows: see ``data.conversations``. Plain text without a question: ``text`` alone. Rows
+with other names: see ``columns``.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from milora_jax.columns import Column, columns_of, mapped_row, parse_columns, require_sources
-from milora_jax.config import DataSection
+from milora_jax.columns import mapped_row
 from milora_jax.data.chat import Message
 from milora_jax.data.conversations import (
     FORMS,
@@ -30,10 +29,12 @@ from milora_jax.data.conversations import (
     read_earlier,
 )
 from milora_jax.data.rows import parse_row, rows_of
+from milora_jax.data.sources import Source
 from milora_jax.data.unanswered import asks_only
 from milora_jax.errors import UserError
 
-SPLIT_STEMS = ("train", "dev", "test", "validation", "valid")
+BESIDE_TEXT = ("input", "output", "answer", "references", "system", "history", "label")
+"""Fields that make a row with a ``text`` something else than a plain text."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Record:
       label: whether ``output`` is desirable; None where the row does not judge it.
       references: texts that are each a right answer, for the measures of free text; empty where the row lists
         none, and ``output`` is the only one.
+      is_text: whether ``output`` is a plain text, which no question comes before.
       where: file and line of the row, for errors; not part of the record's content.
       source: name of the data set that it comes from; not part of the content either.
     """
@@ -62,6 +64,7 @@ class Record:
     references: tuple[str, ...] = ()
     rejected: str = ""
     label: bool | None = None
+    is_text: bool = False
     where: str = field(default="", compare=False)
     source: str = field(default="", compare=False)
 
@@ -69,81 +72,6 @@ class Record:
     def answered(self) -> bool:
         """Whether there is an answer to compare others with."""
         return bool(self.answer or self.output or self.references)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A source of records: a file, or ``hf:NAME[:CONFIG[:SPLIT]]``; and the task's name.
-
-    Attributes:
-      columns: names of its columns, see ``columns``; empty where they are those of a schema.
-    """
-
-    name: str
-    location: str
-    columns: tuple[Column, ...] = ()
-
-
-def parse_sources(text: str, columns: str = "") -> list[Source]:
-    """Split comma-separated ``[NAME=]SOURCE``.
-
-    The default name is the file's stem, or its folder's name where the stem only names the split; for the Hub
-    it is the last part of the data set's name.
-
-    Args:
-      columns: a ``data.columns``, which may have entries for other sources as well.
-
-    >>> [source.name for source in parse_sources("data/gsm8k/test.jsonl,mine=rows.json")]
-    ['gsm8k', 'mine']
-    """
-    sources, parsed = [], parse_columns(columns)
-    for entry in filter(None, (part.strip() for part in text.split(","))):
-        name, separator, location = entry.partition("=")
-        if not separator or "/" in name:  # a path such as data/run=3/train.jsonl holds no name
-            name, location = _default_name(entry), entry
-        if not name or not location:
-            raise UserError(f"data source {entry!r}: expected [NAME=]SOURCE")
-        if name in {source.name for source in sources}:
-            raise UserError(f"data source {entry!r}: the name {name!r} is used twice, write NAME=SOURCE")
-        sources.append(Source(name, location, columns_of(parsed, name)))
-    return sources
-
-
-def parse_given(data: str, columns: str) -> list[Source]:
-    """Parse the sources of a command's ``--data`` and ``--columns``; none where neither is given.
-
-    Raises:
-      UserError: an entry is malformed, or columns are given without sources or for an unknown source.
-    """
-    sources = parse_sources(data, columns)
-    if data and not sources:
-        raise UserError(f"--data {data!r} names no file")
-    if columns and not sources:
-        raise UserError(f"--columns {columns!r} is about the rows of --data: expected --data FILE")
-    require_sources(parse_columns(columns), [source.name for source in sources])
-    return sources
-
-
-def run_sources(data: DataSection) -> dict[str, list[Source]]:
-    """The sources of a run, by ``train``, ``dev`` and ``test``.
-
-    Raises:
-      UserError: a source is malformed, or ``data.columns`` names an unknown source.
-    """
-    splits = {
-        split: parse_sources(text, data.columns)
-        for split, text in (("train", data.train), ("dev", data.dev), ("test", data.test))
-    }
-    names = [source.name for sources in splits.values() for source in sources]
-    require_sources(parse_columns(data.columns), names)
-    return splits
-
-
-def _default_name(location: str) -> str:
-    if location.startswith("hf:"):
-        return location.split(":")[1].split("/")[-1]
-    path = Path(location)
-    return path.parent.name or path.stem if path.stem in SPLIT_STEMS else path.stem
 
 
 Reader = Callable[[dict[str, Any], str], "list[Record]"]
@@ -162,7 +90,8 @@ def iterate_records(source: Source, scored: bool = False, reader: Reader | None 
     empty = True
     for row, where in rows_of(source.location):
         mapped = mapped_row(_object(row, where), source.columns, where)
-        for record in _records(mapped, where, scored) if reader is None else reader(mapped, where):
+        records = _records(mapped, where, scored) if reader is None else reader(mapped, where)
+        for record in records[-1:] if source.train_on == "last" else records:
             empty = False
             yield replace(record, where=where, source=source.name)
     if empty:
@@ -252,6 +181,8 @@ def record_bytes(record: Record) -> bytes:
     """The content of a record, as :func:`fingerprint` reads it."""
     values = asdict(record)
     del values["where"], values["source"]
+    if not record.is_text:
+        del values["is_text"]
     for name in ("messages", "references", "rejected", "label"):
         if values[name] in ((), "", None):
             del values[name]  # a run whose records had no such field can be resumed
@@ -306,6 +237,8 @@ def _records(row: dict[str, Any], where: str, scored: bool) -> list[Record]:
     if head in FORMS:
         records = _turns(read_answers(row, where))
         return _with_golds(records, row, where) if scored else records
+    if head is None and row.get("text") is not None:
+        return [_plain_text(row, where, scored)]
     asked, references = _asked(row, head, where), _references(row, where)
     if head == "question":
         output, answer = _gsm8k(row, where)
@@ -321,6 +254,19 @@ def _records(row: dict[str, Any], where: str, scored: bool) -> list[Record]:
         answer = content_text(row, "answer", where) if has_answer else output.strip()
     last = replace(asked, output=output, answer=answer, references=references)
     return [*_turns(answers_in(asked.messages)), last]
+
+
+def _plain_text(row: dict[str, Any], where: str, scored: bool) -> Record:
+    """Read a row that is a text and nothing else."""
+    for name in BESIDE_TEXT:
+        if is_given(row.get(name)):
+            raise UserError(
+                f"{where}: field {name!r} stands beside 'text', which is learned as a plain text: expected a "
+                f"row without it, or data.columns={name}= to leave it out"
+            )
+    if scored:
+        raise UserError(f"{where}: the row is a plain text, which asks nothing: expected a row to score")
+    return Record("", "", content_text(row, "text", where), "", is_text=True)
 
 
 def _asked(row: dict[str, Any], head: str | None, where: str) -> Record:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, SupportsIndex, overload
@@ -141,6 +141,15 @@ class StoredExamples(Sequence[Example]):
             answers=tuple((begin, end) for begin, end in answers),
             label=bool(label),
         )
+
+    def source_numbers(self, places: Mapping[str, int]) -> np.ndarray:
+        """The place of each example's source.
+
+        Args:
+          places: of every source that an example has.
+        """
+        mapped = np.array([places.get(str(name), -1) for name in self._sources], np.int32)
+        return mapped[self._index["source"]]
 
     def _read(self, size: int, offset: int) -> bytes:
         try:

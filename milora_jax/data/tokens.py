@@ -1,7 +1,8 @@
-"""From records to token ids. No record is ever cut: one that does not fit is dropped and counted.
+"""From records to token ids. No answer is ever cut: a record that does not fit is dropped and counted.
 
 A record has one prompt and one answer, and with ``adapter.route_on=prompt`` it makes one example. Otherwise
-the turns of a chat have one route, so that they make one example together.
+the turns of a chat have one route, so that they make one example together. A plain text makes as many
+examples as it has pieces of ``max_length`` tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -198,6 +199,58 @@ def _exchange(
         return EncodedPrompt(ids, route_tokens(tokenizer, messages, ids, prompt_format)), response
 
 
+def encode_text(
+    tokenizer: Any,
+    record: Record,
+    eos_ids: Sequence[int],
+    max_length: int,
+    prompt_format: PromptFormat,
+    prompt_tokens: int,
+) -> tuple[list[Example], int]:
+    """Cut a plain text and the first of ``eos_ids`` into examples, one after the other.
+
+    Each begins with the beginning-of-sequence token if the text does, so that what reads a prompt finds the
+    beginning of every prompt alike, and has at most ``max_length`` tokens.
+
+    Args:
+      record: of a plain text.
+      prompt_tokens: how many tokens, from the first of each example, are its prompt, and not learned. The
+        first token is never learned.
+
+    Returns:
+      The examples with a token to learn, and the number of those without one.
+
+    Raises:
+      RouteScopeError: the routers read a part that a text does not have.
+    """
+    with naming(record):
+        ids = whole_prompt(
+            encode_prompt(tokenizer, record.output, prompt_format.special_tokens), prompt_format
+        ).ids
+    bos = tokenizer.bos_token_id
+    start = ids[:1] if bos is not None and ids[:1] == [bos] else []
+    body = ids[len(start) :]
+    body = body if body and body[-1] in eos_ids else [*body, eos_ids[0]]
+    room, prompt = max_length - len(start), max(prompt_tokens, 1)
+    pieces = [[*start, *body[at : at + room]] for at in range(0, len(body), room)]
+    examples = [
+        Example(np.array(piece, np.int32), prompt, record.source) for piece in pieces if len(piece) > prompt
+    ]
+    return examples, len(pieces) - len(examples)
+
+
+class LeftOut(NamedTuple):
+    """What is not learned.
+
+    Attributes:
+      long: records that do not fit.
+      short: pieces of plain texts that are no longer than their prompt.
+    """
+
+    long: int
+    short: int
+
+
 def encode_records(
     tokenizer: Any,
     records: Sequence[Record],
@@ -212,8 +265,8 @@ def encode_records(
       The examples that fit, in order, and the number of records that do not.
     """
     kept: list[Example] = []
-    dropped = encode_into(kept.append, tokenizer, records, model, max_length, prompt_format, what)
-    return kept, dropped
+    left = encode_into(kept.append, tokenizer, records, model, max_length, prompt_format, what)
+    return kept, left.long
 
 
 def encode_into(
@@ -224,36 +277,47 @@ def encode_into(
     max_length: int,
     prompt_format: PromptFormat,
     what: str = "",
-) -> int:
+    prompt_tokens: int = 0,
+) -> LeftOut:
     """Encode records one after the other, as :func:`encode_example` does each, or
-    :func:`encode_conversation` the turns of a chat that have one route.
+    :func:`encode_conversation` the turns of a chat that have one route, or :func:`encode_text` a plain text.
 
     Args:
       keep: receives the examples that fit, in order.
       model: the model whose embeddings the tokens must have, and whose tokens end an answer.
       what: name of the records in errors: "dev" or "training".
+      prompt_tokens: see :func:`encode_text`.
 
     Returns:
-      The number of records that do not fit.
+      What is left out.
 
     Raises:
       UserError: no record fits, one cannot be written in the format's template, or one has a token without an
         embedding.
     """
-    kept = dropped = 0
+    kept = dropped = short = 0
+    inputs = (model.eos_ids, max_length, prompt_format)
     for turns in in_examples(records, prompt_format):
-        example, fitting = encode_conversation(tokenizer, turns, model.eos_ids, max_length, prompt_format)
-        dropped += len(turns) - fitting
-        if example is None:
-            continue
-        with naming(turns[0]):
-            require_embedded(tokenizer, example.tokens, model.vocab_size)
-        keep(example)
-        kept += 1
+        if turns[0].is_text:
+            examples, left = encode_text(tokenizer, turns[0], *inputs, prompt_tokens)
+            short += left
+        else:
+            example, fitting = encode_conversation(tokenizer, turns, *inputs)
+            dropped += len(turns) - fitting
+            examples = [] if example is None else [example]
+        for example in examples:
+            with naming(turns[0]):
+                require_embedded(tokenizer, example.tokens, model.vocab_size)
+            keep(example)
+            kept += 1
+    kind = f"{what} rows" if what else "rows"
+    if not kept and short:
+        raise UserError(
+            f"all {kind} are texts of at most data.prompt_tokens {prompt_tokens} tokens, or too long"
+        )
     if not kept:
-        kind = f"{what} rows" if what else "rows"
         raise UserError(f"all {dropped} {kind} are longer than data.max_length {max_length} tokens")
-    return dropped
+    return LeftOut(dropped, short)
 
 
 def in_examples(records: Iterable[Record], prompt_format: PromptFormat) -> Iterator[list[Record]]:

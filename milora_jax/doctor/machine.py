@@ -71,7 +71,7 @@ def mesh_findings(subject: Subject) -> Iterator[Finding]:
 def memory_findings(subject: Subject) -> Iterator[Finding]:
     """Check by arithmetic that base and training state fit; activations are not counted."""
     config, shards = subject.config, subject.mesh.shape["fsdp"] * subject.mesh.shape["tensor"]
-    base = base_bytes(config, subject.model) / shards
+    base = base_bytes(config, subject.model, subject.mesh.shape["expert"]) / shards
     # The size before pruning, for methods that prune: AdaLoRA begins with twice its budget.
     trained = jax.tree.leaves(abstract_params(subject.method, adapter_shape(subject.model)))
     state = float(STATE_BYTES[config.train.optimizer]) * sum(leaf.size for leaf in trained)

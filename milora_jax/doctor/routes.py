@@ -27,7 +27,14 @@ from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefi
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.parallel.processes import place, to_host
-from milora_jax.parallel.rules import attend_over, base_sharding, batch_sharding, state_shardings
+from milora_jax.parallel.rules import (
+    attend_over,
+    base_sharding,
+    batch_sharding,
+    mesh_layout,
+    state_shardings,
+    with_layout,
+)
 from milora_jax.shapes import Float
 from milora_jax.storage.adapters import newest_step, read_adapter, require_its_base
 from milora_jax.types import Batch, Route
@@ -121,7 +128,7 @@ def carried_finding(given: Float[np.ndarray, "L N E"], after: Float[np.ndarray, 
 
 def _load(subject: Subject, progress: Progress) -> Base:
     """Load the base in the layout of ``train.py``."""
-    return load_leaves(
+    base = load_leaves(
         subject.directory,
         subject.model,
         subject.config.model.dtype,
@@ -129,6 +136,7 @@ def _load(subject: Subject, progress: Progress) -> Base:
         quantize=subject.config.model.quantize,
         progress=progress,
     )
+    return with_layout(base, subject.mesh)
 
 
 def _adapter(subject: Subject, base: Base) -> tuple[Adapter, str]:
@@ -148,7 +156,7 @@ def _adapter(subject: Subject, base: Base) -> tuple[Adapter, str]:
 
 def _rows_of(subject: Subject, count: int) -> int:
     """The number of rows, raised to what the devices can divide."""
-    parts = subject.mesh.shape["data"] * subject.mesh.shape["fsdp"]
+    parts = mesh_layout(subject.mesh).row_parts
     return -(-count // parts) * parts
 
 

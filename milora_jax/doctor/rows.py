@@ -12,11 +12,13 @@ import numpy as np
 from milora_jax.console import Console
 from milora_jax.data.batches import collate
 from milora_jax.data.preferences import encode_preferences, reader_of
-from milora_jax.data.records import Record, Source, read_records, run_sources
+from milora_jax.data.records import Record, read_records
+from milora_jax.data.sources import Source, run_sources
 from milora_jax.data.tokens import (
     Example,
     encode_conversation,
     encode_question,
+    encode_text,
     in_examples,
     naming,
     require_embedded,
@@ -25,6 +27,7 @@ from milora_jax.doctor.findings import FAIL, OK, WARN, Finding, guarded
 from milora_jax.doctor.subject import Subject
 from milora_jax.evaluation.free_text import is_free_text, require_text_packages
 from milora_jax.evaluation.tasks import require_golds, rule_for
+from milora_jax.training.rows import require_prompts
 
 SPLITS = ("train", "dev", "test")
 
@@ -77,6 +80,8 @@ def _golds(name: str, records: list[Record]) -> Iterator[Finding]:
 def token_findings(subject: Subject) -> Iterator[Finding]:
     """Encode every row as training and scoring do, and check the results."""
     config, model = subject.config, subject.model
+    learned = (record for split in ("train", "dev") for record in _all_of(subject, split))
+    require_prompts(sum(record.is_text for record in learned), config)
     total = sum(len(rows) for split in subject.records.values() for rows in split.values())
     with contextlib.ExitStack() as stack:
         # A progress bar for few rows would only interrupt the report.
@@ -100,14 +105,20 @@ def token_findings(subject: Subject) -> Iterator[Finding]:
 def _encoded_answers(
     subject: Subject, records: Sequence[Record], advance: Callable[[int], None]
 ) -> list[Example]:
-    """The examples of rows of supervised tuning, however long: it is told which lengths are dropped."""
-    model, written, encoded = subject.model, subject.config.prompt_format, []
+    """The examples of rows of supervised tuning, however long: it is told which lengths are dropped. Plain
+    texts are cut."""
+    model, written, encoded, data = subject.model, subject.config.prompt_format, [], subject.config.data
     for turns in in_examples(records, written):
-        made, _ = encode_conversation(subject.tokenizer, turns, model.eos_ids, sys.maxsize, written)
-        if made is not None:
+        if turns[0].is_text:
+            inputs = (model.eos_ids, data.max_length, written, data.prompt_tokens)
+            made = encode_text(subject.tokenizer, turns[0], *inputs)[0]
+        else:
+            one, _ = encode_conversation(subject.tokenizer, turns, model.eos_ids, sys.maxsize, written)
+            made = [] if one is None else [one]
+        for example in made:
             with naming(turns[0]):
-                require_embedded(subject.tokenizer, made.tokens, model.vocab_size)
-            encoded.append(made)
+                require_embedded(subject.tokenizer, example.tokens, model.vocab_size)
+        encoded += made
         advance(len(turns))
     return encoded
 
@@ -219,7 +230,9 @@ def _all_of(subject: Subject, split: str) -> list[Record]:
 
 
 def _asked(record: Record) -> tuple:
-    """The key by which two prompts are compared."""
+    """The key by which two prompts are compared; a plain text is compared whole."""
+    if record.is_text:
+        return (record.output.strip(),)
     return record.messages or (record.instruction.strip(), record.input.strip())
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from milora_jax.config import Config
-from milora_jax.data.records import run_sources
+from milora_jax.data.sources import run_sources
 from milora_jax.evaluation.report import TEXT_MEASURES
 
 OF_TRAINING = "objective epochs batch_size optimizer learning_rate schedule warmup_share seed".split()

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from milora_jax.console import Console, ProgressBar
-from milora_jax.data.records import Record, Source, fingerprint, read_records
+from milora_jax.data.records import Record, fingerprint, read_records
 from milora_jax.data.scopes import EncodedPrompt
+from milora_jax.data.sources import Source
 from milora_jax.data.tokens import encode_question, naming, require_embedded
 from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import Rule

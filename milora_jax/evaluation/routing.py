@@ -22,7 +22,8 @@ from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout, forward
 from milora_jax.console import Console
 from milora_jax.data.batches import collate_prompts
-from milora_jax.data.records import Source, fingerprint, read_records
+from milora_jax.data.records import fingerprint, read_records
+from milora_jax.data.sources import Source
 from milora_jax.data.tokens import encode_question
 from milora_jax.errors import UserError, require
 from milora_jax.evaluation.score import limited

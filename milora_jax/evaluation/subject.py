@@ -31,13 +31,13 @@ from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.config import DTYPES, EvalSection, parse_mesh
 from milora_jax.console import Console
 from milora_jax.data.chat import template_source
-from milora_jax.data.records import Source, run_sources
+from milora_jax.data.sources import Source, run_sources
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, one_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.mesh import check_divides, make_mesh
 from milora_jax.parallel.processes import is_first, place, several
-from milora_jax.parallel.rules import base_sharding, layout_over
+from milora_jax.parallel.rules import base_sharding, layout_over, with_layout
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.storage.adapters import require_its_base
 from milora_jax.storage.imported import read_any_adapter
@@ -151,6 +151,7 @@ class Subject:
         places = None if mesh is None else functools.partial(base_sharding, mesh)
         with Console(silent=not is_first()).loading("base") as progress:
             base = load_leaves(self.directory, config, named.dtype, places, True, self.quantize, progress)
+        base = with_layout(base, mesh)
         if adapter is not None:
             placed = adapter if mesh is None else place(adapter, base.everywhere)
             adapter = adapter_decode_layout(placed, base)

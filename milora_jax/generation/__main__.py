@@ -1,7 +1,11 @@
 """``python -m milora_jax.generation``, see ``milora_jax.commands.generation``."""
 
-from milora_jax.commands.command_line import run_command
-from milora_jax.commands.generation import main
+from milora_jax.commands.startup import begin
 
 if __name__ == "__main__":
+    begin()
+
+    from milora_jax.commands.command_line import run_command
+    from milora_jax.commands.generation import main
+
     run_command(main)

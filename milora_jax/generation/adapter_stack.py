@@ -21,7 +21,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -187,6 +187,7 @@ class BatchMethod(Method):
       method: that of every adapter.
     """
 
+    additive: ClassVar[bool] = True  # the method's own was asked for in prefill
     method: Any = None
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from milora_jax.adapters.inputs import ProjectionGroup
 from milora_jax.adapters.joined import JoinedPairs
 from milora_jax.adapters.protocol import Adapter
-from milora_jax.base.modules import Base, JoinedLayer, Linear
+from milora_jax.base.modules import Base, Experts, JoinedLayer, Linear
 from milora_jax.errors import UserError
 from milora_jax.shapes import Array, Float
 from milora_jax.types import EXPERTS, GROUPS
@@ -49,7 +49,7 @@ def merged_base(base: Base, adapter: Adapter, route: np.ndarray | None) -> Base:
 def _merged_layer(layer: JoinedLayer, adapter: Adapter, params: object, weights: np.ndarray) -> JoinedLayer:
     groups = []
     for place, names in enumerate(GROUPS):
-        frozen = (layer.qkv, layer.o, layer.gate_up, layer.down)[place]
+        frozen = layer.matrices[place]
         mine = np.array([weights[EXPERTS.index(name)] for name in names], np.float32)
         if not mine.any():
             groups.append(frozen)
@@ -60,16 +60,21 @@ def _merged_layer(layer: JoinedLayer, adapter: Adapter, params: object, weights:
         pairs, _ = adapter.method.pairs_of(params, group)
         kernel = _merged(frozen.dense(layer.norms.attention[...].dtype), pairs, mine)
         groups.append(Linear(kernel, None if frozen.bias is None else frozen.bias[...]))
-    return JoinedLayer(layer.norms, tuple(groups), layer.widths)
+    if layer.experts is None:
+        return JoinedLayer(layer.norms, tuple(groups), layer.widths)
+    *attention, into, down = groups
+    experts = Experts(layer.experts.router[...], (into,), down)
+    return JoinedLayer(layer.norms, tuple(attention), layer.widths, experts)
 
 
 @jax.jit
 def _merged(
-    kernel: Float[Array, "d_in d_out"], pairs: JoinedPairs, shares: Float[Array, " M"]
-) -> Float[Array, "d_in d_out"]:
-    """``W + sum_i share_i A_i B_i``, the sum in float32."""
+    kernel: Float[Array, "*X d_in d_out"], pairs: JoinedPairs, shares: Float[Array, " M"]
+) -> Float[Array, "*X d_in d_out"]:
+    """``W + sum_i share_i A_i B_i``, the sum in float32; all experts of a base get the same change."""
     wide = dataclasses.replace(pairs, a=pairs.a.astype(jnp.float32), b=pairs.b.astype(jnp.float32))
     a = wide.a.reshape(wide.a.shape[0], len(pairs.tiles), pairs.rank) * shares[None, :, None]
     changes = wide.widen(a[:, None])
     change = jnp.concatenate(changes, axis=-1)[:, 0]
+    change = jnp.broadcast_to(change, kernel.shape)
     return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)

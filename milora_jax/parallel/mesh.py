@@ -1,4 +1,4 @@
-"""The device mesh: axes ``data``, ``fsdp`` and ``tensor``."""
+"""The device mesh: axes ``data``, ``fsdp``, ``expert`` and ``tensor``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from milora_jax.config import Config, MeshSection, parse_mesh
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
 
-AXES = ("data", "fsdp", "tensor")
-AXIS_TYPES = (AxisType.Auto,) * 3
+AXES = ("data", "fsdp", "expert", "tensor")
+AXIS_TYPES = (AxisType.Auto,) * 4
 
 
 def make_mesh(settings: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
@@ -49,13 +49,14 @@ def eval_mesh(mesh: Mesh, config: Config) -> Mesh:
 
 def _sizes(settings: MeshSection, count: int) -> tuple[int, ...]:
     """The size of each axis over so many devices."""
-    sizes = [settings.data, settings.fsdp, settings.tensor]
+    sizes = [settings.data, settings.fsdp, settings.expert, settings.tensor]
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and count % fixed == 0:
         sizes[sizes.index(-1)] = count // fixed
     if math.prod(sizes) != count:
+        expert = "" if settings.expert == 1 else f"expert={settings.expert} "
         raise UserError(
-            f"mesh data={settings.data} fsdp={settings.fsdp} tensor={settings.tensor} "
+            f"mesh data={settings.data} fsdp={settings.fsdp} {expert}tensor={settings.tensor} "
             f"does not fit {count} device(s)"
         )
     return tuple(sizes)
@@ -75,11 +76,15 @@ def check_divides(
       parts: number of parts for gradient accumulation, by the same names; 1 by default.
       heads: whether each device must have whole heads; otherwise XLA divides them where they do not fit.
     """
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    expert = mesh.shape["expert"]
+    rows = mesh.shape["data"] * mesh.shape["fsdp"] * expert
+    over = "mesh data x fsdp" if expert == 1 else "mesh data x fsdp x expert"
     for name, size in batch_sizes.items():
         count = (parts or {}).get(name, 1)
-        what = "mesh data x fsdp" if count == 1 else "mesh data x fsdp x train.accumulate"
+        what = over if count == 1 else f"{over} x train.accumulate"
         require(size % (rows * count) == 0, name, size, f"a multiple of {what} = {rows * count}")
+    divides = model.num_experts % expert == 0 and (model.num_experts > 0 or expert == 1)
+    require(divides, "num_experts", model.num_experts, f"a multiple of mesh.expert = {expert}, above 0")
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     whole = ("num_heads", "num_kv_heads") if heads else ()
     for name in (*whole, "intermediate_size", "vocab_size"):

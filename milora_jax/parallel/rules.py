@@ -21,10 +21,11 @@ from milora_jax.shapes import Array, Int
 from milora_jax.types import Batch, PyTree
 
 MESH_AXES: dict[str | None, str | tuple[str, ...] | None] = {
-    "rows": ("data", "fsdp"),  # of a batch, over all data-parallel devices
+    "rows": ("data", "fsdp", "expert"),  # of a batch, over all data-parallel devices
     "embed": "fsdp",  # D of the base's matrices; gathered when used (fully sharded data parallelism)
     "heads": "tensor",  # query, key and value widths, so that a head never spans two chips
     "ffn": "tensor",  # F
+    "experts": "expert",  # X
     "vocab": "tensor",  # V
     "layers": None,  # the stacking axis; splitting it would move whole layers between chips
     None: None,
@@ -51,6 +52,14 @@ BASE_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     **{("layers", name, "scales"): ("layers", None, "heads") for name in ("q", "k", "v")},
     **{("layers", name, "scales"): ("layers", None, "ffn") for name in ("gate", "up")},
     **{("layers", name, "scales"): ("layers", None, "embed") for name in ("o", "down")},
+    ("layers", "experts", "router"): ("layers", "embed", None),
+    **{
+        ("layers", "experts", name, "kernel"): ("layers", "experts", "embed", "ffn")
+        for name in ("gate", "up")
+    },
+    ("layers", "experts", "down", "kernel"): ("layers", "experts", "ffn", "embed"),
+    **{("layers", "experts", name, "scales"): ("layers", "experts", None, "ffn") for name in ("gate", "up")},
+    ("layers", "experts", "down", "scales"): ("layers", "experts", None, "embed"),
 }
 """Logical axes of every leaf of the stacked base, by the names on its path."""
 
@@ -87,7 +96,7 @@ def relaid(base: Base, mesh: Mesh) -> Base:
 
     ends = jax.jit(ends_of, out_shardings=base_shardings(mesh, jax.eval_shape(ends_of, base)))(base)
     ends.layers = nnx.data(tuple(layer(base.layers, np.int32(i)) for i in range(len(places.layers))))
-    return ends
+    return with_layout(ends, mesh)
 
 
 def _named(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
@@ -119,7 +128,20 @@ def mesh_layout(mesh: Mesh, cudnn: bool | None = None) -> DeviceLayout:
       cudnn: whether the devices have cuDNN's kernels; None asks the devices, which must then be present.
     """
     found = has_cudnn(mesh.devices.flat[0]) if cudnn is None else cudnn
-    return DeviceLayout(mesh, MESH_AXES["rows"], MESH_AXES["heads"], found)
+    rows, heads, widths = (MESH_AXES[name] for name in ("rows", "heads", "ffn"))
+    return DeviceLayout(mesh, rows, heads, widths, "expert", found)
+
+
+def with_layout(base: Base, mesh: Mesh | None) -> Base:
+    """The same base, whose experts know over which devices they lie; a dense base unchanged.
+
+    Without this XLA would gather the experts' matrices: it does not divide what sorts rows.
+    """
+    layout = layout_over(mesh)
+    for layer in base.layers if base.unrolled else (base.layers,):
+        if layer.experts is not None:
+            layer.experts.layout = layout
+    return base
 
 
 def place_rows(batch: Batch, layout: DeviceLayout | None) -> Batch:

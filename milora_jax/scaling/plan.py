@@ -50,24 +50,38 @@ def estimate(config: Config, model: ModelConfig, chip: Chip, devices: int) -> Es
 
     Fully sharded matrices are gathered once forward and once backward, and once more where layers are
     computed again; quantised ones are gathered as codes. A tensor-parallel layer sums two activations forward
-    and two backward, for which a ring moves twice their bytes. The adapter's gradient is not counted.
+    and two backward, for which a ring moves twice their bytes. Where experts are divided, a layer gathers its
+    input and the adapter's two terms, and scatters its output and the hidden states. The adapter's gradient
+    is not counted.
     """
     mesh, train = config.mesh, config.train
     tokens = train.batch_size * config.data.max_length
     compute = EXECUTED[train.remat] * model.matrix_parameters * tokens / (devices * chip.flops)
     width = jnp.dtype(config.model.dtype).itemsize
     passes = 3 if train.remat == "full" else 2
-    gathered = base_bytes(config, model) / mesh.tensor * (mesh.fsdp - 1) / mesh.fsdp * passes
-    rows = mesh.data * mesh.fsdp
+    held = base_bytes(config, model, mesh.expert)
+    gathered = held / mesh.tensor * (mesh.fsdp - 1) / mesh.fsdp * passes
+    rows = mesh.data * mesh.fsdp * mesh.expert
     activation = tokens / rows * model.hidden_size * width
     summed = 2 * passes * model.num_layers * 2 * activation * (mesh.tensor - 1) / mesh.tensor
-    return Estimate(compute, (gathered + summed) / chip.link)
+    widths = 2 + 3 * model.intermediate_size / model.hidden_size / mesh.tensor
+    exchanged = passes * model.num_layers * widths * activation * (mesh.expert - 1)
+    return Estimate(compute, (gathered + summed + exchanged) / chip.link)
 
 
-def base_bytes(config: Config, model: ModelConfig) -> float:
-    """Bytes of the base in the dtype and quantisation of the config."""
+def base_bytes(config: Config, model: ModelConfig, expert: int = 1) -> float:
+    """Bytes of the base in the dtype and quantisation of the config.
+
+    Args:
+      expert: parts into which the experts are divided, one of which counts.
+    """
     specs: list[LeafSpec] = jax.tree.leaves(base_specs(model, quantize=config.model.quantize))
-    return sum(math.prod(spec.shape) * bits_of(spec.dtype(config.model.dtype)) for spec in specs) / 8
+
+    def size(spec: LeafSpec) -> float:
+        parts = 1 if spec.parts[0].expert is None else expert
+        return math.prod(spec.shape) * bits_of(spec.dtype(config.model.dtype)) / 8 / parts
+
+    return sum(map(size, specs))
 
 
 def with_mesh(config: Config, mesh: MeshSection, remat: str, batch: int) -> Config:
@@ -78,7 +92,8 @@ def with_mesh(config: Config, mesh: MeshSection, remat: str, batch: int) -> Conf
 
 def meshes(devices: int, config: Config, model: ModelConfig) -> list[MeshSection]:
     """Meshes worth compiling: tensor sizes that divide the heads, and the rest fully sharded, or, where there
-    are too few rows for that, with fewer shards."""
+    are too few rows for that, with fewer shards; for a base with experts also these divided as far as they
+    can be."""
     found = []
     tensor = 1
     while tensor <= min(LARGEST_TENSOR, devices):
@@ -88,6 +103,9 @@ def meshes(devices: int, config: Config, model: ModelConfig) -> list[MeshSection
             found.append(MeshSection(data=1, fsdp=rows, tensor=tensor))
             if rows % 2 == 0 and rows > 2:
                 found.append(MeshSection(data=2, fsdp=rows // 2, tensor=tensor))
+            expert = math.gcd(rows, model.num_experts) if model.num_experts else 1
+            if expert > 1:
+                found.append(MeshSection(data=1, fsdp=rows // expert, tensor=tensor, expert=expert))
         tensor *= 2
     if not found:
         raise UserError(

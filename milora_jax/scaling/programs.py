@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from milora_jax.adapters.protocol import Adapter, init_adapter
-from milora_jax.adapters.registry import adapter_shape, build_method
+from milora_jax.adapters.registry import adapter_shape, build_method, require_fits
 from milora_jax.base.attention import DeviceLayout
 from milora_jax.base.modules import Base, frozen_kernels, unroll
 from milora_jax.base.specs import LeafSpec, base_specs
@@ -20,7 +20,14 @@ from milora_jax.generation.decode import decode_chunk, empty_state, prefill, sta
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.model_config import ModelConfig
-from milora_jax.parallel.rules import attend_over, base_sharding, batch_sharding, layout_over, state_shardings
+from milora_jax.parallel.rules import (
+    attend_over,
+    base_sharding,
+    batch_sharding,
+    layout_over,
+    state_shardings,
+    with_layout,
+)
 from milora_jax.training.step import init_state, make_steps
 from milora_jax.types import Batch, PyTree
 
@@ -92,7 +99,7 @@ def abstract_base(model: ModelConfig, section: ModelSection, mesh: Mesh, decode:
     if decode:
         base = jax.eval_shape(unroll, base)
     places = jax.tree_util.tree_map_with_path(lambda path, _: base_sharding(mesh, path), base)
-    return _placed(base, places)
+    return with_layout(_placed(base, places), mesh)
 
 
 def _decoding(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[Base, AdapterStack]:
@@ -107,6 +114,7 @@ def _decoding(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[Base, Ada
 
 def _abstract_state(config: Config, model: ModelConfig, base: Base, train: TrainSection) -> Any:
     method, shape = build_method(config.adapter), adapter_shape(model)
+    require_fits(method, model)
 
     def fresh(base: Base) -> Any:
         adapter: Adapter = init_adapter(method, jax.random.key(0), shape, frozen_kernels(base))

@@ -20,7 +20,7 @@ from milora_jax.errors import UserError, one_of, require
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.prompt_lookup import MOST_PROPOSALS
 from milora_jax.parallel.mesh import check_divides, make_mesh
-from milora_jax.parallel.rules import base_sharding, layout_over
+from milora_jax.parallel.rules import base_sharding, layout_over, with_layout
 from milora_jax.serving.limits import Limits
 from milora_jax.serving.loop import PLANS, DeviceLoop
 from milora_jax.serving.metrics import COMPILATIONS, Metrics
@@ -85,6 +85,7 @@ def build_service(
     most = min(MOST_PROPOSALS, (limits.context or config.max_positions) - 1)
     require(limits.prompt_lookup <= most, "--prompt-lookup", limits.prompt_lookup, f"0 to {most}")
     base = load_leaves(directory, config, offer.dtype, places, True, offer.quantize, progress)
+    base = with_layout(base, mesh)
     adapters = registry.to_load()
     store = None
     if offer.name in adapters:

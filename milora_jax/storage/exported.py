@@ -125,7 +125,7 @@ def read_exported(directory: Path) -> tuple[Adapter, dict[str, Any]]:
             raise UserError(f"{where}: {line}")
     require_change(tensors[EXPERTS_FILE], str(directory / EXPERTS_FILE))
     abstract = method.parts(abstract_params(method, shape))
-    experts = stacked_pairs(tensors[EXPERTS_FILE], shape, _record(method))
+    experts = stacked_pairs(tensors[EXPERTS_FILE], shape, _record(method), _modules(abstract))
     router = None if abstract.router is None else stacked_router(tensors[ROUTER_FILE], abstract.router)
     params = method.from_parts(Parts(experts, router))
     prompt_format = stored_prompt_format(metadata.get("prompt_format"), str(directory / CONFIG_FILE))
@@ -255,9 +255,16 @@ def _record(method: Method) -> type:
 
 def _files(method: Method, shape: Shape) -> dict[str, Shapes]:
     """The tensors of each file, by name."""
-    experts, router = method.parts(abstract_params(method, shape))
-    files = {EXPERTS_FILE: pair_shapes(shape, experts[EXPERTS[0]].a.shape[-1], _record(method))}
+    parts = method.parts(abstract_params(method, shape))
+    modules, router = _modules(parts), parts.router
+    rank = parts.records[modules[0]].a.shape[-1]
+    files = {EXPERTS_FILE: pair_shapes(shape, rank, _record(method), modules)}
     return files if router is None else {**files, ROUTER_FILE: router_shapes(router)}
+
+
+def _modules(parts: Parts) -> tuple[str, ...]:
+    """The modules that a method changes."""
+    return tuple(name for name in EXPERTS if name in parts.records)
 
 
 def _file_errors(directory: Path, contents: dict[str, bytes], method: Method) -> Iterator[DamagedError]:

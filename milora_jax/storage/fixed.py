@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from milora_jax.adapters.inputs import Shape
 from milora_jax.adapters.lora import LoRA
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.records import Decomposed, LowRank, WeightChange
@@ -32,14 +33,16 @@ class FixedChange:
     Attributes:
       change: the change that an adapter makes.
       weights: factor of each module's change; all ones without a route.
+      shape: the shape of the base.
     """
 
     change: WeightChange
     weights: Float[np.ndarray, "L E"]
+    shape: Shape
 
     def outputs(self, module: str) -> int:
         """Number of outputs of a module."""
-        return self.change.records[module].b.shape[-1]
+        return self.shape.dims[module][1]
 
     def apply(
         self, layer: int, module: str, weight: Float[np.ndarray, "d_out d_in"]
@@ -51,7 +54,7 @@ class FixedChange:
         """
         share = np.float32(self.weights[layer, EXPERTS.index(module)])
         frozen = np.asarray(weight, np.float32)
-        if share == 0:
+        if share == 0 or module not in self.change.records:
             return frozen
         return frozen + share * self.change.records[module].change(layer, frozen, self.change.scale)
 
@@ -76,7 +79,7 @@ def fixed_change(adapter: Adapter, weights: Float[np.ndarray, "L E"] | None = No
         raise UserError(f"method {method.name!r} routes every prompt: a fixed route needs --calibration FILE")
     if weights is None:
         weights = np.ones((adapter.shape.num_layers, len(EXPERTS)), np.float32)
-    return FixedChange(method.weight_change(adapter.params), weights)
+    return FixedChange(method.weight_change(adapter.params), weights, adapter.shape)
 
 
 def static_lora(adapter: Adapter, weights: Float[np.ndarray, "L E"]) -> Adapter:

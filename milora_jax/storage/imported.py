@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from milora_jax.adapters.milora import MiLoRA, MiLoRAParams
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.adapters.records import Decomposed, LowRank, Record, Rescaled
 from milora_jax.adapters.registry import METHOD_CLASSES, adapter_shape, build_method
+from milora_jax.adapters.targets import written_targets
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf import plain_tensors
 from milora_jax.base.hf_config import read_model_config
@@ -115,7 +116,7 @@ def read_peft_adapter(
       source: directory that PEFT saved.
       base: Hugging Face directory of the base that it is for, whose fingerprint it gets.
       method: one of :data:`BECOMES`; empty takes what the adapter is.
-      seed: of the router, and of the pairs of modules that have none.
+      seed: of the router, and of the pairs of modules and layers that have none.
       quantize: how the base is kept.
 
     Returns:
@@ -135,16 +136,18 @@ def read_peft_adapter(
         expected = " or ".join(BECOMES[found.kind])
         raise UserError(f"{source} holds a {found.kind}, which cannot become a {name}: expected {expected}")
     pairs_key, router_key = jax.random.split(jax.random.key(seed))
-    missing = _missing(found, shape.num_layers)
+    # As what it is, its modules without pairs stay the frozen ones; experts are all seven.
+    modules = tuple(found.pairs) if name == found.kind else EXPERTS
+    missing = _missing(found, modules, shape.num_layers)
     if missing and found.kind == "dora" and quantize != "none":
         raise UserError(
-            f"{source}: no pairs for {missing}: expected a DoRA of all seven modules for a base kept as "
+            f"{source}: no pairs for {missing}: expected a DoRA with a pair there for a base kept as "
             f"{quantize!r}, whose magnitudes are not those of its files"
         )
     said = list(found.said)
     pairs = found.pairs
     if missing:
-        pairs = _completed(found, init_pairs(pairs_key, shape, found.rank), base)
+        pairs = _completed(found, modules, init_pairs(pairs_key, shape, found.rank), base)
         said.append(f"no pairs for {missing}: theirs are fresh and change nothing")
     section = AdapterSection(
         method=name,
@@ -152,6 +155,7 @@ def read_peft_adapter(
         alpha=found.alpha,
         use_rslora=found.use_rslora,
         dropout=found.dropout,
+        target_modules=written_targets(modules) if name == found.kind else None,
     )
     if METHOD_CLASSES[name].routes:
         section = dataclasses.replace(section, features="rms")  # others are measured on prompts
@@ -165,23 +169,25 @@ def read_peft_adapter(
     return Adapter(params, built, shape, prompt_format), said
 
 
-def _missing(found: PeftPairs, num_layers: int) -> str:
-    """The modules that have no pair, in all layers or in some; empty if every module has one."""
-    parts = [module for module in EXPERTS if module not in found.pairs]
+def _missing(found: PeftPairs, modules: Iterable[str], num_layers: int) -> str:
+    """Those of the modules that have no pair, in all layers or in some; empty if every one has."""
+    parts = [module for module in modules if module not in found.pairs]
     for module, present in found.present.items():
         if not present.all():
             parts.append(f"{module} in {num_layers - int(present.sum())} of {num_layers} layers")
     return ", ".join(parts)
 
 
-def _completed(found: PeftPairs, fresh: Mapping[str, LowRank], base: Path) -> dict[str, Record]:
-    """The pairs of all modules and layers; where the adapter has none, a fresh one, whose B is zero.
+def _completed(
+    found: PeftPairs, modules: Iterable[str], fresh: Mapping[str, LowRank], base: Path
+) -> dict[str, Record]:
+    """The pairs of the modules in all layers; where the adapter has none, a fresh one, whose B is zero.
 
     The magnitudes of a fresh pair are the norms of the frozen weight's rows, as at the start of a DoRA.
     """
     pairs: dict[str, Record] = {}
     files = plain_tensors(base) if found.kind == "dora" else {}
-    for module in EXPERTS:
+    for module in modules:
         mine, new = found.pairs.get(module), fresh[module]
         layers = len(new.a)
         present = found.present.get(module, np.zeros(layers, bool))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from milora_jax.base.families import FAMILIES
 from milora_jax.base.hf import INDEX_NAME, WEIGHTS_NAME, files_by_tensor
 from milora_jax.base.specs import FUSED_PATHS, MODULE_PATHS, text_name
 from milora_jax.base.tensor_file import FLOATING, Entry, TensorFile
@@ -37,9 +38,18 @@ _PLACES = {path: (module,) for module, path in MODULE_PATHS.items()} | {
     path: tuple(module for module in EXPERTS if FUSED_PATHS.get(module) == path)
     for path in FUSED_PATHS.values()
 }
-"""The modules that a weight holds, one after the other, by its path in a layer."""
+_PLACES |= {
+    path: (module,)
+    for family in FAMILIES.values()
+    for module, path in (family.expert_paths or {}).items()
+    if module in EXPERTS
+}
+"""The modules that a weight holds, one after the other, by its path in a layer; ``{}`` is the number of one
+of the base's experts, each of which gets the whole change."""
 
 _WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+
+_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
 Named = tuple[str, Entry]
 """A tensor of the base and its entry in the file's header."""
@@ -82,7 +92,8 @@ def write_merged(base: Path, out: Path, change: FixedChange, shard_bytes: int = 
 def _place(name: str) -> tuple[int, tuple[str, ...]] | None:
     """Layer and modules of a weight that an adapter may change."""
     match = _WEIGHT.fullmatch(text_name(name) or "")
-    return None if match is None or match[2] not in _PLACES else (int(match[1]), _PLACES[match[2]])
+    path = "" if match is None else _EXPERT.sub("{}", match[2])
+    return None if match is None or path not in _PLACES else (int(match[1]), _PLACES[path])
 
 
 def _require_all(files: dict[str, TensorFile], change: FixedChange, base: Path) -> None:

@@ -94,7 +94,8 @@ def write_peft(directory: Path, adapter: Adapter, base_name: str) -> None:
 
 
 def require_unfused(model: ModelConfig, base: Path) -> None:
-    """Refuse a base whose files store several of the seven modules in one tensor.
+    """Refuse a base whose files store several of the seven modules in one tensor, and one with experts, which
+    share pairs.
 
     Raises:
       UserError: the base is such; PEFT and readers of its files have no separate modules there.
@@ -103,6 +104,11 @@ def require_unfused(model: ModelConfig, base: Path) -> None:
         raise UserError(
             f"{base} is a {model.family!r}, whose files keep Q, K, V and gate, up together: PEFT has no such "
             "modules apart; expected another family, or format milora, orbax or merged"
+        )
+    if model.num_experts:
+        raise UserError(
+            f"{base} has {model.num_experts} experts in a layer, which share the pairs of gate, up and down: "
+            "PEFT has no such pairs; expected a base without experts, or format milora, orbax or merged"
         )
 
 
@@ -134,7 +140,7 @@ def _peft_form(adapter: Adapter) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         "r": rank,
         "lora_alpha": round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha,
         "lora_dropout": change.dropout,
-        "target_modules": [suffix(name) for name in EXPERTS],
+        "target_modules": [suffix(name) for name in EXPERTS if name in change.records],
         "use_dora": method.record is Decomposed,
         "use_rslora": change.use_rslora,
         "rank_pattern": {},

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from milora_jax.adapters.hooks import abstract_params
 from milora_jax.adapters.protocol import output_mask, router_mask
-from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
+from milora_jax.adapters.registry import adapter_shape, build_method, full_settings, require_fits
 from milora_jax.base.attention import DeviceLayout
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf import Progress, ignore, load_leaves
@@ -35,7 +35,7 @@ from milora_jax.errors import require
 from milora_jax.model_config import ModelConfig
 from milora_jax.parallel.mesh import check_meshes, eval_mesh, make_mesh
 from milora_jax.parallel.processes import from_first, own_rows, package_versions, place, require_same
-from milora_jax.parallel.rules import base_sharding, batch_sharding, layout_over, relaid
+from milora_jax.parallel.rules import base_sharding, batch_sharding, layout_over, relaid, with_layout
 from milora_jax.storage.workdir import CONFIG_NAME
 from milora_jax.training.optim import NO_RATIO
 from milora_jax.training.rows import encode_rows, read_rows
@@ -153,6 +153,7 @@ def prepare_run(
     require_installed(config.train.trackers)
     directory = model_directory(config.model.path)
     model = read_model_config(directory)
+    require_fits(method, model)
     rate, params = config.train.router_rate, abstract_params(method, adapter_shape(model))
     has_router = any(jax.tree.leaves(router_mask(method, params)))
     require(rate == 1 or has_router, "train.router_rate", rate, f"1, method {method.name!r} has no router")
@@ -206,7 +207,7 @@ def prepare_run(
     return Run(
         config=config,
         model=model,
-        base=base,
+        base=with_layout(base, mesh),
         tokenizer=tokenizer,
         mesh=mesh,
         base_fingerprint=of_base,

@@ -24,8 +24,8 @@ from milora_jax.base.source import WANTED, WEIGHTS, model_directory
 from milora_jax.config import Config
 from milora_jax.console import LINE_EVERY
 from milora_jax.data.chat import template_source
-from milora_jax.data.records import Source
 from milora_jax.data.rows import file_digest, hub_fingerprint, require_rows
+from milora_jax.data.sources import Source
 from milora_jax.data.stored import ANSWERS, INDEX, TOKENS, ExampleWriter, StoredExamples, writing
 from milora_jax.data.tokens import Example
 from milora_jax.errors import UserError
@@ -154,6 +154,7 @@ def _what_is_read(
                 {
                     "name": source.name,
                     "columns": [dataclasses.asdict(column) for column in source.columns],
+                    **({} if source.train_on == "all" else {"train_on": source.train_on}),
                     **_content(source.location),
                 }
                 for source in each
@@ -164,6 +165,7 @@ def _what_is_read(
         "template": hashlib.sha256(template.encode()).hexdigest(),
         "prompt_format": dataclasses.asdict(config.prompt_format),
         "max_length": data.max_length,
+        **({"prompt_tokens": data.prompt_tokens} if data.prompt_tokens else {}),
         "eos_ids": list(model.eos_ids),
         "vocab_size": model.vocab_size,
         "dev_limit": data.dev_limit,

@@ -12,17 +12,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from milora_jax.config import Config
+import numpy as np
+
+from milora_jax.adapters.registry import build_method
+from milora_jax.config import Config, parse_weights
 from milora_jax.data.chat import template_source
 from milora_jax.data.dev_rows import first_rows, holdout
+from milora_jax.data.mixture import mixture, source_numbers
 from milora_jax.data.packing import Rows
 from milora_jax.data.preferences import ANSWERS, encode_preferences, reader_of
-from milora_jax.data.records import Record, Records, Source, read_records, record_bytes, run_sources
+from milora_jax.data.records import Record, Records, read_records, record_bytes
+from milora_jax.data.sources import Source, run_sources
 from milora_jax.data.tokens import (
     Example,
+    LeftOut,
     encode_example,
     encode_into,
     encode_question,
+    encode_text,
     example_bytes,
     naming,
     require_embedded,
@@ -63,6 +70,8 @@ class Facts:
       held_out: number of dev records that are held-out training records.
       train_dropped, dev_dropped: number of records that are too long.
       data_fingerprint, token_fingerprint: see ``prepare.Run``.
+      texts: number of records that are plain texts.
+      short: number of pieces of them that are left out, because they are no longer than their prompt.
     """
 
     held_out: int
@@ -70,14 +79,18 @@ class Facts:
     dev_dropped: int
     data_fingerprint: str
     token_fingerprint: str
+    texts: int = 0
+    short: int = 0
 
 
 def read_rows(config: Config) -> RowSources:
     """Read the rows of a config; with ``data.prepared_path`` those of training and dev are read later.
 
     Raises:
-      UserError: a row is malformed; the error names file and line.
+      UserError: a row is malformed, and the error names file and line; or ``data.train_on`` is not read.
     """
+    train_on, read = config.data.train_on, config.data.train_on == "all" or not config.train.prefers
+    require(read, "data.train_on", train_on, f"'all': objective {config.train.objective!r} does not read it")
     sources = run_sources(config.data)
     later, reader = bool(config.data.prepared_path), reader_of(config.train.objective)
     train = Records(tuple(sources["train"]), reader)
@@ -107,6 +120,9 @@ def encode_rows(
         lists: dict[str, list[Example]] = {"train": [], "dev": []}
         facts = _encode(rows, tokenizer, config, model, {name: each.append for name, each in lists.items()})
         examples = lists
+    require_prompts(facts.texts, config)
+    if facts.short:
+        log(f"texts: {facts.short} pieces of at most {max(data.prompt_tokens, 1)} tokens are left out")
     if not rows.dev:
         log(f"no dev file: {facts.held_out} of the training rows are held out")
     train, dev = examples["train"], examples["dev"]
@@ -119,7 +135,8 @@ def encode_rows(
     )
     _require_room(tests, tokenizer, config, model)
     capacity = answers * data.max_length if data.pack else None
-    arranged = {"train": Rows(train, capacity, answers), "dev": Rows(dev, capacity, answers)}
+    mixed = _mixed(train, answers, config, log)
+    arranged = {"train": Rows(train, capacity, answers, mixed), "dev": Rows(dev, capacity, answers)}
     if data.pack:
         log(f"packed: {len(arranged['train'])} train rows, {len(arranged['dev'])} dev rows")
     return {
@@ -128,6 +145,37 @@ def encode_rows(
         "data_fingerprint": facts.data_fingerprint,
         "token_fingerprint": facts.token_fingerprint,
     }
+
+
+def require_prompts(texts: int, config: Config) -> None:
+    """Refuse plain texts without a prompt for a method that reads one, and a prompt where there is no text.
+
+    Args:
+      texts: number of training and dev rows that are plain texts.
+    """
+    method, tokens = build_method(config.adapter), config.data.prompt_tokens
+    fits = not texts or tokens > 0 or not method.reads_prompt
+    expected = f"at least 1: rows are plain texts, and method {method.name!r} reads the prompt of each"
+    require(fits, "data.prompt_tokens", tokens, expected)
+    require(texts > 0 or not tokens, "data.prompt_tokens", tokens, "0: no row is a plain text")
+
+
+def _mixed(
+    examples: Sequence[Example], answers: int, config: Config, log: Callable[[str], None]
+) -> np.ndarray | None:
+    """The prompts of an epoch by ``data.weights``; None where every one stands in it once."""
+    weights = parse_weights(config.data.weights)
+    if not weights:
+        return None
+    sources = source_numbers(examples, list(weights))[::answers]
+    chosen = mixture(sources, weights, config.train.seed)
+    rows, shown = np.bincount(sources), np.bincount(sources[chosen])
+    parts = (
+        f"{name} {count / len(chosen):.1%} ({count} of {own} rows)"
+        for name, count, own in zip(weights, shown, rows, strict=True)
+    )
+    log(f"an epoch has {len(chosen)} examples: {', '.join(parts)}")
+    return chosen
 
 
 def _encode(
@@ -139,6 +187,9 @@ def _encode(
     def fits(record: Record) -> bool:
         if config.train.prefers:
             return True  # one that is too long is refused
+        if record.is_text:
+            inputs = (model.eos_ids, data.max_length, written, data.prompt_tokens)
+            return bool(encode_text(tokenizer, record, *inputs)[0])
         return encode_example(tokenizer, record, model.eos_ids, data.max_length, written) is not None
 
     if rows.dev:
@@ -150,14 +201,19 @@ def _encode(
         train, dev = holdout(rows.train, data.dev_share, config.train.seed, data.dev_limit, fits)
     of_records = hashlib.sha256((template_source(tokenizer) if data.template == "chat" else "").encode())
     of_tokens = hashlib.sha256()
-    counts, dropped = {}, {}
+    counts, left = {}, {}
+    texts = 0
 
     def seen(records: Iterable[Record], name: str) -> Iterator[Record]:
-        counts[name], left = 0, iter(records)
-        while some := list(itertools.islice(left, AT_ONCE)):
+        nonlocal texts
+        counts[name], rest = 0, iter(records)
+        while some := list(itertools.islice(rest, AT_ONCE)):
             for record in some:
                 of_records.update(record_bytes(record))
             counts[name] += len(some)
+            texts += sum(record.is_text for record in some)
+            if texts:
+                require_prompts(texts, config)  # before minutes of encoding
             yield from some
 
     for name, records, what in (("train", train, "training"), ("dev", dev, "dev")):
@@ -168,16 +224,18 @@ def _encode(
 
         passing, inputs = seen(records, name), (model, data.max_length, written)
         if config.train.prefers:
-            dropped[name] = 0
+            left[name] = LeftOut(0, 0)
             encode_preferences(kept, tokenizer, passing, *inputs)
         else:
-            dropped[name] = encode_into(kept, tokenizer, passing, *inputs, what)
+            left[name] = encode_into(kept, tokenizer, passing, *inputs, what, data.prompt_tokens)
     return Facts(
         held_out=0 if rows.dev else counts["dev"],
-        train_dropped=dropped["train"],
-        dev_dropped=dropped["dev"],
+        train_dropped=left["train"].long,
+        dev_dropped=left["dev"].long,
         data_fingerprint=of_records.hexdigest(),
         token_fingerprint=of_tokens.hexdigest(),
+        texts=texts,
+        short=left["train"].short + left["dev"].short,
     )
 
 

@@ -117,6 +117,7 @@ CHANGES = {
     "rank": 8,
     "alpha": 12.0,
     "use_rslora": True,
+    "target_modules": "down_proj,q_proj",
     "top_k": 1,
     "pooler": "last",
     "activation": "relu",

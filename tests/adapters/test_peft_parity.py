@@ -18,7 +18,7 @@ from milora_jax.training.loss import adapted_loss
 from milora_jax.types import EXPERTS
 from tests.adapted import row_batch, stack, text
 from tests.adapters.peft_files import read_adapter, read_method, stacked
-from tests.families import FAMILY_CONFIGS
+from tests.families import EXPERT_CONFIGS, FAMILY_CONFIGS
 from tests.models import TINY, tame_base, write_hf_directory
 
 pytestmark = [
@@ -33,10 +33,13 @@ TOLERANCE = 1e-5
 FUSED = "phi3"
 """PEFT sees one module where there are three: its pairs are others."""
 
+APART = [name for name in FAMILY_CONFIGS if name != FUSED and name not in EXPERT_CONFIGS]
+"""Families in which PEFT's modules are ours. It has no pairs that experts share."""
+
 MODELS = {
     "plain": TINY,
     "biases": dataclasses.replace(TINY, biased=EXPERTS),
-    **{name: config for name, config in FAMILY_CONFIGS.items() if name != FUSED},
+    **{name: FAMILY_CONFIGS[name] for name in APART},
 }
 ADALORA = {
     "init_r": 6,
@@ -57,7 +60,7 @@ SETTINGS = {
 }
 CASES = [
     *((name, model) for name in ("lora", "dora", "adalora") for model in ("plain", "biases")),
-    *(("lora", name) for name in FAMILY_CONFIGS if name != FUSED),
+    *(("lora", name) for name in APART),
     ("adalora and its penalty", "plain"),
 ]
 BATCH = stack(row_batch(text(0, 7), text(1, 9)), row_batch(text(2, 4), text(3, 12)))

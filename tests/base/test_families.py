@@ -108,7 +108,7 @@ def test_a_config_survives_writing_and_reading(name, folder):
 
 
 @pytest.mark.sweep("gemma3_text")
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text", "qwen3_moe"])
 def test_layers_in_a_tuple_equal_layers_in_a_scan(name, folder):
     base, config = load_base(folder)
     tokens = jnp.asarray(tokens_of(config), jnp.int32)
@@ -145,7 +145,17 @@ def edited(folder, **changes):
         ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
         ("phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75"),
         ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type is 'longrope'"),
-        ("mistral", {"model_type": "mixtral"}, "model_type is 'mixtral': expected one of llama, mistral"),
+        ("mistral", {"model_type": "deepseek_v3"}, "is 'deepseek_v3': expected one of llama, mistral"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2: expected unset"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers is [1]: expected unset"),
+        ("qwen3_moe", {"num_local_experts": 7}, "num_experts is 8: expected the same as in"),
+        ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1: expected true or false"),
+        ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size is None: expected a whole"),
+        ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok is 6: expected at most the 5 experts"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts is 0: expected a whole number of at least"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1: expected unset"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0: expected unset"),
+        ("olmoe", {"sliding_window": 8}, "sliding_window is 8: expected unset"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(name, changes, message, folder):
@@ -187,6 +197,11 @@ OFF = {"sliding_window": None, "sliding_pattern": (False,)}
             {},
         ),
         ("gemma3_text", {"rope_theta": "absent", "rope_local_base_freq": "absent"}, {}),
+        ("qwen3_moe", {"num_experts": "absent", "num_local_experts": 8}, {}),
+        ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 1}, {}),
+        ("qwen3_moe", {"norm_topk_prob": "absent"}, {"norm_topk_prob": False}),
+        ("olmoe", {"num_experts": "absent"}, {"num_experts": 64}),
+        ("mixtral", {"num_local_experts": "absent", "num_experts_per_tok": "absent"}, {"num_experts": 8}),
     ],
 )
 def test_a_config_is_read_in_every_spelling(name, changes, expected, folder):

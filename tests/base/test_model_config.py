@@ -11,6 +11,15 @@ from tests.base.pieces import GROUPED
 from tests.models import random_base
 
 SLIDING = dataclasses.replace(GROUPED, sliding_window=4, sliding_pattern=(True, False))
+EXPERTS = dataclasses.replace(
+    GROUPED,
+    biased=(),
+    qk_norm=True,
+    num_experts=4,
+    experts_per_token=2,
+    norm_topk_prob=True,
+    family="qwen3_moe",
+)
 FIELD_CHANGES = {
     "vocab_size": None,
     "hidden_size": None,
@@ -30,6 +39,7 @@ FIELD_CHANGES = {
     "norm_unit_offset": True,
     "post_norms": True,
     "qk_norm": True,
+    "qk_norm_all_heads": True,
     "scale_embedding": True,
     "query_scalar": 3.0,
     "attention_softcap": 1.0,
@@ -37,6 +47,9 @@ FIELD_CHANGES = {
     "sliding_window": 5,
     "sliding_pattern": (True,),
     "local_rope_theta": 1e3,
+    "num_experts": None,
+    "experts_per_token": 1,
+    "norm_topk_prob": False,
     "family": None,
 }
 """None: the field shapes the leaves, limits the rows or ends the text, which other tests see."""
@@ -50,10 +63,12 @@ def test_every_field_of_the_model_config_is_read():
 def test_every_field_of_the_model_config_changes_the_logits(name):
     tokens = jnp.arange(20, dtype=jnp.int32)[None]
     sliding = {"sliding_window", "sliding_pattern", "local_rope_theta"}
-    start = SLIDING if name in sliding else GROUPED
+    experts = {"experts_per_token", "norm_topk_prob", "qk_norm_all_heads"}
+    start = SLIDING if name in sliding else EXPERTS if name in experts else GROUPED
     changed = dataclasses.replace(start, **{name: FIELD_CHANGES[name]})
     before = logits(random_base(start), start, tokens)
     shaped = {"num_heads", "num_kv_heads", "tie_embeddings", "biased", "post_norms", "qk_norm"}
+    shaped |= {"qk_norm_all_heads"}
     base = random_base(changed if name in shaped else start)
     after = logits(base, changed, tokens)
     assert float(jnp.abs(before - after).max()) > 1e-4

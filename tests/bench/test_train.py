@@ -120,7 +120,7 @@ def test_the_parameters_a_token_is_multiplied_with():
 
 def test_every_method_that_has_a_rank_takes_it():
     """And no other: a rank that is not used would be reported as measured."""
-    asked = train.Variant("ssp", "sft", 1, 4, "none", "none", "full")
+    asked = train.Variant("ssp", 1, 4, "none", "none", "full")
     assert train._without_what_has_no_effect(asked).rank == 4
     assert train._without_what_has_no_effect(dataclasses.replace(asked, method="ia3")).rank == 0
 

@@ -10,7 +10,8 @@ import pytest
 from milora_jax.columns import Column, columns_of, mapped_row, parse_columns, require_sources
 from milora_jax.config import Config, DataSection
 from milora_jax.data.chat import Message
-from milora_jax.data.records import Record, Source, parse_given, parse_sources, read_records, run_sources
+from milora_jax.data.records import Record, read_records
+from milora_jax.data.sources import Source, parse_given, parse_sources, run_sources
 from milora_jax.errors import UserError
 
 ASK = "Write one sentence about the restaurant."

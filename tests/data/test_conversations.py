@@ -7,17 +7,13 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from milora_jax.config import DataSection
 from milora_jax.data.chat import Message
 from milora_jax.data.conversations import read_chat
 from milora_jax.data.dev_rows import first_rows, holdout
 from milora_jax.data.prompts import prompt_messages
-from milora_jax.data.records import (
-    Record,
-    Source,
-    fingerprint,
-    read_question,
-    read_records,
-)
+from milora_jax.data.records import Record, Records, fingerprint, read_question, read_records
+from milora_jax.data.sources import Source, run_sources
 from milora_jax.errors import UserError
 
 SYSTEM, ASK, SAY, MORE, END = (
@@ -313,3 +309,26 @@ def test_a_fingerprint_sees_the_chat_and_its_template_and_plain_rows_keep_theirs
         fingerprint(RECORDS, "template"),
     }
     assert len(prints) == 5
+
+
+def test_the_last_answer_alone_may_be_learned(tmp_path):
+    """Of a chat, of a plain row with a history, and of a row that switches its last answer off."""
+    unlearned = json.loads(json.dumps(OPENAI))
+    unlearned["messages"][-1]["weight"] = 0
+    plain = {"instruction": "And 1?", "output": "3", "history": [["1 + 1?", " 2 "]]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in (OPENAI, unlearned, plain, MATHS)))
+    data = DataSection(train=str(path), dev=f"dev={path}", test=f"test={path}", train_on="last")
+    splits = run_sources(data)
+    for split in ("train", "dev"):
+        (source,) = splits[split]
+        found = read_records(source)
+        assert found == list(Records((source,)))
+        assert [record.output for record in found] == ["3", " 2 ", "3", "The answer is 2."]
+        assert found[0] == RECORDS[1]
+        assert [len(record.messages) for record in found] == [4, 2, 3, 0]
+    every = run_sources(replace(data, train_on="all"))
+    assert len(read_records(every["train"][0])) == 6
+    assert splits["test"] == every["test"]
+    with pytest.raises(UserError, match=r"data\.train_on is 'first': expected one of all, last"):
+        DataSection(train_on="first")

@@ -8,7 +8,8 @@ import pytest
 from milora_jax.data.batches import collate
 from milora_jax.data.packing import Rows
 from milora_jax.data.preferences import encode_preferences, reader_of
-from milora_jax.data.records import Record, Source, fingerprint, read_records, record_bytes
+from milora_jax.data.records import Record, fingerprint, read_records, record_bytes
+from milora_jax.data.sources import Source
 from milora_jax.data.stored import INDEX, StoredExamples, writing
 from milora_jax.data.tokens import Example, encode_example, load_tokenizer
 from milora_jax.errors import UserError

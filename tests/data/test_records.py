@@ -6,13 +6,8 @@ import pytest
 
 from milora_jax.data.dev_rows import holdout
 from milora_jax.data.prompts import prompt_text
-from milora_jax.data.records import (
-    Record,
-    Source,
-    fingerprint,
-    parse_sources,
-    read_records,
-)
+from milora_jax.data.records import Record, fingerprint, read_records
+from milora_jax.data.sources import Source, parse_sources
 from milora_jax.errors import UserError
 
 GOOD = {"instruction": "Say two.", "input": "", "output": "It is two.", "answer": "2"}

@@ -10,8 +10,9 @@ import pytest
 from milora_jax.data.batches import ORDER_STREAM, batch_rows
 from milora_jax.data.dev_rows import HOLDOUT_STREAM, first_rows, holdout
 from milora_jax.data.packing import Rows, pack
-from milora_jax.data.records import Records, Source, read_records
+from milora_jax.data.records import Records, read_records
 from milora_jax.data.rows import rows_of
+from milora_jax.data.sources import Source
 from milora_jax.data.stored import ANSWERS, INDEX, TOKENS, StoredExamples, writing
 from milora_jax.data.tokens import Example, token_fingerprint
 from milora_jax.errors import UserError

@@ -10,7 +10,8 @@ import pytest
 
 from milora_jax.base.load import load_base
 from milora_jax.commands.evaluation import main
-from milora_jax.data.records import Record, Source, read_records
+from milora_jax.data.records import Record, read_records
+from milora_jax.data.sources import Source
 from milora_jax.errors import EXIT_PREEMPTED, Preempted, UserError
 from milora_jax.evaluation import plan
 from milora_jax.evaluation.loss import Loss

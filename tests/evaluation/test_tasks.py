@@ -4,7 +4,8 @@ import functools
 
 import pytest
 
-from milora_jax.data.records import Source, read_records
+from milora_jax.data.records import read_records
+from milora_jax.data.sources import Source
 from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import RULES
 from milora_jax.evaluation.tasks import TASKS, find_task, require_golds, rule_for, task_named

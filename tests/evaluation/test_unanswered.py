@@ -9,7 +9,8 @@ from milora_jax.columns import parse_columns
 from milora_jax.commands import evaluation
 from milora_jax.config import Config, DataSection, EvalSection, ModelSection
 from milora_jax.data.chat import Message
-from milora_jax.data.records import Record, parse_sources, read_records
+from milora_jax.data.records import Record, read_records
+from milora_jax.data.sources import parse_sources
 from milora_jax.errors import UserError
 from milora_jax.evaluation.extraction import RULES
 from milora_jax.evaluation.final import check_tests

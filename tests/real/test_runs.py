@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from milora_jax.data.prompts import prompt_text
-from milora_jax.data.records import Source, read_records
+from milora_jax.data.records import read_records
+from milora_jax.data.sources import Source
 from milora_jax.storage.export import export_milora
 from milora_jax.storage.torch_reference import attach
 from tests.paths import ROOT, environment

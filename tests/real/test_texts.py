@@ -8,7 +8,8 @@ import pytest
 from milora_jax.base.load import load_base
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.data.prompts import prompt_text
-from milora_jax.data.records import Source, read_records
+from milora_jax.data.records import read_records
+from milora_jax.data.sources import Source
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
 from milora_jax.types import Batch

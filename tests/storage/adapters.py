@@ -86,5 +86,5 @@ def flip(path):
 
 def of_then(values, normalize):
     """Stored settings as a version wrote them that had ``normalize``."""
-    later = {*ROUTERS_BEFORE_FEATURES, "features", "route_on", "use_rslora"}
+    later = {*ROUTERS_BEFORE_FEATURES, "features", "route_on", "use_rslora", "target_modules"}
     return {**{name: value for name, value in values.items() if name not in later}, "normalize": normalize}

@@ -19,7 +19,7 @@ from milora_jax.storage.imported import import_peft
 from milora_jax.storage.torch_reference import attach
 from milora_jax.storage.verify import findings
 from milora_jax.types import EXPERTS
-from tests.families import FAMILY_CONFIGS
+from tests.families import EXPERT_CONFIGS, FAMILY_CONFIGS
 from tests.models import TINY, tame_base, write_hf_directory
 from tests.storage.adapters import noisy_adapter, run_of, write_run
 from tests.storage.torch_logits import assert_near, logits_of, their_logits, torch_model
@@ -30,7 +30,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
 
-UNFUSED = {name: config for name, config in FAMILY_CONFIGS.items() if name != "phi3"}
+UNFUSED = {
+    name: config for name, config in FAMILY_CONFIGS.items() if name != "phi3" and name not in EXPERT_CONFIGS
+}
 MODELS = {"plain": TINY, "biases": dataclasses.replace(TINY, biased=EXPERTS), **UNFUSED}
 LORA_OF_FAMILIES = [("lora", name) for name in UNFUSED]
 PROMPTS = ["Below is a word.", "Write a response that", "an instruction", "task"]
@@ -76,6 +78,18 @@ def test_peft_loads_an_export_and_gives_our_logits(method, name, models, tmp_pat
     assert_near(found, our_logits(folder, adapter, tokens)[0])
     with pytest.raises(AssertionError):
         assert_near(found, before, 1e-2)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_peft_loads_an_export_of_some_modules(method, models, tmp_path):
+    from peft import PeftModel
+
+    folder, tokens = models["biases"], tokens_of(MODELS["biases"])
+    chosen = {"target_modules": "q_proj,up_proj,down_proj", "alpha": 6.0}
+    adapter = run_of(tmp_path / "run", folder, method, **chosen)
+    export_peft(tmp_path / "run", tmp_path / "out", str(folder))
+    model = PeftModel.from_pretrained(torch_model(folder), tmp_path / "out").eval()
+    assert_near(their_logits(model, tokens), our_logits(folder, adapter, tokens)[0])
 
 
 def fixed_route(layers):

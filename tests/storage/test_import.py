@@ -1,5 +1,6 @@
 """A PEFT directory becomes an adapter, all of it, or is refused by name."""
 
+import dataclasses
 import json
 import shutil
 
@@ -89,15 +90,31 @@ def test_a_base_that_keeps_modules_together_is_refused(adapters, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_modules_without_pairs_are_told_and_change_nothing(adapters, model, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_modules_without_pairs_stay_as_they_are(kind, adapters, model, tmp_path):
+    folder, made = adapters
+    theirs = stranger(folder, tmp_path, kind)
+    change_config(theirs, target_modules=["v_proj", "self_attn.q_proj"])
+    change_tensors(theirs, lambda t: [t.pop(n) for n in list(t) if "q_proj" not in n and "v_proj" not in n])
+    assert findings(theirs, model) == {theirs: []}
+    assert import_peft(theirs, model, tmp_path / "out") == []
+    found = load_adapter(tmp_path / "out")
+    assert (found.method.name, found.method.target_modules) == (kind, "q_proj,v_proj")
+    assert_equal(
+        found,
+        dataclasses.replace(made[kind], method=found.method, params={n: made[kind].params[n] for n in "qv"}),
+    )
+    assert findings(tmp_path / "out", model) == {tmp_path / "out": []}
+
+
+def test_experts_without_pairs_are_told_and_change_nothing(adapters, model, tmp_path):
     folder, made = adapters
     theirs = stranger(folder, tmp_path)
     change_config(theirs, target_modules=["v_proj", "self_attn.q_proj"])
     change_tensors(theirs, lambda t: [t.pop(n) for n in list(t) if "q_proj" not in n and "v_proj" not in n])
-    assert findings(theirs, model) == {theirs: []}
-    said = import_peft(theirs, model, tmp_path / "out")
-    assert said == ["no pairs for k, o, gate, up, down: theirs are fresh and change nothing"]
-    found = load_adapter(tmp_path / "out").params
+    said = import_peft(theirs, model, tmp_path / "out", "milora")
+    assert said[0] == "no pairs for k, o, gate, up, down: theirs are fresh and change nothing"
+    found = load_adapter(tmp_path / "out").params.experts
     for name in EXPERTS:
         same = name in ("q", "v")
         assert np.array_equal(found[name].b, made["lora"].params[name].b) == same
@@ -291,7 +308,7 @@ def test_a_kind_that_cannot_become_another_is_refused(kind, method, message, ada
         import_peft(adapters[0] / kind, model, tmp_path / "out", method)
 
 
-def test_a_dora_of_some_modules_is_one_of_all_whose_others_change_nothing(adapters, model, tmp_path):
+def test_a_dora_of_some_modules_is_one_of_experts_whose_others_change_nothing(adapters, model, tmp_path):
     theirs = stranger(adapters[0], tmp_path, "dora")
     change_config(theirs, target_modules=["q_proj"])
     change_tensors(theirs, lambda t: [t.pop(n) for n in list(t) if "q_proj" not in n])

@@ -97,9 +97,10 @@ def test_a_merged_base_computes_what_the_adapter_does_on_its_route(model, tmp_pa
     assert np.abs(hidden(model) - routed).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["phi3", "gemma3_text"])
+@pytest.mark.parametrize("name", ["phi3", "gemma3_text", "mixtral", "qwen3_moe"])
 def test_a_base_of_another_family_is_merged(name, tmp_path):
-    """Modules in one tensor change each in its place; the text of a model with images has longer names."""
+    """Modules in one tensor change each in its place; the text of a model with images has longer names; every
+    expert of a base gets the change of the pair that all share."""
     base, out = tmp_path / "base", tmp_path / "out"
     write_hf_directory(base, FAMILY_CONFIGS[name], tokenizer=False)
     adapter = run_of(tmp_path / "run", base, "lora", alpha=8.0)

@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from milora_jax.data.records import Source, read_records
+from milora_jax.data.records import read_records
+from milora_jax.data.sources import Source
 from milora_jax.data.tokens import encode_records, load_tokenizer
 from milora_jax.evaluation.tasks import rule_for
 from milora_jax.prompt_format import PromptFormat

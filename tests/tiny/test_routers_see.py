@@ -19,7 +19,8 @@ from milora_jax.base.modules import frozen_kernels
 from milora_jax.base.transformer import forward
 from milora_jax.config import AdapterSection, Config, DataSection, ModelSection, TrainSection
 from milora_jax.data.batches import collate
-from milora_jax.data.records import Source, read_records
+from milora_jax.data.records import read_records
+from milora_jax.data.sources import Source
 from milora_jax.data.tokens import encode_records, load_tokenizer
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.tiny import MODEL_DIR, TASKS, TASKS_DIR

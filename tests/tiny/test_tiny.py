@@ -9,7 +9,8 @@ import pytest
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.commands.tiny import SEED
 from milora_jax.console import Console
-from milora_jax.data.records import Source, read_records
+from milora_jax.data.records import read_records
+from milora_jax.data.sources import Source
 from milora_jax.data.tokens import encode_records, load_tokenizer
 from milora_jax.evaluation.tasks import rule_for
 from milora_jax.prompt_format import PromptFormat

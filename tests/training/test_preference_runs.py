@@ -201,3 +201,10 @@ def test_the_command_ends_with_one_line_and_exit_code_2(folder, tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].endswith("rows.jsonl:21: field 'chosen' is empty")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_of_chats_that_no_preference_reads_is_refused(folder, tmp_path):
+    config = config_of(folder, data={"train_on": "last"})
+    with pytest.raises(UserError, match=r"data\.train_on is 'last': expected 'all': objective 'dpo'"):
+        prepare_run(config, tmp_path / "run", silent)
+    assert not (tmp_path / "run").exists()

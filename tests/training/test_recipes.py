@@ -1,6 +1,7 @@
 """Recipes of the optimiser: schedules, and what each changes in a step."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ from milora_jax.adapters.hooks import abstract_params, path_names
 from milora_jax.adapters.protocol import output_mask
 from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.config import SCHEDULES, AdapterSection, Config, DataSection, ModelSection, TrainSection
-from milora_jax.errors import UserError
+from milora_jax.errors import Preempted, UserError
 from milora_jax.training.optim import leaf_rates, learning_rate_schedule, make_optimizer
 from milora_jax.training.prepare import prepare_run
+from milora_jax.training.step import make_steps
 from tests.models import random_base, write_hf_directory
+from tests.training.short_runs import STEPS, STOP, fit, prepare_short_run
 from tests.training.steps import MODEL, SETTINGS, TOTAL, params_of, prepare, rows
 
 
@@ -240,3 +243,24 @@ def test_adafactor_trains_every_kind_of_leaf(method):
     if method == "milora":
         state, metrics = steps.coefficients(state, base, rows(9))
         assert int(metrics.bad_steps) == 0
+
+
+ALL = {"schedule": "wsd", "lora_plus_ratio": 4.0, "neftune_alpha": 5.0, "optimizer": "adafactor"}
+
+
+@pytest.mark.thorough
+def test_a_run_with_every_recipe_resumes_to_the_same_bits(tmp_path):
+    pytest.importorskip("transformers", reason="prompts need a tokenizer, which the core does without")
+    run, _ = prepare_short_run(tmp_path)
+    settings = dataclasses.replace(run.config.train, learning_rate=1e-3, log_every=1, **ALL)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=settings))
+    steps = make_steps(run.model, settings, STEPS)
+    whole = fit(run, steps, tmp_path / "whole").state
+    with pytest.raises(Preempted):
+        fit(run, steps, tmp_path / "cut", stop_after=STOP)
+    resumed = fit(run, steps, tmp_path / "cut").state
+    for part in ("adapter", "omega_state", "theta_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(whole, part), getattr(resumed, part))
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    np.testing.assert_allclose(logged, rates(STEPS, 1e-3, schedule="wsd")[:STEPS], rtol=1e-6)

@@ -17,7 +17,8 @@ from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.source import model_directory
 from milora_jax.console import Console
-from milora_jax.data.records import fingerprint, parse_sources, read_records, run_sources
+from milora_jax.data.records import fingerprint, read_records
+from milora_jax.data.sources import parse_sources, run_sources
 from milora_jax.errors import UserError, require
 from milora_jax.evaluation.study.cells import Cell, CellRunner, Row, without_paths
 from milora_jax.evaluation.study.settings import Study

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from milora_jax.columns import parse_columns
-from milora_jax.config import AdapterSection, Config, DataSection, TrainSection
+from milora_jax.config import AdapterSection, Config, DataSection, TrainSection, parse_weights
 from milora_jax.config_file import call_config_file
-from milora_jax.data.records import parse_sources, run_sources
+from milora_jax.data.sources import parse_sources, run_sources
 from milora_jax.errors import UserError, one_of, require
 
 MIXED = "mixed"
@@ -205,7 +205,10 @@ def _of_tasks(data: DataSection, tasks: tuple[str, ...]) -> DataSection:
         for split, sources in run_sources(data).items()
     }
     columns = [column for column in parse_columns(data.columns) if column.source in ("", *tasks)]
-    return dataclasses.replace(data, **kept, columns=",".join(column.entry for column in columns))
+    weights = (f"{name}={weight!r}" for name, weight in parse_weights(data.weights).items() if name in tasks)
+    return dataclasses.replace(
+        data, **kept, columns=",".join(column.entry for column in columns), weights=",".join(weights)
+    )
 
 
 def load_study(path: Path) -> Study:
