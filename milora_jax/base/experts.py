@@ -108,11 +108,11 @@ def _mix(
     blocks = Blocks.of(jnp.where((ids >= 0) & (ids < count), ids, count), count)
     sorted_rows = blocks.spread(x.reshape(rows * length, width))
     products = [_product(sorted_rows, linear, blocks) for linear in into]
-    gate, up = products if len(products) == 2 else jnp.split(products[0], 2, axis=-1)
     if changes is not None:
-        gate_change, up_change = (change.reshape(rows * length, -1) for change in changes)
-        gate, up = gate + blocks.spread(gate_change), up + blocks.spread(up_change)
-    gate, up = kept((gate, up))
+        added = [change.reshape(rows * length, -1) for change in changes]
+        added = added if len(products) == 2 else [jnp.concatenate(added, axis=-1)]
+        products = [y + blocks.spread(change) for y, change in zip(products, added, strict=True)]
+    gate, up = kept(products if len(products) == 2 else jnp.split(products[0], 2, axis=-1))
     hidden = ops.gated(gate, up, activation)
     output = kept(_product(hidden, down, blocks))
     weights = choice.weights.reshape(rows * length, -1)

@@ -277,7 +277,9 @@ def read(
     # Beams of a prompt share its keys and values, which are read once.
     context = variant.batch * settings.prompt + variant.batch * variant.beams * settings.new / 2
     a_position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * case.base.dtype.itemsize
-    sizes = (streamed_bytes(case.base), adapter_bytes(case.tenants, variant), int(context * a_position))
+    rows = variant.batch * variant.beams
+    weights = streamed_bytes(case.base, config, rows)
+    sizes = (weights, adapter_bytes(case.tenants, variant), int(context * a_position))
     return dict(zip(names, (*sizes, sum(sizes) / readable), strict=True))
 
 

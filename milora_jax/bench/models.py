@@ -147,7 +147,17 @@ def bytes_of(tree: PyTree) -> int:
     )
 
 
-def streamed_bytes(base: Base) -> int:
-    """Bytes of the base that a decode step reads: all but the embedding, of which it reads a few rows."""
+def streamed_bytes(base: Base, config: ModelConfig, rows: int) -> int:
+    """Bytes of the base that a decode step reads: all but the embedding, of which it reads a few rows, and
+    the experts that no row chooses, if every choice is as probable as any other.
+
+    Args:
+      base: with its layers as a tuple.
+    """
     tied = base.head is None
-    return bytes_of(base) - (0 if tied else bytes_of(base.embedding[...]))
+    size = bytes_of(base) - (0 if tied else bytes_of(base.embedding[...]))
+    if not config.num_experts:
+        return size
+    unread = (1 - config.experts_per_token / config.num_experts) ** rows
+    experts = [layer.experts for layer in base.layers]
+    return size - round(unread * sum(bytes_of((each.into, each.down)) for each in experts))

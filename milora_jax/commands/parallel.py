@@ -31,7 +31,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     )
     parser.add_argument("--config", required=True, help="a file such as configs/llama7b_math.py")
     parser.add_argument("--topology", required=True, help="such as v5e:2x4, v6e:4x4, tpu7x:2x2x1, h200:8")
-    parser.add_argument("--mesh", default="", help="data=1,fsdp=16,tensor=1; default: the config's")
+    parser.add_argument("--mesh", default="", help="data=1,fsdp=16,expert=1,tensor=1; default: the config's")
     parser.add_argument("--model", default="", help=f"of {', '.join(SHAPES)}; default: config.model.path")
     parser.add_argument("--what", default="train", help=f"of {', '.join(WHAT)}")
     parser.add_argument("--prompts", type=int, default=1, help="records packed into a row, at most")

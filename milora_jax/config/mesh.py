@@ -30,6 +30,11 @@ class MeshSection:
             require(size >= 1 or size == -1, f"mesh.{name}", size, "at least 1, or -1 for the rest")
         require(sizes.count(-1) <= 1, "mesh", sizes, "at most one -1")
 
+    def __str__(self) -> str:
+        """The size of each axis; that of the experts only where it is not 1."""
+        expert = "" if self.expert == 1 else f" expert={self.expert}"
+        return f"data={self.data} fsdp={self.fsdp}{expert} tensor={self.tensor}"
+
 
 def parse_mesh(text: str, name: str = "--mesh") -> MeshSection:
     """Parse ``data=1,fsdp=16,tensor=1``; an axis that is not named is 1.

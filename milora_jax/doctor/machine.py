@@ -64,7 +64,8 @@ def mesh_findings(subject: Subject) -> Iterator[Finding]:
     """Check that the devices, the batches and the model can be divided as the config asks."""
     config, mesh = subject.config, subject.mesh
     check_meshes(mesh, config, subject.model)
-    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    shown = {axis: size for axis, size in mesh.shape.items() if axis != "expert" or size > 1}
+    sizes = " ".join(f"{axis}={size}" for axis, size in shown.items())
     yield Finding(OK, "mesh", f"{sizes} over {mesh.size} device(s)")
 
 

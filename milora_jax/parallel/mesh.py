@@ -54,11 +54,7 @@ def _sizes(settings: MeshSection, count: int) -> tuple[int, ...]:
     if -1 in sizes and count % fixed == 0:
         sizes[sizes.index(-1)] = count // fixed
     if math.prod(sizes) != count:
-        expert = "" if settings.expert == 1 else f"expert={settings.expert} "
-        raise UserError(
-            f"mesh data={settings.data} fsdp={settings.fsdp} {expert}tensor={settings.tensor} "
-            f"does not fit {count} device(s)"
-        )
+        raise UserError(f"mesh {settings} does not fit {count} device(s)")
     return tuple(sizes)
 
 

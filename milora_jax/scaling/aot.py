@@ -219,9 +219,8 @@ def step_flops(config: Config, model: ModelConfig, what: str) -> float:
 
 def describe(found: Compiled, chip: Chip) -> list[str]:
     """A few lines for people."""
-    mesh = f"data={found.mesh.data} fsdp={found.mesh.fsdp} tensor={found.mesh.tensor}"
     remat = f", remat {found.remat}" if found.remat else ""
-    lines = [f"{found.what} on {found.devices} devices, mesh {mesh}, batch {found.batch}{remat}"]
+    lines = [f"{found.what} on {found.devices} devices, mesh {found.mesh}, batch {found.batch}{remat}"]
     if found.memory is None:
         return [*lines, f"  does not fit: {found.problem}"]
     if found.problem:

@@ -155,9 +155,8 @@ def plan(topology: Topology, config: Config, model: ModelConfig, log: Log) -> li
 
 
 def _line(seconds: Estimate, found: Compiled) -> str:
-    mesh = f"data={found.mesh.data} fsdp={found.mesh.fsdp} tensor={found.mesh.tensor}"
     peak = "does not fit" if found.memory is None or found.problem else f"{found.memory.peak / GIB:6.2f} GiB"
     return (
-        f"  {mesh:28} remat {found.remat:9} {peak:>12}   "
+        f"  {found.mesh!s:28} remat {found.remat:9} {peak:>12}   "
         f"compute {seconds.compute:6.3f} s, links {seconds.links:6.3f} s"
     )

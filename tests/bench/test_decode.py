@@ -139,4 +139,16 @@ def test_random_weights_have_the_shape_of_the_model():
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == 6_738_415_616
     base = random_base(TINY, "float32", decode=True)
     embedding = TINY.vocab_size * TINY.hidden_size * 4
-    assert streamed_bytes(base) == sum(leaf.nbytes for leaf in jax.tree.leaves(base)) - embedding
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(base)) - embedding
+    assert streamed_bytes(base, TINY, 1) == whole
+
+
+def test_a_step_reads_the_experts_that_its_rows_choose():
+    config = dataclasses.replace(TINY, num_experts=8, experts_per_token=2, family="olmoe", qk_norm=True)
+    config = dataclasses.replace(config, qk_norm_all_heads=True)
+    base = random_base(config, "float32", decode=True)
+    expert = 3 * config.hidden_size * config.intermediate_size * 4 * config.num_layers
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    rest = whole - config.vocab_size * config.hidden_size * 4 - 8 * expert
+    assert streamed_bytes(base, config, 1) == rest + 2 * expert
+    assert streamed_bytes(base, config, 2) == rest + 3.5 * expert  # 8 (1 - 0.75^2)
