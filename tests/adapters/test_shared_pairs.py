@@ -141,6 +141,7 @@ def test_the_route_of_prefill_is_that_of_training():
     np.testing.assert_allclose(trained.weights, alone.weights, atol=1e-6)
 
 
+@pytest.mark.sweep("gathered")
 @pytest.mark.parametrize("path", ["gathered", "one_hot"])
 def test_tenants_of_a_bank_each_get_their_own_tokens(path):
     adapters = {f"t{seed}": made(seed=10 * seed + 1, method="milora") for seed in range(3)}
@@ -200,6 +201,7 @@ def test_peft_has_no_shared_pairs(tmp_path):
         read_peft_adapter(tmp_path, tmp_path / "base")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("quantize", ["int8"])
 def test_an_adapter_on_quantised_experts_learns(quantize, tmp_path):
     write_hf_directory(tmp_path, MODEL, tokenizer=False)

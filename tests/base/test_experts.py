@@ -100,6 +100,7 @@ def dense(config, experts, x, changes):
     return tuple(jnp.einsum("BTXF,BTX->BTF", values, weights) for values in (output, hidden))
 
 
+@pytest.mark.sweep("40")
 @pytest.mark.parametrize("length", [1, 40])
 def test_the_gradient_of_stream_and_changes_is_that_of_the_dense_sum(length):
     config, experts = config_of(), experts_of()
@@ -157,6 +158,7 @@ QUANTIZABLE_EXPERTS = dataclasses.replace(
 )
 
 
+@pytest.mark.sweep("nf4")
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
 def test_quantised_experts_compute_with_their_decoded_values(quantize, tmp_path):
     write_hf_directory(tmp_path, QUANTIZABLE_EXPERTS, tokenizer=False)

@@ -97,6 +97,7 @@ def test_files_are_read_onto_the_devices_of_their_experts(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, split, whole)
 
 
+@pytest.mark.sweep("sizes1")
 @pytest.mark.parametrize("sizes", [{"data": 2, "expert": 4}, {"tensor": 2, "expert": 4}])
 def test_an_engine_on_a_mesh_gives_the_tokens_of_one_device(sizes):
     base, adapter = ready(MODEL)
