@@ -36,7 +36,7 @@ def silent(line):
 
 def on_one_device(run):
     """The same run on one of the tests' eight devices, for which a step compiles faster."""
-    one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), run.mesh.axis_names)
+    one = Mesh(np.reshape(jax.devices()[:1], [1] * len(run.mesh.axis_names)), run.mesh.axis_names)
     return dataclasses.replace(run, mesh=one, base=jax.device_put(run.base, base_shardings(one, run.base)))
 
 
