@@ -29,7 +29,7 @@ pytest.importorskip("transformers", reason="the doctor looks at tokenizers")
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIRED = {line.name: line for line in map(Requirement, PROJECT["dependencies"])}
-GOOD = dict.fromkeys(REQUIRED, "99.0")
+GOOD = dict.fromkeys(REQUIRED, "999999.0")
 
 
 @pytest.fixture(scope="module")
