@@ -265,7 +265,10 @@ def _plain_text(row: dict[str, Any], where: str, scored: bool) -> Record:
                 f"row without it, or data.columns={name}= to leave it out"
             )
     if scored:
-        raise UserError(f"{where}: the row is a plain text, which asks nothing: expected a row to score")
+        raise UserError(
+            f"{where}: the row is a plain text, which asks nothing: expected a row to score; data.columns maps "
+            "columns of other names"
+        )
     return Record("", "", content_text(row, "text", where), "", is_text=True)
 
 

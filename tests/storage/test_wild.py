@@ -18,6 +18,8 @@ from milora_jax.storage.verify import findings
 from milora_jax.types import EXPERTS
 from tests.models import TINY
 
+pytest.importorskip("regex", reason="needs the package regex, which transformers brings")
+
 DIMS = TINY.module_dims
 Q, V, DOWN = "self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"
 EVERY = [(layer, path) for layer in range(TINY.num_layers) for path in MODULE_PATHS.values()]
