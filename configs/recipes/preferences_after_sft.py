@@ -4,8 +4,8 @@
     python train.py --config configs/recipes/preferences_after_sft.py --workdir runs/preferences
 
 Needs nothing but the package and two CPU cores. The first run learns sums with their solutions on the
-embedded model, the second one prefers their calculation alone. ``train.init_from`` gives the second run its start
-and, frozen and on its own route, its reference model. The settings of the method are the same in both.
+embedded model, the second one prefers their calculation alone. ``train.init_from`` gives the second run its
+start and, frozen and on its own route, its reference model. The settings of the method are the same in both.
 docs/tuning.md has what the runs printed.
 """
 

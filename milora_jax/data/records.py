@@ -266,8 +266,8 @@ def _plain_text(row: dict[str, Any], where: str, scored: bool) -> Record:
             )
     if scored:
         raise UserError(
-            f"{where}: the row is a plain text, which asks nothing: expected a row to score; data.columns maps "
-            "columns of other names"
+            f"{where}: the row is a plain text, which asks nothing: expected a row to score; "
+            "data.columns maps columns of other names"
         )
     return Record("", "", content_text(row, "text", where), "", is_text=True)
 
