@@ -123,7 +123,7 @@ def train(
     started = time.monotonic()
     with _refusals_in_one_line():
         settings = config if isinstance(config, Config) else Config.from_dict(config)
-        read_metric(settings.eval.metric)  # a typo in it should not cost a training
+        metric = read_metric(settings.eval.metric)  # once: base and adapter are measured alike
         # JAX installs its handler of SIGTERM when it joins others: several keep it, and ours replaces it
         # for one.
         with (
@@ -139,11 +139,11 @@ def train(
             with claimed(folder, run.config):
                 method = settings.adapter.method
                 console.log(f"workdir {folder}: {run.model.num_layers} layers, {method}")
-                before = evaluate_base(run, folder, console, preempted)
+                before = evaluate_base(run, folder, console, preempted, metric)
                 trainer = Trainer(run, folder, console.log, publisher=publisher)
                 with console.progress("training", trainer.total_steps, "step") as bar:
                     fit = trainer.fit(bar.reach, preempted)
-                after = evaluate_adapter(run, folder, console, preempted)
+                after = evaluate_adapter(run, folder, console, preempted, metric)
                 seconds = fit.earlier_seconds + time.monotonic() - started
                 if is_first():
                     say = _discard if quiet else print

@@ -22,7 +22,7 @@ from milora_jax.errors import NothingLearnedError, UserError
 from milora_jax.evaluation.free_text import is_free_text, require_text_packages
 from milora_jax.evaluation.loss import Loss, Responses, encode_responses, response_loss
 from milora_jax.evaluation.next_steps import next_steps
-from milora_jax.evaluation.own_metric import read_metric
+from milora_jax.evaluation.own_metric import OwnMetric
 from milora_jax.evaluation.report import (
     answers_side_by_side,
     figures_table,
@@ -69,17 +69,21 @@ SHOWN = 5
 
 
 def evaluate_base(
-    run: Run, workdir: Path, console: Console, preempted: Callable[[], bool]
+    run: Run,
+    workdir: Path,
+    console: Console,
+    preempted: Callable[[], bool],
+    metric: OwnMetric | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Figures of the frozen base on the test records, see ``score.figures``, and as ``answers`` its first few
     to each task; the workdir stores them for a resumed run, whose first process alone gets them.
 
     Args:
       preempted: called after every batch; returns whether to stop.
+      metric: the user's own measure, of ``eval.metric``.
     """
     if not run.tests:
         return {}
-    metric = read_metric(run.config.eval.metric)
     key = {
         "tests": {task: fingerprint(records) for task, records in run.tests.items()},
         "base": run.base_fingerprint,
@@ -96,7 +100,7 @@ def evaluate_base(
     if from_first(saved.pop("key", None) == key and "answers" in saved):
         return saved
     scores = _score_all(run, None, "the base", console, preempted)
-    scores = _with_metric(run, scores, workdir / "base_predictions.jsonl")
+    scores = _with_metric(run, scores, metric, workdir / "base_predictions.jsonl")
     answers = {score.task: [each.generated for each in score.predictions[:SHOWN]] for score in scores}
     found = {**figures(scores), "answers": answers}
     if is_first():
@@ -105,12 +109,17 @@ def evaluate_base(
 
 
 def evaluate_adapter(
-    run: Run, workdir: Path, console: Console, preempted: Callable[[], bool]
+    run: Run,
+    workdir: Path,
+    console: Console,
+    preempted: Callable[[], bool],
+    metric: OwnMetric | None = None,
 ) -> list[TaskScore]:
     """Scores of the best adapter, which is read from the disk as a user would.
 
     Args:
       preempted: called after every batch; returns whether to stop.
+      metric: the user's own measure, of ``eval.metric``.
     """
     if not run.tests:
         return []
@@ -118,13 +127,13 @@ def evaluate_adapter(
     adapter, metadata = read_adapter(workdir)
     require_same(lambda: {"best adapter": metadata})
     scores = _score_all(run, adapter, "the adapter", console, preempted)
-    return _with_metric(run, scores, workdir / PREDICTIONS_NAME)
+    return _with_metric(run, scores, metric, workdir / PREDICTIONS_NAME)
 
 
-def _with_metric(run: Run, scores: list[TaskScore], kept: Path) -> list[TaskScore]:
+def _with_metric(run: Run, scores: list[TaskScore], metric: OwnMetric | None, kept: Path) -> list[TaskScore]:
     """Add the user's own measure; if it fails, the answers are kept in a file."""
     try:
-        return with_metric(scores, read_metric(run.config.eval.metric), run.tests, kept)
+        return with_metric(scores, metric, run.tests, kept)
     except UserError:
         if is_first():
             write_predictions(kept, scores)

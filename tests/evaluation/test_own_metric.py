@@ -170,7 +170,7 @@ def scored(monkeypatch):
 def base_figures(run, workdir, metric):
     config = dataclasses.replace(run.config, eval=EvalSection(metric=metric))
     changed = dataclasses.replace(run, config=config)
-    return final.evaluate_base(changed, workdir, Console(silent=True), lambda: False)
+    return final.evaluate_base(changed, workdir, Console(silent=True), lambda: False, read_metric(metric))
 
 
 def test_the_base_is_asked_again_for_another_metric_or_another_content_of_its_file(run, scored, tmp_path):
