@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -115,6 +116,17 @@ def test_what_was_not_used_for_longest_goes(tmp_path):
     for limit, left in ((100, {"a", "b", "c"}), (99, {"b", "c"}), (59, {"c"}), (0, set())):
         program_cache.trim(tmp_path, limit)
         assert {path.name[0] for path in tmp_path.rglob("*-cache")} == left
+
+
+def test_a_folder_is_looked_at_once_an_hour(tmp_path, monkeypatch):
+    now, looked = 1_000_000.0, []
+    monkeypatch.setattr(program_cache, "trim", lambda root, limit: looked.append((root, limit)))
+    for moment, count in ((now, 1), (now + 3599, 1), (now + 3600, 2), (now, 3)):  # a clock may be put back
+        monkeypatch.setattr(program_cache, "time", SimpleNamespace(time=lambda moment=moment: moment))
+        program_cache.trim_now_and_then(tmp_path)
+        assert len(looked) == count
+        os.utime(tmp_path / "looked-at", (now, now) if moment < now + 3600 else (moment, moment))
+    assert set(looked) == {(tmp_path, program_cache.LIMIT)}
 
 
 def test_another_process_may_trim_at_the_same_time(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ and the devices; the folder's name adds what a CPU can compute, because home fol
 JAX can limit the size itself (``JAX_COMPILATION_CACHE_MAX_SIZE``, which is left alone as well), under a lock
 that every reading and every writing takes. But once a process is killed between the two files of an entry,
 no further program is kept, and each costs a warning. Here a command removes what was not used for the longest
-time, when it begins: no lock is needed, since JAX compiles anew what it does not find.
+time, when it begins, once an hour: no lock is needed, since JAX compiles anew what it does not find.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ import hashlib
 import os
 import platform
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 LIMIT = 4 * 2**30
-"""Bytes of all programs, of every machine and version, when a command begins."""
+"""Bytes of all programs, of every machine and version, after each look at them."""
+
+LOOK_EVERY = 3600.0
+"""Seconds between two looks: one takes some 36 microseconds for each file, of which there may be thousands."""
 
 OWN_SETTINGS = (
     "JAX_COMPILATION_CACHE_DIR",
@@ -51,7 +55,7 @@ def keep_programs() -> None:
         root = cache_folder(os.environ)
         folder = root / machine_name()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        trim(root, LIMIT)
+        trim_now_and_then(root)
         reason = unsafe(folder)
     except (OSError, RuntimeError) as error:
         reason = str(error)
@@ -99,6 +103,15 @@ def unsafe(folder: Path) -> str:
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         return f"{folder} is another user's, or others may write there"
     return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written"
+
+
+def trim_now_and_then(root: Path) -> None:
+    """:func:`trim` to :data:`LIMIT`, unless that was done in the last hour."""
+    stamp = root / "looked-at"
+    if stamp.exists() and 0 <= time.time() - stamp.stat().st_mtime < LOOK_EVERY:
+        return
+    stamp.touch()  # first, so that commands that begin together do not all look
+    trim(root, LIMIT)
 
 
 def trim(root: Path, limit: int) -> None:
