@@ -9,6 +9,7 @@ with other names: see ``columns``.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -126,9 +127,7 @@ def read_records(source: Source, scored: bool = False, reader: Reader | None = N
     Raises:
       UserError: see :func:`iterate_records`.
     """
-    if scored and reader is None and asks_only(*_first_row(source)):
-        reader = _read_unanswered
-    records = list(iterate_records(source, scored, reader))
+    records = list(iterate_records(source, scored, _scored_reader() if scored and reader is None else reader))
     mapped = any(column.field == "references" and not column.omits for column in source.columns)
     return _joined(records) if mapped and scored else records
 
@@ -209,10 +208,17 @@ def _question(row: dict[str, Any], where: str) -> Record:
     return _asked(row, head, where)
 
 
-def _first_row(source: Source) -> tuple[dict[str, Any], str]:
-    for row, where in rows_of(source.location):
-        return mapped_row(_object(row, where), source.columns, where), where
-    return {}, source.location
+def _scored_reader() -> Reader:
+    """A reader of rows to score; the first row decides whether they have answers."""
+    chosen: Reader | None = None
+
+    def read(row: dict[str, Any], where: str) -> list[Record]:
+        nonlocal chosen
+        if chosen is None:
+            chosen = _read_unanswered if asks_only(row, where) else functools.partial(_records, scored=True)
+        return chosen(row, where)
+
+    return read
 
 
 def _read_unanswered(row: dict[str, Any], where: str) -> list[Record]:
