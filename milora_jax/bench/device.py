@@ -33,6 +33,7 @@ from milora_jax.bench.device_table import as_markdown
 from milora_jax.bench.rounds import BenchSettings, option
 from milora_jax.errors import UserError, require
 from milora_jax.model_config import ModelConfig
+from milora_jax.storage.files import read_json, write_atomic
 
 WORKER = "milora_jax.bench.device_worker"
 
@@ -204,10 +205,10 @@ class Results:
         self.machine: dict[str, Any] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         if path.exists():
+            held = read_json(path)
             try:
-                held = json.loads(path.read_text(encoding="utf-8"))
                 self.machine, self.rows = held["machine"], held["rows"]
-            except (ValueError, KeyError, TypeError):
+            except (KeyError, TypeError):
                 raise UserError(f"--out {path}: expected a file of this command") from None
 
     def claim(self, machine: Mapping[str, Any]) -> None:
@@ -223,12 +224,10 @@ class Results:
         self.machine = dict(machine)
 
     def write(self, row: Row, answer: Mapping[str, Any]) -> None:
-        """Keep a row; the file is whole at any time."""
+        """Keep a row, in the order of measurement; the file is whole at any time."""
         self.rows[row.name] = {"kind": row.kind, "options": dict(row.options), **answer}
         text = json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n"
-        part = self._path.with_name(f"{self._path.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(self._path)
+        write_atomic(self._path, text.encode())
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any] | str]:

@@ -36,9 +36,15 @@ def _outcome(name: str, dtype: str, both: Callable[[], tuple[Array, Array]]) -> 
     try:
         result, reference = (np.asarray(each, np.float64) for each in both())
     except Exception as error:  # a compiler's: the other kernels are still of interest
-        return {"check": name, "ok": False, "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        return {"check": name, "ok": False, "error": short(error)}
     difference = float(np.abs(result - reference).max() / np.abs(reference).max())
     return {"check": name, "ok": difference <= TOLERANCE[dtype], "difference": difference}
+
+
+def short(error: Exception) -> str:
+    """An error in one line of at most 300 characters."""
+    said = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {said[0]}"[:300]
 
 
 def _checks(backend: str) -> Iterator[Check]:

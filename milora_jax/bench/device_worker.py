@@ -127,12 +127,6 @@ class Runner:
             return train.report(case, config, settings, matmul)
 
 
-def short(error: Exception) -> str:
-    """An error in one line of at most 300 characters."""
-    said = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {said[0]}"[:300]
-
-
 def main() -> None:
     """Answer rows until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
@@ -145,7 +139,7 @@ def main() -> None:
         try:
             answer: dict[str, Any] = {"report": runner.run(row["kind"], row["options"])}
         except Exception as error:  # whatever it is, it costs this row alone
-            answer = {"error": short(error)}
+            answer = {"error": device_checks.short(error)}
         if "error" in answer:
             gc.collect()
             jax.clear_caches()

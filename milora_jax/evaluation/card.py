@@ -98,12 +98,12 @@ class Card:
                 for which in ("base", "adapter")
             )
             rows += _compared(title, before, after, lambda value: f"{value:.1f}")
-        lines = []
+        parts = []
         if rows:
-            lines = ["| task | figure | base | adapter |", "|---|---|---|---|", *rows]
+            parts.append("\n".join(["| task | figure | base | adapter |", "|---|---|---|---|", *rows]))
         if (perplexity := self.summary.get("dev_perplexity")) is not None:
-            lines += ["", f"Dev perplexity {perplexity:.3f}, at step {self.summary['best_step']}."]
-        return "\n".join(["## Results", "", *lines]).replace("\n\n\n", "\n\n") if lines else ""
+            parts.append(f"Dev perplexity {perplexity:.3f}, at step {self.summary['best_step']}.")
+        return "\n\n".join(["## Results", *parts]) if parts else ""
 
     def _use(self) -> str:
         base = self.base or "BASE"

@@ -109,12 +109,12 @@ def _failures(address: HubAddress, what: str) -> Iterator[None]:
       what: what the adapter cannot be.
     """
     try:
-        import huggingface_hub  # noqa: F401  # only to say that it is missing
+        of_transport = _of_transport()
     except ImportError:
         raise UserError(f"adapter {str(address)!r} needs the package huggingface_hub") from None
     try:
         yield
-    except (*_of_transport(), OSError, ValueError, RuntimeError) as error:  # xet transfers raise the last
+    except (*of_transport, OSError, ValueError, RuntimeError) as error:  # xet transfers raise the last
         raise _failure(address, what, error) from None
 
 

@@ -79,10 +79,9 @@ class Pattern:
             raise self._error(str(error)) from None
         if self.plain:  # nothing is repeated, so that ``re`` has nothing to go back over
             return accepted
+        # Other braces mean approximate matching to ``regex``, and characters that no name has to ``re``.
         if "{" in _COUNTS.sub("", text):
-            raise self._error(
-                "a brace that is no {m,n} is not supported"
-            )  # approximate matching in ``regex``
+            raise self._error("a brace that is no {m,n} is not supported")
         counts = (
             max(int(number or 1) for number in found.groups(default="1")) for found in _COUNTS.finditer(text)
         )
