@@ -26,7 +26,7 @@ LIMIT = 4 * 2**30
 """Bytes of all programs, of every machine and version, after each look at them."""
 
 LOOK_EVERY = 3600.0
-"""Seconds between two looks: one takes some 36 microseconds for each file, of which there may be thousands."""
+"""Seconds between two looks: one takes some 36 microseconds for a file, of which there may be thousands."""
 
 OWN_SETTINGS = (
     "JAX_COMPILATION_CACHE_DIR",
