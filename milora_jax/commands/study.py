@@ -15,8 +15,9 @@ from milora_jax.addresses import local_path
 from milora_jax.commands.command_line import Parser
 from milora_jax.console import Console
 from milora_jax.errors import require
+from milora_jax.evaluation.study.identity import claim_study, study_lock
 from milora_jax.evaluation.study.reports import COMPARISONS, report
-from milora_jax.evaluation.study.runner import StudyRunner, claim_study, study_lock
+from milora_jax.evaluation.study.runner import StudyRunner
 from milora_jax.evaluation.study.settings import load_study, narrowed, quick
 from milora_jax.evaluation.study.tuning import Chosen
 from milora_jax.preemption import watch_for_preemption

@@ -9,15 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from milora_jax.adapters.registry import METHODS
+from milora_jax.adapters.registry import METHODS, build_method, full_settings
 from milora_jax.commands.evaluation import main
-from milora_jax.config import AdapterSection
+from milora_jax.config import AdapterSection, Config, ModelSection, TrainSection
 from milora_jax.errors import UserError
 from milora_jax.evaluation.study import plans
+from milora_jax.evaluation.study.identity import changed_settings, claim_study
 from milora_jax.evaluation.study.plots import plot_bars, plot_lines, plot_shares
 from milora_jax.evaluation.study.reports import COMPARISONS
 from milora_jax.evaluation.study.rows import ROUTED, RowScores
-from milora_jax.evaluation.study.runner import claim_study, require_equal_budgets
+from milora_jax.evaluation.study.runner import require_equal_budgets
 from milora_jax.evaluation.study.settings import MIXED, Budget, narrowed, quick
 from milora_jax.evaluation.study.tables import Results, comparison, mixing, routes, tuned
 from milora_jax.evaluation.study.tuning import SINGLE, Chosen, Point
@@ -234,6 +235,28 @@ def test_a_mistake_is_one_line(name, tmp_path, refused):
     config = ROOT / ("configs/tiny.py" if name == "config" else "configs/study_tiny.py")
     assert message in refused(main, "study", *arguments, "--config", config, "--workdir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_at_their_defaults_do_not_name_a_cell():
+    assert changed_settings(Config()) == {}
+    written_out = full_settings(build_method(AdapterSection(method="milora", top_k=5)))
+    config = Config(adapter=written_out, train=TrainSection(seed=3), model=ModelSection(path="elsewhere"))
+    assert changed_settings(config) == {"adapter.top_k": 5, "train.seed": 3}
+
+
+def test_a_study_from_before_a_setting_is_continued_while_the_setting_is_at_its_default(tmp_path):
+    claim_study(tmp_path, STUDY)
+    path = tmp_path / "study.json"
+    older = json.loads(path.read_text())
+    del older["base"]["train"]["weight_decay"], older["methods"]["milora"]["features"]
+    del older["forced_rows"], older["converged"]["alone"]
+    path.write_text(json.dumps(older))
+    claim_study(tmp_path, STUDY)
+    train = dataclasses.replace(STUDY.base.train, weight_decay=0.1)
+    decayed = dataclasses.replace(STUDY, base=dataclasses.replace(STUDY.base, train=train))
+    with pytest.raises(UserError, match=r"base.train.weight_decay is 0.0 there and 0.1 now"):
+        claim_study(tmp_path, decayed)
+    assert json.loads(path.read_text()) == older
 
 
 @pytest.mark.thorough

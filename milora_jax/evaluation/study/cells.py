@@ -23,6 +23,7 @@ from milora_jax.errors import NonFiniteError, UserError
 from milora_jax.evaluation.final import for_decoding, parameter_counts, score_tests
 from milora_jax.evaluation.score import limited
 from milora_jax.evaluation.study.forced import FORCED, forced_scores
+from milora_jax.evaluation.study.identity import changed_settings
 from milora_jax.evaluation.study.rows import ROUTED, Encoded, read_scores, with_answers, write_scores
 from milora_jax.evaluation.study.settings import MIXED, Converged, Study
 from milora_jax.evaluation.study.starts import START, with_fixed_mask
@@ -85,21 +86,13 @@ class Cell:
     def name(self) -> str:
         """Folder of the cell, the same for the same run in every table.
 
-        Paths of base and rows are not part of it: the study's claim checks that they are the study's.
+        Settings at their defaults are not part of it, so that a new setting renames no cell; paths of base
+        and rows are not either. The study's claim checks that all of them are the study's.
         """
         flags = [self.scored, self.forced, self.fixed_mask, self.generate]
-        values = json.dumps([without_paths(self.config), self.trained_on, *flags], sort_keys=True)
+        values = json.dumps([changed_settings(self.config), self.trained_on, *flags], sort_keys=True)
         digest = hashlib.sha256(values.encode()).hexdigest()[:10]
         return f"{self.config.adapter.method}-{self.trained_on}-s{self.seed}-{digest}"
-
-
-def without_paths(config: Config) -> dict[str, Any]:
-    """A config's values without the paths of its base and its rows."""
-    values = config.to_dict()
-    del values["model"]["path"]
-    for split in ("train", "dev", "test"):
-        del values["data"][split]
-    return values
 
 
 def make_cell(

@@ -2,94 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from milora_jax.adapters.inputs import Shape
-from milora_jax.adapters.registry import adapter_shape, build_method, full_settings
-from milora_jax.base.fingerprint import base_fingerprint
+from milora_jax.adapters.registry import adapter_shape, build_method
 from milora_jax.base.hf_config import read_model_config
 from milora_jax.base.source import model_directory
 from milora_jax.console import Console
-from milora_jax.data.records import fingerprint, read_records
-from milora_jax.data.sources import parse_sources, run_sources
-from milora_jax.errors import UserError, require
-from milora_jax.evaluation.study.cells import Cell, CellRunner, Row, without_paths
+from milora_jax.data.sources import parse_sources
+from milora_jax.errors import require
+from milora_jax.evaluation.study.cells import Cell, CellRunner, Row
+from milora_jax.evaluation.study.identity import study_lock
 from milora_jax.evaluation.study.settings import Study
 from milora_jax.evaluation.study.tuning import Chosen, choose, keys_of
 from milora_jax.preemption import stop_if_preempted
-from milora_jax.storage.files import read_json, write_atomic, write_json_atomic
+from milora_jax.storage.files import write_atomic
 from milora_jax.storage.lock import WorkdirBusy, WorkdirLock
-from milora_jax.training.workdir import leaves_by_path
 
-STUDY_NAME = "study.json"
 ROWS_NAME = "rows.jsonl"
 CELLS_NAME = "cells"
 WAIT_SECONDS = 2.0
 """Seconds between two checks of cells that another process is running."""
-
-
-def claim_study(directory: Path, study: Study) -> None:
-    """Write ``study.json``, or check that an old one describes this study.
-
-    Raises:
-      UserError: a setting differs; the error names the first one, and no file is changed.
-    """
-    path, new = directory / STUDY_NAME, json.loads(json.dumps(_identity(study)))
-    with study_lock(directory):
-        _claim(directory, path, new)
-
-
-@contextmanager
-def study_lock(directory: Path) -> Iterator[None]:
-    """Lock a study's own files for a moment; several processes may run its cells."""
-    while True:
-        try:
-            with WorkdirLock(directory):
-                yield
-                return
-        except WorkdirBusy:
-            time.sleep(0.1)
-
-
-def _identity(study: Study) -> dict[str, Any]:
-    """Everything that decides the results of the cells, with base and rows by their content."""
-    rows = {
-        split: fingerprint([record for source in sources for record in read_records(source, True)])
-        for split, sources in run_sources(study.base.data).items()
-    }
-    methods = {
-        label: dataclasses.asdict(full_settings(build_method(settings)))
-        for label, settings in study.methods.items()
-    }
-    return {
-        **dataclasses.asdict(study),
-        "base": without_paths(study.base),
-        "methods": methods,
-        "tasks": study.tasks,
-        "base_fingerprint": base_fingerprint(model_directory(study.base.model.path)),
-        "rows_fingerprint": rows,
-    }
-
-
-def _claim(directory: Path, path: Path, new: dict[str, Any]) -> None:
-    if path.is_file():
-        old_leaves, new_leaves = leaves_by_path(read_json(path)), leaves_by_path(new)
-        for name in sorted({*old_leaves, *new_leaves}):
-            old, now = old_leaves.get(name), new_leaves.get(name)
-            if old != now:
-                raise UserError(
-                    f"{str(directory)!r} holds a study of another config: {'.'.join(name)} is {old!r} there "
-                    f"and {now!r} now; use another --workdir (the finished cells are kept)"
-                )
-        return
-    write_json_atomic(path, new)
 
 
 def require_equal_budgets(study: Study, shape: Shape) -> dict[str, int]:
