@@ -15,6 +15,7 @@ from milora_jax.errors import UserError, one_of, require
 
 FIELDS = (
     *("instruction", "input", "output", "answer", "references", "system", "messages", "conversations"),
+    "tools",
     *("prompt", "chosen", "rejected", "completion", "label", "text"),
 )
 """The fields that a column may be mapped onto."""

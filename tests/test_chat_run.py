@@ -14,7 +14,7 @@ from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.evaluation.score import score_task
 from milora_jax.training.prepare import prepare_run
-from tests.data.chats import CHATML, LLAMA3, write_chat_tokenizer
+from tests.data.chats import CHATML, HERMES, LLAMA3, write_chat_tokenizer
 from tests.models import WITH_TOKENIZER, write_hf_directory
 from tests.training.runs import command
 
@@ -136,7 +136,7 @@ def test_the_template_is_part_of_what_a_resumed_run_compares(folder, tmp_path):
     [
         (
             {"template": "alpaca"},
-            "or a history, and data.template is 'alpaca': expected data.template=chat",
+            "a history or tools, and data.template is 'alpaca': expected data.template=chat",
         ),
         ({"template": "chatml"}, "data.template is 'chatml': expected one of alpaca, chat"),
         ({"model": "plain"}, "the tokenizer has no chat template"),
@@ -247,3 +247,39 @@ def test_a_run_takes_a_conversation_as_one_example_where_it_has_one_route(folder
             None,
             said.append,
         )
+
+
+def test_a_run_learns_calls_of_tools_and_generation_offers_them(folder, tmp_path, monkeypatch):
+    write_hf_directory(tmp_path / "model", tokenizer=False)
+    write_chat_tokenizer(tmp_path / "model", HERMES)
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = []
+    for i in range(4):
+        ask, call = {"role": "user", "content": f"{i} + 1?"}, {"name": "add", "arguments": {"a": i, "b": 1}}
+        turns = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": f"{i + 1}"}]
+        answer = {"role": "assistant", "content": f"It is {i + 1}."}
+        rows.append({"messages": [ask, *turns, answer], "tools": tools})
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "test", "asked")}
+    files["train"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        row["messages"][1]["weight"] = 0
+    files["test"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files["asked"].write_text(json.dumps({"tools": tools, "messages": rows[0]["messages"][:1]}))
+    data = {name: str(files[name]) for name in ("train", "test")}
+    config = config_of(tmp_path, dev=str(files["train"]), max_length=400, **data)
+    said = []
+    run = prepare_run(config, None, said.append)
+    assert "rows: 8 train (0 longer than 400 tokens dropped), 8 dev (0 dropped), 4 test" in said
+    (call,) = run.train[0]
+    begin, end = call.learned[0]
+    learned = '<tool_call>{"name": "add", "arguments": {"a": 0, "b": 1}}</tool_call><|im_end|>'
+    assert run.tokenizer.decode(call.tokens[begin:end]).startswith(learned)
+    assert [record.output for records in run.tests.values() for record in records] == [
+        f"It is {i + 1}." for i in range(4)
+    ]
+    asked = taken_by(monkeypatch, generation)
+    question = ["--base", str(tmp_path / "model"), "--chat", "--file", str(files["asked"])]
+    monkeypatch.setattr(sys, "argv", ["generation", *question])
+    with pytest.raises(KeyboardInterrupt):
+        generation.main()
+    assert asked[0].ids == call.tokens[:begin].tolist()

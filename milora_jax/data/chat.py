@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -45,17 +45,19 @@ class UnclosedThoughtError(UserError):
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a chat; its role is one of ROLES, or DEVELOPER, or "tool" where a server has tools.
+    """One message of a chat; its role is one of ROLES, or DEVELOPER, or "tool".
 
     Attributes:
       tool_calls: calls that an assistant has made, as templates take them.
       tool_call_id: of the call whose result a message of a tool holds.
+      name: of the tool whose result it is, where the row tells it.
     """
 
     role: str
     content: str
-    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tool_calls: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     tool_call_id: str = ""
+    name: str = ""
 
     @property
     def of_tools(self) -> bool:
@@ -157,47 +159,64 @@ def encode_chat(
 
 
 def encode_exchange(
-    tokenizer: Any, messages: Messages, content: str, eos_ids: Sequence[int], *, time: str = ""
+    tokenizer: Any,
+    messages: Messages,
+    answer: Message | str,
+    eos_ids: Sequence[int],
+    *,
+    time: str = "",
+    tools: Tools = (),
 ) -> tuple[list[int], list[int]]:
     """Encode a chat, as :func:`encode_chat` does, and the assistant's turn that follows.
 
     The ids of the turn are what the template writes for it, up to the first token that ends an answer; what
     follows that, mostly a line break, would never be generated. A turn that the template ends without such a
     token gets the first of ``eos_ids``. Some templates write past turns differently: DeepSeek-R1's leaves the
-    thoughts out, so that its text does not continue the prompt's. The turn is then ``content`` as given, and
+    thoughts out, so that its text does not continue the prompt's. The turn is then its content as given, and
     the token with which the template ends turns.
 
     A template may open a thought (``<think>``) at the end of the prompt, and the turn continues inside it:
-    the tag is not repeated where ``content`` begins with it. A turn that never closes the thought would be
+    the tag is not repeated where the content begins with it. A turn that never closes the thought would be
     learned as a thought, so it is refused.
 
     Args:
-      messages, time: see :func:`render_chat`.
-      content: content of the turn.
+      messages, time, tools: see :func:`render_chat`.
+      answer: the turn, or the content of one that has nothing else.
       eos_ids: tokens that end an answer, at least one.
 
     Raises:
-      UserError: see :func:`render_chat`.
-      UnclosedThoughtError: the template opens a thought that ``content`` does not close.
+      UserError: see :func:`render_chat`; or the template does not write the calls of the turn.
+      UnclosedThoughtError: the template opens a thought that the content does not close.
     """
-    said, turn = as_messages(messages), *as_messages([Message("assistant", content)])
-    prompt = _render(tokenizer, said, True, time)
-    whole = _render(tokenizer, [*said, turn], False, time)
+    turn = Message("assistant", answer) if isinstance(answer, str) else answer
+    said, (turn,) = as_messages(messages), as_messages([turn])
+    prompt = _render(tokenizer, said, True, time, tools)
+    whole = _render(tokenizer, [*said, turn], False, time, tools)
     goes_on = whole.startswith(prompt)
-    text = whole[len(prompt) :] if goes_on else controls_of(tokenizer).mark("assistant", content)
+    as_given = controls_of(tokenizer).mark("assistant", turn.content)
+    text = whole[len(prompt) :] if goes_on else as_given
+    _require_calls(turn, text)
     if OPEN_THOUGHT.search(prompt):
-        closed = _render(tokenizer, said, False, time)
+        closed = _render(tokenizer, said, False, time, tools)
         # A tag at the end of a message, not of the template, opens no thought.
         text = _within_thought(prompt.removeprefix(closed), text)
-    before, answer = _encode_behind(tokenizer, prompt, text)
+    before, ids = _encode_behind(tokenizer, prompt, text)
     if goes_on:
-        ends = [i for i, token in enumerate(answer) if token in eos_ids]
-        answer = answer[: ends[0] + 1] if ends else [*answer, eos_ids[0]]
-        if len(answer) > 1:
-            return before, answer
-        answer = _encode(tokenizer, controls_of(tokenizer).mark("assistant", content))
+        ends = [i for i, token in enumerate(ids) if token in eos_ids]
+        ids = ids[: ends[0] + 1] if ends else [*ids, eos_ids[0]]
+        if len(ids) > 1:
+            return before, ids
+        ids = _encode(tokenizer, as_given)
     ends = [token for token in _encode(tokenizer, whole) if token in eos_ids]
-    return before, [*answer, ends[-1] if ends else eos_ids[0]]
+    return before, [*ids, ends[-1] if ends else eos_ids[0]]
+
+
+def _require_calls(turn: Message, text: str) -> None:
+    """Refuse calls that the template leaves out of the turn, or writes otherwise than it began the turn."""
+    for call in turn.tool_calls:
+        name = call["function"]["name"]
+        if name not in text:
+            raise UserError(f"the chat template does not write the call of {name!r} where the answer begins")
 
 
 def _encode_behind(tokenizer: Any, prompt: str, text: str) -> tuple[list[int], list[int]]:
@@ -327,8 +346,9 @@ def _for_template(message: Message, controls: Controls, has_developer: bool) -> 
     }
     if message.tool_calls:
         fields["tool_calls"] = controls.mark_all(message.tool_calls)
-    if message.tool_call_id:
-        fields["tool_call_id"] = controls.mark_all(message.tool_call_id)
+    for name in ("tool_call_id", "name"):
+        if value := getattr(message, name):
+            fields[name] = controls.mark_all(value)
     return fields
 
 

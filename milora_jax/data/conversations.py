@@ -4,6 +4,7 @@ OpenAI: ``{"messages": [{"role": "user", "content": "..."}, ...]}``. ShareGPT: `
 [{"from": "human", "value": "..."}, ...]}``, where ``gpt`` answers. An optional system message is the first
 message, or the field ``system`` beside the list; then user and assistant take turns. An answer is learned
 unless its ``weight`` (OpenAI), ``train`` or ``training`` (Axolotl) or ``loss`` (ms-swift) is 0 or false.
+An answer may be calls of ``tools`` (see ``data.tool_calls``), after which messages of the tools come.
 
 A plain row with a ``system`` message or a ``history`` of earlier turns (LLaMA-Factory) is a chat as well.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from milora_jax.data.chat import ROLES, UNWRITABLE, Message
+from milora_jax.data.tool_calls import CALLS, TOOLS, read_call_text, read_calls
 from milora_jax.errors import UserError
 
 
@@ -28,8 +30,15 @@ class _Form:
 
 
 FORMS = {
-    "messages": _Form("role", "content", {role: role for role in ROLES}),
-    "conversations": _Form("from", "value", {"system": "system", "human": "user", "gpt": "assistant"}),
+    "messages": _Form("role", "content", {role: role for role in (*ROLES, "tool")}),
+    "conversations": _Form(
+        "from",
+        "value",
+        {
+            **{"system": "system", "human": "user", "gpt": "assistant"},
+            **{"function_call": "assistant", "observation": "tool"},
+        },
+    ),
 }
 """The kinds of chats, by the field of the row that holds the list."""
 
@@ -39,15 +48,19 @@ HEADS = (*FORMS, "instruction", "question")
 WEIGHTS = ("weight", "train", "training", "loss")
 """Fields of a message that decide whether it is learned."""
 
-_TOOLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
+_OF_TOOLS = ("name", CALLS, "tool_call_id")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
-UNWRITTEN = (*_TOOLS, *_MEDIA, "rejected_response", "kto_tag", "chat_template_kwargs")
+_UNWRITTEN = (
+    *("functions", "function_call", "tool_calls", "tool_call_id"),
+    *(*_MEDIA, "rejected_response", "kto_tag", "chat_template_kwargs"),
+)
 PREFERENCES = ("chosen", "rejected")
-REFUSED_OF_ROWS = (*UNWRITTEN, *PREFERENCES)
+REFUSED_OF_ROWS = (*_UNWRITTEN, *PREFERENCES)
+REFUSED_OF_PAIRS = (*_UNWRITTEN, TOOLS)
 REFUSED_OF_MESSAGES = (
-    *(*_TOOLS, *_MEDIA),
-    *("reasoning_content", "reasoning", "thinking", "name", "refusal", "train_detail"),
+    *(TOOLS, "functions", "function_call", *_MEDIA),
+    *("reasoning_content", "reasoning", "thinking", "refusal", "train_detail"),
 )
 """Fields that change the meaning of a row or a message in the formats above, and are not supported."""
 
@@ -94,7 +107,7 @@ def refuse_unwritten(row: Mapping[str, Any], where: str, names: Sequence[str]) -
 
 
 def read_messages(listed: Any, name: str, where: str, last: str) -> tuple[Message, ...]:
-    """Read a field that is a chat of ``role`` and ``content``.
+    """Read a field that is a chat of ``role`` and ``content``, without tools.
 
     Args:
       name: name of the field.
@@ -107,7 +120,12 @@ def read_messages(listed: Any, name: str, where: str, last: str) -> tuple[Messag
     if not isinstance(listed, Sequence) or isinstance(listed, str):
         raise UserError(f"{where}: field {name!r} holds {type(listed).__name__}, expected a list of messages")
     place = f"{where}: field {name!r}"
-    read = [_message(item, FORMS["messages"], f"{place}: message {i}")[0] for i, item in enumerate(listed, 1)]
+    read = []
+    for i, item in enumerate(listed, 1):
+        message, _ = _message(item, FORMS["messages"], f"{place}: message {i}")
+        if message.of_tools:
+            raise UserError(f"{place}: message {i} is of a tool, or calls one, which is not supported here")
+        read.append(message)
     _require_turns(read, place, last)
     return tuple(read)
 
@@ -117,7 +135,8 @@ def read_chat(row: Mapping[str, Any], where: str, last: str = "assistant") -> tu
 
     Args:
       where: file and line, for errors.
-      last: the role of the last message: assistant for learning, user for answering.
+      last: the role of the last message: assistant for learning, user for answering, where it may be of a
+        tool as well.
 
     Raises:
       UserError: a message is wrong; the error begins with ``where`` and names it.
@@ -125,7 +144,7 @@ def read_chat(row: Mapping[str, Any], where: str, last: str = "assistant") -> tu
     return _chat(row, where, last)[0]
 
 
-def read_answers(row: Mapping[str, Any], where: str) -> list[tuple[tuple[Message, ...], str]]:
+def read_answers(row: Mapping[str, Any], where: str) -> list[tuple[tuple[Message, ...], Message]]:
     """Read the answers that a row with one of FORMS teaches, each after the messages before it.
 
     Raises:
@@ -138,11 +157,11 @@ def read_answers(row: Mapping[str, Any], where: str) -> list[tuple[tuple[Message
     return found
 
 
-def answers_in(messages: Sequence[Message]) -> Iterator[tuple[tuple[Message, ...], str]]:
+def answers_in(messages: Sequence[Message]) -> Iterator[tuple[tuple[Message, ...], Message]]:
     """Yield each of the assistant's messages after all messages before it."""
     for i, message in enumerate(messages):
         if message.role == "assistant":
-            yield tuple(messages[:i]), message.content
+            yield tuple(messages[:i]), message
 
 
 def read_earlier(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
@@ -228,8 +247,23 @@ def _message(item: Any, form: _Form, where: str) -> tuple[Message, bool]:
     role = content_text(item, form.role, where)
     if role not in form.roles:
         raise UserError(f"{where}: {form.role} is {role!r}, expected one of {', '.join(form.roles)}")
-    message = Message(form.roles[role], content_text(item, form.content, where))
+    message = _of_role(item, form, role, where)
     return message, _is_learned(item, message.role, where)
+
+
+def _of_role(item: Mapping[str, Any], form: _Form, named: str, where: str) -> Message:
+    """Read a message whose role has a name of the form."""
+    role = form.roles[named]
+    for name in _OF_TOOLS:
+        if is_given(item.get(name)) and role != ("assistant" if name == CALLS else "tool"):
+            raise UserError(f"{where}: field {name!r} is not supported: expected a message without it")
+    if named == "function_call":
+        return Message(role, "", read_call_text(content_text(item, form.content, where), where))
+    calls = read_calls(item[CALLS], where) if is_given(item.get(CALLS)) else ()
+    content = content_text(item, form.content, where, required=role != "tool" and not calls)
+    given = (name for name in ("tool_call_id", "name") if is_given(item.get(name)))
+    own = {name: content_text(item, name, where) for name in given}
+    return Message(role, content, calls, **own)
 
 
 def _is_learned(item: Mapping[str, Any], role: str, where: str) -> bool:
@@ -249,14 +283,26 @@ def _is_learned(item: Mapping[str, Any], role: str, where: str) -> bool:
 
 def _require_turns(messages: Sequence[Message], where: str, last: str) -> None:
     start = 1 if messages and messages[0].role == "system" else 0
-    for i, message in enumerate(messages[start:]):
-        expected = ("user", "assistant")[i % 2]
-        if message.role != expected:
-            place = f"{where}: message {i + start + 1}"
-            raise UserError(f"{place} is of the {message.role}, expected one of the {expected}")
+    expected, called = ("user",), set()
+    for i, message in enumerate(messages[start:], start + 1):
+        place = f"{where}: message {i}"
+        if message.role not in expected:
+            raise UserError(f"{place} is of the {message.role}, expected one of the {' or '.join(expected)}")
+        called |= {call["id"] for call in message.tool_calls if "id" in call}
+        if message.tool_call_id and called and message.tool_call_id not in called:
+            raise UserError(f"{place}: tool_call_id {message.tool_call_id!r} is of no call before it")
+        expected = _followers(message)
     if len(messages) == start:
         raise UserError(f"{where}: the chat has no messages of a user")
-    if messages[-1].role != last:
+    ends = (last, "tool") if last == "user" else (last,)
+    if messages[-1].role not in ends:
         raise UserError(
             f"{where}: the last message is of the {messages[-1].role}, expected one of the {last}"
         )
+
+
+def _followers(message: Message) -> tuple[str, ...]:
+    """The roles that the next message may have."""
+    if message.tool_calls:
+        return ("tool",)
+    return {"user": ("assistant",), "assistant": ("user",)}.get(message.role, ("tool", "assistant"))

@@ -21,7 +21,7 @@ import numpy as np
 from milora_jax.data.chat import Message
 from milora_jax.data.conversations import (
     HEADS,
-    UNWRITTEN,
+    REFUSED_OF_PAIRS,
     content_text,
     is_given,
     read_earlier,
@@ -89,7 +89,7 @@ def read_judged(row: dict[str, Any], where: str) -> list[Record]:
 
 def _require_schema(row: Mapping[str, Any], names: Sequence[str], where: str) -> None:
     """Refuse a row of another schema, and one with fields that would change its meaning."""
-    refuse_unwritten(row, where, UNWRITTEN)
+    refuse_unwritten(row, where, REFUSED_OF_PAIRS)
     others = [name for name in (*HEADS, "input", *PAIR, *JUDGED) if name not in names]
     expected = "prompt, chosen and rejected" if names == PAIR else "prompt, completion and label"
     for name in names:

@@ -51,7 +51,7 @@ def prompt_text(record: Record) -> str:
     """
     if record.messages:
         raise UserError(
-            "a row is a chat, or holds a system message or a history, and data.template is 'alpaca': "
+            "a row is a chat, or holds a system message, a history or tools, and data.template is 'alpaca': "
             "expected data.template=chat"
         )
     if record.input:
@@ -77,5 +77,5 @@ def shown_prompt(tokenizer: Any, record: Record, prompt_format: PromptFormat) ->
       UserError: the record cannot be written in the format's template.
     """
     if prompt_format.template == "chat":
-        return render_chat(tokenizer, prompt_messages(record), time=prompt_format.time)
+        return render_chat(tokenizer, prompt_messages(record), time=prompt_format.time, tools=record.tools)
     return prompt_text(record)

@@ -2,9 +2,9 @@
 
 Alpaca and LLM-Adapters: ``instruction``, ``input``, ``output``, ``answer``, ``references``; a missing
 ``answer`` is the output, and ``output`` may be missing where there are ``references``. GSM8K: ``question``
-and ``answer``, a rationale that ends in ``#### N``. Chats (``messages`` or ``conversations``), and ``system``
-and ``history`` of plain rows: see ``data.conversations``. Plain text without a question: ``text`` alone. Rows
-with other names: see ``columns``.
+and ``answer``, a rationale that ends in ``#### N``. Chats (``messages`` or ``conversations``), and
+``system``, ``history`` and ``tools`` of plain rows: see ``data.conversations``. Plain text without a
+question: ``text`` alone. Rows with other names: see ``columns``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from milora_jax.data.conversations import (
 )
 from milora_jax.data.rows import parse_row, rows_of
 from milora_jax.data.sources import Source
+from milora_jax.data.tool_calls import TOOLS, Call, read_tools
 from milora_jax.data.unanswered import asks_only
 from milora_jax.errors import UserError
 
@@ -49,6 +50,8 @@ class Record:
       instruction: the instruction; for a chat, the user's last message.
       messages: all messages of a chat before ``output``; empty where the row is no chat.
       rejected: the answer that ``output`` is preferred to; "" where the row is no pair.
+      tools: that the chat offers, see ``data.tool_calls``.
+      calls: of tools that the answer makes, beside ``output`` or without any text.
       label: whether ``output`` is desirable; None where the row does not judge it.
       references: texts that are each a right answer, for the measures of free text; empty where the row lists
         none, and ``output`` is the only one.
@@ -64,6 +67,8 @@ class Record:
     messages: tuple[Message, ...] = ()
     references: tuple[str, ...] = ()
     rejected: str = ""
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    calls: tuple[Call, ...] = field(default=(), hash=False)
     label: bool | None = None
     is_text: bool = False
     where: str = field(default="", compare=False)
@@ -73,6 +78,11 @@ class Record:
     def answered(self) -> bool:
         """Whether there is an answer to compare others with."""
         return bool(self.answer or self.output or self.references)
+
+    @property
+    def turn(self) -> Message:
+        """The answer as a message of a chat."""
+        return Message("assistant", self.output, self.calls)
 
 
 Reader = Callable[[dict[str, Any], str], "list[Record]"]
@@ -140,7 +150,7 @@ def _joined(records: list[Record]) -> list[Record]:
     found: dict[tuple, Record] = {}
     for record in records:
         own = record.answer if record.answer != record.output.strip() else None
-        key = (record.instruction, record.input, record.messages, own)
+        key = (record.instruction, record.input, record.messages, json.dumps(record.tools), own)
         first = found.setdefault(key, record)
         own_texts = record.references or filter(str.strip, (record.output,))
         every = dict.fromkeys((*first.references, *own_texts))  # in their order, each once
@@ -153,7 +163,7 @@ def by_row(records: Iterable[Record]) -> Iterator[list[Record]]:
     row: list[Record] = []
     for record in records:
         before = row[-1] if row else None
-        said = (*before.messages, Message("assistant", before.output)) if before and before.messages else ()
+        said = (*before.messages, before.turn) if before and before.messages else ()
         if said and record.messages[: len(said)] == said:
             row.append(record)
         else:
@@ -182,9 +192,12 @@ def record_bytes(record: Record) -> bytes:
     del values["where"], values["source"]
     if not record.is_text:
         del values["is_text"]
-    for name in ("messages", "references", "rejected", "label"):
+    for name in ("messages", "references", "rejected", "tools", "calls", "label"):
         if values[name] in ((), "", None):
             del values[name]  # a run whose records had no such field can be resumed
+    for message in values.get("messages", ()):
+        if not message["name"]:
+            del message["name"]  # the same
     return json.dumps(values, sort_keys=True).encode()
 
 
@@ -204,7 +217,7 @@ def _question(row: dict[str, Any], where: str) -> Record:
     """The question of a row of any schema."""
     if (head := head_of(row, where)) in FORMS:
         messages = read_chat(row, where, last="user")
-        return Record(messages[-1].content, "", "", "", messages)
+        return Record(messages[-1].content, "", "", "", messages, tools=_tools(row, where))
     return _asked(row, head, where)
 
 
@@ -241,8 +254,8 @@ def _records(row: dict[str, Any], where: str, scored: bool) -> list[Record]:
     """Read the records of one row of any schema."""
     head = head_of(row, where)
     if head in FORMS:
-        records = _turns(read_answers(row, where))
-        return _with_golds(records, row, where) if scored else records
+        records = _turns(read_answers(row, where), _tools(row, where))
+        return _with_golds(_without_calls(records, where), row, where) if scored else records
     if head is None and row.get("text") is not None:
         return [_plain_text(row, where, scored)]
     asked, references = _asked(row, head, where), _references(row, where)
@@ -259,7 +272,7 @@ def _records(row: dict[str, Any], where: str, scored: bool) -> list[Record]:
             )
         answer = content_text(row, "answer", where) if has_answer else output.strip()
     last = replace(asked, output=output, answer=answer, references=references)
-    return [*_turns(answers_in(asked.messages)), last]
+    return [*_turns(answers_in(asked.messages), asked.tools), last]
 
 
 def _plain_text(row: dict[str, Any], where: str, scored: bool) -> Record:
@@ -279,16 +292,21 @@ def _plain_text(row: dict[str, Any], where: str, scored: bool) -> Record:
 
 
 def _asked(row: dict[str, Any], head: str | None, where: str) -> Record:
-    """The question of a plain row; after a ``system`` or ``history`` it is the last message of a chat."""
+    """The question of a plain row; with ``system``, ``history`` or ``tools`` it is a chat's last message."""
     if head == "question":
         instruction, given = content_text(row, "question", where), ""
     else:
         instruction = content_text(_having(row, "instruction", where), "instruction", where)
         given = content_text(row, "input", where, required=False)
-    if not (earlier := read_earlier(row, where)):
+    earlier, tools = read_earlier(row, where), _tools(row, where)
+    if not earlier and not tools:
         return Record(instruction, given, "", "")
     text = user_text(instruction, given)
-    return Record(text, "", "", "", (*earlier, Message("user", text)))
+    return Record(text, "", "", "", (*earlier, Message("user", text)), tools=tools)
+
+
+def _tools(row: dict[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
+    return read_tools(row[TOOLS], where) if is_given(row.get(TOOLS)) else ()
 
 
 def user_text(instruction: str, given: str) -> str:
@@ -320,9 +338,33 @@ def _references(row: dict[str, Any], where: str) -> tuple[str, ...]:
     return tuple(content_text(named, name, where) for name in named)
 
 
-def _turns(answers: Iterable[tuple[tuple[Message, ...], str]]) -> list[Record]:
+def _turns(
+    answers: Iterable[tuple[tuple[Message, ...], Message]], tools: tuple[Mapping[str, Any], ...]
+) -> list[Record]:
     """Make a record for each answer of a chat."""
-    return [Record(before[-1].content, "", said, said.strip(), before) for before, said in answers]
+    return [
+        Record(
+            before[-1].content,
+            "",
+            turn.content,
+            turn.content.strip(),
+            before,
+            tools=tools,
+            calls=turn.tool_calls,
+        )
+        for before, turn in answers
+    ]
+
+
+def _without_calls(records: list[Record], where: str) -> list[Record]:
+    """The records, if none of their answers is a call."""
+    for record in records:
+        if record.calls:
+            raise UserError(
+                f"{where}: message {len(record.messages) + 1} calls a tool, and calls are not scored: "
+                'expected an answer in text, or "weight": 0 beside the call'
+            )
+    return records
 
 
 def _with_golds(records: list[Record], row: dict[str, Any], where: str) -> list[Record]:

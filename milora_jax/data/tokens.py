@@ -118,7 +118,7 @@ def encode_question(tokenizer: Any, record: Record, prompt_format: PromptFormat)
     """
     with naming(record):
         if prompt_format.template == "chat":
-            return encode_messages(tokenizer, prompt_messages(record), prompt_format)
+            return encode_messages(tokenizer, prompt_messages(record), prompt_format, record.tools)
         ids = encode_prompt(tokenizer, prompt_text(record), prompt_format.special_tokens)
         return whole_prompt(ids, prompt_format)
 
@@ -193,10 +193,10 @@ def _exchange(
     if prompt_format.template != "chat":
         prompt = encode_question(tokenizer, record, prompt_format)
         return prompt, [*encode_prompt(tokenizer, record.output, "none"), eos_ids[0]]
-    messages = prompt_messages(record)
+    messages, tools, time = prompt_messages(record), record.tools, prompt_format.time
     with naming(record):
-        ids, response = encode_exchange(tokenizer, messages, record.output, eos_ids, time=prompt_format.time)
-        return EncodedPrompt(ids, route_tokens(tokenizer, messages, ids, prompt_format)), response
+        ids, response = encode_exchange(tokenizer, messages, record.turn, eos_ids, time=time, tools=tools)
+        return EncodedPrompt(ids, route_tokens(tokenizer, messages, ids, prompt_format, tools)), response
 
 
 def encode_text(

@@ -63,6 +63,27 @@ THINKING = """\
 {{- '<|im_start|>assistant\n<think>\n' }}
 {%- endif %}"""
 
+# Tools, calls and results, as in the templates of Hermes and Qwen.
+HERMES = """\
+{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{{- '<|im_start|>user\n<tool_response>' + message.content + '</tool_response><|im_end|>\n' }}
+{%- else %}
+{{- '<|im_start|>' + message.role + '\n' + (message.content or '') }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>' }}{{ call.function | tojson }}{{ '</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}
+{%- endif %}"""
+
 TEMPLATES = {"llama3": LLAMA3, "gemma": GEMMA, "chatml": CHATML, "mistral": MISTRAL, "thinking": THINKING}
 ENDS = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "mistral": "</s>"}
 """What ends a turn; elsewhere ``<|im_end|>``."""

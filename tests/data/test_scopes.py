@@ -55,8 +55,8 @@ def turns(messages, where="rows.jsonl:1"):
     """The records of a chat's answers."""
     row = {"messages": [dataclasses.asdict(message) for message in messages]}
     return [
-        Record(before[-1].content, "", said, said, before, where=where)
-        for before, said in read_answers(row, where)
+        Record(before[-1].content, "", turn.content, turn.content, before, where=where)
+        for before, turn in read_answers(row, where)
     ]
 
 
@@ -201,7 +201,8 @@ def test_an_answer_without_weight_is_history(tokenizers):
     values[3]["weight"] = 0
     read = read_answers({"messages": values}, "rows.jsonl:1")
     records = [
-        Record(before[-1].content, "", said, said, before, where="rows.jsonl:1") for before, said in read
+        Record(before[-1].content, "", turn.content, turn.content, before, where="rows.jsonl:1")
+        for before, turn in read
     ]
     example, fitting = encode_conversation(tokenizer, records, [end], 10**6, FIRST)
     assert fitting == 2
