@@ -218,6 +218,7 @@ def test_a_run_on_chats(folder, tmp_path, monkeypatch, capsys):
     assert answer["text"] == first["generated"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("part", ["prompt", "first_turn", "system"])
 def test_a_run_takes_a_conversation_as_one_example_where_it_has_one_route(folder, tmp_path, part):
     write_hf_directory(tmp_path / "model", dataclasses.replace(WITH_TOKENIZER, eos_ids=(9,)), tokenizer=False)

@@ -104,6 +104,7 @@ def test_what_a_run_writes(workdir):
     assert [p["task"] for p in predictions] == ["sums"] * 9 + ["gsm8k"] * 9
 
 
+@pytest.mark.thorough
 def test_the_evaluation_command_repeats_the_figures(workdir, folder, monkeypatch, capsys, tmp_path):
     summary = json.loads((workdir / "summary.json").read_text())
     where = ["--workdir", str(workdir), "--predictions", str(tmp_path / "p.jsonl"), "--limit", "9"]
@@ -139,6 +140,7 @@ def test_the_evaluation_command_refuses_bad_input(workdir, monkeypatch, argument
     assert message in str(caught.value)
 
 
+@pytest.mark.thorough
 def test_the_generation_command_takes_a_run_on_its_own_base_only(
     workdir, folder, monkeypatch, capsys, tmp_path
 ):

@@ -131,7 +131,7 @@ def test_words_for_a_config_that_takes_none_are_one_line(monkeypatch):
     assert "configs/tiny.py: TypeError: get_config() takes 0" in str(caught.value)
 
 
-@pytest.mark.sweep("openbookqa")
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", ["boolq", "openbookqa", "ARC-Easy", "ARC-Challenge"])
 def test_the_files_have_the_papers_rows(parse, shared_data, task):
     """The real files of LLM-Adapters, under the names that the config expects."""

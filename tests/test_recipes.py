@@ -37,6 +37,7 @@ def test_every_file_is_one_of_them():
     assert {path.stem for path in FOLDER.glob("*.py")} == {name.split(":")[0] for name in RECIPES}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_a_config_whose_rows_can_be_read(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -46,6 +46,7 @@ def logits(adapter, batch, **more):
     return unembed(BASE, TINY, run(adapter, batch, **more).hidden)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", METHODS)
 def test_a_fresh_adapter_changes_nothing_where_its_definition_allows(method):
     batch = two_rows()
@@ -59,7 +60,7 @@ def test_a_fresh_adapter_changes_nothing_where_its_definition_allows(method):
         assert change > 1e-3
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", METHODS)
 def test_scan_equals_loop(method):
     adapter, batch = make_adapter(method=method), two_rows()
@@ -67,7 +68,7 @@ def test_scan_equals_loop(method):
     np.testing.assert_allclose(run(adapter, batch).hidden, looped.hidden, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", METHODS)
 def test_cached_decoding_equals_the_full_forward(method):
     """Greedy tokens of prefill and decode are those of a forward pass over prompt and answer so far."""
@@ -79,7 +80,7 @@ def test_cached_decoding_equals_the_full_forward(method):
         np.testing.assert_array_equal(answer, again)
 
 
-@pytest.mark.sweep("milora", "iapt")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", METHODS)
 def test_packed_equals_unpacked_and_padding_is_nothing(method):
     adapter = make_adapter(method=method)
@@ -96,7 +97,7 @@ def test_packed_equals_unpacked_and_padding_is_nothing(method):
         start += length
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", METHODS)
 def test_every_leaf_is_trained(method):
     """From random parameters the loss has a gradient at every leaf but those that decide and are cut."""
@@ -155,7 +156,7 @@ def test_every_setting_of_every_method_is_tested_and_has_a_place_in_the_config()
     assert used | {"method", "normalize"} == {field.name for field in dataclasses.fields(AdapterSection)}
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("method", "name"),
     [(method, name) for method in METHODS for name in settings_of(method) if name in CHANGES],

@@ -59,6 +59,7 @@ def test_adalora_ends_with_its_budget_and_what_is_out_stays_out():
     assert ranks.min() < 2 < ranks.max(), "every module kept the same rank: nothing was chosen"
 
 
+@pytest.mark.thorough
 def test_adalora_keeps_what_matters():
     adapter = make_adapter(method="adalora", rank=1, initial_rank=4)
     method, params = adapter.method, adapter.params
@@ -88,6 +89,7 @@ def test_the_last_pruning_is_made_up_for_if_its_step_was_skipped():
     assert bool(memory.settled)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["sensitivity_decay", "spread_decay"])
 def test_the_decays_of_adalora_enter_its_memory(name):
     adapter = make_adapter(method="adalora")
@@ -101,6 +103,7 @@ def test_the_decays_of_adalora_enter_its_memory(name):
     assert float(jnp.abs(found[0] - found[1]).max()) > 1e-3
 
 
+@pytest.mark.thorough
 def test_the_penalty_of_adalora_is_the_distance_from_orthogonality():
     adapter = make_adapter(method="adalora", orthogonality=0.5)
     distances = [

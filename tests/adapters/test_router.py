@@ -176,6 +176,7 @@ def one_layer(router):
     return jax.tree.map(lambda leaf: leaf[0], router.init(jax.random.key(0), 1, 4))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("features", "limit"), [("rms", 2.01), ("raw", 6000.0), ("standardized", 3.01)])
 def test_features_bound_what_enters_the_activation(features, limit):
     huge = HIDDEN.at[0, 1, 2].set(5000.0)

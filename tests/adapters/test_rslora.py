@@ -21,7 +21,7 @@ def test_alpha_is_divided_by_the_root_of_the_rank_of_the_pairs(method, rank):
     assert stabilised.method.scale == 6.0 / math.sqrt(rank)
 
 
-@pytest.mark.sweep("milora", "dora")
+@pytest.mark.thorough
 @pytest.mark.parametrize(("method", "rank"), SCALED_RANKS.items())
 def test_it_is_the_same_method_at_a_larger_alpha(method, rank):
     batch = stack(row_batch(text(0, 7), text(1, 5)))

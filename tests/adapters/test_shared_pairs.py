@@ -73,6 +73,7 @@ def changed_weights(adapter, weights=None):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("normed", [True, False])
 def test_a_shared_pair_is_the_same_change_of_every_experts_weight(normed):
     """Also where the weights of a token's experts do not sum to 1."""
@@ -91,6 +92,7 @@ def test_milora_with_seven_experts_of_weight_one_is_lora_to_the_bit():
     np.testing.assert_array_equal(run(milora), run(lora))
 
 
+@pytest.mark.thorough
 def test_an_expert_that_a_route_does_not_choose_has_no_gradient():
     adapter = made(method="milora", top_k=3)
     weights = np.zeros((2, 2, 1, 7), np.float32)
@@ -107,7 +109,7 @@ def test_an_expert_that_a_route_does_not_choose_has_no_gradient():
     np.testing.assert_allclose(run(adapter, route=route), expected, atol=2e-4)
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", SHARED)
 def test_a_method_trains_and_decodes_on_experts(method):
     """Finite gradients; and the tokens of prefill and cached steps are those of the full pass."""
@@ -132,6 +134,7 @@ def test_a_method_trains_and_decodes_on_experts(method):
         np.testing.assert_array_equal(np.argmax(logits, axis=-1), new)
 
 
+@pytest.mark.thorough
 def test_the_route_of_prefill_is_that_of_training():
     adapter = made(method="milora")
     prompt = text(6, 8)
@@ -141,7 +144,7 @@ def test_the_route_of_prefill_is_that_of_training():
     np.testing.assert_allclose(trained.weights, alone.weights, atol=1e-6)
 
 
-@pytest.mark.sweep("gathered")
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", ["gathered", "one_hot"])
 def test_tenants_of_a_bank_each_get_their_own_tokens(path):
     adapters = {f"t{seed}": made(seed=10 * seed + 1, method="milora") for seed in range(3)}
@@ -169,6 +172,7 @@ def test_tenants_of_a_bank_each_get_their_own_tokens(path):
     assert len(set(map(tuple, found.values()))) > 1
 
 
+@pytest.mark.thorough
 def test_merging_on_prefill_adds_the_change_to_every_expert():
     adapter = made(method="milora")
     route = forward(BASE, MODEL, BATCH, adapter=adapter).route

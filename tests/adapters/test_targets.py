@@ -85,6 +85,7 @@ def test_it_is_the_adapter_whose_other_pairs_change_nothing(method):
     assert float(jnp.abs(found - run(None, batch).hidden).max()) > 0.1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_module_is_drawn_alike_and_trained_alone(method):
     fresh = make_adapter(method=method, target_modules=CHOSEN, change=False)
@@ -102,6 +103,7 @@ def test_a_module_is_drawn_alike_and_trained_alone(method):
     assert count == sum(leaf.size for leaf in jax.tree.leaves(adapter.params))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.thorough)])
 def test_it_is_decoded_alone_and_beside_others(method):
     adapters = [
@@ -127,6 +129,7 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_files_hold_the_chosen_modules_and_come_back(method, model, tmp_path):
     made = run_of(tmp_path / "run", model, method, target_modules=CHOSEN, alpha=6.0)
@@ -142,6 +145,7 @@ def test_files_hold_the_chosen_modules_and_come_back(method, model, tmp_path):
     assert_equal(load_adapter(tmp_path / "again"), made)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["llama", pytest.param("phi3", marks=pytest.mark.thorough)])
 def test_a_merged_base_keeps_the_other_weights(name, tmp_path):
     """Of phi3, which keeps several modules in one tensor, only the rows of the chosen one change."""

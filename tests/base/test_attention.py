@@ -40,7 +40,7 @@ def inputs(length, prefix, seed=0):
     return q, k, v, ops.attention_mask(segments, keys, prefix)
 
 
-@pytest.mark.sweep("130-7")
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("length", "prefix", "size", "scoring"),
     [
@@ -67,6 +67,7 @@ def test_blocks_equal_the_plain_formula(length, prefix, size, scoring):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.thorough
 def test_a_query_that_sees_nothing_is_finite_and_gives_nothing_back():
     q, k, v, mask = inputs(70, 0)
     blind = mask.at[:, 60:].set(False)
@@ -77,6 +78,7 @@ def test_a_query_that_sees_nothing_is_finite_and_gives_nothing_back():
     assert all(bool(jnp.isfinite(slope).all()) for slope in slopes)
 
 
+@pytest.mark.thorough
 def test_nothing_of_the_size_of_the_scores_is_kept():
     q, k, v, mask = inputs(128, 0)
     _, back = jax.vjp(lambda *x: attention(*x, mask), q, k, v)
@@ -85,6 +87,7 @@ def test_nothing_of_the_size_of_the_scores_is_kept():
     assert not [shape for shape in floats if shape[-1] >= 128 and shape[-2] >= 64]
 
 
+@pytest.mark.thorough
 def test_bfloat16_stays_bfloat16_and_is_summed_in_float32():
     q, k, v, mask = inputs(130, 0)
     small = [x.astype(jnp.bfloat16) for x in (q, k, v)]

@@ -48,6 +48,7 @@ def _with_slopes(attend):
     return jnp.where(SEGMENTS[..., None, None] > 0, out, 0.0), slopes
 
 
+@pytest.mark.thorough
 def test_splash_is_the_plain_form(case):
     """In Pallas' interpreter: packed records, padding, grouped heads, a length that no block divides."""
     window, scoring, expected = case
@@ -57,6 +58,7 @@ def test_splash_is_the_plain_form(case):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
 
 
+@pytest.mark.thorough
 def test_what_cudnn_is_asked_for_is_the_plain_form(monkeypatch, case):
     """The call that is made, with XLA in cuDNN's place; of a cap it knows nothing, and is not asked."""
     window, scoring, expected = case
@@ -81,6 +83,7 @@ def lowered(platform, layout, q, k, v, segments=SEGMENTS, window=None):
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.thorough
 def test_a_tpu_takes_the_kernel_where_it_serves():
     q, k, v = draw("bfloat16")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -58,6 +58,7 @@ def token_by_token(config, experts, x, changes=None):
     return output, hidden
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 1), (2, 17), (4, 64)])
 def test_the_layer_is_the_sum_over_chosen_experts(rows, length, normed):
@@ -73,6 +74,7 @@ def test_the_layer_is_the_sum_over_chosen_experts(rows, length, normed):
                 np.testing.assert_allclose(mine, theirs, atol=2e-5)
 
 
+@pytest.mark.thorough
 def test_one_expert_for_all_and_all_experts_for_one():
     """Blocks of the extreme cases: every row in one expert, and every expert for every row."""
     x = np.random.default_rng(2).normal(size=(2, 9, 32)).astype(np.float32)
@@ -100,7 +102,7 @@ def dense(config, experts, x, changes):
     return tuple(jnp.einsum("BTXF,BTX->BTF", values, weights) for values in (output, hidden))
 
 
-@pytest.mark.sweep("40")
+@pytest.mark.thorough
 @pytest.mark.parametrize("length", [1, 40])
 def test_the_gradient_of_stream_and_changes_is_that_of_the_dense_sum(length):
     config, experts = config_of(), experts_of()
@@ -119,6 +121,7 @@ def test_the_gradient_of_stream_and_changes_is_that_of_the_dense_sum(length):
         np.testing.assert_allclose(mine, theirs, atol=5e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("rows", "chosen", "count"), [(1, 2, 8), (5, 3, 4), (50, 2, 7), (300, 4, 3)])
 def test_blocks_hold_every_copy_once_and_suit_ragged_dot(rows, chosen, count):
     """``ragged_dot``, which accelerators use, reads the same places with the same sizes."""
@@ -158,7 +161,7 @@ QUANTIZABLE_EXPERTS = dataclasses.replace(
 )
 
 
-@pytest.mark.sweep("nf4")
+@pytest.mark.thorough
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
 def test_quantised_experts_compute_with_their_decoded_values(quantize, tmp_path):
     write_hf_directory(tmp_path, QUANTIZABLE_EXPERTS, tokenizer=False)

@@ -72,7 +72,7 @@ def folder(tmp_path, name):
     return tmp_path
 
 
-@pytest.mark.sweep("gemma3_text")
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
 def test_a_family_equals_its_stored_values(name, folder):
     with np.load(GOLDEN / f"{name}.npz") as stored:
@@ -107,7 +107,7 @@ def test_a_config_survives_writing_and_reading(name, folder):
     assert read_model_config(folder) == FAMILY_CONFIGS[name]
 
 
-@pytest.mark.sweep("gemma3_text")
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text", "qwen3_moe"])
 def test_layers_in_a_tuple_equal_layers_in_a_scan(name, folder):
     base, config = load_base(folder)

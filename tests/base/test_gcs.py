@@ -41,6 +41,7 @@ def model(storage, tmp_path):
     return tmp_path
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("block", [2**22, 256])
 @pytest.mark.parametrize("url", [URL, f"{URL}/"])
 def test_the_leaves_are_those_of_the_disk(storage, model, monkeypatch, url, block):

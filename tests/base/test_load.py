@@ -303,8 +303,8 @@ print((peak - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(base)))
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the memory figures of /proc")
-@pytest.mark.sweep("bfloat16")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_takes_little_more_memory_than_the_model(tmp_path, dtype):
     wide = dataclasses.replace(

@@ -41,6 +41,7 @@ def buffer(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("buffer")
 @pytest.mark.parametrize("config", [PLAIN, GROUPED])
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_every_slice_is_read_once_and_only_the_devices_own(tmp_path, monkeypatch
         assert sum(read) == whole, sizes
 
 
-@pytest.mark.sweep("nf4")
+@pytest.mark.thorough
 @pytest.mark.usefixtures("buffer")
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
 def test_a_split_quantised_base_is_the_whole_one(tmp_path, quantize):

@@ -59,6 +59,7 @@ def test_every_field_of_the_model_config_is_read():
     assert FIELD_CHANGES.keys() == {field.name for field in dataclasses.fields(GROUPED)}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [name for name, value in FIELD_CHANGES.items() if value is not None])
 def test_every_field_of_the_model_config_changes_the_logits(name):
     tokens = jnp.arange(20, dtype=jnp.int32)[None]

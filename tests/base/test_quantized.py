@@ -161,6 +161,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CODED)
 def test_a_loaded_base_is_the_plain_one_encoded(folder, name):
     base, config = load_base(folder, quantize=name)
@@ -193,6 +194,7 @@ def test_a_split_quantised_base_is_the_whole_one(folder, name, sizes):
     assert shard.shape[1:] == (128 // sizes["fsdp"], 128 // sizes.get("tensor", 1))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CODED)
 def test_logits_are_those_of_the_decoded_kernels(folder, name):
     base, config = load_base(folder, quantize=name)

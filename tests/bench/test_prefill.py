@@ -28,6 +28,7 @@ def test_both_cases_report_what_they_measured(capsys):
     assert all(len(each["first_token_s"]) == 3 for each in found[2:])
 
 
+@pytest.mark.thorough
 def test_a_prompt_beyond_the_model_is_refused():
     with pytest.raises(UserError, match="positions"):
         main(["prefill", "--model", str(MODEL_DIR), "--prompt", "100000", "--repeats", "1"])

@@ -223,7 +223,7 @@ REAL = {
 }
 
 
-@pytest.mark.sweep("e2e_cleaned/test", "ARC-Easy/test")
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", REAL)
 def test_real_data_sets_are_read_whole(shared_data, name):
     records = read_records(Source("real", str(shared_data / name)))

@@ -240,6 +240,7 @@ def test_a_template_that_rewrites_history_is_refused_with_its_message(tokenizers
     assert not example.answers
 
 
+@pytest.mark.thorough
 def test_masks_are_of_the_scope_and_of_every_answer(tokenizers):
     tokenizer = tokenizers["chatml"]
     end = end_of(tokenizer, "chatml")

@@ -61,6 +61,7 @@ def test_a_route_that_decoding_changes_is_told():
     assert "changed the route of 1 rows" in carried_finding(weights, changed).text
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("pack", [False, True])
 def test_a_fresh_adapter_routes_alike_in_both(inputs, pack):
     found = looked_at("routing", config_of(inputs, pack=pack), after=["rows", "tokens"])

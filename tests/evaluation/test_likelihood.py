@@ -82,6 +82,7 @@ ROWS = 64  # so many that the logits come in several chunks
 OTHERS = (None, "midora", "moelora", "iapt", "p_tuning_v2")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "method", ["milora", *(pytest.param(name, marks=pytest.mark.thorough) for name in OTHERS)]
 )
@@ -93,6 +94,7 @@ def test_they_are_those_of_single_unpadded_texts(folder, method):
         assert result.greedy == greedy
 
 
+@pytest.mark.thorough
 def test_what_is_scored_is_no_part_of_the_prompt(folder):
     """By the chain rule: a router that read on would give the later token another route."""
     tokens = drawn(12)

@@ -58,6 +58,7 @@ def loss_of(folder, tokenizer, records, method=None, rows=4):
     return found
 
 
+@pytest.mark.thorough
 def test_it_is_the_loss_whose_exponential_is_the_dev_perplexity(folder, tokenizer):
     """Computed by the other path: training's rows, masks and layout, padded to one length."""
     base, config = load_base(folder)

@@ -128,6 +128,7 @@ def test_answers_to_other_questions_stay_and_other_words_are_refused(folder, tmp
         answer(folder, out, "--max-new-tokens", 0)
 
 
+@pytest.mark.thorough
 def test_a_question_without_room_leaves_the_others(folder, tmp_path):
     rows = [{"question_id": "long", "category": "", "turns": ["word " * 600]}, QUESTIONS[2]]
     questions, out = write(tmp_path / "questions.jsonl", rows), tmp_path / "answers.jsonl"
@@ -245,6 +246,7 @@ def test_a_judge_that_is_busy_is_asked_again(tmp_path, capsys):
     assert len(judge.asked) == 7
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("reply", "line", "count"),
     [

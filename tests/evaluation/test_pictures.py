@@ -79,6 +79,7 @@ def draw_tasks(tmp_path, tasks, layers):
     routing_plots.plot_distances(tmp_path / "distances.png", names, RNG.random((tasks, tasks)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "shapes", [FEW, pytest.param(OTHERS, marks=pytest.mark.thorough)], ids=["few", "others"]
 )

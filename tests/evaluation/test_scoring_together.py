@@ -72,7 +72,7 @@ def alone(folder):
     return of
 
 
-@pytest.mark.sweep("uneven")
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("model", "beams", "mesh"),
     [("even", 1, "data=2,fsdp=2,tensor=2"), ("even", 3, "fsdp=8"), ("uneven", 1, "fsdp=4,tensor=2")],

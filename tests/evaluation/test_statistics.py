@@ -86,7 +86,7 @@ def test_one_seed_leaves_the_rows_of_which_the_error_is_known():
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.05)
 
 
-@pytest.mark.sweep("1.0-0.1")
+@pytest.mark.thorough
 @pytest.mark.parametrize(("by_seed", "by_row"), [(1.0, 0.1), (0.1, 1.0), (0.3, 1.0)])
 def test_the_interval_covers_what_seeds_and_rows_vary(by_seed, by_row):
     """What all rows of a seed share, as all answers of one model do, is no noise that averages out; nor is

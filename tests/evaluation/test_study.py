@@ -47,6 +47,7 @@ def test_the_tiny_study_has_every_method_on_one_budget():
         require_equal_budgets(wide, adapter_shape(read_model_config(Path(STUDY.base.model.path))))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_cells_differ_in_what_they_compare_and_in_nothing_else(name):
     cells = COMPARISONS[name].plan(STUDY, 2, CHOSEN)

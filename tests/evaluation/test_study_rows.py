@@ -65,6 +65,7 @@ def made(tmp_path_factory):
     return made, adapter_decode_layout(stored, base)
 
 
+@pytest.mark.thorough
 def test_a_row_keeps_its_place_and_their_mean_is_the_loss(made):
     run, adapter = made
     encoded = Encoded(run, RECORDS)
@@ -80,6 +81,7 @@ def test_a_row_keeps_its_place_and_their_mean_is_the_loss(made):
     np.testing.assert_allclose(alone.nll, found.nll[4:5], rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_forced_route_is_the_route(made):
     run, adapter = made
     passages = Encoded(run, RECORDS).passages
@@ -107,6 +109,7 @@ def test_a_forced_route_is_the_route(made):
     assert (np.abs(found(swapped) - found(own)) > 1e-4).any()
 
 
+@pytest.mark.thorough
 def test_every_replaced_route_is_what_it_says(made):
     run, adapter = made
     rows = {"task": Encoded(run, RECORDS), "other": Encoded(run, RECORDS[:2])}

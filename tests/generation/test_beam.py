@@ -42,7 +42,7 @@ def test_one_beam_is_greedy():
         assert list(found.tokens) == expected
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", [None, "milora", "moelora", "iapt"])
 def test_the_score_is_that_of_the_tokens(method):
     """Ancestry, positions and masks are right: a full forward pass gives the same log-probability."""
@@ -94,7 +94,7 @@ def test_prompts_do_not_see_each_other():
         np.testing.assert_allclose(found.score, alone.score, rtol=1e-5)
 
 
-@pytest.mark.sweep("2")
+@pytest.mark.thorough
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_the_search_never_copies_a_cache(prompts):
     batch = collate_prompts([text(0, 6).tolist()] * prompts, 32, 0, rows=prompts)

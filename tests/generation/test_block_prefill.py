@@ -56,9 +56,9 @@ def outcome(request):
     return request.tokens, request.logprobs
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("config", [TINY, SLIDING], ids=["full", "sliding"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.sweep("milora-full")
 def test_blocks_equal_the_prefill_of_one_program(method, config):
     prompt, adapters = text(1, 29).tolist(), adapted(method)
     expected, route = prefill(
@@ -103,6 +103,7 @@ def test_the_routers_read_their_tokens_alone():
     assert any((route != other.result()[1]).any() for route in whole)
 
 
+@pytest.mark.thorough
 def test_turns_of_a_conversation_find_their_beginning():
     engine = engine_of(make_adapter(seed=3, method="lora"))
     alone = engine_of(make_adapter(seed=3, method="lora"), prefix_cache=0)
@@ -125,6 +126,7 @@ def test_a_whole_prompt_of_a_routed_adapter_is_found_and_no_other():
     np.testing.assert_array_equal(first.route, again.route)
 
 
+@pytest.mark.thorough
 def test_nothing_is_shared_between_scopes_and_adapters():
     bank, _ = make_bank(method="lora")
     engine, prompt = engine_of(bank.adapters), text(6, 33).tolist()
@@ -153,6 +155,7 @@ def test_an_entry_that_does_not_fit_is_not_kept():
     assert cache.find("a", [1] * 9, 0, routed=False) == KeptPrefix()
 
 
+@pytest.mark.thorough
 def test_streams_go_on_while_a_long_prompt_is_prefilled():
     engine = engine_of(make_adapter(seed=3), rows=3, chunk=1, prefix_cache=0)
     stream = engine.submit(text(1, 5).tolist(), GenerationSettings(max_new_tokens=60, ignore_eos=True))
@@ -178,7 +181,7 @@ def test_streams_go_on_while_a_long_prompt_is_prefilled():
         assert run(alone, list(request.prompt), **settings).tokens == request.tokens
 
 
-@pytest.mark.sweep("1")
+@pytest.mark.thorough
 @pytest.mark.parametrize("samples", [1, 2])
 def test_a_request_that_ends_while_it_is_prefilled_frees_its_slots(samples):
     engine = engine_of(rows=2)

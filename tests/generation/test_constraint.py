@@ -39,7 +39,7 @@ def requests(engine, constraints):
     return made
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", [None, "milora"])
 def test_tokens_are_allowed_and_neighbours_unchanged(method):
     adapter = None if method is None else make_adapter(method=method)
@@ -55,7 +55,7 @@ def test_tokens_are_allowed_and_neighbours_unchanged(method):
             assert one.logprobs == other.logprobs
 
 
-@pytest.mark.sweep("kind0", "kind4")
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_complete_text_ends(kind):
     engine = make_engine(rows=3)
@@ -81,6 +81,7 @@ def test_a_full_mask_changes_nothing_at_all():
     assert [r.logprobs for r in free] == [r.logprobs for r in masked]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "constraint", [Steps(SETS, fails_at=0), Steps(SETS, fails_at=2), Steps(SETS, accepts=False)]
 )
@@ -92,6 +93,7 @@ def test_a_constraint_that_fails_ends_its_own_request_alone(constraint):
         assert (together[i].tokens, together[i].finish) == (alone[i].tokens, alone[i].finish)
 
 
+@pytest.mark.thorough
 def test_a_batch_without_constraints_runs_the_chunk_program_alone():
     engine = make_engine(rows=2, chunk=4, plans=(Plan(True, True, True, True),))
     settings = GenerationSettings(max_new_tokens=9)

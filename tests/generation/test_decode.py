@@ -131,6 +131,7 @@ def test_a_row_that_stopped_gives_nothing_more():
         assert mine == (whole[: whole.index(first[2]) + 1] if first[2] in whole else whole)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("count", [1, 2, 16, 17, 18, 33])
 def test_any_number_of_new_tokens(count):
     prompt = text(0, 4)
@@ -139,6 +140,7 @@ def test_any_number_of_new_tokens(count):
     assert tokens == longest[:count]
 
 
+@pytest.mark.thorough
 def test_more_prompts_than_rows_and_rows_that_are_used_again():
     prompts = [text(i, 3 + i) for i in range(7)]
     engine = make_engine(make_adapter(), ENDLESS, rows=2, slots=64)
@@ -198,7 +200,7 @@ def dots(program):
     return len(re.findall(r" dot\(", program))
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["lora", "milora", "moelora", "dora", "midora"])
 def test_few_more_products_than_the_base(method):
     """At most 8 per layer; MOELoRA's own routers, which run at every token, come on top."""
@@ -207,6 +209,7 @@ def test_few_more_products_than_the_base(method):
     assert 0 < more <= (8 + routers) * TINY.num_layers
 
 
+@pytest.mark.thorough
 def test_one_trace_per_bucket():
     before = prefill._cache_size(), admit._cache_size(), decode_chunk._cache_size()
     engine = make_engine(make_adapter(), rows=3, slots=100)
@@ -218,6 +221,7 @@ def test_one_trace_per_bucket():
     assert [b - a for a, b in zip(before, after, strict=True)] == [len(lengths), 1, 1]
 
 
+@pytest.mark.thorough
 def test_a_row_is_given_away_while_its_last_tokens_are_computed(monkeypatch):
     """Two chunks do for three prompts, two of which share a row: nobody waits for a look at the first."""
     chunks = []

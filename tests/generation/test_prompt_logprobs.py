@@ -27,7 +27,7 @@ def scored(adapter, ids, rows=2, **settings):
     return request
 
 
-@pytest.mark.sweep("33")
+@pytest.mark.thorough
 @pytest.mark.parametrize("length", [1, 2, 31, 33, 50])
 def test_they_are_those_of_the_whole_pass(length):
     adapter, ids = make_adapter(), text(0, length).tolist()
@@ -53,6 +53,7 @@ def test_no_new_token_need_be_asked_for():
     assert several.prompt_logprobs == without.prompt_logprobs
 
 
+@pytest.mark.thorough
 def test_neither_they_nor_others_depend_on_who_is_there():
     adapter, prompts = make_adapter(), [text(i, 5 + 4 * i).tolist() for i in range(5)]
     settings = [

@@ -70,7 +70,7 @@ def requests(adapter, lookup, *, rows=3, chunk=4, constraints=None, which=range(
     return made
 
 
-@pytest.mark.sweep("4-milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["milora", "p_tuning_v2", None])
 @pytest.mark.parametrize("lookup", [1, 4])
 def test_tokens_are_those_without_it(method, lookup):
@@ -87,6 +87,7 @@ def test_tokens_are_those_without_it(method, lookup):
     assert repeated.accepted_tokens < len(repeated.tokens[0])
 
 
+@pytest.mark.thorough
 def test_a_text_that_repeats_itself_takes_fewer_steps():
     settings = GenerationSettings(max_new_tokens=40, ignore_eos=True, logit_bias=((7, 1e4),))
     steps = {}
@@ -115,7 +116,7 @@ def test_a_row_has_the_bits_that_it_has_alone(blocks):
     assert together[4].accepted_tokens == together[4].proposed_tokens == 0
 
 
-@pytest.mark.sweep("gathered")
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", ["one_hot", "gathered", "tpu interpreted"])
 def test_tenants_of_a_bank_get_their_own_tokens(path):
     (bank, _), tenants = make_bank(path), {}

@@ -54,7 +54,7 @@ def bank_of(adapters, path="gathered"):
     return bank
 
 
-@pytest.mark.sweep("12")
+@pytest.mark.thorough
 @pytest.mark.parametrize("rank", RANKS)
 def test_methods_that_end_as_lora_share_a_bank_at_any_rank(rank):
     made = {method: make_adapter(seed=i, method=method, rank=rank) for i, method in enumerate(MIXED)}
@@ -64,7 +64,7 @@ def test_methods_that_end_as_lora_share_a_bank_at_any_rank(rank):
         assert_at_home(bank_of({method: made[method] for method in order}), {m: own[m] for m in order})
 
 
-@pytest.mark.sweep("milora-ranks0")
+@pytest.mark.thorough
 @pytest.mark.parametrize("ranks", [(1, 12), (33, 16)])
 @pytest.mark.parametrize("method", ["lora", "adalora", "ssp", "milora", "dora", "midora"])
 def test_adapters_of_one_method_may_have_other_ranks_and_scales(method, ranks):
@@ -85,6 +85,7 @@ def test_experts_that_share_a_rank_are_filled_up_one_by_one(experts, ranks):
     assert_at_home(bank, alone(pair))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", MIXED)
 def test_a_rank_that_does_not_fit_is_refused_by_name_and_changes_nothing(method):
     small = {"here": make_adapter(rank=8, method="lora")}

@@ -89,6 +89,7 @@ def test_draws_follow_the_distribution():
     assert np.abs(share - probs).max() < 4 * np.sqrt(0.25 / rows)
 
 
+@pytest.mark.thorough
 def test_a_draw_depends_on_seed_sample_and_position_and_on_nothing_else():
     settings = GenerationSettings(temperature=1.0, seed=5)
     flat = jnp.zeros((3, VOCAB))
@@ -109,6 +110,7 @@ def test_a_draw_depends_on_seed_sample_and_position_and_on_nothing_else():
     assert samples == again[::-1]
 
 
+@pytest.mark.thorough
 def test_temperature_zero_is_greedy_beside_rows_that_draw():
     logits = logits_of(3, rows=2)
     both = sampler_of(GenerationSettings(), GenerationSettings(temperature=1.0))
@@ -195,6 +197,7 @@ def test_beam_search_takes_no_sampling_settings():
             GenerationSettings(num_beams=2, **more)
 
 
+@pytest.mark.thorough
 def test_samples_of_a_prompt_are_what_they_are_alone():
     settings = GenerationSettings(max_new_tokens=10, temperature=1.0, seed=3, ignore_eos=True)
     engine = make_engine(make_adapter(), rows=4)
@@ -209,6 +212,7 @@ def test_samples_of_a_prompt_are_what_they_are_alone():
     assert beside.tokens[0] != alone.tokens[0]
 
 
+@pytest.mark.thorough
 def test_a_stop_token_ends_a_row_and_logprobs_come_with_every_token():
     (whole,) = decoded(make_adapter(), [text(0, 6)], 12, ignore_eos=True)
     stop = whole[4]
@@ -306,6 +310,7 @@ def test_bias_and_penalties_are_those_of_vllm():
         np.testing.assert_allclose(found[row], expected, rtol=1e-6, err_msg=str(mine))
 
 
+@pytest.mark.thorough
 def test_a_bias_forbids_or_forces_a_token_and_counts_only_what_was_produced():
     plain, forced = decoded(make_adapter(), [text(0, 6)], 8, ignore_eos=True)[0], 41
     (banned,) = decoded(make_adapter(), [text(0, 6)], 8, ignore_eos=True, logit_bias=((plain[0], -100.0),))

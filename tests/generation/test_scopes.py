@@ -27,6 +27,7 @@ def route_of(request):
     return np.asarray(request.route)
 
 
+@pytest.mark.thorough
 def test_rows_of_a_batch_each_have_their_scope():
     """Whoever the neighbours are, and whether prompts are prefilled together or alone."""
     adapter, prompts = make_adapter(gate="softmax"), [text(i, 20).tolist() for i in range(4)]
@@ -74,7 +75,7 @@ TALK = [
 ]
 
 
-@pytest.mark.sweep("first_turn")
+@pytest.mark.thorough
 @pytest.mark.parametrize(("part", "same"), [("prompt", False), ("first_turn", True), ("system", True)])
 def test_every_turn_of_a_chat_has_the_route_of_its_first(tokenizer, part, same):
     base = random_base(WITH_TOKENIZER)
@@ -95,6 +96,7 @@ def test_every_turn_of_a_chat_has_the_route_of_its_first(tokenizer, part, same):
     np.testing.assert_allclose(routes(SETTINGS, merge=True), routes(SETTINGS), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_text_is_one_turn_and_has_no_system_message(tokenizer):
     base = random_base(WITH_TOKENIZER)
     adapter = noisy_adapter(base, WITH_TOKENIZER, route_on="system").replace(

@@ -18,7 +18,7 @@ from tests.generation.banks import PATHS, SLOTS, make_bank, together
 from tests.generation.decoding import decoded, make_engine
 
 
-@pytest.mark.sweep("milora-gathered", "milora-tpu")
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", ["milora", "lora"])
 def test_every_path_gives_each_row_its_own_adapter(path, method):
@@ -30,7 +30,7 @@ def test_every_path_gives_each_row_its_own_adapter(path, method):
     assert len({tuple(tokens) for tokens in together(bank, [(text(0, 6), i) for i in range(SLOTS)])}) == SLOTS
 
 
-@pytest.mark.sweep("ia3")
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "method",
     [
@@ -45,7 +45,7 @@ def test_methods_that_are_not_pairs_have_tenants_too(method):
         assert tokens == decoded(adapters[slot], [prompt], 8, ignore_eos=True)[0]
 
 
-@pytest.mark.sweep("40")
+@pytest.mark.thorough
 @pytest.mark.parametrize("count", [40, 200])
 def test_a_row_is_bit_for_bit_the_same_in_any_batch(count):
     """Random mixes of prompts, tenants, places and settings: every row's tokens and log-probabilities
@@ -100,6 +100,7 @@ def test_loading_an_adapter_compiles_nothing_and_changes_one_slot():
     del adapters
 
 
+@pytest.mark.thorough
 def test_adapters_that_do_not_belong_are_refused_and_nothing_changes():
     bank, _ = make_bank(slots=2)
     before = together(bank, [(text(0, 5), 0)])
@@ -127,7 +128,7 @@ def test_the_path_follows_from_bank_and_machine():
     assert choose_path(dora, 64, "gpu") == "gathered"
 
 
-@pytest.mark.sweep("-0", "-1", "-5")
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("platform", ["tpu interpreted", "gpu interpreted"])
 def test_the_kernel_equals_its_reference(seed, platform):

@@ -77,6 +77,7 @@ def test_a_stop_string_ends_the_text_and_is_not_part_of_it(model):
     assert stop not in model.tokenizer.decode(cut.tokens[:-1])
 
 
+@pytest.mark.thorough
 def test_what_is_streamed_is_the_text(model):
     pieces = {}
     settings = GenerationSettings(max_new_tokens=40, num_samples=2, temperature=1.0, stop=("qq",))
@@ -135,6 +136,7 @@ def test_bytes_that_are_no_character_are_not_decoded_again_for_ever():
     assert tokenizer.longest < 64
 
 
+@pytest.mark.thorough
 def test_a_prompt_that_cannot_be_served_has_an_error_and_the_others_are_as_without_it(model):
     settings = [GenerationSettings(max_new_tokens=6)] * 4
     good = model(settings=settings)
@@ -212,7 +214,7 @@ def test_tenants_by_name(model):
             np.testing.assert_allclose(answer.route, alone.route, atol=1e-6)
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["milora", "lora", "adalora"])
 def test_merging_gives_the_same_tokens(model, method):
     adapter = model.adapter(method=method)
@@ -223,6 +225,7 @@ def test_merging_gives_the_same_tokens(model, method):
     assert apart[0].tokens != model(settings=settings)[0].tokens
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("merge", [False, True])
 def test_proposals_of_a_text_leave_the_tokens_as_they_are(model, merge):
     given = {"adapter": model.adapter(), "max_new_tokens": 20, "merge": merge}

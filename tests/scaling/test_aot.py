@@ -70,6 +70,7 @@ def test_a_step_is_compiled_and_measured():
     assert found.flops == 4 * MODEL.matrix_parameters * 16 * 16
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", [prefill_program, decode_program])
 def test_decoding_gathers_no_weights_and_no_cache(make):
     """A tensor-parallel step sums activations; what it gathers is as small as a token's."""

@@ -27,6 +27,7 @@ def run(capsys, served, *more):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.thorough
 def test_requests_that_do_not_wait(served, capsys, keys):
     more = ["--rate", "200", "--requests", "40", "--whole", "0.3", "--watch-key", "KEY_monitor"]
     found = run(capsys, served, "--key", keys, *more)
@@ -45,6 +46,7 @@ def test_requests_that_do_not_wait(served, capsys, keys):
     assert run(capsys, served, "--key", keys, *more[:4])["server"] == {}, "a tenant is not told"
 
 
+@pytest.mark.thorough
 def test_clients_who_wait_and_those_who_leave(served, capsys, keys):
     more = ["--clients", "4", "--requests", "40", "--questions", "5"]
     found = run(capsys, served, "--key", "KEY_one", *more)
@@ -56,6 +58,7 @@ def test_clients_who_wait_and_those_who_leave(served, capsys, keys):
     assert found["complete"] + found["left"] == 40
 
 
+@pytest.mark.thorough
 def test_more_than_the_server_can_do(served, capsys, keys):
     more = ["--clients", "4", "--requests", "16", "--overload", "5", "--seconds", "1"]
     found = run(capsys, served, "--key", "KEY_one", *more)

@@ -67,12 +67,14 @@ def test_half_a_head_after_a_request_closes_the_connection(connection):
     assert closed_after(connection) < 10
 
 
+@pytest.mark.thorough
 def test_a_connection_is_kept_between_requests_and_during_a_long_one(connection):
     answered(connection, b"")
     time.sleep(1.5)
     answered(connection, b"slow")
 
 
+@pytest.mark.thorough
 def test_pipelined_requests_are_answered(connection):
     connection.sendall(2 * (GET % b"slow"))
     found = b""
@@ -80,6 +82,7 @@ def test_pipelined_requests_are_answered(connection):
         found += connection.recv(4096)
 
 
+@pytest.mark.thorough
 def test_a_client_that_reads_nothing_is_disconnected(connection):
     """The application is done at once: it does not wait for the last part of a response to be read."""
     connection.sendall(GET % b"long")
@@ -91,6 +94,7 @@ def test_a_client_that_reads_nothing_is_disconnected(connection):
     assert read < LONG
 
 
+@pytest.mark.thorough
 def test_a_client_that_reads_slowly_gets_all(connection):
     connection.sendall(GET % b"long")
     read, begin = 0, time.monotonic()

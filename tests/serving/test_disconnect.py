@@ -61,7 +61,7 @@ async def answer(waits, between):
     return made
 
 
-@pytest.mark.sweep("1]")
+@pytest.mark.thorough
 @pytest.mark.parametrize("between", [0, 1, 3])
 def test_what_was_begun_ends_at_whatever_moment_the_client_leaves(between):
     """The moments are turns of the event loop, so that each of them is met; a piece takes at least one."""

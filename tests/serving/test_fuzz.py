@@ -13,7 +13,10 @@ from tests.serving.harness import KEYS, ask, http_scope, openapi
 from tests.serving.hostile import requests
 
 # Other threads of a server draw random numbers while hypothesis draws its own.
-pytestmark = pytest.mark.filterwarnings("ignore:Do not use the .random. module:Warning")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.filterwarnings("ignore:Do not use the .random. module:Warning"),
+]
 
 ENDS = (b"event: response.completed\n", b"event: response.incomplete\n")
 """What the last event of a streamed response begins with."""

@@ -56,6 +56,7 @@ def closed_after(connection, seconds):
     return time.monotonic() - begin
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("beginning", [b"", b"GET /health/live HTTP/1.1\r\nHost: "])
 def test_a_head_that_does_not_come_is_not_waited_for(served, beginning):
     host, port = served[1].removeprefix("http://").split(":")

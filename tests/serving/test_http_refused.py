@@ -211,6 +211,7 @@ def test_what_cannot_be_tokenized_is_refused(client, name):
     assert field is None or answer.json()["error"]["param"] == field
 
 
+@pytest.mark.thorough
 def test_five_hundred_mutated_bodies_are_answered_and_none_breaks_anything(client):
     rng = random.Random(0)
     fields = [

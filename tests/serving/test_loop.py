@@ -253,6 +253,7 @@ def test_those_that_are_not_in_host_memory_are_read_again(service, folder, adapt
     assert Listener(service, "art", [9]).end() == expected
 
 
+@pytest.mark.thorough
 def test_a_loop_that_stops_tells_everybody(folder, adapters):
     service, _ = service_of(folder, {"math": adapters["math"]})  # the other service's programs serve this one
     service.loop.start()

@@ -53,6 +53,7 @@ def contents(directory):
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.iterdir()}
 
 
+@pytest.mark.thorough
 def test_they_share_a_bank_with_our_adapters_and_are_what_import_makes(folder, tmp_path):
     before = contents(folder / "peft-lora")
     store = store_of(folder, "peft-lora", "wide")
@@ -147,6 +148,7 @@ def test_patterns_of_ranks_and_scales_are_served_as_they_mean(folder, tmp_path):
     assert not found.params["q"].a[..., 1:].any()
 
 
+@pytest.mark.thorough
 def test_the_generation_command_takes_one(folder, capsys):
     given = ["--base", str(folder / "model"), "--prompt", "the", "--max-new-tokens", "4", "--json"]
     said = []

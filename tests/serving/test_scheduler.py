@@ -294,6 +294,7 @@ def run(examples, steps):
     )
 
 
+@pytest.mark.thorough
 def test_whatever_comes_in_whatever_order():
     run(200, 40)
 

@@ -78,7 +78,7 @@ def runs(tmp_path_factory):
 ORDERS = list(itertools.permutations(("lora16", "adalora16", "ssp16")))
 
 
-@pytest.mark.sweep("ssp16-lora16")
+@pytest.mark.thorough
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_a_server_starts_with_lora_adalora_and_ssp_of_one_rank(runs, order):
     store = runs.store(*order)
@@ -97,7 +97,7 @@ TOGETHER = [
 ]
 
 
-@pytest.mark.sweep("moelora12-16")
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("first", "later", "rank"), TOGETHER, ids=[f"{'-'.join(first)}-{rank}" for first, _, rank in TOGETHER]
 )
@@ -121,7 +121,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.sweep("lora16-ssp16", "lora16-milora33")
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("first", "other", "message"), REFUSED, ids=[f"{first}-{other}" for first, other, _ in REFUSED]
 )
@@ -138,7 +138,7 @@ def test_methods_that_do_not_fit_are_refused_by_name_at_the_start(runs):
         runs.store("lora16", "milora12")
 
 
-@pytest.mark.sweep("moelora")
+@pytest.mark.thorough
 @pytest.mark.parametrize(("first", "rank", "later"), [("lora1", 32, "ssp16"), ("moelora12", 20, "moelora24")])
 def test_a_server_can_be_started_for_higher_ranks(runs, first, rank, later):
     store = runs.store(first, rank=rank)

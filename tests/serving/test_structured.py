@@ -129,6 +129,7 @@ def test_what_cannot_be_served_is_refused_by_its_field(grammars, field, value):
     assert len(found.value.body["error"]["message"]) < 500
 
 
+@pytest.mark.thorough
 def test_a_grammar_that_takes_for_ever_is_cut_and_the_next_is_served(grammars):
     parts = " & ".join(f"/(a{{{n}}})*b/" for n in (7, 11, 13, 17, 19, 23, 29))
     with pytest.raises(APIError, match="--grammar-seconds"):
@@ -205,6 +206,7 @@ def test_the_client_of_openai_gets_what_it_asked_for(client):
         )
 
 
+@pytest.mark.thorough
 def test_responses_take_a_format_and_repeat_it(client):
     asked = {"model": "math", "input": "x", "max_output_tokens": 60}
     form = {"type": "json_schema", "name": "place", "schema": SCHEMA, "strict": True}

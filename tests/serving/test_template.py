@@ -34,13 +34,13 @@ def with_template(model, text):
     return model
 
 
-@pytest.mark.sweep("named")
+@pytest.mark.thorough
 @pytest.mark.parametrize("text", [None, TEMPLATE], ids=["none", "named"])
 def test_an_ordinary_one_and_none_are_served(model, text):
     require_bounded_template(with_template(model, text))
 
 
-@pytest.mark.sweep("escapes")
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", BOMBS)
 def test_one_that_takes_too_much_is_refused(model, name, monkeypatch):
     monkeypatch.setattr(template, "CPU_SECONDS", 8)

@@ -79,6 +79,7 @@ def test_two_devices_say_what_one_says_and_compile_nothing_late(folder, adapters
         np.testing.assert_allclose([e.logprob for s in its_logprobs for e in s], ours, rtol=0, atol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_a_base_is_read_apart_as_it_is_unrolled(folder, adapters, quantize):
     mesh = make_mesh(MeshSection(data=1, fsdp=1, tensor=2), jax.devices()[:2])
@@ -90,7 +91,7 @@ def test_a_base_is_read_apart_as_it_is_unrolled(folder, adapters, quantize):
     jax.tree.map(np.testing.assert_array_equal, read, made)
 
 
-@pytest.mark.sweep("num_heads")
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("devices", "message"), [(0, "tensor is 0"), (9, "tensor is 9"), (8, "num_heads is 4")]
 )

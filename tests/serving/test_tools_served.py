@@ -15,6 +15,8 @@ from milora_jax.serving.service import Delta, with_calls
 from milora_jax.serving.tools import HERMES, CallParser
 from tests.serving.harness import digest, openai_client, running, service_of, serving, write_model
 
+pytestmark = pytest.mark.thorough
+
 HERMES_TEMPLATE = (
     "{% if tools %}tools:{% for tool in tools %}{{ tool | tojson }}{% endfor %}\n{% endif %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }}"

@@ -43,6 +43,7 @@ def leave(load, count):
     assert found["left"] > count // 4
 
 
+@pytest.mark.thorough
 def test_fifty_who_leave_leave_nothing_behind(load):
     leave(load, 70)
 
@@ -52,6 +53,7 @@ def test_five_hundred_who_leave_leave_nothing_behind(load):
     leave(load, 700)
 
 
+@pytest.mark.thorough
 def test_clients_by_the_dozen(load):
     found = load("--clients", "32", "--requests", "200", "--questions", "20", "--whole", "0.5", "--new", "8")
     in_order(found)

@@ -154,6 +154,7 @@ def test_every_damage_to_every_file_is_seen_and_the_step_before_is_used(whole, t
         shutil.rmtree(root)
 
 
+@pytest.mark.thorough
 def test_a_flip_of_any_bit_of_the_manifest_is_seen(whole, tmp_path):
     root = tmp_path / "2"
     shutil.copytree(whole / "2", root)
@@ -229,6 +230,7 @@ print(directory.steps(), directory.newest())
 """
 
 
+@pytest.mark.thorough
 def test_a_save_that_fails_in_the_background_is_told_and_leaves_nothing(tmp_path):
     root = tmp_path / "c"
     environment = {**os.environ, "XLA_FLAGS": ""}
@@ -280,6 +282,7 @@ if len(sys.argv) > 2:
 """Saves of 240 kB where files are limited to fewer bytes: each limit is met in another place of Orbax."""
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("more", [[], ["more"]], ids=["", "and errors of others"])
 def test_a_full_disk_is_one_line_and_no_traceback_of_a_thread(tmp_path, more):
     command = [sys.executable, "-c", SMALL_FILES, str(tmp_path), *more]
@@ -308,6 +311,7 @@ def test_what_a_killed_save_left_is_cleared_away_by_the_next(tmp_path):
     assert directory.restore(1, abstract())[1] == {"step is": 1}
 
 
+@pytest.mark.thorough
 def test_the_command_verifies_a_workdir(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "checkpoints")
 

@@ -72,6 +72,7 @@ def test_the_files_have_the_documented_names_and_layout(run, exported):
     assert len(router) == TINY.num_layers * 6
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["milora", "ssp", "iapt"])
 def test_orbax_takes_any_method(method, model, tmp_path):
     adapter = run_of(tmp_path / "run", model, method)
@@ -106,7 +107,7 @@ def test_a_method_without_the_form_is_refused_and_nothing_is_left(method, export
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.sweep("milora", "ia3")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_has_the_formats_that_the_command_writes(method, model, tmp_path, monkeypatch):
     adapter = run_of(tmp_path / "run", model, method)
@@ -259,6 +260,7 @@ def test_vectors_are_exported_and_verified_as_well(model, tmp_path):
     assert findings(out, None) == {out: [f"{PEFT_TENSORS}: tensor {name!r} is missing"]}
 
 
+@pytest.mark.thorough
 def test_pruned_and_gated_pairs_are_written_as_lora(model, tmp_path):
     for method, settings in {"adalora": {"alpha": 6.0}, "ssp": {}}.items():
         adapter = run_of(tmp_path / method, model, method, **settings)

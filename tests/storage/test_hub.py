@@ -169,6 +169,7 @@ def test_one_of_several_adapters_is_a_folder(hub, lora, model, tmp_path):
     )
 
 
+@pytest.mark.thorough
 def test_a_method_without_a_portable_form_is_pushed_as_a_checkpoint(hub, model, tmp_path):
     run_of(tmp_path / "run", model, "bitfit")
     push(tmp_path / "run", "hf://me/bits")
@@ -211,6 +212,7 @@ def test_what_the_hub_does_not_give_is_one_line(case, hub, exported, monkeypatch
     assert ("\n" in line, caught.value.exit_code) == (False, 2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_hub_that_is_ill_or_away_is_asked_again_later(status, hub, exported, run, monkeypatch):
     put(hub, "me/math", exported)

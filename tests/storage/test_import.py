@@ -53,6 +53,7 @@ def change_tensors(folder, change):
     write_tensors(folder / PEFT_TENSORS, tensors)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_imported_adapter_is_the_adapter(kind, adapters, model, tmp_path):
     folder, made = adapters

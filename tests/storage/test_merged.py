@@ -57,6 +57,7 @@ def exact(adapter, layer, module, weight, share):
     return w + share * change
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -88,6 +89,7 @@ def test_merged_weights_equal_the_formula_and_all_else_is_copied(method, setting
     assert findings(tmp_path / "out", model) == {tmp_path / "out": []}
 
 
+@pytest.mark.thorough
 def test_a_merged_base_computes_what_the_adapter_does_on_its_route(model, tmp_path):
     adapter = run_of(tmp_path / "run", model, "milora")
     weights = route_weights()
@@ -97,6 +99,7 @@ def test_a_merged_base_computes_what_the_adapter_does_on_its_route(model, tmp_pa
     assert np.abs(hidden(model) - routed).max() > 0.1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["phi3", "gemma3_text", "mixtral", "qwen3_moe"])
 def test_a_base_of_another_family_is_merged(name, tmp_path):
     """Modules in one tensor change each in its place; the text of a model with images has longer names; every
@@ -126,6 +129,7 @@ def test_a_base_in_which_a_change_would_be_lost_is_refused(model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_shards_hold_every_tensor_once_in_the_dtype_of_the_base(dtype, tmp_path):
     base, plain, sharded = tmp_path / "base", tmp_path / "plain", tmp_path / "sharded"

@@ -30,6 +30,7 @@ def adapter_of(model, method, written):
     return dataclasses.replace(noisy_adapter(base, config, method), prompt_format=written)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("written", [WRITTEN, PromptFormat()])
 def test_it_goes_with_the_adapter(model, tmp_path, written, caplog):
     adapter = adapter_of(model, "lora", written)
@@ -53,6 +54,7 @@ def test_a_peft_adapter_of_others_follows_its_tokenizer(model, tmp_path):
     assert load_adapter(tmp_path / "back").prompt_format == PromptFormat(template="")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rule", SPECIAL_TOKENS)
 def test_who_exports_for_other_programs_is_told_what_they_do_not_know(
     model, tmp_path, monkeypatch, capsys, rule

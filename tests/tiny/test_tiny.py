@@ -83,6 +83,7 @@ def test_the_corpus_holds_no_instruction_and_no_reserved_question():
             assert not any(tail in text for text in plain + mixed), tail
 
 
+@pytest.mark.thorough
 def test_the_model_is_small_whole_and_its_tokenizer_writes_anything():
     size = sum(path.stat().st_size for path in MODEL_DIR.iterdir())
     assert size <= 8 * 2**20
@@ -98,6 +99,7 @@ def test_the_model_is_small_whole_and_its_tokenizer_writes_anything():
         assert dropped == 0
 
 
+@pytest.mark.thorough
 def test_batches_hold_whole_documents_and_follow_from_the_seed():
     tokenizer = load_tokenizer(str(MODEL_DIR))
     for stage in STAGES:

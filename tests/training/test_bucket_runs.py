@@ -57,7 +57,7 @@ def shaken(seed):
     return lambda method: int(generator.choice(FAULTS)) if generator.random() < 0.1 else 0
 
 
-@pytest.mark.sweep("None")
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", [None, 0])
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(storage, prepared, tmp_path, seed):
     run, steps = prepared

@@ -42,7 +42,7 @@ def loss(adapter, batch):
     return adapted_loss(adapter, BASE, TINY, batch, key=None)[1]
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["milora", "midora"])
 def test_the_route_of_prefill_is_the_route_of_training_at_every_turn(method):
     adapter, example = make_adapter(method=method, route_on="first_turn"), conversation(0)
@@ -74,6 +74,7 @@ def test_later_turns_leave_the_route_and_the_first_moves_it():
     assert float(abs(whole.weights - before.weights).max()) > 1e-6, "the setting changes the result"
 
 
+@pytest.mark.thorough
 def test_the_loss_of_a_conversation_is_that_of_its_turns():
     adapter, example = make_adapter(), conversation(3)
     whole = loss(adapter, batch_of([example]))
@@ -94,6 +95,7 @@ def test_one_turn_without_a_generation_prompt_is_the_loss_of_before_to_the_bit()
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.thorough
 def test_packed_conversations_are_what_they_are_alone():
     adapter = make_adapter()
     examples = [conversation(5), conversation(6, 2, ((3, 5), (8, 9))), Example(conversation(7).tokens[:8], 6)]

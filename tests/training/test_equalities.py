@@ -49,7 +49,7 @@ def test_a_route_moves_with_the_prompt():
     assert len({(route != 0).tobytes() for route in routes}) > 1
 
 
-@pytest.mark.sweep("straight_through-3")
+@pytest.mark.thorough
 @pytest.mark.parametrize(("gate", "top_k"), [*((gate, 3) for gate in GATES), (GATES[0], 1), (GATES[0], 6)])
 def test_unchosen_experts_get_no_gradient(gate, top_k):
     adapter = make_adapter(gate=gate, top_k=top_k)
@@ -94,6 +94,7 @@ def test_a_given_route_equals_the_computed_one():
     np.testing.assert_allclose(given.hidden, routed.hidden, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_pass_with_a_cache_needs_the_route_of_the_one_before():
     adapter, prompt = make_adapter(), row_batch(text(0, PROMPT), text(1, 0))
     adapter, base = adapter_decode_layout(adapter, BASE), decode_layout(BASE)
@@ -105,7 +106,7 @@ def test_a_pass_with_a_cache_needs_the_route_of_the_one_before():
         forward(base, TINY, step, cache=first.cache, cache_length=PROMPT + 1)
 
 
-@pytest.mark.sweep("standardized-0.0001-attention")
+@pytest.mark.thorough
 @pytest.mark.parametrize("pooler", POOLERS)
 @pytest.mark.parametrize(("features", "rtol"), [("rms", 1e-5), ("standardized", 1e-4)])
 def test_packed_equals_unpacked(pooler, features, rtol):

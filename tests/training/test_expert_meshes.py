@@ -50,7 +50,7 @@ def step_of(adapter, config, batch, remat):
     return jax.jit(jax.value_and_grad(loss))
 
 
-@pytest.mark.sweep("expert=4")
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("sizes", "remat"),
     [
@@ -72,6 +72,7 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(sizes, remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads)
 
 
+@pytest.mark.thorough
 def test_no_device_gathers_experts_that_are_not_its_own():
     base, adapter = ready(MODEL)
     batch = stack(*(row_batch(text(i, 6), text(10 + i, 4)) for i in range(8)))
@@ -97,7 +98,7 @@ def test_files_are_read_onto_the_devices_of_their_experts(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, split, whole)
 
 
-@pytest.mark.sweep("sizes1")
+@pytest.mark.thorough
 @pytest.mark.parametrize("sizes", [{"data": 2, "expert": 4}, {"tensor": 2, "expert": 4}])
 def test_an_engine_on_a_mesh_gives_the_tokens_of_one_device(sizes):
     base, adapter = ready(MODEL)
@@ -141,6 +142,7 @@ def test_rows_are_divided_over_the_experts_axis_too():
         check_divides(mesh, MODEL, {"train.batch_size": 4})
 
 
+@pytest.mark.thorough
 def test_a_routers_gradient_passes_through_the_base_experts():
     """The base's router is frozen, but its probabilities carry a gradient to earlier layers."""
     base, adapter = ready(dataclasses.replace(MODEL, norm_topk_prob=False), "lora")

@@ -63,7 +63,7 @@ def test_packed_equals_unpacked(name, method):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), one_grads, many_grads)
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "method"), [("gemma3_text", "milora"), ("gemma2", "p_tuning_v2")])
 def test_decoding_past_the_window_equals_the_full_forward(name, method):
     base, config, adapter = ready(name, method)

@@ -49,6 +49,7 @@ def test_the_chunks_sum_to_the_whole(tied, chunk, cap):
     np.testing.assert_allclose(slope, gradient, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_bfloat16_is_summed_in_float32():
     base = random_base(dtype="bfloat16")
     rng = np.random.default_rng(0)
@@ -106,6 +107,7 @@ def test_parts_need_less_memory():
     assert parts.memory_analysis().temp_size_in_bytes < 0.6 * whole.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.thorough
 def test_the_state_is_donated():
     program, state = compiled_step()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(dataclasses.replace(state, key=None)))

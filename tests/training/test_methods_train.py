@@ -18,6 +18,7 @@ from tests.models import SMALL
 from tests.training.short_runs import STEPS, STOP, fit
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "method", ["milora", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])]
 )

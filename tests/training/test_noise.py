@@ -30,6 +30,7 @@ def packed():
     return both.replace(segment_ids=ids, prompts=2)
 
 
+@pytest.mark.thorough
 def test_the_noise_is_uniform_and_as_large_as_the_example_is_long():
     width, key = 4096, jax.random.key(0)
     noise = np.asarray(embedding_noise(packed(), width, ALPHA, key))
@@ -43,6 +44,7 @@ def test_the_noise_is_uniform_and_as_large_as_the_example_is_long():
     assert abs(noise[0, :13].mean()) < 1e-3
 
 
+@pytest.mark.thorough
 def test_the_noise_is_added_to_the_embeddings():
     batch = two_rows()
     noise = embedding_noise(batch, TINY.hidden_size, ALPHA, jax.random.key(0))
@@ -66,6 +68,7 @@ def parts_of(adapter, alpha=ALPHA, key=0):
     return compute(adapter)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["milora", pytest.param("midora", marks=pytest.mark.thorough)])
 def test_no_router_reads_the_noise(method):
     adapter, batch = make_adapter(method=method), two_rows()
@@ -80,6 +83,7 @@ def test_no_router_reads_the_noise(method):
     assert float(jnp.abs(noised.probs - clean.probs).max()) > 1e-3, "it would reach them in one pass"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["milora", pytest.param("lora", marks=pytest.mark.thorough)])
 def test_two_passes_have_the_gradient_of_one(method):
     """With all but no noise, the gradient through the pass that routes and the one that does not."""
@@ -110,7 +114,7 @@ def test_without_the_setting_nothing_is_drawn():
     assert "random" in program(ALPHA)
 
 
-@pytest.mark.sweep("lora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["lora", "milora"])
 def test_steps_draw_their_own_noise_and_evaluation_none(method):
     base = random_base(MODEL)

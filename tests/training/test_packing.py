@@ -91,6 +91,7 @@ def test_a_packed_step_equals_an_unpacked_one(settings):
     close(one.omega_state, many.omega_state, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_router_that_ignored_segments_would_be_seen():
     """Without the records' own routes the loss of a packed batch is another one."""
     rows = Rows(RECORDS, 16)
@@ -118,6 +119,7 @@ def test_a_step_in_parts_is_the_whole_step(settings):
     close(many.omega_state, one.omega_state, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_the_balance_term_of_parts_alone_would_be_another():
     """Why the shares of first choices are taken from the whole batch (Eq. 4)."""
     settings = TrainSection()

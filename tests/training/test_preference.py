@@ -44,6 +44,7 @@ def test_ipo_is_the_square_about_half_of_one_over_tau():
     np.testing.assert_allclose(preference.ipo(margin, 0.2), (margin - 2.5) ** 2, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_orpo_is_the_logarithm_of_the_odds_ratio_and_finite_for_certain_answers():
     chosen, rejected = -jnp.asarray(RNG.uniform(0.01, 3, (2, 6)), jnp.float32)
     p, q = np.exp(chosen), np.exp(rejected)
@@ -145,7 +146,7 @@ def settings_of(objective, **more):
     return TrainSection(objective=objective, beta=0.4, label_smoothing=smoothing, loss_chunk=20, **more)
 
 
-@pytest.mark.sweep("dpo")
+@pytest.mark.thorough
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_program_is_the_formula_of_plain_logits(objective):
     settings = settings_of(objective)
@@ -222,6 +223,7 @@ def test_settings_that_make_no_sense_are_refused(values, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.thorough
 def test_figures_of_a_batch_without_desirable_answers_are_none():
     batch = dataclasses.replace(batch_of(), labels=jnp.zeros((4, 1), bool))
     settings = settings_of("kto")

@@ -109,6 +109,7 @@ CASES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", CASES)
 def test_they_are_the_rows_in_memory(made, tmp_path, case):
     """Batches, fingerprints and log lines; when the files are made, and when they are opened."""
@@ -147,6 +148,7 @@ def test_a_host_reads_the_rows_of_its_devices_only(made, tmp_path, monkeypatch):
         assert not own[[0, 1, 4, 5, 6, 7]].any()
 
 
+@pytest.mark.thorough
 def test_what_the_tokens_depend_on_decides_the_directory(made, tmp_path):
     folder = tmp_path / "inputs"
     shutil.copytree(made[0], folder)

@@ -34,6 +34,7 @@ def test_the_learning_rate_rises_and_falls_linearly():
     assert rates(10, 3.0, warmup_share=0.0)[0] == 3.0
 
 
+@pytest.mark.thorough
 def test_the_default_schedule_is_the_one_from_before_to_the_bit():
     rise, fall = optax.linear_schedule(0.1, 1.0, 9), optax.linear_schedule(1.0, 0.0, 90)
     before = optax.adamw(optax.join_schedules([rise, fall], [10]), weight_decay=0.1)
@@ -52,6 +53,7 @@ def test_the_default_schedule_is_the_one_from_before_to_the_bit():
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_warms_up_alike(schedule):
     values = rates(warmup_share=0.1, schedule=schedule)
@@ -145,6 +147,7 @@ def test_a_ratio_of_0_or_1_leaves_every_rate(ratio):
     assert all(leaf is rate for leaf in jax.tree.leaves(found.experts))
 
 
+@pytest.mark.thorough
 def test_lora_plus_moves_b_as_many_times_as_far():
     """Adam's first update is the learning rate itself, up to the sign; A's gradient is zero then."""
     moved = {}
@@ -195,6 +198,7 @@ def adafactor_step(grad, row, column, step):
     return update / max(1.0, np.sqrt((update**2).mean())), row, column
 
 
+@pytest.mark.thorough
 def test_adafactor_is_its_algorithm_layer_by_layer():
     """Three layers, more than the rank of two: optax alone would factor over the layers."""
     rng, shape = np.random.default_rng(0), (3, 5, 2)
@@ -229,7 +233,7 @@ def test_the_states_of_adafactor_are_rows_and_columns():
     assert state_size("lora", optimizer="adafactor") == MODEL.num_layers * factored
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["milora", "dora", "adalora", "iapt"])
 def test_adafactor_trains_every_kind_of_leaf(method):
     state, steps = prepare(settings=dataclasses.replace(SETTINGS, optimizer="adafactor"), method=method)

@@ -173,6 +173,7 @@ def test_parts_of_a_batch_see_the_same_schedules(accumulate):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), *ends)
 
 
+@pytest.mark.thorough
 def test_the_routers_gradient_is_clipped_apart():
     def updates(**settings):
         settings = dataclasses.replace(SETTINGS, **settings)

@@ -56,6 +56,7 @@ def test_the_load_balance_term_is_weighed_by_lambda():
     np.testing.assert_allclose(found[0.5].loss, found[0.0].loss + 0.5 * balance, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_the_base_gets_no_gradient():
     state, steps = prepare()
     base, batch = random_base(MODEL), rows(count=5)  # 60 tokens: no activation has a weight's shape
@@ -79,6 +80,7 @@ def theta_mask(adapter):
     )
 
 
+@pytest.mark.thorough
 def test_the_two_optimisers_change_what_is_theirs():
     state, steps = prepare()
     is_theta = theta_mask(state.adapter)
@@ -130,7 +132,7 @@ def test_the_rate_of_theta_is_no_routers_rate():
     np.testing.assert_array_equal(update(1.0), update(10.0))
 
 
-@pytest.mark.sweep("joint")
+@pytest.mark.thorough
 @pytest.mark.parametrize("coefficients", ["joint", "frozen"])
 def test_coefficients_may_be_trained_with_the_rest_or_not_at_all(coefficients):
     state, steps = prepare(coefficients=coefficients)
@@ -141,6 +143,7 @@ def test_coefficients_may_be_trained_with_the_rest_or_not_at_all(coefficients):
     assert moved == (coefficients == "joint")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("sizes", [(2, 2, 2)])  # test_meshes.py has all of them
 def test_sharded_equals_unsharded(sizes):
     state, steps = prepare(gate="softmax")
@@ -193,7 +196,7 @@ def poisoned(base):
     return type(base)(base.embedding[...], base.layers, bad, base.head[...])
 
 
-@pytest.mark.sweep("train")
+@pytest.mark.thorough
 @pytest.mark.parametrize("which", ["train", "coefficients"])
 def test_an_update_that_is_not_finite_is_skipped_and_counted(which):
     state, steps = prepare()
@@ -215,6 +218,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(which):
     assert not all(jax.tree.leaves(same(before, params_of(state))))
 
 
+@pytest.mark.thorough
 def test_only_response_tokens_count():
     state, steps = prepare()
     base, batch = random_base(MODEL), rows()
