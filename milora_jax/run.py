@@ -18,6 +18,7 @@ from milora_jax.cluster import Cluster
 from milora_jax.config import Config
 from milora_jax.console import Console
 from milora_jax.errors import UserError, exit_report
+from milora_jax.evaluation.dev_answers import scored_answers
 from milora_jax.evaluation.final import (
     PREDICTIONS_NAME,
     check_tests,
@@ -140,7 +141,8 @@ def train(
                 method = settings.adapter.method
                 console.log(f"workdir {folder}: {run.model.num_layers} layers, {method}")
                 before = evaluate_base(run, folder, console, preempted, metric)
-                trainer = Trainer(run, folder, console.log, publisher=publisher)
+                answers = scored_answers(run, metric)
+                trainer = Trainer(run, folder, console.log, publisher=publisher, answers=answers)
                 with console.progress("training", trainer.total_steps, "step") as bar:
                     fit = trainer.fit(bar.reach, preempted)
                 after = evaluate_adapter(run, folder, console, preempted, metric)

@@ -106,7 +106,7 @@ REFUSED = {
     "two configs": ("--config=configs/tiny.py", "--config is given 2 times"),
     "prompt too long to answer": (
         "--config.eval.max_new_tokens=450 --config.data.test={inputs}/rows.jsonl",
-        "prompt length of row 1 of test task 'rows'",
+        "prompt length of row 1 of 'rows', which is scored",
     ),
     "batch": ("--config.train.batch_size=9", "train.batch_size is 9: expected a multiple"),
 }

@@ -19,6 +19,7 @@ from milora_jax.config.evaluation import EvalSection, split_metric
 from milora_jax.config.mesh import MeshSection, parse_mesh
 from milora_jax.config.model import DTYPES, QUANTIZE, ModelSection
 from milora_jax.config.train import (
+    BEST_BY,
     OBJECTIVES,
     OPTIMIZERS,
     REMAT,
@@ -32,6 +33,7 @@ from milora_jax.config.whole import Config, to_config_dict, value_type
 __all__ = [
     "ACTIVATIONS",
     "BALANCES",
+    "BEST_BY",
     "COEFFICIENTS",
     "DTYPES",
     "FEATURES",

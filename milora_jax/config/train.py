@@ -16,6 +16,9 @@ REMAT = ("none", "products", "full")
 
 SCHEDULES = ("linear", "cosine", "constant", "wsd")
 OPTIMIZERS = ("adamw", "adafactor")
+BEST_BY = ("loss", "accuracy", "metric", "lowest_metric")
+"""What decides the best step; see :class:`TrainSection`."""
+
 BETA, DECAY_SHARE = 0.1, 0.2
 """Defaults of settings that only some objectives, or one schedule, read; elsewhere others are refused."""
 
@@ -58,9 +61,13 @@ class TrainSection:
       clip_norm: largest global gradient norm; 0 switches clipping off.
       neftune_alpha: size of the noise on the embeddings of training tokens (NEFTune): uniform up to
         ``alpha / sqrt(tokens of the example * width)``; 0 is none. Routers read the embeddings without it.
-      eval_every: steps between two dev perplexities.
+      eval_every: steps between two dev evaluations.
       save_every: steps between two checkpoints.
       log_every: steps between two lines of ``metrics.jsonl``.
+      best_by: what decides on dev rows which step is the best, and whether the run stops early: loss, the
+        lowest dev perplexity or loss of the objective; accuracy, the largest share of right answers; metric
+        or lowest_metric, the largest or lowest value of ``eval.metric``. All but loss generate answers at
+        every dev evaluation, to the first ``eval.limit`` rows of each file of ``data.dev``.
       patience: dev evaluations without improvement before the run stops early; 0 never stops.
       max_bad_steps: non-finite steps in a row that stop the run.
       seed: seed of initialisation, row order and dropout.
@@ -96,6 +103,7 @@ class TrainSection:
     eval_every: int = 200
     save_every: int = 200
     log_every: int = 10
+    best_by: str = "loss"
     patience: int = 10
     max_bad_steps: int = 5
     seed: int = 0
@@ -111,6 +119,7 @@ class TrainSection:
         one_of("train.remat", self.remat, REMAT)
         one_of("train.optimizer", self.optimizer, OPTIMIZERS)
         one_of("train.schedule", self.schedule, SCHEDULES)
+        one_of("train.best_by", self.best_by, BEST_BY)
         self._check_objective()
         for name in tracker_names(self.trackers):
             one_of("train.trackers", name, TRACKERS)
@@ -131,6 +140,10 @@ class TrainSection:
 
     def _check_objective(self) -> None:
         one_of("train.objective", self.objective, OBJECTIVES)
+        scored = self.best_by == "loss" or not self.prefers
+        require(
+            scored, "train.best_by", self.best_by, f"'loss', the dev rows of {self.objective!r} are pairs"
+        )
         require(math.isfinite(self.beta) and self.beta > 0, "train.beta", self.beta, "above 0")
         read = self.prefers or self.beta == BETA
         require(read, "train.beta", self.beta, "its default: objective 'sft' does not read it")

@@ -297,12 +297,12 @@ def write_report(
     """
     best = read_metadata(workdir / "best", fit.progress.best_step)
     counts = parameter_counts(build_method(run.config.adapter), adapter_shape(run.model), best)
-    prefers = run.config.train.prefers
     summary = {
         "steps": fit.steps,
         "best_step": fit.progress.best_step,
-        "dev_perplexity": best["dev_perplexity"] if prefers else fit.progress.best_perplexity,
-        **({"dev_loss": fit.progress.best_perplexity} if prefers else {}),
+        "dev_perplexity": best["dev_perplexity"],
+        **({"dev_loss": best["dev_loss"]} if run.config.train.prefers else {}),
+        **({"dev_answers": best["dev_answers"]} if run.dev_tests else {}),
         "skipped_updates": fit.progress.skipped,
         "not_learned": fit.progress.unlearned(run.guess, run.measure) or None,
         "tunable_parameters": counts.tunable,
@@ -340,8 +340,8 @@ def write_report(
                 say(answers_side_by_side(run.tests[score.task], answers, score.predictions))
         say("\n".join([figures_table(before, after), *loss_notes(after)]))
     say(
-        f"\n{fit.steps} steps, best at {fit.progress.best_step} ({run.measure} "
-        f"{fit.progress.best_perplexity:.3f}), {summary['tunable_parameters']:,} tunable parameters, "
+        f"\n{fit.steps} steps, best at {fit.progress.best_step} ({_dev_figures(run, summary)}), "
+        f"{summary['tunable_parameters']:,} tunable parameters, "
         f"{summary['mean_active_parameters']:,.0f} active per token, {wall_seconds:.0f} s"
     )
     say("\n".join(next_steps(workdir, run.config, run.model, written)))
@@ -352,6 +352,16 @@ def write_report(
         best = fit.progress.best_step
         say(f"warning: training broke down after step {best}, whose adapter is the best: {reason}")
     return summary
+
+
+def _dev_figures(run: Run, summary: Mapping[str, Any]) -> str:
+    """What chose the best step, and its dev loss."""
+    loss = summary["dev_loss" if run.config.train.prefers else "dev_perplexity"]
+    text = f"{run.measure} {loss:.3f}"
+    if not run.dev_tests:
+        return text
+    name = "dev accuracy" if run.config.train.best_by == "accuracy" else "dev metric"
+    return f"{name} {summary['dev_answers']:.3f}, {text}"
 
 
 def require_learned(run: Run, fit: Fit) -> None:

@@ -210,6 +210,12 @@ def from_first(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.array(value, np.int32)))
 
 
+def float_from_first(value: float) -> float:
+    """The first process's value to the bit; all processes must call this."""
+    parts = [from_first(int(part)) for part in np.array([value], np.float64).view(np.int32)]
+    return float(np.array(parts, np.int32).view(np.float64)[0])
+
+
 def by_dotted_name(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings as one dictionary.
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -37,24 +37,46 @@ class Judged:
       loss: the mean of a preference objective over the dev prompts; None for supervised tuning.
       health: the routes of the prompts; None without a router.
       figures: what else a preference objective reports, under the names of ``metrics.jsonl``.
+      answers: the measure of the answers to the dev rows, see :class:`DevAnswers`; None where none were
+        generated.
     """
 
     perplexity: float
     loss: float | None
     health: RoutingHealth | None
     figures: dict[str, float | None]
+    answers: float | None = None
 
     @property
     def measure(self) -> float:
-        """What the best step has the lowest of."""
+        """The perplexity, or the loss of a preference objective, which tells whether a run learns."""
         return self.perplexity if self.loss is None else self.loss
 
     def to_json(self) -> dict[str, Any]:
         """Fields for ``metrics.jsonl``."""
         named = {f"dev_{name}": value for name, value in self.figures.items()}
         of_loss = {} if self.loss is None else {"dev_loss": self.loss}
+        of_loss |= {} if self.answers is None else {"dev_answers": self.answers}
         health = {} if self.health is None else self.health.to_json()
         return {"dev_perplexity": self.perplexity, **of_loss, **named, **health}
+
+
+class DevAnswers(Protocol):
+    """Measures the answers to the dev rows, for a ``train.best_by`` other than loss.
+
+    Attributes:
+      name: of the measure: ``dev accuracy`` or ``dev metric``.
+      lowest: whether the best adapter has the lowest value.
+      fingerprint: SHA-256 of all that the measure depends on beside the adapter.
+    """
+
+    name: str
+    lowest: bool
+    fingerprint: str
+
+    def __call__(self, adapter: Adapter) -> float:
+        """Answer the dev rows with an adapter in training, and measure the answers."""
+        ...
 
 
 def judged_on_dev(

@@ -30,7 +30,7 @@ from milora_jax.parallel.rules import attend_over, state_shardings
 from milora_jax.storage.adapters import adapter_metadata
 from milora_jax.storage.checkpoint import CheckpointDirectory, Publisher, read_metadata, verify_step
 from milora_jax.training.calibration import measured_features
-from milora_jax.training.dev import Judged, judged_on_dev
+from milora_jax.training.dev import DevAnswers, Judged, judged_on_dev
 from milora_jax.training.health import step_figures
 from milora_jax.training.optim import learning_rate_schedule, split_params
 from milora_jax.training.preference import preference_figures
@@ -55,6 +55,7 @@ class Trainer:
         log: Callable[[str], None],
         steps: Steps | None = None,
         publisher: Publisher | None = None,
+        answers: DevAnswers | None = None,
     ) -> None:
         """Prepare to train.
 
@@ -62,12 +63,14 @@ class Trainer:
           steps: compiled programs of another run with the same model, number of steps and ``train`` settings,
             which saves their compilation; seed and learning rates may differ.
           publisher: see ``CheckpointDirectory``.
+          answers: measures the answers to the dev rows, by which the best step is chosen; None where their
+            loss decides.
         """
         train = run.config.train
         self._method, shape = build_method(run.config.adapter), adapter_shape(run.model)
         theta = split_params(Adapter(abstract_params(self._method, shape), self._method, shape))[1]
         self._bilevel = bool(jax.tree.leaves(theta))
-        self._run, self._log, self._settings = run, log, train
+        self._run, self._log, self._settings, self._answers = run, log, train, answers
         self._total = planned_steps(train, len(run.train))
         self._steps = steps or make_steps(
             run.model, train, self._total, lambda s: state_shardings(run.mesh, s), attend_over(run.mesh)
@@ -78,6 +81,7 @@ class Trainer:
         self._schedule = learning_rate_schedule(train, self._total, train.learning_rate)
         self._reference, self._reference_fingerprint = reference_adapter(run.config, run.model, run.mesh)
         self._more = (self._reference,) if train.prefers else ()
+        self._answers_fingerprint = answers.fingerprint if answers else ""
 
     @property
     def total_steps(self) -> int:
@@ -121,7 +125,7 @@ class Trainer:
         start, earlier_seconds, clock = int(state.step), progress.seconds, time.monotonic()
         if not start:
             # The measure of the untrained adapter: a run has learned something if it becomes lower.
-            progress.first_perplexity = self._judged(state.adapter, Progress()).measure
+            progress.first_perplexity = self._losses(state.adapter, Progress()).measure
         waiting: tuple[Metrics, Metrics | None] | None = None
         trained = judged = ""
         pace, compiled = Pace(), set[bool]()
@@ -221,11 +225,17 @@ class Trainer:
         # A checkpoint from before the token fingerprint existed does not have it.
         metadata.setdefault("token_fingerprint", self._run.token_fingerprint)
         metadata.setdefault("reference_fingerprint", "")
+        metadata.setdefault("answers_fingerprint", "")
         for found, name, what in (
             (self._run.data_fingerprint, "data_fingerprint", "training or dev rows"),
             (self._run.token_fingerprint, "token_fingerprint", "tokens of the training or dev rows"),
             (self._run.base_fingerprint, "base_fingerprint", "files of the base"),
             (self._reference_fingerprint, "reference_fingerprint", "reference adapter, train.init_from,"),
+            (
+                self._answers_fingerprint,
+                "answers_fingerprint",
+                "eval settings, dev rows or metric of best_by",
+            ),
         ):
             if metadata[name] != found:
                 raise UserError(
@@ -300,8 +310,11 @@ class Trainer:
 
     def _evaluate(self, log: RunLog, done: int, adapter: Adapter, progress: Progress) -> str:
         """Compute the dev figures; store the adapter if it is the best so far."""
-        judged = self._judged(adapter, progress)
+        judged = self._losses(adapter, progress)
         measure, health, name = judged.measure, judged.health, self._run.measure
+        ready = self._method.ready(done, self._total)
+        if self._answers and ready and math.isfinite(measure):
+            judged = dataclasses.replace(judged, answers=self._answers(adapter))
         log.log(done, judged.to_json())
         if not math.isfinite(measure):
             raise NonFiniteError(
@@ -313,10 +326,10 @@ class Trainer:
             self._log(f"step {done}: nothing is being learned: {reason}; lower train.learning_rate")
         if health is not None and (warning := health.warning(self._run.config.adapter)):
             self._log(f"step {done}: {warning}")
-        if not self._method.ready(done, self._total):
+        if not ready:
             return f"{name} {measure:.3f}, not yet within its budget"
-        if measure < progress.best_perplexity:
-            progress.best_step, progress.best_perplexity, progress.stale = done, measure, 0
+        if self._is_best(judged, progress):
+            progress.best_step, progress.stale = done, 0
             metadata = adapter_metadata(
                 self._method,
                 adapter.shape,
@@ -328,6 +341,7 @@ class Trainer:
             found = {
                 "dev_perplexity": judged.perplexity,
                 **({} if judged.loss is None else {"dev_loss": judged.loss}),
+                **({} if judged.answers is None else {"dev_answers": judged.answers}),
                 "expert_share": share,
                 "tunable_parameters": self._method.count_parameters(adapter.params),
             }
@@ -335,10 +349,25 @@ class Trainer:
         else:
             progress.stale += 1
             progress.stopped = 0 < self._settings.patience <= progress.stale
-        return f"{name} {measure:.3f}, best {progress.best_perplexity:.3f}"
+        if self._answers is None:
+            return f"{name} {measure:.3f}, best {progress.best_perplexity:.3f}"
+        return (
+            f"{name} {measure:.3f}, {self._answers.name} {judged.answers:.3f}, best at {progress.best_step}"
+        )
 
-    def _judged(self, adapter: Adapter, progress: Progress) -> Judged:
-        """The figures of an adapter on the dev rows."""
+    def _is_best(self, judged: Judged, progress: Progress) -> bool:
+        """Whether an adapter is better than all before; their best figures are updated."""
+        lower = judged.measure < progress.best_perplexity
+        progress.best_perplexity = min(judged.measure, progress.best_perplexity)
+        if self._answers is None or judged.answers is None:
+            return lower
+        value = judged.answers if self._answers.lowest else -judged.answers
+        better = value < progress.best_answers
+        progress.best_answers = min(value, progress.best_answers)
+        return better
+
+    def _losses(self, adapter: Adapter, progress: Progress) -> Judged:
+        """The losses and routes of an adapter on the dev rows."""
         return judged_on_dev(self._run, self._steps, adapter, self._reference, progress, self._log)
 
     def _save(self, state: TrainState, done: int, progress: Progress) -> None:
@@ -356,6 +385,7 @@ class Trainer:
             "token_fingerprint": self._run.token_fingerprint,
             "base_fingerprint": self._run.base_fingerprint,
             **({"reference_fingerprint": self._reference_fingerprint} if self._reference else {}),
+            **({"answers_fingerprint": self._answers_fingerprint} if self._answers else {}),
         }
         self._checkpoints.save(done, state, metadata)
         self._best.delete_except(kept)

@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class Run:
       data_fingerprint: SHA-256 over the training and dev records, and their chat template.
       token_fingerprint: SHA-256 over the token ids of the training and dev rows.
       base_fingerprint: fingerprint of the model directory, see ``base.fingerprint``.
+      dev_tests: dev records to answer at every dev evaluation, by source; empty unless ``train.best_by`` asks
+        for it.
     """
 
     config: Config
@@ -73,6 +75,7 @@ class Run:
     data_fingerprint: str
     token_fingerprint: str
     base_fingerprint: str
+    dev_tests: dict[str, list[Record]] = field(default_factory=dict)
 
     @property
     def prompts(self) -> int:
@@ -81,7 +84,7 @@ class Run:
 
     @property
     def measure(self) -> str:
-        """Name of the figure of which the best step has the lowest."""
+        """Name of the loss on dev rows, which tells whether a run learns."""
         return "dev loss" if self.config.train.prefers else "dev perplexity"
 
     @property

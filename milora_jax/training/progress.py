@@ -27,7 +27,9 @@ class Progress:
     Attributes:
       best_step, best_perplexity: the dev evaluation with the lowest perplexity so far. With a preference
         objective all perplexities here are dev losses.
-      stale: number of evaluations since then.
+      best_answers: measure of the dev rows' answers at the best step, where that decides which is the best;
+        negative where the highest is the best. ``best_perplexity`` is the lowest one even then.
+      stale: number of evaluations since the best step.
       skipped: number of updates that were skipped because something was not finite.
       bad_theta: number of updates of Theta skipped in a row.
       stopped: whether patience ran out.
@@ -41,6 +43,7 @@ class Progress:
 
     best_step: int = 0
     best_perplexity: float = math.inf
+    best_answers: float = math.inf
     stale: int = 0
     skipped: int = 0
     bad_theta: int = 0

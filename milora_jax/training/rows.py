@@ -54,12 +54,15 @@ class RowSources:
       train: records of all training sources together.
       dev: records of each dev source; empty where dev rows are held out.
       tests: records by task name.
+      dev_tests: records of the dev sources that are answered at every dev evaluation, by source; empty where
+        ``train.best_by`` needs no answers.
     """
 
     sources: Mapping[str, Sequence[Source]]
     train: Iterable[Record]
     dev: Sequence[Iterable[Record]]
     tests: dict[str, list[Record]]
+    dev_tests: dict[str, list[Record]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,27 @@ def read_rows(config: Config) -> RowSources:
     dev = [Records((source,), reader) for source in sources["dev"]]
     kept = train if later else list(train)
     tests = {source.name: read_records(source, scored=True) for source in sources.pop("test")}
-    return RowSources(sources, kept, dev if later else [list(each) for each in dev], tests)
+    dev_tests = _dev_tests(config, sources["dev"])
+    return RowSources(sources, kept, dev if later else [list(each) for each in dev], tests, dev_tests)
+
+
+def _dev_tests(config: Config, sources: Sequence[Source]) -> dict[str, list[Record]]:
+    """The dev records that are answered at every dev evaluation, by source."""
+    by = config.train.best_by
+    if by == "loss":
+        return {}
+    require(bool(sources), "data.dev", config.data.dev, f"files: train.best_by {by!r} scores their rows")
+    if by != "accuracy":
+        metric = config.eval.metric
+        require(bool(metric), "eval.metric", metric, f"FILE.py:FUNCTION: train.best_by is {by!r}")
+    found = {}
+    for source in sources:
+        records = list(first_rows(read_records(source, scored=True), config.data.dev_limit))
+        answered = by != "accuracy" or all(record.answered for record in records)
+        expected = f"'loss' or a metric, the rows of dev source {source.name!r} have no answers to compare"
+        require(answered, "train.best_by", by, expected)
+        found[source.name] = records[: config.eval.limit or None]
+    return found
 
 
 def encode_rows(
@@ -133,7 +156,7 @@ def encode_rows(
         f"{counted[1]} dev ({facts.dev_dropped} dropped), {sum(map(len, tests.values()))} test"
         + (f" (at most {config.eval.limit} of a task are scored)" if tests and config.eval.limit else "")
     )
-    _require_room(tests, tokenizer, config, model)
+    _require_room({**rows.dev_tests, **tests}, tokenizer, config, model)
     capacity = answers * data.max_length if data.pack else None
     mixed = _mixed(train, answers, config, log)
     arranged = {"train": Rows(train, capacity, answers, mixed), "dev": Rows(dev, capacity, answers)}
@@ -142,6 +165,7 @@ def encode_rows(
     return {
         **arranged,
         "tests": tests,
+        "dev_tests": rows.dev_tests,
         "data_fingerprint": facts.data_fingerprint,
         "token_fingerprint": facts.token_fingerprint,
     }
@@ -240,15 +264,15 @@ def _encode(
 
 
 def _require_room(tests: dict[str, list[Record]], tokenizer: Any, config: Config, model: ModelConfig) -> None:
-    """Refuse a test prompt that leaves no room for its answer, or that has a token without an embedding,
-    hours before it would be scored."""
+    """Refuse a prompt that leaves no room for its answer, or that has a token without an embedding, hours
+    before it would be scored."""
     room = model.max_positions - config.eval.max_new_tokens
     for task, records in tests.items():
         for number, record in enumerate(records[: config.eval.limit or None], 1):
             ids = encode_question(tokenizer, record, config.prompt_format).ids
             require(
                 len(ids) <= room,
-                f"prompt length of row {number} of test task {task!r}",
+                f"prompt length of row {number} of {task!r}, which is scored",
                 len(ids),
                 f"at most {room} tokens, {model.max_positions} positions less eval.max_new_tokens "
                 f"{config.eval.max_new_tokens}",

@@ -113,8 +113,13 @@ def differences(kept: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
       Name, value in the workdir, value now.
     """
     old = leaves_by_path(kept.to_dict())
+    # Where answers choose the best step, all settings that they depend on are the run's.
+    fixed = {
+        ("eval", name) for name in ("limit", "max_new_tokens", "metric") if given.train.best_by != "loss"
+    }
     for name, value in leaves_by_path(given.to_dict()).items():
-        if name[:1] not in CHANGEABLE and name not in CHANGEABLE and old[name] != value:
+        changeable = (name[:1] in CHANGEABLE or name in CHANGEABLE) and name not in fixed
+        if not changeable and old[name] != value:
             yield ".".join(name), old[name], value
 
 

@@ -158,6 +158,8 @@ class Study:
         supervised = not self.base.train.prefers
         own = self.base.eval.metric
         require(not own, "study base.eval.metric", own, "none, a study compares accuracies and losses")
+        by = self.base.train.best_by
+        require(by == "loss", "study base.train.best_by", by, "'loss', by which a study chooses")
         require(supervised, "study base.train.objective", self.base.train.objective, "sft, which is scored")
         names = [[source.name for source in split] for split in run_sources(self.base.data).values()]
         require(bool(names[0]), "study base.data.train", self.base.data.train, "one source per task")
