@@ -50,6 +50,12 @@ class TemporaryError(UserError):
     exit_code = EXIT_PREEMPTED
 
 
+def short(error: BaseException) -> str:
+    """The type and the first line of an error, in at most 300 characters."""
+    said = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {said[0]}"[:300]
+
+
 def require(condition: bool, name: str, value: object, expected: str) -> None:
     """Raise a UserError of one line unless ``condition`` holds."""
     if not condition:

@@ -8,7 +8,8 @@ GPU         cuDNN, through ``jax.nn.dot_product_attention``, for 16-bit floats o
 elsewhere   ``base/blockwise.py``: the same sums in plain XLA
 ==========  =====================================================================================
 
-None of them keeps scores between the passes. The results of the others are named for ``remat="products"``;
+A kernel that the compiler of the device refuses is not used there, which is one warning and no error. None of
+them keeps scores between the passes. The results of the others are named for ``remat="products"``;
 cuDNN's is not, so that the backward pass computes it again. tokamax, which chooses among kernels by itself,
 is not used: it needs Python 3.12 and reads the command line's flags as its own.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +29,8 @@ from jax.sharding import Mesh
 
 from milora_jax.base import splash
 from milora_jax.base.blockwise import blockwise
-from milora_jax.base.ops import Scoring, Window
+from milora_jax.base.ops import Scoring, Window, attention_mask
+from milora_jax.errors import short
 from milora_jax.shapes import Array, Bool, Float, Int
 
 CUDNN_LARGEST_HEAD = 128
@@ -46,6 +49,7 @@ class DeviceLayout:
       rows, heads: mesh axes over which rows and heads are split.
       widths, experts: mesh axes over which F and the experts of a base are split.
       cudnn: whether the devices have cuDNN's kernels, see :func:`has_cudnn`.
+      splash: whether TPUs compile the splash kernel, see :func:`has_splash`.
     """
 
     mesh: Mesh | None = None
@@ -54,6 +58,7 @@ class DeviceLayout:
     widths: str | tuple[str, ...] | None = None
     experts: str | None = None
     cudnn: bool = False
+    splash: bool = True
 
     @property
     def row_parts(self) -> int:
@@ -78,7 +83,7 @@ def _devices(mesh: Mesh | None, axes: str | tuple[str, ...] | None) -> int:
 def device_layout(devices: Collection[Any]) -> DeviceLayout | None:
     """The layout of a pass on one device; None for several devices, whose axes are unknown here."""
     device, *others = devices
-    return None if others else DeviceLayout(cudnn=has_cudnn(device))
+    return None if others else DeviceLayout(cudnn=has_cudnn(device), splash=has_splash(device))
 
 
 Attend = Callable[[Array, Array, Array, Array, Scoring, "Array | None", "Window | None"], Array]
@@ -113,7 +118,7 @@ def attention(
             q, k, v, mask=seen[:, None], scale=scoring.scale, implementation="cudnn"
         )
     size = None if window is None else window.size
-    if segments is None or not splash.serves(q) or isinstance(size, Array):
+    if segments is None or not layout.splash or not splash.serves(q) or isinstance(size, Array):
         return blockwise(q, k, v, mask, window, scoring)
     return jax.lax.platform_dependent(
         q,
@@ -127,14 +132,51 @@ def attention(
 
 
 def has_cudnn(device: Any) -> bool:
-    """Whether a device has cuDNN's attention: not a T4, and not a card of another vendor."""
+    """Whether a device has cuDNN's attention: not a T4, not a card of another vendor, and not where its
+    compiler refuses it."""
     if device.platform != "gpu":
         return False
     try:
         capability = tuple(int(part) for part in str(device.compute_capability).split("."))
     except (AttributeError, ValueError):
         return False
-    return capability >= CUDNN_LEAST_CAPABILITY
+    return capability >= CUDNN_LEAST_CAPABILITY and compiles(device, "cuDNN's attention", _cudnn)
+
+
+def has_splash(device: Any) -> bool:
+    """Whether a device compiles the splash kernel; true where there is no TPU, which does not run it."""
+    return device.platform != "tpu" or compiles(device, "splash attention", _splash_on_one)
+
+
+@functools.cache
+def compiles(device: Any, name: str, kernel: Callable[[Array, Array, Array, Array], Array]) -> bool:
+    """Whether a device compiles a kernel of attention and its gradient; warns with its error where not.
+
+    Args:
+      kernel: of q, k, v and segments.
+    """
+    place = jax.sharding.SingleDeviceSharding(device)
+    heads = jax.ShapeDtypeStruct((1, 128, 2, 128), jnp.bfloat16, sharding=place)
+    segments = jax.ShapeDtypeStruct((1, 128), jnp.int32, sharding=place)
+
+    def loss(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        return kernel(q, k, v, segments).astype(jnp.float32).sum()
+
+    try:
+        jax.jit(jax.grad(loss, (0, 1, 2))).lower(heads, heads, heads, segments).compile()
+    except Exception as error:  # a compiler's or a driver's, of any kind
+        warnings.warn(f"{name} is not used on {device}: {short(error)}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+def _cudnn(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    mask = attention_mask(segments, segments, 0)[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+
+def _splash_on_one(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    return splash.splash(q, k, v, segments, None, Scoring(q.shape[-1] ** -0.5, None))
 
 
 def cudnn_serves(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> bool:

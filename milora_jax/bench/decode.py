@@ -35,7 +35,7 @@ from milora_jax.bench.peer import PEERS, started
 from milora_jax.bench.rounds import ModelSettings, in_turns, option
 from milora_jax.config import AdapterSection
 from milora_jax.errors import UserError, require
-from milora_jax.generation.adapter_stack import AdapterStack
+from milora_jax.generation.adapter_stack import KERNELS, AdapterStack
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.beam import beam_search
 from milora_jax.generation.engine import CHUNK, Engine
@@ -292,7 +292,7 @@ def adapter_bytes(tenants: AdapterStack | None, variant: Variant) -> int:
         return 0
     params = [getattr(layer, "experts", layer) for layer in tenants.params]
     size = bytes_of(params)
-    if tenants.path in ("tpu", "gpu"):
+    if tenants.path in KERNELS:
         chosen = variant.top_k / len(EXPERTS) if variant.top_k else 1.0
         return int(size / variant.tenants * variant.batch * chosen)
     if tenants.path == "gathered":

@@ -12,7 +12,9 @@ import numpy as np
 from milora_jax.base import quantized
 from milora_jax.base.attention import attention, device_layout
 from milora_jax.base.ops import Scoring
+from milora_jax.errors import short
 from milora_jax.generation.kernel import SlotPairs, reference_products, row_products
+from milora_jax.generation.kernel_choice import CANDIDATES
 from milora_jax.shapes import Array
 
 TOLERANCE = {"float32": 5e-3, "bfloat16": 3e-2}
@@ -41,18 +43,12 @@ def _outcome(name: str, dtype: str, both: Callable[[], tuple[Array, Array]]) -> 
     return {"check": name, "ok": difference <= TOLERANCE[dtype], "difference": difference}
 
 
-def short(error: Exception) -> str:
-    """An error in one line of at most 300 characters."""
-    said = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {said[0]}"[:300]
-
-
 def _checks(backend: str) -> Iterator[Check]:
     small = backend == "cpu"
     for dtype in ("float32", "bfloat16"):
-        for kind in ("tpu", "gpu") if small else (backend,):
-            platform = f"{kind} interpreted" if small else kind
-            yield f"row_products, {platform}, {dtype}", dtype, _tenants(platform, dtype, small)
+        kernels = ("tpu interpreted", "triton interpreted") if small else CANDIDATES[backend]
+        for kernel in kernels:
+            yield f"row_products, {kernel}, {dtype}", dtype, _tenants(kernel, dtype, small)
         yield f"attention, {dtype}", dtype, _attention(dtype, small, gradient=False)
         yield f"gradient of attention, {dtype}", dtype, _attention(dtype, small, gradient=True)
         for kept in quantized.SCHEMES:
@@ -60,7 +56,7 @@ def _checks(backend: str) -> Iterator[Check]:
                 yield f"{kept} product of {rows} rows, {dtype}", dtype, _product(kept, rows, dtype, small)
 
 
-def _tenants(platform: str, dtype: str, small: bool) -> Callable[[], tuple[Array, Array]]:
+def _tenants(kernel: str, dtype: str, small: bool) -> Callable[[], tuple[Array, Array]]:
     """Of 16 tenants with rank 32 on q, k and v; a row chooses some of them."""
 
     def both() -> tuple[Array, Array]:
@@ -75,7 +71,7 @@ def _tenants(platform: str, dtype: str, small: bool) -> Callable[[], tuple[Array
         given = draw(rows, width), pairs, slot, share
         with jax.default_matmul_precision("highest"):
             reference = jax.jit(reference_products)(*given)
-        return jax.jit(row_products, static_argnums=4)(*given, platform), reference
+        return jax.jit(row_products, static_argnums=4)(*given, kernel), reference
 
     return both
 

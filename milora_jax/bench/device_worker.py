@@ -25,6 +25,7 @@ from milora_jax.bench.device_rows import ROUNDS
 from milora_jax.bench.models import load_model
 from milora_jax.bench.peer import PEERS
 from milora_jax.bench.rounds import in_turns
+from milora_jax.errors import short
 from milora_jax.model_config import ModelConfig
 
 
@@ -139,7 +140,7 @@ def main() -> None:
         try:
             answer: dict[str, Any] = {"report": runner.run(row["kind"], row["options"])}
         except Exception as error:  # whatever it is, it costs this row alone
-            answer = {"error": device_checks.short(error)}
+            answer = {"error": short(error)}
         if "error" in answer:
             gc.collect()
             jax.clear_caches()

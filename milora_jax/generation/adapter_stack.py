@@ -9,7 +9,8 @@ row's tokens cannot depend on its neighbours' adapters:
 =========  ===============================================================================================
 one        a single adapter: plain matrix products
 one_hot    a few slots: one product with all slots' matrices, of which a row keeps its own
-tpu, gpu   many slots there: a kernel that reads and multiplies only what a row chose
+a kernel   many slots of a TPU or GPU: it reads and multiplies only what a row chose, see
+           ``generation.kernel`` and, for which one, ``generation.kernel_choice``
 gathered   many slots elsewhere: each row's matrices are copied together once per chunk of steps, or once
            for as long as a request holds the batch slot, see :class:`GatheredAdapters`
 =========  ===============================================================================================
@@ -35,23 +36,24 @@ from milora_jax.generation.kernel import SlotPairs, row_products
 from milora_jax.shapes import Array, Float, Int
 from milora_jax.types import PyTree
 
-KERNELS = ("tpu", "gpu", "tpu interpreted", "gpu interpreted")
+KERNELS = ("tpu", "triton", "mosaic", "tpu interpreted", "triton interpreted")
 PATHS = ("one", "one_hot", "gathered", *KERNELS)
 
 FEW_SLOTS = 4
 """Number of slots up to which reading all of them costs less than treating rows one by one."""
 
 
-def choose_path(method: Method, slots: int, platform: str) -> str:
+def choose_path(method: Method, slots: int, platform: str, fastest_kernel: Callable[[], str]) -> str:
     """Return the path that suits a bank.
 
     Args:
       slots: number of slots of the bank.
       platform: "cpu", "gpu" or "tpu", as JAX names it.
+      fastest_kernel: called where a kernel may serve: returns its path, or "gathered".
     """
     if not method.is_pairs or platform not in ("tpu", "gpu"):
         return "gathered"
-    return "one_hot" if slots <= FEW_SLOTS else platform
+    return "one_hot" if slots <= FEW_SLOTS else fastest_kernel()
 
 
 def laid_out(params: PyTree, path: str) -> PyTree:
@@ -243,10 +245,10 @@ class Kernel(BatchMethod):
     """Applies methods of low-rank pairs by a kernel that skips the modules that a row did not choose.
 
     Attributes:
-      platform: the one of ``generation.kernel.row_products``.
+      kernel: the one of ``generation.kernel.row_products``.
     """
 
-    platform: str = ""
+    kernel: str = ""
 
     def adapt(self, params: StackedLayer, group: ProjectionGroup) -> tuple[Float[Array, "B T _"], ...]:
         """Return the adapted outputs."""
@@ -259,5 +261,5 @@ class Kernel(BatchMethod):
             shares = weights.astype(jnp.float32).reshape(rows, modules)
         # Each token of a row is a row of the kernel.
         slots, shares = (jnp.repeat(each, tokens, axis=0) for each in (params.adapter_slots, shares))
-        wide = row_products(group.x.reshape(rows * tokens, width), pairs, slots, shares, self.platform)
+        wide = row_products(group.x.reshape(rows * tokens, width), pairs, slots, shares, self.kernel)
         return add(group.outputs, by_module(pairs.tiles, wide.reshape(-1, rows, tokens, wide.shape[-1])))

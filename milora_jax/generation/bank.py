@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,16 @@ from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.errors import UserError, require
 from milora_jax.generation.adapter_stack import PATHS, AdapterStack, choose_path, laid_out
+from milora_jax.generation.kernel_choice import fastest_kernel
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.shapes import Array, Int
 from milora_jax.types import PyTree
+
+
+def ignore(line: str) -> None:
+    """Log nothing."""
+
 
 SMALLEST_RANK = 8
 """The smallest rank of a bank."""
@@ -81,7 +88,9 @@ class Bank:
       like: any adapter of the kind the bank is to hold; its method's settings are the bank's.
       slots: adapters on the device at the same time.
       rank: least rank of the bank's pairs, for adapters of a higher rank than ``like``'s.
-      path: one of ``generation.adapter_stack.PATHS``; empty takes what suits bank and machine.
+      path: one of ``generation.adapter_stack.PATHS``; empty takes what suits bank and machine, which is
+        measured where there are kernels to choose from.
+      log: receives a line about each kernel that was measured.
 
     Attributes:
       adapters: the stack that decoding reads.
@@ -91,7 +100,15 @@ class Bank:
     """
 
     def __init__(
-        self, base: Base, config: ModelConfig, like: Adapter, slots: int, *, rank: int = 0, path: str = ""
+        self,
+        base: Base,
+        config: ModelConfig,
+        like: Adapter,
+        slots: int,
+        *,
+        rank: int = 0,
+        path: str = "",
+        log: Callable[[str], None] = ignore,
     ) -> None:
         require(slots >= 1, "slots", slots, "at least 1")
         self._base, self._config = base, config
@@ -99,7 +116,13 @@ class Bank:
         highest = max([rank, *(each.rank for each in pairs)])
         self.rank = rank_bucket(highest, max(each.experts for each in pairs)) if pairs else 0
         method = like.method.served()
-        path = path or choose_path(method, slots, jax.default_backend())
+        platform = jax.default_backend()
+
+        def fastest() -> str:
+            layer, *_ = jax.eval_shape(lambda: self._prepared(like, "gathered"))
+            return fastest_kernel(list(filter(_is_pairs, _nodes(layer))), platform, log)
+
+        path = path or choose_path(method, slots, platform, fastest)
         require(path in PATHS and path != "one", "path", path, f"one of {', '.join(PATHS[1:])}")
         self.slots, self.names = slots, dict[str, int]()
         self.prompt_formats: dict[str, PromptFormat] = {}
@@ -197,6 +220,11 @@ def _is_pairs(node: PyTree) -> bool:
     return isinstance(node, JoinedPairs)
 
 
+def _nodes(params: PyTree) -> list[PyTree]:
+    """The pairs, and every leaf outside of them."""
+    return jax.tree.leaves(params, is_leaf=_is_pairs)
+
+
 def _pairs_of(base: Base, config: ModelConfig, adapter: Adapter, name: str = "") -> list[JoinedPairs]:
     """An adapter's pairs as decoding reads them, abstract."""
     shape = adapter_shape(config)
@@ -204,7 +232,7 @@ def _pairs_of(base: Base, config: ModelConfig, adapter: Adapter, name: str = "")
         said = f"adapter {name!r}" if name else "the adapter"
         raise UserError(f"{said} fits a base of {adapter.shape}, this one has {shape}")
     params = jax.eval_shape(lambda: adapter_decode_layout(adapter, base).params)
-    return [node for node in jax.tree.leaves(params, is_leaf=_is_pairs) if _is_pairs(node)]
+    return list(filter(_is_pairs, _nodes(params)))
 
 
 def _require_same_method(name: str, found: Method, held: Method) -> None:

@@ -7,13 +7,11 @@ most of what a step reads beside the base, so the bytes follow the k chosen expe
 
 On a TPU one kernel walks over rows and tiles; a step that was not chosen points at the block that is
 already there, so that nothing is copied (the pipeline fetches a block only when its index changes).
-On a GPU there are two kernels, to the rank and back, whose programs return at once where nothing was
-chosen. Elsewhere, and in tests, the same kernels run in Pallas' interpreter.
+``generation.gpu_kernels`` has those of GPUs. In tests the kernels run in Pallas' interpreter.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -22,9 +20,6 @@ from flax import struct
 
 from milora_jax.adapters.joined import JoinedPairs
 from milora_jax.shapes import Array, Float, Int
-
-LARGEST_BLOCK = 512
-"""The largest number of inputs or outputs that a GPU program holds at a time."""
 
 
 @struct.dataclass
@@ -59,7 +54,7 @@ def row_products(
     pairs: SlotPairs,
     slot: Int[Array, " B"],
     share: Float[Array, "B M"],
-    platform: str,
+    kernel: str,
 ) -> Float[Array, "tiles B width"]:
     """Return what each row's own pairs add to its outputs, computed tile by tile.
 
@@ -67,26 +62,37 @@ def row_products(
       pairs: pairs of all slots.
       slot: whose pairs a row uses.
       share: factor of each module's product; 0 leaves the module out.
-      platform: "tpu" or "gpu"; with "tpu interpreted" or "gpu interpreted" that kernel runs in Pallas'
-        interpreter.
+      kernel: "tpu", "triton" or "mosaic"; with "tpu interpreted" or "triton interpreted" that kernel runs in
+        Pallas' interpreter.
     """
-    kind, _, interpreted = platform.partition(" ")
-    run = {"tpu": _on_tpu, "gpu": _on_gpu}[kind]
-    return run(x, pairs, slot.astype(jnp.int32), share.astype(jnp.float32), bool(interpreted))
+    from milora_jax.generation.gpu_kernels import mosaic_products, triton_products
+
+    kind, _, interpreted = kernel.partition(" ")
+    given = x, pairs, slot.astype(jnp.int32), share.astype(jnp.float32)
+    if kind == "mosaic":
+        return mosaic_products(*given)
+    run = {"tpu": _on_tpu, "triton": triton_products}[kind]
+    return run(*given, bool(interpreted))
 
 
 def reference_products(
     x: Float[Array, "B d_in"], pairs: SlotPairs, slot: Int[Array, " B"], share: Float[Array, "B M"]
 ) -> Float[Array, "tiles B width"]:
-    """Compute :func:`row_products` by plain products, for tests; reads every matrix of every row's slot."""
-    u = jnp.einsum("BD,BMRD->BMR", x, pairs.a[slot], preferred_element_type=jnp.float32)
+    """Compute :func:`row_products` by plain products; copies every matrix of every row's slot."""
+    return own_products(x, SlotPairs(pairs.a[slot], pairs.b[slot], pairs.tiles), share)
+
+
+def own_products(x: Float[Array, "B d_in"], pairs: SlotPairs, share: Float[Array, "B M"]) -> Array:
+    """Compute :func:`reference_products` where row i has the pairs of slot i."""
+    u = jnp.einsum("BD,BMRD->BMR", x, pairs.a, preferred_element_type=jnp.float32)
     u = (u * share[..., None]).astype(x.dtype)
-    by_tile = jnp.stack([u[:, m] for m in _module_of_tile(pairs.tiles)])
-    wide = jnp.einsum("MBR,BMRO->MBO", by_tile, pairs.b[slot], preferred_element_type=jnp.float32)
+    by_tile = jnp.stack([u[:, m] for m in module_of_tile(pairs.tiles)])
+    wide = jnp.einsum("MBR,BMRO->MBO", by_tile, pairs.b, preferred_element_type=jnp.float32)
     return wide.astype(x.dtype)
 
 
-def _module_of_tile(tiles: tuple[int, ...]) -> list[int]:
+def module_of_tile(tiles: tuple[int, ...]) -> list[int]:
+    """Return the module of each tile."""
     return [m for m, count in enumerate(tiles) for _ in range(count)]
 
 
@@ -99,7 +105,7 @@ def visits(
       Slot, module and tile per step: its own where its share is not 0, else those of the last step that
       had a share (of the first to have one, before it), and whether the step has one.
     """
-    module = jnp.array(_module_of_tile(tiles), jnp.int32)
+    module = jnp.array(module_of_tile(tiles), jnp.int32)
     rows, count = share.shape[0], module.size
     active = (share[:, module] != 0).reshape(-1)
     steps = jnp.arange(active.size)
@@ -123,7 +129,7 @@ def _on_tpu(x: Array, pairs: SlotPairs, slot: Array, share: Array, interpret: bo
     rows, d_in = x.shape
     count, rank, width = pairs.b.shape[1:]
     where, active = visits(slot, share, pairs.tiles)
-    shares = share[:, jnp.array(_module_of_tile(pairs.tiles))].reshape(-1)
+    shares = share[:, jnp.array(module_of_tile(pairs.tiles))].reshape(-1)
 
     def kernel(where: Any, active: Any, shares: Any, x: Any, a: Any, b: Any, out: Any) -> None:
         step = pl.program_id(0) * count + pl.program_id(1)
@@ -165,67 +171,3 @@ def _on_tpu(x: Array, pairs: SlotPairs, slot: Array, share: Array, interpret: bo
         name="row_products",
     )
     return call(where, active, shares, x[:, None], pairs.a, pairs.b)[:, :, 0]
-
-
-def _on_gpu(x: Array, pairs: SlotPairs, slot: Array, share: Array, interpret: bool) -> Array:
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
-    rows, d_in = x.shape
-    modules = len(pairs.tiles)
-    count, rank, width = pairs.b.shape[1:]
-    in_block, out_block = math.gcd(d_in, LARGEST_BLOCK), math.gcd(width, LARGEST_BLOCK)
-    module_of_tile = jnp.array(_module_of_tile(pairs.tiles), jnp.int32)
-
-    def narrow(slot: Any, share: Any, x: Any, a: Any, u: Any) -> None:
-        row, module = pl.program_id(0), pl.program_id(1)
-        mine = share[row, module]
-
-        @pl.when(mine == 0)
-        def _() -> None:
-            u[row, module, :] = jnp.zeros((rank,), u.dtype)
-
-        @pl.when(mine != 0)
-        def _() -> None:
-            owner = slot[row]
-
-            def add_block(i: Any, total: Any) -> Any:
-                here = pl.ds(i * in_block, in_block)
-                part = a[owner, module, :, here].astype(jnp.float32) * x[row, here].astype(jnp.float32)[None]
-                return total + part.sum(axis=1)
-
-            total = jax.lax.fori_loop(0, d_in // in_block, add_block, jnp.zeros((rank,), jnp.float32))
-            u[row, module, :] = (total * mine).astype(u.dtype)
-
-    def widen(slot: Any, share: Any, module_of_tile: Any, u: Any, b: Any, out: Any) -> None:
-        row, tile = pl.program_id(0), pl.program_id(1)
-        here = pl.ds(pl.program_id(2) * out_block, out_block)
-        module = module_of_tile[tile]
-        mine = share[row, module]
-
-        @pl.when(mine == 0)
-        def _() -> None:
-            out[tile, row, here] = jnp.zeros((out_block,), out.dtype)
-
-        @pl.when(mine != 0)
-        def _() -> None:
-            part = b[slot[row], tile, :, here].astype(jnp.float32)
-            narrow = u[row, module, :].astype(jnp.float32)
-            out[tile, row, here] = (part * narrow[:, None]).sum(axis=0).astype(out.dtype)
-
-    u = pl.pallas_call(
-        narrow,
-        grid=(rows, modules),
-        out_shape=jax.ShapeDtypeStruct((rows, modules, rank), x.dtype),
-        interpret=interpret,
-        compiler_params=triton.CompilerParams(),
-        name="row_products_narrow",
-    )(slot, share, x, pairs.a)
-    return pl.pallas_call(
-        widen,
-        grid=(rows, count, width // out_block),
-        out_shape=jax.ShapeDtypeStruct((count, rows, width), x.dtype),
-        interpret=interpret,
-        compiler_params=triton.CompilerParams(),
-        name="row_products_widen",
-    )(slot, share, module_of_tile, u, pairs.b)

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from milora_jax.adapters.hooks import path_names
-from milora_jax.base.attention import Attend, DeviceLayout, attention, has_cudnn
+from milora_jax.base.attention import Attend, DeviceLayout, attention, has_cudnn, has_splash
 from milora_jax.base.modules import Base, ends_of, unroll
 from milora_jax.parallel.processes import place
 from milora_jax.shapes import Array, Int
@@ -127,9 +127,10 @@ def mesh_layout(mesh: Mesh, cudnn: bool | None = None) -> DeviceLayout:
     Args:
       cudnn: whether the devices have cuDNN's kernels; None asks the devices, which must then be present.
     """
-    found = has_cudnn(mesh.devices.flat[0]) if cudnn is None else cudnn
+    device, asked = mesh.devices.flat[0], cudnn is None
+    found = has_cudnn(device) if cudnn is None else cudnn
     rows, heads, widths = (MESH_AXES[name] for name in ("rows", "heads", "ffn"))
-    return DeviceLayout(mesh, rows, heads, widths, "expert", found)
+    return DeviceLayout(mesh, rows, heads, widths, "expert", found, not asked or has_splash(device))
 
 
 def with_layout(base: Base, mesh: Mesh | None) -> Base:

@@ -98,6 +98,7 @@ def build_service(
             ThreadPoolExecutor(1, thread_name_prefix="adapters"),
             rank=limits.max_lora_rank,
             pinned=frozenset(name for name, each in adapters.items() if each.pinned),
+            log=log,
         )
     engine = Engine(
         base,

@@ -24,7 +24,7 @@ from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.modules import Base
 from milora_jax.errors import UserError
-from milora_jax.generation.bank import Bank, RankError, rank_of
+from milora_jax.generation.bank import Bank, RankError, ignore, rank_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.serving.json_models import NAME
@@ -93,6 +93,7 @@ class AdapterStore:
       host: adapters in host memory; others are read again from their directories when they are needed.
       reader: runs what reads from the disk.
       rank: highest rank of adapters that are loaded later, if it is above that of ``first``.
+      log: see ``generation.bank.Bank``.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class AdapterStore:
         host: int = 64,
         rank: int = 0,
         pinned: frozenset[str] = frozenset(),
+        log: Callable[[str], None] = ignore,
     ) -> None:
         self._model, self._reader, self._host = model, reader, max(host, slots)
         self._fingerprint = base_fingerprint(model.directory)
@@ -117,7 +119,8 @@ class AdapterStore:
         read = {name: self._read(name, path) for name, path in first.items()}
         ranks = [rank_of(model.base, model.config, loaded, name) for name, loaded in read.items()]
         like = next(iter(read.values()))
-        self.bank = Bank(model.base, model.config, like, len(self._slots), rank=max(rank, *ranks))
+        highest, places = max(rank, *ranks), len(self._slots)
+        self.bank = Bank(model.base, model.config, like, places, rank=highest, log=log)
         for name, loaded in read.items():
             self._add(name, first[name], loaded, name in pinned)
         # Fill the device at the start, which compiles the program that writes a slot.

@@ -9,7 +9,14 @@ import pytest
 
 from milora_jax.base import attention as dispatch
 from milora_jax.base import ops, splash
-from milora_jax.base.attention import DeviceLayout, attention, cudnn_serves, has_cudnn
+from milora_jax.base.attention import (
+    DeviceLayout,
+    attention,
+    compiles,
+    cudnn_serves,
+    device_layout,
+    has_cudnn,
+)
 from milora_jax.base.blockwise import blockwise
 from milora_jax.base.ops import Scoring, Window
 
@@ -110,10 +117,27 @@ def test_a_tpu_takes_the_kernel_where_it_serves():
         ("cpu", "9.0", False),
     ],
 )
-def test_which_devices_have_cudnn(platform, capability, expected):
+def test_which_devices_have_cudnn(platform, capability, expected, monkeypatch):
+    monkeypatch.setattr(dispatch, "compiles", lambda *given: True)
     device = types.SimpleNamespace(platform=platform, compute_capability=capability)
     assert has_cudnn(device) is expected
     assert not has_cudnn(types.SimpleNamespace(platform=platform))
+
+
+def test_a_kernel_that_a_device_cannot_compile_is_a_warning_and_the_plain_form(monkeypatch):
+    device = jax.devices()[0]
+    with pytest.warns(RuntimeWarning, match=r"cuDNN's attention is not used on .*: \w+"):
+        assert not compiles(device, "cuDNN's attention", dispatch._cudnn), "a CPU has none"
+    assert not compiles(device, "cuDNN's attention", dispatch._cudnn), "and that is said once"
+    assert compiles(device, "plain attention", lambda q, k, v, segments: q + k + v)
+    tpu = types.SimpleNamespace(platform="tpu")
+    monkeypatch.setattr(dispatch, "compiles", lambda *given: False)
+    layout = device_layout([tpu])
+    assert not layout.splash
+    q, k, v = (x[..., :64] for x in draw())
+    assert "tpu_custom_call" in lowered("tpu", DeviceLayout(), q, k, v)
+    assert "tpu_custom_call" not in lowered("tpu", layout, q, k, v)
+    assert device_layout([device]).splash, "where there is no TPU nothing is tried"
 
 
 @pytest.mark.parametrize(

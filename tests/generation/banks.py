@@ -6,7 +6,7 @@ from tests.adapted import make_adapter
 from tests.generation.decoding import DECODING, make_engine
 from tests.models import TINY
 
-PATHS = ("gathered", "one_hot", "tpu interpreted", "gpu interpreted")
+PATHS = ("gathered", "one_hot", "tpu interpreted", "triton interpreted")
 
 
 SLOTS = 3

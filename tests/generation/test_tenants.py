@@ -121,16 +121,16 @@ def test_adapters_that_do_not_belong_are_refused_and_nothing_changes():
 
 def test_the_path_follows_from_bank_and_machine():
     milora, dora = make_adapter().method, make_adapter(method="dora").method
-    assert choose_path(milora, 4, "tpu") == "one_hot"
-    assert choose_path(milora, 5, "tpu") == "tpu"
-    assert choose_path(milora, 64, "gpu") == "gpu"
-    assert choose_path(milora, 64, "cpu") == "gathered"
-    assert choose_path(dora, 64, "gpu") == "gathered"
+    assert choose_path(milora, 4, "tpu", lambda: "tpu") == "one_hot"
+    assert choose_path(milora, 5, "tpu", lambda: "tpu") == "tpu"
+    assert choose_path(milora, 64, "gpu", lambda: "mosaic") == "mosaic"
+    assert choose_path(milora, 64, "cpu", lambda: "tpu") == "gathered"
+    assert choose_path(dora, 64, "gpu", lambda: "mosaic") == "gathered"
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("platform", ["tpu interpreted", "gpu interpreted"])
+@pytest.mark.parametrize("platform", ["tpu interpreted", "triton interpreted"])
 def test_the_kernel_equals_its_reference(seed, platform):
     """Random routes, ranks, tenants and shapes."""
     rng = np.random.default_rng(seed)
@@ -149,7 +149,7 @@ def test_the_kernel_equals_its_reference(seed, platform):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * rank)
 
 
-@pytest.mark.parametrize("platform", ["tpu interpreted", "gpu interpreted"])
+@pytest.mark.parametrize("platform", ["tpu interpreted", "triton interpreted"])
 def test_what_no_row_chose_is_neither_read_nor_multiplied(platform):
     """Every matrix that no row chose is not a number: one that was touched would spoil the result."""
     rng = np.random.default_rng(0)
@@ -178,10 +178,10 @@ def test_a_step_without_a_share_asks_for_the_block_that_is_already_there():
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # JAX 0.11
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_the_kernel_lowers_for_accelerators(platform):
+@pytest.mark.parametrize("kernel", ["tpu", "triton", "mosaic"])
+def test_the_kernel_lowers_for_accelerators(kernel):
     """Compiled as far as a machine without one can."""
-    kind = {"tpu": "tpu", "cuda": "gpu"}[platform]
+    platform = "tpu" if kernel == "tpu" else "cuda"
     pairs = SlotPairs(
         jax.ShapeDtypeStruct((16, 3, 32, 4096), jnp.bfloat16),
         jax.ShapeDtypeStruct((16, 3, 32, 4096), jnp.bfloat16),
@@ -189,10 +189,11 @@ def test_the_kernel_lowers_for_accelerators(platform):
     )
     x = jax.ShapeDtypeStruct((8, 4096), jnp.bfloat16)
     slot, share = jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((8, 3), jnp.float32)
-    run = jax.jit(lambda *arguments: row_products(*arguments, kind))
+    run = jax.jit(lambda *arguments: row_products(*arguments, kernel))
     # From JAX 0.12 on Triton's lowering asks which GPU it is for.
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh) if kind == "gpu" else contextlib.nullcontext():
+    with jax.sharding.use_abstract_mesh(mesh) if platform == "cuda" else contextlib.nullcontext():
         lowered = run.trace(x, pairs, slot, share).lower(lowering_platforms=(platform,))
-    assert {"tpu": "tpu_custom_call", "cuda": "xla.gpu.triton"}[platform] in lowered.as_text()
+    calls = {"tpu": "tpu_custom_call", "triton": "xla.gpu.triton", "mosaic": "mosaic_gpu"}
+    assert calls[kernel] in lowered.as_text()
