@@ -49,6 +49,7 @@ TAGS = {
     "route_margin": "routing/margin",
     "route_changed": "routing/changed",
     "dev_loss": "dev/loss",
+    "dev_answers": "dev/answers",
     **{
         f"{where}{name}": f"{shown}/{name}"
         for where, shown in (("", "train"), ("dev_", "dev"))

@@ -47,7 +47,7 @@ def report(workdir, model, method="lora", progress=LEARNED):
     adapter = noisy_adapter(random_base(TINY), TINY, method)
     best = CheckpointDirectory(workdir / "best", 1, print)
     share = np.full((TINY.num_layers, 7), 3 / 7).tolist() if adapter.method.routes else None
-    found = {"dev_perplexity": 2.0, "expert_share": share, "tunable_parameters": 10}
+    found = {"dev_perplexity": progress.best_perplexity, "expert_share": share, "tunable_parameters": 10}
     metadata = adapter_metadata(
         adapter.method, adapter.shape, base_fingerprint(model), "none", PromptFormat()
     )
@@ -68,7 +68,8 @@ def report(workdir, model, method="lora", progress=LEARNED):
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     route = compact_route(np.eye(TINY.num_layers, 7)) if adapter.method.routes else None
     score = TaskScore("rows", [Prediction("rows", 0, "a", "b", "c", "exact", "c", False, False, route)])
-    run = Mock(spec=Run, config=config, model=TINY, guess=TINY.vocab_size, measure="dev perplexity")
+    facts = {"guess": TINY.vocab_size, "measure": "dev perplexity", "dev_tests": {}}
+    run = Mock(spec=Run, config=config, model=TINY, **facts)
     fit = Fit(Mock(spec=TrainState), 7, progress, 0.0)
     final.write_report(run, workdir, fit, {**figures([score]), "answers": {}}, [score], 1.0)
     return run, fit
