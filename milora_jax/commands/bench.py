@@ -16,6 +16,7 @@ BENCHMARKS = {
     "decode": "the speed of decoding",
     "train": "the speed of training",
     "rows": "what many training rows cost before the first step and in every step",
+    "startup": "how long a command takes to its first result, cold and warm",
     "prefill": "what long prompts cost others, and what a prefix cache saves",
     "lookup": "what speculation by prompt look-up saves",
     "load": "the speed of loading a base, compared with the disk itself",
