@@ -47,6 +47,31 @@ def test_kill_nine_in_a_save_and_resume_bit_for_bit(inputs, undisturbed, tmp_pat
     assert trained == list(range(1, 31)), "every step is logged once, in order"
 
 
+@pytest.mark.slow
+def test_kill_nine_of_a_preference_run_and_resume_bit_for_bit(inputs, tmp_path):
+    """At every point of a save, of a run that starts from an adapter, which is its reference."""
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"say {i}", "chosen": f"{i}", "rejected": f"{i} {i} {i}"} for i in range(40)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = life(inputs, tmp_path / "first", **{"train.max_steps": 4})
+    assert first.returncode in (0, 4), first.stderr
+    settings = {"data.train": pairs, "train.objective": "dpo", "train.init_from": tmp_path / "first"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert life(inputs, whole, **settings).returncode == 0
+    for name in FAILPOINTS:
+        result = life(inputs, killed, f"{name}:2", **settings)
+        assert result.returncode == -signal.SIGKILL, (name, result.stderr)
+    result = life(inputs, killed, **settings)
+    assert result.returncode == 0, result.stderr
+    assert_same_end(killed, whole)
+    accuracies, trained = [], []
+    for line in map(json.loads, (killed / "metrics.jsonl").read_text().splitlines()):
+        accuracies += [line["dev_rewards/accuracies"]] if "dev_rewards/accuracies" in line else []
+        trained += [line["step"]] if "loss" in line else []
+    assert trained == list(range(1, 31))
+    assert accuracies[-1] >= accuracies[0]
+
+
 def wait_for_step(workdir, step):
     deadline = time.monotonic() + 120
     path = workdir / "metrics.jsonl"
