@@ -3,7 +3,8 @@
 Several values of ``--method``, ``--objective``, ``--batch``, ``--rank``, ``--remat`` and ``--quantize``,
 separated by commas, are measured side by side: every round takes one step of each in turn. One JSON object
 per line and variant. A step is an update of Omega. MiLoRA's bi-level update of Theta (Appendix A of the
-paper), every ``train.coefficient_every`` steps, costs as much again and is not in it.
+paper), every ``train.coefficient_every`` steps, costs as much again and is not in it. The peer of
+``--objective dpo`` is TRL's trainer with PEFT's LoRA.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from milora_jax.data.batches import collate
 from milora_jax.data.packing import Rows
 from milora_jax.data.preferences import ANSWERS
 from milora_jax.data.tokens import Example
-from milora_jax.errors import UserError, require
+from milora_jax.errors import UserError, one_of, require
 from milora_jax.model_config import ModelConfig
 from milora_jax.training.step import init_state, make_steps
 
@@ -181,14 +182,17 @@ def _without_what_has_no_effect(variant: Variant) -> Variant:
 def make_peer(stack: ExitStack, config: ModelConfig, variant: Variant, settings: Settings) -> Case:
     """Start a peer, which lives as long as ``stack``."""
     require(not settings.packed, "--packed", True, f"off with {variant.method}")
-    require(variant.objective == "sft", "--objective", variant.objective, f"sft with {variant.method}")
+    one_of(f"--objective with {variant.method}", variant.objective, ("sft", "dpo"))
     peer: Peer = stack.enter_context(
         started(
             settings.peer_python,
             peer_directory(stack, settings.model, config, settings.dtype),
             variant.method,
             "train",
-            {"dtype": settings.dtype, "batch": variant.batch, "prompt": settings.seq, "rank": variant.rank},
+            {
+                **{"dtype": settings.dtype, "batch": variant.batch, "prompt": settings.seq},
+                **{"rank": variant.rank, "objective": variant.objective},
+            },
         )
     )
     begin = time.perf_counter()

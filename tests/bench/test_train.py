@@ -135,7 +135,7 @@ def test_every_method_that_has_a_rank_takes_it():
         (["--seq", "40", "--packed"], "--seq 40: expected at least 145 with --packed"),
         (["--objective", "sft,ppo"], "--objective is 'ppo'"),
         (["--objective", "sft,dpo", "--packed"], "--packed is True: expected off with dpo"),
-        (["--objective", "dpo", "--method", "peft-lora"], "expected sft with peft-lora"),
+        (["--objective", "kto", "--method", "peft-lora"], "expected one of sft, dpo"),
         (["--packed", "--method", "peft-lora"], "--packed is True: expected off with peft-lora"),
         (["--method", "peft-lora", "--peer-python", "no-such-python"], "no-such-python"),
     ],
