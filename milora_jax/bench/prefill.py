@@ -7,6 +7,10 @@ reports the time between two tokens of a stream as a multiple of a decode step w
 ``--case turns`` continues a chat of ``--turns`` turns whose route is that of its first turn, and reports the
 time to the first token of each turn, with the prefix cache and without it.
 
+``--case lengths`` answers ``--shorts`` prompts of ``--short`` tokens, ``--prompts`` of ``--prompt`` tokens,
+and all of them together by ``generation.text.generate``, and reports the time of the last over the sum of the
+others.
+
 Variants are measured in turns. One JSON object per line and variant.
 """
 
@@ -21,20 +25,23 @@ from typing import Any
 
 import numpy as np
 
+from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.bench import machine
 from milora_jax.bench.models import load_model, random_adapter
 from milora_jax.bench.rounds import ModelSettings, in_turns, option
 from milora_jax.config import AdapterSection
+from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError
 from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.request import Request
 from milora_jax.generation.settings import GenerationSettings
+from milora_jax.generation.text import generate
 from milora_jax.model_config import ModelConfig
 
-CASES = ("streams", "turns")
+CASES = ("streams", "turns", "lengths")
 ALONE = 20
 """Chunks of decode steps that are measured without long prompts."""
 
@@ -55,6 +62,8 @@ class Settings(ModelSettings):
       streams: texts that are decoded.
       prompt: tokens of a long prompt.
       prompts: how many of them arrive in a round.
+      short: tokens of a short prompt.
+      shorts: how many of them are answered beside the long ones.
       turns: turns of a chat.
       turn: tokens that a user writes in a turn.
       new: tokens of an answer.
@@ -69,6 +78,8 @@ class Settings(ModelSettings):
     streams: int = option(7, least=1)
     prompt: int = option(1800, least=1)
     prompts: int = option(2, least=1)
+    short: int = option(64, least=1)
+    shorts: int = option(10, least=1)
     turns: int = option(10, least=2)
     turn: int = option(60, least=1)
     new: int = option(40, least=1)
@@ -106,6 +117,47 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
         yield from _measure_streams(settings, base, config, stack)
     if "turns" in settings.case:
         yield from _measure_turns(settings, base, config, stack)
+    if "lengths" in settings.case:
+        yield _measured_lengths(settings, base, config, stack)
+
+
+def _measured_lengths(
+    settings: Settings, base: Base, config: ModelConfig, stack: AdapterStack | None
+) -> dict[str, Any]:
+    """The report of prompts of very different lengths, apart and together."""
+    _require_room(config, max(settings.prompt, settings.short) + settings.new)
+    tokenizer = load_tokenizer(settings.model)
+    adapter = None if stack is None else Adapter(stack.params, stack.method, stack.shape)
+    rng = np.random.default_rng(0)
+
+    def prompts(count: int, length: int) -> list[list[int]]:
+        return rng.integers(FIRST_ID, config.vocab_size, (count, length)).tolist()
+
+    short, long = prompts(settings.shorts, settings.short), prompts(settings.prompts, settings.prompt)
+    asked = {"short": short, "long": long, "together": [*short[:5], *long, *short[5:]]}
+    answer = GenerationSettings(max_new_tokens=settings.new, ignore_eos=True)
+    seconds: dict[str, list[float]] = {name: [] for name in asked}
+
+    def take(name: str) -> None:
+        begun = time.perf_counter()
+        generate(base, config, tokenizer, asked[name], adapter=adapter, settings=answer, prefill_rows=4)
+        seconds[name].append(time.perf_counter() - begun)
+
+    for name in asked:
+        take(name)  # compiles
+        seconds[name].clear()
+    bandwidth = in_turns(list(asked), settings.repeats, take, machine.measure_bandwidth)
+    rounds = zip(*(seconds[name] for name in ("together", "short", "long")), strict=True)
+    chosen = ("model", "method", "rank", "prompt", "prompts", "short", "shorts", "new", "repeats")
+    return {
+        "what": "prefill",
+        "case": "lengths",
+        **{name: getattr(settings, name) for name in chosen},
+        "seconds": {name: statistics.median(each) for name, each in seconds.items()},
+        "together_over_parts": statistics.median(both / (one + other) for both, one, other in rounds),
+        "bandwidth_gb_s": bandwidth / 1e9,
+        **machine.describe(),
+    }
 
 
 def _measure_streams(
