@@ -75,7 +75,8 @@ def _call(item: Any, where: str) -> Call:
     if kind not in (None, "function"):
         raise UserError(f"{where}: type is {kind!r}, expected 'function'")
     function = _object(_parsed(call["function"], where), where) if "function" in call else call
-    name, arguments = _name(call, where), _parsed(function.get("arguments") or {}, where)
+    given = function.get("arguments")
+    name, arguments = _name(call, where), {} if given in (None, "") else _parsed(given, where)
     if not isinstance(arguments, Mapping):
         raise UserError(f"{where}: arguments are {type(arguments).__name__}, expected an object")
     identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}

@@ -5,7 +5,8 @@ The function is called once for each task, with the generated texts and the rows
     def metric(predictions: list[str], rows: list[dict]) -> float | list[float]: ...
 
 It returns a number for the task, or a number for each row, of which the mean is reported. A row has
-``instruction``, ``input``, ``output``, ``answer``, ``references`` and ``messages``; docs/evaluation.md.
+``instruction``, ``input``, ``output``, ``answer``, ``references`` and ``messages``, and ``tools`` where its
+chat offers some; docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 
 from milora_jax.config import split_metric
 from milora_jax.config_file import place_in
+from milora_jax.data.chat import Message
 from milora_jax.data.records import Record
 from milora_jax.errors import UserError
 
@@ -106,5 +108,11 @@ def row_of(record: Record) -> dict[str, Any]:
         "output": record.output,
         "answer": record.answer,
         "references": list(record.references),
-        "messages": [{"role": message.role, "content": message.content} for message in record.messages],
+        "messages": [_message_of(message) for message in record.messages],
+        **({"tools": list(record.tools)} if record.tools else {}),
     }
+
+
+def _message_of(message: Message) -> dict[str, Any]:
+    calls = {"tool_calls": list(message.tool_calls)} if message.tool_calls else {}
+    return {"role": message.role, "content": message.content, **calls}

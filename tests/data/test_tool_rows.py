@@ -203,6 +203,10 @@ MISTAKES = {
         row_of(ASK, called([{"name": "now", "arguments": "[1]"}]), RESULT, SAY),
         "message 2: field 'tool_calls': call 1: arguments are list, expected an object",
     ),
+    "arguments of a list": (
+        row_of(ASK, called([{"name": "now", "arguments": []}]), RESULT, SAY),
+        "call 1: arguments are list, expected an object",
+    ),
     "no result": (
         row_of(ASK, called([CALL]), SAY),
         "message 3 is of the assistant, expected one of the tool",
