@@ -52,10 +52,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 LONGEST = (
-    *("training/test_faults.py", "test_end_to_end.py"),
+    *("training/test_faults.py", "test_recipes.py", "test_end_to_end.py", "serving/test_http.py"),
     *("training/test_methods_train.py", "training/test_step.py"),
 )
-"""Files that take minutes: they go first, or one worker would run them last while the other waits."""
+"""Files that take minutes: they go first, or one worker would run them last while the other waits. One of
+those with a server does too, or both workers would compile the programs of a server at the same time."""
 
 IDLE_WORDS = pytest.StashKey[list[tuple[str, str]]]()
 """(test, word) of sweeps none of whose cases has the word in its id."""

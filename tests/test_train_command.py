@@ -198,6 +198,7 @@ def test_a_refused_run_ends_with_one_line_and_code_two(inputs, tmp_path, monkeyp
 CONFIGS = [path.stem for path in sorted((ROOT / "configs").glob("*.py"))]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("study_")])
 def test_every_study_file_is_a_page_one_can_run(name, request, monkeypatch):
     path = ROOT / f"configs/{name}.py"

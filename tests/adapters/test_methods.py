@@ -169,7 +169,7 @@ def test_every_forward_setting_changes_the_output(method, name):
     assert float(jnp.abs(before - after).max()) > 1e-6
 
 
-@pytest.mark.sweep("milora")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", [name for name in METHODS if "dropout" in settings_of(name)])
 def test_dropout_acts_only_with_a_key(method):
     batch = two_rows()
@@ -221,6 +221,7 @@ def test_midora_with_seven_experts_is_dora_to_the_bit():
     np.testing.assert_array_equal(run_as_users(midora, batch).hidden, run_as_users(dora, batch).hidden)
 
 
+@pytest.mark.thorough
 def test_moelora_with_one_expert_is_lora_to_the_bit():
     moelora = make_adapter(method="moelora", rank=4, num_experts=1, top_k=1)
     pairs = make_adapter(method="lora", rank=4).params
@@ -230,6 +231,7 @@ def test_moelora_with_one_expert_is_lora_to_the_bit():
     np.testing.assert_array_equal(run(moelora, batch).hidden, run(lora, batch).hidden)
 
 
+@pytest.mark.thorough
 def test_the_norms_of_dora_are_those_of_the_whole_weight():
     from milora_jax.adapters.dora import column_norms
 
@@ -240,6 +242,7 @@ def test_the_norms_of_dora_are_those_of_the_whole_weight():
     np.testing.assert_allclose(column_norms(kernel, a, b, 0.7), whole, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_moelora_routes_token_by_token():
     """A token's change depends on that token's input alone, and k of N experts make it."""
     adapter = make_adapter(method="moelora")
@@ -261,6 +264,7 @@ def test_moelora_routes_token_by_token():
     assert (in_force == method.top_k).all()
 
 
+@pytest.mark.thorough
 def test_iapt_reads_the_prompt_alone_and_p_tuning_nothing():
     batch = row_batch(text(0, PROMPT), text(1, ANSWER))
     other = row_batch(text(5, PROMPT), text(1, ANSWER))

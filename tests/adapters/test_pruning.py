@@ -80,6 +80,7 @@ def test_adalora_keeps_what_matters():
     assert (kept_of(again) == np.asarray(wanted)).all(), "what is out stays out"
 
 
+@pytest.mark.thorough
 def test_the_last_pruning_is_made_up_for_if_its_step_was_skipped():
     adapter = make_adapter(method="adalora", rank=1, initial_rank=4)
     grads = jax.tree.map(jnp.ones_like, adapter.params)

@@ -93,6 +93,7 @@ def test_a_traced_k_chooses_as_a_fixed_one(top_k):
     np.testing.assert_array_equal(jax.jit(chosen_experts)(tied, jnp.asarray(top_k)), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gate", GATES)
 def test_a_dense_gradient_comes_from_all_experts_and_changes_no_weight(gate):
     """``d weight_i / d p_i`` is 1 for every expert that is not chosen, in place of 0 (DenseMixer)."""

@@ -13,6 +13,7 @@ SCALED_RANKS = {"milora": 4, "midora": 4, "lora": 4, "dora": 4, "moelora": 8, "a
 """The rank of a module's pair while it is trained, with the settings of ``tests.models.SMALL``."""
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("method", "rank"), SCALED_RANKS.items())
 def test_alpha_is_divided_by_the_root_of_the_rank_of_the_pairs(method, rank):
     plain = make_adapter(method=method, alpha=6.0)

@@ -189,6 +189,7 @@ def test_a_method_that_reads_weights_or_outputs_is_refused_by_name(method):
         require_fits(build_method(AdapterSection(**{**small({"method": method}), "method": method})), MODEL)
 
 
+@pytest.mark.thorough
 def test_the_methods_that_experts_can_share():
     assert REFUSED == ["midora", "dora", "ia3"]
     adapter = made(method="ia3", change=False)

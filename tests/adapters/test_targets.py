@@ -73,6 +73,7 @@ def test_methods_with_places_of_their_own_say_why(method):
     assert ("routers choose among all seven" in said) == (method in ("milora", "midora"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_it_is_the_adapter_whose_other_pairs_change_nothing(method):
     batch, adapter = two_rows(), make_adapter(method=method, target_modules=CHOSEN, alpha=6.0)

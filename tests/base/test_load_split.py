@@ -129,6 +129,7 @@ def test_a_host_holds_no_more_than_a_tensor_per_thread_for_devices(tmp_path, mon
     assert max(size for _, size in most) <= leaf_reading.THREADS * largest * 4
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("buffer")
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 def test_slices_of_any_dtype(tmp_path, stored):

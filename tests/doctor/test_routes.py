@@ -69,6 +69,7 @@ def test_a_fresh_adapter_routes_alike_in_both(inputs, pack):
     assert "8 rows, a fresh adapter" in found[0].text
 
 
+@pytest.mark.thorough
 def test_a_prompt_that_prefill_is_not_given_whole_is_found(inputs, monkeypatch):
     whole = routes.collate_prompts
 

@@ -75,7 +75,7 @@ def report(workdir, model, method="lora", progress=LEARNED):
     return run, fit
 
 
-@pytest.mark.sweep("milora", "bitfit")
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", METHODS)
 def test_every_file_is_there_and_the_export_is_one_the_method_has(
     method, model, tmp_path, monkeypatch, capsys

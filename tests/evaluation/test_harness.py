@@ -84,6 +84,7 @@ def test_a_context_is_tokenised_as_by_the_tokenizer_itself(folder, harness):
     assert harness._encode_pair(" ", "a")[0] == [harness.prefix_token_id]
 
 
+@pytest.mark.thorough
 def test_a_continuation_that_merges_with_its_context_is_scored_alone(harness):
     """It would be certain otherwise, and the best of all choices."""
     context, continuation = harness._encode_pair("answ", "er: true")

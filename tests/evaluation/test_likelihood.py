@@ -108,6 +108,7 @@ def test_what_is_scored_is_no_part_of_the_prompt(folder):
     assert abs(second.log_probability - other.log_probability) > 1e-2, "the prompt makes no difference"
 
 
+@pytest.mark.thorough
 def test_every_next_token_has_its_share(folder):
     context = drawn(7)
     found = scored(folder, "milora", [Passage((*context, v), 7, 1) for v in range(320)], ROWS)

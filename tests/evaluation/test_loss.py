@@ -76,6 +76,7 @@ def test_it_is_the_loss_whose_exponential_is_the_dev_perplexity(folder, tokenize
     assert abs(plain.mean - found.mean) > 1e-2, "the adapter makes no difference"
 
 
+@pytest.mark.thorough
 def test_batches_and_other_rows_make_no_difference(folder, tokenizer):
     together = loss_of(folder, tokenizer, RECORDS)
     before = score._cache_size()

@@ -114,6 +114,7 @@ def test_answers_of_another_model_under_the_same_name_are_refused(folder, tmp_pa
     assert out.read_bytes() == kept
 
 
+@pytest.mark.thorough
 def test_answers_to_other_questions_stay_and_other_words_are_refused(folder, tmp_path, spoken):
     out = tmp_path / "answers.jsonl"
     for rows in (QUESTIONS[:2], QUESTIONS[1:]):

@@ -160,6 +160,7 @@ def test_the_loss_is_that_of_the_outputs(folder, command, answered):
     assert f"loss {ROWS}/{ROWS} rows" in told
 
 
+@pytest.mark.thorough
 def test_free_text_is_measured_and_its_references_are_kept(folder, command, answered, tmp_path, monkeypatch):
     more = ("--predictions", "p.jsonl", "--data")
     asked = {"references": ("It is 0", "It is nothing at all"), "output": "It is nothing at all"}

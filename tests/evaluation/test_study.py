@@ -80,6 +80,7 @@ def test_cells_differ_in_what_they_compare_and_in_nothing_else(name):
         assert not any(cell.forced for cell in cells if cell.variant != "milora")
 
 
+@pytest.mark.thorough
 def test_equal_runs_of_two_tables_are_one_cell():
     by_table = {name: {c.name for c in made.plan(STUDY, 1, CHOSEN)} for name, made in COMPARISONS.items()}
     assert by_table["figure2"] <= by_table["table2"]
@@ -245,6 +246,7 @@ def test_settings_at_their_defaults_do_not_name_a_cell():
     assert changed_settings(config) == {"adapter.top_k": 5, "train.seed": 3}
 
 
+@pytest.mark.thorough
 def test_a_study_from_before_a_setting_is_continued_while_the_setting_is_at_its_default(tmp_path):
     claim_study(tmp_path, STUDY)
     path = tmp_path / "study.json"

@@ -64,6 +64,7 @@ def test_a_rule_is_found_by_name_or_by_the_golds():
     assert rule_for("mine", ["ending1", "ending4"], only_strict=True).name == "ending_strict"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [*COMMONSENSE, *MATH])
 def test_the_real_file_has_the_published_number_of_rows_and_golds_of_its_task(shared_data, name):
     golds = [record.answer for record in rows_of(shared_data, name)]

@@ -116,6 +116,7 @@ def test_turns_of_a_conversation_find_their_beginning():
         chat = [*chat, *request.tokens[0], *text(turn, 9).tolist()]
 
 
+@pytest.mark.thorough
 def test_a_whole_prompt_of_a_routed_adapter_is_found_and_no_other():
     engine, prompt = engine_of(make_adapter(seed=3)), text(6, 33).tolist()
     first = run(engine, prompt)
@@ -210,6 +211,7 @@ def test_one_sample_of_several_may_end_while_their_prompt_is_prefilled():
     assert other.tokens == run(engine_of(), text(3, 8).tolist(), max_new_tokens=4).tokens
 
 
+@pytest.mark.thorough
 def test_the_oldest_prompt_is_never_put_off():
     """Short prompts that keep coming get half of each turn at most."""
     queue = BlockQueue(DECODING, TINY, LENGTH, 2 * BLOCK, BLOCK)
@@ -231,7 +233,7 @@ def test_programs_are_few():
     assert {bucket_of((n + 1) * 64, 640, 64) for n in range(10)} == {64, 128, 256, 512, 640}
 
 
-@pytest.mark.sweep("29")
+@pytest.mark.thorough
 @pytest.mark.parametrize("length", [1, 8, 29, LENGTH])
 def test_a_prompt_is_scored_block_by_block_and_finds_nothing(length):
     adapter, prompt = make_adapter(seed=3), text(8, length).tolist()
@@ -247,6 +249,7 @@ def test_a_prompt_is_scored_block_by_block_and_finds_nothing(length):
         np.testing.assert_allclose(mine.logprob, theirs.logprob, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_without_a_budget_a_prompt_is_prefilled_in_one_turn():
     """Also beside streams, who then wait for all of it."""
     engine = engine_of(make_adapter(seed=3), rows=2, chunk=1, prefill_budget=0)

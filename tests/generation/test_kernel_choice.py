@@ -105,6 +105,7 @@ def chosen(monkeypatch):
 TPU, TRITON = "tpu interpreted", "triton interpreted"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("times", "expected"),
     [

@@ -41,6 +41,7 @@ def test_they_are_those_of_the_whole_pass(length):
         )
 
 
+@pytest.mark.thorough
 def test_no_new_token_need_be_asked_for():
     ids = text(0, 9).tolist()
     with_text, without = (scored(make_adapter(), ids, max_new_tokens=new) for new in (5, 0))

@@ -60,6 +60,7 @@ def test_a_chat_is_written_by_the_template_and_its_contents_stay_text(model, ask
     assert asked[0] == asked[1] == asked[2]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rule", ["tokenizer", "bos", "none"])
 def test_prompts_are_written_as_the_adapter_was_trained(model, asked, rule):
     base, config, tokenizer = model

@@ -76,6 +76,7 @@ def test_top_p_is_taken_of_what_top_k_left():
     assert np.isfinite(np.asarray(_kept(logits, sampler))[0]).tolist() == [True, False, False, False]
 
 
+@pytest.mark.thorough
 def test_draws_follow_the_distribution():
     probs = np.array([0.5, 0.3, 0.15, 0.05])
     rows = 4000
@@ -264,6 +265,7 @@ def test_a_bad_request_is_refused_and_the_others_are_unaffected():
     assert good.tokens[0] == decoded(make_adapter(), [text(0, 6)], 5)[0]
 
 
+@pytest.mark.thorough
 def test_nothing_is_sorted_where_no_row_has_a_limit():
     logits, settings = logits_of(3, rows=4), [GenerationSettings(temperature=0.8, seed=i) for i in range(4)]
     sampler, position = sampler_of(*settings), jnp.arange(4, dtype=jnp.int32)

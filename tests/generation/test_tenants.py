@@ -84,6 +84,7 @@ def test_a_row_is_bit_for_bit_the_same_in_any_batch(count):
             assert found == alone[n], f"row {n} differs in the mix {numbers}"
 
 
+@pytest.mark.thorough
 def test_loading_an_adapter_compiles_nothing_and_changes_one_slot():
     bank, adapters = make_bank()
     work = [(text(i, 5), i) for i in range(SLOTS)]

@@ -66,6 +66,7 @@ def test_they_share_a_bank_with_our_adapters_and_are_what_import_makes(folder, t
     assert store.has_base
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("first", "other", "message"),
     [

@@ -133,6 +133,7 @@ def test_what_does_not_fit_is_refused_by_name_when_it_is_loaded(runs, first, oth
     runs.assert_seated(store, first)
 
 
+@pytest.mark.thorough
 def test_methods_that_do_not_fit_are_refused_by_name_at_the_start(runs):
     with pytest.raises(UserError, match=r"^adapter 'milora12' is of method 'milora': this bank holds 'lora'"):
         runs.store("lora16", "milora12")

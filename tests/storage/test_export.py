@@ -88,6 +88,7 @@ def test_the_portable_form_becomes_a_checkpoint(exported, run, tmp_path):
     assert_equal(load_adapter(tmp_path / "out"), load_adapter(run))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("method", "export", "message"),
     [

@@ -196,6 +196,7 @@ def test_every_kind_of_method_takes_pairs(method):
     assert float(one[1].grad_norm) > 0
 
 
+@pytest.mark.thorough
 def test_both_answers_have_the_route_of_their_prompt():
     """Dropout would give each copy of the prompt a route of its own; the row has one."""
     adapter = make_adapter()
