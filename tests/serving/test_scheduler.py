@@ -107,7 +107,7 @@ class PaperEngine:
 class PaperBank:
     """Slots that must not be written while somebody decodes with them."""
 
-    def __init__(self, base, config, like, slots, rank):
+    def __init__(self, base, config, like, slots, rank, log):
         self.adapters = SimpleNamespace(method=SimpleNamespace(is_pairs=True))
         self.versions, self.owners = [], {}
 
@@ -240,7 +240,14 @@ class Scheduler(RuleBasedStateMachine):
         assert sum(seat is not None for seat in self.engine.rows) <= ROWS
 
     def teardown(self):
-        """Let it run to its end: every sample has ended once, and everything is given back."""
+        """Let it run to its end, and take the papers away even if it did not begin."""
+        try:
+            self.end()
+        finally:
+            self.patch.undo()
+
+    def end(self):
+        """Every sample has ended once, and everything is given back."""
         self.engine.raises = False
         for _ in range(5000):
             if not (self.turn() or self.reader.work):
@@ -265,7 +272,6 @@ class Scheduler(RuleBasedStateMachine):
             assert places == sorted(places), "first come, first served, of one tenant and adapter"
         assert all(adapter.users == adapter.running == 0 for adapter in self.adapters)
         assert all(adapter.slot is None for adapter in self.adapters if adapter.draining)
-        self.patch.undo()
 
 
 @pytest.mark.parametrize("slots", [2, 3, 33, 34, 64, 66, 96])
