@@ -73,7 +73,9 @@ def test_its_losses_are_those_of_torch_and_fall(folder, run, tokenizer, theirs, 
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["cross_entropy"] for line in lines if "loss" in line]
     rows = batch_rows(config.train.seed, 0, len(chatting.train), config.train.batch_size)
-    expected = their_loss(theirs, [chatting.train[i] for i in rows])
+    # Their float32 differs from their float64 by as much as the tolerance on some CPUs.
+    expected = their_loss(theirs.double(), [chatting.train[i] for i in rows])
+    theirs.float()
     record(PART, "loss of the first step, of torch on the same rows", expected)
     record(PART, "loss of the first step: difference from torch", abs(losses[0] - expected), "< 2e-5")
     record(PART, f"loss of step {STEPS}", losses[-1], "below the first step's")
