@@ -125,12 +125,15 @@ def mesh_layout(mesh: Mesh, cudnn: bool | None = None) -> DeviceLayout:
     """How rows and heads are divided over a mesh.
 
     Args:
-      cudnn: whether the devices have cuDNN's kernels; None asks the devices, which must then be present.
+      cudnn: whether the devices have cuDNN's kernels; None asks the devices for their kernels, and they must
+        then be present. Otherwise TPUs are taken to have theirs.
     """
-    device, asked = mesh.devices.flat[0], cudnn is None
-    found = has_cudnn(device) if cudnn is None else cudnn
+    splash = True
+    if cudnn is None:
+        device = mesh.devices.flat[0]
+        cudnn, splash = has_cudnn(device), has_splash(device)
     rows, heads, widths = (MESH_AXES[name] for name in ("rows", "heads", "ffn"))
-    return DeviceLayout(mesh, rows, heads, widths, "expert", found, not asked or has_splash(device))
+    return DeviceLayout(mesh, rows, heads, widths, "expert", cudnn, splash)
 
 
 def with_layout(base: Base, mesh: Mesh | None) -> Base:

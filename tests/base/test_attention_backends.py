@@ -130,6 +130,9 @@ def test_a_kernel_that_a_device_cannot_compile_is_a_warning_and_the_plain_form(m
         assert not compiles(device, "cuDNN's attention", dispatch._cudnn), "a CPU has none"
     assert not compiles(device, "cuDNN's attention", dispatch._cudnn), "and that is said once"
     assert compiles(device, "plain attention", lambda q, k, v, segments: q + k + v)
+    with monkeypatch.context() as several:
+        several.setattr(jax, "process_count", lambda: 2)
+        assert compiles.__wrapped__(device, "cuDNN's attention", dispatch._cudnn), "all run one program"
     tpu = types.SimpleNamespace(platform="tpu")
     monkeypatch.setattr(dispatch, "compiles", lambda *given: False)
     layout = device_layout([tpu])
