@@ -13,8 +13,9 @@ from milora_jax.base import quantized
 from milora_jax.base.attention import attention, device_layout
 from milora_jax.base.ops import Scoring
 from milora_jax.errors import short
-from milora_jax.generation.kernel import SlotPairs, reference_products, row_products
+from milora_jax.generation.kernel import row_products
 from milora_jax.generation.kernel_choice import CANDIDATES
+from milora_jax.generation.slot_pairs import SlotPairs, reference_products
 from milora_jax.shapes import Array
 
 TOLERANCE = {"float32": 5e-3, "bfloat16": 3e-2}

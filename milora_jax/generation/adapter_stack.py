@@ -32,7 +32,8 @@ from milora_jax.adapters.inputs import ProjectionGroup, Shape
 from milora_jax.adapters.joined import JoinedPairs, by_module
 from milora_jax.adapters.low_rank import add
 from milora_jax.adapters.protocol import Adapter, Method
-from milora_jax.generation.kernel import SlotPairs, row_products
+from milora_jax.generation.kernel import row_products
+from milora_jax.generation.slot_pairs import SlotPairs
 from milora_jax.shapes import Array, Float, Int
 from milora_jax.types import PyTree
 

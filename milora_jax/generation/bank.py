@@ -23,7 +23,7 @@ from milora_jax.shapes import Array, Int
 from milora_jax.types import PyTree
 
 
-def ignore(line: str) -> None:
+def no_log(line: str) -> None:
     """Log nothing."""
 
 
@@ -108,7 +108,7 @@ class Bank:
         *,
         rank: int = 0,
         path: str = "",
-        log: Callable[[str], None] = ignore,
+        log: Callable[[str], None] = no_log,
     ) -> None:
         require(slots >= 1, "slots", slots, "at least 1")
         self._base, self._config = base, config

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from milora_jax.generation.kernel import SlotPairs, module_of_tile
+from milora_jax.generation.slot_pairs import SlotPairs, module_of_tile
 from milora_jax.shapes import Array
 
 LARGEST_BLOCK = 512

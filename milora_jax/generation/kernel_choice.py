@@ -18,7 +18,8 @@ import numpy as np
 from milora_jax.adapters.joined import JoinedPairs
 from milora_jax.errors import short
 from milora_jax.generation.gpu_kernels import mosaic_serves
-from milora_jax.generation.kernel import SlotPairs, own_products, reference_products, row_products
+from milora_jax.generation.kernel import row_products
+from milora_jax.generation.slot_pairs import SlotPairs, own_products, reference_products
 from milora_jax.shapes import Array
 
 PLAIN = "gathered"

@@ -17,6 +17,7 @@ from milora_jax.base.source import model_directory
 from milora_jax.config import DTYPES, QUANTIZE, MeshSection
 from milora_jax.data.tokens import load_tokenizer
 from milora_jax.errors import UserError, one_of, require
+from milora_jax.generation.bank import no_log
 from milora_jax.generation.engine import Engine
 from milora_jax.generation.prompt_lookup import MOST_PROPOSALS
 from milora_jax.parallel.mesh import check_divides, make_mesh
@@ -52,16 +53,12 @@ class Offer:
         one_of("quantize", self.quantize, QUANTIZE)
 
 
-def _no_log(line: str) -> None:
-    pass
-
-
 def build_service(
     offer: Offer,
     registry: Registry,
     limits: Limits,
     progress: Progress = ignore,
-    log: Callable[[str], None] = _no_log,
+    log: Callable[[str], None] = no_log,
 ) -> Service:
     """Load the base and its adapters, and compile all programs; the caller starts the device loop.
 

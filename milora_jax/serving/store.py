@@ -24,7 +24,7 @@ from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.fingerprint import base_fingerprint
 from milora_jax.base.modules import Base
 from milora_jax.errors import UserError
-from milora_jax.generation.bank import Bank, RankError, ignore, rank_of
+from milora_jax.generation.bank import Bank, RankError, no_log, rank_of
 from milora_jax.model_config import ModelConfig
 from milora_jax.prompt_format import PromptFormat
 from milora_jax.serving.json_models import NAME
@@ -106,7 +106,7 @@ class AdapterStore:
         host: int = 64,
         rank: int = 0,
         pinned: frozenset[str] = frozenset(),
-        log: Callable[[str], None] = ignore,
+        log: Callable[[str], None] = no_log,
     ) -> None:
         self._model, self._reader, self._host = model, reader, max(host, slots)
         self._fingerprint = base_fingerprint(model.directory)

@@ -10,8 +10,9 @@ import pytest
 from milora_jax.adapters.joined import JoinedPairs
 from milora_jax.generation import kernel_choice
 from milora_jax.generation.gpu_kernels import mosaic_serves
-from milora_jax.generation.kernel import SlotPairs, reference_products, row_products
+from milora_jax.generation.kernel import row_products
 from milora_jax.generation.kernel_choice import PLAIN, fastest_kernel
+from milora_jax.generation.slot_pairs import SlotPairs, reference_products
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from milora_jax.errors import UserError
 from milora_jax.generation.adapter_stack import choose_path
 from milora_jax.generation.decode import decode_chunk
-from milora_jax.generation.kernel import SlotPairs, reference_products, row_products, visits
+from milora_jax.generation.kernel import row_products, visits
 from milora_jax.generation.settings import GenerationSettings
+from milora_jax.generation.slot_pairs import SlotPairs, reference_products
 from tests.adapted import make_adapter, text
 from tests.generation.banks import PATHS, SLOTS, make_bank, together
 from tests.generation.decoding import decoded, make_engine
