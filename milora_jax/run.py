@@ -136,6 +136,8 @@ def train(
             with console.loading("base") as progress:
                 run = prepare_run(settings, folder, console.log, progress)
             check_tests(run.tests, console.log)
+            if settings.train.best_by == "accuracy":
+                check_tests(run.dev_tests, console.log)
             summary: dict[str, Any] = {}
             with claimed(folder, run.config):
                 method = settings.adapter.method

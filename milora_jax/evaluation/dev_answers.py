@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 
 import numpy as np
 
 from milora_jax.adapters.protocol import Adapter
-from milora_jax.base.modules import Base
 from milora_jax.data.records import fingerprint
-from milora_jax.evaluation.final import for_decoding
+from milora_jax.evaluation.final import score_tests
 from milora_jax.evaluation.own_metric import OwnMetric
-from milora_jax.evaluation.score import TaskScore, prefill_rows, score_task
+from milora_jax.evaluation.score import TaskScore
 from milora_jax.parallel.processes import float_from_first, to_host
 from milora_jax.training.prepare import Run
 
@@ -25,7 +23,7 @@ class ScoredAnswers:
     """
 
     def __init__(self, run: Run, metric: OwnMetric | None) -> None:
-        """Prepare; nothing is compiled or laid out before the first call.
+        """Prepare; nothing is compiled before the first call.
 
         Args:
           run: with ``dev_tests``.
@@ -43,38 +41,23 @@ class ScoredAnswers:
         ]
         self.fingerprint = hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
-    @functools.cached_property
-    def _base(self) -> Base:
-        return self._run.decoding_base()
-
     def __call__(self, adapter: Adapter) -> float:
         """Measure an adapter in training.
+
+        The base in the layout for decoding is made for the call: kept, it would be a second base beside the
+        one that the steps read.
 
         Raises:
           UserError: the user's metric raises, or gives no finite numbers.
         """
-        run, ready = self._run, for_decoding(self._base, to_host(adapter))
-        values = []
-        for source, records in run.dev_tests.items():
-            score = score_task(
-                self._base,
-                run.model,
-                run.tokenizer,
-                ready,
-                source,
-                records,
-                run.config.eval,
-                prompt_format=run.config.prompt_format,
-                prefill_rows=prefill_rows(run.layout),
-                layout=run.layout,
-            )
-            values.append(self._value(score))
+        run = self._run
+        scores = score_tests(run, run.decoding_base(), to_host(adapter), _ignore, run.dev_tests)
         # A metric that draws random numbers must not part the processes.
-        return float_from_first(float(np.mean(values)))
+        return float_from_first(float(np.mean([self._value(score) for score in scores])))
 
     def _value(self, score: TaskScore) -> float:
         if self._metric is None:
-            return score.correct / len(score.predictions)
+            return score.accuracy or 0.0
         texts = [each.generated for each in score.predictions]
         return self._metric.value(score.task, texts, self._run.dev_tests[score.task])
 
@@ -82,3 +65,7 @@ class ScoredAnswers:
 def scored_answers(run: Run, metric: OwnMetric | None) -> ScoredAnswers | None:
     """The measure that chooses the best step of a run; None where the dev loss does."""
     return ScoredAnswers(run, metric) if run.dev_tests else None
+
+
+def _ignore(rows: int) -> None:
+    pass

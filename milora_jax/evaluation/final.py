@@ -206,7 +206,11 @@ def response_losses(
 
 
 def score_tests(
-    run: Run, base: Base, adapter: Adapter | None, advance: Callable[[int], None]
+    run: Run,
+    base: Base,
+    adapter: Adapter | None,
+    advance: Callable[[int], None],
+    tests: Mapping[str, list[Record]] | None = None,
 ) -> list[TaskScore]:
     """Answer and score every test task of a run.
 
@@ -214,6 +218,7 @@ def score_tests(
       base: the run's base, in the decode layout.
       adapter: an adapter from the disk, which is put on the run's devices here.
       advance: called with the number of rows each time some are answered.
+      tests: records by task; None for the run's.
     """
     adapter = None if adapter is None else for_decoding(base, adapter)
     return [
@@ -230,7 +235,7 @@ def score_tests(
             layout=run.layout,
             progress=advance,
         )
-        for task, records in run.tests.items()
+        for task, records in (run.tests if tests is None else tests).items()
     ]
 
 

@@ -156,7 +156,8 @@ def encode_rows(
         f"{counted[1]} dev ({facts.dev_dropped} dropped), {sum(map(len, tests.values()))} test"
         + (f" (at most {config.eval.limit} of a task are scored)" if tests and config.eval.limit else "")
     )
-    _require_room({**rows.dev_tests, **tests}, tokenizer, config, model)
+    for asked in (rows.dev_tests, tests):
+        _require_room(asked, tokenizer, config, model)
     capacity = answers * data.max_length if data.pack else None
     mixed = _mixed(train, answers, config, log)
     arranged = {"train": Rows(train, capacity, answers, mixed), "dev": Rows(dev, capacity, answers)}

@@ -33,6 +33,10 @@ CHANGEABLE = {
 order of sums."""
 
 
+OF_DEV_ANSWERS = (("eval", "limit"), ("eval", "max_new_tokens"), ("eval", "metric"))
+"""Settings that may not differ where answers to the dev rows choose the best step."""
+
+
 def claim_workdir(workdir: Path, config: Config) -> None:
     """Write ``config.json`` into a new workdir, or check that a used one belongs to this config.
 
@@ -113,10 +117,7 @@ def differences(kept: Config, given: Config) -> Iterator[tuple[str, Any, Any]]:
       Name, value in the workdir, value now.
     """
     old = leaves_by_path(kept.to_dict())
-    # Where answers choose the best step, all settings that they depend on are the run's.
-    fixed = {
-        ("eval", name) for name in ("limit", "max_new_tokens", "metric") if given.train.best_by != "loss"
-    }
+    fixed = OF_DEV_ANSWERS if given.train.best_by != "loss" else ()
     for name, value in leaves_by_path(given.to_dict()).items():
         changeable = (name[:1] in CHANGEABLE or name in CHANGEABLE) and name not in fixed
         if not changeable and old[name] != value:

@@ -159,6 +159,15 @@ def test_what_cannot_choose_is_refused_before_anything_is_written(inputs, tmp_pa
     assert not (tmp_path / "w").exists()
 
 
+def test_dev_rows_are_looked_at_although_a_test_source_has_their_name(inputs, tmp_path):
+    long = tmp_path / "long.jsonl"
+    rows = [{"instruction": words, "output": "1", "answer": "1"} for words in ("say 1", "say 1 " * 300)]
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"dev": f"mine={long}", "test": f"mine={inputs / 'rows.jsonl'}"}
+    with pytest.raises(UserError, match="prompt length of row 2 of 'mine', which is scored"):
+        train(settings(inputs, "accuracy", data={**data, "max_length": 500}), tmp_path / "w", quiet=True)
+
+
 def test_preferences_are_chosen_by_their_loss():
     with pytest.raises(
         UserError, match=r"train\.best_by is 'accuracy': expected 'loss', the dev rows of 'dpo'"
