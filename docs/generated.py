@@ -47,6 +47,7 @@ COMMANDS = (
     ("-m", "milora_jax.bench", "load"),
     ("-m", "milora_jax.bench", "serve"),
     ("-m", "milora_jax.bench", "overhead"),
+    ("-m", "milora_jax.bench", "startup"),
     ("-m", "milora_jax.bench", "device"),
     ("-m", "milora_jax.bench", "files"),
     ("-m", "milora_jax.serving"),

@@ -9,10 +9,19 @@ from tests.adapted import BASE, forward_program
 from tests.training.steps import MODEL
 
 
-def compiled(lowered):
-    """The program as users get it, whose fusions are not those of the other tests (see conftest.py)."""
+def compiled(lowered, options=()):
+    """The program with the fusions that users get, which are not those of the other tests (see conftest.py).
+
+    ``options`` are further options of the compiler, by name.
+    """
     changed = "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"].split()
-    return lowered.compile({"xla_cpu_use_fusion_emitters": True} if changed else None)
+    return lowered.compile({**dict(options), **({"xla_cpu_use_fusion_emitters": True} if changed else {})})
+
+
+def compiled_for_users(lowered):
+    """The program that users run, to the bit: at the compiler's own optimisation levels."""
+    levels = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    return compiled(lowered, levels)
 
 
 def run_as_users(adapter, batch):

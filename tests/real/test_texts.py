@@ -13,6 +13,7 @@ from milora_jax.data.sources import Source
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.text import generate
 from milora_jax.types import Batch
+from tests.programs import compiled_for_users
 from tests.real.reference import rms, text_of, their_answer
 from tests.storage.torch_logits import logits_of, their_logits
 
@@ -70,16 +71,33 @@ def test_float32_logits_are_those_of_transformers(run, theirs, text, record):
 
 
 def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(folder, run, theirs, text, record):
+    """Over all passages of a text, by the program that users run.
+
+    Where a program rounds to bfloat16 depends on what the compiler fuses: of the two errors of one passage
+    sometimes this is the smaller and sometimes that (ratios of 0.95 to 1.05 were seen). The program of the
+    other tests, which is not optimised, has errors up to 10 % larger.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokens = np.array([ids_of(run.tokenizer, text, max(LENGTHS))], np.int32)
-    exact = their_logits(theirs, tokens)
+    ids = run.tokenizer(text)["input_ids"]
+    length = max(LENGTHS)
+    passages = np.array(ids[: len(ids) // length * length], np.int32).reshape(-1, 1, length)
+    assert len(passages) >= 3
     base, config = load_base(folder, "bfloat16")
-    ours = rms(logits_of(base, config, None, tokens)[0].astype(np.float32) - exact)
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    with torch.no_grad():
-        other = rms(half(torch.from_numpy(tokens.astype(np.int64))).logits.float().numpy() - exact)
+
+    def compute(base, batch):
+        return unembed(base, config, forward(base, config, batch).hidden)
+
+    batches = [Batch.unpadded(jnp.asarray(tokens)) for tokens in passages]
+    program = compiled_for_users(jax.jit(compute).lower(base, batches[0]))
+    errors = {"ours": [], "transformers": []}
+    for tokens, batch in zip(passages, batches, strict=True):
+        exact = their_logits(theirs, tokens)
+        errors["ours"].append(np.asarray(program(base, batch)).astype(np.float32) - exact)
+        errors["transformers"].append(their_logits(half, tokens) - exact)
+    ours, other = (rms(np.array(errors[whose])) for whose in ("ours", "transformers"))
     record(PART, "bfloat16 against float32, root mean square: transformers", other)
     record(PART, "bfloat16 against float32, root mean square: ours", ours, "not above transformers'")
     assert 0 < ours <= other

@@ -20,7 +20,7 @@ def their_logits(model, tokens):
     import torch
 
     with torch.no_grad():
-        return model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+        return model(torch.from_numpy(tokens.astype(np.int64))).logits.float().numpy()
 
 
 def logits_of(base, config, adapter, tokens, route=None):
