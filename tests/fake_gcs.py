@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.http_servers import in_a_thread
+
 BUCKET = "fake-bucket"
 
 RESET = -1
@@ -192,12 +194,5 @@ def serving(storage: FakeStorage) -> Iterator[str]:
         def handle_error(self, request: object, client_address: object) -> None:
             """Say nothing: clients are killed, and connections reset."""
 
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with in_a_thread(Server(("127.0.0.1", 0), Handler)) as port:
+        yield f"http://127.0.0.1:{port}"

@@ -3,10 +3,11 @@
 import base64
 import hashlib
 import json
-import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from tests.http_servers import in_a_thread
 
 TOKEN = "hf_of_the_tests"
 
@@ -185,11 +186,5 @@ def serving_hub():
     """A hub and its address."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield hub, f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with in_a_thread(server) as port:
+        yield hub, f"http://127.0.0.1:{port}"

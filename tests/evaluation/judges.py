@@ -5,6 +5,8 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from tests.http_servers import in_a_thread
+
 
 class Silence:
     """The content of an answer that was kept back."""
@@ -53,12 +55,8 @@ class Judge:
                 pass
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/v1"
-        finally:
-            judge.over.set()
-            server.shutdown()
-            server.server_close()
-            thread.join()
+        with in_a_thread(server) as port:
+            try:
+                yield f"http://127.0.0.1:{port}/v1"
+            finally:
+                judge.over.set()
