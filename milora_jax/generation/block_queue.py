@@ -66,6 +66,7 @@ class BlockQueue:
         self._slices = max(1, budget * config.num_layers // block) if budget else sys.maxsize
         self._prompts: list[Prefilling] = []
         self._in_flight: list[Array] = []
+        self._left, self._favoured = 0, False
 
     @property
     def has_room(self) -> bool:
@@ -109,24 +110,34 @@ class BlockQueue:
         """Remove all prompts."""
         self._prompts, self._in_flight = [], []
 
-    def advance(self, adapters: AdapterStack | None, decoding: bool) -> list[Prefilling]:
-        """Start the slices of one turn, once those of the previous turn have been run.
+    def begin_turn(self, decoding: bool) -> None:
+        """Wait for the slices of the previous turn, and set the budget of this one.
+
+        Args:
+          decoding: whether other requests decode, which wait for these slices.
+        """
+        jax.block_until_ready(self._in_flight)
+        self._in_flight = []
+        self._left = self._slices if decoding else UNHURRIED * self._slices
+        self._favoured = False
+
+    def advance(self, adapters: AdapterStack | None) -> list[Prefilling]:
+        """Start slices within what is left of the turn's budget.
+
+        A prompt that is done makes room for another one, which may have the rest of the same turn: call it
+        again, after adding prompts, until nothing is done.
 
         Args:
           adapters: the present adapters; loading one replaces the buffers of a bank.
-          decoding: whether other requests decode, which wait for these slices.
 
         Returns:
           The prompts that are done, and no longer in the queue.
         """
-        jax.block_until_ready(self._in_flight)
-        self._in_flight = []
-        left = self._slices if decoding else UNHURRIED * self._slices
-        if self._prompts:
-            oldest = self._prompts[0]
-            left -= self._run(oldest, max(1, left // 2), adapters)
-            for prompt in sorted(self._prompts, key=lambda each: each.work.slices):
-                left -= self._run(prompt, left, adapters)
+        if self._prompts and not self._favoured:
+            self._run(self._prompts[0], max(1, self._left // 2), adapters)
+            self._favoured = True
+        for prompt in sorted(self._prompts, key=lambda each: each.work.slices):
+            self._run(prompt, self._left, adapters)
         done = [prompt for prompt in self._prompts if not prompt.work.slices]
         for prompt in done:
             request = prompt.samples[0].request
@@ -138,9 +149,9 @@ class BlockQueue:
         self._prompts = [prompt for prompt in self._prompts if prompt.work.slices]
         return done
 
-    def _run(self, prompt: Prefilling, most: int, adapters: AdapterStack | None) -> int:
-        """Start at most so many slices of a prompt; returns how many."""
+    def _run(self, prompt: Prefilling, most: int, adapters: AdapterStack | None) -> None:
+        """Start at most so many slices of a prompt."""
         slices = min(most, prompt.work.slices)
-        if slices:
+        if slices > 0:
             self._in_flight.append(prompt.work.advance(slices, adapters))
-        return slices
+            self._left -= slices

@@ -6,7 +6,7 @@ import pytest
 
 from milora_jax.data.batches import collate_prompts
 from milora_jax.generation.block_prefill import BlockPrefill
-from milora_jax.generation.block_queue import BlockQueue
+from milora_jax.generation.block_queue import MOST_PROMPTS, UNHURRIED, BlockQueue
 from milora_jax.generation.decode import prefill
 from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.prefix_cache import KeptPrefix, PrefixCache
@@ -222,11 +222,33 @@ def test_the_oldest_prompt_is_never_put_off():
 
     long, turns = add(80), 0
     while long.work.slices:
-        while queue.has_room:
-            add(8)
-        queue.advance(None, decoding=True)
+        queue.begin_turn(decoding=True)
+        done = [None]
+        while done:
+            while queue.has_room:
+                add(8)
+            done = queue.advance(None)
         turns += 1
     assert turns <= 10  # ten blocks, one a turn
+
+
+@pytest.mark.thorough
+def test_a_turn_prefills_more_prompts_than_fit_at_the_same_time():
+    """Or batch slots would decode nothing while prompts wait and the budget of the turn is not used."""
+    engine = engine_of(rows=6, prefill_budget=2 * BLOCK)
+    asked = [
+        engine.submit(text(2 + i, 7).tolist(), GenerationSettings(max_new_tokens=40, ignore_eos=True))
+        for i in range(6)
+    ]
+    assert MOST_PROMPTS < 6 <= UNHURRIED * 2
+    engine.step()
+    assert engine.free_slots == 0
+    engine.step()
+    assert [len(request.tokens[0]) > 0 for request in asked] == [True] * 6
+    engine.run()
+    alone = engine_of(rows=6)
+    for request in asked:
+        assert run(alone, list(request.prompt), max_new_tokens=40).tokens == request.tokens
 
 
 def test_programs_are_few():
