@@ -51,7 +51,7 @@ class ScoredAnswers:
           UserError: the user's metric raises, or gives no finite numbers.
         """
         run = self._run
-        scores = score_tests(run, run.decoding_base(), to_host(adapter), _ignore, run.dev_tests)
+        scores = score_tests(run, run.decoding_base(), to_host(adapter), tests=run.dev_tests)
         # A metric that draws random numbers must not part the processes.
         return float_from_first(float(np.mean([self._value(score) for score in scores])))
 
@@ -65,7 +65,3 @@ class ScoredAnswers:
 def scored_answers(run: Run, metric: OwnMetric | None) -> ScoredAnswers | None:
     """The measure that chooses the best step of a run; None where the dev loss does."""
     return ScoredAnswers(run, metric) if run.dev_tests else None
-
-
-def _ignore(rows: int) -> None:
-    pass

@@ -209,7 +209,7 @@ def score_tests(
     run: Run,
     base: Base,
     adapter: Adapter | None,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None] | None = None,
     tests: Mapping[str, list[Record]] | None = None,
 ) -> list[TaskScore]:
     """Answer and score every test task of a run.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -66,7 +66,6 @@ class BlockQueue:
         self._slices = max(1, budget * config.num_layers // block) if budget else sys.maxsize
         self._prompts: list[Prefilling] = []
         self._in_flight: list[Array] = []
-        self._left, self._favoured = 0, False
 
     @property
     def has_room(self) -> bool:
@@ -110,48 +109,47 @@ class BlockQueue:
         """Remove all prompts."""
         self._prompts, self._in_flight = [], []
 
-    def begin_turn(self, decoding: bool) -> None:
-        """Wait for the slices of the previous turn, and set the budget of this one.
+    def turn(self, adapters: AdapterStack | None, decoding: bool) -> Iterator[Prefilling]:
+        """Start the slices of one turn, once those of the previous turn have been run.
 
-        Args:
-          decoding: whether other requests decode, which wait for these slices.
-        """
-        jax.block_until_ready(self._in_flight)
-        self._in_flight = []
-        self._left = self._slices if decoding else UNHURRIED * self._slices
-        self._favoured = False
-
-    def advance(self, adapters: AdapterStack | None) -> list[Prefilling]:
-        """Start slices within what is left of the turn's budget.
-
-        A prompt that is done makes room for another one, which may have the rest of the same turn: call it
-        again, after adding prompts, until nothing is done.
+        A prompt that is done makes room: prompts that are added before the next one is asked for may have the
+        rest of the same turn.
 
         Args:
           adapters: the present adapters; loading one replaces the buffers of a bank.
+          decoding: whether other requests decode, which wait for these slices.
 
-        Returns:
+        Yields:
           The prompts that are done, and no longer in the queue.
         """
-        if self._prompts and not self._favoured:
-            self._run(self._prompts[0], max(1, self._left // 2), adapters)
-            self._favoured = True
-        for prompt in sorted(self._prompts, key=lambda each: each.work.slices):
-            self._run(prompt, self._left, adapters)
-        done = [prompt for prompt in self._prompts if not prompt.work.slices]
-        for prompt in done:
-            request = prompt.samples[0].request
-            if self._cache is not None and request.cache_scope is not None:
-                kept = prompt.work.to_keep()
-                self._cache.keep(request.cache_scope, request.prompt, request.route_tokens, kept)
-            for sample in prompt.samples:
-                sample.prefilling = False
-        self._prompts = [prompt for prompt in self._prompts if prompt.work.slices]
-        return done
+        jax.block_until_ready(self._in_flight)
+        self._in_flight = []
+        left = self._slices if decoding else UNHURRIED * self._slices
+        if self._prompts:
+            left -= self._run(self._prompts[0], max(1, left // 2), adapters)
+        while True:
+            for prompt in sorted(self._prompts, key=lambda each: each.work.slices):
+                left -= self._run(prompt, left, adapters)
+            done = [prompt for prompt in self._prompts if not prompt.work.slices]
+            if not done:
+                return
+            self._prompts = [prompt for prompt in self._prompts if prompt.work.slices]
+            for prompt in done:
+                self._keep(prompt)
+                for sample in prompt.samples:
+                    sample.prefilling = False
+                yield prompt
 
-    def _run(self, prompt: Prefilling, most: int, adapters: AdapterStack | None) -> None:
-        """Start at most so many slices of a prompt."""
+    def _keep(self, prompt: Prefilling) -> None:
+        """Put what later prompts may share into the prefix cache."""
+        request = prompt.samples[0].request
+        if self._cache is not None and request.cache_scope is not None:
+            kept = prompt.work.to_keep()
+            self._cache.keep(request.cache_scope, request.prompt, request.route_tokens, kept)
+
+    def _run(self, prompt: Prefilling, most: int, adapters: AdapterStack | None) -> int:
+        """Start at most so many slices of a prompt; returns how many."""
         slices = min(most, prompt.work.slices)
-        if slices > 0:
+        if slices:
             self._in_flight.append(prompt.work.advance(slices, adapters))
-            self._left -= slices
+        return slices

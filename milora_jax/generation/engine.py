@@ -294,10 +294,9 @@ class Engine:
 
     def _end_blocks(self, blocks: BlockQueue) -> None:
         """Run a turn of prefilling, and start the samples of the prompts that are done."""
-        blocks.begin_turn(decoding=any(sample is not None for sample in self._decoding))
-        while done := blocks.advance(self.adapters):
-            for prompt in done:
-                self._start(*prompt.work.result(), prompt.samples, prompt.rows)
+        decoding = any(sample is not None for sample in self._decoding)
+        for prompt in blocks.turn(self.adapters, decoding):
+            self._start(*prompt.work.result(), prompt.samples, prompt.rows)
             self._admit()  # more prompts may be prefilled in what is left of the turn
 
     def _start(

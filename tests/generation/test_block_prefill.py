@@ -220,14 +220,15 @@ def test_the_oldest_prompt_is_never_put_off():
         request = Request((1,) * length, GenerationSettings())
         return queue.add([RunningSample(request, 0, 1)], [0], routed=False)
 
+    def fill():
+        while queue.has_room:
+            add(8)
+
     long, turns = add(80), 0
     while long.work.slices:
-        queue.begin_turn(decoding=True)
-        done = [None]
-        while done:
-            while queue.has_room:
-                add(8)
-            done = queue.advance(None)
+        fill()
+        for _ in queue.turn(None, decoding=True):
+            fill()
         turns += 1
     assert turns <= 10  # ten blocks, one a turn
 
