@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -144,29 +144,48 @@ class BlockPrefill:
         blocks = (cut_block(self._caches, np.int32(start), self._block) for start in fresh)
         return KeptPrefix((*self._kept.blocks, *blocks), tuple(self._routes) or None)
 
+    def compile(self, adapters: AdapterStack | None) -> None:
+        """Compile every program of a layer that a prompt of this length adds to those of shorter ones.
+
+        Runs the last block alone, through one layer of each kind: a fraction of the prompt's work. What it
+        computes has no meaning.
+        """
+        self._adapters = adapters
+        kinds: dict[Hashable, int] = {}
+        for index, layer in enumerate(self._base.layers):
+            leaves, structure = jax.tree.flatten((layer, self._layer_adapters(index)))
+            shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+            kinds.setdefault((self._config.slides[index], structure, shapes), index)
+        for index in kinds.values():
+            self._run_slice(index, self._last, self._new_route(index))
+
     def _run(self) -> Iterator[None]:
         """Run a slice for each value that is asked for."""
-        known = bool(self._routes)
-        for index, layer in enumerate(self._base.layers):
-            adapter = self._layer_adapters(index)
-            if adapter is not None and adapter.method.routes and not known:
-                self._routes.append(self._route(index, adapter))
+        known = list(self._routes)
+        for index in range(self._config.num_layers):
+            route = known[index] if known else self._new_route(index)
+            if route is not None and not known:
+                self._routes.append(route)
             for number in self._hidden:
-                self._hidden[number], self._caches[index] = run_block(
-                    layer,
-                    self._layer_adapters(index),
-                    self._slot,
-                    self._routes[index] if self._routes else None,
-                    self._hidden[number],
-                    self._caches[index],
-                    np.int32(number * self._block),
-                    self._config,
-                    self._reach(number),
-                    self._config.slides[index],
-                )
-                self._newest = self._hidden[number]
+                self._run_slice(index, number, route)
                 self.slices -= 1
                 yield
+
+    def _run_slice(self, index: int, number: int, route: Float[Array, "1 1 E"] | None) -> None:
+        """Run a block through a layer."""
+        self._hidden[number], self._caches[index] = run_block(
+            self._base.layers[index],
+            self._layer_adapters(index),
+            self._slot,
+            route,
+            self._hidden[number],
+            self._caches[index],
+            np.int32(number * self._block),
+            self._config,
+            self._reach(number),
+            self._config.slides[index],
+        )
+        self._newest = self._hidden[number]
 
     def _reach(self, number: int) -> int:
         """Cache positions that a block's attention reads: few programs, and by the block's place alone."""
@@ -176,8 +195,11 @@ class BlockPrefill:
     def _layer_adapters(self, index: int) -> AdapterStack | None:
         return None if self._adapters is None else self._adapters.of_layer(index)
 
-    def _route(self, index: int, adapters: AdapterStack) -> Float[Array, "1 1 E"]:
-        """The route of a layer that none of its blocks has passed."""
+    def _new_route(self, index: int) -> Float[Array, "1 1 E"] | None:
+        """The route of a layer that none of its blocks has passed; None without a router."""
+        adapters = self._layer_adapters(index)
+        if adapters is None or not adapters.method.routes:
+            return None
         scope = [self._hidden[number] for number in range((self._scope - 1) // self._block + 1)]
         # Filled up to a power of two of blocks, of which the last are masked out, so that programs are few.
         scope += scope[-1:] * (bucket_of(len(scope), 2 * len(scope), 1) - len(scope))

@@ -109,6 +109,14 @@ class BlockQueue:
         """Remove all prompts."""
         self._prompts, self._in_flight = [], []
 
+    def compile(self, adapters: AdapterStack | None, length: int) -> bool:
+        """Compile what prompts of this length need beyond those of one block; False for one block."""
+        if length <= self._block:
+            return False
+        prompt, block = [0] * length, self._block
+        BlockPrefill(self._base, self._config, prompt, 0, self._cache_length, block=block).compile(adapters)
+        return True
+
     def turn(self, adapters: AdapterStack | None, decoding: bool) -> Iterator[Prefilling]:
         """Start the slices of one turn, once those of the previous turn have been run.
 

@@ -109,20 +109,19 @@ class Engine:
         _require_least(0, prefill_budget=prefill_budget, prefix_cache=prefix_cache)
         most = min(MOST_PROPOSALS, cache_length - 1)
         require(0 <= prompt_lookup <= most, "prompt_lookup", prompt_lookup, f"0 to {most}")
-        self.config, self.batch_slots, self.chunk = config, batch_slots, chunk
-        self.adapters, self.prefill_rows = adapters, prefill_rows
+        self.config, self.cache_length, self.chunk = config, cache_length, chunk
+        self.adapters, self.batch_slots, self.prefill_rows = adapters, batch_slots, prefill_rows
         self._base, self._penalties, self._plans = base, penalties, tuple(plans)
         self._layout = layout or device_layout(base.devices)
         self._merges, self._prompt_lookup = merge and adapters is not None, prompt_lookup
         self._merged: Base | None = None
-        prefix = 0 if adapters is None else adapters.method.prefix_length
-        self.cache_length, self._prefix = cache_length, prefix
+        self._prefix = 0 if adapters is None else adapters.method.prefix_length
         self._routed = adapters is not None and adapters.method.routes
         self._waiting = WaitingRequests(batch_slots, cache_length, prefill_rows, alone=self._merges)
-        in_blocks = (prefill_budget or prefix_cache) and not (prefix or self._merges or prefill_rows > 1)
-        self.prefix_cache = PrefixCache(prefix_cache, prefill_block) if in_blocks and prefix_cache else None
+        sliced = (prefill_budget or prefix_cache) and not (self._prefix or self._merges or prefill_rows > 1)
+        self.prefix_cache = PrefixCache(prefix_cache, prefill_block) if sliced and prefix_cache else None
         blocks = prefill_budget, prefill_block, self.prefix_cache
-        self._blocks = BlockQueue(base, config, cache_length, *blocks) if in_blocks else None
+        self._blocks = BlockQueue(base, config, cache_length, *blocks) if sliced else None
         self._clear()
 
     def _clear(self) -> None:
@@ -167,6 +166,10 @@ class Engine:
         require_decodable(self.config, prompt, settings, self.batch_slots, self.cache_length)
         if settings.penalized and not self._penalties:
             raise UserError("a penalty was asked for, but this engine was made without penalties")
+
+    def compile_prefill(self, length: int) -> bool:
+        """Compile what prompts of a length need beyond one block; False where only running one does that."""
+        return self._blocks is not None and self._blocks.compile(self.adapters, length)
 
     def submit(
         self,
@@ -282,9 +285,8 @@ class Engine:
             self._blocks.add(samples, rows, self._routed)
             self._admitting = []
             return
-        sizes = self.prefill_rows, self.cache_length
         prefilled, weights, scores = prefill_group(
-            self._base, self.adapters, self.config, group, *sizes, self._layout
+            self._base, self.adapters, self.config, group, self.prefill_rows, self.cache_length, self._layout
         )
         if self._merges and self.adapters is not None:
             adapter = self.adapters.of_slot(jnp.asarray(group[0].adapter_slot))

@@ -135,18 +135,24 @@ class DeviceLoop:
             buckets[bucket_of(length, engine.cache_length)] = length
             length = length + 1 if length == longest else min(2 * length, longest)
         for length in buckets.values():
-            self._compile([0] * length, GenerationSettings(max_new_tokens=0, prompt_logprobs=1))
+            if not engine.compile_prefill(length):
+                self._compile([0] * length, GenerationSettings(max_new_tokens=0, prompt_logprobs=1))
         if engine.prefix_cache is not None:
             shortest = [0] * min(engine.prefix_cache.block + 1, longest)
             for _ in range(2):  # once to keep a block, and once to find it
                 self._compile(shortest, GenerationSettings(max_new_tokens=1, ignore_eos=True), "")
             engine.prefix_cache.clear()
+
+        def new_tokens(samples: int) -> int:
+            """With one token nothing is decoded: decoding has one program, however many samples began."""
+            return min(2 if samples == 1 else 1, longest)
+
         samples = range(1, limits.most_samples + 1)
         for number, plan in itertools.product(samples, PLANS):
-            self._compile([0], _settings_for(plan, number, min(2, longest)))
+            self._compile([0], _settings_for(plan, number, new_tokens(number)))
         constraint = AnyToken(engine.config.vocab_size)
         for number, plan in ((1, PLANS[0]), (1, PLANS[1]), *((number, PLANS[2]) for number in samples)):
-            self._compile([0], _settings_for(plan, number, min(2, longest)), constraint=constraint)
+            self._compile([0], _settings_for(plan, number, new_tokens(number)), constraint=constraint)
 
     def _compile(
         self,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from milora_jax.data.batches import collate_prompts
-from milora_jax.generation.block_prefill import BlockPrefill
+from milora_jax.generation.block_prefill import BlockPrefill, route_layer, run_block
 from milora_jax.generation.block_queue import MOST_PROMPTS, UNHURRIED, BlockQueue
 from milora_jax.generation.decode import prefill
 from milora_jax.generation.lengths import bucket_of
@@ -250,6 +250,32 @@ def test_a_turn_prefills_more_prompts_than_fit_at_the_same_time():
     alone = engine_of(rows=6)
     for request in asked:
         assert run(alone, list(request.prompt), max_new_tokens=40).tokens == request.tokens
+
+
+@pytest.mark.parametrize("config", [TINY, SLIDING], ids=["full", "sliding"])
+@pytest.mark.parametrize("method", ["milora", "lora"])
+def test_the_programs_of_long_prompts_are_compiled_by_a_part_of_their_work(config, method):
+    adapters, positions = adapted(method), 128
+    prompts = {length: text(5, length).tolist() for length in (BLOCK, 16, 32, 64, 127)}
+
+    def work(length):
+        return BlockPrefill(DECODING, config, prompts[length], 0, positions, block=BLOCK)
+
+    def programs():
+        return run_block._cache_size(), route_layer._cache_size()
+
+    def run_all(length):
+        whole = work(length)
+        whole.advance(whole.slices, adapters)
+
+    run_all(BLOCK)
+    short = programs()
+    for length in list(prompts)[1:]:
+        work(length).compile(adapters)
+    ready, kinds = programs(), 1 + (config is SLIDING)
+    assert ready[0] == short[0] + kinds * (len(prompts) - 1)
+    run_all(127)
+    assert programs() == ready
 
 
 def test_programs_are_few():
