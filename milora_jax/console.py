@@ -126,7 +126,8 @@ class Console:
         def progress(done: int, total: int) -> None:
             nonlocal begin, bar
             begin = begin or time.monotonic()  # the time before the first byte is not part of reading
-            if bar is None and time.monotonic() - begin >= SHOW_LOADING_AFTER:
+            late = time.monotonic() - begin >= SHOW_LOADING_AFTER
+            if bar is None and late and total >= MEGABYTE:
                 bar = ProgressBar(name, total // MEGABYTE, "MB", self._stream)
             if bar is not None:
                 bar.reach(done // MEGABYTE, "")

@@ -9,8 +9,29 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from milora_jax.base import ops
+from milora_jax.base.cached_attention import (
+    BlockMask,
+    cached_attention,
+    cached_attention_in_blocks,
+    seen_positions,
+)
+from milora_jax.base.ops import Scoring
 from milora_jax.shapes import Array, Bool, Float, Int
+
+READ_BLOCK = 128
+"""Cache positions that attention reads at a time where it reads as many as have been written. On a CPU larger
+blocks are slower: the copies of their keys and values leave the caches of a core."""
+
+READ_WHOLE = 512
+"""The longest cache that is read at once, written or not: for one that is nearly full that is faster."""
+
+
+def read_block(positions: int, platform: str) -> int:
+    """Return the size of the blocks in which decode steps read a cache of some positions; 0 for all at once.
+
+    On GPUs XLA asks the host at every turn of a loop, in every layer, so there all of it is read.
+    """
+    return 0 if platform == "gpu" or positions <= READ_WHOLE else READ_BLOCK
 
 
 @struct.dataclass
@@ -59,10 +80,43 @@ class LayerCache:
         return LayerCache(k=put(self.k, k), v=put(self.v, v))
 
     def attend(
-        self, q: Float[Array, "B T N H"], mask: Bool[Array, "B T S"], scoring: ops.Scoring
+        self, q: Float[Array, "B T N H"], mask: Bool[Array, "B T S"] | BlockMask, scoring: Scoring
     ) -> Float[Array, "B T N H"]:
-        """Attention of new queries over the whole cache."""
-        return ops.cached_attention(q, ((self.k, self.v, mask),), scoring)
+        """Attention of new queries over the cache."""
+        if isinstance(mask, BlockMask):
+            return cached_attention_in_blocks(q, self.k, self.v, mask, scoring)
+        return cached_attention(q, ((self.k, self.v, mask),), scoring)
+
+
+@struct.dataclass
+class SlotLayerCache:
+    """One row of a layer's cache, which a pass of that row alone reads and writes in place.
+
+    Attributes:
+      whole: the cache of all rows.
+      row: the row.
+    """
+
+    whole: LayerCache
+    row: Int[Array, ""]
+
+    def write(
+        self, k: Float[Array, "1 T K H"], v: Float[Array, "1 T K H"], place: Int[Array, " 1"]
+    ) -> SlotLayerCache:
+        """Write T new entries from ``place`` on, all of which the cache must have, and return the cache."""
+
+        def put(cache: Array, new: Array) -> Array:
+            new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
+            return jax.lax.dynamic_update_slice(cache, new, (self.row, 0, place[0], 0))
+
+        whole = LayerCache(k=put(self.whole.k, k), v=put(self.whole.v, v))
+        return dataclasses.replace(self, whole=whole)
+
+    def attend(
+        self, q: Float[Array, "1 T N H"], mask: BlockMask, scoring: Scoring
+    ) -> Float[Array, "1 T N H"]:
+        """Attention of new queries over the row."""
+        return cached_attention_in_blocks(q, self.whole.k, self.whole.v, mask, scoring, self.row)
 
 
 @struct.dataclass
@@ -71,11 +125,15 @@ class KVCache:
 
     Attributes:
       layers: a tuple of one LayerCache per layer (decoding), or one stacked LayerCache.
-      length: cache positions that each row has written, a method's prefix included.
+      length: cache positions that each row has written, a method's prefix included. A row that has written
+        all of them has ended, and a pass neither writes into it nor reads what it alone has written.
+      block: cache positions that attention reads at a time, of which it reads as many blocks as rows have
+        written; 0 reads all of the cache at once.
     """
 
     layers: tuple[LayerCache, ...] | LayerCache
     length: Int[Array, " B"]
+    block: int = struct.field(pytree_node=False, default=0)
 
     def squeezed(self) -> KVCache:
         """The cache of a single row without its row axis; other caches unchanged.
@@ -99,19 +157,25 @@ class KVCache:
         """The most cache positions that a query may see; a window of this width hides nothing."""
         return jax.tree.leaves(self.layers)[0].shape[-2]
 
-    def mask(self, queries: int, window: int | None = None) -> Bool[Array, "B T S"]:
+    def mask(self, queries: int, window: int | None = None) -> Bool[Array, "B T S"] | BlockMask:
         """Which cache positions the T queries of the next pass see: earlier ones, and their own.
 
         Args:
           window: number of most recent positions that are seen; None for all.
         """
-        positions = jnp.arange(self.reach)[None, None, :]
-        last = (self.length[:, None] + jnp.arange(queries)[None, :])[:, :, None]
-        return positions <= last if window is None else (positions <= last) & (last - positions < window)
+        last = self.length[:, None] + jnp.arange(queries)[None, :]
+        if not self.block:
+            return seen_positions(last, jnp.arange(self.reach), window)
+        size, running = min(self.block, self.reach), self.length < self.reach
+        written = jnp.where(running, self.length + queries, 1).max()
+        oldest = jnp.where(running, self.length + 1 - (window or self.reach), self.reach).min()
+        first = jnp.clip(oldest, 0, written - 1) // size
+        end = -(-jnp.minimum(written, self.reach) // size)
+        return BlockMask(last=last, first=first, end=end, size=size, window=window)
 
     def after(self, layers: Any, queries: int) -> KVCache:
         """The cache after a pass."""
-        return KVCache(layers=layers, length=self.length + queries)
+        return dataclasses.replace(self, layers=layers, length=self.length + queries)
 
 
 @struct.dataclass
@@ -161,14 +225,14 @@ class BeamLayerCache:
         self,
         q: Float[Array, "B 1 N H"],
         mask: tuple[Bool[Array, "P beams S"], Bool[Array, "P beams own"]],
-        scoring: ops.Scoring,
+        scoring: Scoring,
     ) -> Float[Array, "B 1 N H"]:
         """Attention of every beam's new query over its prompt and its ancestors."""
         prompts, beams, _ = mask[0].shape
         by_prompt = q.reshape(prompts, beams, *q.shape[2:])
         of_prompt = (self.prompt.k, self.prompt.v, mask[0])
         parts = (of_prompt, (self.k, self.v, mask[1]))
-        return ops.cached_attention(by_prompt, parts, scoring).reshape(q.shape)
+        return cached_attention(by_prompt, parts, scoring).reshape(q.shape)
 
 
 @struct.dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import jax
@@ -102,45 +101,6 @@ def apply_rope(
     first, second = jnp.split(x, 2, axis=-1)
     cos, sin = (jnp.broadcast_to(table.astype(x.dtype), first.shape) for table in (cos, sin))
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def cached_attention(
-    q: Float[Array, "B T N H"],
-    parts: tuple[tuple[Float[Array, "*B K _ H"], Float[Array, "*B K _ H"], Bool[Array, "B T _"]], ...],
-    scoring: Scoring,
-) -> Float[Array, "B T N H"]:
-    """``attention.attention`` over caches, whose heads come before their cache positions.
-
-    Rows and heads stay two axes: merged, heads that are spread over devices would be gathered at every token,
-    and the whole cache with them.
-
-    Args:
-      parts: keys, values and masks, over all of which the softmax is taken together.
-    """
-    rows, length, heads, width = q.shape
-    kv_heads = parts[0][0].shape[-3]
-    group = heads // kv_heads
-    grouped = q.reshape(rows, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
-    grouped = grouped.reshape(rows, kv_heads, group * length, width)
-
-    def by_row(cache: Array) -> Array:
-        return cache.reshape(rows, kv_heads, -1, width)
-
-    def scores_of(k: Array, mask: Array) -> Array:
-        products = jnp.einsum("BKTH,BKSH->BKTS", grouped, by_row(k), preferred_element_type=jnp.float32)
-        seen = jnp.broadcast_to(mask[:, None, None], (rows, kv_heads, group, length, mask.shape[-1]))
-        scores = scoring(products)
-        return jnp.where(seen.reshape(scores.shape), scores, jnp.finfo(jnp.float32).min)
-
-    scores = [scores_of(k, mask) for k, _, mask in parts]
-    edges = list(accumulate(part.shape[-1] for part in scores))[:-1]
-    shares = jnp.split(jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1), edges, axis=-1)
-    attended = sum(
-        jnp.einsum("BKTS,BKSH->BKTH", share.astype(v.dtype), by_row(v))
-        for share, (_, v, _) in zip(shares, parts, strict=True)
-    )
-    attended = jnp.asarray(attended).reshape(rows, kv_heads, group, length, width)
-    return attended.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def gated(gate: Float[Array, "*B F"], up: Float[Array, "*B F"], activation: str) -> Float[Array, "*B F"]:

@@ -19,7 +19,7 @@ from milora_jax.adapters.protocol import Adapter
 from milora_jax.base import ops
 from milora_jax.base.attention import Attend, attention
 from milora_jax.base.attention_context import AttentionContext, scoring_of
-from milora_jax.base.cache import BeamCache, BeamLayerCache, KVCache, LayerCache
+from milora_jax.base.cache import BeamCache, BeamLayerCache, KVCache, LayerCache, SlotLayerCache
 from milora_jax.base.experts import through_experts
 from milora_jax.base.modules import Base, JoinedLayer, Layer, unroll
 from milora_jax.model_config import ModelConfig
@@ -184,7 +184,7 @@ class Past:
       mask: which of them a query sees.
     """
 
-    cache: LayerCache | BeamLayerCache
+    cache: LayerCache | SlotLayerCache | BeamLayerCache
     place: Any
     mask: Any
 
@@ -384,8 +384,15 @@ def _over_layers(step: Callable, carry: Array, inputs: tuple, unrolled: bool) ->
     if not unrolled:
         return jax.lax.scan(step, carry, inputs)
     routes, caches, inspected = [], [], []
-    for i in range(len(inputs[0])):
-        carry, found = step(carry, tuple(None if part is None else part[i] for part in inputs))
+    index, slides, *rest = inputs
+    # Layers of a kind are traced once, and are one function of the program until XLA puts it into place.
+    steps = {
+        kind: jax.jit(lambda carry, number, parts, kind=kind: step(carry, (number, kind, *parts)))
+        for kind in {*(slides or [None])}
+    }
+    for i, number in enumerate(index):
+        parts = tuple(None if part is None else part[i] for part in rest)
+        carry, found = steps[slides[i] if slides else None](carry, number, parts)
         for values, value in zip((routes, caches, inspected), found, strict=True):
             values.append(value)
     return carry, (stack_layers(tuple(routes)), tuple(caches), stack_layers(tuple(inspected)))

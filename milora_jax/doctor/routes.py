@@ -23,7 +23,8 @@ from milora_jax.doctor.rows import sample
 from milora_jax.doctor.subject import Subject
 from milora_jax.errors import UserError
 from milora_jax.generation.adapter_stack import AdapterStack
-from milora_jax.generation.decode import admit, decode_chunk, empty_state, prefill
+from milora_jax.generation.decode import admit, decode_chunk, prefill
+from milora_jax.generation.decode_state import empty_state
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.parallel.processes import place, to_host

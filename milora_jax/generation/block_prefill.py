@@ -3,33 +3,37 @@
 A long prompt that is prefilled in one program stops every stream for as long as it takes. A layer's route
 depends on all prompt tokens that its router reads, so a prompt cannot be cut into blocks of tokens that pass
 through all layers one after the other; it is cut into layers, and within a layer, once its route is known,
-into blocks. Between two slices the device can run decode steps.
+into blocks. Between two slices the device can run decode steps. Keys and values are written into the row of
+the batch in which the prompt will be decoded.
 
-Blocks lie at fixed places, and a block's program depends on its place alone: what it computes has the same
-bits whatever the length of the prompt, whatever was computed just before, and whether the keys and values
-before it come from this prefill or from a :class:`~milora_jax.generation.prefix_cache.PrefixCache`.
+Blocks lie at fixed places, and all of them run the same program: what it computes has the same bits whatever
+the length of the prompt, whatever was computed just before, and whether the keys and values before it come
+from this prefill or from a :class:`~milora_jax.generation.prefix_cache.PrefixCache`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.adapters.inputs import LayerInput
+from milora_jax.base.attention import DeviceLayout
 from milora_jax.base.attention_context import AttentionContext
-from milora_jax.base.cache import KVCache, LayerCache
+from milora_jax.base.cache import READ_BLOCK, KVCache, LayerCache, SlotLayerCache
 from milora_jax.base.modules import Base, JoinedLayer, Layer, ends_of
 from milora_jax.base.transformer import AdaptedLayer, Past, block, embed, final_norm, input_norm, unembed
 from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.decode import Prefilled
+from milora_jax.generation.decode_state import by_head
 from milora_jax.generation.lengths import bucket_of
 from milora_jax.generation.prefix_cache import KeptPrefix
 from milora_jax.generation.prompt_logprobs import PromptLogprobs, prompt_logprobs
+from milora_jax.generation.running_batch import RunningBatch
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Float, Int
 from milora_jax.types import Batch
@@ -45,7 +49,8 @@ class BlockPrefill:
       base: in the decode layout.
       prompt: token ids.
       adapter_slot: slot of its adapter.
-      cache_length: cache positions of a batch slot.
+      batch: the running batch, whose cache positions are a multiple of ``block``.
+      row: row of the batch for the prompt's keys and values, which nothing else writes meanwhile.
       block: tokens of a block.
       route_tokens: leading tokens that the routers read; 0 for all.
       kept: what a prefix cache has of the prompt.
@@ -61,7 +66,8 @@ class BlockPrefill:
         config: ModelConfig,
         prompt: Sequence[int],
         adapter_slot: int,
-        cache_length: int,
+        batch: RunningBatch,
+        row: int,
         *,
         block: int = BLOCK,
         route_tokens: int = 0,
@@ -70,15 +76,13 @@ class BlockPrefill:
     ) -> None:
         self._base, self._slot = base, np.int32(adapter_slot)
         self._adapters: AdapterStack | None = None
-        self._config, self._cache_length = config, cache_length
+        self._config, self._batch, self._row = config, batch, row
         self._length, self._scope = len(prompt), route_tokens or len(prompt)
         self._kept = kept or KeptPrefix()
         self._block, self._scored = block, scored
         self._last = (len(prompt) - 1) // block
         self._routes: list[Float[Array, "1 1 E"]] = list(self._kept.route or ())
-        self._caches = empty_caches(config, base.dtype, -(-cache_length // block) * block)
-        for number, keys in enumerate(self._kept.blocks):
-            self._caches = paste_block(self._caches, keys, np.int32(number * block))
+        batch.paste(row, self._kept.blocks)
         self._tokens = np.zeros((1, (self._last + 1) * block), np.int32)
         self._tokens[0, : len(prompt)] = prompt
         self._ends = ends_of(base)
@@ -121,9 +125,7 @@ class BlockPrefill:
             self._hidden[self._last],
             np.int32((self._length - 1) % self._block),
             np.int32(self._length),
-            self._caches,
             self._config,
-            self._cache_length,
         )
         if not self._routes:
             return prefilled, None, scores
@@ -141,23 +143,13 @@ class BlockPrefill:
     def to_keep(self) -> KeptPrefix:
         """Return what a prefix cache may keep of the prompt after all slices: whole blocks and its route."""
         fresh = range(self.cached_tokens, self._length - self._block + 1, self._block)
-        blocks = (cut_block(self._caches, np.int32(start), self._block) for start in fresh)
+        blocks = self._batch.cut(self._row, fresh, self._block)
         return KeptPrefix((*self._kept.blocks, *blocks), tuple(self._routes) or None)
 
-    def compile(self, adapters: AdapterStack | None) -> None:
-        """Compile every program of a layer that a prompt of this length adds to those of shorter ones.
-
-        Runs the last block alone, through one layer of each kind: a fraction of the prompt's work. What it
-        computes has no meaning.
-        """
+    def compile_route(self, adapters: AdapterStack | None) -> None:
+        """Compile the one program that depends on the length of a prompt, without its slices."""
         self._adapters = adapters
-        kinds: dict[Hashable, int] = {}
-        for index, layer in enumerate(self._base.layers):
-            leaves, structure = jax.tree.flatten((layer, self._layer_adapters(index)))
-            shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-            kinds.setdefault((self._config.slides[index], structure, shapes), index)
-        for index in kinds.values():
-            self._run_slice(index, self._last, self._new_route(index))
+        self._new_route(0)
 
     def _run(self) -> Iterator[None]:
         """Run a slice for each value that is asked for."""
@@ -173,24 +165,21 @@ class BlockPrefill:
 
     def _run_slice(self, index: int, number: int, route: Float[Array, "1 1 E"] | None) -> None:
         """Run a block through a layer."""
-        self._hidden[number], self._caches[index] = run_block(
+        self._hidden[number], cache = run_block(
             self._base.layers[index],
             self._layer_adapters(index),
             self._slot,
             route,
             self._hidden[number],
-            self._caches[index],
+            self._batch.layers[index],
+            np.int32(self._row),
             np.int32(number * self._block),
             self._config,
-            self._reach(number),
             self._config.slides[index],
+            self._batch.layout,
         )
+        self._batch.put_layer(index, cache)
         self._newest = self._hidden[number]
-
-    def _reach(self, number: int) -> int:
-        """Cache positions that a block's attention reads: few programs, and by the block's place alone."""
-        positions = self._caches[0].k.shape[2]
-        return bucket_of((number + 1) * self._block, positions, self._block)
 
     def _layer_adapters(self, index: int) -> AdapterStack | None:
         return None if self._adapters is None else self._adapters.of_layer(index)
@@ -206,13 +195,6 @@ class BlockPrefill:
         depth = np.float32(index / self._config.num_layers)
         layer, tokens = self._base.layers[index], np.int32(self._scope)
         return route_layer(layer, adapters, self._slot, tuple(scope), tokens, depth, self._config)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "length"))
-def empty_caches(config: ModelConfig, dtype: jnp.dtype, length: int) -> list[LayerCache]:
-    """Return an empty cache of ``length`` positions for each layer."""
-    zeros = functools.partial(jnp.zeros, (1, config.num_kv_heads, length, config.head_dim), dtype)
-    return [LayerCache(k=zeros(), v=zeros()) for _ in range(config.num_layers)]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -258,7 +240,7 @@ def route_layer(
     return route.weights
 
 
-@functools.partial(jax.jit, static_argnames=("config", "reach", "sliding"), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("config", "sliding", "layout"), donate_argnames="cache")
 def run_block(
     layer: Layer | JoinedLayer,
     adapters: AdapterStack | None,
@@ -266,49 +248,43 @@ def run_block(
     route: Float[Array, "1 1 E"] | None,
     hidden: Float[Array, "1 T D"],
     cache: LayerCache,
+    row: Int[Array, ""],
     start: Int[Array, ""],
     config: ModelConfig,
-    reach: int,
     sliding: bool,
+    layout: DeviceLayout | None,
 ) -> tuple[Float[Array, "1 T D"], LayerCache]:
     """Run one block of tokens through one layer.
 
     Args:
       adapters: adapters of this layer; None for the plain base.
       route: route of this layer; None without a router.
-      cache: cache of the layer, with the blocks before.
+      cache: cache of the layer, whose row has the blocks before.
+      row: row of the cache that the block is written into.
       start: position of the block's first token.
-      reach: cache positions that attention reads, at least those of the blocks before and of this one.
       sliding: whether the layer has a sliding window.
+      layout: device layout of the cache.
     """
-    near = LayerCache(k=cache.k[:, :, :reach], v=cache.v[:, :, :reach])
-    past = KVCache(layers=(near,), length=start[None])
-    tokens = hidden.shape[1]
-    positions = (start + jnp.arange(tokens, dtype=jnp.int32))[None]
+    slot = SlotLayerCache(cache, row)
+    past = KVCache(layers=(cache,), length=start[None], block=READ_BLOCK)
+    positions = (start + jnp.arange(hidden.shape[1], dtype=jnp.int32))[None]
     batch = Batch.unpadded(jnp.zeros_like(positions), positions)
     context = AttentionContext.of(config, batch, 0, past)
     adapter = None if adapters is None else adapters.of_slot(adapter_slot)
     params = None if adapter is None else adapter.params[0]
     adapted = AdaptedLayer(layer, adapter, params, route, None)
-    mask = context.cached(sliding)
-    hidden, new = block(config, adapted, hidden, context.angles(sliding), None, Past(near, past.place, mask))
-
-    def written(whole: Array, part: Array) -> Array:
-        mine = jax.lax.dynamic_slice_in_dim(part, start, tokens, axis=2)
-        return jax.lax.dynamic_update_slice_in_dim(whole, mine, start, axis=2)
-
-    return hidden, LayerCache(k=written(cache.k, new.k), v=written(cache.v, new.v))
+    earlier = Past(slot, past.place, context.cached(sliding))
+    hidden, new = block(config, adapted, hidden, context.angles(sliding), None, earlier)
+    return hidden, by_head(new.whole, layout)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "cache_length"))
+@functools.partial(jax.jit, static_argnames="config")
 def finish(
     ends: Base,
     hidden: Float[Array, "1 T D"],
     last: Int[Array, ""],
     length: Int[Array, ""],
-    caches: list[LayerCache],
     config: ModelConfig,
-    cache_length: int,
 ) -> Prefilled:
     """Return what decoding starts from, without the route.
 
@@ -318,35 +294,6 @@ def finish(
       length: length of the prompt.
     """
     stream = jax.lax.dynamic_index_in_dim(hidden, last, axis=1, keepdims=False)
-    layers = tuple(LayerCache(k=c.k[:, :, :cache_length], v=c.v[:, :, :cache_length]) for c in caches)
-    return Prefilled(
-        logits=unembed(ends, config, final_norm(ends, config, stream)),
-        position=length[None],
-        cache=KVCache(layers=layers, length=length[None]),
-        route=None,
-        hidden=None,
-    )
-
-
-@functools.partial(jax.jit, static_argnames="block")
-def cut_block(caches: list[LayerCache], start: Int[Array, ""], block: int) -> Float[Array, "L 2 K T H"]:
-    """Return the keys and values of one block in all layers."""
-
-    def cut(leaf: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(leaf[0], start, block, axis=1)
-
-    return jnp.stack([jnp.stack([cut(cache.k), cut(cache.v)]) for cache in caches])
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def paste_block(
-    caches: list[LayerCache], keys: Float[Array, "L 2 K T H"], start: Int[Array, ""]
-) -> list[LayerCache]:
-    """Return the caches with the block that :func:`cut_block` returned in its place."""
-
-    def paste(leaf: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(leaf, new[None], start, axis=2)
-
-    return [
-        LayerCache(k=paste(c.k, new[0]), v=paste(c.v, new[1])) for c, new in zip(caches, keys, strict=True)
-    ]
+    logits = unembed(ends, config, final_norm(ends, config, stream))
+    cache = KVCache(layers=(), length=length[None])
+    return Prefilled(logits=logits, position=cache.length, cache=cache, route=None, hidden=None)

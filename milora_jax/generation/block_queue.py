@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -14,11 +14,9 @@ from milora_jax.generation.block_prefill import BlockPrefill
 from milora_jax.generation.prefix_cache import PrefixCache
 from milora_jax.generation.request import Request
 from milora_jax.generation.results import RunningSample
+from milora_jax.generation.running_batch import RunningBatch
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array
-
-MOST_PROMPTS = 4
-"""Prompts that are prefilled at the same time; each holds its own keys and values beside the batch's."""
 
 UNHURRIED = 4
 """Factor on the budget of a turn while no request decodes. A larger one would make a new prompt wait."""
@@ -46,7 +44,7 @@ class BlockQueue:
 
     Args:
       base: in the decode layout.
-      cache_length: cache positions of a batch slot.
+      batch: the running batch, in whose rows the prompts are prefilled.
       budget: prompt tokens a turn, through all layers; 0 sets no limit.
       block: tokens of a block.
       cache: keys and values of earlier prompts; None for none.
@@ -56,21 +54,16 @@ class BlockQueue:
         self,
         base: Base,
         config: ModelConfig,
-        cache_length: int,
+        batch: RunningBatch,
         budget: int,
         block: int,
         cache: PrefixCache | None = None,
     ) -> None:
-        self._base, self._config, self._cache_length = base, config, cache_length
+        self._base, self._config, self._batch = base, config, batch
         self._block, self._cache = block, cache
         self._slices = max(1, budget * config.num_layers // block) if budget else sys.maxsize
         self._prompts: list[Prefilling] = []
         self._in_flight: list[Array] = []
-
-    @property
-    def has_room(self) -> bool:
-        """Whether another prompt may be added."""
-        return len(self._prompts) < MOST_PROMPTS
 
     def add(self, samples: Sequence[RunningSample], rows: list[int], routed: bool) -> Prefilling:
         """Queue the prompt of a request after those that are queued.
@@ -89,7 +82,8 @@ class BlockQueue:
             self._config,
             request.prompt,
             request.adapter_slot,
-            self._cache_length,
+            self._batch,
+            rows[0],
             block=self._block,
             route_tokens=request.route_tokens,
             kept=kept,
@@ -109,25 +103,19 @@ class BlockQueue:
         """Remove all prompts."""
         self._prompts, self._in_flight = [], []
 
-    def compile(self, adapters: AdapterStack | None, length: int) -> bool:
-        """Compile what prompts of this length need beyond those of one block; False for one block."""
-        if length <= self._block:
-            return False
+    def compile_route(self, adapters: AdapterStack | None, length: int) -> None:
+        """Compile the one program that depends on the length of a prompt."""
         prompt, block = [0] * length, self._block
-        BlockPrefill(self._base, self._config, prompt, 0, self._cache_length, block=block).compile(adapters)
-        return True
+        BlockPrefill(self._base, self._config, prompt, 0, self._batch, 0, block=block).compile_route(adapters)
 
-    def turn(self, adapters: AdapterStack | None, decoding: bool) -> Iterator[Prefilling]:
+    def turn(self, adapters: AdapterStack | None, decoding: bool) -> list[Prefilling]:
         """Start the slices of one turn, once those of the previous turn have been run.
-
-        A prompt that is done makes room: prompts that are added before the next one is asked for may have the
-        rest of the same turn.
 
         Args:
           adapters: the present adapters; loading one replaces the buffers of a bank.
           decoding: whether other requests decode, which wait for these slices.
 
-        Yields:
+        Returns:
           The prompts that are done, and no longer in the queue.
         """
         jax.block_until_ready(self._in_flight)
@@ -135,18 +123,15 @@ class BlockQueue:
         left = self._slices if decoding else UNHURRIED * self._slices
         if self._prompts:
             left -= self._run(self._prompts[0], max(1, left // 2), adapters)
-        while True:
-            for prompt in sorted(self._prompts, key=lambda each: each.work.slices):
-                left -= self._run(prompt, left, adapters)
-            done = [prompt for prompt in self._prompts if not prompt.work.slices]
-            if not done:
-                return
-            self._prompts = [prompt for prompt in self._prompts if prompt.work.slices]
-            for prompt in done:
-                self._keep(prompt)
-                for sample in prompt.samples:
-                    sample.prefilling = False
-                yield prompt
+        for prompt in sorted(self._prompts, key=lambda each: each.work.slices):
+            left -= self._run(prompt, left, adapters)
+        done = [prompt for prompt in self._prompts if not prompt.work.slices]
+        self._prompts = [prompt for prompt in self._prompts if prompt.work.slices]
+        for prompt in done:
+            self._keep(prompt)
+            for sample in prompt.samples:
+                sample.prefilling = False
+        return done
 
     def _keep(self, prompt: Prefilling) -> None:
         """Put what later prompts may share into the prefix cache."""

@@ -20,19 +20,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import NamedSharding
 
 from milora_jax.adapters.protocol import Adapter
 from milora_jax.base.attention import DeviceLayout, attention
-from milora_jax.base.cache import KVCache, LayerCache
+from milora_jax.base.cache import KVCache
 from milora_jax.base.modules import Base
 from milora_jax.base.transformer import forward, unembed
 from milora_jax.generation.adapter_stack import AdapterStack, GatheredAdapters
+from milora_jax.generation.decode_state import DecodeState, constrained, with_layers
 from milora_jax.generation.prompt_lookup import PromptLookup
 from milora_jax.generation.sampling import NO_TOKEN, Choice, Plan, Sampler, choose, is_end, note
 from milora_jax.model_config import ModelConfig
 from milora_jax.shapes import Array, Bool, Float, Int, UInt
-from milora_jax.types import Batch, PyTree, Route
+from milora_jax.types import Batch, Route
 
 
 @struct.dataclass
@@ -42,7 +42,7 @@ class Prefilled:
     Attributes:
       logits: logits of the token after the prompt.
       position: position of that token in its text.
-      cache: keys and values of the prompt.
+      cache: keys and values of the prompts; no layers where the rows of the batch have them already.
       route: routing weights of each layer; None without a router.
       hidden: normed residual stream of the prompt, for ``prompt_logprobs``; None once that is done.
     """
@@ -52,32 +52,6 @@ class Prefilled:
     cache: KVCache
     route: tuple[Float[Array, "R 1 E"], ...] | None
     hidden: Float[Array, "R T D"] | None
-
-
-@struct.dataclass
-class DecodeState:
-    """The carry of the decode scan.
-
-    Attributes:
-      token: the last token of each row, not yet run through the model.
-      position: its position within the row's text.
-      done: rows that have ended or are free.
-      cache: keys and values of everything before ``token``.
-      route: routing weights of each layer, computed by ``prefill`` and never written by a step; None
-        without a router.
-      adapter_slot: slot of each row's adapter in the bank.
-      sampler: each row's settings.
-      lookup: the rows' texts, for prompt look-up; None without it.
-    """
-
-    token: Int[Array, " B"]
-    position: Int[Array, " B"]
-    done: Bool[Array, " B"]
-    cache: KVCache
-    route: tuple[Float[Array, "B 1 E"], ...] | None
-    adapter_slot: Int[Array, " B"]
-    sampler: Sampler
-    lookup: PromptLookup | None = None
 
 
 @struct.dataclass
@@ -161,15 +135,13 @@ def admit(
     """Put prefilled prompts into rows of the batch and choose their first tokens.
 
     Args:
-      prefilled: n prompts, or one that is to be continued in n ways.
+      prefilled: n prompts.
       batch_slots: slots of the prompts; a prompt whose slot is beyond the batch is dropped.
       adapter_slot: slot of their adapter.
       sampler, lookup: those of the n prompts.
       layout: device layout of the state.
       masks: the first tokens that each prompt may get, see ``sampling.choose``.
     """
-    count = batch_slots.shape[0]
-    prefilled = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape[1:])), prefilled)
     choice = choose(prefilled.logits, sampler, prefilled.position, plan, masks)
     every = jnp.ones_like(batch_slots, bool)
     sampler = note(sampler, choice.token, every)
@@ -177,7 +149,7 @@ def admit(
         token=choice.token,
         position=prefilled.position,
         done=is_end(sampler, choice.token),
-        cache=prefilled.cache,
+        cache=dataclasses.replace(prefilled.cache, block=state.cache.block),
         route=prefilled.route,
         adapter_slot=adapter_slot,
         sampler=sampler,
@@ -187,7 +159,10 @@ def admit(
     def put(old: Array, leaf: Array) -> Array:
         return old.at[batch_slots].set(leaf.astype(old.dtype), mode="drop", unique_indices=True)
 
-    return constrained(jax.tree.map(put, state, new), layout), choice
+    if prefilled.cache.layers:
+        return constrained(jax.tree.map(put, state, new), layout), choice
+    rest = jax.tree.map(put, with_layers(state, ()), new)
+    return constrained(with_layers(rest, state.cache.layers), layout), choice
 
 
 def decode_step(
@@ -217,13 +192,15 @@ def _next_logits(
     """
     tokens = jnp.concatenate([state.token[:, None], _proposals(state)], axis=1)
     rows, count = tokens.shape
+    # Rows that are done write nothing, since another prompt may be prefilled into theirs, and read nothing.
+    length = jnp.where(state.done, state.cache.reach, state.cache.length)
     output = forward(
         base,
         config,
         Batch.unpadded(tokens, state.position[:, None] + jnp.arange(count, dtype=jnp.int32)[None]),
         adapter=adapter,
         route=state.route,
-        cache=state.cache,
+        cache=dataclasses.replace(state.cache, length=length),
     )
     if not isinstance(output.cache, KVCache):
         raise AssertionError("a pass gives the cache that it was given")
@@ -280,6 +257,7 @@ def decode_chunk(
     steps: int,
     plan: Plan,
     layout: DeviceLayout | None = None,
+    held: Bool[Array, " B"] | None = None,
 ) -> tuple[DecodeState, Decoded]:
     """Run ``steps`` decode steps as one scan.
 
@@ -287,7 +265,9 @@ def decode_chunk(
       adapters: those that act on the batch; what depends on the adapter of each batch slot is done once per
         chunk.
       layout: device layout of the state.
+      held: rows whose tokens are wanted; None for all that are not done.
     """
+    state = _ended(state, held)
     adapter = None if adapters is None else adapters.for_batch(state.adapter_slot)
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, Decoded]:
@@ -307,11 +287,13 @@ def decode_logits(
     state: DecodeState,
     config: ModelConfig,
     layout: DeviceLayout | None = None,
+    held: Bool[Array, " B"] | None = None,
 ) -> tuple[DecodeState, Float[Array, "B T V"]]:
     """Run the first half of a decode step: the model, whose results the host does not need.
 
     Meanwhile it makes the masks for the second half, :func:`decode_masked`.
     """
+    state = _ended(state, held)
     adapter = None if adapters is None else adapters.for_batch(state.adapter_slot)
     logits, cache = _next_logits(base, adapter, state, config)
     return constrained(dataclasses.replace(state, cache=cache), layout), logits
@@ -338,61 +320,6 @@ def decode_masked(
     return constrained(state, layout), decoded
 
 
-def constrained(state: DecodeState, layout: DeviceLayout | None) -> DecodeState:
-    """Return the state of a program with the shardings of :func:`state_shardings_of`.
-
-    Left to itself XLA would choose anew for every program, and every choice would be one more program.
-    """
-    places = state_shardings_of(state, layout)
-    return state if places is None else jax.lax.with_sharding_constraint(state, places)
-
-
-def state_shardings_of(state: DecodeState, layout: DeviceLayout | None) -> PyTree | None:
-    """Return shardings like the state: keys and values by rows and, where these divide evenly, heads; all
-    else by rows. None on one device."""
-    if layout is None or layout.mesh is None:
-        return None
-    heads = layout.heads_of(jax.tree.leaves(state.cache.layers)[0].shape[1])
-    by_row = NamedSharding(layout.mesh, jax.P(layout.rows))
-    by_head = NamedSharding(layout.mesh, jax.P(layout.rows, heads))
-    cache = jax.tree.map(lambda leaf: by_head if leaf.ndim == 4 else by_row, state.cache)
-    return dataclasses.replace(jax.tree.map(lambda _: by_row, state), cache=cache)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 4, 5, 6, 7))
-def empty_state(
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    sampler: Sampler,
-    lookup: PromptLookup | None,
-    batch_slots: int,
-    cache_length: int,
-    routed: bool,
-    layout: DeviceLayout | None = None,
-) -> DecodeState:
-    """Return a batch whose slots are all free.
-
-    Args:
-      sampler, lookup: those of any one sample, for their shapes.
-      layout: device layout of the state; each device makes its own part.
-    """
-
-    def vacant(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: jnp.zeros((batch_slots, *leaf.shape[1:]), leaf.dtype), tree)
-
-    shape = (batch_slots, config.num_kv_heads, cache_length, config.head_dim)
-    layers = tuple(
-        LayerCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
-    )
-    zeros = functools.partial(jnp.zeros, (batch_slots,), jnp.int32)
-    state = DecodeState(
-        token=zeros(),
-        position=zeros(),
-        done=jnp.ones((batch_slots,), bool),
-        cache=KVCache(layers=layers, length=zeros()),
-        route=tuple(jnp.zeros((batch_slots, 1, 7), jnp.float32) for _ in layers) if routed else None,
-        adapter_slot=zeros(),
-        sampler=vacant(sampler),
-        lookup=vacant(lookup),
-    )
-    return constrained(state, layout)
+def _ended(state: DecodeState, held: Bool[Array, " B"] | None) -> DecodeState:
+    """The state with all rows done that nobody holds: a stop string or a client has ended them."""
+    return state if held is None else dataclasses.replace(state, done=state.done | ~held)

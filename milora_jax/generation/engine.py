@@ -7,7 +7,7 @@ before, so that the device computes one chunk while the host reads the last.
 
 from __future__ import annotations
 
-from collections import deque
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from milora_jax.base.attention import DeviceLayout, device_layout
+from milora_jax.base.cache import read_block
 from milora_jax.base.modules import Base
 from milora_jax.errors import UserError, require
 from milora_jax.generation.adapter_stack import AdapterStack, GatheredAdapters, gather_adapter
@@ -29,8 +30,8 @@ from milora_jax.generation.decode import (
     decode_chunk,
     decode_logits,
     decode_masked,
-    empty_state,
 )
+from milora_jax.generation.decode_state import empty_state
 from milora_jax.generation.group_prefill import prefill_group
 from milora_jax.generation.merge import merged_base
 from milora_jax.generation.prefix_cache import PrefixCache
@@ -38,13 +39,13 @@ from milora_jax.generation.prompt_logprobs import PromptLogprobs
 from milora_jax.generation.prompt_lookup import MOST_PROPOSALS, PromptLookup
 from milora_jax.generation.request import Request, require_decodable
 from milora_jax.generation.results import (
+    PendingResults,
     RunningSample,
-    StartedWork,
     lookup_of,
     masks_of,
-    read_results,
     sampler_of,
 )
+from milora_jax.generation.running_batch import RunningBatch
 from milora_jax.generation.sampling import Plan, Sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.generation.waiting import WaitingRequests
@@ -115,31 +116,30 @@ class Engine:
         self._layout = layout or device_layout(base.devices)
         self._merges, self._prompt_lookup = merge and adapters is not None, prompt_lookup
         self._merged: Base | None = None
-        self._prefix = 0 if adapters is None else adapters.method.prefix_length
+        prefix = 0 if adapters is None else adapters.method.prefix_length
         self._routed = adapters is not None and adapters.method.routes
         self._waiting = WaitingRequests(batch_slots, cache_length, prefill_rows, alone=self._merges)
-        sliced = (prefill_budget or prefix_cache) and not (self._prefix or self._merges or prefill_rows > 1)
+        sliced = (prefill_budget or prefix_cache) and not (prefix or self._merges or prefill_rows > 1)
         self.prefix_cache = PrefixCache(prefix_cache, prefill_block) if sliced and prefix_cache else None
+        positions = -(-cache_length // prefill_block) * prefill_block if sliced else prefix + cache_length
+        read = read_block(positions, next(iter(base.devices)).platform)
+        one = self._of_samples(RunningSample.all_of(Request((), GenerationSettings())))
+        sizes = config, base.dtype, *one, batch_slots, positions, self._routed, self._layout, read
+        self._batch = RunningBatch(functools.partial(empty_state, *sizes), self._layout)
         blocks = prefill_budget, prefill_block, self.prefix_cache
-        self._blocks = BlockQueue(base, config, cache_length, *blocks) if sliced else None
+        self._blocks = BlockQueue(base, config, self._batch, *blocks) if sliced else None
+        self._pending = PendingResults(config.eos_ids, self.end)
         self._clear()
 
     def _clear(self) -> None:
-        """Start an empty batch."""
+        """Forget all requests that are not waiting."""
         self._admitting: list[Request] = []
         if self._blocks is not None:
             self._blocks.clear()
-        self._touched: dict[int, Request] = {}
         self._slots: list[RunningSample | None] = [None] * self.batch_slots
-        self._started: deque[StartedWork] = deque()
         self._gathered: GatheredAdapters | None = None
         if self.adapters is not None and self.adapters.path == "gathered":
             self._gathered = GatheredAdapters.empty(self.adapters, self.batch_slots)
-        one = RunningSample.all_of(Request((), GenerationSettings()))
-        sizes = self.batch_slots, self._prefix + self.cache_length
-        self._state = empty_state(
-            self.config, self._base.dtype, *self._of_samples(one), *sizes, self._routed, self._layout
-        )
 
     def fail(self) -> list[Request]:
         """End every running request after a step raised, since the device's state may be incomplete.
@@ -147,14 +147,13 @@ class Engine:
         Returns:
           The requests that ended, and those that had got tokens before it raised; waiting ones are kept.
         """
-        begun = [*self._slots, *(sample for work in self._started for sample in work.sequences)]
-        running = [sample.request for sample in begun if sample is not None]
-        failed = {id(request): request for request in (*running, *self._admitting)}
-        touched = {**self._touched, **failed}
-        for request in failed.values():
-            request.finish = [reason or "error" for reason in request.finish]
+        in_slots = [sample.request for sample in self._slots if sample is not None]
+        for request in (*in_slots, *self._pending.drop(), *self._admitting):
+            for sample in range(request.settings.num_samples):
+                self._pending.end(request, sample, "error")
         self._clear()
-        return list(touched.values())
+        self._batch.clear()
+        return self._pending.touched()
 
     def check(self, prompt: Sequence[int], settings: GenerationSettings) -> None:
         """Refuse a request that this engine cannot decode.
@@ -167,9 +166,16 @@ class Engine:
         if settings.penalized and not self._penalties:
             raise UserError("a penalty was asked for, but this engine was made without penalties")
 
+    def lower_decoding(self) -> list[jax.stages.Lowered]:
+        """Lower the programs of decode steps; once one is compiled, the first step need not compile it."""
+        chunks = (decode_chunk.lower(*self._decode_inputs(self.chunk, plan)) for plan in self._plans)
+        return [*chunks, decode_logits.lower(*self._decode_inputs())]
+
     def compile_prefill(self, length: int) -> bool:
-        """Compile what prompts of a length need beyond one block; False where only running one does that."""
-        return self._blocks is not None and self._blocks.compile(self.adapters, length)
+        """Compile what only prompts of about this length need; False where only running one does that."""
+        if self._blocks is not None:
+            self._blocks.compile_route(self.adapters, length)
+        return self._blocks is not None
 
     def submit(
         self,
@@ -224,7 +230,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether no request waits or runs."""
-        return not (self._waiting or self._started or any(self._slots))
+        return not (self._waiting or self._pending or any(self._slots))
 
     def run(self) -> None:
         """Step until every request is done."""
@@ -238,29 +244,20 @@ class Engine:
           The requests that got tokens or ended.
         """
         self._admit()
-        if self._blocks is not None:
-            self._end_blocks(self._blocks)
+        prefilled = () if self._blocks is None else self._blocks.turn(self.adapters, any(self._decoding))
+        for prompt in prefilled:
+            for row in prompt.rows[1:]:
+                self._batch.copy(prompt.rows[0], row)
+            self._start(*prompt.work.result(), prompt.samples, prompt.rows)
         running = [each for each in self._decoding if each is not None and each.left > 0]
         if any(each.constraint is not None for each in running):
             self._step_with_masks()
         else:
             if running:
                 self._start_chunk()
-            self._read(unread=1 if running else 0)  # the device computes one while the host reads another
-        touched, self._touched = self._touched, {}
-        return list(touched.values())
-
-    def _read(self, unread: int = 0) -> None:
-        """Read the results of all started work but the last ``unread``."""
-        while len(self._started) > unread:
-            # Taken out after it has been read: if that raises, ``fail`` must know its sequences.
-            for request in read_results(self._started[0], self.config.eos_ids, self.end):
-                self._touched[id(request)] = request
-            self._started.popleft()
-
-    def _end_constrained(self, request: Request, sample: int, reason: str) -> None:
-        self._touched[id(request)] = request
-        self.end(request, sample, reason)
+            # The device computes one while the host reads another.
+            self._pending.read(unread=1 if running else 0)
+        return self._pending.touched()
 
     @property
     def _decoding(self) -> list[RunningSample | None]:
@@ -269,7 +266,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Prefill waiting requests into free batch slots, in their order."""
-        while self._blocks is None or self._blocks.has_room:
+        while True:
             free = [row for row, sequence in enumerate(self._slots) if sequence is None]
             group = self._admitting = self._waiting.take(len(free))
             if not group:
@@ -285,21 +282,13 @@ class Engine:
             self._blocks.add(samples, rows, self._routed)
             self._admitting = []
             return
-        prefilled, weights, scores = prefill_group(
-            self._base, self.adapters, self.config, group, self.prefill_rows, self.cache_length, self._layout
-        )
+        how = self.prefill_rows, self.cache_length, self._layout
+        prefilled, weights, scores = prefill_group(self._base, self.adapters, self.config, group, *how)
         if self._merges and self.adapters is not None:
             adapter = self.adapters.of_slot(jnp.asarray(group[0].adapter_slot))
             chosen = None if weights is None else np.asarray(weights[:, 0])
             self._merged = merged_base(self._base, adapter, chosen)
         self._start(prefilled, weights, scores, samples, rows)
-
-    def _end_blocks(self, blocks: BlockQueue) -> None:
-        """Run a turn of prefilling, and start the samples of the prompts that are done."""
-        decoding = any(sample is not None for sample in self._decoding)
-        for prompt in blocks.turn(self.adapters, decoding):
-            self._start(*prompt.work.result(), prompt.samples, prompt.rows)
-            self._admit()  # more prompts may be prefilled in what is left of the turn
 
     def _start(
         self,
@@ -316,48 +305,58 @@ class Engine:
           scores: log-probabilities of the prompts, in parts; None where none are wanted.
           samples: one for each prompt, or several of the first one.
         """
-        group = list(dict.fromkeys(sample.request for sample in samples))
-        several = len(samples) > len(group)
-        count = len(samples) if several else self.prefill_rows
+        if len(samples) > 1 and samples[0].request is samples[1].request:
+            # One by one: a program for every number of samples would be one more to compile.
+            if self.prefill_rows > 1:
+                prefilled = jax.tree.map(lambda leaf: leaf[:1], prefilled)
+            for sample, row in zip(samples, rows, strict=True):
+                self._start_prompts(prefilled, weights, scores, [sample], [row], 1)
+        else:
+            self._start_prompts(prefilled, weights, scores, samples, rows, self.prefill_rows)
+        self._admitting = []
+
+    def _start_prompts(
+        self,
+        prefilled: Prefilled,
+        weights: Any,
+        scores: tuple[PromptLogprobs, ...] | None,
+        samples: Sequence[RunningSample],
+        rows: list[int],
+        count: int,
+    ) -> None:
+        """Start one sample of each of some prompts; fewer than ``count`` are filled up."""
         # Slots beyond the batch are dropped, so that a group that is not full has its program's shape.
         places = np.array([*rows, *range(self.batch_slots, self.batch_slots + count - len(rows))], np.int32)
         padded = [*samples, *([samples[0]] * (count - len(samples)))]
         sampler, lookup = self._of_samples(padded)
-        slot = np.int32(group[0].adapter_slot)
-        if several:
-            prefilled = jax.tree.map(lambda leaf: leaf[:1], prefilled)
-        plan = self._plan([request.settings for request in group])
-        masks = masks_of(padded, self.config.vocab_size, self._end_constrained)
+        slot = np.int32(samples[0].request.adapter_slot)
+        plan = self._plan(samples)
+        masks = masks_of(padded, self.config.vocab_size, self._pending.end)
         if masks is not None and self._plans:
             plan = self._plans[-1]  # one program more, and not one for each plan
-        self._state, choice = admit(
-            self._state, prefilled, places, np.full(count, slot), sampler, lookup, plan, self._layout, masks
-        )
+        of_slots = places, np.full(count, slot), sampler, lookup
+        self._batch.state, choice = admit(self._batch.state, prefilled, *of_slots, plan, self._layout, masks)
         if self._gathered is not None and self.adapters is not None:
             self._gathered = gather_adapter(self._gathered, self.adapters, places, slot)
         for row, sample in zip(rows, samples, strict=True):
             wanted = sample.request.finish[sample.sample] is None  # or it was ended while it waited
             self._slots[row] = sample if wanted and self._stays(sample) else None
-        nobody = (None,) * (count - len(samples))
-        if weights is not None and several:
-            weights = weights[:, :1].repeat(count, axis=1)
-        self._started.append(StartedWork.of((*samples, *nobody), Decoded.first(choice), weights, scores))
-        self._admitting = []
+        self._pending.add(samples, Decoded.first(choice), weights, scores)
 
     def _start_chunk(self) -> None:
-        self._state, decoded = decode_chunk(
-            *self._weights(), self._state, self.config, self.chunk, self._running_plan(), self._layout
-        )
+        inputs = self._decode_inputs(self.chunk, self._plan(self._decoding))
+        self._batch.state, decoded = decode_chunk(*inputs)
         self._note_started(decoded, self.chunk)
 
     def _step_with_masks(self) -> None:
         """Start a single decode step, and give it the masks of its tokens once those before it are read."""
-        self._state, logits = decode_logits(*self._weights(), self._state, self.config, self._layout)
-        self._read()
-        masks = masks_of(self._decoding, self.config.vocab_size, self._end_constrained)
+        self._batch.state, logits = decode_logits(*self._decode_inputs())
+        self._pending.read()
+        masks = masks_of(self._decoding, self.config.vocab_size, self._pending.end)
         if masks is None:  # the last constrained sample has just ended
             masks = full_masks(self.batch_slots, self.config.vocab_size)
-        self._state, decoded = decode_masked(self._state, logits, masks, self._running_plan(), self._layout)
+        plan = self._plan(self._decoding)
+        self._batch.state, decoded = decode_masked(self._batch.state, logits, masks, plan, self._layout)
         self._note_started(decoded, 1)
 
     def _weights(self) -> tuple[Base, AdapterStack | GatheredAdapters | None]:
@@ -365,11 +364,12 @@ class Engine:
             return self._merged, None
         return self._base, self.adapters if self._gathered is None else self._gathered
 
-    def _running_plan(self) -> Plan:
-        return self._plan([sequence.request.settings for sequence in self._decoding if sequence is not None])
+    def _decode_inputs(self, *steps_and_plan: Any) -> tuple[Any, ...]:
+        held = np.array([sample is not None for sample in self._decoding])
+        return *self._weights(), self._batch.state, self.config, *steps_and_plan, self._layout, held
 
     def _note_started(self, decoded: Decoded, steps: int) -> None:
-        self._started.append(StartedWork.of(tuple(self._decoding), decoded))
+        self._pending.add(self._decoding, decoded)
         for row, sequence in enumerate(self._decoding):
             if sequence is not None:
                 sequence.left -= steps
@@ -389,8 +389,8 @@ class Engine:
         lookup = lookup_of(samples, self.cache_length, self._prompt_lookup)
         return sampler_of(samples, self.config, self._penalties), lookup
 
-    def _plan(self, settings: Sequence[GenerationSettings]) -> Plan:
-        least = Plan.of(settings)
+    def _plan(self, samples: Sequence[RunningSample | None]) -> Plan:
+        least = Plan.of([sample.request.settings for sample in samples if sample is not None])
         return next((plan for plan in self._plans if plan.covers(least)), least)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,50 @@ class StartedWork:
     def of(cls, sequences: tuple[RunningSample | None, ...], *results: Any) -> StartedWork:
         """Work whose results every process will read, whichever of the devices compute them."""
         return cls(sequences, *gather(results))
+
+
+class PendingResults:
+    """The work that the device has started and the host has not read, the oldest first.
+
+    Args:
+      eos_ids: the model's end-of-sequence tokens.
+      end: ends a sample.
+    """
+
+    def __init__(self, eos_ids: Sequence[int], end: End) -> None:
+        self._eos_ids, self._end = eos_ids, end
+        self._work: deque[StartedWork] = deque()
+        self._touched: dict[int, Request] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._work)
+
+    def add(self, samples: Sequence[RunningSample | None], *results: Any) -> None:
+        """Add work; ``results`` are the further fields of :class:`StartedWork`."""
+        self._work.append(StartedWork.of(tuple(samples), *results))
+
+    def read(self, unread: int = 0) -> None:
+        """Read the results of all work but the last ``unread``."""
+        while len(self._work) > unread:
+            # Taken out after it has been read: if that raises, its sequences must be known.
+            for request in read_results(self._work[0], self._eos_ids, self._end):
+                self._touched[id(request)] = request
+            self._work.popleft()
+
+    def end(self, request: Request, sample: int, reason: str) -> None:
+        """End a sample whose request gets to know it with its next results."""
+        self._touched[id(request)] = request
+        self._end(request, sample, reason)
+
+    def touched(self) -> list[Request]:
+        """Return the requests that have got tokens or ended since the last call."""
+        touched, self._touched = self._touched, {}
+        return list(touched.values())
+
+    def drop(self) -> list[Request]:
+        """Forget all work, and return the requests that it was for."""
+        work, self._work = self._work, deque()
+        return [sample.request for each in work for sample in each.sequences if sample is not None]
 
 
 def read_results(started: StartedWork, eos_ids: Sequence[int], end: End) -> list[Request]:

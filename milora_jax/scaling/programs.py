@@ -16,7 +16,8 @@ from milora_jax.base.specs import LeafSpec, base_specs
 from milora_jax.base.transformer import adapter_decode_layout
 from milora_jax.config import Config, ModelSection, TrainSection
 from milora_jax.generation.adapter_stack import AdapterStack
-from milora_jax.generation.decode import decode_chunk, empty_state, prefill, state_shardings_of
+from milora_jax.generation.decode import decode_chunk, prefill
+from milora_jax.generation.decode_state import empty_state, state_shardings_of
 from milora_jax.generation.sampling import Plan, make_sampler
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.model_config import ModelConfig

@@ -70,8 +70,9 @@ def build_service(
       UserError: naming the file or the setting that is wrong.
     """
     directory = model_directory(offer.base)
-    require_bounded_template(directory)
-    tokenizers = load_tokenizer(str(directory)), load_tokenizer(str(directory))
+    background = ThreadPoolExecutor(4, thread_name_prefix="startup")
+    template = background.submit(require_bounded_template, directory)
+    tokenizers = background.submit(lambda: (load_tokenizer(str(directory)), load_tokenizer(str(directory))))
     mesh, config = _mesh(offer.tensor), read_model_config(directory)
     places = None
     if mesh is not None:
@@ -113,11 +114,15 @@ def build_service(
     loop = DeviceLoop(engine, store, limits)
     rows, length = engine.batch_slots, engine.cache_length
     log(f"compiling for {rows} batch slots of {length} tokens: a minute, or several")
-    loop.warm_up()
+    decoding = [background.submit(program.compile) for program in engine.lower_decoding()]
+    template.result()
+    texts = tokenizers.result()
+    loop.warm_up(decoding)
+    background.shutdown()
     metrics = Metrics()
     COMPILATIONS.add(metrics.compiled)
     served = offer.name if store is None or store.has_base else ""
-    service = Service(engine, loop, store, tokenizers, served, limits, metrics)
+    service = Service(engine, loop, store, texts, served, limits, metrics)
     metrics.gauge("milora_running", "Requests in the batch", lambda: loop.running)
     metrics.gauge("milora_under_way", "Admitted requests", lambda: service.admission.active_requests)
     metrics.gauge(

@@ -6,13 +6,14 @@ with the tokens, which must not block. It handles no text, HTTP or files.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from milora_jax.errors import UserError
 from milora_jax.generation.constraint import AnyToken, Constraint
@@ -126,33 +127,41 @@ class DeviceLoop:
         recent = time.monotonic() - self.counts.last_step < self._limits.stalled_seconds
         return self._thread.is_alive() and (recent or self.idle)
 
-    def warm_up(self) -> None:
-        """Compile every program that requests need; call it before :meth:`start`."""
+    def warm_up(self, decoding: Sequence[Future[Any]] = ()) -> None:
+        """Compile every program that requests need; call it before :meth:`start`.
+
+        Args:
+          decoding: results of compiling what :meth:`Engine.lower_decoding` gives, which other threads are
+            about; empty to compile that here.
+        """
         engine, limits = self._engine, self._limits
         longest = engine.cache_length - 1  # one cache position is for the first new token
         buckets, length = {}, 1
         while length <= longest:
             buckets[bucket_of(length, engine.cache_length)] = length
             length = length + 1 if length == longest else min(2 * length, longest)
+        scored = GenerationSettings(max_new_tokens=0, prompt_logprobs=1)
+        self._compile([0], scored)
         for length in buckets.values():
             if not engine.compile_prefill(length):
-                self._compile([0] * length, GenerationSettings(max_new_tokens=0, prompt_logprobs=1))
+                self._compile([0] * length, scored)
         if engine.prefix_cache is not None:
             shortest = [0] * min(engine.prefix_cache.block + 1, longest)
             for _ in range(2):  # once to keep a block, and once to find it
                 self._compile(shortest, GenerationSettings(max_new_tokens=1, ignore_eos=True), "")
             engine.prefix_cache.clear()
-
-        def new_tokens(samples: int) -> int:
-            """With one token nothing is decoded: decoding has one program, however many samples began."""
-            return min(2 if samples == 1 else 1, longest)
-
-        samples = range(1, limits.most_samples + 1)
-        for number, plan in itertools.product(samples, PLANS):
-            self._compile([0], _settings_for(plan, number, new_tokens(number)))
+        for plan in PLANS:
+            self._compile([0], _settings_for(plan, 1, 1))
+        if limits.most_samples > 1:
+            self._compile([0], _settings_for(PLANS[0], 2, 1))
+        for compiled in decoding:
+            compiled.result()
+        if not decoding:
+            for program in engine.lower_decoding():
+                program.compile()
         constraint = AnyToken(engine.config.vocab_size)
-        for number, plan in ((1, PLANS[0]), (1, PLANS[1]), *((number, PLANS[2]) for number in samples)):
-            self._compile([0], _settings_for(plan, number, new_tokens(number)), constraint=constraint)
+        for plan in PLANS:
+            self._compile([0], _settings_for(plan, 1, min(2, longest)), constraint=constraint)
 
     def _compile(
         self,

@@ -6,12 +6,13 @@ import pytest
 
 from milora_jax.data.batches import collate_prompts
 from milora_jax.generation.block_prefill import BlockPrefill, route_layer, run_block
-from milora_jax.generation.block_queue import MOST_PROMPTS, UNHURRIED, BlockQueue
+from milora_jax.generation.block_queue import BlockQueue
 from milora_jax.generation.decode import prefill
-from milora_jax.generation.lengths import bucket_of
+from milora_jax.generation.decode_state import empty_state
 from milora_jax.generation.prefix_cache import KeptPrefix, PrefixCache
 from milora_jax.generation.request import Request
-from milora_jax.generation.results import RunningSample
+from milora_jax.generation.results import RunningSample, sampler_of
+from milora_jax.generation.running_batch import RunningBatch
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.model_config import ModelConfig
 from tests.adapted import make_adapter, text
@@ -19,7 +20,7 @@ from tests.generation.banks import make_bank
 from tests.generation.decoding import DECODING, make_engine, one_tenant
 from tests.models import TINY
 
-BLOCK, LENGTH = 8, 96
+BLOCK, LENGTH, ROW = 8, 96, 1
 SLIDING = ModelConfig(**{**vars(TINY), "sliding_window": 11, "sliding_pattern": (True, False)})
 METHODS = ("milora", "lora", "dora", "ssp", "parallel_adapter", None)
 
@@ -28,8 +29,19 @@ def adapted(method):
     return None if method is None else one_tenant(make_adapter(seed=3, method=method))
 
 
+def batch_of(config=TINY, rows=3):
+    one = RunningSample.all_of(Request((), GenerationSettings()))
+    sizes = config, DECODING.dtype, sampler_of(one, config, True), None, rows, LENGTH, True
+    return RunningBatch(lambda: empty_state(*sizes), None)
+
+
+def rows_of(work):
+    """The keys and values of a prompt in its row, by layer."""
+    return [jax.tree.map(lambda leaf: leaf[ROW], layer) for layer in work._batch.layers]
+
+
 def in_blocks(adapters, prompt, config=TINY, **more):
-    work = BlockPrefill(DECODING, config, prompt, 0, LENGTH, block=BLOCK, **more)
+    work = BlockPrefill(DECODING, config, prompt, 0, batch_of(config), ROW, block=BLOCK, **more)
     work.advance(work.slices, adapters)
     return work
 
@@ -64,11 +76,12 @@ def test_blocks_equal_the_prefill_of_one_program(method, config):
     expected, route = prefill(
         DECODING, adapters, np.int32(0), collate_prompts([prompt], 32, 0, rows=1), config, LENGTH
     )
-    found, weights, _ = in_blocks(adapters, prompt, config).result()
+    work = in_blocks(adapters, prompt, config)
+    found, weights, _ = work.result()
     np.testing.assert_allclose(found.logits, expected.logits, rtol=2e-5, atol=2e-5)
-    for mine, theirs in zip(found.cache.layers, expected.cache.layers, strict=True):
-        np.testing.assert_allclose(mine.k[:, :, :29], theirs.k[:, :, :29], rtol=2e-5, atol=2e-5)
-        np.testing.assert_allclose(mine.v[:, :, :29], theirs.v[:, :, :29], rtol=2e-5, atol=2e-5)
+    for mine, theirs in zip(rows_of(work), expected.cache.layers, strict=True):
+        np.testing.assert_allclose(mine.k[:, :29], theirs.k[0, :, :29], rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(mine.v[:, :29], theirs.v[0, :, :29], rtol=2e-5, atol=2e-5)
     assert (found.position, found.cache.length) == (29, 29)
     assert (weights is None) == (route is None)
     if route is not None:
@@ -87,7 +100,8 @@ def test_a_hit_changes_no_bit(method, length):
     for blocks in {0, min(1, most), most}:
         again = in_blocks(adapters, prompt, kept=KeptPrefix(kept.blocks[:blocks], kept.route))
         assert again.cached_tokens == blocks * BLOCK
-        same = jax.tree.map(np.array_equal, again.result(), fresh.result())
+        results = ((each.result(), rows_of(each)) for each in (again, fresh))
+        same = jax.tree.map(np.array_equal, *results)
         assert all(jax.tree.leaves(same))
 
 
@@ -214,52 +228,31 @@ def test_one_sample_of_several_may_end_while_their_prompt_is_prefilled():
 @pytest.mark.thorough
 def test_the_oldest_prompt_is_never_put_off():
     """Short prompts that keep coming get half of each turn at most."""
-    queue = BlockQueue(DECODING, TINY, LENGTH, 2 * BLOCK, BLOCK)
+    rows = 4
+    queue = BlockQueue(DECODING, TINY, batch_of(rows=rows), 2 * BLOCK, BLOCK)
 
-    def add(length):
+    def add(length, row):
         request = Request((1,) * length, GenerationSettings())
-        return queue.add([RunningSample(request, 0, 1)], [0], routed=False)
+        return queue.add([RunningSample(request, 0, 1)], [row], routed=False)
 
-    def fill():
-        while queue.has_room:
-            add(8)
-
-    long, turns = add(80), 0
+    long, turns = add(80, 0), 0
+    shorts = [add(8, row) for row in range(1, rows)]
     while long.work.slices:
-        fill()
-        for _ in queue.turn(None, decoding=True):
-            fill()
+        done = queue.turn(None, decoding=True)
+        shorts += [add(8, prompt.rows[0]) for prompt in done if prompt is not long]
         turns += 1
+    assert len(shorts) > rows
     assert turns <= 10  # ten blocks, one a turn
-
-
-@pytest.mark.thorough
-def test_a_turn_prefills_more_prompts_than_fit_at_the_same_time():
-    """Or batch slots would decode nothing while prompts wait and the budget of the turn is not used."""
-    engine = engine_of(rows=6, prefill_budget=2 * BLOCK)
-    asked = [
-        engine.submit(text(2 + i, 7).tolist(), GenerationSettings(max_new_tokens=40, ignore_eos=True))
-        for i in range(6)
-    ]
-    assert MOST_PROMPTS < 6 <= UNHURRIED * 2
-    engine.step()
-    assert engine.free_slots == 0
-    engine.step()
-    assert [len(request.tokens[0]) > 0 for request in asked] == [True] * 6
-    engine.run()
-    alone = engine_of(rows=6)
-    for request in asked:
-        assert run(alone, list(request.prompt), max_new_tokens=40).tokens == request.tokens
 
 
 @pytest.mark.parametrize("config", [TINY, SLIDING], ids=["full", "sliding"])
 @pytest.mark.parametrize("method", ["milora", "lora"])
-def test_the_programs_of_long_prompts_are_compiled_by_a_part_of_their_work(config, method):
-    adapters, positions = adapted(method), 128
-    prompts = {length: text(5, length).tolist() for length in (BLOCK, 16, 32, 64, 127)}
+def test_long_prompts_need_no_programs_but_those_of_their_routes(config, method):
+    adapters, batch = adapted(method), batch_of(config)
+    prompts = {length: text(5, length).tolist() for length in (BLOCK, 16, 32, 64, LENGTH)}
 
     def work(length):
-        return BlockPrefill(DECODING, config, prompts[length], 0, positions, block=BLOCK)
+        return BlockPrefill(DECODING, config, prompts[length], 0, batch, ROW, block=BLOCK)
 
     def programs():
         return run_block._cache_size(), route_layer._cache_size()
@@ -269,17 +262,14 @@ def test_the_programs_of_long_prompts_are_compiled_by_a_part_of_their_work(confi
         whole.advance(whole.slices, adapters)
 
     run_all(BLOCK)
-    short = programs()
-    for length in list(prompts)[1:]:
-        work(length).compile(adapters)
-    ready, kinds = programs(), 1 + (config is SLIDING)
-    assert ready[0] == short[0] + kinds * (len(prompts) - 1)
-    run_all(127)
+    blocks, _ = programs()
+    for length in prompts:
+        work(length).compile_route(adapters)
+    ready = programs()
+    assert ready[0] == blocks
+    for length in prompts:
+        run_all(length)
     assert programs() == ready
-
-
-def test_programs_are_few():
-    assert {bucket_of((n + 1) * 64, 640, 64) for n in range(10)} == {64, 128, 256, 512, 640}
 
 
 @pytest.mark.thorough

@@ -96,10 +96,10 @@ def test_the_route_of_prefill_is_the_route_of_training_and_never_changes():
     engine = make_engine(adapter, rows=1, slots=32)
     engine.submit(prompt.tolist(), GenerationSettings(max_new_tokens=20, ignore_eos=True))
     engine.step()
-    before = np.stack(engine._state.route)
+    before = np.stack(engine._batch.state.route)
     np.testing.assert_array_equal(before[:, 0], route.weights[:, 0])
     engine.step()
-    np.testing.assert_array_equal(np.stack(engine._state.route), before)
+    np.testing.assert_array_equal(np.stack(engine._batch.state.route), before)
 
 
 def test_padding_of_a_prompt_does_not_change_its_route_or_its_logits():
@@ -173,7 +173,7 @@ def test_scan_equals_loop_with_a_cache():
 def compiled_chunk(adapter, rows, plan=None):
     """The optimised program of a chunk, and the cache shape of a layer."""
     engine = make_engine(adapter, rows=rows, slots=48)
-    lowered = decode_chunk.lower(DECODING, engine.adapters, engine._state, TINY, 16, plan or Plan())
+    lowered = decode_chunk.lower(DECODING, engine.adapters, engine._batch.state, TINY, 16, plan or Plan())
     return compiled(lowered).as_text()
 
 
@@ -207,6 +207,42 @@ def test_few_more_products_than_the_base(method):
     more = dots(compiled_chunk(make_adapter(method=method), 3)) - dots(compiled_chunk(None, 3))
     routers = 4 if method == "moelora" else 0
     assert 0 < more <= (8 + routers) * TINY.num_layers
+
+
+@pytest.mark.sweep("milora-False")
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("method", [None, "milora", "lora"])
+def test_a_long_cache_of_which_little_is_written_gives_the_same_tokens(method, blocks):
+    """Attention reads it block by block (``base.cache.read_block``), and a short one at once."""
+    adapter = None if method is None else make_adapter(method=method)
+    prompts = [text(seed, length).tolist() for seed, length in enumerate((3, 40, 17))]
+    settings = GenerationSettings(max_new_tokens=30, ignore_eos=True, logprobs=1)
+    found = []
+    for positions in (96, 640):
+        long = dataclasses.replace(TINY, max_positions=640)
+        engine = make_engine(adapter, long, rows=2, slots=positions, prefill_budget=64 if blocks else 0)
+        assert (engine._batch.state.cache.block > 0) == (positions > 96)
+        requests = [engine.submit(prompt, settings) for prompt in prompts]
+        engine.run()
+        found.append(requests)
+    for short, long in zip(*found, strict=True):
+        assert short.tokens == long.tokens
+        pairs = zip(short.logprobs[0], long.logprobs[0], strict=True)
+        assert max(abs(mine.logprob - theirs.logprob) for mine, theirs in pairs) < 1e-4
+
+
+def test_a_row_that_nobody_holds_is_done_on_the_device():
+    """Or its text would go on, and the others would read as far as it has written."""
+    engine = make_engine(rows=2, chunk=2)
+    settings = GenerationSettings(max_new_tokens=40, ignore_eos=True)
+    stopped, other = engine.submit([5, 6], settings), engine.submit([7, 8], settings)
+    while not stopped.tokens[0]:
+        engine.step()
+    engine.end(stopped, 0, "stop")
+    engine.step()
+    np.testing.assert_array_equal(engine._batch.state.done, [True, False])
+    engine.run()
+    assert other.tokens[0] == decoded(None, [[7, 8]], 40, ignore_eos=True)[0]
 
 
 @pytest.mark.thorough

@@ -278,7 +278,11 @@ class Scheduler(RuleBasedStateMachine):
 def test_every_length_is_warmed_up(slots):
     engine, asked = PaperEngine(), []
     engine.cache_length = slots
-    engine.run = lambda: None
+    engine.run, engine.lower_decoding, engine.compile_prefill = (
+        lambda: None,
+        lambda: [],
+        lambda length: False,
+    )
     engine.submit = lambda prompt, settings, slot, **_: asked.append((len(prompt), settings.max_new_tokens))
     DeviceLoop(engine, None, Limits(rows=ROWS, samples=2)).warm_up()
     assert all(length >= 1 and length + new <= slots for length, new in asked)

@@ -117,7 +117,7 @@ def test_a_mistake_is_one_line(folder, name, monkeypatch, capsys):
     paths = {"model": folder / "model", "math": folder / "math", "other": other}
     given = [argument.format(**paths) for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["serve.py", "--port=0", *given])
-    monkeypatch.setattr("milora_jax.serving.loop.DeviceLoop.warm_up", lambda loop: None)
+    monkeypatch.setattr("milora_jax.serving.loop.DeviceLoop.warm_up", lambda loop, decoding: None)
     with pytest.raises(SystemExit) as caught:
         run_command(serve.main)
     said = capsys.readouterr().err

@@ -68,7 +68,7 @@ def test_two_devices_say_what_one_says_and_compile_nothing_late(folder, adapters
     finally:
         COMPILATIONS.remove(metrics.compiled)
     assert b"milora_compiled_programs_total 0.0" in metrics.text()
-    cache = service.engine._state.cache.layers[0].k
+    cache = service.engine._batch.state.cache.layers[0].k
     assert cache.addressable_shards[0].data.shape[1] * 2 == cache.shape[1], "heads are divided"
     for (tokens, logprobs, finish), (its_tokens, its_logprobs, its_finish) in zip(
         expected, found, strict=True
