@@ -25,11 +25,14 @@ class RunningBatch:
     """
 
     def __init__(self, empty: Callable[[], DecodeState], layout: DeviceLayout | None) -> None:
-        self.state, self.layout, self._empty = empty(), layout, empty
+        self.layout, self._empty = layout, empty
+        self.clear()
 
     def clear(self) -> None:
-        """Free all rows, after a program has failed."""
-        self.state = self._empty()
+        """Free all rows."""
+        state = self._empty()
+        # Committed to their devices, as what programs return is: a state that is not has programs of its own.
+        self.state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state))
 
     @property
     def layers(self) -> list[LayerCache]:

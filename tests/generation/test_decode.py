@@ -245,6 +245,18 @@ def test_a_row_that_nobody_holds_is_done_on_the_device():
     assert other.tokens[0] == decoded(None, [[7, 8]], 40, ignore_eos=True)[0]
 
 
+def test_decode_steps_that_were_compiled_beforehand_are_not_compiled_again(caplog):
+    base = jax.device_put(DECODING, jax.devices()[0])
+    engine = engine_module.Engine(base, TINY, batch_slots=5, cache_length=70, plans=(Plan(),))
+    for program in engine.lower_decoding():
+        program.compile()
+    engine.submit([5, 6], GenerationSettings(max_new_tokens=9, ignore_eos=True))
+    with jax.log_compiles():
+        engine.run()
+    assert "jit(admit)" in caplog.text
+    assert "jit(decode_chunk)" not in caplog.text
+
+
 @pytest.mark.thorough
 def test_one_trace_per_bucket():
     before = prefill._cache_size(), admit._cache_size(), decode_chunk._cache_size()
