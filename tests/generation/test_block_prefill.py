@@ -249,10 +249,11 @@ def test_the_oldest_prompt_is_never_put_off():
 @pytest.mark.parametrize("method", ["milora", "lora"])
 def test_long_prompts_need_no_programs_but_those_of_their_routes(config, method):
     adapters, batch = adapted(method), batch_of(config)
+    base = jax.device_put(DECODING, jax.devices()[0])  # committed to it, as a base that was loaded is
     prompts = {length: text(5, length).tolist() for length in (BLOCK, 16, 32, 64, LENGTH)}
 
     def work(length):
-        return BlockPrefill(DECODING, config, prompts[length], 0, batch, ROW, block=BLOCK)
+        return BlockPrefill(base, config, prompts[length], 0, batch, ROW, block=BLOCK)
 
     def programs():
         return run_block._cache_size(), route_layer._cache_size()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import milora_jax.generation.engine as engine_module
+from milora_jax.generation import results
 from milora_jax.generation.settings import GenerationSettings
 from milora_jax.serving.metrics import COMPILATIONS, Metrics
 from tests.models import WITH_TOKENIZER
@@ -272,14 +273,15 @@ def test_an_error_that_shows_late_or_early_ends_those_it_concerns_and_nobody_wai
 ):
     """When results are fetched, of a request whose row has been given away; and before one has a row."""
     expected = Listener(service, "law", [5, 6]).end()
-    real, times = getattr(engine_module, where), iter([True])
+    module = results if where == "read_results" else engine_module
+    real, times = getattr(module, where), iter([True])
 
     def broken(*given):
         if next(times, False):
             raise RuntimeError("out of memory")
         return real(*given)
 
-    monkeypatch.setattr(engine_module, where, broken)
+    monkeypatch.setattr(module, where, broken)
     lost = Listener(service, "math", [7, 8], max_new_tokens=1)
     assert lost.end()[2] == ["error"]
     monkeypatch.undo()
