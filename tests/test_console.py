@@ -1,6 +1,7 @@
 """What commands say while they work."""
 
 import io
+import itertools
 import re
 import signal
 
@@ -57,12 +58,14 @@ def test_a_bar_on_a_terminal_shows_status_and_time_left(monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(console.sys, "stderr", terminal)
+    ticks = itertools.count()
+    monkeypatch.setattr("tqdm.std.time", lambda: next(ticks) / 20)
     with Console().progress("training", 100, "step") as bar:
         for done in (60, 61, 80):
             bar.reach(done, f"loss 0.{done}, 50 tokens/s")
     shown = terminal.getvalue()
-    assert re.search(r"60/100 \[00:0\d<\?", shown), "the first report is no speed"
-    assert re.search(r"80/100 \[00:0\d<00:0\d, .*step/s, loss 0.80, 50 tokens/s\]", shown), shown
+    assert "60/100 [00:00<?" in shown, "the first report is no speed"
+    assert re.search(r"80/100 \[00:00<00:0\d, .*step/s, loss 0.80, 50 tokens/s\]", shown), shown
 
 
 def test_a_load_that_fails_ends_its_bar(monkeypatch):

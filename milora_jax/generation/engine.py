@@ -305,43 +305,32 @@ class Engine:
           scores: log-probabilities of the prompts, in parts; None where none are wanted.
           samples: one for each prompt, or several of the first one.
         """
-        if len(samples) > 1 and samples[0].request is samples[1].request:
-            # One by one: a program for every number of samples would be one more to compile.
-            if self.prefill_rows > 1:
-                prefilled = jax.tree.map(lambda leaf: leaf[:1], prefilled)
-            for sample, row in zip(samples, rows, strict=True):
-                self._start_prompts(prefilled, weights, scores, [sample], [row], 1)
-        else:
-            self._start_prompts(prefilled, weights, scores, samples, rows, self.prefill_rows)
+        several = len(samples) > 1 and samples[0].request is samples[1].request
+        count = 1 if several else self.prefill_rows
+        if several and self.prefill_rows > 1:
+            prefilled = jax.tree.map(lambda leaf: leaf[:1], prefilled)
+        # Samples of one prompt one by one: a program for every number of them would be one more to compile.
+        for first in range(0, len(samples), count):
+            group, slots = samples[first : first + count], rows[first : first + count]
+            # Slots beyond the batch are dropped, so that a group that is not full has its program's shape.
+            beyond = range(self.batch_slots, self.batch_slots + count - len(slots))
+            places = np.array([*slots, *beyond], np.int32)
+            padded = [*group, *([group[0]] * (count - len(group)))]
+            sampler, lookup = self._of_samples(padded)
+            slot = np.int32(group[0].request.adapter_slot)
+            plan = self._plan(group)
+            masks = masks_of(padded, self.config.vocab_size, self._pending.end)
+            if masks is not None and self._plans:
+                plan = self._plans[-1]  # one program more, and not one for each plan
+            starts = places, np.full(count, slot), sampler, lookup, plan
+            self._batch.state, choice = admit(self._batch.state, prefilled, *starts, self._layout, masks)
+            if self._gathered is not None and self.adapters is not None:
+                self._gathered = gather_adapter(self._gathered, self.adapters, places, slot)
+            for row, sample in zip(slots, group, strict=True):
+                wanted = sample.request.finish[sample.sample] is None  # or it was ended while it waited
+                self._slots[row] = sample if wanted and self._stays(sample) else None
+            self._pending.add(group, Decoded.first(choice), weights, scores)
         self._admitting = []
-
-    def _start_prompts(
-        self,
-        prefilled: Prefilled,
-        weights: Any,
-        scores: tuple[PromptLogprobs, ...] | None,
-        samples: Sequence[RunningSample],
-        rows: list[int],
-        count: int,
-    ) -> None:
-        """Start one sample of each of some prompts; fewer than ``count`` are filled up."""
-        # Slots beyond the batch are dropped, so that a group that is not full has its program's shape.
-        places = np.array([*rows, *range(self.batch_slots, self.batch_slots + count - len(rows))], np.int32)
-        padded = [*samples, *([samples[0]] * (count - len(samples)))]
-        sampler, lookup = self._of_samples(padded)
-        slot = np.int32(samples[0].request.adapter_slot)
-        plan = self._plan(samples)
-        masks = masks_of(padded, self.config.vocab_size, self._pending.end)
-        if masks is not None and self._plans:
-            plan = self._plans[-1]  # one program more, and not one for each plan
-        of_slots = places, np.full(count, slot), sampler, lookup
-        self._batch.state, choice = admit(self._batch.state, prefilled, *of_slots, plan, self._layout, masks)
-        if self._gathered is not None and self.adapters is not None:
-            self._gathered = gather_adapter(self._gathered, self.adapters, places, slot)
-        for row, sample in zip(rows, samples, strict=True):
-            wanted = sample.request.finish[sample.sample] is None  # or it was ended while it waited
-            self._slots[row] = sample if wanted and self._stays(sample) else None
-        self._pending.add(samples, Decoded.first(choice), weights, scores)
 
     def _start_chunk(self) -> None:
         inputs = self._decode_inputs(self.chunk, self._plan(self._decoding))

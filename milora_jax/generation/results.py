@@ -88,7 +88,6 @@ class StartedWork:
       decoded: their tokens.
       route: route of the prompts that were prefilled, ``[L, B, E]``.
       prompt_logprobs: those of the prefilled prompts, in parts along T; None where none were requested.
-        A single prompt that is continued in several ways has one row.
     """
 
     sequences: tuple[RunningSample | None, ...]
@@ -168,7 +167,7 @@ def read_results(started: StartedWork, eos_ids: Sequence[int], end: End) -> list
             request.route = route[:, row]
         if prompt_logprobs is not None and request.settings.prompt_logprobs:
             whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *prompt_logprobs)
-            request.prompt_logprobs = whole.of_row(min(row, len(whole.logprob) - 1), request)
+            request.prompt_logprobs = whole.of_row(row, request)
         places = np.flatnonzero(~decoded.absent[:, row])
         if decoded.proposed is not None:
             request.proposed_tokens += int(decoded.proposed[:, row].sum())

@@ -141,14 +141,15 @@ class DeviceLoop:
             buckets[bucket_of(length, engine.cache_length)] = length
             length = length + 1 if length == longest else min(2 * length, longest)
         scored = GenerationSettings(max_new_tokens=0, prompt_logprobs=1)
-        self._compile([0], scored)
-        for length in buckets.values():
+        shortest, *longer = buckets.values()
+        self._compile([0] * shortest, scored)
+        for length in longer:
             if not engine.compile_prefill(length):
                 self._compile([0] * length, scored)
         if engine.prefix_cache is not None:
-            shortest = [0] * min(engine.prefix_cache.block + 1, longest)
+            prompt = [0] * min(engine.prefix_cache.block + 1, longest)
             for _ in range(2):  # once to keep a block, and once to find it
-                self._compile(shortest, GenerationSettings(max_new_tokens=1, ignore_eos=True), "")
+                self._compile(prompt, GenerationSettings(max_new_tokens=1, ignore_eos=True), "")
             engine.prefix_cache.clear()
         for plan in PLANS:
             self._compile([0], _settings_for(plan, 1, 1))

@@ -6,7 +6,7 @@ import pytest
 
 from milora_jax.data.batches import collate_prompts
 from milora_jax.generation.block_prefill import BlockPrefill, route_layer, run_block
-from milora_jax.generation.block_queue import BlockQueue
+from milora_jax.generation.block_queue import UNHURRIED, BlockQueue
 from milora_jax.generation.decode import prefill
 from milora_jax.generation.decode_state import empty_state
 from milora_jax.generation.prefix_cache import KeptPrefix, PrefixCache
@@ -243,6 +243,25 @@ def test_the_oldest_prompt_is_never_put_off():
         turns += 1
     assert len(shorts) > rows
     assert turns <= 10  # ten blocks, one a turn
+
+
+@pytest.mark.thorough
+def test_all_prompts_with_a_slot_are_prefilled_as_far_as_the_budget_goes():
+    """Or batch slots would decode nothing while prompts wait and the budget of the turn is not used."""
+    engine = engine_of(rows=6, prefill_budget=2 * BLOCK)
+    asked = [
+        engine.submit(text(2 + i, 7).tolist(), GenerationSettings(max_new_tokens=40, ignore_eos=True))
+        for i in range(6)
+    ]
+    assert UNHURRIED * 2 >= 6
+    engine.step()
+    assert engine.free_slots == 0
+    engine.step()
+    assert [len(request.tokens[0]) > 0 for request in asked] == [True] * 6
+    engine.run()
+    alone = engine_of(rows=6)
+    for request in asked:
+        assert run(alone, list(request.prompt), max_new_tokens=40).tokens == request.tokens
 
 
 @pytest.mark.parametrize("config", [TINY, SLIDING], ids=["full", "sliding"])
