@@ -1,9 +1,11 @@
 """``python -m milora_jax.bench overhead``: the cost of a server compared with its engine.
 
 In turns on one machine: the engine in this process, as in ``bench decode``, continues all prompts at once;
-then a running server gets the same prompts from twice as many clients as it has batch slots, so that none is
-ever free. The time to the first token of an idle server is compared with one prefill. Other servers of the
-same API and peers of ``bench decode`` can take turns as well. One JSON object.
+then a running server gets the same prompts from twice as many clients as it has batch slots. Both are
+measured while all slots are in use: from the end of as many answers as there are slots to the end of all but
+as many, since slots fill one after the other at the start and empty at the end. The time to the first token
+of an idle server is compared with one prefill. Other servers of the same API and peers of ``bench decode``
+can take turns as well. One JSON object.
 
     python -m milora_jax.bench files --into FOLDER
     python serve.py --base FOLDER/model --adapter a=FOLDER/adapter0 --adapter b=FOLDER/adapter1 &
@@ -34,7 +36,7 @@ from milora_jax.bench.peer import PEERS, Peer, started
 from milora_jax.bench.rounds import BenchSettings, in_turns, option
 from milora_jax.bench.traffic import FIRST_ID, LAST_ID, Asking, Outcome, closed_loop, completion, connected
 from milora_jax.config import DTYPES
-from milora_jax.errors import UserError, named_directory
+from milora_jax.errors import UserError, named_directory, require
 from milora_jax.generation.adapter_stack import AdapterStack
 from milora_jax.generation.bank import Bank
 from milora_jax.generation.engine import Engine
@@ -51,13 +53,13 @@ class Case:
     """One program that is measured.
 
     Attributes:
-      all: continues all prompts and returns the number of tokens received.
+      all: continues all prompts and returns tokens per second.
       first: returns the seconds to the first token of one prompt on an idle program; None if that is not
         measured.
     """
 
     name: str
-    all: Callable[[], int]
+    all: Callable[[], float]
     first: Callable[[], float] | None = None
     tokens_per_second: list[float] = field(default_factory=list)
     first_ms: list[float] = field(default_factory=list)
@@ -76,7 +78,7 @@ class Settings(BenchSettings):
       slots: the server's --adapters-on-device.
       context: the server's --context.
       dtype: dtype of the engine's base.
-      requests: requests in a round.
+      requests: requests in a round, more than twice as many as ``rows``.
       prompt: tokens of a prompt.
       new: tokens of an answer.
       firsts: measurements of the first token in a round.
@@ -96,7 +98,7 @@ class Settings(BenchSettings):
     slots: int = option(8, least=1)
     context: int = option(0, least=0)
     dtype: str = option("float32", choices=DTYPES)
-    requests: int = option(32, least=1)
+    requests: int = option(48, least=3)
     prompt: int = option(64, least=1)
     new: int = option(64, least=1)
     firsts: int = option(5, least=1)
@@ -109,7 +111,13 @@ class Settings(BenchSettings):
 
 
 def measure(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Measure, and yield the only report."""
+    """Measure, and yield the only report.
+
+    Raises:
+      UserError: for too few requests to see all batch slots in use.
+    """
+    enough = settings.requests > 2 * settings.rows
+    require(enough, "--requests", settings.requests, f"more than twice the {settings.rows} batch slots")
     base, config = load_base(settings.model, settings.dtype, decode=True)
     adapters = {
         name: load_adapter(path)
@@ -133,9 +141,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
             case.all()  # compiles, or opens connections
 
         def take(case: Case) -> None:
-            begin = time.perf_counter()
-            tokens = case.all()
-            case.tokens_per_second.append(tokens / (time.perf_counter() - begin))
+            case.tokens_per_second.append(case.all())
             if case.first is not None:
                 # A round has several of these short measurements, of which it takes the median.
                 case.first_ms.append(1e3 * statistics.median(case.first() for _ in range(settings.firsts)))
@@ -204,18 +210,37 @@ def _engine(
     context = settings.context or config.max_positions
     engine = Engine(base, config, tenants, batch_slots=settings.rows, cache_length=context, penalties=False)
 
-    def go_on(prompts: list[list[int]], new: int) -> int:
+    def go_on(prompts: list[list[int]], new: int) -> list[float]:
+        """Times at which the requests end."""
         each = GenerationSettings(max_new_tokens=new, ignore_eos=True)
-        requests = [engine.submit(prompt, each, slots[i % len(slots)]) for i, prompt in enumerate(prompts)]
-        engine.run()
-        return sum(len(request.tokens[0]) for request in requests)
+        for i, prompt in enumerate(prompts):
+            engine.submit(prompt, each, slots[i % len(slots)])
+        ends: list[float] = []
+        while not engine.idle:
+            done = [request for request in engine.step() if request.done]
+            ends += [time.perf_counter()] * len(done)
+        return ends
 
     def first() -> float:
         begin = time.perf_counter()
-        go_on(prompts[:1], 1)
-        return time.perf_counter() - begin
+        return go_on(prompts[:1], 1)[0] - begin
 
-    return Case(name, lambda: go_on(prompts, settings.new), first)
+    def all_of_them() -> float:
+        return rate_of_full_slots(go_on(prompts, settings.new), settings.rows, settings.new)
+
+    return Case(name, all_of_them, first)
+
+
+def rate_of_full_slots(ends: Sequence[float], rows: int, new: int) -> float:
+    """Return the tokens per second of the time in which all batch slots were in use.
+
+    Args:
+      ends: times at which requests ended, more than twice ``rows``.
+      rows: batch slots.
+      new: tokens of each answer.
+    """
+    ends = sorted(ends)
+    return new * (len(ends) - 2 * rows) / (ends[-rows - 1] - ends[rows - 1])
 
 
 def _server(name: str, url: str, models: list[str], prompts: list[list[int]], settings: Settings) -> Case:
@@ -225,14 +250,19 @@ def _server(name: str, url: str, models: list[str], prompts: list[list[int]], se
         for i, prompt in enumerate(prompts)
     ]
 
-    def all_of_them() -> int:
+    def all_of_them() -> float:
         outcomes = asyncio.run(_send(url, askings, CLIENTS_PER_ROW * settings.rows))
-        return sum(outcome.tokens for outcome in outcomes)
+        return _rate(outcomes, settings)
 
     def first() -> float:
         return asyncio.run(_send(url, askings[:1], 1))[0].first
 
     return Case(name, all_of_them, first)
+
+
+def _rate(outcomes: Sequence[Outcome], settings: Settings) -> float:
+    ends = [outcome.begun + outcome.whole for outcome in outcomes]
+    return rate_of_full_slots(ends, settings.rows, settings.new)
 
 
 async def _send(url: str, askings: Sequence[Asking], clients: int) -> list[Outcome]:
@@ -269,9 +299,9 @@ def _other(settings: Settings) -> Case:
         for i, text in enumerate(texts)
     ]
 
-    def all_of_them() -> int:
+    def all_of_them() -> float:
         outcomes = asyncio.run(_send(settings.other_url, askings, CLIENTS_PER_ROW * settings.rows))
-        return settings.new * len(outcomes)
+        return _rate(outcomes, settings)
 
     def first() -> float:
         return asyncio.run(_send(settings.other_url, askings[:1], 1))[0].first
@@ -287,9 +317,10 @@ def _peer(stack: ExitStack, method: str, batch: int, settings: Settings) -> Case
     )
     rounds = max(1, settings.requests // batch // (settings.rows if batch == 1 else 1))
 
-    def all_of_them() -> int:
+    def all_of_them() -> float:
+        begin = time.perf_counter()
         for _ in range(rounds):
             peer.run(settings.new)
-        return rounds * batch * settings.new
+        return rounds * batch * settings.new / (time.perf_counter() - begin)
 
     return Case(f"{method} loop of {batch}", all_of_them)
