@@ -125,8 +125,12 @@ def cached_attention_in_blocks(
         new_largest = jnp.maximum(largest, scores.max(axis=-1))
         shares = jnp.where(seen, jnp.exp(scores - new_largest[..., None]), 0.0)
         kept = jnp.exp(largest - new_largest)
+        # Nothing is left of values that no query sees, which may be of an earlier request: 0 times a value
+        # that is not finite is not 0.
+        seen_by_any = (places[None] <= mask.last.max(axis=1, keepdims=True))[:, None, :, None]
+        values = jnp.where(seen_by_any, part(v, begin), jnp.zeros((), v.dtype))
         added = jnp.einsum(
-            "BKTS,BKSH->BKTH", shares.astype(v.dtype), part(v, begin), preferred_element_type=jnp.float32
+            "BKTS,BKSH->BKTH", shares.astype(v.dtype), values, preferred_element_type=jnp.float32
         )
         return new_largest, total * kept + shares.sum(axis=-1), attended * kept[..., None] + added
 

@@ -62,6 +62,10 @@ class RunningBatch:
             self._put(paste_block(self.layers, block, np.int32(row), np.int32(start), self.layout))
             start += block.shape[3]
 
+    def erase(self, row: int) -> None:
+        """Set the keys and values of a row to 0."""
+        self._put(erase_row(self.layers, np.int32(row), self.layout))
+
     def copy(self, source: int, target: int) -> None:
         """Copy the keys and values of a row to another one."""
         self._put(copy_row(self.layers, np.int32(source), np.int32(target), self.layout))
@@ -114,3 +118,14 @@ def copy_row(
         return jax.lax.dynamic_update_slice_in_dim(leaf, row, target, 0)
 
     return by_head(jax.tree.map(copied, layers), layout)
+
+
+@functools.partial(jax.jit, static_argnames="layout", donate_argnames="layers")
+def erase_row(layers: list[LayerCache], row: Int[Array, ""], layout: DeviceLayout | None) -> list[LayerCache]:
+    """Return the keys and values with zeros in one row."""
+
+    def erased(leaf: Array) -> Array:
+        nothing = jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(leaf, nothing, row, 0)
+
+    return by_head(jax.tree.map(erased, layers), layout)

@@ -218,6 +218,15 @@ def test_standardized_features_by_hand(pooler):
         np.testing.assert_allclose(route.seen.token_share[0, 0], shares.max(), rtol=1e-4)
 
 
+def test_a_router_of_zeros_has_a_route():
+    """A bank's slot for the base alone: a feature of 0 over a deviation of 0 would be no number."""
+    router = Router(top_k=3, pooler="mean", activation="gelu", features="standardized", gate="softmax")
+    params = jax.tree.map(jnp.zeros_like, one_layer(router))
+    route = router(params, entering(jnp.zeros_like(HIDDEN)))
+    assert bool(jnp.isfinite(route.probs).all())
+    assert bool(jnp.isfinite(route.weights).all())
+
+
 def test_running_statistics_come_to_those_of_the_prompts():
     """A step moves them by one part in ``window``, towards the mean and the deviation of its prompts."""
     router = Router(top_k=3, pooler="mean", activation="gelu", features="standardized", gate="softmax")

@@ -68,6 +68,19 @@ def outcome(request):
     return request.tokens, request.logprobs
 
 
+@pytest.mark.parametrize("whole", [LENGTH, 0], ids=["whole", "in blocks"])
+def test_what_an_earlier_request_left_in_a_slot_changes_no_bit(whole, monkeypatch):
+    """0 times a value that is not finite is not 0, so what no query sees may not take part in a product."""
+    monkeypatch.setattr("milora_jax.base.cache.READ_WHOLE", whole)
+    prompt = text(1, 29).tolist()
+    expected = outcome(run(engine_of(), prompt))
+    assert len(expected[0][0]) == 6
+    engine = engine_of()
+    layers = engine._batch.state.cache.layers
+    engine._batch._put(jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), layers))
+    assert outcome(run(engine, prompt)) == expected
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("config", [TINY, SLIDING], ids=["full", "sliding"])
 @pytest.mark.parametrize("method", METHODS)
