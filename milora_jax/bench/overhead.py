@@ -53,13 +53,13 @@ class Case:
     """One program that is measured.
 
     Attributes:
-      all: continues all prompts and returns tokens per second.
+      rate: continues all prompts and returns tokens per second.
       first: returns the seconds to the first token of one prompt on an idle program; None if that is not
         measured.
     """
 
     name: str
-    all: Callable[[], float]
+    rate: Callable[[], float]
     first: Callable[[], float] | None = None
     tokens_per_second: list[float] = field(default_factory=list)
     first_ms: list[float] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Settings(BenchSettings):
       slots: the server's --adapters-on-device.
       context: the server's --context.
       dtype: dtype of the engine's base.
-      requests: requests in a round, more than twice as many as ``rows``.
+      requests: requests in a round, a multiple of ``rows`` and at least three times as many.
       prompt: tokens of a prompt.
       new: tokens of an answer.
       firsts: measurements of the first token in a round.
@@ -114,10 +114,12 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     """Measure, and yield the only report.
 
     Raises:
-      UserError: for too few requests to see all batch slots in use.
+      UserError: for a number of requests that does not show all batch slots in use.
     """
-    enough = settings.requests > 2 * settings.rows
-    require(enough, "--requests", settings.requests, f"more than twice the {settings.rows} batch slots")
+    # The engine ends as many requests at once as it has slots: a part of them would be counted wrongly.
+    shown = settings.requests >= 3 * settings.rows and settings.requests % settings.rows == 0
+    asked = f"a multiple of the {settings.rows} batch slots, at least {3 * settings.rows}"
+    require(shown, "--requests", settings.requests, asked)
     base, config = load_base(settings.model, settings.dtype, decode=True)
     adapters = {
         name: load_adapter(path)
@@ -138,10 +140,10 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
         if settings.other_url:
             cases.append(_other(settings))
         for case in cases:
-            case.all()  # compiles, or opens connections
+            case.rate()  # compiles, or opens connections
 
         def take(case: Case) -> None:
-            case.tokens_per_second.append(case.all())
+            case.tokens_per_second.append(case.rate())
             if case.first is not None:
                 # A round has several of these short measurements, of which it takes the median.
                 case.first_ms.append(1e3 * statistics.median(case.first() for _ in range(settings.firsts)))
@@ -225,17 +227,17 @@ def _engine(
         begin = time.perf_counter()
         return go_on(prompts[:1], 1)[0] - begin
 
-    def all_of_them() -> float:
+    def rate() -> float:
         return rate_of_full_slots(go_on(prompts, settings.new), settings.rows, settings.new)
 
-    return Case(name, all_of_them, first)
+    return Case(name, rate, first)
 
 
 def rate_of_full_slots(ends: Sequence[float], rows: int, new: int) -> float:
     """Return the tokens per second of the time in which all batch slots were in use.
 
     Args:
-      ends: times at which requests ended, more than twice ``rows``.
+      ends: times in seconds at which requests ended, a multiple of ``rows`` and at least three times as many.
       rows: batch slots.
       new: tokens of each answer.
     """
@@ -250,14 +252,14 @@ def _server(name: str, url: str, models: list[str], prompts: list[list[int]], se
         for i, prompt in enumerate(prompts)
     ]
 
-    def all_of_them() -> float:
+    def rate() -> float:
         outcomes = asyncio.run(_send(url, askings, CLIENTS_PER_ROW * settings.rows))
         return _rate(outcomes, settings)
 
     def first() -> float:
         return asyncio.run(_send(url, askings[:1], 1))[0].first
 
-    return Case(name, all_of_them, first)
+    return Case(name, rate, first)
 
 
 def _rate(outcomes: Sequence[Outcome], settings: Settings) -> float:
@@ -299,14 +301,14 @@ def _other(settings: Settings) -> Case:
         for i, text in enumerate(texts)
     ]
 
-    def all_of_them() -> float:
+    def rate() -> float:
         outcomes = asyncio.run(_send(settings.other_url, askings, CLIENTS_PER_ROW * settings.rows))
         return _rate(outcomes, settings)
 
     def first() -> float:
         return asyncio.run(_send(settings.other_url, askings[:1], 1))[0].first
 
-    return Case("other server", all_of_them, first)
+    return Case("other server", rate, first)
 
 
 def _peer(stack: ExitStack, method: str, batch: int, settings: Settings) -> Case:
@@ -317,10 +319,10 @@ def _peer(stack: ExitStack, method: str, batch: int, settings: Settings) -> Case
     )
     rounds = max(1, settings.requests // batch // (settings.rows if batch == 1 else 1))
 
-    def all_of_them() -> float:
+    def rate() -> float:
         begin = time.perf_counter()
         for _ in range(rounds):
             peer.run(settings.new)
         return rounds * batch * settings.new / (time.perf_counter() - begin)
 
-    return Case(f"{method} loop of {batch}", all_of_them)
+    return Case(f"{method} loop of {batch}", rate)

@@ -129,9 +129,11 @@ def test_a_random_model_with_a_tokenizer_of_all_its_words(tmp_path, capsys, monk
     places = ",".join(f"a{i}={path}" for i, path in enumerate(written["adapters"]))
     sizes = ["--context", "64", "--prompt", "8", "--new", "4", "--rows", "2"]
     more = ["--adapters", places, "--url", "http://127.0.0.1:9", *sizes]
-    with pytest.raises(UserError, match="--requests is 4: expected more than twice the 2 batch slots"):
+    with pytest.raises(UserError, match="--requests is 7: expected a multiple of the 2 batch slots"):
+        main(["overhead", "--model", written["model"], *more, "--requests", "7"])
+    with pytest.raises(UserError, match=r"--requests is 4: expected .* at least 6"):
         main(["overhead", "--model", written["model"], *more, "--requests", "4"])
-    more += ["--requests", "5"]
+    more += ["--requests", "6"]
     with pytest.raises(UserError, match="no server at"):
         main(["overhead", "--model", written["model"], *more])
 
@@ -140,12 +142,14 @@ def test_a_rate_is_that_of_the_time_in_which_all_slots_are_in_use():
     # Two slots: the first answers end at 3 and 4 s, the last two at 9 and 20 s: four of ten tokens between.
     ends = [20.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
     assert overhead.rate_of_full_slots(ends, rows=2, new=10) == 4 * 10 / (8.0 - 4.0)
+    # Two at a time, every two seconds, as the engine ends them.
+    assert overhead.rate_of_full_slots([2.0, 2.0, 4.0, 4.0, 6.0, 6.0], rows=2, new=10) == 2 * 10 / 2.0
 
 
 @pytest.mark.thorough
 def test_a_server_beside_its_engine(served, capsys, keys):
     _, address, folder = served
-    sizes = ["--context", "96", "--requests", "9", "--new", "6", "--rows", "4", "--slots", "2"]
+    sizes = ["--context", "96", "--requests", "12", "--new", "6", "--rows", "4", "--slots", "2"]
     more = ["--adapters", f"math={folder / 'math'}", "--url", address, "--key", "KEY_one"]
     repeats = ["--firsts", "1", "--repeats", "5"]
     main(["overhead", "--model", str(folder / "model"), *sizes, "--prompt", "20", *more, *repeats])
