@@ -120,8 +120,8 @@ class Router:
         if self.features == "rms":
             features = limited = scaled(pooled)
         elif params.mean is not None and params.deviation is not None:
-            # A bank's slot for the base alone has no statistics but zeros: 0 / 0 would be its route.
-            deviation = jnp.where(params.deviation > 0, params.deviation, 1.0)
+            # Measured deviations are never below this; those of a bank's slot for the base alone are 0.
+            deviation = jnp.maximum(params.deviation, LEAST)
             features = (pooled - params.mean[None, None]) / deviation[None, None]
             limited = jnp.clip(features, -FEATURE_LIMIT, FEATURE_LIMIT)
         activated = activate(limited, self.activation, params, entering.depth)

@@ -125,8 +125,8 @@ def cached_attention_in_blocks(
         new_largest = jnp.maximum(largest, scores.max(axis=-1))
         shares = jnp.where(seen, jnp.exp(scores - new_largest[..., None]), 0.0)
         kept = jnp.exp(largest - new_largest)
-        # Nothing is left of values that no query sees, which may be of an earlier request: 0 times a value
-        # that is not finite is not 0.
+        # Values that no query sees may be what an earlier request has left, and 0 times a value that is not
+        # finite is not 0.
         seen_by_any = (places[None] <= mask.last.max(axis=1, keepdims=True))[:, None, :, None]
         values = jnp.where(seen_by_any, part(v, begin), jnp.zeros((), v.dtype))
         added = jnp.einsum(

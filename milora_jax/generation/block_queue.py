@@ -77,9 +77,7 @@ class BlockQueue:
         scored = request.settings.prompt_logprobs > 0  # which needs what every block leaves behind
         if self._cache is not None and request.cache_scope is not None and not scored:
             kept = self._cache.find(request.cache_scope, request.prompt, request.route_tokens, routed)
-        if not self._batch.state.cache.block:
-            # Steps that read the whole row multiply what they do not see by 0: not finite, it would stay so.
-            self._batch.erase(rows[0])
+        self._batch.make_ready(rows[0])
         work = BlockPrefill(
             self._base,
             self._config,

@@ -62,9 +62,14 @@ class RunningBatch:
             self._put(paste_block(self.layers, block, np.int32(row), np.int32(start), self.layout))
             start += block.shape[3]
 
-    def erase(self, row: int) -> None:
-        """Set the keys and values of a row to 0."""
-        self._put(erase_row(self.layers, np.int32(row), self.layout))
+    def make_ready(self, row: int) -> None:
+        """Make a row ready for another prompt, whose prefill writes only as far as the prompt goes.
+
+        Attention in blocks takes nothing of values that no query sees. Attention over the whole row
+        multiplies them by 0, and what an earlier request has left need not be finite: it is erased.
+        """
+        if not self.state.cache.block:
+            self._put(erase_row(self.layers, np.int32(row), self.layout))
 
     def copy(self, source: int, target: int) -> None:
         """Copy the keys and values of a row to another one."""
