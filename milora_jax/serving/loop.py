@@ -283,6 +283,10 @@ class DeviceLoop:
             log_error("a step failed", error)
             self.counts.failures += 1
             touched = self._engine.fail()
+        else:
+            for request in touched:
+                if request.done and "error" in request.finish:
+                    log.warning("a request ended with an error: a logit was not finite")
         self.counts.steps += 1
         for request in touched:
             job = self._running.get(request)

@@ -197,7 +197,7 @@ def test_a_step_that_fails_ends_those_on_the_device_and_nobody_else(service, mon
     assert service.loop.counts.failures == 1
 
 
-def test_logits_that_are_no_numbers_end_their_own_request_alone(service):
+def test_logits_that_are_no_numbers_end_their_own_request_alone(service, caplog):
     expected = Listener(service, "law", [5, 6]).end()
     adapter = service.store.acquire("art")
     import jax
@@ -212,6 +212,7 @@ def test_logits_that_are_no_numbers_end_their_own_request_alone(service):
     spoilt, healthy = Listener(service, "art", [5, 6]), Listener(service, "law", [5, 6])
     assert spoilt.end()[2] == ["error"]
     assert healthy.end() == expected
+    assert [line for line in caplog.messages if "a logit was not finite" in line] == caplog.messages[-1:]
     adapter.prepared = whole
     Listener(service, "math", [1]).end(), Listener(service, "law", [1]).end()
     assert Listener(service, "art", [5, 6]).end()[2] == ["length"]
